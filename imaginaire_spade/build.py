@@ -1,0 +1,180 @@
+"""The only module that turns configuration into objects."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from imaginaire_spade.config import Component, OptimizerConfig, RunConfig
+from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.errors import ConfigError
+from imaginaire_spade.layout import LayoutSpec
+from imaginaire_spade.models.generator import Generator
+from imaginaire_spade.models.layers import initialise
+from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Registry
+
+N = TypeVar("N", bound=nn.Module)
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import the user's modules, which register their components (``--import``). Raises ConfigError."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(f"--import {name}: {error}. It must be importable from here or installed") from error
+
+
+def layout_spec(config: RunConfig) -> LayoutSpec:
+    labels = config.data.labels
+    return LayoutSpec(labels.num_classes, has_dont_care=labels.dont_care, has_edges=config.data.edges != "none")
+
+
+def image_size(config: RunConfig) -> tuple[int, int]:
+    """(height, width) that the networks are trained at. Raises ConfigError where samples have sizes of their own."""
+    size = config.data.train.augmentations.output_h_w
+    if size is None:
+        raise ConfigError(
+            "data.train.augmentations leaves every picture its own size; networks are trained at one. Write"
+            " data.train.augmentations.random_crop_h_w: [height, width] or resize_h_w: [height, width]"
+        )
+    return size
+
+
+def build_generator(config: RunConfig) -> Generator:
+    """The generator, initialised as ``trainer.init`` says."""
+    generator: Generator = _build(GENERATORS, config.gen, layout_spec(config), image_size(config))
+    return _initialised(generator, config)
+
+
+def build_discriminator(config: RunConfig) -> nn.Module:
+    discriminator: nn.Module = _build(DISCRIMINATORS, config.dis, layout_spec(config))
+    return _initialised(discriminator, config)
+
+
+def build_encoder(config: RunConfig) -> nn.Module | None:
+    """The style encoder, or None where the config has none."""
+    if config.encoder is None:
+        return None
+    encoder: nn.Module = _build(ENCODERS, config.encoder, _style_dims(config))
+    return _initialised(encoder, config)
+
+
+def build_losses(config: RunConfig) -> tuple[nn.ModuleDict, dict[str, float]]:
+    """The terms of the generator's objective and their weights. A term of weight 0 is not built (but ``gan`` is: the
+    discriminator needs it)."""
+    wanted = {name: loss for name, loss in config.losses.items() if loss.weight > 0 or name == "gan"}
+    terms = nn.ModuleDict({name: _build(LOSSES, loss.component) for name, loss in wanted.items()})
+    return terms, {name: loss.weight for name, loss in wanted.items()}
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """Adam in the form that ``fused`` asks for. Raises ConfigError where apex is asked for and is not NVIDIA's."""
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (float(config.adam_beta1), float(config.adam_beta2)),
+        "eps": config.adam_eps,
+    }
+    if config.fused == "apex":
+        return _apex_adam()(list(parameters), adam_w_mode=False, **settings)
+    fused = config.fused == "torch" or (config.fused == "auto" and device.type == "cuda")
+    return torch.optim.Adam(parameters, fused=fused, foreach=not fused and config.fused != "off", **settings)
+
+
+def _apex_adam() -> Any:
+    try:
+        return importlib.import_module("apex.optimizers").FusedAdam
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"fused: apex, but NVIDIA's apex is not importable ({error}). The package called apex on PyPI is another"
+            " project: build NVIDIA's from source (INSTALL.md), or write fused: auto"
+        ) from None
+
+
+def build_train_dataset(config: RunConfig, seed: int) -> LabelMapDataset:
+    data = config.data
+    return LabelMapDataset(
+        data.train.roots, data.labels, edges=data.edges, augmentations=data.train.augmentations, seed=seed
+    )
+
+
+def build_val_dataset(config: RunConfig, seed: int) -> LabelMapDataset | None:
+    data = config.data
+    if data.val is None:
+        return None
+    return LabelMapDataset(
+        data.val.roots, data.labels, edges=data.edges, augmentations=data.val.augmentations, seed=seed
+    )
+
+
+def check_run(config: RunConfig, world_size: int) -> None:
+    """Reject what would fail later. Raises ConfigError; costs no memory (networks are made without storage)."""
+    trainer, train = config.trainer, config.data.train
+    if train.batch_size % trainer.gradient_accumulation:
+        raise ConfigError(
+            f"data.train.batch_size: {train.batch_size} cannot be split into trainer.gradient_accumulation:"
+            f" {trainer.gradient_accumulation} equal pieces; make the one a multiple of the other"
+        )
+    size = image_size(config)
+    with torch.device("meta"):
+        generator = build_generator(config)
+        build_discriminator(config)
+    multiple = generator.size_multiple
+    if size[0] % multiple or size[1] % multiple:
+        near = [max(multiple, round(length / multiple) * multiple) for length in size]
+        raise ConfigError(
+            f"data.train.augmentations gives pictures of {size[0]}x{size[1]}, but gen ({config.gen.type}) needs"
+            f" multiples of {multiple}: such as {near}"
+        )
+    if size[0] * size[1] == multiple**2 and train.batch_size * world_size // trainer.gradient_accumulation < 2:
+        raise ConfigError(
+            f"one picture of {size[0]}x{size[1]} is a single pixel at the generator's start, where batch statistics"
+            " need two: raise data.train.batch_size or the picture size"
+        )
+    style_dims = generator.style_dims
+    if config.encoder is not None:
+        _style_dims(config)
+    if config.losses.get("kl") is not None and config.losses["kl"].weight > 0 and config.encoder is None:
+        raise ConfigError("losses.kl needs a style encoder: write encoder: {type: conv}, or losses.kl.weight: 0")
+    if config.encoder is not None and not style_dims:
+        raise ConfigError("encoder is given, but gen.style_dims is 0: write gen.style_dims: 256, or encoder: null")
+
+
+def _style_dims(config: RunConfig) -> int:
+    dims = config.gen.args.get("style_dims", 0)
+    if not dims:
+        raise ConfigError("encoder is given, but gen.style_dims is 0: write gen.style_dims: 256, or encoder: null")
+    return int(dims)
+
+
+def _build(registry: Registry, component: Component | Mapping[str, Any], *known: Any) -> Any:
+    """Make a component: ``known`` is what the pipeline knows; components nested in it become factories."""
+    return _factory(registry, component)(*known)
+
+
+def _factory(registry: Registry, component: Component | Mapping[str, Any]) -> Any:
+    kind, args = (component.type, component.args) if isinstance(component, Component) else component.values()
+    parts = registry.parts(kind)
+    cls = registry[kind]
+    resolved = registry.schema(kind).model_validate(
+        {key: value for key, value in args.items() if key not in parts}, strict=False
+    )
+    values = {key: getattr(resolved, key) for key in resolved.model_fields_set}
+    return partial(cls, **values, **{key: _factory(part, args[key]) for key, part in parts.items()})
+
+
+def _initialised(network: N, config: RunConfig) -> N:
+    if not any(parameter.is_meta for parameter in network.parameters()):
+        initialise(network, config.trainer.init.type, config.trainer.init.gain)
+    return network

@@ -1,0 +1,500 @@
+"""The typed configuration of a run: load, merge, override, check, dump.
+
+Owns every key that YAML may set outside the components (whose keys are the keyword-only parameters of the registered
+class, see ``registry.py``) and the default of each, written once, here. Builds nothing: ``build.py`` does.
+
+A file may name others to start from (``base: ../sample/spade.yaml`` or a list of them): mappings merge key by key,
+everything else is replaced; a component whose ``type`` changes starts afresh.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from imaginaire_spade.errors import ConfigError
+from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.registry import (
+    DISCRIMINATORS,
+    ENCODERS,
+    GENERATORS,
+    LOSSES,
+    Registry,
+    did_you_mean,
+)
+
+
+class Section(BaseModel):
+    """Base of every part of the configuration: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Component(Section):
+    """A registered component and the resolved value of each of its keys (nested components likewise)."""
+
+    type: str
+    args: dict[str, Any]
+
+
+class Loss(Section):
+    """One term of the generator's objective."""
+
+    weight: float = Field(ge=0)
+    component: Component
+
+
+class AugmentationConfig(Section):
+    """Joint geometry of image, label and edge map, in this order. All sizes in pixels."""
+
+    resize_smallest_side: int | None = Field(None, ge=1)
+    """Resize so that the smaller side has this length, aspect ratio kept."""
+    resize_h_w: tuple[int, int] | None = None
+    """Resize to exactly (height, width), whatever the aspect ratio."""
+    random_scale_limit: float = Field(0.0, ge=0, le=10)
+    """Then enlarge by a factor drawn from [1, 1 + limit]."""
+    random_crop_h_w: tuple[int, int] | None = None
+    """Then cut (height, width) at a random place inside the picture."""
+    center_crop_h_w: tuple[int, int] | None = None
+    """Then cut (height, width) in the middle."""
+    horizontal_flip: bool = False
+    """Then mirror left-right with probability 1/2."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AugmentationConfig:
+        if self.resize_smallest_side and self.resize_h_w:
+            raise ValueError("resize_smallest_side and resize_h_w exclude each other: keep one")
+        if self.random_crop_h_w and self.center_crop_h_w:
+            raise ValueError("random_crop_h_w and center_crop_h_w exclude each other: keep one")
+        crop = self.crop_h_w
+        for sizes in (self.resize_h_w, crop):
+            if sizes and min(sizes) < 1:
+                raise ValueError(f"{list(sizes)}: height and width must be positive")
+        resized = self.resize_h_w or (self.resize_smallest_side and (self.resize_smallest_side,) * 2)
+        if crop and resized:
+            # The smaller side is the only one whose length is known before the picture is.
+            short = min(crop) if self.resize_smallest_side else None
+            if (short and short > resized[0]) or (not short and (crop[0] > resized[0] or crop[1] > resized[1])):
+                raise ValueError(
+                    f"a crop of {list(crop)} is larger than the picture after"
+                    f" {'resize_smallest_side: ' + str(resized[0]) if short else 'resize_h_w: ' + str(list(resized))}:"
+                    " make the crop smaller or the resize larger"
+                )
+        return self
+
+    @property
+    def crop_h_w(self) -> tuple[int, int] | None:
+        return self.random_crop_h_w or self.center_crop_h_w
+
+    @property
+    def output_h_w(self) -> tuple[int, int] | None:
+        """(height, width) of every sample, or None where the samples keep sizes of their own."""
+        return self.crop_h_w or self.resize_h_w
+
+
+class SplitConfig(Section):
+    """Where the samples of a split lie and how they are cut."""
+
+    roots: tuple[str, ...] = Field(min_length=1)
+    """LMDB roots (built by scripts/build_lmdb.py or by imaginaire) or plain folders, told apart by what is there."""
+    batch_size: int = Field(1, ge=1)
+    """Pictures per process and iteration. The global batch is this times the number of processes."""
+    augmentations: AugmentationConfig = AugmentationConfig()
+
+
+class DataConfig(Section):
+    """A data set: its label table and its splits."""
+
+    name: str = "data"
+    labels: LabelSpec
+    edges: Literal["none", "file", "instances", "labels"] = "none"
+    """Edge channel: from edge_maps/ files, or drawn after augmentation from inst_maps/ or from the label map."""
+    num_workers: int | None = Field(None, ge=0)
+    """Loader workers per process; null = min(8, cores / processes)."""
+    train: SplitConfig
+    val: SplitConfig | None = None
+
+
+class TestDataConfig(Section):
+    """Label maps for inference.py where no --input_dir is given."""
+
+    __test__ = False
+    roots: tuple[str, ...] = Field(min_length=1)
+    batch_size: int = Field(1, ge=1)
+
+
+class LearningRatePolicy(Section):
+    type: Literal["constant", "linear"] = "constant"
+    decay_start: float = Field(0.5, ge=0, lt=1)
+    """Share of the run after which a linear policy falls to 0 at the end (SPADE: 0.5)."""
+
+
+class OptimizerConfig(Section):
+    """Adam. With two learning rates for generator and discriminator this is the two-time-scale rule (TTUR)."""
+
+    type: Literal["adam"] = "adam"
+    lr: float = Field(gt=0)
+    adam_beta1: float = Field(0.0, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    fused: Literal["auto", "torch", "apex", "off"] = "auto"
+    """auto: torch's fused kernel on a GPU, its foreach form elsewhere; apex: NVIDIA's FusedAdam, if installed."""
+    lr_policy: LearningRatePolicy = LearningRatePolicy()
+
+
+class ModelAverageConfig(Section):
+    """Exponential moving average of the generator's weights (used for previews, inference and export)."""
+
+    beta: float = Field(0.9999, ge=0, lt=1)
+    start_iteration: int = Field(1000, ge=0)
+    """Up to here the average is a plain copy."""
+    batch_norm_images: int = Field(64, ge=0)
+    """Training layouts over which the average's batch statistics are re-estimated before use; 0: averaged instead."""
+
+
+class InitConfig(Section):
+    """Initial weights of convolutions and linear layers (biases are zero)."""
+
+    type: Literal["xavier", "normal", "kaiming", "orthogonal"] = "xavier"
+    gain: float = Field(0.02, gt=0)
+    """Gain (xavier, orthogonal) or standard deviation (normal); unused by kaiming."""
+
+
+class TrainerConfig(Section):
+    """The training run."""
+
+    max_iterations: int | None = Field(None, ge=1)
+    """Length of the run in iterations (one update of D and of G each) ..."""
+    max_epochs: float | None = Field(None, gt=0)
+    """... or in passes over the training set: state one of the two."""
+    iteration: Literal["shared", "reference"] = "shared"
+    """shared: one generator forward serves both updates, D first; reference: G first, then D on pictures made anew by
+    the updated G, as the published SPADE numbers were obtained."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_accumulation: int = Field(1, ge=1)
+    """Split each process's batch into this many pieces, one after the other: less memory, same batch."""
+    sync_batch_norm: bool = True
+    """Batch statistics over all processes."""
+    init: InitConfig = InitConfig()
+    model_average: ModelAverageConfig | None = ModelAverageConfig()
+    channels_last: bool = False
+    log_every: int = Field(100, ge=1)
+    """Iterations between two lines of the log (and points of the curves)."""
+    image_every: int = Field(1000, ge=1)
+    """Iterations between two rows of preview pictures."""
+    image_rows: int = Field(4, ge=0)
+    """Validation samples in a preview."""
+    checkpoint_every: int = Field(1000, ge=1)
+    """Iterations between two checkpoints."""
+    keep_last: int = Field(3, ge=1)
+    """Checkpoints that stay on disk."""
+    process_group_timeout_s: float = Field(300.0, gt=0)
+    """After this long without an answer from the other processes a process gives up."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainerConfig:
+        if (self.max_iterations is None) == (self.max_epochs is None):
+            raise ValueError("state exactly one of max_iterations and max_epochs")
+        return self
+
+
+class WeightSource(Section):
+    """A published checkpoint: a path, or a URL with the sha256 it must have."""
+
+    path: str | None = None
+    url: str | None = None
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _check(self) -> WeightSource:
+        if (self.path is None) == (self.url is None):
+            raise ValueError("state exactly one of path and url")
+        if self.url and not self.sha256:
+            raise ValueError("a url needs its sha256, so that what was downloaded is what was meant")
+        return self
+
+
+class RunConfig(Section):
+    """Everything a run is made of."""
+
+    seed: int = Field(0, ge=0)
+    """Every random draw is a function of this and of a sample's position in the run."""
+    gen: Component
+    dis: Component
+    encoder: Component | None = None
+    """Style encoder; needs a generator with style_dims > 0."""
+    losses: dict[str, Loss]
+    """Terms of the generator's objective by registered name; `gan` also states the discriminator's."""
+    gen_opt: OptimizerConfig
+    dis_opt: OptimizerConfig
+    trainer: TrainerConfig
+    data: DataConfig
+    test_data: TestDataConfig | None = None
+    pretrained_weight: WeightSource | None = None
+    """What inference.py takes where neither --checkpoint nor --logdir gives one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if "gan" not in self.losses:
+            raise ValueError("losses must contain gan")
+        return self
+
+
+COMPONENT_KEYS: dict[str, Registry] = {"gen": GENERATORS, "dis": DISCRIMINATORS, "encoder": ENCODERS}
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+class _Loader(yaml.SafeLoader):
+    """yaml.SafeLoader that reads 1e-4 as a number (YAML 1.1 reads it as a string)."""
+
+
+_Loader.yaml_implicit_resolvers = {  # the dict is shared with SafeLoader: copy before adding
+    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+Origins = dict[str, str]
+"""Dotted key -> "file.yaml:12", for messages."""
+
+
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), *, extra: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Read, merge, override and check a configuration.
+
+    Args:
+        path: the YAML file.
+        overrides: ``a.b=value`` strings (``--set``); the value is read as YAML.
+        extra: further values by dotted key, from command-line flags of their own.
+    Raises:
+        ConfigError: naming the file and line, the key, what is allowed and the nearest valid spelling.
+    """
+    tree, origins = _read_merged(Path(path), ())
+    for item in overrides:
+        key, separator, text = item.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {item}: write --set section.key=value, such as --set trainer.log_every=10")
+        try:
+            value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {item}: the value is not YAML: {error}") from None
+        _assign(tree, key.strip(), value, f"--set {item}", origins)
+    for key, value in (extra or {}).items():
+        _assign(tree, key, value, f"--{key.rpartition('.')[2]}", origins)
+    return parse_config(tree, origins, str(path))
+
+
+def parse_config(tree: Mapping[str, Any], origins: Origins | None = None, source: str = "config") -> RunConfig:
+    """Check a plain tree (as YAML or a checkpoint holds it) and fill in the defaults. Raises ConfigError."""
+    problems: list[str] = []
+    origins = origins or {}
+    resolved = _resolve_components(dict(tree), problems, origins, source)
+    # JSON mode is strict about scalars ("4" is no int) and lets lists be tuples.
+    try:
+        config = RunConfig.model_validate_json(json.dumps(resolved, default=str))
+    except ValidationError as error:
+        problems += _explain(error, RunConfig, (), origins, source)
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return config
+
+
+def dump_config(config: RunConfig) -> dict[str, Any]:
+    """The fully resolved configuration as a plain tree; ``parse_config`` reads it back."""
+    tree = config.model_dump(mode="json")
+    for key in COMPONENT_KEYS:
+        if tree[key] is not None:
+            tree[key] = _flatten(tree[key])
+    for name, loss in tree["losses"].items():
+        tree["losses"][name] = {"weight": loss["weight"], **loss["component"]["args"]}
+    # JSON turned the integer keys of remap into strings; YAML keeps integers.
+    tree["data"]["labels"]["remap"] = {int(k): v for k, v in tree["data"]["labels"]["remap"].items()}
+    return tree
+
+
+def dump_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+
+
+def _flatten(component: Mapping[str, Any]) -> dict[str, Any]:
+    args = {
+        key: _flatten(value) if isinstance(value, dict) and set(value) == {"type", "args"} else value
+        for key, value in component["args"].items()
+    }
+    return {"type": component["type"], **args}
+
+
+def _read_merged(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
+    resolved = path.resolve()
+    if resolved in chain:
+        raise ConfigError(f"{path}: base files form a circle: {' -> '.join(map(str, (*chain, resolved)))}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        at = f" (named as base by {chain[-1]})" if chain else ""
+        raise ConfigError(f"{path}: no such config file{at}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a config file: {error}") from None
+    try:
+        node = yaml.compose(text, _Loader)
+        own = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(own, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys (gen, dis, data, ...), this is {type(own).__name__}")
+    own_origins = dict(_key_lines(node, "", path))
+    bases = own.pop("base", ())
+    tree: dict[str, Any] = {}
+    origins: Origins = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        base_tree, base_origins = _read_merged(path.parent / base, (*chain, resolved))
+        tree = _merge(tree, base_tree)
+        origins |= base_origins
+    return _merge(tree, own), origins | own_origins
+
+
+def _key_lines(node: yaml.Node | None, prefix: str, path: Path) -> Iterator[tuple[str, str]]:
+    """(dotted key, "file:line") of every key of a composed document. Raises ConfigError on a repeated key."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        dotted = f"{prefix}{key.value}"
+        if dotted in seen:
+            raise ConfigError(f"{path}:{key.start_mark.line + 1}: {dotted} is stated twice: keep one")
+        seen.add(dotted)
+        yield dotted, f"{path}:{key.start_mark.line + 1}"
+        yield from _key_lines(value, f"{dotted}.", path)
+
+
+def _merge(base: Any, own: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(own, dict)):
+        return own
+    if own.get("type", base.get("type")) != base.get("type"):
+        return own
+    return base | {key: _merge(base[key], value) if key in base else value for key, value in own.items()}
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any, origin: str, origins: Origins) -> None:
+    *parents, last = dotted.split(".")
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{origin}: {parent} is a value, not a section")
+        node[parent] = dict(child)
+        node = node[parent]
+    node[last] = value
+    origins[dotted] = origin
+
+
+# ------------------------------------------------------------------------------------------------ checking
+
+
+def _resolve_components(
+    tree: dict[str, Any], problems: list[str], origins: Origins, source: str
+) -> dict[str, Any]:
+    """Replace each component of the tree by ``{"type", "args"}`` with every key resolved."""
+    tree = dict(tree)
+    for key, registry in COMPONENT_KEYS.items():
+        if tree.get(key) is not None:
+            tree[key] = _resolve(tree[key], registry, (key,), problems, origins, source)
+    losses = tree.get("losses")
+    if isinstance(losses, dict):
+        tree["losses"] = {}
+        for name, entry in losses.items():
+            entry = entry if isinstance(entry, dict) else {"weight": entry}
+            args = {k: v for k, v in entry.items() if k != "weight"}
+            where = ("losses", str(name))
+            component = _resolve({"type": name, **args}, LOSSES, where, problems, origins, source)
+            loss = {"component": component} | ({"weight": entry["weight"]} if "weight" in entry else {})
+            tree["losses"][name] = loss
+    elif losses is not None:
+        problems.append(f"{_origin(('losses',), origins, source)}: losses: a mapping of loss names to weights")
+    return tree
+
+
+_BROKEN = {"type": "", "args": {}}
+"""Stands for a component that was complained of, so that the rest is still checked."""
+
+
+def _resolve(
+    entry: Any, registry: Registry, where: tuple[str, ...], problems: list[str], origins: Origins, source: str
+) -> dict[str, Any]:
+    entry = {"type": entry} if isinstance(entry, str) else entry
+    dotted = ".".join(where)
+    if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
+        problems.append(
+            f"{_origin(where, origins, source)}: {dotted}: a {registry.kind} is a mapping with a type:"
+            f" {', '.join(registry.names())}"
+        )
+        return _BROKEN
+    try:
+        schema = registry.schema(entry["type"])
+    except ConfigError as error:
+        origin = _origin(where if where[0] == "losses" else (*where, "type"), origins, source)
+        problems.append(f"{origin}: {dotted}: {error}")
+        return _BROKEN
+    args = {key: value for key, value in entry.items() if key != "type"}
+    try:
+        resolved = schema.model_validate_json(json.dumps(args, default=str)).model_dump(mode="json")
+    except ValidationError as error:
+        problems += _explain(error, schema, where, origins, source)
+        return _BROKEN
+    for part, part_registry in registry.parts(entry["type"]).items():
+        resolved[part] = _resolve(resolved[part], part_registry, (*where, part), problems, origins, source)
+    return {"type": entry["type"], "args": resolved}
+
+
+def _origin(where: tuple[str, ...], origins: Origins, source: str) -> str:
+    """File and line of the nearest stated key at or above ``where``."""
+    for length in range(len(where), 0, -1):
+        if ".".join(where[:length]) in origins:
+            return origins[".".join(where[:length])]
+    return source
+
+
+def _explain(
+    error: ValidationError, schema: type[BaseModel], prefix: tuple[str, ...], origins: Origins, source: str
+) -> list[str]:
+    """One line per mistake: file:line, key, what is wrong, what is allowed, nearest spelling."""
+    lines = []
+    for item in error.errors():
+        parts = [str(part) for part in item["loc"]]
+        where = (*prefix, *parts)
+        at, key = _origin(where, origins, source), ".".join(where)
+        if item["type"] == "extra_forbidden":
+            allowed = _fields_at(schema, parts[:-1])
+            hint = did_you_mean(parts[-1], allowed)
+            lines.append(f"{at}: {key}: unknown key{hint} Allowed here: {', '.join(sorted(allowed))}")
+        elif item["type"] == "missing":
+            if parts[-1] != "component":
+                lines.append(f"{at}: {key}: missing; write a value for it")
+        else:
+            message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            lead = "must be " if item["msg"].startswith("Input should be ") else ""
+            given = item["input"]
+            shown = "" if isinstance(given, dict) else f" (given: {given!r})"
+            lines.append(f"{at}: {key + ': ' if key else ''}{lead}{message}{shown}")
+    return lines
+
+
+def _fields_at(schema: type[BaseModel], path: list[str]) -> set[str]:
+    """Names of the keys allowed in the section that ``path`` leads to."""
+    for part in path:
+        annotation = schema.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        schema = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), schema)
+    return set(schema.model_fields)

@@ -1,0 +1,136 @@
+"""Processes: where this one stands among them, and the collectives the package uses.
+
+Owns everything that touches ``torch.distributed``. Works alike under torchrun, the older
+``python -m torch.distributed.launch``, SLURM through either, and without any launcher (one process).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from imaginaire_spade.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ProcessInfo:
+    """This process among its peers."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def process_info_from_environment() -> ProcessInfo:
+    """Read what a launcher put into the environment; one process where there is none."""
+    names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
+    present = {field: os.environ[name] for field, name in names.items() if name in os.environ}
+    if present and len(present) < len(names):
+        missing = [name for field, name in names.items() if field not in present]
+        raise ConfigError(f"the launcher's environment lacks {', '.join(missing)}: start with torchrun")
+    info = {field: int(value) for field, value in present.items()}
+    return ProcessInfo(**info, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", info.get("world_size", 1))))
+
+
+def choose_device(name: str, info: ProcessInfo) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda`` -> this process's device. Raises ConfigError for cuda where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "--device cuda: this machine or this build of torch has no usable CUDA device. Write --device cpu, or"
+            " install a CUDA build of torch (INSTALL.md)"
+        )
+    count = torch.cuda.device_count()
+    if info.local_rank >= count:
+        raise ConfigError(
+            f"{info.local_world_size} processes on this node, but it has {count} GPU(s): start it with"
+            f" --nproc_per_node={count}"
+        )
+    torch.cuda.set_device(info.local_rank)
+    return torch.device("cuda", info.local_rank)
+
+
+def init_process_group(info: ProcessInfo, device: torch.device, timeout_s: float) -> None:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) where a launcher started several processes."""
+    if info.world_size > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+
+
+def leave_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for the other processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's ``value`` (any picklable object) on every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Average of ``values`` over the processes (no gradient)."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Sum over the processes, with gradient: the derivative of every process's loss reaches every process."""
+    return _SumOverProcesses.apply(values)
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model under DistributedDataParallel where there are several processes; else the model itself.
+
+    Buffers are not broadcast: batch statistics are equal by synchronization and spectral-norm vectors by equal
+    weights, and an in-place broadcast between two forwards breaks backward on some torch versions.
+    """
+    if not dist.is_initialized():
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )

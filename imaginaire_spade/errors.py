@@ -1,0 +1,48 @@
+"""The user's mistakes, as exceptions. Our own broken invariants are ``assert``s.
+
+Every message says what is wrong, where (file, key, value), and what to write instead. Command lines print the message
+alone and exit with ``EXIT_CODE``, which launchers can tell from a crash.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_CODE = 2
+
+
+class UserError(ValueError):
+    """Base: something the user can put right."""
+
+
+class ConfigError(UserError):
+    """A mistake in a configuration or on the command line."""
+
+
+class DataError(UserError):
+    """A data set, file or folder that cannot be used as it is."""
+
+
+class LabelError(DataError):
+    """A label map holds what the table does not allow."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, foreign or of another architecture."""
+
+
+def run_command_line(main: Callable[[], None]) -> None:
+    """Run a command line's ``main``; print a user's mistake as one message, without a traceback, and exit.
+
+    Of several processes under one launcher only local rank 0 prints.
+    """
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,72 @@
+"""Other systems' checkpoints -> ours.
+
+``import_generator(source, state_dict, hyper)`` and its siblings build one of our networks from the hyper-parameters
+that fix the architecture and load the reference's state dict into it. Every tensor must find its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.interop import nvlabs_spade
+
+_SOURCES = {"nvlabs_spade": nvlabs_spade}
+
+
+def _source(name: str) -> Any:
+    if name not in _SOURCES:
+        raise CheckpointError(f"unknown source {name!r}; known: {', '.join(_SOURCES)}")
+    return _SOURCES[name]
+
+
+def import_generator(source: str, state_dict: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> nn.Module:
+    """A generator of ours with the weights of a reference checkpoint.
+
+    Args:
+        source: ``nvlabs_spade``.
+        state_dict: the reference's, under its own key names; prefixes of wrappers (``module.``) are removed.
+        hyper: the hyper-parameters that fix the architecture, as in ``hyper`` of a parity fixture's config.json.
+    Raises:
+        CheckpointError: listing tensors that are missing, left over or of another shape.
+    """
+    return _load(_source(source).generator(hyper), state_dict, _source(source).reference_key)
+
+
+def import_discriminator(source: str, state_dict: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> nn.Module:
+    """Like ``import_generator``, for the discriminator."""
+    return _load(_source(source).discriminator(hyper), state_dict, _source(source).reference_key)
+
+
+def import_encoder(source: str, state_dict: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> nn.Module:
+    """Like ``import_generator``, for the style encoder."""
+    return _load(_source(source).encoder(hyper), state_dict, _source(source).reference_key)
+
+
+def reference_names(source: str, network: nn.Module) -> dict[str, str]:
+    """Our state-dict key -> the reference's, for every tensor of ``network``."""
+    return {key: _source(source).reference_key(network, key) for key in network.state_dict()}
+
+
+def _load(network: nn.Module, state_dict: Mapping[str, Tensor], reference_key: Any) -> nn.Module:
+    theirs = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    own = network.state_dict()
+    problems, loaded = [], {}
+    for key, value in own.items():
+        name = reference_key(network, key)
+        if name not in theirs:
+            problems.append(f"missing {name} {list(value.shape)}")
+        elif theirs[name].shape != value.shape:
+            problems.append(f"{name} is {list(theirs[name].shape)}, these hyper-parameters make it {list(value.shape)}")
+        else:
+            loaded[key] = theirs[name]
+    taken = {reference_key(network, key) for key in own}
+    problems += [f"left over {name} {list(theirs[name].shape)}" for name in theirs if name not in taken]
+    if problems:
+        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+        raise CheckpointError(f"not the weights of a {type(network).__name__} of these hyper-parameters: {shown}")
+    network.load_state_dict(loaded)
+    return network

@@ -1,0 +1,99 @@
+"""Architecture and tensor names of the 2019 SPADE / GauGAN release's checkpoints (``latest_net_{G,D,E}.pth``)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.layout import LayoutSpec
+from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
+from imaginaire_spade.models.encoder import ConvEncoder
+from imaginaire_spade.models.generator import SPADEGenerator
+from imaginaire_spade.models.layers import SpectralConv2d
+from imaginaire_spade.models.norms import SPADE
+
+
+def layout_spec(hyper: Mapping[str, Any]) -> LayoutSpec:
+    return LayoutSpec(
+        hyper["label_nc"], has_dont_care=hyper["contain_dontcare_label"], has_edges=not hyper["no_instance"]
+    )
+
+
+def generator(hyper: Mapping[str, Any]) -> SPADEGenerator:
+    """The generator of options such as ``norm_G: spectralspadesyncbatch3x3``, ``num_upsampling_layers: more``."""
+    matched = re.fullmatch(r"(spectral)?spade(syncbatch|batch|instance)(\d)x\3", hyper["norm_G"])
+    if matched is None:
+        raise CheckpointError(f"norm_G {hyper['norm_G']!r}: expected such as spectralspadesyncbatch3x3")
+    steps = {"normal": 5, "more": 6, "most": 7}[hyper["num_upsampling_layers"]]
+    width = hyper["crop_size"] // 2**steps
+    height = round(width / hyper["aspect_ratio"])
+    norm = partial(
+        SPADE,
+        normalization="instance" if matched[2] == "instance" else "batch",
+        kernel_size=int(matched[3]),
+        hidden_channels=128,
+    )
+    return SPADEGenerator(
+        layout_spec(hyper),
+        (height * 2**steps, width * 2**steps),
+        num_filters=hyper["ngf"],
+        style_dims=hyper["z_dim"] if hyper["use_vae"] else 0,
+        upsampling=hyper["num_upsampling_layers"],
+        spectral_norm=matched[1] is not None,
+        norm=norm,
+    )
+
+
+def discriminator(hyper: Mapping[str, Any]) -> MultiscaleDiscriminator:
+    matched = re.fullmatch(r"(spectral)?(instance|none)?", hyper["norm_D"])
+    if matched is None:
+        raise CheckpointError(f"norm_D {hyper['norm_D']!r}: expected such as spectralinstance")
+    return MultiscaleDiscriminator(
+        layout_spec(hyper),
+        num_discriminators=hyper["num_D"],
+        num_layers=hyper["n_layers_D"],
+        num_filters=hyper["ndf"],
+        normalization="instance" if matched[2] == "instance" else "none",
+        spectral_norm=matched[1] is not None,
+    )
+
+
+def encoder(hyper: Mapping[str, Any]) -> ConvEncoder:
+    """Its width is the generator's ``ngf``, its code always 256 long, its pictures always 256x256."""
+    return ConvEncoder(256, num_filters=hyper["ngf"], image_size=256)
+
+
+_BLOCKS = ["head_0", "G_middle_0", "G_middle_1", "up_0", "up_1", "up_2", "up_3", "up_4"]
+
+
+def reference_key(network: nn.Module, key: str) -> str:
+    """The release's name of one of our tensors."""
+    owner, _, leaf = key.rpartition(".")
+    if leaf == "weight" and isinstance(network.get_submodule(owner), SpectralConv2d):
+        leaf = "weight_orig"
+    name = f"{owner}.{leaf}"
+    if isinstance(network, SPADEGenerator):
+        name = re.sub(r"^blocks\.(\d)\.", lambda m: f"{_BLOCKS[int(m[1])]}.", name)
+        for ours, theirs in (
+            ("to_image.", "conv_img."),
+            (".normalize.", ".param_free_norm."),
+            (".shared.", ".mlp_shared.0."),
+            (".gamma.", ".mlp_gamma."),
+            (".beta.", ".mlp_beta."),
+        ):
+            name = name.replace(ours, theirs)
+        return name
+    if isinstance(network, ConvEncoder):
+        return re.sub(r"^layers\.(\d)\.", lambda m: f"layer{int(m[1]) + 1}.0.", name)
+    assert isinstance(network, MultiscaleDiscriminator)
+    last = len(network.discriminators[0].layers)  # type: ignore[arg-type]
+    name = re.sub(r"^discriminators\.(\d+)\.", r"discriminator_\1.", name)
+    name = name.replace(".to_logits.", f".model{last}.0.")
+    # The first layer is convolution and activation; the others have (convolution, norm) as their first member.
+    name = re.sub(r"\.layers\.0\.0\.", ".model0.0.", name)
+    return re.sub(r"\.layers\.(\d+)\.0\.", r".model\1.0.0.", name)

@@ -1,0 +1,182 @@
+"""LabelSpec: what the integers of a label map mean.
+
+Owns the table raw id -> train id (with its "ignored" and "error" entries), names and palette of a data set, and the
+wording of every complaint about label values. Knows nothing of files or tensors: arrays in, arrays out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from imaginaire_spade.errors import LabelError
+
+MAX_RAW_ID = 65535
+"""Label maps are 8- or 16-bit: the largest raw id a file can hold."""
+
+
+class LabelSpec(BaseModel):
+    """The label table of a data set, as YAML states it under ``data.labels``.
+
+    Train ids are 0 .. num_classes-1; ``num_classes`` itself is the don't-care id. With ``dont_care`` the networks see
+    it as one more channel; without, such a pixel has no channel set.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    num_classes: int = Field(ge=1, le=32000)
+    """Number of classes, don't-care not counted."""
+    dont_care: bool = True
+    """Whether the networks get a channel for pixels without a class."""
+    ignore: tuple[int, ...] = ()
+    """Raw ids that mean "no class", such as 255."""
+    remap: dict[int, int] = {}
+    """Raw id -> train id, for ids that are not their own train id."""
+    names: tuple[str, ...] = ()
+    """One name per class."""
+    palette: tuple[tuple[int, int, int], ...] = ()
+    """One RGB colour per class (0..255): for pictures of label maps and for reading RGB label maps."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LabelSpec:
+        for raw in (*self.ignore, *self.remap):
+            if not 0 <= raw <= MAX_RAW_ID:
+                raise ValueError(f"raw id {raw} cannot occur in an 8- or 16-bit label map (0..{MAX_RAW_ID})")
+        for raw, train in self.remap.items():
+            if not 0 <= train < self.num_classes:
+                raise ValueError(
+                    f"remap {{{raw}: {train}}}: train ids are 0..{self.num_classes - 1} (num_classes:"
+                    f" {self.num_classes}); for \"no class\" write ignore: [{raw}]"
+                )
+        if both := set(self.ignore) & set(self.remap):
+            raise ValueError(f"raw ids {sorted(both)} stand in both ignore and remap: keep one")
+        for field in ("names", "palette"):
+            if getattr(self, field) and len(getattr(self, field)) != self.num_classes:
+                raise ValueError(f"{field} has {len(getattr(self, field))} entries for num_classes: {self.num_classes}")
+        if any(not 0 <= value <= 255 for colour in self.palette for value in colour):
+            raise ValueError("palette: colours are RGB triples of 0..255")
+        return self
+
+    @property
+    def dont_care_id(self) -> int:
+        return self.num_classes
+
+    @property
+    def dtype(self) -> type[np.generic]:
+        """uint8 where all ids, don't-care and the error mark fit; else int16."""
+        return np.uint8 if self.num_classes < 255 else np.int16
+
+    @property
+    def error_id(self) -> int:
+        """What the table holds for raw ids that must not occur."""
+        return 255 if self.dtype is np.uint8 else -1
+
+    @cached_property
+    def table(self) -> NDArray[np.generic]:
+        """Raw id -> train id, ``dont_care_id`` or ``error_id``: ``dtype`` [65536]."""
+        table = np.full(MAX_RAW_ID + 1, self.error_id, self.dtype)
+        table[: self.num_classes] = np.arange(self.num_classes)
+        for raw, train in self.remap.items():
+            table[raw] = train
+        for raw in self.ignore:
+            table[raw] = self.dont_care_id
+        return table
+
+    @cached_property
+    def colours(self) -> NDArray[np.uint8]:
+        """RGB colour of every train id, don't-care (black) last: uint8 [num_classes + 1, 3]."""
+        own = np.array(self.palette, np.uint8) if self.palette else distinct_colours(self.num_classes)
+        return np.concatenate([own, np.zeros((1, 3), np.uint8)])
+
+    def name(self, train_id: int) -> str:
+        if train_id == self.dont_care_id:
+            return "don't care"
+        return self.names[train_id] if self.names else f"class {train_id}"
+
+    def to_train_ids(self, raw: NDArray[np.generic], where: str) -> NDArray[np.generic]:
+        """Map a raw label map to train ids.
+
+        Args:
+            raw: unsigned integer [H, W], or uint8 [H, W, 3] RGB where the spec has a palette.
+            where: file or key, for the message.
+        Returns:
+            ``dtype`` [H, W], values 0..num_classes (``num_classes`` = don't care).
+        Raises:
+            LabelError: naming the file, the values and the line to write.
+        """
+        if raw.ndim == 3:
+            return self._from_rgb(raw, where)
+        mapped = np.take(self.table[:256] if raw.dtype == np.uint8 else self.table, raw)
+        if (mapped == self.error_id).any():
+            raise LabelError(self._complain(np.unique(raw[mapped == self.error_id]), np.unique(raw), where))
+        return mapped
+
+    def colourise(self, train_ids: NDArray[np.generic]) -> NDArray[np.uint8]:
+        """Train ids [...] -> RGB uint8 [..., 3]."""
+        return self.colours[train_ids]
+
+    def _from_rgb(self, rgb: NDArray[np.generic], where: str) -> NDArray[np.generic]:
+        if rgb.shape[2] != 3 or rgb.dtype != np.uint8:
+            raise LabelError(
+                f"{where}: a label map of {rgb.shape[2]} channels ({rgb.dtype}); it must be single-channel (8 or 16"
+                " bit), palette or RGB without alpha. Save it as a grey PNG of class ids"
+            )
+        if not self.palette:
+            raise LabelError(
+                f"{where}: an RGB colour picture, but label maps hold class ids. Give the colours in the config, one"
+                " per class: data.labels.palette: [[r, g, b], ...]; or save a single-channel PNG of ids"
+            )
+        code = rgb.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+        codes = np.array(self.palette, np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+        order = np.argsort(codes, kind="stable")
+        place = np.searchsorted(codes[order], code).clip(max=len(codes) - 1)
+        found = order[place]
+        wrong = codes[found] != code
+        # Black is "no class" in colour maps that colourise() wrote, unless a class of the palette is black.
+        black = wrong & (code == 0)
+        if (wrong & ~black).any():
+            values = np.unique(code[wrong & ~black])
+            colours = ", ".join(f"({v >> 16}, {v >> 8 & 255}, {v & 255})" for v in values[:5].tolist())
+            raise LabelError(
+                f"{where}: {len(values)} colour(s) that data.labels.palette does not have: {colours}"
+                f"{' ...' if len(values) > 5 else ''}. Add them to the palette, or save the map without"
+                " compression, antialiasing or resizing"
+            )
+        if black.any() and not self.ignore:
+            raise LabelError(
+                f"{where}: black pixels, which are no class of data.labels.palette. If they mean \"no class\", write"
+                " data.labels.ignore: [255]; else add black to the palette"
+            )
+        return np.where(black, self.dont_care_id, found).astype(self.dtype)
+
+    def _complain(self, wrong: NDArray[np.generic], present: NDArray[np.generic], where: str) -> str:
+        values = ", ".join(map(str, wrong[:10].tolist())) + (" ..." if len(wrong) > 10 else "")
+        text = f"{where}: label value(s) {values} outside the table (num_classes: {self.num_classes})."
+        if present.tolist() == [0, 255] and self.num_classes >= 2:
+            return text + " A binary 0/255 mask? Write data.labels.remap: {255: 1}"
+        if wrong.tolist() == [255]:
+            return text + " If 255 means \"no class\", write data.labels.ignore: [255]"
+        if int(wrong[0]) == self.num_classes and len(wrong) == 1:
+            return text + (
+                f" Ids counted from 1? Write data.labels.remap: {{1: 0, 2: 1, ...}}, or num_classes:"
+                f" {self.num_classes + 1}"
+            )
+        return text + (
+            f" Write data.labels.ignore: [{', '.join(map(str, wrong[:10].tolist()))}] if they mean \"no class\","
+            " data.labels.remap: {raw id: class} to map them, or a larger num_classes"
+        )
+
+
+def distinct_colours(count: int) -> NDArray[np.uint8]:
+    """``count`` RGB colours that neighbours tell apart, the same on every machine: uint8 [count, 3]."""
+    import colorsys
+
+    golden = 0.61803398875
+    hsv: Sequence[tuple[float, float, float]] = [
+        ((i * golden) % 1.0, 0.55 + 0.3 * (i % 2), 0.95 - 0.2 * (i % 3)) for i in range(count)
+    ]
+    return (np.array([colorsys.hsv_to_rgb(*c) for c in hsv]) * 255).round().astype(np.uint8)

@@ -1,0 +1,179 @@
+"""SemanticLayout: integer label maps and their views per resolution.
+
+The heart of the package: label maps stay small integers from the disk to the layer that consumes them; each view that
+a layer asks for is made once per resolution and cached. Knows nothing of files, classes' names or networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayoutSpec:
+    """What a layout consists of, and so what a network takes."""
+
+    num_classes: int
+    """Classes, don't-care not counted."""
+    has_dont_care: bool = False
+    """Whether id ``num_classes`` has a channel of its own."""
+    has_edges: bool = False
+    """Whether an edge channel comes last."""
+    has_distances: bool = False
+    """Whether offsets to the instance centres are there (CLADE-ICPE)."""
+
+    @property
+    def num_label_channels(self) -> int:
+        return self.num_classes + self.has_dont_care
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the one-hot view: classes, don't-care, edges."""
+        return self.num_label_channels + self.has_edges
+
+
+class SemanticLayout:
+    """A batch of label maps.
+
+    Args:
+        spec: what the layout holds.
+        labels: uint8 or int16 [N, H, W], values 0..num_classes (num_classes = don't care).
+        edges: uint8 or bool [N, H, W] of 0/1, or float in [0, 1] (edge maps that were resized linearly), or None.
+        distances: float [N, 2, H, W], row and column offsets, or None.
+    """
+
+    def __init__(
+        self, spec: LayoutSpec, labels: Tensor, edges: Tensor | None = None, distances: Tensor | None = None
+    ) -> None:
+        if labels.dim() != 3 or labels.dtype not in (torch.uint8, torch.int16):
+            raise ValueError(f"labels must be uint8 or int16 [N, H, W], not {labels.dtype} {list(labels.shape)}")
+        for name, given, wanted in (
+            ("edges", edges, spec.has_edges),
+            ("distances", distances, spec.has_distances),
+        ):
+            if (given is not None) != wanted:
+                state = "given" if given is not None else "missing"
+                raise ValueError(f"{name} {state}, but the layout's spec has has_{name}={wanted}")
+        if edges is not None and edges.shape != labels.shape:
+            raise ValueError(f"edges {list(edges.shape)} and labels {list(labels.shape)} differ in shape")
+        self.spec = spec
+        self.labels = labels
+        self.edges = edges
+        self.distances = distances
+        self._dense: Tensor | None = None
+        self._one_hot: dict[torch.dtype, Tensor] = {}
+        self._resized: dict[tuple[int, int], SemanticLayout] = {}
+
+    @classmethod
+    def from_dense(cls, spec: LayoutSpec, semantics: Tensor) -> SemanticLayout:
+        """A layout whose one-hot view is ``semantics`` itself: float [N, num_channels, H, W].
+
+        For inputs that are not one-hot (soft labels, a gradient with respect to the semantics). Ids are the argmax.
+        """
+        if semantics.shape[1] != spec.num_channels:
+            raise ValueError(f"semantics has {semantics.shape[1]} channels, the spec {spec.num_channels}")
+        labels = semantics[:, : spec.num_label_channels].argmax(1).to(torch.int16)
+        layout = cls(spec, labels, semantics[:, -1].detach() if spec.has_edges else None)
+        layout._dense = semantics
+        return layout
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    @property
+    def height(self) -> int:
+        return self.labels.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.labels.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
+
+    def resized(self, height: int, width: int) -> SemanticLayout:
+        """The layout at another resolution: nearest, by torch's floor rule (as one-hots would be resized)."""
+        if (height, width) == (self.height, self.width):
+            return self
+        if (height, width) not in self._resized:
+            self._resized[height, width] = self._resize(height, width)
+        return self._resized[height, width]
+
+    def _resize(self, height: int, width: int) -> SemanticLayout:
+        def nearest(maps: Tensor) -> Tensor:
+            # interpolate knows uint8 and floats; indexing by its own rule, floor(i * in / out), knows every dtype.
+            rows = nearest_indices(self.height, height, maps.device)
+            columns = nearest_indices(self.width, width, maps.device)
+            return maps.index_select(-2, rows).index_select(-1, columns)
+
+        layout = SemanticLayout(
+            self.spec,
+            nearest(self.labels),
+            None if self.edges is None else nearest(self.edges),
+            None if self.distances is None else nearest(self.distances),
+        )
+        if self._dense is not None:
+            layout._dense = nearest(self._dense)
+        return layout
+
+    def one_hot(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Dense view [N, num_channels, H, W] of 0/1 (edges as given): classes, don't-care, edges."""
+        if self._dense is not None:
+            return self._dense.to(dtype)
+        if dtype not in self._one_hot:
+            spec = self.spec
+            # One channel more than needed, cut off below, takes don't-care pixels that have no channel.
+            shape = (len(self), spec.num_classes + 1, self.height, self.width)
+            dense = torch.zeros(shape, dtype=dtype, device=self.device)
+            dense.scatter_(1, self.labels.long().unsqueeze(1), 1)
+            dense = dense[:, : spec.num_label_channels]
+            if self.edges is not None:
+                dense = torch.cat([dense, self.edges.to(dtype).unsqueeze(1)], 1)
+            self._one_hot[dtype] = dense
+        return self._one_hot[dtype]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SemanticLayout:
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> SemanticLayout:
+        return self._map(lambda t: t.pin_memory())
+
+    def __getitem__(self, index: slice) -> SemanticLayout:
+        return self._map(lambda t: t[index])
+
+    def _map(self, function) -> SemanticLayout:
+        layout = SemanticLayout(
+            self.spec,
+            function(self.labels),
+            None if self.edges is None else function(self.edges),
+            None if self.distances is None else function(self.distances),
+        )
+        if self._dense is not None:
+            layout._dense = function(self._dense)
+        return layout
+
+    @staticmethod
+    def cat(layouts: Sequence[SemanticLayout]) -> SemanticLayout:
+        """Layouts of one spec and size, one after the other along the batch."""
+        first = layouts[0]
+
+        def join(parts: list[Tensor | None]) -> Tensor | None:
+            return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
+
+        labels = join([layout.labels for layout in layouts])
+        assert labels is not None
+        return SemanticLayout(
+            first.spec, labels, join([x.edges for x in layouts]), join([x.distances for x in layouts])
+        )
+
+
+def nearest_indices(size: int, new_size: int, device: torch.device | None = None) -> Tensor:
+    """Source index of each of ``new_size`` places under torch's ``nearest`` rule: int64 [new_size]."""
+    source = torch.arange(size, dtype=torch.float32, device=device).view(1, 1, size)
+    return F.interpolate(source, size=new_size, mode="nearest").view(new_size).long()

@@ -1,0 +1,160 @@
+"""Losses: functions of tensors, and the registered terms that YAML weighs.
+
+A term of the generator's objective is a module called with ``GeneratorOutputs``; ``gan`` also gives the
+discriminator's loss. Users register their own in ``LOSSES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imaginaire_spade.models.discriminator import Scores
+from imaginaire_spade.models.features import VGG19Features
+from imaginaire_spade.registry import LOSSES
+
+GANMode = Literal["hinge", "least_square", "non_saturated", "wasserstein"]
+
+
+@dataclass(frozen=True)
+class GeneratorOutputs:
+    """What a term of the generator's objective may look at."""
+
+    fake: Tensor
+    """float32 [N, 3, H, W] in [-1, 1], with gradient."""
+    real: Tensor
+    """Like fake, without gradient."""
+    fake_scores: list[Scores]
+    real_scores: list[Scores]
+    mu: Tensor | None = None
+    """[N, style_dims], where there is an encoder."""
+    logvar: Tensor | None = None
+
+
+def _mean_over_scales(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values)).mean()
+
+
+def generator_gan_loss(fake: Sequence[Tensor], mode: GANMode) -> Tensor:
+    """Generator's adversarial loss: mean over positions and batch, then over scales. fake: logits per scale."""
+    if mode == "least_square":
+        return _mean_over_scales([F.mse_loss(x, torch.ones_like(x)) for x in fake])
+    if mode == "non_saturated":
+        return _mean_over_scales([F.softplus(-x).mean() for x in fake])
+    return _mean_over_scales([-x.mean() for x in fake])  # hinge (Lim and Ye 2017), wasserstein
+
+
+def discriminator_gan_loss(fake: Sequence[Tensor], real: Sequence[Tensor], mode: GANMode) -> tuple[Tensor, Tensor]:
+    """Discriminator's adversarial losses (of fake, of real) whose sum it minimises. Logits per scale.
+
+    hinge: Lim and Ye 2017; least_square: Mao et al. 2017, without the factor 1/2; non_saturated: Goodfellow et al. 2014;
+    wasserstein: Arjovsky et al. 2017, without any constraint.
+    """
+    if mode == "hinge":
+        fakes, reals = [F.relu(1 + x).mean() for x in fake], [F.relu(1 - x).mean() for x in real]
+    elif mode == "least_square":
+        fakes = [x.square().mean() for x in fake]
+        reals = [F.mse_loss(x, torch.ones_like(x)) for x in real]
+    elif mode == "non_saturated":
+        fakes, reals = [F.softplus(x).mean() for x in fake], [F.softplus(-x).mean() for x in real]
+    else:
+        fakes, reals = [x.mean() for x in fake], [-x.mean() for x in real]
+    return _mean_over_scales(fakes), _mean_over_scales(reals)
+
+
+def feature_matching_loss(fake: Sequence[Scores], real: Sequence[Scores]) -> Tensor:
+    """Mean absolute difference of D's features, summed over layers, averaged over scales (Wang et al. 2018, eq. 4,
+    without the division by the number of layers, as SPADE's published weights assume). Real features are constants.
+    """
+    total = torch.stack(
+        [F.l1_loss(f.float(), r.detach().float()) for a, b in zip(fake, real, strict=True)
+         for f, r in zip(a.features, b.features, strict=True)]
+    ).sum()  # fmt: skip
+    return total / len(fake)
+
+
+def kl_loss(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL divergence of N(mu, exp(logvar)) from N(0, 1), summed over style dimensions and batch: [N, D] -> scalar."""
+    return -0.5 * torch.sum(1 + logvar - mu.square() - logvar.exp())
+
+
+@LOSSES.register("gan")
+class GANLoss(nn.Module):
+    """Adversarial loss; also states the discriminator's."""
+
+    def __init__(self, *, mode: GANMode = "hinge") -> None:
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, outputs: GeneratorOutputs) -> Tensor:
+        return generator_gan_loss([s.logits for s in outputs.fake_scores], self.mode)
+
+    def discriminator(self, fake: list[Scores], real: list[Scores]) -> dict[str, Tensor]:
+        of_fake, of_real = discriminator_gan_loss([s.logits for s in fake], [s.logits for s in real], self.mode)
+        return {"d_fake": of_fake, "d_real": of_real}
+
+
+@LOSSES.register("feature_matching")
+class FeatureMatchingLoss(nn.Module):
+    """Distance of the discriminator's features (SPADE: weight 10)."""
+
+    def forward(self, outputs: GeneratorOutputs) -> Tensor:
+        return feature_matching_loss(outputs.fake_scores, outputs.real_scores)
+
+
+@LOSSES.register("perceptual")
+class PerceptualLoss(nn.Module):
+    """Distance of VGG19 activations (Johnson et al. 2016; SPADE: weight 10, layer weights as pix2pixHD).
+
+    Args:
+        layers: names of activations.
+        layer_weights: one weight per layer.
+        weights_path: file of VGG19 weights; null: torch's model cache.
+        imagenet_statistics: whether the pictures are normalised as VGG was trained.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: tuple[str, ...] = ("relu_1_1", "relu_2_1", "relu_3_1", "relu_4_1", "relu_5_1"),
+        layer_weights: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0),
+        weights_path: str | None = None,
+        imagenet_statistics: bool = True,
+    ) -> None:
+        super().__init__()
+        if len(layers) != len(layer_weights):
+            raise ValueError(f"perceptual: {len(layers)} layers, but {len(layer_weights)} layer_weights")
+        self.layer_weights = layer_weights
+        self.network = VGG19Features(layers, weights_path, imagenet_statistics)
+
+    def forward(self, outputs: GeneratorOutputs) -> Tensor:
+        with torch.no_grad():
+            real = self.network(outputs.real)
+        fake = self.network(outputs.fake)
+        distances = [F.l1_loss(f.float(), r.float()) for f, r in zip(fake, real, strict=True)]
+        return torch.stack([w * d for w, d in zip(self.layer_weights, distances, strict=True)]).sum()
+
+
+@LOSSES.register("kl")
+class KLLoss(nn.Module):
+    """KL divergence of the encoder's style codes, mean over the batch.
+
+    SPADE sums over the batch of each GPU instead: its weight 0.05 with 4 pictures per GPU is 0.2 here.
+    """
+
+    def forward(self, outputs: GeneratorOutputs) -> Tensor:
+        assert outputs.mu is not None and outputs.logvar is not None, "build.py refuses kl without an encoder"
+        return kl_loss(outputs.mu, outputs.logvar) / len(outputs.mu)
+
+
+@LOSSES.register("l1")
+class L1Loss(nn.Module):
+    """Mean absolute difference of pictures (Isola et al. 2017): quick colours for small runs, blurry ones alone."""
+
+    def forward(self, outputs: GeneratorOutputs) -> Tensor:
+        return F.l1_loss(outputs.fake, outputs.real)

@@ -1,0 +1,97 @@
+"""Normalisation layers, conditional on a layout or not. Each conditional one has the signature ``norm(x, layout)``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imaginaire_spade.distributed import sum_over_processes
+from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.registry import NORMS
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation whose training statistics can span all processes, on any device and backend.
+
+    Statistics are float32 and flow through autograd, so K processes with batch B/K equal one process with batch B.
+    ``torch.nn.SyncBatchNorm`` refuses CPU tensors; state dicts are the same as ``torch.nn.BatchNorm2d``'s.
+    """
+
+    synchronized = False
+    """Set from outside (``synchronize_batch_norm``) once there is a process group."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.synchronized):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.float()
+            count = wide.new_tensor([wide.numel() // wide.shape[1]])
+            sums = sum_over_processes(torch.cat([wide.sum((0, 2, 3)), count]))
+            total = sums[-1].detach()
+            mean = sums[:-1] / total
+            centred = wide - mean[:, None, None]
+            variance = sum_over_processes(centred.square().sum((0, 2, 3))) / total
+            self._track(mean.detach(), variance.detach(), total)
+            scale = torch.rsqrt(variance + self.eps)
+            if self.affine:
+                scale = scale * self.weight
+            y = centred * scale[:, None, None]
+            return (y if not self.affine else y + self.bias[:, None, None]).to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Update the running statistics (with the unbiased variance), as torch does."""
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance * (count / (count - 1)), momentum)
+
+
+def synchronize_batch_norm(network: nn.Module) -> None:
+    """Make every batch norm of ``network`` take its statistics over all processes."""
+    for module in network.modules():
+        if isinstance(module, BatchNorm2d):
+            module.synchronized = True
+
+
+@NORMS.register("spade")
+class SPADE(nn.Module):
+    """Spatially-adaptive denormalisation (Park et al. 2019, eq. 1): normalize(x) * (1 + gamma) + beta.
+
+    gamma and beta are convolutions of the label map at x's resolution.
+
+    Args:
+        channels: of x.
+        spec: what the layouts hold.
+        normalization: parameter-free ``batch`` or ``instance`` norm of x.
+        hidden_channels: width between the two convolutions.
+        kernel_size: of both convolutions, odd.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        spec: LayoutSpec,
+        *,
+        normalization: Literal["batch", "instance"] = "batch",
+        hidden_channels: int = 128,
+        kernel_size: int = 3,
+    ) -> None:
+        super().__init__()
+        padding = kernel_size // 2
+        self.normalize = (
+            BatchNorm2d(channels, affine=False) if normalization == "batch" else nn.InstanceNorm2d(channels)
+        )
+        self.shared = nn.Conv2d(spec.num_channels, hidden_channels, kernel_size, padding=padding)
+        self.gamma = nn.Conv2d(hidden_channels, channels, kernel_size, padding=padding)
+        self.beta = nn.Conv2d(hidden_channels, channels, kernel_size, padding=padding)
+
+    def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
+        """x [N, channels, H, W], layout of any resolution -> [N, channels, H, W]."""
+        height, width = x.shape[-2:]
+        hidden = F.relu(self.shared(layout.resized(height, width).one_hot(self.shared.weight.dtype)))
+        return self.normalize(x) * (1 + self.gamma(hidden)) + self.beta(hidden)

@@ -1,0 +1,26 @@
+"""Random numbers that belong to a sample, not to a process.
+
+Every draw is a function of (seed, sample): the same numbers for any batch size, order, number of workers or of
+processes, and after a restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def generator_for(seed: int, sample: int | str, purpose: str) -> np.random.Generator:
+    """The random generator of one sample (its position in the run, or its key) for one purpose."""
+    name = f"{seed}/{purpose}/{type(sample).__name__}/{sample}".encode()
+    return np.random.default_rng(np.frombuffer(hashlib.sha256(name).digest(), np.uint32))
+
+
+def style_noise(seed: int, samples: Sequence[int | str], dims: int) -> Tensor:
+    """Standard normal style codes: float32 [len(samples), dims], on the CPU."""
+    rows = [generator_for(seed, s, "style").standard_normal(dims, dtype=np.float32) for s in samples]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, dims)

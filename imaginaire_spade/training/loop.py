@@ -1,0 +1,280 @@
+"""The training loop: it owns the calendar (what is due when); ``step.py`` owns the maths."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from imaginaire_spade import distributed
+from imaginaire_spade.build import build_losses, build_train_dataset, build_val_dataset
+from imaginaire_spade.compatibility import explain_mismatch
+from imaginaire_spade.config import RunConfig, dump_yaml, parse_config
+from imaginaire_spade.data.dataset import Batch, LabelMapDataset
+from imaginaire_spade.data.loader import Prefetcher, default_num_workers, sequential_batches, training_loader
+from imaginaire_spade.distributed import ProcessInfo
+from imaginaire_spade.errors import CheckpointError, UserError
+from imaginaire_spade.layout import SemanticLayout
+from imaginaire_spade.models.norms import synchronize_batch_norm
+from imaginaire_spade.noise import style_noise
+from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest, save_checkpoint
+from imaginaire_spade.training.meters import LossMeter, RunLog, non_finite, peak_memory_gib
+from imaginaire_spade.training.model_average import reestimate_batch_norm
+from imaginaire_spade.training.preview import preview_batch, preview_sheet
+from imaginaire_spade.training.schedule import Calendar, learning_rate_factor
+from imaginaire_spade.training.state import TrainState, new_train_state
+from imaginaire_spade.training.step import Networks, StepSettings, train_step
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss became NaN or infinite."""
+
+
+@dataclass
+class Run:
+    """The parts of a run, made by ``prepare``; the loop only calls them."""
+
+    config: RunConfig
+    info: ProcessInfo
+    device: torch.device
+    dataset: LabelMapDataset
+    val_dataset: LabelMapDataset
+    state: TrainState
+    networks: Networks
+    settings: StepSettings
+    calendar: Calendar
+    seed: int
+
+    @property
+    def process_batch(self) -> int:
+        return self.config.data.train.batch_size
+
+    def batches(self, num_workers: int | None = None) -> Prefetcher:
+        """This process's batches from the present position on, on the device."""
+        workers = self.config.data.num_workers if num_workers is None else num_workers
+        loader = training_loader(
+            self.dataset,
+            self.process_batch,
+            seed=self.seed,
+            images_seen=self.state.images_seen,
+            rank=self.info.rank,
+            world_size=self.info.world_size,
+            num_workers=default_num_workers(self.info.local_world_size) if workers is None else workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        return Prefetcher(loader, self.device)
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One iteration: set the learning rates, update, count."""
+        progress = self.calendar.progress(self.state.images_seen)
+        for optimizer, section in (
+            (self.state.gen_optimizer, self.config.gen_opt),
+            (self.state.dis_optimizer, self.config.dis_opt),
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = section.lr * learning_rate_factor(section.lr_policy, progress)
+        average = self.config.trainer.model_average
+        warm = average is not None and self.calendar.iteration(self.state.images_seen) >= average.start_iteration
+        beta = average.beta if average is not None and warm else 0.0
+        losses = train_step(self.state, self.networks, batch, self.settings, beta)
+        self.state.images_seen += self.calendar.global_batch
+        return losses
+
+
+def prepare(config: RunConfig, info: ProcessInfo, device: torch.device, seed: int, stop_after: int | None) -> Run:
+    """Open the data and make everything a run consists of, at image 0. Call after joining the process group."""
+    dataset = build_train_dataset(config, seed)
+    val_dataset = build_val_dataset(config, seed) or dataset
+    state = new_train_state(config, device, seed)
+    if config.trainer.sync_batch_norm and info.world_size > 1:
+        synchronize_batch_norm(state.generator)
+        synchronize_batch_norm(state.discriminator)
+        if state.generator_ema is not None:
+            synchronize_batch_norm(state.generator_ema)
+    terms, weights = build_losses(config)
+    settings = StepSettings(
+        terms=terms.to(device),
+        weights=weights,
+        form=config.trainer.iteration,
+        autocast_dtype=AUTOCAST[config.trainer.precision],
+        accumulation=config.trainer.gradient_accumulation,
+        style_dims=state.generator.style_dims,
+        seed=seed,
+    )
+    networks = Networks(
+        distributed.wrap(state.generator, device),
+        distributed.wrap(state.discriminator, device),
+        None if state.encoder is None else distributed.wrap(state.encoder, device),
+    )
+    global_batch = config.data.train.batch_size * info.world_size
+    calendar = Calendar.of(config.trainer, global_batch, len(dataset), stop_after)
+    return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar, seed)
+
+
+def train(run: Run, logdir: Path, start_from: Path | None, on_iteration: Callable[[int], None] | None = None) -> None:
+    """Train to the end of the run, or to ``--max_iterations``; continue from the newest checkpoint of ``logdir``.
+
+    Args:
+        start_from: checkpoint to begin with where ``logdir`` has none yet.
+        on_iteration: called after each iteration with its number (the profiler's step).
+    """
+    resumed = resume(run, logdir, start_from)
+    trainer, state, calendar = run.config.trainer, run.state, run.calendar
+    if run.info.is_main:
+        _write_config(run.config, logdir)
+    log = RunLog(logdir, calendar, state.images_seen, enabled=run.info.is_main)
+    log.say(describe(run))
+    if resumed is not None:
+        log.say(f"continuing from {resumed}: iteration {calendar.iteration(state.images_seen)}")
+    if calendar.iteration(state.images_seen) >= calendar.stop_iteration:
+        log.say(
+            f"finished: iteration {calendar.iteration(state.images_seen)} of {calendar.stop_iteration}. To go on, raise"
+            " trainer.max_iterations (or max_epochs) in the config or --max_iterations on the command line"
+        )
+        log.close()
+        return
+    meter, ticked_at, waited_s = LossMeter(), state.images_seen, 0.0
+    preview = preview_batch(run.val_dataset, trainer.image_rows) if run.info.is_main else None
+    calibration = _calibration_layouts(run)
+    batches = run.batches()
+    while True:
+        iteration = calendar.iteration(state.images_seen)
+        done = iteration >= calendar.stop_iteration
+        if state.images_seen > ticked_at and (done or iteration % trainer.log_every == 0):
+            losses = meter.fetch()
+            log.tick(state.images_seen, losses, _rates(state), batches.wait_s - waited_s)
+            waited_s = batches.wait_s
+            if bad := non_finite(losses):
+                raise NonFiniteLoss(
+                    f"{', '.join(bad)} became NaN or infinite between iterations"
+                    f" {calendar.iteration(ticked_at) + 1} and {iteration}; the newest checkpoint is older and sound."
+                    " Lower the learning rates, or write trainer.precision: bf16 or fp32"
+                )
+            ticked_at = state.images_seen
+        due_picture = done or iteration % trainer.image_every == 0
+        due_checkpoint = state.images_seen > 0 and (done or iteration % trainer.checkpoint_every == 0)
+        if (due_picture or due_checkpoint) and state.generator_ema is not None and calibration:
+            reestimate_batch_norm(state.generator_ema, _calibration_inputs(run, calibration))
+        if due_picture and preview is not None:
+            sheet = preview_sheet(state, preview, run.config.data.labels, run.settings.style_dims, run.seed)
+            log.add_picture(state.images_seen, sheet)
+        if due_checkpoint and run.info.is_main:
+            path = save_checkpoint(logdir / "checkpoints", state, run.config, trainer.keep_last)
+            log.say(f"saved {path}")
+        if done:
+            break
+        meter.add(run.step(next(batches)))
+        log.advance()
+        if on_iteration is not None:
+            on_iteration(iteration + 1)
+    log.close()
+    distributed.barrier()  # nobody leaves the group while rank 0 still writes
+
+
+def resume(run: Run, logdir: Path, start_from: Path | None) -> Path | None:
+    """Load the newest sound checkpoint of the log dir, else ``start_from``. The file, or None for a fresh start.
+
+    Raises:
+        CheckpointError: it belongs to another architecture or label table; said in words.
+    """
+    newest = load_newest(logdir / "checkpoints")
+    # Rank 0 decides, so that no two processes continue from different files.
+    chosen = distributed.broadcast_object(newest[0] if newest else start_from)
+    if chosen is None:
+        return None
+    content = newest[1] if newest is not None and newest[0] == chosen else load_checkpoint(chosen)
+    differences = explain_mismatch(parse_config(content["config"], source=str(chosen)), run.config)
+    if differences:
+        raise CheckpointError(
+            f"{chosen} does not fit this config: {'; '.join(differences)}. Use the config it was trained with, or"
+            " another --logdir for a new run"
+        )
+    run.state.load_state_dict(content, str(chosen))
+    return chosen
+
+
+def dry_run(run: Run) -> str:
+    """Run one measured iteration and say what a run would be. Nothing is written."""
+    batches = run.batches(num_workers=0)
+    batch = next(batches)
+    run.step(batch)  # warms caches and allocators up
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+    started_at = time.perf_counter()
+    run.step(batch)
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started_at
+    hours = seconds * run.calendar.total_iterations / 3600
+    return (
+        f"{describe(run)}\n"
+        f"one iteration: {seconds:.3f} s ({run.process_batch / seconds:.1f} images/s per process), peak memory"
+        f" {peak_memory_gib():.2f} GiB; the whole run about {hours:.1f} h at that rate\n"
+        "dry run: nothing was written"
+    )
+
+
+def describe(run: Run) -> str:
+    """Parameters, batch and schedule in a few lines."""
+    state, calendar, trainer = run.state, run.calendar, run.config.trainer
+
+    def millions(network: torch.nn.Module | None) -> str:
+        return "none" if network is None else f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
+
+    averaged = trainer.model_average
+    epochs = calendar.epoch(calendar.total_iterations * calendar.global_batch)
+    return (
+        f"parameters: generator {millions(state.generator)}, discriminator {millions(state.discriminator)}, encoder"
+        f" {millions(state.encoder)}\n"
+        f"data: {len(run.dataset)} training and {len(run.val_dataset)} preview samples;"
+        f" {len(run.settings.terms)} losses: {', '.join(f'{n} x {w:g}' for n, w in run.settings.weights.items())}\n"
+        f"batch: {run.process_batch} per process x {run.info.world_size} process(es) = {calendar.global_batch} globally,"
+        f" on {run.device.type}, {trainer.precision}\n"
+        f"schedule: {calendar.total_iterations} iterations = {epochs:.1f} epochs; learning rates G {run.config.gen_opt.lr:g} ({run.config.gen_opt.lr_policy.type}), D"
+        f" {run.config.dis_opt.lr:g}; model average {'off' if averaged is None else f'beta {averaged.beta:g}'}"
+    )
+
+
+def _rates(state: TrainState) -> dict[str, float]:
+    rates = {
+        "lr/gen": float(state.gen_optimizer.param_groups[0]["lr"]),
+        "lr/dis": float(state.dis_optimizer.param_groups[0]["lr"]),
+    }
+    if state.gen_scaler.is_enabled():
+        rates |= {"scale/gen": state.gen_scaler.get_scale(), "scale/dis": state.dis_scaler.get_scale()}
+    return rates
+
+
+def _calibration_layouts(run: Run) -> list[Batch]:
+    """This process's share of the first training samples: layouts over which the average's statistics are estimated."""
+    average = run.config.trainer.model_average
+    if average is None or not average.batch_norm_images:
+        return []
+    whole = max(1, average.batch_norm_images // run.calendar.global_batch) * run.calendar.global_batch
+    mine = range(run.info.rank * run.process_batch, whole, run.calendar.global_batch)
+    indices = [(start + i) % len(run.dataset) for start in mine for i in range(run.process_batch)]
+    return list(sequential_batches(run.dataset, indices, run.process_batch))
+
+
+def _calibration_inputs(run: Run, batches: list[Batch]) -> Iterator[tuple[SemanticLayout, Tensor | None]]:
+    dims = run.settings.style_dims
+    for batch in batches:
+        z = style_noise(run.seed, list(batch.keys), dims).to(run.device) if dims else None
+        yield batch.layout.to(run.device), z
+
+
+def _write_config(config: RunConfig, logdir: Path) -> None:
+    temporary = logdir / f".config.yaml.{os.getpid()}.tmp"
+    try:
+        logdir.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(dump_yaml(config), encoding="utf-8")
+        temporary.replace(logdir / "config.yaml")
+    except OSError as error:
+        raise UserError(f"{logdir}: cannot be written to ({error}). Give another --logdir") from None

@@ -1,0 +1,168 @@
+"""What a run reports: numbers kept on the device until the log tick, then written once to every place people look."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from imaginaire_spade import pictures
+from imaginaire_spade.distributed import mean_over_processes
+from imaginaire_spade.training.schedule import Calendar
+
+
+class LossMeter:
+    """Sums of losses since the last tick, on the device; no synchronisation until ``fetch``."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        for name, value in losses.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._count += 1
+
+    def fetch(self) -> dict[str, float]:
+        """Mean of each loss over iterations and processes since the last call (a collective)."""
+        if not self._count:
+            return {}
+        names = sorted(self._sums)
+        means = mean_over_processes(torch.stack([self._sums[name].float() for name in names]) / self._count)
+        self._sums, self._count = {}, 0
+        return dict(zip(names, means.tolist(), strict=True))
+
+
+class RunLog:
+    """TensorBoard events, ``metrics.jsonl``, ``curves.png``, pictures and lines of text of one log dir.
+
+    On a terminal progress is a bar; in a log file it is one line per tick. On ranks other than 0 nothing is written.
+
+    Args:
+        images_seen: where the run starts: records beyond it (of a run that died later than its last checkpoint) are
+            dropped.
+    """
+
+    def __init__(self, logdir: Path, calendar: Calendar, images_seen: int, enabled: bool) -> None:
+        self.logdir, self.calendar, self.enabled = logdir, calendar, enabled
+        self._ticked_at = time.perf_counter()
+        self._ticked_images = images_seen
+        if not enabled:
+            return
+        self._metrics = logdir / "metrics.jsonl"
+        self._records = [r for r in _read_jsonl(self._metrics) if r["images_seen"] <= images_seen]
+        self._metrics.write_text("".join(json.dumps(r) + "\n" for r in self._records), encoding="utf-8")
+        self._writer = SummaryWriter(str(logdir), purge_step=calendar.iteration(images_seen) + 1)
+        terminal = sys.stderr.isatty()
+        done = calendar.iteration(images_seen)
+        self._bar = tqdm(
+            total=calendar.stop_iteration, initial=done, unit="it", disable=not terminal, dynamic_ncols=True
+        )
+
+    def say(self, text: str) -> None:
+        if self.enabled:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def tick(self, images_seen: int, losses: dict[str, float], rates: dict[str, float], wait_s: float) -> None:
+        """Write one record.
+
+        Args:
+            losses: mean losses since the last tick.
+            rates: learning rates and the like by name.
+            wait_s: seconds spent waiting for data since the last tick.
+        """
+        now = time.perf_counter()
+        elapsed, images = now - self._ticked_at, images_seen - self._ticked_images
+        self._ticked_at, self._ticked_images = now, images_seen
+        if not self.enabled or not images:
+            return
+        iteration = self.calendar.iteration(images_seen)
+        record: dict[str, Any] = {
+            "iteration": iteration,
+            "images_seen": images_seen,
+            "epoch": round(self.calendar.epoch(images_seen), 4),
+            **{f"loss/{name}": value for name, value in losses.items()},
+            **rates,
+            "speed/images_per_s": images / elapsed,
+            "speed/share_waiting_for_data": wait_s / elapsed,
+            "memory/peak_gib": peak_memory_gib(),
+        }
+        self._records.append(record)
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name not in ("iteration", "images_seen"):
+                self._writer.add_scalar(name, value, iteration)
+        self._writer.flush()
+        pictures.curves(self._records, self.logdir / "curves.png")
+        eta_s = (self.calendar.stop_iteration - iteration) * self.calendar.global_batch * elapsed / images
+        text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        if self._bar.disable:
+            print(
+                f"iteration {iteration}/{self.calendar.stop_iteration} (epoch {record['epoch']:.2f})"
+                f" {text} | {images / elapsed:.1f} images/s, {wait_s / elapsed:.0%} waiting for data,"
+                f" {_duration(eta_s)} left",
+                flush=True,
+            )
+        else:
+            self._bar.set_postfix_str(text)
+
+    def advance(self) -> None:
+        """One iteration is done."""
+        if self.enabled:
+            self._bar.update()
+
+    def add_picture(self, images_seen: int, picture: NDArray[np.uint8]) -> None:
+        """Keep a preview sheet, uint8 RGB [H, W, 3], in TensorBoard and under ``images/``."""
+        if self.enabled:
+            iteration = self.calendar.iteration(images_seen)
+            self._writer.add_image("preview", picture, iteration, dataformats="HWC")
+            pictures.write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", picture)
+
+    def close(self) -> None:
+        if self.enabled:
+            self._bar.close()
+            self._writer.close()
+
+
+def non_finite(losses: dict[str, float]) -> list[str]:
+    """Names of the losses that are NaN or infinite."""
+    return [name for name, value in losses.items() if not math.isfinite(value)]
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process since its start: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:  # the last line of a run that was killed while writing it
+            continue
+    return records
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -1,0 +1,45 @@
+"""The calendar of a run: how long it is and what the learning rate is, as functions of ``images_seen``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from imaginaire_spade.config import LearningRatePolicy, TrainerConfig
+
+
+@dataclass(frozen=True)
+class Calendar:
+    """Length of a run and the times at which something is due. Times are iterations; progress is images."""
+
+    global_batch: int
+    dataset_size: int
+    total_iterations: int
+    stop_iteration: int
+    """Where this start ends (``--max_iterations``); the schedule stays that of the whole run."""
+
+    @classmethod
+    def of(cls, trainer: TrainerConfig, global_batch: int, dataset_size: int, stop_after: int | None) -> Calendar:
+        if trainer.max_iterations is not None:
+            total = trainer.max_iterations
+        else:
+            assert trainer.max_epochs is not None, "checked by TrainerConfig"
+            total = math.ceil(trainer.max_epochs * dataset_size / global_batch)
+        return cls(global_batch, dataset_size, total, min(total, total if stop_after is None else stop_after))
+
+    def iteration(self, images_seen: int) -> int:
+        return images_seen // self.global_batch
+
+    def epoch(self, images_seen: int) -> float:
+        return images_seen / self.dataset_size
+
+    def progress(self, images_seen: int) -> float:
+        """Share of the whole run that is done, 0 .. 1."""
+        return min(1.0, images_seen / (self.total_iterations * self.global_batch))
+
+
+def learning_rate_factor(policy: LearningRatePolicy, progress: float) -> float:
+    """Factor on the learning rate: 1, and under ``linear`` falling to 0 from ``decay_start`` to the end of the run."""
+    if policy.type == "constant" or progress <= policy.decay_start:
+        return 1.0
+    return (1.0 - progress) / (1.0 - policy.decay_start)

@@ -1,0 +1,87 @@
+"""TrainState: everything that a training run would lose if it stopped now. Its fields are the checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from imaginaire_spade.build import build_discriminator, build_encoder, build_generator, build_optimizer
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.models.generator import Generator
+
+
+@dataclass
+class TrainState:
+    """Raw modules (never wrapped), optimizers, scalers and the one integer of progress."""
+
+    generator: Generator
+    discriminator: nn.Module
+    encoder: nn.Module | None
+    generator_ema: Generator | None
+    """Moving average of the generator; always in evaluation mode, without gradients."""
+    gen_optimizer: torch.optim.Optimizer
+    dis_optimizer: torch.optim.Optimizer
+    gen_scaler: torch.amp.GradScaler
+    dis_scaler: torch.amp.GradScaler
+    images_seen: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Field -> its state (tensors and plain types only)."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: value if value is None or isinstance(value, int) else value.state_dict()
+            for name, value in values.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], where: str) -> None:
+        """Load every field. Raises CheckpointError where a field is missing, new, or does not fit."""
+        names = {field.name for field in fields(self)}
+        if missing := names - set(state):
+            raise CheckpointError(f"{where}: not a training checkpoint, it lacks {', '.join(sorted(missing))}")
+        for field in fields(self):
+            own, stored = getattr(self, field.name), state[field.name]
+            if isinstance(own, int):
+                setattr(self, field.name, stored)
+            elif (own is None) != (stored is None):
+                has, lacks = ("this config", where) if stored is None else (where, "this config")
+                raise CheckpointError(f"{has} has {field.name}, {lacks} has none")
+            elif own is not None:
+                try:
+                    own.load_state_dict(stored)
+                except (RuntimeError, ValueError, KeyError) as error:
+                    raise CheckpointError(f"{where}: {field.name} does not fit this config: {error}") from None
+
+
+def new_train_state(config: RunConfig, device: torch.device, seed: int) -> TrainState:
+    """A run's state at image 0: the same on every process for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        generator = build_generator(config)
+        discriminator = build_discriminator(config)
+        encoder = build_encoder(config)
+    layout = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
+    networks = [network for network in (generator, discriminator, encoder) if network is not None]
+    for network in networks:
+        network.to(device, memory_format=layout)  # type: ignore[call-overload]
+        network.train()
+    average = None
+    if config.trainer.model_average is not None:
+        average = copy.deepcopy(generator).eval().requires_grad_(False)
+    generator_parameters = [p for network in (generator, encoder) if network is not None for p in network.parameters()]
+    scaled = config.trainer.precision == "fp16"
+    return TrainState(
+        generator=generator,
+        discriminator=discriminator,
+        encoder=encoder,
+        generator_ema=average,
+        gen_optimizer=build_optimizer(generator_parameters, config.gen_opt, device),
+        dis_optimizer=build_optimizer(discriminator.parameters(), config.dis_opt, device),
+        gen_scaler=torch.amp.GradScaler(device.type, enabled=scaled),
+        dis_scaler=torch.amp.GradScaler(device.type, enabled=scaled),
+    )

@@ -1,0 +1,172 @@
+"""One training iteration: one update of the discriminator and one of the generator."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from imaginaire_spade.data.dataset import Batch, normalise
+from imaginaire_spade.losses import GANLoss, GeneratorOutputs
+from imaginaire_spade.models.discriminator import split_scores
+from imaginaire_spade.models.encoder import sample_style
+from imaginaire_spade.noise import style_noise
+from imaginaire_spade.training.model_average import update_average
+from imaginaire_spade.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What an iteration needs to know beside the state."""
+
+    terms: nn.ModuleDict
+    """Terms of the generator's objective; ``gan`` states the discriminator's too."""
+    weights: dict[str, float]
+    form: str
+    """``shared`` or ``reference``, see TrainerConfig.iteration."""
+    autocast_dtype: torch.dtype | None
+    accumulation: int
+    style_dims: int
+    seed: int
+
+    @property
+    def gan(self) -> GANLoss:
+        gan = self.terms["gan"]
+        assert isinstance(gan, GANLoss)
+        return gan
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks as they are called in training: wrapped for their process group, where there is one."""
+
+    generator: nn.Module
+    discriminator: nn.Module
+    encoder: nn.Module | None
+
+
+@dataclass(frozen=True)
+class Generated:
+    fake: Tensor
+    mu: Tensor | None
+    logvar: Tensor | None
+
+
+def train_step(
+    state: TrainState, networks: Networks, batch: Batch, settings: StepSettings, average_beta: float
+) -> dict[str, Tensor]:
+    """One update of D and of G on this process's batch (already on the device).
+
+    ``shared``: D first, on pictures whose graph then trains G against the updated D. ``reference``: G first, then D on
+    pictures that the updated G makes anew. With accumulation, ``shared`` makes the pictures once for each update, since
+    the graphs of all pieces would have to be kept.
+
+    Returns:
+        Unweighted losses by name, detached, on the device.
+    """
+    pieces = [(piece, _real(piece, state)) for piece in batch.split(settings.accumulation)]
+    losses: dict[str, Tensor] = {}
+    if settings.form == "reference":
+        _update_generator(state, networks, pieces, [None] * len(pieces), settings, losses)
+        _update_discriminator(state, networks, pieces, [None] * len(pieces), settings, losses)
+    else:
+        one = len(pieces) == 1
+        made = [_generate(networks, piece, real, settings) if one else None for piece, real in pieces]
+        _update_discriminator(state, networks, pieces, made, settings, losses)
+        _update_generator(state, networks, pieces, made, settings, losses)
+    if state.generator_ema is not None:
+        update_average(state.generator_ema, state.generator, average_beta)
+    return losses
+
+
+def _update_discriminator(
+    state: TrainState,
+    networks: Networks,
+    pieces: list[tuple[Batch, Tensor]],
+    made: list[Generated | None],
+    settings: StepSettings,
+    losses: dict[str, Tensor],
+) -> None:
+    state.discriminator.requires_grad_(True)
+    state.dis_optimizer.zero_grad(set_to_none=True)
+    for index, ((piece, real), generated) in enumerate(zip(pieces, made, strict=True)):
+        if generated is None:
+            with torch.no_grad():
+                generated = _generate(networks, piece, real, settings)
+        with _synced(networks.discriminator, index == len(pieces) - 1):
+            with _autocast(real.device, settings):
+                # Fake and real in one forward: one power iteration, and one DDP forward per backward.
+                scores = networks.discriminator(piece.layout, torch.cat([generated.fake.detach(), real]))
+                terms = settings.gan.discriminator(*split_scores(scores))
+            total = torch.stack(list(terms.values())).sum()
+            state.dis_scaler.scale(total / len(pieces)).backward()
+        _add(losses, terms | {"d_total": total}, len(pieces))
+    state.dis_scaler.step(state.dis_optimizer)
+    state.dis_scaler.update()
+
+
+def _update_generator(
+    state: TrainState,
+    networks: Networks,
+    pieces: list[tuple[Batch, Tensor]],
+    made: list[Generated | None],
+    settings: StepSettings,
+    losses: dict[str, Tensor],
+) -> None:
+    state.discriminator.requires_grad_(False)
+    state.gen_optimizer.zero_grad(set_to_none=True)
+    for index, ((piece, real), generated) in enumerate(zip(pieces, made, strict=True)):
+        last = index == len(pieces) - 1
+        with _synced(networks.generator, last), _synced(networks.encoder, last):
+            if generated is None:
+                generated = _generate(networks, piece, real, settings)
+            with _autocast(real.device, settings):
+                # D has no gradients here, so the raw module serves: its wrapper would wait for some.
+                scores = state.discriminator(piece.layout, torch.cat([generated.fake, real]))
+                fake_scores, real_scores = split_scores(scores)
+                outputs = GeneratorOutputs(
+                    generated.fake, real, fake_scores, real_scores, generated.mu, generated.logvar
+                )
+                terms = {name: term(outputs) for name, term in settings.terms.items()}
+            total = torch.stack([settings.weights[name] * term for name, term in terms.items()]).sum()
+            state.gen_scaler.scale(total / len(pieces)).backward()
+        _add(losses, terms | {"g_total": total}, len(pieces))
+    state.gen_scaler.step(state.gen_optimizer)
+    state.gen_scaler.update()
+
+
+def _generate(networks: Networks, piece: Batch, real: Tensor, settings: StepSettings) -> Generated:
+    with _autocast(real.device, settings):
+        z = mu = logvar = None
+        if settings.style_dims:
+            z = style_noise(settings.seed, piece.draws, settings.style_dims).to(real.device)
+        if networks.encoder is not None:
+            assert z is not None
+            mu, logvar = networks.encoder(real)
+            z = sample_style(mu, logvar, z)
+        return Generated(networks.generator(piece.layout, z), mu, logvar)
+
+
+def _real(piece: Batch, state: TrainState) -> Tensor:
+    assert piece.images is not None
+    return normalise(piece.images)
+
+
+def _autocast(device: torch.device, settings: StepSettings) -> torch.autocast:
+    enabled = settings.autocast_dtype is not None
+    return torch.autocast(device.type, dtype=settings.autocast_dtype, enabled=enabled)
+
+
+def _synced(network: nn.Module | None, last: bool) -> AbstractContextManager[None]:
+    """Gradients travel between processes with the last piece only."""
+    if isinstance(network, nn.parallel.DistributedDataParallel) and not last:
+        return network.no_sync()
+    return nullcontext()
+
+
+def _add(losses: dict[str, Tensor], terms: dict[str, Tensor], pieces: int) -> None:
+    for name, term in terms.items():
+        value = term.detach() / pieces
+        losses[name] = losses[name] + value if name in losses else value

@@ -1,0 +1,64 @@
+"""Label map, real picture and generated picture side by side, for a folder of generated pictures."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cv2
+
+from imaginaire_spade import pictures
+from imaginaire_spade.build import import_modules
+from imaginaire_spade.config import load_config
+from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.decode import decode_image
+from imaginaire_spade.errors import DataError, run_command_line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="config with the label table")
+    parser.add_argument("--data_root", required=True, help="folder or LMDB with images and seg_maps")
+    parser.add_argument("--generated", required=True, type=Path, help="what inference.py wrote")
+    parser.add_argument("--output", required=True, type=Path, help="sheet, .jpg or .png")
+    parser.add_argument("--rows", type=int, default=12, help="samples on the sheet, spread over the data (default 12)")
+    parser.add_argument("--columns", type=int, default=2, help="samples side by side (default 2)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key (repeat)")
+    parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE")
+    arguments = parser.parse_args()
+    import_modules(arguments.modules)
+    config = load_config(arguments.config, arguments.set)
+    dataset = LabelMapDataset([arguments.data_root], config.data.labels)
+
+    made = [(index, found) for index, key in enumerate(dataset.keys) if (found := _picture(arguments.generated, key))]
+    if not made:
+        raise DataError(
+            f"{arguments.generated}: no picture of any of the {len(dataset)} samples of {arguments.data_root}. Give the"
+            " --output_dir that inference.py was run with on the same data"
+        )
+    wanted = min(len(made), arguments.rows * arguments.columns)
+    chosen = [made[round(i * (len(made) - 1) / max(1, wanted - 1))] for i in range(wanted)]
+    cells = []
+    for index, path in chosen:
+        sample = dataset[index]
+        assert sample.image is not None
+        real = sample.image.permute(1, 2, 0).numpy()
+        generated = decode_image(path.read_bytes(), str(path))
+        if generated.shape != real.shape:
+            generated = cv2.resize(generated, (real.shape[1], real.shape[0]), interpolation=cv2.INTER_AREA)
+        cells.append([config.data.labels.colourise(sample.labels.numpy()), real, generated])
+    columns = arguments.columns
+    rows = [sum(cells[start : start + columns], []) for start in range(0, len(cells) - len(cells) % columns, columns)]
+    sheet = pictures.contact_sheet(rows or cells, ["label map", "real", "generated"] * (columns if rows else 1))
+    pictures.write_image(arguments.output, sheet)
+    print(f"{len(chosen)} samples: {arguments.output}")
+
+
+def _picture(folder: Path, key: str) -> Path | None:
+    candidates = [folder / f"{key}.{extension}" for extension in ("png", "jpg")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+if __name__ == "__main__":
+    run_command_line(main)

@@ -1,0 +1,65 @@
+"""Train a generator from a config: ``torchrun --nproc_per_node=K train.py --config C.yaml --logdir DIR``.
+
+Starting the same command again continues from the newest checkpoint of the log dir.
+"""
+
+import argparse
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from imaginaire_spade import distributed
+from imaginaire_spade.build import check_run, import_modules
+from imaginaire_spade.config import load_config
+from imaginaire_spade.errors import UserError, run_command_line
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="C.yaml", help="configuration of the run")
+    parser.add_argument("--logdir", type=Path, help="where the run keeps everything (default: logs/NAME_OF_CONFIG)")
+    parser.add_argument("--checkpoint", type=Path, help="start from this checkpoint where the log dir has none yet")
+    parser.add_argument("--seed", type=int, help="overrides the config's seed")
+    parser.add_argument("--max_iterations", type=int, help="stop after this many iterations in all; the schedule stays")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--dry_run", action="store_true", help="check everything, measure one iteration, write nothing")
+    parser.add_argument("--profile", action="store_true", help="trace iterations 6 to 10 into DIR/profile, then stop")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key (repeat)")
+    parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
+                        help="import your module, which registers your components (repeat)")  # fmt: skip
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    # Everything a user can get wrong is checked before the process group exists: no rank waits for one that left.
+    import_modules(arguments.modules)
+    extra = {} if arguments.seed is None else {"seed": arguments.seed}
+    config = load_config(arguments.config, arguments.set, extra=extra)
+    info = distributed.process_info_from_environment()
+    device = distributed.choose_device(arguments.device, info)
+    check_run(config, info.world_size)
+    logdir = arguments.logdir or Path("logs") / Path(arguments.config).stem
+    if arguments.max_iterations is not None and arguments.max_iterations < 1:
+        raise UserError(f"--max_iterations {arguments.max_iterations}: must be at least 1")
+
+    from imaginaire_spade.training import loop, profile
+
+    distributed.init_process_group(info, device, config.trainer.process_group_timeout_s)
+    try:
+        run = loop.prepare(config, info, device, config.seed, arguments.max_iterations)
+        if arguments.dry_run:
+            text = loop.dry_run(run)
+            if info.is_main:
+                print(text)
+        elif arguments.profile:
+            profile.profile(run, logdir)
+        else:
+            loop.train(run, logdir, arguments.checkpoint)
+    finally:
+        distributed.leave_process_group()
+
+
+if __name__ == "__main__":
+    record(run_command_line)(main)
