@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from imaginaire_spade import distributed
-from imaginaire_spade.build import check_run, import_modules
+from imaginaire_spade.build import build_losses, check_run, import_modules
 from imaginaire_spade.config import load_config
 from imaginaire_spade.errors import UserError, run_command_line
 
@@ -40,6 +40,7 @@ def main() -> None:
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
     check_run(config, info.world_size)
+    objective = build_losses(config)  # finds out whether pretrained weights are there
     logdir = arguments.logdir or Path("logs") / Path(arguments.config).stem
     if arguments.max_iterations is not None and arguments.max_iterations < 1:
         raise UserError(f"--max_iterations {arguments.max_iterations}: must be at least 1")
@@ -48,7 +49,7 @@ def main() -> None:
 
     distributed.init_process_group(info, device, config.trainer.process_group_timeout_s)
     try:
-        run = loop.prepare(config, info, device, config.seed, arguments.max_iterations)
+        run = loop.prepare(config, objective, info, device, arguments.max_iterations)
         if arguments.dry_run:
             text = loop.dry_run(run)
             if info.is_main:

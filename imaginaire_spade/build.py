@@ -119,7 +119,7 @@ def build_val_dataset(config: RunConfig, seed: int) -> LabelMapDataset | None:
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
-    """Reject what would fail later. Raises ConfigError; costs no memory (networks are made without storage)."""
+    """Reject what would fail later. Raises ConfigError. The networks are made without storage."""
     trainer, train = config.trainer, config.data.train
     if train.batch_size % trainer.gradient_accumulation:
         raise ConfigError(
@@ -130,6 +130,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
     with torch.device("meta"):
         generator = build_generator(config)
         build_discriminator(config)
+        if config.encoder is not None and generator.style_dims:
+            build_encoder(config)
     multiple = generator.size_multiple
     if size[0] % multiple or size[1] % multiple:
         near = [max(multiple, round(length / multiple) * multiple) for length in size]
@@ -143,9 +145,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
             " need two: raise data.train.batch_size or the picture size"
         )
     style_dims = generator.style_dims
-    if config.encoder is not None:
-        _style_dims(config)
-    if config.losses.get("kl") is not None and config.losses["kl"].weight > 0 and config.encoder is None:
+    kl = config.losses.get("kl")
+    if kl is not None and kl.weight > 0 and config.encoder is None:
         raise ConfigError("losses.kl needs a style encoder: write encoder: {type: conv}, or losses.kl.weight: 0")
     if config.encoder is not None and not style_dims:
         raise ConfigError("encoder is given, but gen.style_dims is 0: write gen.style_dims: 256, or encoder: null")

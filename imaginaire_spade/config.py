@@ -10,6 +10,7 @@ everything else is replaced; a component whose ``type`` changes starts afresh.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -357,7 +358,7 @@ def _read_merged(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], O
     tree: dict[str, Any] = {}
     origins: Origins = {}
     for base in [bases] if isinstance(bases, str) else bases:
-        base_tree, base_origins = _read_merged(path.parent / base, (*chain, resolved))
+        base_tree, base_origins = _read_merged(Path(os.path.normpath(path.parent / base)), (*chain, resolved))
         tree = _merge(tree, base_tree)
         origins |= base_origins
     return _merge(tree, own), origins | own_origins
@@ -397,6 +398,8 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any, origin: str, origins:
         node[parent] = dict(child)
         node = node[parent]
     node[last] = value
+    for below in [key for key in origins if key.startswith(f"{dotted}.")]:
+        del origins[below]
     origins[dotted] = origin
 
 

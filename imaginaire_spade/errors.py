@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 EXIT_CODE = 2
@@ -36,13 +37,16 @@ class CheckpointError(UserError):
 def run_command_line(main: Callable[[], None]) -> None:
     """Run a command line's ``main``; print a user's mistake as one message, without a traceback, and exit.
 
-    Of several processes under one launcher only local rank 0 prints.
+    Of several processes under one launcher that meet the same mistake only local rank 0 prints: the others wait a
+    little, in which the launcher ends them. A process that met it alone prints in the end.
     """
     try:
         main()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("LOCAL_RANK", "0")
+        if rank != "0":
+            time.sleep(3)
+        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit(130)

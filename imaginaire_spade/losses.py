@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.models.discriminator import Scores
 from imaginaire_spade.models.features import VGG19Features
 from imaginaire_spade.registry import LOSSES
@@ -128,7 +129,9 @@ class PerceptualLoss(nn.Module):
     ) -> None:
         super().__init__()
         if len(layers) != len(layer_weights):
-            raise ValueError(f"perceptual: {len(layers)} layers, but {len(layer_weights)} layer_weights")
+            raise ConfigError(
+                f"losses.perceptual: {len(layers)} layers, but {len(layer_weights)} layer_weights; write one per layer"
+            )
         self.layer_weights = layer_weights
         self.network = VGG19Features(layers, weights_path, imagenet_statistics)
 

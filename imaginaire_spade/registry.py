@@ -70,6 +70,10 @@ class Registry:
             )
         return self._classes[name]
 
+    def name_of(self, cls: type) -> str:
+        """The name that ``cls`` is registered as."""
+        return next(name for name, registered in self._classes.items() if registered is cls)
+
     def parts(self, name: str) -> dict[str, Registry]:
         """The keyword-only parameters of ``name`` that are themselves components, with their registries."""
         return {
@@ -88,6 +92,8 @@ class Registry:
         for key, parameter in inspect.signature(cls).parameters.items():
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+                if key in parts and default is not ...:
+                    default = parts[key].name_of(default)
                 fields[key] = (Any if key in parts else hints[key], default)
         return create_model(f"{self.kind}.{name}", __config__=ConfigDict(extra="forbid", strict=True), **fields)
 

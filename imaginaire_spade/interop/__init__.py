@@ -53,20 +53,21 @@ def reference_names(source: str, network: nn.Module) -> dict[str, str]:
 
 def _load(network: nn.Module, state_dict: Mapping[str, Tensor], reference_key: Any) -> nn.Module:
     theirs = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    own = network.state_dict()
-    problems, loaded = [], {}
-    for key, value in own.items():
-        name = reference_key(network, key)
-        if name not in theirs:
-            problems.append(f"missing {name} {list(value.shape)}")
-        elif theirs[name].shape != value.shape:
-            problems.append(f"{name} is {list(theirs[name].shape)}, these hyper-parameters make it {list(value.shape)}")
-        else:
-            loaded[key] = theirs[name]
-    taken = {reference_key(network, key) for key in own}
-    problems += [f"left over {name} {list(theirs[name].shape)}" for name in theirs if name not in taken]
-    if problems:
-        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+    names = {key: reference_key(network, key) for key in network.state_dict()}
+    missing = [f"{name} {list(network.state_dict()[key].shape)}" for key, name in names.items() if name not in theirs]
+    left_over = [f"{name} {list(theirs[name].shape)}" for name in theirs if name not in names.values()]
+    reshaped = [
+        f"{names[key]} is {list(theirs[names[key]].shape)}, these hyper-parameters make it {list(value.shape)}"
+        for key, value in network.state_dict().items()
+        if names[key] in theirs and theirs[names[key]].shape != value.shape
+    ]
+    if missing or left_over or reshaped:
+        kinds = (("missing: ", missing), ("left over: ", left_over), ("", reshaped))
+        shown = "; ".join(kind + _first(found) for kind, found in kinds if found)
         raise CheckpointError(f"not the weights of a {type(network).__name__} of these hyper-parameters: {shown}")
-    network.load_state_dict(loaded)
+    network.load_state_dict({key: theirs[name] for key, name in names.items()})
     return network
+
+
+def _first(items: list[str], count: int = 5) -> str:
+    return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.models.layers import SpectralConv2d
 from imaginaire_spade.registry import ENCODERS
 
@@ -17,13 +18,14 @@ class ConvEncoder(nn.Module):
     Args:
         style_dims: length of the style code, the generator's.
         num_filters: width of the first layer; the last has 8 times as many.
-        image_size: pictures of any other size are resized to this square first (bilinear). A multiple of 64.
+        image_size: pictures of any other size are resized to this square first (bilinear). A multiple of 64,
+            128 or more: six x2 down-samplings, and an instance norm after the last.
     """
 
     def __init__(self, style_dims: int, *, num_filters: int = 64, image_size: int = 256) -> None:
         super().__init__()
-        if image_size % 64:
-            raise ValueError(f"encoder.image_size: {image_size} must be a multiple of 64 (six x2 down-samplings)")
+        if image_size % 64 or image_size < 128:
+            raise ConfigError(f"encoder.image_size: {image_size} must be 128 or more and a multiple of 64")
         self.image_size = image_size
         channels = [3, *(num_filters * width for width in (1, 2, 4, 8, 8, 8))]
         self.layers = nn.ModuleList(

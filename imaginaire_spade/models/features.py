@@ -40,7 +40,8 @@ class VGG19Features(nn.Module):
         if unknown := [name for name in layers if name not in VGG19_LAYERS]:
             raise ConfigError(f"perceptual layers {unknown} unknown; VGG19 has {', '.join(VGG19_LAYERS)}")
         self.indices = [VGG19_LAYERS[name] for name in layers]
-        self.network = torchvision.models.vgg19(weights=None).features[: max(self.indices) + 1]
+        with torch.device("meta"):
+            self.network = torchvision.models.vgg19(weights=None).features[: max(self.indices) + 1]
         self._load(vgg19_weights_file(weights_path))
         self.network.eval().requires_grad_(False)
         mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if imagenet_statistics else ([0.5] * 3, [0.5] * 3)
@@ -51,9 +52,11 @@ class VGG19Features(nn.Module):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             own = self.network.state_dict()
-            self.network.load_state_dict({key: state[f"features.{key}"] for key in own})
+            self.network.load_state_dict({key: state[f"features.{key}"] for key in own}, assign=True)
         except Exception as error:
-            raise ConfigError(f"{path}: not the weights of torchvision's vgg19 ({error}). Get them from {VGG19_URL}") from None
+            raise ConfigError(
+                f"{path}: not the weights of torchvision's vgg19 ({error}). Get them from {VGG19_URL}"
+            ) from None
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images float [N, 3, H, W] in [-1, 1] -> one [N, C, h, w] per layer, shallow to deep."""

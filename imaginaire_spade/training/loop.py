@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imaginaire_spade import distributed
-from imaginaire_spade.build import build_losses, build_train_dataset, build_val_dataset
+from imaginaire_spade.build import build_train_dataset, build_val_dataset
 from imaginaire_spade.compatibility import explain_mismatch
 from imaginaire_spade.config import RunConfig, dump_yaml, parse_config
 from imaginaire_spade.data.dataset import Batch, LabelMapDataset
@@ -50,7 +50,10 @@ class Run:
     networks: Networks
     settings: StepSettings
     calendar: Calendar
-    seed: int
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
 
     @property
     def process_batch(self) -> int:
@@ -88,8 +91,21 @@ class Run:
         return losses
 
 
-def prepare(config: RunConfig, info: ProcessInfo, device: torch.device, seed: int, stop_after: int | None) -> Run:
-    """Open the data and make everything a run consists of, at image 0. Call after joining the process group."""
+def prepare(
+    config: RunConfig,
+    objective: tuple[nn.ModuleDict, dict[str, float]],
+    info: ProcessInfo,
+    device: torch.device,
+    stop_after: int | None = None,
+) -> Run:
+    """Open the data and make everything a run consists of, at image 0. Call after joining the process group.
+
+    Args:
+        objective: terms and weights, as ``build_losses`` makes them.
+        stop_after: end this start after so many iterations in all (``--max_iterations``).
+    """
+    seed = config.seed
+    terms, weights = objective
     dataset = build_train_dataset(config, seed)
     val_dataset = build_val_dataset(config, seed) or dataset
     state = new_train_state(config, device, seed)
@@ -98,7 +114,6 @@ def prepare(config: RunConfig, info: ProcessInfo, device: torch.device, seed: in
         synchronize_batch_norm(state.discriminator)
         if state.generator_ema is not None:
             synchronize_batch_norm(state.generator_ema)
-    terms, weights = build_losses(config)
     settings = StepSettings(
         terms=terms.to(device),
         weights=weights,
@@ -115,7 +130,7 @@ def prepare(config: RunConfig, info: ProcessInfo, device: torch.device, seed: in
     )
     global_batch = config.data.train.batch_size * info.world_size
     calendar = Calendar.of(config.trainer, global_batch, len(dataset), stop_after)
-    return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar, seed)
+    return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar)
 
 
 def train(run: Run, logdir: Path, start_from: Path | None, on_iteration: Callable[[int], None] | None = None) -> None:

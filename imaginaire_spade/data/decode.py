@@ -1,0 +1,160 @@
+"""Bytes of an image file -> arrays, with the meaning of each data type kept exactly.
+
+Owns what a photo, a label map, an edge map and an instance map may look like as a file. A photo may be anything that
+OpenCV reads; a map must be lossless, and its integers come out as they stand in the file: palette pictures give their
+indices, 16-bit greys stay 16-bit, 1-, 2- and 4-bit greys give the raw sample values. Knows nothing of label tables.
+"""
+
+from __future__ import annotations
+
+import io
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from imaginaire_spade.errors import DataError
+
+# No thread pool of OpenCV's own: work is spread over processes. It must be switched off here, before it exists: a child
+# forked from a process with such a pool hangs for ever when it switches it off (or uses it).
+cv2.setNumThreads(0)
+
+MAX_PIXELS = 2**27
+"""Largest picture that is decoded (11,585 squared): a header may promise any size, memory may not."""
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_GREY, _PALETTE = 0, 3  # PNG colour types
+
+
+def image_size(data: bytes, where: str) -> tuple[int, int]:
+    """(height, width) from the header alone.
+
+    Raises:
+        DataError: no image, or more than ``MAX_PIXELS``.
+    """
+    if data.startswith(_PNG) and len(data) >= 26:
+        width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    else:
+        width, height = _open(data, where).size
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{where}: {width} x {height} pixels by its header; at most {MAX_PIXELS} are read")
+    if width < 1 or height < 1:
+        raise DataError(f"{where}: an image of {width} x {height} pixels")
+    return height, width
+
+
+def decode_image(data: bytes, where: str) -> NDArray[np.uint8]:
+    """A photo: uint8 [H, W, 3] RGB.
+
+    Pixels come as stored: an EXIF orientation is ignored, since label maps are drawn on the stored pixels. Grey,
+    palette, 16-bit and RGBA pictures become 8-bit RGB.
+
+    Raises:
+        DataError: empty, truncated, huge or unreadable.
+    """
+    image_size(data, where)
+    if data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        # Some decoders fill the missing rest with grey. No end marker follows the last start of a scan.
+        raise DataError(f"{where}: a JPEG that is cut off: copy or download it again")
+    try:
+        bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:
+        raise DataError(f"{where}: not readable as an image: {error}") from None
+    if bgr is None:
+        raise DataError(f"{where}: not readable as an image (damaged, or a format that OpenCV does not know)")
+    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB, dst=bgr), np.uint8)
+
+
+def decode_label(data: bytes, where: str) -> NDArray[np.generic]:
+    """A label map as stored: uint8 or uint16 [H, W], or uint8 [H, W, 3] RGB of a true-colour picture.
+
+    Raises:
+        DataError: unreadable, lossy, with alpha, or of values that are no 8- or 16-bit integers.
+    """
+    ids = _decode_map(data, where, "label map")
+    if ids.dtype == np.int32:
+        if ids.min() < 0 or ids.max() > 65535:
+            raise DataError(f"{where}: label values {ids.min()}..{ids.max()}; save the map with 8 or 16 bits")
+        return ids.astype(np.uint16)
+    return ids
+
+
+def decode_edges(data: bytes, where: str) -> NDArray[np.uint8]:
+    """An edge map: uint8 [H, W] of 0/1; whatever is not 0 in the file is an edge. Raises DataError."""
+    stored = _decode_map(data, where, "edge map")
+    edges = stored != 0
+    return (edges.any(2) if edges.ndim == 3 else edges).astype(np.uint8)
+
+
+def decode_instances(data: bytes, where: str) -> NDArray[np.int32]:
+    """An instance map: int32 [H, W]; true colour reads as R + 256 G + 65536 B (COCO panoptic). Raises DataError."""
+    ids = _decode_map(data, where, "instance map")
+    if ids.ndim == 3:
+        return ids.astype(np.int32) @ np.array([1, 1 << 8, 1 << 16], np.int32)
+    return ids.astype(np.int32)
+
+
+def _decode_map(data: bytes, where: str, what: str) -> NDArray[np.generic]:
+    """The stored integers: uint8, uint16 or int32 [H, W], or uint8 [H, W, 3] RGB."""
+    _refuse_lossy(data, where, what)
+    height, width = image_size(data, where)
+    if data.startswith(_PNG) and data[24] >= 8 and data[25] == _GREY:
+        # The usual case, several times faster than PIL. (OpenCV expands palettes and scales 1-bit maps: not for those.)
+        ids = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if ids is None:
+            raise DataError(f"{where}: not readable as an image (damaged)")
+        if ids.shape == (height, width):
+            return ids
+    return _decode_with_pil(data, where, what)
+
+
+def _decode_with_pil(data: bytes, where: str, what: str) -> NDArray[np.generic]:
+    image = _open(data, where)
+    png_bits, png_type = (data[24], data[25]) if data.startswith(_PNG) else (8, None)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        raise DataError(f"{where}: a {what} with an alpha channel: save it without (single-channel PNG of ids)")
+    readable = image.mode in ("1", "L", "P", "RGB", "I", "I;16", "I;16B", "I;16L")
+    if not readable or (png_bits == 16 and png_type != _GREY):
+        raise DataError(
+            f"{where}: a {what} of pixel format {image.mode}, {png_bits} bits per channel; save it as a single-channel"
+            " PNG of 8 or 16 bits"
+        )
+    try:
+        stored = np.asarray(image)
+    except (OSError, SyntaxError, ValueError) as error:  # PIL's words for damaged data
+        raise DataError(f"{where}: not readable as an image: {error}") from None
+    if image.mode == "1":
+        return stored.astype(np.uint8)
+    if image.mode == "L" and png_type == _GREY and png_bits < 8:
+        return stored // np.uint8(255 // (2**png_bits - 1))  # PIL scales 0..3 and 0..15 to 0..255
+    if image.mode.startswith("I;16"):
+        return stored.astype(np.uint16)
+    return stored
+
+
+def _open(data: bytes, where: str) -> Image.Image:
+    """PIL's lazy handle: only the header is read."""
+    if not data:
+        raise DataError(f"{where}: the file is empty (0 bytes)")
+    try:
+        return Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError:
+        raise DataError(f"{where}: more pixels by its header than the {MAX_PIXELS} that are read") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+        raise DataError(f"{where}: not readable as an image (damaged, or no image at all)") from None
+
+
+def _refuse_lossy(data: bytes, where: str, what: str) -> None:
+    lossy = None
+    if data.startswith(b"\xff\xd8"):
+        lossy = "JPEG"
+    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP" and b"VP8L" not in data[12:4096]:
+        lossy = "lossy WebP"
+    if lossy:
+        raise DataError(
+            f"{where}: a {what} stored as {lossy}, whose compression changes ids; save it as PNG from the original ids"
+            " (converting this file does not bring them back)"
+        )

@@ -1,0 +1,212 @@
+"""Raw folders: files of several data types, joined by name.
+
+Owns the layout ``ROOT/{images,seg_maps,edge_maps,inst_maps}/[SEQUENCE/...]NAME.ext``, the rule for keys, and what
+``Source`` means: keys in a fixed order, and bytes by key and data type. Decodes nothing.
+
+**Keys.** A sample's key is ``SEQUENCE/STEM``, where the sequence is the path of its sub-folder with forward slashes;
+files that lie directly in the folder have the key ``STEM``. (imaginaire calls their sequence ``.``; only inside its
+LMDBs is such a key spelled ``./STEM``.) Names are taken as they are: nothing is normalised.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from imaginaire_spade.data.decode import IMAGE_EXTENSIONS
+from imaginaire_spade.errors import DataError
+
+DATA_TYPES = ("images", "seg_maps", "edge_maps", "inst_maps")
+EDGE_FILES = {"file": "edge_maps", "instances": "inst_maps"}
+"""Edge mode (``data.edges``) -> the data type that it reads."""
+ROOT_SEQUENCE = "."
+LAYOUT = "ROOT/images/NAME.jpg and ROOT/seg_maps/NAME.png (edge_maps/, inst_maps/ likewise; sub-folders are sequences)"
+
+
+class Source(ABC):
+    """Where samples come from. Picklable; holds no open handle of another process."""
+
+    root: Path
+    keys: list[str]
+    """In the order of (sequence, stem)."""
+
+    @abstractmethod
+    def has(self, data_type: str) -> bool:
+        """Whether every key has this data type."""
+
+    @abstractmethod
+    def read(self, key: str, data_type: str) -> bytes:
+        """The file's bytes. Raises DataError where there is none."""
+
+    @abstractmethod
+    def where(self, key: str, data_type: str) -> str:
+        """What to call it in a message."""
+
+
+def make_key(sequence: str, stem: str, where: str) -> str:
+    """Sequence and stem -> key. Raises DataError for names that would lead out of an output folder."""
+    key = stem if sequence == ROOT_SEQUENCE else f"{sequence}/{stem}"
+    if any(part in ("", ".", "..") for part in key.split("/")) or "\\" in key or "\0" in key:
+        raise DataError(f"{where}: the name {key!r} is no plain relative path: rename the file or folder")
+    return key
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """Key -> (sequence, stem)."""
+    sequence, _, stem = key.rpartition("/")
+    return sequence or ROOT_SEQUENCE, stem
+
+
+class FolderSource(Source):
+    """Plain folders.
+
+    Args:
+        root: the folder that holds one sub-folder per data type.
+        data_types: what every sample must have.
+        optional: joined too where ``root`` has such a folder.
+        drop_unpaired: keep the samples that have all data types, instead of raising.
+        bare: ``root`` itself is the folder of the (then only) data type.
+    Raises:
+        DataError: a folder is missing or empty, files do not pair up, or one stem stands for two files.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        data_types: Sequence[str],
+        *,
+        optional: Sequence[str] = (),
+        drop_unpaired: bool = False,
+        bare: bool = False,
+    ) -> None:
+        self.root = root
+        assert not bare or len(data_types) == 1
+        wanted = [*data_types, *(t for t in optional if t not in data_types and (root / t).is_dir() and not bare)]
+        self._folders = {t: root if bare else root / t for t in wanted}
+        for data_type, folder in self._folders.items():
+            if not folder.is_dir():
+                raise DataError(f"{root}: no folder {data_type}/ there; expected {LAYOUT}")
+        self.skipped: list[Path] = []
+        """Files that are no images by their extension."""
+        self._extensions = {t: _scan(folder, self.skipped) for t, folder in self._folders.items()}
+        self.unpaired = _unpaired(self._extensions)
+        """Data type -> keys that other data types have and it lacks."""
+        if any(self.unpaired.values()) and not drop_unpaired:
+            raise DataError(_explain_unpaired(root, self.unpaired))
+        common = set.intersection(*(set(files) for files in self._extensions.values()))
+        if not common:
+            counts = ", ".join(f"{len(files)} in {self._folders[t]}" for t, files in self._extensions.items())
+            extensions = " ".join(IMAGE_EXTENSIONS)
+            raise DataError(f"{root}: no samples ({counts}; extensions {extensions}); expected {LAYOUT}")
+        self.keys = sorted(common, key=split_key)
+
+    def has(self, data_type: str) -> bool:
+        return data_type in self._folders
+
+    def path(self, key: str, data_type: str) -> Path:
+        """The file of ``key``. Raises DataError where there is none."""
+        if key not in self._extensions.get(data_type, {}):
+            raise DataError(f"{self.root}: no file for {key!r} among the {data_type}")
+        return self._folders[data_type] / f"{key}.{self._extensions[data_type][key]}"
+
+    def read(self, key: str, data_type: str) -> bytes:
+        path = self.path(key, data_type)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+    def size(self, key: str, data_type: str) -> int:
+        """The file's bytes. Raises DataError."""
+        path = self.path(key, data_type)
+        try:
+            return path.stat().st_size
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+    def where(self, key: str, data_type: str) -> str:
+        return str(self.path(key, data_type))
+
+    def restricted_to(self, keys: Sequence[str]) -> FolderSource:
+        """The same source with a part of its keys, in its own order."""
+        part = object.__new__(FolderSource)
+        part.__dict__.update(self.__dict__, keys=sorted(keys, key=split_key))
+        return part
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether there is any image file (by extension) in ``folder`` or below."""
+    return any(_extension(name) for _, name in _walk(folder))
+
+
+def _scan(folder: Path, skipped: list[Path]) -> dict[str, str]:
+    """Key -> extension as spelled, of every image file below ``folder``."""
+    found: dict[str, str] = {}
+    for sequence, name in _walk(folder):
+        path = folder / sequence / name
+        extension = _extension(name)
+        if not extension:
+            skipped.append(path)
+            continue
+        key = make_key(sequence, name[: -len(extension) - 1], str(path))
+        if key in found:
+            raise DataError(
+                f"{path.parent}: {key}.{found[key]} and {key}.{extension} have one name: files are joined by it."
+                " Remove or rename one"
+            )
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{str(path)!r}: the name is not UTF-8: rename it (e.g. with convmv)") from None
+        found[key] = extension
+    return found
+
+
+def _extension(name: str) -> str:
+    """The extension as spelled, or "" where it is none of an image (or the file is hidden)."""
+    stem, dot, extension = name.rpartition(".")
+    return extension if stem and dot and not name.startswith(".") and extension.lower() in IMAGE_EXTENSIONS else ""
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, str]]:
+    """(sequence, file name) of every visible file, sorted; links to folders are followed once each."""
+    seen: set[str] = set()
+    pending = [(folder, ROOT_SEQUENCE)]
+    while pending:
+        place, sequence = pending.pop()
+        real = os.path.realpath(place)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(f"{place}: cannot be read: {error.strerror}") from None
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue  # .DS_Store, ._name.jpg, .ipynb_checkpoints
+            if entry.is_dir():
+                inner = entry.name if sequence == ROOT_SEQUENCE else f"{sequence}/{entry.name}"
+                pending.append((place / entry.name, inner))
+            else:
+                yield sequence, entry.name
+
+
+def _unpaired(files: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
+    union = set().union(*files.values())
+    return {data_type: sorted(union - set(keys), key=split_key) for data_type, keys in files.items()}
+
+
+def _explain_unpaired(root: Path, unpaired: Mapping[str, Sequence[str]]) -> str:
+    lines = [f"{root}: files do not pair up (they are joined by sequence and name without extension)."]
+    for data_type, keys in unpaired.items():
+        if keys:
+            shown = ", ".join(keys[:10]) + (" ..." if len(keys) > 10 else "")
+            lines.append(f"  {data_type}: {len(keys)} missing that other folders have: {shown}")
+    lines.append(
+        "Add the missing files or remove the extra ones; scripts/build_lmdb.py --drop_unpaired builds from those that"
+        " have all"
+    )
+    return "\n".join(lines)

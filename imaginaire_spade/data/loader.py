@@ -1,0 +1,203 @@
+"""The order of samples, the workers that load them, and their way to the device.
+
+Owns the one rule of a run's order: sample number p of the run (its *draw*) is entry p mod n of the shuffle of epoch
+p div n, whatever the number of processes or workers and wherever the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+
+from imaginaire_spade.data.dataset import Batch, LabelMapDataset, collate
+from imaginaire_spade.errors import DataError, UserError
+from imaginaire_spade.noise import generator_for
+
+Item = tuple[int, int]
+"""(index into the data set, draw)."""
+
+
+class ResumableSampler(Sampler[Item]):
+    """(index, draw) of one process's samples, without end.
+
+    Global position p = 0, 1, 2, ... is sample ``permutation(seed, p // n)[p % n]`` with draw p. In iteration t,
+    process ``rank`` takes ``batch_size`` positions from ``images_seen + (t * world_size + rank) * batch_size`` on: the
+    processes' batches in rank order are the batch of one process with ``batch_size * world_size``.
+    """
+
+    def __init__(
+        self, num_samples: int, batch_size: int, *, seed: int, images_seen: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        assert num_samples > 0 and batch_size > 0 and 0 <= rank < world_size and images_seen >= 0
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.images_seen = images_seen
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[Item]:
+        epoch, order = -1, np.empty(0, np.int64)
+        start = self.images_seen + self.rank * self.batch_size
+        while True:
+            for position in range(start, start + self.batch_size):
+                if position // self.num_samples != epoch:
+                    epoch = position // self.num_samples
+                    order = generator_for(self.seed, epoch, "permutation").permutation(self.num_samples)
+                yield int(order[position % self.num_samples]), position
+            start += self.batch_size * self.world_size
+
+
+def training_loader(
+    dataset: LabelMapDataset,
+    batch_size: int,
+    *,
+    seed: int,
+    images_seen: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Training batches of one process, without end, in the order of ``ResumableSampler``.
+
+    Raises:
+        DataError: (from the iterator) a sample cannot be used; the same message from any worker.
+    """
+    sampler = ResumableSampler(
+        len(dataset), batch_size, seed=seed, images_seen=images_seen, rank=rank, world_size=world_size
+    )
+    batches: Any = BatchSampler(cast(Any, sampler), batch_size, drop_last=True)  # torch's types know only int items
+    return _load(dataset, batches, num_workers, pin_memory)
+
+
+def sequential_batches(
+    dataset: LabelMapDataset,
+    indices: Sequence[int],
+    batch_size: int,
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Exactly the samples ``indices``, in that order (the last batch may be smaller); the draw is the index."""
+    items: list[list[Item]] = [
+        [(index, index) for index in indices[start : start + batch_size]]
+        for start in range(0, len(indices), batch_size)
+    ]
+    return _load(dataset, items, min(num_workers, len(items)), pin_memory)
+
+
+class _BatchDataset(Dataset["Batch | UserError"]):
+    """A data set of whole batches: item = the list of its samples' (index, draw).
+
+    A user's mistake travels back as a value: raised in a worker, it would arrive wrapped in a traceback.
+    """
+
+    def __init__(self, dataset: LabelMapDataset) -> None:
+        self.dataset = dataset
+        self.collate = collate(dataset.spec)
+
+    def __getitem__(self, items: Sequence[Item]) -> Batch | UserError:
+        try:
+            return self.collate([self.dataset[item] for item in items])
+        except UserError as error:
+            return error
+
+
+def _load(
+    dataset: LabelMapDataset, batches: Iterable[list[Item]], num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    loader = DataLoader(
+        _BatchDataset(dataset),
+        sampler=batches,
+        batch_size=None,  # an item is a batch already
+        num_workers=num_workers,
+        worker_init_fn=_start_worker,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory,
+    )
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error) and "Bus error" in str(error):
+            raise DataError(
+                "a loader worker ran out of shared memory: start the container with --shm-size=8g (docker), or write"
+                " data.num_workers: 0"
+            ) from error
+        raise
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    # One process per core: torch's threads inside each would only fight for them. (OpenCV's are off: see decode.py.)
+    torch.set_num_threads(1)
+    # Ctrl-C is the main process's to handle; a handler of its own for SIGTERM must not live on in forked workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def default_num_workers(num_processes: int = 1) -> int:
+    """Loader workers of each of ``num_processes`` on this machine: min(8, cores / processes)."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(8, cores // num_processes)
+
+
+class Prefetcher:
+    """Batches on a device, one ahead.
+
+    On a GPU the next batch is copied on a side stream (from pinned memory, if the loader pins) while the current one
+    is computed on; on the CPU batches pass through. ``wait_s`` sums the time spent waiting for the loader.
+    """
+
+    def __init__(self, batches: Iterator[Batch], device: torch.device | str) -> None:
+        self.wait_s = 0.0
+        self._batches = batches
+        self._device = torch.device(device)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._ahead: Batch | None = None
+        self._started = False
+
+    def __iter__(self) -> Prefetcher:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._stream is None:
+            batch = self._fetch()
+            if batch is None:
+                raise StopIteration
+            return batch
+        if not self._started:
+            self._started = True
+            self._ahead = self._fetch()
+        if self._ahead is None:
+            raise StopIteration
+        ready = self._ahead
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        for tensor in ready.tensors():
+            tensor.record_stream(current)  # its memory is not reused before the work queued on it is done
+        self._ahead = self._fetch()
+        return ready
+
+    def _fetch(self) -> Batch | None:
+        started_at = time.perf_counter()
+        batch = next(self._batches, None)
+        self.wait_s += time.perf_counter() - started_at
+        if batch is None:
+            return None
+        with torch.cuda.stream(self._stream):
+            return batch.to(self._device, non_blocking=True)

@@ -1,0 +1,283 @@
+"""LMDB shards in imaginaire's format: write one, read one or many; and which kind of source a root is.
+
+A shard is a folder: one LMDB environment per data type (``images/data.mdb`` ...), key ``SEQUENCE/STEM`` in UTF-8
+(``./STEM`` for files directly in the folder), value the original file's bytes; ``all_filenames.json``: sequence ->
+sorted stems; ``metadata.json``: data type -> extension. ``build.py`` adds ``manifest.json``. Decodes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import lmdb
+
+from imaginaire_spade.data.folders import DATA_TYPES, LAYOUT, FolderSource, Source, holds_images, make_key, split_key
+from imaginaire_spade.errors import DataError
+
+FILENAMES, METADATA, MANIFEST = "all_filenames.json", "metadata.json", "manifest.json"
+MAX_KEY_BYTES = 511
+"""LMDB's limit."""
+_CHUNK_BYTES = 64 << 20
+
+# One environment per file and process: LMDB forbids two, and training and validation may read the same file.
+_environments: dict[str, tuple[int, int, lmdb.Environment]] = {}
+
+
+def store_key(key: str) -> bytes:
+    """A sample's key as imaginaire writes it."""
+    return "/".join(split_key(key)).encode()
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write_environment(
+    folder: Path, items: Iterable[tuple[bytes, Callable[[], bytes]]], num_items: int, total_bytes: int
+) -> None:
+    """Write one LMDB environment, ``folder/data.mdb``. The same items give the same file, byte for byte.
+
+    Args:
+        folder: made if missing.
+        items: keys in ascending order with what reads the value.
+        num_items, total_bytes: their number and the size of all values, from which the map size follows.
+    Raises:
+        OSError or lmdb.Error: the disk is full, or the like.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # A value takes whole pages; a full map is grown below, so this need not be an upper bound.
+    map_size = _whole_megabytes(total_bytes + num_items * 8192 + (1 << 20))
+    env = lmdb.open(str(folder), map_size=map_size, lock=False, sync=False)
+    try:
+        chunk: list[tuple[bytes, bytes]] = []
+        pending = 0
+        for key, read in items:
+            value = read()
+            chunk.append((key, value))
+            pending += len(value)
+            if pending >= _CHUNK_BYTES:
+                _commit(env, chunk)
+                chunk, pending = [], 0
+        _commit(env, chunk)
+        env.sync(True)
+    finally:
+        env.close()
+
+
+def _commit(env: lmdb.Environment, chunk: Sequence[tuple[bytes, bytes]]) -> None:
+    while True:
+        try:
+            with env.begin(write=True) as transaction:
+                for key, value in chunk:
+                    transaction.put(key, value, append=True)
+            return
+        except lmdb.MapFullError:
+            env.set_mapsize(_whole_megabytes(2 * env.info()["map_size"]))
+
+
+def _whole_megabytes(size: int) -> int:
+    return -(-size // (1 << 20)) << 20
+
+
+def write_index(shard: Path, keys: Sequence[str], extensions: Mapping[str, Mapping[str, str]]) -> None:
+    """Write ``all_filenames.json`` and ``metadata.json``.
+
+    Args:
+        extensions: data type -> key -> extension. imaginaire knows one per type: the most common one is written.
+    """
+    stems: dict[str, list[str]] = {}
+    for key in sorted(keys, key=split_key):
+        sequence, stem = split_key(key)
+        stems.setdefault(sequence, []).append(stem)
+    write_json(shard / FILENAMES, stems)
+    write_json(shard / METADATA, {t: most_common(by_key.values()) for t, by_key in extensions.items()})
+
+
+def most_common(words: Iterable[str]) -> str:
+    """The most frequent word; of equally frequent ones the first in the alphabet."""
+    counts = Counter(words)
+    return min(counts, key=lambda word: (-counts[word], word))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write and flush to disk, under a temporary name first."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=4)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+class LmdbSource(Source):
+    """One or several shards. Opens each LMDB when it is first read, once per process.
+
+    Raises:
+        DataError: not in imaginaire's format, or without one of ``data_types``.
+    """
+
+    def __init__(self, root: Path, shards: Sequence[Path], data_types: Sequence[str]) -> None:
+        self.root = root
+        self._shards = [str(shard) for shard in shards]
+        self.keys = []
+        self._shard_of: dict[str, int] = {}
+        for number, shard in enumerate(shards):
+            for key in _read_filenames(shard / FILENAMES):
+                if key in self._shard_of:
+                    raise DataError(f"{shard / FILENAMES}: {key!r} stands there twice, or in another shard as well")
+                self._shard_of[key] = number
+                self.keys.append(key)
+            for data_type in DATA_TYPES:
+                _forget_replaced(_data_file(shard, data_type))
+            for data_type in data_types:
+                if not _data_file(shard, data_type).is_file():
+                    raise DataError(
+                        f"{shard}: no LMDB {data_type}/ there. Build it with that data type"
+                        f" (a folder {data_type}/ in --data_root of scripts/build_lmdb.py){_instead(data_type)}"
+                    )
+        if not self.keys:
+            raise DataError(f"{root}: {FILENAMES} lists no samples: build it again with scripts/build_lmdb.py")
+
+    def has(self, data_type: str) -> bool:
+        return all(_data_file(Path(shard), data_type).is_file() for shard in self._shards)
+
+    def read(self, key: str, data_type: str) -> bytes:
+        if key not in self._shard_of:
+            raise DataError(f"{self.root}: no sample {key!r}")
+        environment = _environment(_data_file(Path(self._shards[self._shard_of[key]]), data_type))
+        with environment.begin() as transaction:
+            value = transaction.get(store_key(key))
+        if value is None:
+            raise DataError(f"{self.where(key, data_type)}: the LMDB lacks this key, though {FILENAMES} lists it")
+        return value
+
+    def where(self, key: str, data_type: str) -> str:
+        return f"{Path(self._shards[self._shard_of.get(key, 0)]) / data_type} key {store_key(key).decode()}"
+
+
+def open_source(
+    root: str | Path, data_types: Sequence[str], *, optional: Sequence[str] = (), bare: bool = False
+) -> Source:
+    """The samples under ``root``: LMDB shards or plain folders, told apart by what is there.
+
+    Args:
+        data_types: what every sample must have.
+        optional: data types of which ``has`` will be asked; in folders they are joined where they exist.
+        bare: accept a plain folder of label maps as well (then ``data_types`` is ``["seg_maps"]``).
+    Raises:
+        DataError: nothing usable, with what was looked for.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        state = "not a folder" if root.exists() else "no such folder"
+        raise DataError(f"{root}: {state}; expected {LAYOUT}, or an LMDB root")
+    if (root / FILENAMES).is_file():
+        return LmdbSource(root, [root], data_types)
+    if (root / MANIFEST).is_file() and not any((root / t).is_dir() for t in DATA_TYPES):
+        return LmdbSource(root, _shards(root), data_types)
+    if unfinished := sorted(p.name for p in root.iterdir() if p.is_dir() and p.name.startswith("shard_")):
+        raise DataError(
+            f"{root}: an unfinished build ({', '.join(unfinished[:5])} but no {MANIFEST}): run the same"
+            " scripts/build_lmdb.py command with --resume"
+        )
+    if present := [t for t in DATA_TYPES if _data_file(root, t).is_file()]:
+        raise DataError(f"{root}: LMDBs {', '.join(present)} but no {FILENAMES}: copy that file too, or build again")
+    if not any((root / t).is_dir() for t in DATA_TYPES):
+        if bare and holds_images(root):
+            return FolderSource(root, data_types, bare=True)
+        raise DataError(
+            f"{root}: no data set there. Looked for {MANIFEST} or {FILENAMES} (an LMDB built by"
+            f" scripts/build_lmdb.py or imaginaire) and for {LAYOUT}"
+        )
+    for data_type in data_types:
+        if not (root / data_type).is_dir():
+            raise DataError(f"{root}: no folder {data_type}/ there; expected {LAYOUT}{_instead(data_type)}")
+    return FolderSource(root, data_types, optional=optional)
+
+
+def _instead(data_type: str) -> str:
+    if data_type in ("edge_maps", "inst_maps"):
+        return "; or write data.edges: labels (borders of the label map) or data.edges: none"
+    return ""
+
+
+def _data_file(shard: Path, data_type: str) -> Path:
+    return shard / data_type / "data.mdb"
+
+
+def read_json(path: Path) -> Any:
+    """Raises DataError where the file is not readable as JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as JSON: {error}") from None
+
+
+def _shards(root: Path) -> list[Path]:
+    """The shard folders that a manifest lists. Paths that lead out of ``root`` are refused."""
+    manifest = read_json(root / MANIFEST)
+    entries = manifest.get("shards") if isinstance(manifest, dict) else None
+    paths = [entry.get("path") if isinstance(entry, dict) else None for entry in entries or []]
+    names = [path for path in paths if isinstance(path, str) and path]
+    if not names or len(names) != len(paths):
+        raise DataError(f"{root / MANIFEST}: lists no shards: build the data set again")
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name:
+            raise DataError(f"{root / MANIFEST}: the shard path {name!r} leads out of the folder")
+        if not (root / name / FILENAMES).is_file():
+            raise DataError(f"{root / name}: this shard is listed in {MANIFEST}, but has no {FILENAMES}: copy it again")
+    return [root / name for name in names]
+
+
+def _read_filenames(path: Path) -> list[str]:
+    tree = read_json(path)
+    if isinstance(tree, dict) and tree and all(isinstance(stems, dict) for stems in tree.values()):
+        raise DataError(
+            f"{path}: an unpaired data set (one list per data type), which has no label map to each photo. Build it"
+            " again with scripts/build_lmdb.py (imaginaire: with --paired)"
+        )
+    if not isinstance(tree, dict) or not all(
+        isinstance(stems, list) and all(isinstance(stem, str) for stem in stems) for stems in tree.values()
+    ):
+        raise DataError(f"{path}: expected an object of sequence -> list of file names without extension")
+    return [make_key(sequence, stem, str(path)) for sequence, stems in tree.items() for stem in stems]
+
+
+def _environment(data_file: Path) -> lmdb.Environment:
+    """The open environment of ``data_file`` in this process."""
+    path = str(data_file)
+    known = _environments.get(path)
+    if known and known[0] == os.getpid():
+        return known[2]
+    if known:
+        # Inherited through fork: LMDB counts it as open, but handles must not be shared between processes.
+        _environments.pop(path)[2].close()
+    try:
+        status = data_file.stat()
+        # Reading ahead serves a store that fits the page cache, and drowns one that does not.
+        fits = status.st_size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+        environment = lmdb.open(str(data_file.parent), readonly=True, lock=False, readahead=fits, create=False)
+    except (OSError, lmdb.Error) as error:
+        raise DataError(f"{path}: cannot be opened as an LMDB: {error}") from None
+    needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    if status.st_size < needed:
+        # Reading beyond the end of a mapped file kills the process (SIGBUS): refuse before.
+        environment.close()
+        raise DataError(f"{path}: cut off ({status.st_size} bytes of {needed}): copy it again")
+    _environments[path] = (os.getpid(), status.st_ino, environment)
+    return environment
+
+
+def _forget_replaced(data_file: Path) -> None:
+    """Close the environment of a file that was removed or built anew since it was opened."""
+    known = _environments.get(str(data_file))
+    if known and not (data_file.exists() and data_file.stat().st_ino == known[1]):
+        _environments.pop(str(data_file))[2].close()

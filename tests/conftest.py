@@ -1,0 +1,96 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+MakeFolder = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of real data and fixtures, or a skip."""
+    folder = Path(os.environ.get("IMAGINAIRE_SPADE_SHARED", REPOSITORY.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder} (set IMAGINAIRE_SPADE_SHARED)")
+    return folder
+
+
+def write_png(path: Path, array: np.ndarray) -> Path:
+    """Write an array (RGB, if of three channels) as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = array[..., ::-1] if array.ndim == 3 else array
+    path.write_bytes(cv2.imencode(".png", stored)[1].tobytes())
+    return path
+
+
+def write_jpg(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cv2.imencode(".jpg", array[..., ::-1])[1].tobytes())
+    return path
+
+
+def blocky_labels(rng: np.random.Generator, height: int, width: int, num_classes: int) -> np.ndarray:
+    """Label map of constant blocks: uint8 [height, width]."""
+    blocks = rng.integers(0, num_classes, (-(-height // 8), -(-width // 8)), dtype=np.uint8)
+    return np.kron(blocks, np.ones((8, 8), np.uint8))[:height, :width]
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> MakeFolder:
+    """Makes a raw data set: noise photos, blocky labels, edges and 16-bit instances that agree with each other."""
+
+    def make(
+        name: str = "raw",
+        *,
+        keys: int | list[str] = 6,
+        size: tuple[int, int] = (40, 56),
+        num_classes: int = 5,
+        types: tuple[str, ...] = ("images", "seg_maps", "edge_maps", "inst_maps"),
+        seed: int = 0,
+    ) -> Path:
+        root = tmp_path / name
+        for number, key in enumerate([f"{i:04d}" for i in range(keys)] if isinstance(keys, int) else keys):
+            rng = np.random.default_rng((seed, number))
+            labels = blocky_labels(rng, *size, num_classes)
+            if "images" in types:
+                write_jpg(root / "images" / f"{key}.jpg", rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+            if "seg_maps" in types:
+                write_png(root / "seg_maps" / f"{key}.png", labels)
+            if "edge_maps" in types:
+                write_png(root / "edge_maps" / f"{key}.png", (rng.random(size) < 0.1).astype(np.uint8) * 255)
+            if "inst_maps" in types:
+                write_png(root / "inst_maps" / f"{key}.png", labels.astype(np.uint16) * 1000 + 7)
+        return root
+
+    return make
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the smallest full configuration for the data of ``tiny_folder``."""
+
+    def make(*, num_classes: int = 5, edges: str = "none", **labels: object) -> Path:
+        tree = {
+            "gen": {"type": "spade", "norm": {"type": "spade"}},
+            "dis": "multiscale_patch",
+            "losses": {"gan": 1.0},
+            "gen_opt": {"lr": 1e-4},
+            "dis_opt": {"lr": 1e-4},
+            "trainer": {"max_iterations": 1},
+            "data": {"edges": edges, "labels": {"num_classes": num_classes, **labels}, "train": {"roots": ["unused"]}},
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        return path
+
+    return make

@@ -1,0 +1,137 @@
+"""Configuration: strict, merged, overridable, and every recipe of the repository loads."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from imaginaire_spade.build import check_run
+from imaginaire_spade.config import dump_config, dump_yaml, load_config, parse_config
+from imaginaire_spade.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SAMPLE = REPOSITORY / "configs/projects/spade/sample/small64.yaml"
+RECIPES = sorted(p for p in (REPOSITORY / "configs/projects").rglob("*.yaml") if not p.name.startswith("_"))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(REPOSITORY)))
+def test_every_recipe_loads_passes_the_checks_and_survives_a_round_trip(path):
+    config = load_config(path)
+    check_run(config, world_size=8)
+    assert parse_config(dump_config(config)) == config
+    assert parse_config(yaml.safe_load(dump_yaml(config))) == config
+
+
+def test_all_recipes_are_found():
+    assert len(RECIPES) == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("trainer.max_iter=5", ["trainer.max_iter: unknown key", "'max_iterations'"]),
+        ("trainer.model_average.betta=0.9", ["unknown key", "'beta'"]),
+        ("gen.norm.kernal_size=3", ["gen.norm.kernal_size: unknown key", "'kernel_size'"]),
+        ("gen.type=spad", ["unknown generator 'spad'", "'spade'", "--import"]),
+        ("dis=multiscale_patches", ["unknown discriminator", "'multiscale_patch'"]),
+        ("losses.perceptal=1", ["unknown loss 'perceptal'", "'perceptual'"]),
+        ("losses.gan.mode=hinges", ["losses.gan.mode: must be 'hinge'", "'hinges'"]),
+        ("data.train.batch_size='4'", ["data.train.batch_size: must be a valid integer", "'4'"]),
+        ("data.train.batch_size=0", ["greater than or equal to 1"]),
+        ("gen_opt.lr=fast", ["gen_opt.lr: must be a valid number"]),
+        ("data.labels.remap={300000: 1}", ["300000 cannot occur"]),
+        ("data.labels.remap={7: 99}", ["remap {7: 99}", "0..10"]),
+        ("data.labels.names=[a, b]", ["names has 2 entries for num_classes: 11"]),
+        ("data.train.augmentations.random_crop_h_w=[96, 96]", ["crop of [96, 96] is larger", "resize_h_w: [64, 64]"]),
+        ("trainer.max_epochs=3", ["exactly one of max_iterations and max_epochs"]),
+        ("losses.gan.weight=-1", ["greater than or equal to 0"]),
+        ("pretrained_weight={url: 'https://x/y.pt'}", ["sha256"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_place_and_the_way_out(override, expected):
+    with pytest.raises(ConfigError) as raised:
+        load_config(SAMPLE, [override])
+    message = str(raised.value)
+    assert f"--set {override}" in message or "small64.yaml" in message or "sample.yaml" in message
+    for part in expected:
+        assert part in message
+
+
+def test_the_message_names_file_and_line(tmp_path):
+    path = write(tmp_path / "c.yaml", f"base: {SAMPLE}\ntrainer:\n  log_evry: 3\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml:3: trainer\.log_evry: unknown key; did you mean 'log_every'"):
+        load_config(path)
+
+
+def test_every_mistake_is_reported_at_once(tmp_path):
+    path = write(tmp_path / "c.yaml", f"base: {SAMPLE}\ntrainer: {{log_evry: 3}}\ngen: {{num_filter: 3}}\nseed: x\n")
+    with pytest.raises(ConfigError) as raised:
+        load_config(path)
+    assert all(key in str(raised.value) for key in ("log_evry", "num_filter", "seed"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1\n- 2", "a config is a mapping"),
+        ("seed: 1\nseed: 2\n", "c.yaml:2: seed is stated twice"),
+        ("base: c.yaml\n", "circle"),
+        ("base: nowhere.yaml\n", "no such config file"),
+        ("x: !!python/object/apply:os.system ['echo owned']", "not valid YAML"),
+    ],
+)
+def test_broken_files(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path / "c.yaml", text))
+
+
+def test_bases_merge_and_overrides_win(tmp_path):
+    write(tmp_path / "a.yaml", f"base: {SAMPLE}\ngen_opt: {{lr: 5e-4}}\n")
+    path = write(tmp_path / "b.yaml", "base: a.yaml\ngen_opt: {adam_beta1: 0.5}\n")
+    config = load_config(path, ["gen.num_filters=7", "data.train.roots=[x, y]"], extra={"seed": 9})
+    assert config.gen_opt.lr == 5e-4  # YAML 1.1 would read 5e-4 as a string
+    assert config.gen_opt.adam_beta1 == 0.5
+    assert config.gen.args["num_filters"] == 7
+    assert config.data.train.roots == ("x", "y")
+    assert config.seed == 9
+
+
+def test_a_component_of_another_type_starts_afresh(tmp_path):
+    write(tmp_path / "a.yaml", f"base: {SAMPLE}\ngen_opt: {{lr_policy: {{type: linear, decay_start: 0.9}}}}\n")
+    path = write(tmp_path / "b.yaml", "base: a.yaml\ngen_opt: {lr_policy: {type: constant}}\n")
+    assert load_config(path).gen_opt.lr_policy.decay_start == 0.5
+
+
+def test_a_nested_component_has_a_default(tmp_path):
+    path = write(tmp_path / "c.yaml", f"base: {SAMPLE}\ngen: null\n")
+    config = load_config(path, ["gen=spade"])
+    assert dump_config(config)["gen"]["norm"] == {
+        "type": "spade", "normalization": "batch", "hidden_channels": 128, "kernel_size": 3
+    }  # fmt: skip
+
+
+def test_nothing_writes_to_a_config():
+    config = load_config(SAMPLE)
+    with pytest.raises(Exception, match="frozen"):
+        config.trainer.log_every = 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.gradient_accumulation=3"], "cannot be split into trainer.gradient_accumulation: 3"),
+        (["data.train.augmentations={resize_h_w: [60, 64]}"], r"60x64, but gen \(spade\) needs multiples of 32"),
+        (["data.train.augmentations={resize_smallest_side: 64}"], "random_crop_h_w"),
+        (["losses.kl=0.2"], "losses.kl needs a style encoder"),
+        (["encoder=conv"], "gen.style_dims is 0"),
+    ],
+)
+def test_what_would_fail_later_is_rejected_at_the_start(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        check_run(load_config(SAMPLE, overrides), world_size=1)

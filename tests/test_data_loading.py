@@ -1,0 +1,388 @@
+"""Geometry, data set, batches and loader: aligned, inside the picture, and functions of (seed, draw) alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import write_png
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from imaginaire_spade.config import AugmentationConfig
+from imaginaire_spade.data.build import build_dataset
+from imaginaire_spade.data.dataset import Batch, LabelMapDataset, collate, denormalise, normalise
+from imaginaire_spade.data.loader import (
+    Prefetcher,
+    ResumableSampler,
+    default_num_workers,
+    sequential_batches,
+    training_loader,
+)
+from imaginaire_spade.data.transforms import (
+    Geometry,
+    apply_to_image,
+    apply_to_map,
+    draw_geometry,
+    edges_from_ids,
+)
+from imaginaire_spade.errors import DataError, LabelError
+from imaginaire_spade.labels import LabelSpec
+
+LABELS = LabelSpec(num_classes=5)
+CROPPED = AugmentationConfig(
+    resize_smallest_side=36, random_scale_limit=0.3, random_crop_h_w=(32, 32), horizontal_flip=True
+)
+
+
+def rng(*seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+# ------------------------------------------------------------------------------------------------ geometry
+
+
+@st.composite
+def augmentations(draw) -> AugmentationConfig:
+    side = st.integers(1, 90)
+    resize = draw(st.sampled_from(["none", "smallest", "exact"]))
+    crop = draw(st.sampled_from(["none", "random", "center"]))
+    keys = {
+        "resize_smallest_side": draw(side) if resize == "smallest" else None,
+        "resize_h_w": (draw(side), draw(side)) if resize == "exact" else None,
+        "random_scale_limit": draw(st.sampled_from([0.0, 0.2, 1.5])),
+        "horizontal_flip": draw(st.booleans()),
+    }
+    limit = keys["resize_h_w"] or (keys["resize_smallest_side"],) * 2
+    if crop != "none":
+        size = draw(st.integers(1, limit[0] or 90)), draw(st.integers(1, limit[1] or 90))
+        keys["random_crop_h_w" if crop == "random" else "center_crop_h_w"] = size
+    return AugmentationConfig(**keys)
+
+
+@settings(max_examples=300, deadline=None)
+@given(augmentations(), st.integers(1, 120), st.integers(1, 120), st.integers(0, 2**20))
+def test_every_crop_lies_inside_and_maps_stay_aligned(config, height, width, seed):
+    try:
+        g = draw_geometry(height, width, config, rng(seed), "a.png")
+    except DataError as error:
+        assert "crop_h_w" in str(error) and "a.png" in str(error)
+        resized = draw_geometry(
+            height, width, config.model_copy(update={"random_crop_h_w": None, "center_crop_h_w": None}), rng(seed), "x"
+        )
+        assert resized.height < config.crop_h_w[0] or resized.width < config.crop_h_w[1]
+        return
+    assert 0 <= g.top <= g.resized_h - g.height and 0 <= g.left <= g.resized_w - g.width
+    assert (g.height, g.width) == (config.output_h_w if config.crop_h_w or (config.random_scale_limit == 0 and
+                                   config.output_h_w) else (g.height, g.width))  # fmt: skip
+    places = np.arange(height * width).reshape(height, width)
+    cut = apply_to_map(places, g)
+    assert cut.shape == (g.height, g.width)
+    for i, j in ((0, 0), (g.height - 1, g.width - 1)):
+        column = g.width - 1 - j if g.flip else j
+        row, column = (g.top + i + 0.5) * height / g.resized_h, (g.left + column + 0.5) * width / g.resized_w
+        assert abs(cut[i, j] // width + 0.5 - row) <= 0.5 + 1e-6
+        assert abs(cut[i, j] % width + 0.5 - column) <= 0.5 + 1e-6
+    picture = apply_to_image(np.zeros((height, width, 3), np.uint8), g)
+    assert picture.shape == (g.height, g.width, 3) and picture.flags.c_contiguous
+
+
+def test_crop_offsets_reach_both_ends():
+    config = AugmentationConfig(random_crop_h_w=(4, 4))
+    offsets = {(g.top, g.left) for i in range(400) for g in [draw_geometry(6, 5, config, rng(i), "x")]}
+    assert offsets == set(itertools.product(range(3), range(2)))
+
+
+def test_rounding_alone_never_makes_the_picture_smaller_than_the_crop():
+    # 33 x 100 at smallest side 30: the other is 90.9; 100 x 301 at 256: 770.56; a crop of ceil(...) must fit.
+    for height, width, side, crop in ((33, 100, 30, 91), (100, 301, 256, 771), (300, 100, 10, 30)):
+        config = AugmentationConfig(resize_smallest_side=side, center_crop_h_w=(min(side, crop), 1))
+        assert draw_geometry(height, width, config, rng(0), "x").resized_h >= min(side, crop)
+        wide = AugmentationConfig(resize_smallest_side=side, random_crop_h_w=(side, crop))
+        if width > height:
+            assert draw_geometry(height, width, wide, rng(0), "x").resized_w == crop
+
+
+def test_the_crop_error_names_file_sizes_and_line():
+    config = AugmentationConfig(random_crop_h_w=(64, 64))
+    with pytest.raises(DataError, match=r"(?s)seg/a\.png.*\[64, 64\].*48 x 80.*resize_smallest_side: 64"):
+        draw_geometry(48, 80, config, rng(0), "seg/a.png")
+
+
+def test_photo_and_map_move_together():
+    ids = np.kron(rng(1).integers(0, 200, (6, 9), dtype=np.uint8), np.ones((16, 16), np.uint8))
+    for seed in range(20):
+        g = draw_geometry(*ids.shape, AugmentationConfig(
+            resize_smallest_side=64, random_scale_limit=0.5, random_crop_h_w=(48, 48), horizontal_flip=True
+        ), rng(seed), "x")  # fmt: skip
+        photo = apply_to_image(np.stack([ids] * 3, 2), g)[..., 0]
+        cut = apply_to_map(ids, g)
+        inside = cv2.dilate(edges_from_ids(cut), np.ones((3, 3))) == 0  # away from borders, where interpolation mixes
+        inner = np.s_[3:-3, 3:-3]  # a block may begin just outside the crop
+        assert inside[inner].mean() > 0.2
+        assert np.abs(photo.astype(int) - cut)[inner][inside[inner]].max() <= 1
+
+
+def test_maps_of_any_dtype_and_channels():
+    g = Geometry(8, 4, 1, 1, 5, 3, True)
+    for array in (np.arange(30, dtype=np.int32).reshape(5, 6) * 100_000, np.arange(30, dtype=np.uint16).reshape(5, 6)):
+        cut = apply_to_map(array, g)
+        assert cut.dtype == array.dtype
+        assert np.array_equal(apply_to_map(np.stack([array, array], 2), g)[..., 1], cut)
+
+
+def test_edges_mark_both_sides_and_do_not_wrap():
+    assert edges_from_ids(np.array([[1, 1, 2], [1, 1, 1], [1, 1, 1]])).tolist() == [[0, 1, 1], [0, 0, 1], [0, 0, 0]]
+    assert edges_from_ids(np.array([[1, 1, 2]])).tolist() == [[0, 1, 1]]
+    assert edges_from_ids(np.array([[7]])).dtype == np.uint8
+
+
+# ------------------------------------------------------------------------------------------------ data set
+
+
+def samples_equal(a, b) -> bool:
+    tensors = all((x is None and y is None) or torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+    return tensors and a[3:] == b[3:]
+
+
+@pytest.mark.parametrize("edges", ["none", "file", "instances", "labels"])
+def test_folder_and_lmdb_give_the_same_samples(tiny_folder, tmp_path, edges):
+    root = tiny_folder(keys=["a", "b", "s/c"])
+    build_dataset(root, tmp_path / "out", LABELS, edges=edges, num_shards=2, num_workers=0)
+    folder, store = (
+        LabelMapDataset(r, LABELS, edges=edges, augmentations=CROPPED, seed=3) for r in (root, tmp_path / "out")
+    )
+    assert folder.keys == store.keys == ["a", "b", "s/c"]
+    assert folder.spec == store.spec and folder.spec.has_edges == (edges != "none")
+    for item in (0, 1, 2, (1, 77), (2, 10**9)):
+        assert samples_equal(folder[item], store[item])
+    sample = folder[1, 77]
+    assert sample.image.dtype == torch.uint8 and sample.image.shape == (3, 32, 32)
+    assert sample.labels.dtype == torch.uint8 and sample.labels.shape == (32, 32)
+    assert (sample.key, sample.original_size, sample.draw) == ("b", (40, 56), 77)
+    if edges != "none":
+        assert sample.edges.dtype == torch.uint8 and set(sample.edges.unique().tolist()) <= {0, 1}
+    if edges in ("instances", "labels"):  # here instances follow labels
+        assert np.array_equal(sample.edges.numpy(), edges_from_ids(sample.labels.numpy()))
+
+
+def test_augmentation_is_a_function_of_seed_and_draw(tiny_folder):
+    root = tiny_folder(keys=2)
+    data = LabelMapDataset(root, LABELS, augmentations=CROPPED, seed=1)
+    assert samples_equal(data[0, 5], LabelMapDataset(root, LABELS, augmentations=CROPPED, seed=1)[0, 5])
+    assert len({data[0, draw].image.numpy().tobytes() for draw in range(8)}) == 8
+    assert not samples_equal(data[0, 5], LabelMapDataset(root, LABELS, augmentations=CROPPED, seed=2)[0, 5])
+
+
+def test_keys_of_several_roots_stay_unique(tiny_folder):
+    a, b = tiny_folder("a", keys=2), tiny_folder("b", keys=3, seed=1)
+    both = LabelMapDataset([a, b], LABELS)
+    assert both.keys == ["a/0000", "a/0001", "b/0000", "b/0001", "b/0002"]
+    assert samples_equal(both[3][:3], LabelMapDataset(b, LABELS)[1][:3])
+    with pytest.raises(DataError, match="different names"):
+        LabelMapDataset([a, a], LABELS)
+    c = tiny_folder("c", keys=["x"])
+    assert LabelMapDataset([a, c], LABELS).keys == ["0000", "0001", "x"]
+    with pytest.raises(IndexError):
+        both[5]
+
+
+def test_mistakes_are_found_on_load(tiny_folder):
+    root = tiny_folder(keys=2)
+    write_png(root / "seg_maps/0000.png", np.full((40, 56), 9, np.uint8))
+    write_png(root / "seg_maps/0001.png", np.zeros((40, 55), np.uint8))
+    data = LabelMapDataset(root, LABELS)
+    with pytest.raises(LabelError, match=r"0000\.png: label value\(s\) 9"):
+        data[0]
+    with pytest.raises(DataError, match=r"(?s)0001\.jpg is 40 x 56 .*0001\.png is\s+40 x 55"):
+        data[1]
+
+
+def test_more_than_254_classes_travel_as_int16(tmp_path):
+    write_png(tmp_path / "raw/seg_maps/a.png", np.array([[0, 299, 300]], np.uint16))
+    data = LabelMapDataset(tmp_path / "raw", LabelSpec(num_classes=300, ignore=(300,)), with_images=False)
+    assert data[0].labels.dtype == torch.int16 and data[0].labels.tolist() == [[0, 299, 300]]
+
+
+def test_inference_reads_bare_folders_and_derives_edges(tiny_folder, tmp_path):
+    root = tiny_folder(keys=["a", "s/b"], types=("seg_maps",))
+    with pytest.warns(UserWarning, match="no edge_maps.*borders of the label maps"):
+        data = LabelMapDataset(root, LABELS, edges="file", with_images=False)
+    assert data[0].image is None
+    assert np.array_equal(data[0].edges.numpy(), edges_from_ids(data[0].labels.numpy()))
+    bare = LabelMapDataset(root / "seg_maps", LABELS, edges="labels", with_images=False)
+    assert bare.keys == ["a", "s/b"] and samples_equal(bare[1], data[1])
+    full = tiny_folder("full", keys=2)
+    for_inference = LabelMapDataset(full, LABELS, edges="file", with_images=False)
+    assert torch.equal(for_inference[0].edges, LabelMapDataset(full, LABELS, edges="file")[0].edges)
+    with pytest.raises(DataError, match="no data set there"):
+        LabelMapDataset(root / "seg_maps", LABELS)
+    with pytest.raises(DataError, match="no folder seg_maps/"):
+        LabelMapDataset(tiny_folder("photos", types=("images",)), LABELS, with_images=False)
+
+
+def test_imaginaires_samples(shared_dir):
+    fixture = shared_dir / "parity" / "imaginaire_lmdb"
+    arrays = load_file(fixture / "outputs.safetensors")
+    height, width = json.loads((fixture / "config.json").read_text())["sample"]["resize_h_w"]
+    data = LabelMapDataset(
+        fixture / "lmdb",
+        LabelSpec(num_classes=183, ignore=(255,)),
+        edges="file",
+        augmentations=AugmentationConfig(resize_h_w=(height, width)),
+    )
+    for i in range(len(data)):
+        sample = data[i]
+        assert sample.original_size == tuple(arrays[f"sample/{i}/original_h_w"])
+        expected = arrays[f"sample/{i}/label_onehot_nonzero_channel"]
+        # Ours takes pixel centres, OpenCV's INTER_NEAREST corners: they differ at borders only.
+        assert (sample.labels.numpy() == expected).mean() > 0.95
+        photo = arrays[f"sample/{i}/images"]  # resized linearly there, by area here: alike but not equal
+        assert np.abs(normalise(sample.image).numpy() - photo).mean() < 0.1
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def test_batch_round_trips(tiny_folder):
+    data = LabelMapDataset(tiny_folder(keys=4), LABELS, edges="instances")
+    batch = pickle.loads(pickle.dumps(collate(data.spec)))([data[i] for i in range(4)])  # noqa: S301 (our own bytes)
+    assert len(batch) == 4 and batch.images.shape == (4, 3, 40, 56) and batch.images.dtype == torch.uint8
+    parts = batch.split(2)
+    assert [part.keys for part in parts] == [batch.keys[:2], batch.keys[2:]]
+    assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+    assert torch.equal(torch.cat([part.layout.edges for part in parts]), batch.layout.edges)
+    with pytest.raises(AssertionError):
+        batch.split(3)
+    moved = batch.to("cpu", non_blocking=True)
+    assert torch.equal(moved.layout.labels, batch.layout.labels) and moved.draws == (0, 1, 2, 3)
+    assert len(batch.tensors()) == 3
+    images = torch.arange(256, dtype=torch.uint8)
+    assert normalise(images).min() == -1 and normalise(images).max() == 1
+    assert torch.equal(denormalise(normalise(images)), images)
+    assert denormalise(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+
+
+def test_different_sizes_do_not_make_a_batch(tiny_folder):
+    roots = [tiny_folder("a", keys=1), tiny_folder("b", keys=["x"], size=(40, 48))]
+    data = LabelMapDataset(roots, LABELS)
+    with pytest.raises(DataError, match=r"(?s)\[40, 56\].*\[40, 48\].*random_crop_h_w.*batch_size: 1"):
+        list(sequential_batches(data, [0, 1], 2))
+    assert [b.layout.width for b in sequential_batches(data, [0, 1], 1)] == [56, 48]
+
+
+# ------------------------------------------------------------------------------------------------ order
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 4), st.integers(0, 100))
+def test_ranks_together_are_one_process_and_resume_goes_on(num_samples, batch_size, world_size, images_seen):
+    def take(count: int, batch: int, **keys: int) -> list[tuple[int, int]]:
+        return list(itertools.islice(ResumableSampler(num_samples, batch, seed=7, **keys), count))
+
+    iterations = 5
+    whole = take(images_seen + iterations * batch_size * world_size, batch_size * world_size)
+    assert [draw for _, draw in whole] == list(range(len(whole)))
+    ranks = [
+        take(iterations * batch_size, batch_size, images_seen=images_seen, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    together = [
+        item
+        for t in range(iterations)
+        for rank in ranks
+        for item in rank[t * batch_size : (t + 1) * batch_size]
+    ]
+    assert together == whole[images_seen:]
+
+
+def test_every_sample_once_per_epoch_in_changing_order():
+    order = [index for index, _ in itertools.islice(ResumableSampler(50, 8, seed=0), 150)]
+    epochs = [order[:50], order[50:100], order[100:]]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [i for i, _ in itertools.islice(ResumableSampler(50, 8, seed=1), 50)] != epochs[0]
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    return (a.keys, a.draws) == (b.keys, b.draws) and all(
+        torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True)
+    )
+
+
+def test_workers_change_nothing_and_resume_is_exact(tiny_folder, tmp_path):
+    build_dataset(tiny_folder(keys=7), tmp_path / "out", LABELS, num_workers=0)
+    data = LabelMapDataset(tmp_path / "out", LABELS, edges="file", augmentations=CROPPED, seed=4)
+    data[0]  # the LMDB is open when the workers fork
+
+    def take(count: int, **keys) -> list[Batch]:
+        return list(itertools.islice(training_loader(data, 2, seed=4, **keys), count))
+
+    straight = take(9, num_workers=0)
+    assert all(map(equal, straight, take(9, num_workers=2)))
+    assert all(map(equal, straight[4:], take(5, num_workers=0, images_seen=8)))
+    ranks = [take(4, num_workers=0, rank=rank, world_size=2) for rank in range(2)]
+    assert all(map(equal, straight[:8], itertools.chain.from_iterable(zip(*ranks, strict=True))))
+
+
+@pytest.mark.timeout(60)
+def test_workers_start_after_opencv_was_used_in_the_main_process(tiny_folder, tmp_path):
+    # OpenCV's thread pool in a forked child is a hang for ever, so there must be no pool.
+    root = tiny_folder(keys=40, size=(300, 400), types=("images", "seg_maps"))
+    data = LabelMapDataset(root, LABELS, augmentations=AugmentationConfig(resize_h_w=(701, 903)))
+    expected = next(training_loader(data, 2, seed=0, num_workers=0))
+    assert cv2.getNumThreads() == 1
+    assert equal(next(training_loader(data, 2, seed=0, num_workers=2)), expected)
+    build_dataset(root, tmp_path / "out", LABELS, num_workers=2)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_sample_is_told_without_a_traceback(tiny_folder, num_workers):
+    root = tiny_folder(keys=3)
+    write_png(root / "seg_maps/0001.png", np.full((40, 56), 9, np.uint8))
+    data = LabelMapDataset(root, LABELS)
+    with pytest.raises(LabelError) as caught:
+        list(itertools.islice(training_loader(data, 3, seed=0, num_workers=num_workers), 2))
+    assert "0001.png: label value(s) 9" in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_sequential_batches_are_exactly_the_indices(tiny_folder):
+    data = LabelMapDataset(tiny_folder(keys=7), LABELS)
+    for num_workers in (0, 1):
+        batches = list(sequential_batches(data, [6, 0, 3, 4, 1], 2, num_workers=num_workers))
+        assert [b.keys for b in batches] == [("0006", "0000"), ("0003", "0004"), ("0001",)]
+    assert list(sequential_batches(data, [], 2)) == []
+
+
+def test_prefetcher_passes_through_and_counts_the_wait(tiny_folder):
+    data = LabelMapDataset(tiny_folder(keys=3), LABELS)
+
+    def slow():
+        for batch in sequential_batches(data, range(3), 1):
+            time.sleep(0.02)
+            yield batch
+
+    prefetcher = Prefetcher(slow(), "cpu")
+    assert [b.keys for b in prefetcher] == [("0000",), ("0001",), ("0002",)]
+    assert 0.06 <= prefetcher.wait_s < 5
+    assert next(prefetcher, None) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_prefetcher_on_a_gpu(tiny_folder):
+    data = LabelMapDataset(tiny_folder(keys=5), LABELS, edges="file")
+    batches = Prefetcher(sequential_batches(data, range(5), 2, num_workers=1, pin_memory=True), "cuda")
+    for got, expected in zip(batches, sequential_batches(data, range(5), 2), strict=True):
+        assert got.images.is_cuda and equal(got.to("cpu"), expected)
+
+
+def test_default_num_workers_is_shared_between_processes():
+    assert 0 <= default_num_workers(2) <= default_num_workers(1) <= 8
+    assert default_num_workers(10_000) == 0

@@ -1,0 +1,530 @@
+"""Files -> arrays, folders, LMDB shards and the builder: what is read, what is refused, what survives a crash."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import unicodedata
+import zlib
+from collections import namedtuple
+
+import lmdb
+import numpy as np
+import pytest
+from conftest import REPOSITORY, write_jpg, write_png
+from PIL import Image
+from safetensors.numpy import load_file
+
+from imaginaire_spade.data import build as build_module
+from imaginaire_spade.data.build import build_dataset
+from imaginaire_spade.data.decode import decode_edges, decode_image, decode_instances, decode_label, image_size
+from imaginaire_spade.data.folders import FolderSource
+from imaginaire_spade.data.store import open_source, store_key, write_environment
+from imaginaire_spade.errors import EXIT_CODE, DataError, LabelError
+from imaginaire_spade.labels import LabelSpec
+
+LABELS = LabelSpec(num_classes=5)
+TYPES = ("images", "seg_maps", "edge_maps", "inst_maps")
+
+
+def encoded(array: np.ndarray, image_format: str = "PNG", mode: str | None = None, **options) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def raw_png(rows: list[bytes], width: int, bits: int, colour_type: int) -> bytes:
+    """A PNG with any header (PIL and OpenCV write no 2- or 4-bit greys)."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, len(rows), bits, colour_type, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+
+IDS = (np.arange(35).reshape(5, 7) % 4).astype(np.uint8)
+
+
+def test_label_maps_keep_their_integers():
+    palette = Image.fromarray(IDS).convert("P")
+    palette.putpalette([255, 255, 255, 9, 9, 9, 1, 2, 3, 0, 0, 0])
+    buffer = io.BytesIO()
+    palette.save(buffer, "PNG")
+    wide = IDS.astype(np.uint16) * 300
+    rgb = np.stack([IDS, IDS + 1, IDS + 2], 2)
+    for data, expected in (
+        (encoded(IDS), IDS),
+        (encoded(IDS, "BMP"), IDS),
+        (encoded(IDS, "TIFF"), IDS),
+        (buffer.getvalue(), IDS),
+        (encoded(wide), wide),
+        (encoded(wide, "TIFF"), wide),
+        (encoded(IDS.astype(np.int32) * 300, "TIFF"), wide),
+        (encoded(rgb), rgb),
+        (encoded(IDS > 1), (IDS > 1).astype(np.uint8)),
+        (raw_png([b"\x1b"], 4, 2, 0), np.array([[0, 1, 2, 3]])),
+        (raw_png([b"\x0f"], 2, 4, 0), np.array([[0, 15]])),
+    ):
+        decoded = decode_label(data, "x")
+        assert decoded.dtype in (np.uint8, np.uint16)
+        assert np.array_equal(decoded, expected)
+        assert image_size(data, "x") == expected.shape[:2]
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (encoded(IDS, "JPEG"), "JPEG, whose compression changes ids"),
+        (encoded(IDS, "WEBP", "RGB", quality=80), "lossy WebP"),
+        (encoded(IDS, "PNG", "RGBA"), "alpha"),
+        (encoded(IDS, "PNG", "LA"), "alpha"),
+        (raw_png([b"\0" * 6], 1, 16, 2), "16 bits per channel"),
+        (encoded(IDS.astype(np.float32), "TIFF"), "pixel format F"),
+        (encoded(IDS.astype(np.int32) - 1, "TIFF"), "label values -1..2"),
+        (b"", "empty"),
+        (b"not an image", "not readable"),
+        (encoded(IDS)[:60], "not readable"),
+        (encoded(IDS)[:16] + struct.pack(">II", 1 << 14, 1 << 14) + encoded(IDS)[24:], "pixels by its header"),
+    ],
+    ids=range(11),
+)
+def test_unfit_label_maps_are_refused(data, message):
+    with pytest.raises(DataError, match=rf"(?s)f\.png.*{message}"):
+        decode_label(data, "f.png")
+
+
+def test_photos_become_rgb_as_stored():
+    rgb = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    grey = rgb[..., 0]
+    assert np.array_equal(decode_image(encoded(rgb), "x"), rgb)
+    assert np.array_equal(decode_image(encoded(grey), "x"), np.stack([grey] * 3, 2))
+    assert np.array_equal(decode_image(encoded(rgb, "PNG", "RGBA"), "x"), rgb)
+    assert decode_image(encoded(grey.astype(np.uint16) * 256), "x").dtype == np.uint8
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # "turn by 90 degrees"
+    assert decode_image(encoded(rgb, "JPEG", exif=orientation), "x").shape == rgb.shape
+    jpeg = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), "JPEG")
+    for broken in (b"", b"\xff\xd8\xff", jpeg[: len(jpeg) // 2], jpeg[:-40], encoded(rgb)[:80]):
+        with pytest.raises(DataError, match="photo"):
+            decode_image(broken, "photo")
+
+
+def test_edges_and_instances():
+    assert decode_edges(encoded(np.array([[0, 1, 254, 255]], np.uint8)), "x").tolist() == [[0, 1, 1, 1]]
+    assert decode_edges(encoded(np.array([[[0, 0, 0], [0, 9, 0]]], np.uint8)), "x").tolist() == [[0, 1]]
+    wide = np.array([[0, 255, 256, 26007, 65535]], np.uint16)
+    assert decode_instances(encoded(wide), "x").tolist() == wide.tolist()
+    assert decode_instances(encoded(np.array([[[1, 2, 3]]], np.uint8)), "x").tolist() == [[1 + 2 * 256 + 3 * 65536]]
+    assert decode_instances(encoded(wide), "x").dtype == np.int32
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+def test_folder_joins_any_extensions_case_and_sequences(tmp_path):
+    picture = np.zeros((4, 4, 3), np.uint8)
+    for name in ("a.JPG", "seq/b.jpeg", "seq/deep/c.c.bmp", "Größe 图.webp"):
+        write_jpg(tmp_path / "images" / name, picture)
+    for name in ("a.png", "seq/b.PNG", "seq/deep/c.c.tiff", "Größe 图.png", ".hidden.png"):
+        write_png(tmp_path / "seg_maps" / name, picture[..., 0])
+    (tmp_path / "images" / "notes.txt").write_text("x")
+    source = FolderSource(tmp_path, ["images", "seg_maps"])
+    assert source.keys == ["Größe 图", "a", "seq/b", "seq/deep/c.c"]
+    assert source.read("seq/b", "seg_maps") == (tmp_path / "seg_maps/seq/b.PNG").read_bytes()
+    assert [path.name for path in source.skipped] == ["notes.txt"]
+    assert store_key("a") == b"./a" and store_key("seq/b") == b"seq/b"
+
+
+def test_names_that_differ_by_normal_form_are_two(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    for number, name in enumerate((composed, decomposed)):
+        write_png(tmp_path / "raw/images" / f"{name}.png", np.full((2, 2, 3), number, np.uint8))
+        write_png(tmp_path / "raw/seg_maps" / f"{name}.png", np.full((2, 2), number, np.uint8))
+    build_dataset(tmp_path / "raw", tmp_path / "out", LABELS, num_workers=0)
+    for root in ("raw", "out"):
+        source = open_source(tmp_path / root, ["images", "seg_maps"])
+        assert sorted(source.keys) == sorted([composed, decomposed])
+        assert decode_label(source.read(composed, "seg_maps"), "x").max() == 0
+        assert decode_label(source.read(decomposed, "seg_maps"), "x").max() == 1
+
+
+def test_unpaired_files_are_listed_or_dropped(tiny_folder):
+    root = tiny_folder(keys=14)
+    for number in range(12):
+        (root / "seg_maps" / f"{number:04d}.png").unlink()
+    shutil.copy(root / "seg_maps/0012.png", root / "seg_maps/extra.png")
+    with pytest.raises(DataError) as caught:
+        FolderSource(root, ["images", "seg_maps"])
+    message = str(caught.value)
+    assert "images: 1 missing that other folders have: extra" in message
+    assert "seg_maps: 12 missing" in message and "0009 ..." in message and "0010" not in message
+    assert "--drop_unpaired" in message
+    source = FolderSource(root, ["images", "seg_maps"], drop_unpaired=True)
+    assert source.keys == ["0012", "0013"] and len(source.unpaired["seg_maps"]) == 12
+
+
+def test_one_name_with_two_extensions(tiny_folder):
+    root = tiny_folder()
+    write_png(root / "images" / "0003.png", np.zeros((40, 56, 3), np.uint8))
+    with pytest.raises(DataError, match=r"0003\.(jpg|png) and 0003\.(jpg|png)"):
+        FolderSource(root, ["images", "seg_maps"])
+
+
+def test_what_no_data_set_is(tmp_path, tiny_folder):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no data set there\. Looked for"):
+        open_source(tmp_path / "empty", ["images", "seg_maps"])
+    with pytest.raises(DataError, match="no such folder"):
+        open_source(tmp_path / "absent", ["seg_maps"])
+    with pytest.raises(DataError, match="no folder images/"):
+        open_source(tiny_folder(types=("seg_maps",)), ["images", "seg_maps"])
+    with pytest.raises(DataError, match=r"data\.edges: labels"):
+        open_source(tiny_folder("b", types=("images", "seg_maps")), ["images", "seg_maps", "inst_maps"])
+    (tmp_path / "c/images").mkdir(parents=True)
+    (tmp_path / "c/seg_maps").mkdir()
+    with pytest.raises(DataError, match="no samples"):
+        open_source(tmp_path / "c", ["images", "seg_maps"])
+
+
+# ------------------------------------------------------------------------------------------------ LMDB
+
+
+def test_imaginaire_lmdb_is_read_bit_for_bit(shared_dir):
+    fixture = shared_dir / "parity" / "imaginaire_lmdb"
+    facts = json.loads((fixture / "config.json").read_text())
+    source = open_source(fixture / "lmdb", ["images", "seg_maps", "edge_maps"])
+    assert [store_key(key).decode() for key in source.keys] == facts["sample"]["order"]
+    arrays = load_file(fixture / "outputs.safetensors")
+    for name, value in facts["values"].items():
+        data_type, key = name.split(":./")
+        data = source.read(key, data_type)
+        assert hashlib.sha256(data).hexdigest() == value["sha256"]
+        expected = arrays[f"decoded/{data_type}/./{key}"]
+        if data_type == "images":
+            assert np.abs(decode_image(data, name).astype(int) - expected).max() <= 2
+        elif data_type == "seg_maps":
+            assert np.array_equal(decode_label(data, name), expected)
+        else:
+            assert np.array_equal(decode_edges(data, name), expected > 0)
+
+
+def test_map_grows_when_it_is_full(tmp_path):
+    values = {f"{i:03d}".encode(): os.urandom(300_000) for i in range(12)}
+    write_environment(tmp_path, [(k, lambda v=v: v) for k, v in values.items()], num_items=0, total_bytes=0)
+    with lmdb.open(str(tmp_path), readonly=True, lock=False) as env, env.begin() as transaction:
+        assert dict(transaction.cursor()) == values
+
+
+def test_a_shard_is_in_imaginaires_format_and_deterministic(tiny_folder, tmp_path):
+    root = tiny_folder(keys=["b", "a", "s-t/x", "s/x", "s/ä"])
+    (root / "images/b.jpg").rename(root / "images/b.jpeg")
+    first = build_dataset(root, tmp_path / "one", LABELS, num_workers=0)
+    build_dataset(root, tmp_path / "two", LABELS, num_workers=1)
+    files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file())
+    assert [str(f) for f in files] == sorted(
+        ["all_filenames.json", "metadata.json", "manifest.json", *(f"{t}/data.mdb" for t in TYPES)]
+    )
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+    assert json.loads((tmp_path / "one/all_filenames.json").read_text()) == {
+        ".": ["a", "b"], "s": ["x", "ä"], "s-t": ["x"]
+    }  # fmt: skip
+    assert json.loads((tmp_path / "one/metadata.json").read_text()) == {
+        "images": "jpg", "seg_maps": "png", "edge_maps": "png", "inst_maps": "png"
+    }  # fmt: skip
+    with lmdb.open(str(tmp_path / "one/images"), readonly=True, lock=False) as env, env.begin() as transaction:
+        stored = {key.decode(): bytes(value) for key, value in transaction.cursor()}
+    assert stored["./b"] == (root / "images/b.jpeg").read_bytes()
+    assert set(stored) == {"./a", "./b", "s/x", "s/ä", "s-t/x"}
+    assert first["num_samples"] == 5 and first["sizes_h_w"] == {"40x56": 5}
+    assert sum(first["class_pixels"]) == 5 * 40 * 56 and first["class_pixels"][5] == 0
+    assert first["data_types"]["images"]["other_extensions"] == {"b": "jpeg"}
+    digest = hashlib.sha256((tmp_path / "one/images/data.mdb").read_bytes()).hexdigest()
+    assert first["shards"][0]["files"]["images/data.mdb"]["sha256"] == digest
+
+
+def test_several_shards_read_as_one(tiny_folder, tmp_path):
+    root = tiny_folder(keys=["b", "a", "s/x", "s/y", "t/z"])
+    build_dataset(root, tmp_path / "out", LABELS, num_shards=2, num_workers=0)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["manifest.json", "shard_00000", "shard_00001"]
+    folder, shards = open_source(root, TYPES), open_source(tmp_path / "out", TYPES)
+    assert shards.keys == folder.keys
+    for key in folder.keys:
+        for data_type in TYPES:
+            assert shards.read(key, data_type) == folder.read(key, data_type)
+    assert open_source(tmp_path / "out/shard_00000", TYPES).keys == folder.keys[:2]
+    assert max(decode_instances(shards.read("a", "inst_maps"), "x").ravel()) > 255
+
+
+def test_strange_lmdbs_are_refused(tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    build_dataset(tiny_folder(keys=3), out, LABELS, num_workers=0)
+    assert open_source(out, ["seg_maps"]).has("edge_maps")
+
+    def index(content: object) -> None:
+        (out / "all_filenames.json").write_text(json.dumps(content))
+
+    for content, message in (
+        ({"images": {".": ["0000"]}, "seg_maps": {".": ["0000"]}}, "unpaired"),
+        ({"../..": ["etc"]}, "no plain relative path"),
+        ({"": ["x"]}, "no plain relative path"),
+        ({".": ["a/../../x"]}, "no plain relative path"),
+        (["0000"], "expected an object"),
+        ({".": [1]}, "expected an object"),
+        ({}, "no samples"),
+        ({".": ["0000", "0000"]}, "twice"),
+    ):
+        index(content)
+        with pytest.raises(DataError, match=message):
+            open_source(out, ["seg_maps"])
+    index({".": ["0000", "absent"]})
+    with pytest.raises(DataError, match="lacks this key"):
+        open_source(out, ["seg_maps"]).read("absent", "seg_maps")
+    (out / "all_filenames.json").write_text("{")
+    with pytest.raises(DataError, match="JSON"):
+        open_source(out, ["seg_maps"])
+    (out / "all_filenames.json").unlink()
+    with pytest.raises(DataError, match=r"but no all_filenames\.json"):
+        open_source(out, ["seg_maps"])
+    index({".": ["0000"]})
+    data = (out / "images/data.mdb").read_bytes()
+    for broken in (data[: len(data) // 2], b"x" * 10000, b""):
+        (out / "images/data.mdb").unlink()
+        (out / "images/data.mdb").write_bytes(broken)
+        with pytest.raises(DataError, match=r"data\.mdb"):
+            open_source(out, ["images"]).read("0000", "images")
+    (out / "images/data.mdb").unlink()
+    with pytest.raises(DataError, match="no LMDB images/"):
+        open_source(out, ["images"])
+    (out / "m").mkdir()
+    (out / "m/manifest.json").write_text(json.dumps({"shards": [{"path": "../.."}]}))
+    with pytest.raises(DataError, match="leads out"):
+        open_source(out / "m", ["images"])
+
+
+def read_all(source) -> str:
+    return hashlib.sha256(b"".join(source.read(key, t) for key in source.keys for t in TYPES)).hexdigest()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_reading_in_other_processes(tiny_folder, tmp_path, method):
+    build_dataset(tiny_folder(keys=4), tmp_path / "out", LABELS, num_workers=0)
+    source = open_source(tmp_path / "out", TYPES)
+    expected = read_all(source)  # the handle is open here when the others start
+    assert read_all(pickle.loads(pickle.dumps(source))) == expected  # noqa: S301 (our own bytes)
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.apply(read_all, (source,)) == expected
+    assert read_all(source) == expected
+
+
+# ------------------------------------------------------------------------------------------------ the builder
+
+
+def test_every_bad_file_is_named_in_one_message(tiny_folder, tmp_path):
+    root = tiny_folder(keys=12)
+    good = np.zeros((40, 56), np.uint8)
+    outside, binary = good.copy(), good.copy()
+    outside[3, 3], binary[0] = 77, 255
+    write_png(root / "seg_maps/0000.png", outside)
+    write_png(root / "seg_maps/0001.png", np.full((40, 56, 3), 9, np.uint8))
+    write_png(root / "seg_maps/0002.png", binary)
+    write_png(root / "seg_maps/0003.png", good[:20])
+    (root / "images/0004.jpg").write_bytes(b"")
+    (root / "images/0005.jpg").write_bytes((root / "images/0006.jpg").read_bytes()[:500])
+    write_png(root / "edge_maps/0007.png", good[:, :8])
+    with pytest.raises(DataError) as caught:
+        build_dataset(root, tmp_path / "out", LABELS, num_workers=1)
+    message = str(caught.value)
+    for part in ("0000.png: label value(s) 77", "0001.png: an RGB", "0002.png: label value(s) 255", "remap: {255: 1}",
+                 "0003.jpg is 40 x 56", "0003.png is 20 x 56", "0004.jpg: the file is empty", "0005.jpg",
+                 "0007.png is 40 x 8"):  # fmt: skip
+        assert part in message, part
+    assert "0006" not in message and "nothing was built" in message
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["raw"]
+
+
+def test_checking_stops_after_twenty_problems(tiny_folder, tmp_path):
+    root = tiny_folder(keys=30, num_classes=200, types=("images", "seg_maps"))
+    with pytest.raises(DataError, match=r"20 problem\(s\).*stopped after sample 20 of 30"):
+        build_dataset(root, tmp_path / "out", LabelSpec(num_classes=1), num_workers=0)
+
+
+def test_refused_before_any_work(tiny_folder, tmp_path):
+    root = tiny_folder(keys=2)
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "thesis.tex").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for output, options, message in (
+        (occupied, {}, "--resume .*--overwrite"),
+        (occupied, {"overwrite": True}, "thesis.tex.*not overwritten"),
+        (occupied, {"resume": True}, "thesis.tex"),
+        (tmp_path / "file", {}, "is a file"),
+        (tmp_path / "file/out", {}, "is a file"),
+        (root / "images/lmdb", {}, "among the raw files"),
+        (root, {"overwrite": True}, "contains --data_root"),
+        (tmp_path, {"overwrite": True}, "contains --data_root"),
+        (tmp_path / "x", {"overwrite": True, "resume": True}, "exclude each other"),
+        (tmp_path / "x", {"num_shards": 3}, "more shards than samples"),
+        (tmp_path / "x", {"num_shards": 0}, "at least 1 shard"),
+    ):
+        with pytest.raises(DataError, match=message):
+            build_dataset(root, output, LABELS, num_workers=0, **options)
+    if os.geteuid() != 0:
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(DataError, match="not writable"):
+            build_dataset(root, tmp_path / "locked/out", LABELS, num_workers=0)
+    with pytest.raises(DataError, match="no such folder"):
+        build_dataset(tmp_path / "absent", tmp_path / "x", LABELS)
+    assert not (tmp_path / "x").exists()
+
+
+def test_existing_output_overwritten_resumed_or_refused(tiny_folder, tmp_path):
+    root, out = tiny_folder(keys=4), tmp_path / "out"
+    first = build_dataset(root, out, LABELS, num_workers=0)
+    source = open_source(out, TYPES)
+    source.read("0000", "images")
+    with pytest.raises(DataError, match="exists and holds a data set"):
+        build_dataset(root, out, LABELS, num_workers=0)
+    assert build_dataset(root, out, LABELS, num_workers=0, resume=True) == first
+    with pytest.raises(DataError, match="another label table"):
+        build_dataset(root, out, LabelSpec(num_classes=6), num_workers=0, resume=True)
+    shutil.rmtree(root)
+    root = tiny_folder(keys=3, seed=1)
+    with pytest.raises(DataError, match="another samples or files"):
+        build_dataset(root, out, LABELS, num_workers=0, resume=True)
+    build_dataset(root, out, LABELS, num_workers=0, num_shards=3, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw"]
+    again = open_source(out, TYPES)
+    assert again.keys == ["0000", "0001", "0002"]
+    assert again.read("0000", "images") == (root / "images/0000.jpg").read_bytes()
+
+
+def test_drop_unpaired_and_input_list(tiny_folder, tmp_path, capsys):
+    root = tiny_folder(keys=["a", "b", "c", "s/d"], types=("images", "seg_maps"))
+    (root / "seg_maps/b.png").unlink()
+    manifest = build_dataset(root, tmp_path / "dropped", LABELS, num_workers=0, drop_unpaired=True)
+    assert manifest["num_samples"] == 3
+    assert "dropped 1 sample(s) without a file in seg_maps: b" in capsys.readouterr().out
+    (tmp_path / "list.txt").write_text("./a\ns/d.jpg\n\n")
+    build_dataset(root, tmp_path / "listed", LABELS, num_workers=0, input_list=tmp_path / "list.txt")
+    assert open_source(tmp_path / "listed", ["images"]).keys == ["a", "s/d"]
+    (tmp_path / "list.txt").write_text("a\nb\nzebra\n")
+    with pytest.raises(DataError, match=r"2 name.*: b, zebra"):
+        build_dataset(root, tmp_path / "x", LABELS, num_workers=0, input_list=tmp_path / "list.txt")
+
+
+def test_too_little_space(tiny_folder, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    root = tiny_folder(keys=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module.shutil, "disk_usage", lambda path: usage(10, 9, 1000))
+        with pytest.raises(DataError, match=r"1,000 bytes are free there, about .* needed"):
+            build_dataset(root, tmp_path / "out", LABELS, num_workers=0)
+    assert not (tmp_path / "out").exists()
+
+    def limited(num_shards: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # write() fails beyond
+        try:
+            build_dataset(root, tmp_path / "out", LABELS, num_workers=0, num_shards=num_shards)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    for num_shards in (1, 2):
+        with pytest.raises(DataError, match=r"(?s)writing failed: .*bytes are free"):
+            limited(num_shards)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["raw"]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(REPOSITORY / "scripts/build_lmdb.py"), *map(str, arguments)]
+
+
+def test_command_line(tiny_folder, tiny_config, tmp_path):
+    root = tiny_folder(keys=5, num_classes=6)
+    (root / "images/readme.txt").write_text("x")
+    arguments = ["--config", tiny_config(edges="instances"), "--data_root", root, "--output_root", tmp_path / "o/out"]
+    failed = subprocess.run(command(*arguments, "--paired"), capture_output=True, text=True)
+    assert failed.returncode == EXIT_CODE, failed.stderr
+    assert "label value(s) 5 outside the table" in failed.stderr and "Traceback" not in failed.stderr
+    assert not (tmp_path / "o").exists()
+    built = subprocess.run(
+        command(*arguments, "--paired", "--set", "data.labels.num_classes=6", "--num_workers", 1),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    for part in ("5 samples of images, seg_maps, edge_maps, inst_maps", "40x56 (5)", "class 5", "readme.txt"):
+        assert part in built.stdout
+    assert len(open_source(tmp_path / "o/out", TYPES).keys) == 5
+
+
+def test_killed_in_the_middle_then_resumed(tiny_folder, tiny_config, tmp_path):
+    root, out = tiny_folder(keys=40, size=(16, 16)), tmp_path / "out"
+    arguments = ["--config", tiny_config(), "--data_root", root, "--output_root", out, "--num_shards", 40]
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (out / "shard_00002").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = sorted(p for p in out.glob("shard_?????"))
+    assert 3 <= len(finished) < 40 and not (out / "manifest.json").exists()
+    with pytest.raises(DataError, match=r"unfinished build.*--resume"):
+        open_source(out, TYPES)
+    with pytest.raises(DataError, match="--resume to finish"):
+        build_dataset(root, out, LABELS, num_shards=40)
+    with pytest.raises(DataError, match="another --num_shards"):
+        build_dataset(root, out, LABELS, num_shards=2, resume=True)
+    made_at = {p: (p / "manifest.json").stat().st_mtime_ns for p in finished}
+    damaged = finished[1] / "seg_maps/data.mdb"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    resumed = subprocess.run(command(*arguments, "--resume"), capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resuming: {len(finished) - 1} of 40" in resumed.stdout
+    rebuilt = [p for p, at in made_at.items() if (p / "manifest.json").stat().st_mtime_ns != at]
+    assert rebuilt == [finished[1]]
+    whole = build_dataset(root, tmp_path / "whole", LABELS, num_shards=40, num_workers=0)
+    assert json.loads((out / "manifest.json").read_text()) == whole
+    assert open_source(out, TYPES).keys == open_source(root, TYPES).keys
+    assert not list(out.glob("*.tmp*"))
+
+
+def test_what_a_killed_build_leaves_is_removed(tiny_folder, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    stale = build_module._temporary(tmp_path / "out")
+    dead = stale.with_name(stale.name.replace(f"-{os.getpid()}", f"-{gone.pid}"))
+    alive = stale.with_name(stale.name.replace(f"-{os.getpid()}", f"-{os.getppid()}"))
+    for folder in (stale, dead, alive):
+        folder.mkdir()
+    build_dataset(tiny_folder(keys=2), tmp_path / "out", LABELS, num_workers=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["out", "raw", alive.name])
+
+
+def test_label_error_is_a_data_error():
+    with pytest.raises(DataError):
+        raise LabelError("x")
+
+
+def test_overlong_names(tiny_folder, tmp_path):
+    long = "/".join(["d" * 200] * 2 + ["f" * 200])
+    root = tiny_folder(keys=["a", long], types=("images", "seg_maps"))
+    with pytest.raises(DataError, match="511 bytes"):
+        build_dataset(root, tmp_path / "out", LABELS, num_workers=0)
+    assert not (tmp_path / "out").exists()

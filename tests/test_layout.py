@@ -1,0 +1,70 @@
+"""SemanticLayout against the plain one-hot computations it stands for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+
+
+def random_layout(spec: LayoutSpec, n: int, h: int, w: int, seed: int = 0) -> SemanticLayout:
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, spec.num_classes + 1, (n, h, w), generator=g).to(torch.int16)
+    edges = torch.randint(0, 2, (n, h, w), generator=g).to(torch.uint8) if spec.has_edges else None
+    return SemanticLayout(spec, labels, edges)
+
+
+def plain_one_hot(layout: SemanticLayout) -> torch.Tensor:
+    channels = [(layout.labels == c).float() for c in range(layout.spec.num_label_channels)]
+    if layout.edges is not None:
+        channels.append(layout.edges.float())
+    return torch.stack(channels, 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_classes=st.integers(1, 300),
+    dont_care=st.booleans(),
+    edges=st.booleans(),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    new=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+)
+def test_one_hot_and_resizing_equal_the_plain_computation(num_classes, dont_care, edges, size, new):
+    layout = random_layout(LayoutSpec(num_classes, dont_care, edges), 2, *size)
+    dense = plain_one_hot(layout)
+    assert torch.equal(layout.one_hot(), dense)
+    resized = layout.resized(*new)
+    assert torch.equal(resized.one_hot(), F.interpolate(dense, size=new, mode="nearest"))
+    assert layout.resized(*new) is resized  # cached
+
+
+def test_dense_layouts_keep_their_gradient():
+    spec = LayoutSpec(3, True, True)
+    semantics = torch.rand(2, 5, 8, 8, requires_grad=True)
+    layout = SemanticLayout.from_dense(spec, semantics)
+    assert torch.equal(layout.labels, semantics[:, :4].argmax(1))
+    layout.resized(4, 4).one_hot().sum().backward()
+    assert semantics.grad is not None and semantics.grad.sum() == 2 * 5 * 16
+
+
+def test_slices_and_concatenation():
+    layout = random_layout(LayoutSpec(4, True, True), 6, 5, 7)
+    joined = SemanticLayout.cat([layout[:2], layout[2:]])
+    assert torch.equal(joined.labels, layout.labels) and torch.equal(joined.edges, layout.edges)
+    assert len(layout[1:4]) == 3
+
+
+@pytest.mark.parametrize(
+    ("labels", "edges", "message"),
+    [
+        (torch.zeros(1, 4, 4), None, "uint8 or int16"),
+        (torch.zeros(1, 1, 4, 4, dtype=torch.uint8), None, "uint8 or int16"),
+        (torch.zeros(1, 4, 4, dtype=torch.uint8), None, "edges missing"),
+        (torch.zeros(1, 4, 4, dtype=torch.uint8), torch.zeros(1, 4, 5), "differ in shape"),
+    ],
+)
+def test_wrong_tensors_are_named(labels, edges, message):
+    with pytest.raises(ValueError, match=message):
+        SemanticLayout(LayoutSpec(3, has_edges=True), labels, edges)

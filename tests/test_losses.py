@@ -1,0 +1,52 @@
+"""Loss functions against their formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from imaginaire_spade.losses import discriminator_gan_loss, feature_matching_loss, generator_gan_loss, kl_loss
+from imaginaire_spade.models.discriminator import Scores
+
+torch.manual_seed(0)
+FAKE = [torch.randn(2, 1, 5, 5), torch.randn(2, 1, 3, 3)]
+REAL = [torch.randn(2, 1, 5, 5), torch.randn(2, 1, 3, 3)]
+
+
+def both_scales(function):
+    return (function(FAKE[0], REAL[0]) + function(FAKE[1], REAL[1])) / 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "generator", "of_fake", "of_real"),
+    [
+        ("hinge", lambda f, r: -f.mean(), lambda f, r: (1 + f).clamp(min=0).mean(), lambda f, r: (1 - r).clamp(min=0).mean()),
+        ("least_square", lambda f, r: ((f - 1) ** 2).mean(), lambda f, r: (f**2).mean(), lambda f, r: ((r - 1) ** 2).mean()),
+        ("non_saturated", lambda f, r: -F.logsigmoid(f).mean(), lambda f, r: -F.logsigmoid(-f).mean(),
+         lambda f, r: -F.logsigmoid(r).mean()),
+        ("wasserstein", lambda f, r: -f.mean(), lambda f, r: f.mean(), lambda f, r: -r.mean()),
+    ],
+)  # fmt: skip
+def test_adversarial_losses(mode, generator, of_fake, of_real):
+    torch.testing.assert_close(generator_gan_loss(FAKE, mode), both_scales(generator))
+    fake, real = discriminator_gan_loss(FAKE, REAL, mode)
+    torch.testing.assert_close(fake, both_scales(of_fake))
+    torch.testing.assert_close(real, both_scales(of_real))
+
+
+def test_feature_matching_sums_layers_averages_scales_and_leaves_the_real_side_alone():
+    fake = [torch.randn(2, c, 4, 4, requires_grad=True) for c in (3, 5)]
+    real = [torch.randn(2, c, 4, 4, requires_grad=True) for c in (3, 5)]
+    logits = torch.zeros(2, 1, 4, 4)
+    loss = feature_matching_loss([Scores(logits, fake), Scores(logits, fake)], [Scores(logits, real)] * 2)
+    torch.testing.assert_close(loss, sum((f - r).abs().mean() for f, r in zip(fake, real, strict=True)))
+    loss.backward()
+    assert all(f.grad is not None for f in fake) and all(r.grad is None for r in real)
+
+
+def test_kl_is_zero_for_the_standard_normal_and_agrees_with_torch():
+    assert kl_loss(torch.zeros(3, 4), torch.zeros(3, 4)).item() == 0
+    mu, logvar = torch.randn(3, 4), torch.randn(3, 4)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mu, (0.5 * logvar).exp()), torch.distributions.Normal(0.0, 1.0)
+    ).sum()
+    torch.testing.assert_close(kl_loss(mu, logvar), expected)

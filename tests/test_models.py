@@ -1,0 +1,182 @@
+"""Every registered component runs; layers equal plain computations."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_layout import random_layout
+from torch import nn
+
+from imaginaire_spade.errors import ConfigError
+from imaginaire_spade.layout import LayoutSpec
+from imaginaire_spade.losses import GeneratorOutputs
+from imaginaire_spade.models import features
+from imaginaire_spade.models.discriminator import split_scores
+from imaginaire_spade.models.generator import SPADEGenerator
+from imaginaire_spade.models.layers import SpectralConv2d, initialise
+from imaginaire_spade.models.norms import SPADE
+from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Registry
+from imaginaire_spade.training.model_average import reestimate_batch_norm, update_average
+
+SPEC = LayoutSpec(5, has_dont_care=True, has_edges=True)
+SMALL_NORM = partial(SPADE, hidden_channels=8)
+
+
+@pytest.mark.parametrize("name", NORMS.names())
+def test_every_norm_keeps_the_shape_and_passes_gradients(name):
+    norm = NORMS[name](6, SPEC)
+    x = torch.randn(2, 6, 8, 10, requires_grad=True)
+    y = norm(x, random_layout(SPEC, 2, 32, 40))
+    assert y.shape == x.shape
+    y.square().sum().backward()
+    assert all(p.grad is not None for p in norm.parameters())
+
+
+@pytest.mark.parametrize("name", GENERATORS.names())
+@pytest.mark.parametrize("style_dims", [0, 8])
+def test_every_generator_makes_pictures_of_the_layouts_size(name, style_dims):
+    generator = GENERATORS[name](SPEC, (64, 64), num_filters=2, style_dims=style_dims)
+    multiple = generator.size_multiple
+    for height, width in ((64, 64), (multiple, 2 * multiple)):
+        z = torch.randn(2, style_dims) if style_dims else None
+        image = generator(random_layout(SPEC, 2, height, width), z)
+        assert image.shape == (2, 3, height, width) and image.abs().max() <= 1 and image.dtype == torch.float32
+    with pytest.raises(ValueError, match="multiples of"):
+        generator(random_layout(SPEC, 1, multiple + 1, multiple), z)
+    with pytest.raises(ValueError, match="style code"):
+        generator(random_layout(SPEC, 1, multiple, multiple), None if style_dims else torch.randn(1, 8))
+
+
+@pytest.mark.parametrize(("upsampling", "steps"), [("normal", 5), ("more", 6), ("most", 7)])
+def test_upsampling_depth(upsampling, steps):
+    generator = SPADEGenerator(SPEC, (128, 128), num_filters=2, upsampling=upsampling, norm=SMALL_NORM)
+    assert generator.size_multiple == 2**steps
+    assert generator(random_layout(SPEC, 2, 128, 256)).shape == (2, 3, 128, 256)
+
+
+@pytest.mark.parametrize("name", DISCRIMINATORS.names())
+def test_every_discriminator_scores_fake_and_real_of_the_same_maps_together(name):
+    discriminator = DISCRIMINATORS[name](SPEC, num_filters=4).eval()
+    layout, fake, real = random_layout(SPEC, 2, 64, 64), torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
+    together = split_scores(discriminator(layout, torch.cat([fake, real])))
+    for half, images in zip(together, (fake, real), strict=True):
+        for a, b in zip(half, discriminator(layout, images), strict=True):
+            torch.testing.assert_close(a.logits, b.logits)
+            assert len(a.features) == len(b.features) > 0
+
+
+@pytest.mark.parametrize("name", ENCODERS.names())
+def test_every_encoder_takes_any_size(name):
+    encoder = ENCODERS[name](7, num_filters=2, image_size=128)
+    for size in ((64, 64), (50, 90)):
+        mu, logvar = encoder(torch.rand(2, 3, *size))
+        assert mu.shape == logvar.shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES.names() if name != "perceptual"])
+def test_every_loss_is_a_finite_scalar_with_gradient(name):
+    discriminator = DISCRIMINATORS["multiscale_patch"](SPEC, num_filters=4)
+    fake = torch.rand(2, 3, 64, 64, requires_grad=True)
+    mu, logvar = torch.randn(2, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
+    real = torch.rand(2, 3, 64, 64)
+    scores = split_scores(discriminator(random_layout(SPEC, 2, 64, 64), torch.cat([fake, real])))
+    loss = LOSSES[name]()(GeneratorOutputs(fake, real, *scores, mu, logvar))
+    assert loss.dim() == 0 and loss.isfinite()
+    loss.backward()
+    assert any(t.grad is not None and t.grad.abs().sum() > 0 for t in (fake, mu))
+
+
+def test_spectral_convolution_has_unit_norm_and_needs_no_iteration_in_evaluation():
+    conv = SpectralConv2d(4, 6, 3, padding=1)
+    x = torch.randn(2, 4, 8, 8)
+    for _ in range(200):
+        conv(x)
+    weight = conv.eval().normalised_weight()
+    assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() == pytest.approx(1, rel=1e-4)
+    before = copy.deepcopy(conv.state_dict())
+    conv(x)
+    assert all(torch.equal(before[k], v) for k, v in conv.state_dict().items())
+    torch.testing.assert_close(conv(x), F.conv2d(x, weight, conv.bias, padding=1))
+
+
+def test_a_network_can_be_copied_after_a_training_forward():
+    generator = SPADEGenerator(SPEC, (32, 32), num_filters=2, norm=SMALL_NORM)
+    generator(random_layout(SPEC, 2, 32, 64)).sum().backward()
+    assert copy.deepcopy(generator).state_dict().keys() == generator.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["xavier", "normal", "kaiming", "orthogonal"])
+def test_initialisation_zeroes_biases_and_draws_weights(kind):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 5))
+    initialise(network, kind, 0.02)
+    assert all(module.bias.abs().max() == 0 and module.weight.std() > 0 for module in network)
+
+
+def test_average_copies_first_then_follows():
+    source, average = nn.Linear(3, 3), nn.Linear(3, 3)
+    update_average(average, source, 0.0)
+    assert torch.equal(average.weight, source.weight)
+    old = source.weight.detach().clone()
+    with torch.no_grad():
+        source.weight.add_(1)
+    update_average(average, source, 0.9)
+    torch.testing.assert_close(average.weight, 0.9 * old + 0.1 * source.weight)
+
+
+def test_reestimated_statistics_are_the_plain_average_over_batches():
+    generator = SPADEGenerator(SPEC, (32, 32), num_filters=2, norm=SMALL_NORM).eval()
+    layouts = [random_layout(SPEC, 2, 32, 64, seed) for seed in range(3)]
+    vectors = generator.blocks[0].conv_0.weight_u.clone()
+    seen = []
+    hook = generator.blocks[0].norm_0.normalize.register_forward_hook(lambda m, inputs, output: seen.append(inputs[0]))
+    reestimate_batch_norm(generator, [(layout, None) for layout in layouts])
+    hook.remove()
+    norm = generator.blocks[0].norm_0.normalize
+    torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
+    torch.testing.assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
+    assert norm.momentum == 0.1 and not norm.training
+    assert torch.equal(generator.blocks[0].conv_0.weight_u, vectors)
+
+
+def test_perceptual_loss_reads_weights_from_a_file_and_says_what_to_do_without(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(ConfigError, match=r"vgg19-dcbb9e9d\.pth: no VGG19 weights.*losses\.perceptual\.weights_path"):
+        LOSSES["perceptual"](layers=("relu_1_1",), layer_weights=(1.0,))
+    with pytest.raises(ConfigError, match="relu_9_9"):
+        LOSSES["perceptual"](layers=("relu_9_9",), layer_weights=(1.0,))
+    damaged = tmp_path / "damaged.pth"
+    damaged.write_bytes(b"no weights")
+    with pytest.raises(ConfigError, match="not the weights of torchvision's vgg19"):
+        LOSSES["perceptual"](layers=("relu_1_1",), layer_weights=(1.0,), weights_path=str(damaged))
+
+    # Random weights of the first layers stand for the published file, whose key names they bear.
+    first, second = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3)
+    state = {"features.0.weight": first.weight, "features.0.bias": first.bias,
+             "features.2.weight": second.weight, "features.2.bias": second.bias}  # fmt: skip
+    path = tmp_path / "checkpoints" / features.VGG19_FILE
+    path.parent.mkdir()
+    torch.save({key: value.detach() for key, value in state.items()}, path)
+    loss = LOSSES["perceptual"](layers=("relu_1_1", "relu_1_2"), layer_weights=(0.5, 2.0), imagenet_statistics=False)
+    fake, real = torch.rand(2, 3, 16, 16, requires_grad=True), torch.rand(2, 3, 16, 16)
+    value = loss(GeneratorOutputs(fake, real, [], []))
+
+    def plain(x):
+        one = F.relu(F.conv2d(x, first.weight, first.bias, padding=1))
+        return one, F.relu(F.conv2d(one, second.weight, second.bias, padding=1))
+
+    (a1, a2), (b1, b2) = plain(fake), plain(real)
+    torch.testing.assert_close(value, 0.5 * (a1 - b1).abs().mean() + 2 * (a2 - b2).abs().mean())
+    value.backward()
+    assert fake.grad is not None and not any(p.requires_grad for p in loss.parameters())
+
+
+def test_a_name_is_registered_once():
+    registry = Registry("thing")
+    registry.register("a")(int)
+    with pytest.raises(ValueError, match="registered twice"):
+        registry.register("a")(float)
+    with pytest.raises(ConfigError, match="unknown thing 'b'"):
+        registry["b"]

@@ -1,0 +1,75 @@
+"""Our networks and losses against the reference systems' numbers (``../shared/parity``)."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from imaginaire_spade.errors import CheckpointError, UserError
+from imaginaire_spade.interop import import_discriminator, import_encoder, import_generator
+from imaginaire_spade.interop.parity import verify
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FIXTURES = ["spade_g_normal", "spade_g_more_ar2", "spade_g_vae", "spade_encoder", "spade_d_multiscale", "spade_losses"]
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_every_tensor_of_the_fixture_agrees(shared_dir, name):
+    rows = verify(shared_dir / "parity" / name)
+    assert len(rows) >= 20
+    assert not [row for row in rows if not row.ok]
+
+
+def copy_of(shared_dir: Path, name: str, to: Path) -> Path:
+    folder = to / name
+    shutil.copytree(shared_dir / "parity" / name, folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    return folder
+
+
+def run_script(*folders: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "scripts/verify_parity.py", *map(str, folders)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+def test_the_script_names_every_tensor_and_fails_on_a_wrong_or_unknown_one(shared_dir, tmp_path):
+    good = run_script(shared_dir / "parity/spade_losses")
+    assert good.returncode == 0 and good.stdout.rstrip().endswith("tensors compared, 0 failed")
+
+    folder = copy_of(shared_dir, "spade_losses", tmp_path)
+    outputs = load_file(folder / "outputs.safetensors")
+    outputs["hinge/G/GAN"] = outputs["hinge/G/GAN"] + 1e-3
+    outputs["hinge/G/SOMETHING"] = torch.zeros(1)
+    save_file(outputs, folder / "outputs.safetensors")
+    bad = run_script(folder)
+    assert bad.returncode == 1
+    failed = [line for line in bad.stdout.splitlines() if "FAIL" in line]
+    assert len(failed) == 2
+    assert failed[0].startswith("spade_losses/hinge/G/GAN 0.001 FAIL")
+    assert failed[1].startswith("spade_losses/hinge/G/SOMETHING nan FAIL") and "missing" in failed[1]
+
+
+def test_a_folder_that_is_no_fixture_is_said_to_be_none(tmp_path):
+    with pytest.raises(UserError, match="not a parity fixture"):
+        verify(tmp_path)
+
+
+def test_import_names_what_does_not_fit(shared_dir):
+    folder = shared_dir / "parity/spade_g_normal"
+    hyper = json.loads((folder / "config.json").read_text())["hyper"]
+    weights = load_file(folder / "weights.safetensors")
+    prefixed = {f"module.{key}": value for key, value in weights.items()}
+    assert import_generator("nvlabs_spade", prefixed, hyper)
+    with pytest.raises(CheckpointError, match=r"fc\.weight is \[48, 7, 3, 3\], these hyper-parameters make it"):
+        import_generator("nvlabs_spade", weights, hyper | {"label_nc": 6})
+    with pytest.raises(CheckpointError, match=r"missing: layer1\.0\.weight_orig .* left over: G_middle_0"):
+        import_encoder("nvlabs_spade", weights, hyper)
+    with pytest.raises(CheckpointError, match="not the weights of a MultiscaleDiscriminator"):
+        import_discriminator("nvlabs_spade", weights, hyper | {"num_D": 1, "n_layers_D": 3, "ndf": 4, "norm_D": ""})
+    with pytest.raises(CheckpointError, match="unknown source 'tensorflow'"):
+        import_generator("tensorflow", weights, hyper)

@@ -1,0 +1,304 @@
+"""Training: the real command lines on tiny data, and the promises about processes, restarts and files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_layout import random_layout
+
+from imaginaire_spade.build import build_generator, build_losses, layout_spec
+from imaginaire_spade.config import load_config, parse_config
+from imaginaire_spade.distributed import ProcessInfo
+from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.training import checkpoint, loop
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+TINY = {
+    "gen": {"type": "spade", "num_filters": 2, "norm": {"type": "spade", "hidden_channels": 8}},
+    "dis": {"type": "multiscale_patch", "num_filters": 4, "num_layers": 2},
+    "losses": {"gan": 1.0, "feature_matching": 10.0},
+    "gen_opt": {"lr": 1e-3, "lr_policy": {"type": "linear"}},
+    "dis_opt": {"lr": 1e-3},
+    "trainer": {
+        "max_iterations": 6, "log_every": 2, "image_every": 3, "checkpoint_every": 3, "image_rows": 2,
+        "model_average": {"beta": 0.5, "start_iteration": 1, "batch_norm_images": 8},
+    },
+    "data": {
+        "labels": {"num_classes": 5}, "edges": "labels", "num_workers": 0,
+        "train": {"roots": ["?"], "batch_size": 4,
+                  "augmentations": {"resize_smallest_side": 36, "horizontal_flip": True, "random_crop_h_w": [32, 64]}},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny_run(tiny_folder, tmp_path):
+    """(config file, function that trains it in this process and gives its checkpoint)."""
+    tree = json.loads(json.dumps(TINY))
+    tree["data"]["train"]["roots"] = [str(tiny_folder(size=(40, 80), keys=10))]
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+
+    def run(logdir: str, *overrides: str, stop_after: int | None = None, start_from: Path | None = None) -> dict:
+        config = load_config(path, overrides)
+        made = loop.prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"), stop_after)
+        loop.train(made, tmp_path / logdir, start_from)
+        return checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / logdir))
+
+    return path, run
+
+
+def command(*arguments: str | Path, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *launcher, "train.py", *map(str, arguments)],
+        cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+
+
+def tensors_of(tree, prefix: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    return {name: tensor for key, value in items for name, tensor in tensors_of(value, f"{prefix}/{key}").items()}
+
+
+def assert_same(a: dict, b: dict) -> None:
+    first, second = tensors_of(a), tensors_of(b)
+    assert first.keys() == second.keys() and len(first) > 100
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+def test_a_run_leaves_what_it_promises(tiny_run, tmp_path):
+    _, run = tiny_run
+    content = run("log")
+    logdir = tmp_path / "log"
+    names = [p.name for p in sorted((logdir / "checkpoints").iterdir())]
+    assert names == ["checkpoint_000000000012.pt", "checkpoint_000000000024.pt"]
+    assert content["images_seen"] == 24
+    records = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in records] == [2, 4, 6]
+    for key in ("loss/gan", "loss/feature_matching", "loss/d_fake", "loss/d_real", "loss/g_total", "loss/d_total",
+                "lr/gen", "lr/dis", "speed/images_per_s", "speed/share_waiting_for_data", "memory/peak_gib"):  # fmt: skip
+        assert isinstance(records[0][key], float)
+    assert records[-1]["lr/gen"] < records[0]["lr/gen"] == 1e-3  # linear decay in the second half
+    assert records[-1]["lr/dis"] == 1e-3
+    assert parse_config(yaml.safe_load((logdir / "config.yaml").read_text())) == parse_config(content["config"])
+    assert len(list(logdir.glob("events.out.tfevents.*"))) == 1
+    assert (logdir / "curves.png").stat().st_size > 5000
+    assert [p.name for p in sorted((logdir / "images").iterdir())] == [
+        "iteration_000000000.jpg", "iteration_000000003.jpg", "iteration_000000006.jpg",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("data.num_workers=2", "trainer.iteration=reference"),
+        ("gen.style_dims=6", "encoder={type: conv, num_filters: 2, image_size: 128}", "losses.kl=0.1"),
+        ("trainer.precision=bf16",),
+    ],
+)
+def test_stopping_and_starting_again_changes_nothing(tiny_run, overrides):
+    _, run = tiny_run
+    straight = run("straight", *overrides)
+    run("broken", *overrides, stop_after=2)
+    assert_same(run("broken", *overrides), straight)
+
+
+def test_forms_and_precisions_differ_but_are_finite(tiny_run):
+    _, run = tiny_run
+    results = {}
+    for name, overrides in {
+        "shared": (), "reference": ("trainer.iteration=reference",), "bf16": ("trainer.precision=bf16",),
+        "fp16": ("trainer.precision=fp16",), "channels_last": ("trainer.channels_last=true",),
+    }.items():  # fmt: skip
+        results[name] = tensors_of(run(name, *overrides)["generator"])
+        assert all(t.isfinite().all() for t in results[name].values())
+    key = "/to_image.weight"
+    assert not torch.equal(results["shared"][key], results["reference"][key])
+    torch.testing.assert_close(results["shared"][key], results["channels_last"][key], rtol=0, atol=2e-3)
+
+
+def test_accumulated_pieces_equal_the_whole_batch(tiny_run):
+    # With instance norm no statistic spans the batch, so one step on 4 pictures equals 2 steps on 2 each, accumulated.
+    _, run = tiny_run
+    settings = ("gen.norm.normalization=instance", "trainer.max_iterations=1", "gen_opt.adam_eps=1e-3",
+                "dis_opt.adam_eps=1e-3", "trainer.iteration=reference", "gen.spectral_norm=false",
+                "dis.spectral_norm=false")  # fmt: skip
+    whole = tensors_of(run("whole", *settings))
+    pieces = tensors_of(run("pieces", *settings, "trainer.gradient_accumulation=2"))
+    for name, tensor in whole.items():
+        if name.startswith(("/generator/", "/discriminator/")):
+            torch.testing.assert_close(pieces[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tiny_run, tmp_path, capsys):
+    _, run = tiny_run
+    straight = run("log")
+    newest = checkpoint.newest_checkpoint(tmp_path / "log")
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert_same(run("log"), straight)
+    printed = capsys.readouterr().out
+    assert f"{newest}: cannot be read as a checkpoint" in printed and "taking the one before" in printed
+
+
+def test_old_checkpoints_go_and_finished_runs_say_so(tiny_run, tmp_path, capsys):
+    _, run = tiny_run
+    run("log", "trainer.checkpoint_every=1", "trainer.keep_last=2")
+    assert len(list((tmp_path / "log" / "checkpoints").iterdir())) == 2
+    run("log")
+    assert "finished: iteration 6 of 6. To go on, raise trainer.max_iterations" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_the_older_checkpoints(tiny_run, tmp_path, monkeypatch):
+    _, run = tiny_run
+    run("log", stop_after=3)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"could not be written \(\[Errno 28\] No space left.*earlier checkpoints"):
+        run("log")
+    assert [p.name for p in (tmp_path / "log" / "checkpoints").iterdir()] == ["checkpoint_000000000012.pt"]
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_in_words(tiny_run, tmp_path):
+    _, run = tiny_run
+    run("log", stop_after=3)
+    with pytest.raises(CheckpointError, match="edge"):
+        run("log", "data.edges=none")
+    with pytest.raises(CheckpointError, match="num_filters"):
+        run("log", "gen.num_filters=3")
+    with pytest.raises(CheckpointError, match="7"):
+        run("log", "data.labels.num_classes=7")
+
+
+def test_starting_from_a_checkpoint_elsewhere(tiny_run, tmp_path):
+    _, run = tiny_run
+    straight = run("first")
+    run("half", stop_after=3)
+    start = checkpoint.newest_checkpoint(tmp_path / "half")
+    assert_same(run("second", start_from=start), straight)
+    with pytest.raises(CheckpointError, match="no such checkpoint file"):
+        run("third", start_from=tmp_path / "nowhere.pt")
+
+
+def test_a_foreign_file_runs_no_code_and_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    torch.save({"format": checkpoint.FORMAT, "x": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match="damaged or foreign"):
+        checkpoint.load_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "owned").exists()
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"scripts/import_checkpoint\.py"):
+        checkpoint.load_checkpoint(tmp_path / "other.pt")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_range(tiny_run):
+    _, run = tiny_run
+    with pytest.raises(loop.NonFiniteLoss, match=r"between iterations 1 and 2"):
+        run("log", "gen_opt.lr=1e30")
+
+
+def outputs_after(content: dict) -> torch.Tensor:
+    """A picture by the trained generator, in evaluation mode, on a fixed layout."""
+    config = parse_config(content["config"])
+    generator = build_generator(config).eval()
+    generator.load_state_dict(content["generator"])
+    with torch.no_grad():
+        return generator(random_layout(layout_spec(config), 2, 32, 64))
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(tiny_run, tmp_path):
+    # Adam divides by the root of the squared gradient: where that is zero but for rounding (a bias before a norm) it
+    # steps in a random direction. A large epsilon leaves what is compared here, the gradients.
+    path, run = tiny_run
+    shared = ("trainer.max_iterations=5", "gen_opt={lr: 0.01, adam_eps: 1.0}", "dis_opt={lr: 0.01, adam_eps: 1.0}")
+    one = run("one", *shared)
+    overrides = [f"--set={item}" for item in (*shared, "data.train.batch_size=2")]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    result = command("--config", path, "--logdir", tmp_path / "two", *overrides, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert "batch: 2 per process x 2 process(es) = 4 globally" in result.stdout
+    two = checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / "two"))
+    assert two["images_seen"] == one["images_seen"]
+    torch.testing.assert_close(outputs_after(two), outputs_after(one), rtol=0, atol=5e-4)
+    for key in ("/generator/blocks.0.norm_0.normalize.running_mean", "/generator_ema/to_image.weight"):
+        torch.testing.assert_close(tensors_of(two)[key], tensors_of(one)[key], rtol=1e-3, atol=1e-5)
+
+
+def test_the_older_launcher_and_a_component_of_ones_own(tiny_run, tmp_path):
+    path, _ = tiny_run
+    (tmp_path / "my_parts.py").write_text(
+        "from imaginaire_spade.models.generator import SPADEGenerator\n"
+        "from imaginaire_spade.registry import GENERATORS\n\n"
+        '@GENERATORS.register("mine")\n'
+        "class Mine(SPADEGenerator):\n"
+        "    def __init__(self, spec, image_size, *, width: int = 3):\n"
+        "        super().__init__(spec, image_size, num_filters=width)\n"
+    )
+    arguments = ("--config", path, "--logdir", tmp_path / "log", "--set=gen={type: mine, width: 2}",
+                 "--max_iterations", "1")  # fmt: skip
+    launcher = ("-m", "torch.distributed.launch", "--nproc_per_node=1", "--master_port=29511")
+    result = command(*arguments, "--import", "my_parts", launcher=launcher, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    content = checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / "log"))
+    assert content["config"]["gen"] == {"type": "mine", "width": 2}
+
+    without = command(*arguments)
+    assert without.returncode == 2
+    assert without.stderr.startswith("error: --set gen=") and "unknown generator 'mine'" in without.stderr
+    assert "Traceback" not in without.stderr
+
+
+def test_a_dry_run_measures_and_writes_nothing(tiny_run, tmp_path):
+    path, _ = tiny_run
+    result = command("--config", path, "--logdir", tmp_path / "log", "--dry_run")
+    assert result.returncode == 0, result.stderr
+    for part in ("parameters: generator 0.", "schedule: 6 iterations", "peak memory", "nothing was written"):
+        assert part in result.stdout
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_profile_prints_operations_and_writes_a_trace(tiny_run, tmp_path):
+    path, _ = tiny_run
+    result = command("--config", path, "--logdir", tmp_path / "log", "--profile")
+    assert result.returncode == 0, result.stderr
+    assert "convolution_backward" in result.stdout
+    assert json.loads((tmp_path / "log/profile/trace_rank0.json").read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config", "nowhere.yaml"), "nowhere.yaml: no such config file"),
+        (("--device", "cuda"), "--device cuda: this machine"),
+        (("--max_iterations", "0"), "--max_iterations 0: must be at least 1"),
+        (("--set", "data.train.roots=[/nowhere]"), "/nowhere"),
+        (("--set", "trainer.log_evry=1"), "did you mean 'log_every'"),
+        (("--import", "no_such_module"), "--import no_such_module"),
+        (("--logdir", "LICENSE"), "LICENSE"),
+    ],
+)
+def test_mistakes_on_the_command_line_end_in_one_message(tiny_run, tmp_path, arguments, message):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    path, _ = tiny_run
+    before = [] if "--logdir" in arguments else ["--logdir", tmp_path / "log"]
+    result = command("--config", path, *before, *arguments)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ") and message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "log").exists()
