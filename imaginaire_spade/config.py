@@ -406,9 +406,7 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any, origin: str, origins:
 # ------------------------------------------------------------------------------------------------ checking
 
 
-def _resolve_components(
-    tree: dict[str, Any], problems: list[str], origins: Origins, source: str
-) -> dict[str, Any]:
+def _resolve_components(tree: dict[str, Any], problems: list[str], origins: Origins, source: str) -> dict[str, Any]:
     """Replace each component of the tree by ``{"type", "args"}`` with every key resolved."""
     tree = dict(tree)
     for key, registry in COMPONENT_KEYS.items():

@@ -76,6 +76,12 @@ class LoadedModel:
     """What the user should know."""
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether pictures of a batch are made singly: on a CPU batching saves nothing, and some convolutions and all
+        matrix products round differently by batch size."""
+        return self.device.type == "cpu"
+
+    @property
     def size_multiple(self) -> int:
         return int(self.generator.size_multiple)  # type: ignore[arg-type]
 
@@ -283,8 +289,7 @@ def padded_layout(model: LoadedModel, requests: Sequence[Request]) -> SemanticLa
 @torch.inference_mode()
 def _forward(model: LoadedModel, requests: Sequence[Request]) -> Tensor:
     """The generator's output for requests of one padded size: float [N, 3, H, W] on the device, padding included."""
-    # One by one on a CPU: batching saves nothing there, and matrix products round differently by batch size.
-    step = 1 if model.device.type == "cpu" else len(requests)
+    step = 1 if model.one_by_one else len(requests)
     try:
         images = []
         for start in range(0, len(requests), step):

@@ -50,7 +50,7 @@ class LabelSpec(BaseModel):
             if not 0 <= train < self.num_classes:
                 raise ValueError(
                     f"remap {{{raw}: {train}}}: train ids are 0..{self.num_classes - 1} (num_classes:"
-                    f" {self.num_classes}); for \"no class\" write ignore: [{raw}]"
+                    f' {self.num_classes}); for "no class" write ignore: [{raw}]'
                 )
         if both := set(self.ignore) & set(self.remap):
             raise ValueError(f"raw ids {sorted(both)} stand in both ignore and remap: keep one")
@@ -110,7 +110,7 @@ class LabelSpec(BaseModel):
         """
         if raw.ndim == 3:
             return self._from_rgb(raw, where)
-        mapped = np.take(self.table[:256] if raw.dtype == np.uint8 else self.table, raw)
+        mapped = (self.table[:256] if raw.dtype == np.uint8 else self.table)[raw.astype(np.intp, copy=False)]
         if (mapped == self.error_id).any():
             raise LabelError(self._complain(np.unique(raw[mapped == self.error_id]), np.unique(raw), where))
         return mapped
@@ -148,7 +148,7 @@ class LabelSpec(BaseModel):
             )
         if black.any() and not self.ignore:
             raise LabelError(
-                f"{where}: black pixels, which are no class of data.labels.palette. If they mean \"no class\", write"
+                f'{where}: black pixels, which are no class of data.labels.palette. If they mean "no class", write'
                 " data.labels.ignore: [255]; else add black to the palette"
             )
         return np.where(black, self.dont_care_id, found).astype(self.dtype)
@@ -159,14 +159,14 @@ class LabelSpec(BaseModel):
         if present.tolist() == [0, 255] and self.num_classes >= 2:
             return text + " A binary 0/255 mask? Write data.labels.remap: {255: 1}"
         if wrong.tolist() == [255]:
-            return text + " If 255 means \"no class\", write data.labels.ignore: [255]"
+            return text + ' If 255 means "no class", write data.labels.ignore: [255]'
         if int(wrong[0]) == self.num_classes and len(wrong) == 1:
             return text + (
                 f" Ids counted from 1? Write data.labels.remap: {{1: 0, 2: 1, ...}}, or num_classes:"
                 f" {self.num_classes + 1}"
             )
         return text + (
-            f" Write data.labels.ignore: [{', '.join(map(str, wrong[:10].tolist()))}] if they mean \"no class\","
+            f' Write data.labels.ignore: [{", ".join(map(str, wrong[:10].tolist()))}] if they mean "no class",'
             " data.labels.remap: {raw id: class} to map them, or a larger num_classes"
         )
 

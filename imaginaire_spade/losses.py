@@ -53,8 +53,8 @@ def generator_gan_loss(fake: Sequence[Tensor], mode: GANMode) -> Tensor:
 def discriminator_gan_loss(fake: Sequence[Tensor], real: Sequence[Tensor], mode: GANMode) -> tuple[Tensor, Tensor]:
     """Discriminator's adversarial losses (of fake, of real) whose sum it minimises. Logits per scale.
 
-    hinge: Lim and Ye 2017; least_square: Mao et al. 2017, without the factor 1/2; non_saturated: Goodfellow et al. 2014;
-    wasserstein: Arjovsky et al. 2017, without any constraint.
+    hinge: Lim and Ye 2017; least_square: Mao et al. 2017, without the factor 1/2; non_saturated: Goodfellow et al.
+    2014; wasserstein: Arjovsky et al. 2017, without any constraint.
     """
     if mode == "hinge":
         fakes, reals = [F.relu(1 + x).mean() for x in fake], [F.relu(1 - x).mean() for x in real]

@@ -333,12 +333,13 @@ def write_gallery(
 
 def _figure(place: int, entry: GalleryEntry) -> str:
     name = html.escape(entry.name)
+    number = 1 + len(entry.pictures)
     label_map = f'<img loading=lazy src="{_url(entry.label_map)}" alt="label map of {name}">'
     pictures = "".join(
         f'<img loading=lazy src="{_url(picture)}" alt="generated from {name}">' for picture in entry.pictures
     )
     return (
-        f'<figure id="p{place}" style="--n:{1 + len(entry.pictures)}"><div>'
+        f'<figure id="p{place}" style="--n:{number};--rows:{math.ceil(number / 4)}"><div>'
         f'<a class=open href="#p{place}">{label_map}{pictures}</a><a class=close href="#all" aria-label="Close"></a>'
         f'<figcaption><a href="{_url(entry.pictures[0])}">{name}</a></figcaption></div></figure>'
         if entry.pictures
@@ -381,8 +382,7 @@ figcaption a { text-decoration: none; color: var(--faint) } figcaption a:hover {
 figure:target > div { position: fixed; inset: 0; z-index: 9; display: flex; flex-direction: column; gap: 12px;
   justify-content: center; padding: 24px; overflow: auto; border: 0; border-radius: 0; background: var(--bg) }
 figure:target .open { cursor: auto; pointer-events: none; flex: 0 1 auto; min-height: 0; gap: 8px }
-figure:target img { max-height: calc((100vh - 130px) / max(1, round(up, var(--n) / 4, 1))); object-fit: contain;
-  background: none }
+figure:target img { max-height: calc((100vh - 130px) / var(--rows)); object-fit: contain; background: none }
 figure:target .close { display: block; position: fixed; inset: 0; cursor: zoom-out }
 figure:target .close::after { content: "\\00d7"; position: absolute; top: 10px; right: 20px; font-size: 30px;
   text-decoration: none; color: var(--faint) }

@@ -99,7 +99,7 @@ class Registry:
 
 
 def _keyword_hints(cls: type) -> dict[str, Any]:
-    hints = get_type_hints(cls.__init__, include_extras=True)
+    hints = get_type_hints(cls.__init__, include_extras=True)  # type: ignore[misc]
     return {
         key: hints.get(key, Any)
         for key, parameter in inspect.signature(cls).parameters.items()

@@ -1,6 +1,7 @@
 """Label map, real picture and generated picture side by side, for a folder of generated pictures."""
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -24,7 +25,9 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="sheet, .jpg or .png")
     parser.add_argument("--rows", type=int, default=12, help="samples on the sheet, spread over the data (default 12)")
     parser.add_argument("--columns", type=int, default=2, help="samples side by side (default 2)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key (repeat)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key (repeat)"
+    )
     parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE")
     arguments = parser.parse_args()
     import_modules(arguments.modules)
@@ -49,7 +52,8 @@ def main() -> None:
             generated = cv2.resize(generated, (real.shape[1], real.shape[0]), interpolation=cv2.INTER_AREA)
         cells.append([config.data.labels.colourise(sample.labels.numpy()), real, generated])
     columns = arguments.columns
-    rows = [sum(cells[start : start + columns], []) for start in range(0, len(cells) - len(cells) % columns, columns)]
+    whole = len(cells) - len(cells) % columns if len(cells) >= columns else 0
+    rows = [list(itertools.chain(*cells[start : start + columns])) for start in range(0, whole, columns)]
     sheet = pictures.contact_sheet(rows or cells, ["label map", "real", "generated"] * (columns if rows else 1))
     pictures.write_image(arguments.output, sheet)
     print(f"{len(chosen)} samples: {arguments.output}")

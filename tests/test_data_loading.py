@@ -295,10 +295,7 @@ def test_ranks_together_are_one_process_and_resume_goes_on(num_samples, batch_si
         for rank in range(world_size)
     ]
     together = [
-        item
-        for t in range(iterations)
-        for rank in ranks
-        for item in rank[t * batch_size : (t + 1) * batch_size]
+        item for t in range(iterations) for rank in ranks for item in rank[t * batch_size : (t + 1) * batch_size]
     ]
     assert together == whole[images_seen:]
 

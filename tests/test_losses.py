@@ -16,17 +16,29 @@ def both_scales(function):
     return (function(FAKE[0], REAL[0]) + function(FAKE[1], REAL[1])) / 2
 
 
-@pytest.mark.parametrize(
-    ("mode", "generator", "of_fake", "of_real"),
-    [
-        ("hinge", lambda f, r: -f.mean(), lambda f, r: (1 + f).clamp(min=0).mean(), lambda f, r: (1 - r).clamp(min=0).mean()),
-        ("least_square", lambda f, r: ((f - 1) ** 2).mean(), lambda f, r: (f**2).mean(), lambda f, r: ((r - 1) ** 2).mean()),
-        ("non_saturated", lambda f, r: -F.logsigmoid(f).mean(), lambda f, r: -F.logsigmoid(-f).mean(),
-         lambda f, r: -F.logsigmoid(r).mean()),
-        ("wasserstein", lambda f, r: -f.mean(), lambda f, r: f.mean(), lambda f, r: -r.mean()),
-    ],
-)  # fmt: skip
-def test_adversarial_losses(mode, generator, of_fake, of_real):
+FORMULAS = {  # mode: generator's loss, discriminator's of fake, of real
+    "hinge": (
+        lambda f, r: -f.mean(),
+        lambda f, r: (1 + f).clamp(min=0).mean(),
+        lambda f, r: (1 - r).clamp(min=0).mean(),
+    ),
+    "least_square": (
+        lambda f, r: ((f - 1) ** 2).mean(),
+        lambda f, r: (f**2).mean(),
+        lambda f, r: ((r - 1) ** 2).mean(),
+    ),
+    "non_saturated": (
+        lambda f, r: -F.logsigmoid(f).mean(),
+        lambda f, r: -F.logsigmoid(-f).mean(),
+        lambda f, r: -F.logsigmoid(r).mean(),
+    ),
+    "wasserstein": (lambda f, r: -f.mean(), lambda f, r: f.mean(), lambda f, r: -r.mean()),
+}
+
+
+@pytest.mark.parametrize("mode", FORMULAS)
+def test_adversarial_losses(mode):
+    generator, of_fake, of_real = FORMULAS[mode]
     torch.testing.assert_close(generator_gan_loss(FAKE, mode), both_scales(generator))
     fake, real = discriminator_gan_loss(FAKE, REAL, mode)
     torch.testing.assert_close(fake, both_scales(of_fake))

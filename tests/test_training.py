@@ -85,8 +85,9 @@ def test_a_run_leaves_what_it_promises(tiny_run, tmp_path):
     assert content["images_seen"] == 24
     records = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
     assert [r["iteration"] for r in records] == [2, 4, 6]
-    for key in ("loss/gan", "loss/feature_matching", "loss/d_fake", "loss/d_real", "loss/g_total", "loss/d_total",
-                "lr/gen", "lr/dis", "speed/images_per_s", "speed/share_waiting_for_data", "memory/peak_gib"):  # fmt: skip
+    losses = ("gan", "feature_matching", "d_fake", "d_real", "g_total", "d_total")
+    others = ("lr/gen", "lr/dis", "speed/images_per_s", "speed/share_waiting_for_data", "memory/peak_gib")
+    for key in (*(f"loss/{name}" for name in losses), *others):
         assert isinstance(records[0][key], float)
     assert records[-1]["lr/gen"] < records[0]["lr/gen"] == 1e-3  # linear decay in the second half
     assert records[-1]["lr/dis"] == 1e-3
@@ -167,7 +168,9 @@ def test_a_full_disk_leaves_the_older_checkpoints(tiny_run, tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
-    with pytest.raises(CheckpointError, match=r"could not be written \(\[Errno 28\] No space left.*earlier checkpoints"):
+    with pytest.raises(
+        CheckpointError, match=r"could not be written \(\[Errno 28\] No space left.*earlier checkpoints"
+    ):
         run("log")
     assert [p.name for p in (tmp_path / "log" / "checkpoints").iterdir()] == ["checkpoint_000000000012.pt"]
 

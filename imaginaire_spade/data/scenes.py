@@ -11,7 +11,6 @@ the ids take the block's most frequent value.
 """
 
 import multiprocessing
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,21 +116,25 @@ class _Canvas:
         self.rgb = np.zeros((height, width, 3), np.float32)
         self.labels = np.zeros((height, width), np.uint8)
         self.instances = np.zeros((height, width), np.uint16)
-        self.num_instances = 0
+        self.feet = [0]  # per instance, the row on which it stands; 0 for what is in the sky
         self.x = np.arange(width, dtype=np.float32)[None] + 0.5
         self.y = np.arange(height, dtype=np.float32)[:, None] + 0.5
         self.depth = (self.y - self.horizon) / height
         self.crest = np.full(width, self.horizon, np.float32)  # y of the hills' top, per column
 
-    def new_instance(self) -> int:
-        self.num_instances += 1
-        return self.num_instances
+    def new_instance(self, foot: float = 0) -> int:
+        self.feet.append(round(foot))
+        return len(self.feet) - 1
 
     def window(self, x0: float, y0: float, x1: float, y1: float) -> tuple[slice, slice] | None:
         """Row and column slices of the pixels that the rectangle touches, or None where it misses the canvas."""
         left, right = max(int(np.floor(x0)), 0), min(int(np.ceil(x1)), self.width)
         top, bottom = max(int(np.floor(y0)), 0), min(int(np.ceil(y1)), self.height)
         return (slice(top, bottom), slice(left, right)) if left < right and top < bottom else None
+
+    def band(self, y0: float, y1: float) -> tuple[slice, slice]:
+        """Row and column slices of the full-width rows from y0 to y1."""
+        return slice(max(int(y0), 0), min(int(np.ceil(y1)), self.height)), slice(0, self.width)
 
     def put(self, window, mask: np.ndarray, colour: np.ndarray, label: int, instance: int) -> None:
         """Opaque paint. mask: bool [h', w'] of the window; colour: broadcastable to [h', w', 3]."""
@@ -171,13 +174,15 @@ def _noise(rng: np.random.Generator, height: int, width: int, cell: float, *, oc
     stretch: its width over its height."""
     total = np.zeros((height, width), np.float32)
     for octave in range(octaves):
-        step_y = max(cell * 0.5**octave, 1.0)
-        step_x = max(step_y * stretch, 1.0)
-        rows, columns = int(height / step_y) + 3, int(width / step_x) + 3
-        grid = rng.standard_normal((rows, columns), dtype=np.float32)
-        size = (round(columns * step_x), round(rows * step_y))
+        step_y = cell * 0.5**octave
+        if octave and step_y < 1:
+            break
+        step_y, step_x = max(step_y, 1.0), max(step_y * stretch, 1.0)
+        grid = rng.standard_normal((int(height / step_y) + 3, int(width / step_x) + 3), dtype=np.float32)
+        size = (round(grid.shape[1] * step_x), round(grid.shape[0] * step_y))
         top, left = int(step_y * rng.random()), int(step_x * rng.random())
-        layer = cv2.resize(grid, size, interpolation=cv2.INTER_CUBIC)
+        smooth = cv2.INTER_CUBIC if max(step_y, step_x) > 4 else cv2.INTER_LINEAR
+        layer = cv2.resize(grid, size, interpolation=smooth)
         total += gain**octave * layer[top : top + height, left : left + width]
     return total
 
@@ -195,6 +200,13 @@ def _lookup(tile: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------------- light
+
+
+_PALETTES = {  # zenith, skyline, direct light, ambient light
+    "noon": ((0.24, 0.47, 0.80), (0.72, 0.85, 0.94), (0.86, 0.80, 0.66), (0.42, 0.47, 0.54)),
+    "sunset": ((0.33, 0.40, 0.65), (0.99, 0.74, 0.50), (0.95, 0.62, 0.36), (0.38, 0.36, 0.44)),
+    "overcast": ((0.56, 0.62, 0.69), (0.80, 0.83, 0.85), (0.28, 0.28, 0.28), (0.62, 0.65, 0.68)),
+}
 
 
 @dataclass(frozen=True)
@@ -229,24 +241,19 @@ def _draw_light(rng: np.random.Generator, canvas: _Canvas) -> _Light:
     x = canvas.width * (0.5 + 0.42 * side)
     sun = (float(np.clip(x, 0, canvas.width)), canvas.horizon * height, radius) if visible else None
     jitter = rng.uniform(-0.02, 0.02, (2, 3)).astype(np.float32)
-    common = {"name": name, "side": side, "front": 0.3 if visible else 0.6, "sun": sun}
-    if name == "noon":
-        return _Light(
-            zenith=_rgb(0.24, 0.47, 0.80) + jitter[0], skyline=_rgb(0.72, 0.85, 0.94) + jitter[1],
-            direct=_rgb(0.86, 0.80, 0.66), ambient=_rgb(0.42, 0.47, 0.54), contrast=0.85,
-            clouds=int(rng.integers(0, 5)), **common,
-        )  # fmt: skip
-    if name == "sunset":
-        return _Light(
-            zenith=_rgb(0.33, 0.40, 0.65) + jitter[0], skyline=_rgb(0.99, 0.74, 0.50) + jitter[1],
-            direct=_rgb(0.95, 0.62, 0.36), ambient=_rgb(0.38, 0.36, 0.44), contrast=0.8,
-            clouds=int(rng.integers(0, 5)), **common,
-        )  # fmt: skip
+    zenith, skyline, direct, ambient = (_rgb(*colour) for colour in _PALETTES[name])
     return _Light(
-        zenith=_rgb(0.56, 0.62, 0.69) + jitter[0], skyline=_rgb(0.80, 0.83, 0.85) + jitter[1],
-        direct=_rgb(0.28, 0.28, 0.28), ambient=_rgb(0.62, 0.65, 0.68), contrast=0.35,
-        clouds=int(rng.integers(5, 9)), **common,
-    )  # fmt: skip
+        name=name,
+        zenith=zenith + jitter[0],
+        skyline=skyline + jitter[1],
+        direct=direct,
+        ambient=ambient,
+        side=side,
+        front=0.3 if visible else 0.6,
+        contrast={"noon": 0.85, "sunset": 0.8, "overcast": 0.35}[name],
+        sun=sun,
+        clouds=int(rng.integers(5, 9) if name == "overcast" else rng.integers(0, 5)),
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- sky
@@ -254,7 +261,8 @@ def _draw_light(rng: np.random.Generator, canvas: _Canvas) -> _Light:
 
 def _paint_sky(canvas: _Canvas, light: _Light) -> None:
     fall = np.clip(canvas.y / canvas.horizon, 0, 1) ** (1.6 if light.name == "sunset" else 1.1)
-    haze = _noise(canvas.texture, canvas.height, canvas.width, canvas.unit * 0.16, octaves=4, stretch=4)
+    haze = _noise(canvas.texture, canvas.height // 2, canvas.width // 2, canvas.unit * 0.08, octaves=3, stretch=4)
+    haze = cv2.resize(haze, (canvas.width, canvas.height))
     canvas.rgb[:] = _mix(light.zenith, light.skyline, (fall + 0.05 * haze).clip(0, 1)[..., None])
     if light.sun is None:
         return
@@ -272,7 +280,7 @@ def _paint_clouds(canvas: _Canvas, light: _Light) -> None:
     rng, overcast = canvas.plan, light.name == "overcast"
     number = round(light.clouds * canvas.crowd ** (1.0 if overcast else 0.7))
     heights = np.sort(rng.uniform(0.05, 0.8, number))[::-1]  # low ones are far, hence first
-    for place in heights:
+    for place in heights.tolist():
         near = 1.15 - place  # clouds grow towards the zenith
         half_w = canvas.unit * near * rng.uniform(0.2, 0.42) * (1.35 if overcast else 1.0)
         half_h = half_w * rng.uniform(0.32, 0.5)
@@ -288,12 +296,12 @@ def _paint_clouds(canvas: _Canvas, light: _Light) -> None:
         u, v = (canvas.x[:, window[1]] - x) / half_w, (canvas.y[window[0]] - y) / half_h
         rough = _noise(canvas.texture, v.size, u.size, max(half_h * 0.55, 2), octaves=5, gain=0.55, stretch=1.3)
         density = np.full((v.size, u.size), -1.0, np.float32)
-        for cx, cy, r in zip(blob_x, blob_y, blob_r, strict=True):
+        for cx, cy, r in zip(blob_x.tolist(), blob_y.tolist(), blob_r.tolist(), strict=True):
             np.maximum(density, 1 - (((u - cx) * 1.3 / r) ** 2 + ((v - cy) / r) ** 2), out=density)
         density += 0.34 * rough - 1.6 * np.maximum(v - 0.35, 0)  # a ragged top over a flat base
         alpha = _smoothstep(-0.12, 0.42, density)
         # lit where the cloud gets thinner towards the sun
-        shift = np.float32([[1, 0, -light.side * half_h * 0.3], [0, 1, half_h * 0.38]])
+        shift = np.array([[1, 0, -light.side * half_h * 0.3], [0, 1, half_h * 0.38]], np.float32)
         towards_sun = cv2.warpAffine(density, shift, (u.size, v.size), borderMode=cv2.BORDER_REPLICATE)
         lit = (0.62 - 0.34 * v + 0.3 * (density - towards_sun) + 0.10 * rough).clip(0, 1)
         if light.name == "noon":
@@ -317,25 +325,30 @@ def _paint_mountains(canvas: _Canvas, light: _Light) -> None:
     ranges = int(rng.choice([0, 1, 2, 3], p=[0.22, 0.2, 0.33, 0.25]))
     summit = min(rng.uniform(0.14, 0.34) * canvas.unit, 0.62 * canvas.horizon)
     snow = rng.random() < 0.4
-    tile = _noise(canvas.texture, 512, 512, 64, octaves=6, gain=0.6)
-    tile = 1 - np.abs(tile)  # ridges
+    tile = 1 - np.abs(_noise(canvas.texture, 256, 256, 32, octaves=5, gain=0.6))  # ridges
     for layer in range(ranges):
         closeness = (layer + 1) / max(ranges, 1)
         scale = summit * (1 - 0.55 * layer / max(ranges, 1))
         cell = canvas.unit * rng.uniform(0.3, 0.55)
         line = _profile(canvas.texture, width, cell, octaves=6, gain=0.42)
-        line = 1.05 - 0.75 * np.sqrt(line**2 + 0.012) + 0.30 * _profile(canvas.texture, width, 2.2 * cell, octaves=1, gain=0.5)
-        top = canvas.horizon - scale * np.maximum(line, 0.12)
-        window = canvas.window(0, top.min(), width, canvas.horizon + 1)
+        line = (
+            1.05
+            - 0.75 * np.sqrt(line**2 + 0.012)
+            + 0.30 * _profile(canvas.texture, width, 2.2 * cell, octaves=1, gain=0.5)
+        )
+        foot = _profile(canvas.texture, width, 0.4 * cell, octaves=4, gain=0.5).clip(-0.3, 0.6)
+        top = canvas.horizon - scale * np.maximum(line, 0.16 + 0.3 * foot)
+        window = canvas.band(top.min(), canvas.horizon + 1)
         y = canvas.y[window[0]]
         mask = y > top[None]
         below = (y - top[None]) / canvas.unit  # distance under the crest
         # spurs run down from the crest, so the relief is stretched along the slope
-        sway = 14 * _lookup(tile, canvas.x / canvas.unit * 40 + 0 * y, below * 160)
-        u = canvas.x / canvas.unit * 260 + sway + 90 * layer
-        relief = _lookup(tile, u, below * 210 + 30 * layer)
-        slope = _lookup(tile, u + light.side * 5, below * 210 - 4 + 30 * layer) - relief
-        slope += 0.35 * np.gradient(top) * -np.sign(light.side)
+        fall = 0.45 * below + 0.55 * (y - canvas.horizon) / canvas.unit
+        sway = 12 * _lookup(tile, canvas.x / canvas.unit * 60 + 0 * y, fall * 100)
+        u = canvas.x / canvas.unit * 130 + sway + 45 * layer
+        relief = _lookup(tile, u, 120 * fall + 15 * layer)
+        slope = _lookup(tile, u + light.side * 2.5, 120 * fall - 2.5 + 15 * layer) - relief
+        slope -= float(np.sign(light.side)) * 0.45 * np.gradient(top) * np.exp(-below / 0.07)
         lit = (0.42 - 1.1 * slope * light.contrast).clip(0.03, 1.15)
         rock = _mix(_rgb(0.36, 0.38, 0.34), _rgb(0.50, 0.46, 0.42), (0.5 + 0.5 * relief).clip(0, 1)[..., None])
         forest = _smoothstep(0.06, 0.22, below + 0.05 * relief)[..., None]
@@ -358,9 +371,7 @@ def _paint_hills(canvas: _Canvas, light: _Light) -> None:
         line = _profile(canvas.texture, width, canvas.unit * rng.uniform(0.35, 0.7), octaves=3, gain=0.3)
         top = canvas.horizon - scale * (0.5 + 0.7 * line)
         canvas.crest = np.minimum(canvas.crest, top)
-        window = canvas.window(0, top.min(), width, canvas.horizon + 1)
-        if window is None:
-            continue
+        window = canvas.band(top.min(), canvas.horizon + 1)
         y = canvas.y[window[0]]
         below = (y - top[None]) / scale
         patches = _noise(canvas.texture, y.size, width, canvas.unit * 0.05, octaves=4, stretch=3)
@@ -373,14 +384,14 @@ def _paint_hills(canvas: _Canvas, light: _Light) -> None:
 
 def _paint_ground(canvas: _Canvas, light: _Light) -> None:
     """The grass plain from the horizon to the viewer."""
-    window = canvas.window(0, canvas.horizon, canvas.width, canvas.height)
+    window = canvas.band(canvas.horizon, canvas.height)
     depth, y = canvas.depth[window[0]].clip(0), canvas.y[window[0]]
     shape = (y.size, canvas.width)
     distance = 1 / (depth + 0.03)
-    tile = _noise(canvas.texture, 384, 384, 48, octaves=5, gain=0.6)
+    tile = _noise(canvas.texture, 256, 256, 32, octaves=5, gain=0.6)
     across = (canvas.x - canvas.width / 2) / canvas.unit * distance
-    patches = _lookup(tile, 34 * across + 190, np.broadcast_to(60 * distance, shape))
-    meadow = _lookup(tile, 7 * across + 50, np.broadcast_to(11 * distance, shape))
+    patches = _lookup(tile, 24 * across + 128, np.broadcast_to(42 * distance, shape))
+    meadow = _lookup(tile, 5 * across + 40, np.broadcast_to(8 * distance, shape))
     blades = _noise(canvas.texture, *shape, canvas.unit * 0.020, octaves=3, gain=0.7, stretch=0.45)
     near = _smoothstep(0.0, 0.3, depth)
     lit = 0.66 + 0.13 * meadow + (0.06 + 0.10 * near) * patches + (0.03 + 0.09 * near) * blades - 0.10 * near
@@ -440,10 +451,10 @@ def _water_field(canvas: _Canvas, kind: str) -> tuple[np.ndarray, np.ndarray] | 
 
 def _paint_water(canvas: _Canvas, light: _Light, shore, backdrop: np.ndarray) -> None:
     """shore: as from `_water_field`; backdrop: float32 [h, w, 3], the picture without what stands on the bank. It is
-    mirrored in the horizon (a flat bank hides nothing of the sky), trees and houses in the shore."""
+    mirrored in the horizon (a flat bank hides nothing of the sky), trees and houses about their feet."""
     if shore is None:
         return
-    window = canvas.window(0, canvas.horizon, canvas.width, canvas.height)
+    window = canvas.band(canvas.horizon, canvas.height)
     inside, mirror, depth = shore[0][window[0]], shore[1], canvas.depth[window[0]].clip(0)
     shape = inside.shape
     beach = 0.006 + 0.035 * depth
@@ -456,14 +467,20 @@ def _paint_water(canvas: _Canvas, light: _Light, shore, backdrop: np.ndarray) ->
     across = (canvas.x - canvas.width / 2) / canvas.unit * distance
     ripples = _lookup(tile, 9 * across + 128, np.broadcast_to(46 * distance, shape))
     ripples += 0.5 * _lookup(tile, 26 * across + 20, np.broadcast_to(110 * distance, shape))
-    sway = canvas.unit * (0.006 + 0.05 * depth)
+    sway = canvas.unit * (0.005 + 0.035 * depth)
     rows, columns = canvas.y[window[0]] - 0.5 - sway * ripples, canvas.x - 0.5 + 0.35 * sway * ripples
-    above = _mirrored(backdrop, columns, 2 * canvas.horizon - 1 - rows)
+    above = _read(backdrop, columns, 2 * canvas.horizon - 1 - rows)
     if backdrop is not canvas.rgb:
-        standing = np.isin(canvas.labels, (TREE, HOUSE, ROOF, WINDOW)).astype(np.float32)
-        standing = _mirrored(standing, columns, 2 * mirror - 1 - rows)
-        standing = np.maximum(standing, 0.8 * np.exp(-(rows - mirror).clip(0) / (0.018 * canvas.unit)))  # the bank
-        above = _mix(above, _mirrored(canvas.rgb, columns, 2 * mirror - 1 - rows), standing[..., None])
+        feet = np.array(canvas.feet)[canvas.instances]  # every object is turned over about the row on which it stands
+        y, x = np.nonzero(feet)
+        turned = 2 * feet[y, x] - y
+        y, x, turned = (part[turned < canvas.height] for part in (y, x, turned))
+        image = np.zeros((canvas.height, canvas.width, 4), np.float32)
+        image[turned, x, :3], image[turned, x, 3] = canvas.rgb[y, x], 1
+        image = _read(image, columns, rows)
+        above = above * (1 - image[..., 3:]) + image[..., :3]
+        bank = 0.8 * np.exp(-(rows - mirror).clip(0) / (0.018 * canvas.unit))[..., None]
+        above = _mix(above, _read(canvas.rgb, columns, 2 * mirror - 1 - rows), bank)
     deep = light.on(_rgb(0.10, 0.24, 0.34), 0.5)
     steep = (0.30 + 0.55 * depth - 0.10 * ripples)[..., None].clip(0.12, 0.8)  # Fresnel: near water is deep
     colour = _mix(0.94 * above, deep, steep) + (0.035 * ripples * (0.3 + light.contrast))[..., None]
@@ -474,20 +491,20 @@ def _paint_water(canvas: _Canvas, light: _Light, shore, backdrop: np.ndarray) ->
     canvas.put(window, inside > 0, colour, WATER, 0)
 
 
-def _mirrored(picture: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def _read(picture: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return cv2.remap(picture, columns.astype(np.float32), rows.astype(np.float32), cv2.INTER_LINEAR,
                      borderMode=cv2.BORDER_REFLECT)  # fmt: skip
 
 
 def _paint_road(canvas: _Canvas, light: _Light) -> None:
     rng, paved = canvas.plan, canvas.plan.random() < 0.55
-    window = canvas.window(0, canvas.horizon, canvas.width, canvas.height)
+    window = canvas.band(canvas.horizon, canvas.height)
     depth = canvas.depth[window[0]].clip(1e-3)
     half = rng.uniform(0.16, 0.30) * (depth + 0.02)
     offset = (canvas.x - _winding(canvas, depth)) / canvas.unit / half  # -1 to 1 across the road
-    shape = offset.shape
-    grain = _noise(canvas.texture, *shape, canvas.unit * 0.012, octaves=2, gain=0.8, stretch=1.6)
-    worn = _noise(canvas.texture, *shape, canvas.unit * 0.08, octaves=3, stretch=3)
+    height, width = offset.shape
+    grain = _noise(canvas.texture, height, width, canvas.unit * 0.012, octaves=2, gain=0.8, stretch=1.6)
+    worn = _noise(canvas.texture, height, width, canvas.unit * 0.08, octaves=3, stretch=3)
     free = canvas.labels[window] == GRASS
     ragged = np.abs(offset) + (0.03 if paved else 0.12) * worn
     verge = (1 - _smoothstep(1.0, 1.4, ragged)) * free
@@ -501,7 +518,9 @@ def _paint_road(canvas: _Canvas, light: _Light) -> None:
         colour = _mix(colour, light.on(_rgb(0.92, 0.90, 0.84), 0.62), 0.85 * lines[..., None])
     else:
         tracks = np.exp(-(((np.abs(offset) - 0.45) / 0.2) ** 2))
-        albedo = _mix(_rgb(0.50, 0.41, 0.29), _rgb(0.68, 0.58, 0.43), (0.75 * tracks + 0.2 * worn)[..., None].clip(0, 1))
+        albedo = _mix(
+            _rgb(0.50, 0.41, 0.29), _rgb(0.68, 0.58, 0.43), (0.75 * tracks + 0.2 * worn)[..., None].clip(0, 1)
+        )
         colour = light.on(albedo, 0.6 + 0.10 * grain)
     colour = _mix(colour, light.skyline, (0.25 * np.exp(-depth / 0.05))[..., None])
     canvas.put(window, (ragged < 1) & free, colour, ROAD, 0)
@@ -516,14 +535,15 @@ def _paint_woods(canvas: _Canvas, light: _Light) -> None:
     for _ in range(int(rng.integers(0, 4))):
         x, half = rng.uniform(0, canvas.width), canvas.unit * rng.uniform(0.07, 0.2)
         size = canvas.unit * rng.uniform(0.022, 0.04)
-        base = canvas.horizon + 0.004 * canvas.height
-        if rng.random() < 0.4:
-            base = canvas.crest[int(np.clip(x, 0, canvas.width - 1))] + 0.6 * size
+        on_crest = rng.random() < 0.4
         count = int(2 * half / size * 1.6)
         blob_x = np.linspace(x - half, x + half, count) + rng.normal(0, 0.2, count) * size
         blob_r = size * rng.uniform(0.55, 1.0, count) * (0.6 + 0.4 * np.sin(np.linspace(0.2, 2.94, count)))
-        _paint_crown(canvas, light, blob_x, base - blob_r * 0.8, blob_r, base, _rgb(0.16, 0.31, 0.12),
-                     canvas.new_instance(), haze=0.28)  # fmt: skip
+        base = np.full(count, canvas.horizon + 0.004 * canvas.height)
+        if on_crest:
+            base = canvas.crest[blob_x.clip(0, canvas.width - 1).astype(int)] + 0.5 * size
+        _paint_crown(canvas, light, blob_x, base - 0.7 * blob_r, blob_r, base.max(), _rgb(0.16, 0.31, 0.12),
+                     canvas.new_instance(base.max()), haze=0.28)  # fmt: skip
 
 
 def _paint_objects(canvas: _Canvas, light: _Light, shore: tuple[np.ndarray, np.ndarray] | None) -> None:
@@ -583,8 +603,8 @@ def _paint_shadows(canvas: _Canvas, light: _Light, objects: list[tuple[float, fl
         foot = np.array([x, y])
         if kind == "house":
             half = 0.62 * size
-            corners = [foot - (half, 0.03 * size), foot + (half, -0.03 * size), foot + (half, 0), foot - (half, 0)]
-            outline = np.array([*corners, *(corner + 0.7 * step for corner in corners)], np.float32)
+            corners = foot + np.array([(-half, -0.03 * size), (half, -0.03 * size), (half, 0), (-half, 0)])
+            outline = np.concatenate([corners, corners + 0.7 * step])
             cv2.fillConvexPoly(shade, cv2.convexHull(np.round(outline).astype(np.int32)), 255)
         else:
             axes = (0.30 * size * (1 + 0.5 * length), max(0.055 * size, 1.0))
@@ -644,13 +664,13 @@ def _paint_conifer(canvas, light, x, y, size, albedo, instance, *, haze) -> None
 
 def _paint_tree(canvas, light, x, y, size, kind, haze) -> None:
     """One tree whose trunk stands at (x, y); size is its height in pixels."""
-    rng, instance = canvas.plan, canvas.new_instance()
+    rng, instance = canvas.plan, canvas.new_instance(y)
     tone = rng.uniform(0, 1)
     thick = max(0.028 * size, 0.9)
     trunk = [(x - thick, y), (x - 0.6 * thick, y - 0.5 * size), (x + 0.6 * thick, y - 0.5 * size), (x + thick, y)]
     bark = _mix(light.on(_rgb(0.33, 0.24, 0.17), 0.35), light.skyline, haze)
-    canvas.fill(trunk, bark, TREE, instance,
-                lambda px, py: (1 + 0.45 * light.contrast * light.side * (px - x) / thick + 0 * py).clip(0.5, 1.5))  # fmt: skip
+    tilt = 0.45 * light.contrast * light.side / thick  # the trunk is lit from one side
+    canvas.fill(trunk, bark, TREE, instance, lambda px, py: (1 + tilt * (px - x) + 0 * py).clip(0.5, 1.5))
     if kind == "conifer":
         green = _mix(_rgb(0.11, 0.27, 0.15), _rgb(0.17, 0.33, 0.13), tone)
         _paint_conifer(canvas, light, x, y, size, green, instance, haze=haze)
@@ -671,7 +691,7 @@ def _paint_tree(canvas, light, x, y, size, kind, haze) -> None:
 
 def _paint_house(canvas, light, x, y, size, haze) -> None:
     """A gabled house around (x, y): a front, a receding side, a roof slope, windows, a door and a chimney."""
-    rng, instance = canvas.plan, canvas.new_instance()
+    rng, instance = canvas.plan, canvas.new_instance(y)
     wall = _rgb(*[(0.86, 0.80, 0.68), (0.88, 0.86, 0.82), (0.80, 0.66, 0.46), (0.74, 0.56, 0.44)][rng.integers(4)])
     tile = _rgb(*[(0.64, 0.28, 0.18), (0.56, 0.25, 0.17), (0.45, 0.27, 0.20), (0.40, 0.36, 0.37)][rng.integers(4)])
     turn = float(rng.choice([-1, 1]))  # the side wall is seen on this side
@@ -710,16 +730,22 @@ def _paint_house(canvas, light, x, y, size, haze) -> None:
         low, tall = points[:, 1].max(), max(float(np.ptp(points[:, 1])), 1.0)
         dark = light.on(_rgb(0.14, 0.18, 0.25), 0.4)
         glass = _mix(dark, light.zenith, 0.30) if light.name != "sunset" else _mix(dark, _rgb(1.0, 0.72, 0.35), 0.35)
-        canvas.fill(points, glass, WINDOW, instance,
-                    lambda px, py: 0.7 + 0.75 * ((low - py) / tall + 0.25 * (px - centre[0]) / tall).clip(0, 1.2))  # fmt: skip
+
+        def gleam(px, py):  # the sky in the upper corner of the pane
+            return 0.7 + 0.75 * ((low - py) / tall + 0.25 * (px - centre[0]) / tall).clip(0, 1.2)
+
+        canvas.fill(points, glass, WINDOW, instance, gleam)
 
     wide, up, tall = 0.115 * size, 0.14 * size, 0.145 * size
-    for middle in (0.27 * front, 0.73 * front):
-        pane([at(middle - wide / 2, up), at(middle + wide / 2, up), at(middle + wide / 2, up + tall),
-              at(middle - wide / 2, up + tall)])  # fmt: skip
+
+    def front_pane(middle: float, low: float, half: float, tall: float) -> None:
+        left_x, right_x = middle - half, middle + half
+        pane([at(left_x, low), at(right_x, low), at(right_x, low + tall), at(left_x, low + tall)])
+
+    front_pane(0.27 * front, up, wide / 2, tall)
+    front_pane(0.73 * front, up, wide / 2, tall)
     if rng.random() < 0.6:
-        pane([at(front / 2 - 0.4 * wide, high + 0.1 * gable), at(front / 2 + 0.4 * wide, high + 0.1 * gable),
-              at(front / 2 + 0.4 * wide, high + 0.5 * gable), at(front / 2 - 0.4 * wide, high + 0.5 * gable)])  # fmt: skip
+        front_pane(front / 2, high + 0.1 * gable, 0.4 * wide, 0.4 * gable)
     number = int(rng.integers(2, 4))
     door = int(rng.integers(number))
     for k in range(number):
@@ -802,8 +828,11 @@ def write_sample_data(
             _write_scene(job)
             on_written()
         return
-    # spawn: a forked child of a process with OpenCV or torch threads can hang
-    with multiprocessing.get_context("spawn").Pool(num_workers, cv2.setNumThreads, (1,)) as pool:
+    # not fork: a forked child of a process with OpenCV or torch threads can hang; not spawn: importing torch takes
+    # seconds, which a fork server pays once for all workers
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Pool(num_workers, cv2.setNumThreads, (1,)) as pool:
         for _ in pool.imap_unordered(_write_scene, jobs, chunksize=4):
             on_written()
 
@@ -822,4 +851,4 @@ def _write_scene(job: tuple[Path, int, int, int, int]) -> None:
         _, encoded = cv2.imencode(path.suffix, pixels, options)
         partial = path.with_name(f".{path.name}.part")
         partial.write_bytes(encoded.tobytes())
-        os.replace(partial, path)
+        partial.replace(path)

@@ -26,7 +26,6 @@ from imaginaire_spade.labels import LabelSpec
 Manifest = dict[str, Any]
 
 
-
 def write_shard(
     plan: Plan, keys: Sequence[str], checked: Mapping[str, Checked], folder: Path, progress: str
 ) -> Manifest:
@@ -145,7 +144,6 @@ def _package_version() -> str:
         return version("imaginaire_spade")
     except PackageNotFoundError:  # a checkout that is not installed
         return "(not installed)"
-
 
 
 def summary(manifest: Manifest, labels: LabelSpec, output: Path, seconds: float) -> str:

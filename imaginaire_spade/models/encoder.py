@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,9 +30,7 @@ class ConvEncoder(nn.Module):
             raise ConfigError(f"encoder.image_size: {image_size} must be 128 or more and a multiple of 64")
         self.image_size = image_size
         channels = [3, *(num_filters * width for width in (1, 2, 4, 8, 8, 8))]
-        self.layers = nn.ModuleList(
-            SpectralConv2d(a, b, 3, 2, 1, bias=False) for a, b in zip(channels[:-1], channels[1:], strict=True)
-        )
+        self.layers = nn.ModuleList(SpectralConv2d(a, b, 3, 2, 1, bias=False) for a, b in itertools.pairwise(channels))
         size = channels[-1] * (image_size // 64) ** 2
         self.fc_mu = nn.Linear(size, style_dims)
         self.fc_var = nn.Linear(size, style_dims)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Annotated, Literal
 
@@ -96,8 +97,7 @@ class SPADEGenerator(Generator):
         else:
             self.fc = nn.Conv2d(spec.num_channels, channels[0], 3, padding=1)
         self.blocks = nn.ModuleList(
-            SPADEResidualBlock(a, b, spec, norm, spectral_norm)
-            for a, b in zip(channels[:-1], channels[1:], strict=True)
+            SPADEResidualBlock(a, b, spec, norm, spectral_norm) for a, b in itertools.pairwise(channels)
         )
         self.to_image = nn.Conv2d(channels[-1], 3, 3, padding=1)
 

@@ -243,18 +243,21 @@ def describe(run: Run) -> str:
     def millions(network: torch.nn.Module | None) -> str:
         return "none" if network is None else f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
 
-    averaged = trainer.model_average
+    averaged, optimizers = trainer.model_average, (run.config.gen_opt, run.config.dis_opt)
+    losses = ", ".join(f"{name} x {weight:g}" for name, weight in run.settings.weights.items())
+    rates = ", ".join(f"{n} {o.lr:g} ({o.lr_policy.type})" for n, o in zip("GD", optimizers, strict=True))
     epochs = calendar.epoch(calendar.total_iterations * calendar.global_batch)
-    return (
-        f"parameters: generator {millions(state.generator)}, discriminator {millions(state.discriminator)}, encoder"
-        f" {millions(state.encoder)}\n"
-        f"data: {len(run.dataset)} training and {len(run.val_dataset)} preview samples;"
-        f" {len(run.settings.terms)} losses: {', '.join(f'{n} x {w:g}' for n, w in run.settings.weights.items())}\n"
-        f"batch: {run.process_batch} per process x {run.info.world_size} process(es) = {calendar.global_batch} globally,"
-        f" on {run.device.type}, {trainer.precision}\n"
-        f"schedule: {calendar.total_iterations} iterations = {epochs:.1f} epochs; learning rates G {run.config.gen_opt.lr:g} ({run.config.gen_opt.lr_policy.type}), D"
-        f" {run.config.dis_opt.lr:g}; model average {'off' if averaged is None else f'beta {averaged.beta:g}'}"
-    )
+    lines = [
+        f"parameters: generator {millions(state.generator)}, discriminator {millions(state.discriminator)},"
+        f" encoder {millions(state.encoder)}",
+        f"data: {len(run.dataset)} training and {len(run.val_dataset)} preview samples",
+        f"losses: {losses}",
+        f"batch: {run.process_batch} per process x {run.info.world_size} process(es) ="
+        f" {calendar.global_batch} globally, on {run.device.type}, {trainer.precision}",
+        f"schedule: {calendar.total_iterations} iterations = {epochs:.1f} epochs; learning rates {rates};"
+        f" model average {'off' if averaged is None else f'beta {averaged.beta:g}'}",
+    ]
+    return "\n".join(lines)
 
 
 def _rates(state: TrainState) -> dict[str, float]:

@@ -1,0 +1,158 @@
+"""Pictures: what is drawn, and that files are whole or absent."""
+
+import errno
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import cv2
+import numpy as np
+import pytest
+
+from imaginaire_spade import pictures
+from imaginaire_spade.errors import UserError
+from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.pictures import GalleryEntry, contact_sheet, curves, label_legend, write_gallery, write_image
+
+RNG = np.random.default_rng(0)
+PHOTO = RNG.integers(0, 256, (24, 40, 3), dtype=np.uint8)
+
+
+def read(path: Path) -> np.ndarray:
+    return cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+
+
+def test_png_comes_back_as_it_was_and_jpg_nearly(tmp_path):
+    write_image(tmp_path / "a" / "ü #%.png", PHOTO)
+    assert np.array_equal(read(tmp_path / "a" / "ü #%.png"), PHOTO)
+    smooth = np.full((24, 40, 3), (200, 30, 90), np.uint8)
+    write_image(tmp_path / "b.jpg", smooth)
+    assert np.abs(read(tmp_path / "b.jpg").astype(int) - smooth).max() < 8
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["b.jpg", "ü #%.png"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path, monkeypatch, code):
+    path = tmp_path / "a.png"
+    write_image(path, PHOTO)
+    before = path.read_bytes()
+
+    def fail(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[:10])
+        raise OSError(code, "cannot")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(UserError, match=r"a\.png: cannot be written: cannot"):
+        write_image(path, PHOTO[:8])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_sheet_shows_every_picture_unchanged_in_equal_cells():
+    rows = [[RNG.integers(0, 200, (30, 48, 3), dtype=np.uint8) for _ in range(3)] for _ in range(2)]
+    sheet = contact_sheet(rows, ["label map", "real", "generated"], row_titles=["a", "b"])
+    assert sheet.dtype == np.uint8
+    assert sheet[0, 0].tolist() == list(pictures.BACKGROUND)
+    for cell in [cell for row in rows for cell in row]:
+        windows = np.lib.stride_tricks.sliding_window_view(sheet, (30, 48, 3))[:, :, 0]
+        found = (windows[:, :, 0, 0] == cell[0, 0]).all(-1) & (windows[:, :, -1, -1] == cell[-1, -1]).all(-1)
+        assert any(np.array_equal(windows[y, x], cell) for y, x in zip(*np.nonzero(found), strict=True))
+
+
+@pytest.mark.parametrize("rows", [[], [[]], [[PHOTO], [PHOTO[:5], PHOTO[:, :7]]]])
+def test_a_sheet_of_anything(rows):
+    sheet = contact_sheet(rows, ["a" * 300, "b"], cell_h_w=(32, 32))
+    assert sheet.ndim == 3 and sheet.shape[2] == 3
+    assert (sheet != np.array(pictures.BACKGROUND)).any()  # the titles at least
+
+
+def test_a_legend_has_the_colours_of_what_is_present_and_no_other():
+    spec = LabelSpec(num_classes=40, ignore=(255,), names=tuple(f"name of class {i}" for i in range(40)))
+    legend = label_legend(spec, [3, 7, 40], width=300)
+    assert legend.shape[1] == 300
+    shown = {tuple(c) for c in legend.reshape(-1, 3).tolist()}
+    assert {tuple(spec.colours[i].tolist()) for i in (3, 7, 40)} <= shown
+    assert tuple(spec.colours[4].tolist()) not in shown
+    assert label_legend(spec, range(41), width=300).shape[0] > legend.shape[0]
+    assert label_legend(spec, []).shape[1] == 960
+
+
+def records(count: int) -> list[dict]:
+    return [
+        {"images_seen": 10 * i, "iteration": i, "loss/gan": 1 / (i + 1), "loss/d_fake": float("nan") if i == 3 else i,
+         "lr/gen": 1e-4, "images_per_s": 5.0, "note": "text", "flag": True}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 200])
+def test_curves_are_drawn_from_any_number_of_records(tmp_path, count):
+    curves(records(count), tmp_path / "curves.png")
+    assert read(tmp_path / "curves.png").std() > 1
+
+
+def test_a_resumed_run_counts_once():
+    course = pictures._last_course([{"images_seen": s, "x": 0} for s in (1, 2, 3)] + [{"images_seen": 2, "x": 1}])
+    assert [(r["images_seen"], r["x"]) for r in course] == [(1, 0), (2, 1)]
+    course = pictures._last_course([{"images_seen": 1, "loss/a": 0.0}, {"images_seen": 1, "eval/fid": 9.0}])
+    assert list(pictures._grouped(course)) == ["loss", "eval"]
+
+
+def test_smoothing_leaves_out_what_is_not_finite():
+    y = np.ones(400)
+    y[17] = np.nan
+    assert np.array_equal(pictures._smoothed(y), np.ones(400))
+
+
+class Page(HTMLParser):
+    """Links of a page; fails on scripts and on anything that is fetched from elsewhere."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.images: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe")
+        values = dict(attrs)
+        if tag == "img":
+            self.images.append(values["src"] or "")
+        self.links += [values["href"] or ""] if "href" in values else []
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_gallery_links_lead_to_files_whatever_the_names(tmp_path):
+    keys = ["plain", "seq/ü ö", "a b/c#d%20?&<i>\"'", "x:y/z", "日本"]
+    entries = [GalleryEntry(k, f"_labels/{k}.png", (f"{k}_00.png", f"{k}_01.png")) for k in keys]
+    for entry in entries:
+        for file in (entry.label_map, *entry.pictures):
+            write_image(tmp_path / file, PHOTO)
+    path = write_gallery(tmp_path, entries, "<b>title & more</b>", legend=[("<sky>", (1, 2, 3))])
+    page = Page(path)
+    assert len(page.images) == 3 * len(keys)
+    for url in page.images:
+        assert url.startswith("./")
+        assert (tmp_path / unquote(url)).is_file() and "#" not in url and "?" not in url
+    for key in keys:
+        assert key in page.text
+    assert "<b>title" in page.text and "<sky>" in page.text
+    assert "http" not in page.source and "//" not in page.source
+
+
+def test_a_large_gallery_has_pages(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "ENTRIES_PER_PAGE", 2)
+    write_gallery(tmp_path, [GalleryEntry(str(i), f"_labels/{i}.png", (f"{i}.png",)) for i in range(5)], "many")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["index-2.html", "index-3.html", "index.html"]
+    pages = [Page(tmp_path / name) for name in ("index.html", "index-2.html", "index-3.html")]
+    assert [len(page.images) for page in pages] == [4, 4, 2]
+    assert all("index-3.html" in page.links for page in pages)
+
+
+def test_an_empty_gallery(tmp_path):
+    assert Page(write_gallery(tmp_path, [], "none")).images == []
