@@ -400,10 +400,11 @@ def _paint_ground(canvas: _Canvas, light: _Light) -> None:
     albedo = _mix(green, _rgb(0.52, 0.52, 0.22), (dry + 0.4 * meadow + 0.18 * patches).clip(0, 1)[..., None])
     colour = light.on(albedo, lit.clip(0.08, 1.2))
     colour = _mix(colour, light.skyline, (0.22 * np.exp(-depth / 0.05))[..., None])
-    if canvas.plan.random() < 0.3:  # flowers, which stand denser and smaller in the distance
-        seeds = _noise(canvas.texture, *shape, canvas.unit * 0.012, octaves=1)
+    if canvas.plan.random() < 0.3:  # flowers
+        seeds = _noise(canvas.texture, *shape, min(canvas.unit * 0.012, 5), octaves=1)
         bloom = _rgb(*((0.95, 0.93, 0.86), (0.95, 0.83, 0.30), (0.80, 0.25, 0.22))[canvas.plan.integers(3)])
-        colour = _mix(colour, light.on(bloom, lit), 0.85 * _smoothstep(1.5, 1.9, seeds + 0.3 * meadow)[..., None])
+        bloomed = 0.85 * _smoothstep(1.5, 1.9, seeds + 0.3 * meadow) * _smoothstep(0.01, 0.08, depth)
+        colour = _mix(colour, light.on(bloom, lit), bloomed[..., None])
     canvas.put(window, np.ones(shape, bool), colour, GRASS, 0)
 
 
