@@ -10,6 +10,12 @@ DEMO ?= demo_output
 CONFIG := configs/projects/spade/sample/small64.yaml
 ROOTS := --set 'data.train.roots=[$(DEMO)/lmdb/train]' --set 'data.val.roots=[$(DEMO)/lmdb/val]'
 
+# Threads that wait without spinning: on a busy machine spinning ones take turns blocking each other.
+export OMP_WAIT_POLICY ?= PASSIVE
+# Large buffers stay with the process instead of going back to the kernel after each use.
+export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
+export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
+
 .PHONY: demo test lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -28,7 +34,7 @@ demo: $(VENV)/.installed
 	  $(BIN)/python scripts/build_lmdb.py --config $(CONFIG) --data_root $(DEMO)/raw/$$split --output_root $(DEMO)/lmdb/$$split || exit 1; \
 	done
 	$(BIN)/torchrun --nproc_per_node=1 train.py --config $(CONFIG) --logdir $(DEMO)/logs $(ROOTS)
-	$(BIN)/python inference.py --logdir $(DEMO)/logs --input_dir $(DEMO)/raw/val/seg_maps --output_dir $(DEMO)/generated
+	$(BIN)/python inference.py --logdir $(DEMO)/logs --input_dir $(DEMO)/raw/val --output_dir $(DEMO)/generated
 	$(BIN)/python scripts/make_contact_sheet.py --config $(CONFIG) --data_root $(DEMO)/raw/val --generated $(DEMO)/generated --output $(DEMO)/contact_sheet.jpg
 	@echo
 	@echo 'Contact sheet (label map, real, generated):  $(DEMO)/contact_sheet.jpg'

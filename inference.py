@@ -11,11 +11,14 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from imaginaire_spade import distributed, inference
+from imaginaire_spade import distributed
 from imaginaire_spade.build import import_modules
 from imaginaire_spade.config import RunConfig, load_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError, run_command_line
+from imaginaire_spade.inference.folder import Progress, check_apart, generate_folder
+from imaginaire_spade.inference.synthesis import encode_style
+from imaginaire_spade.inference.weights import LoadedModel, check_fits, find_checkpoint, load_generator, with_overrides
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,31 +64,31 @@ def main() -> None:
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
     given = load_config(arguments.config, arguments.set) if arguments.config else None
-    checkpoint = inference.find_checkpoint(arguments.checkpoint, arguments.logdir, given)
-    model = inference.load_generator(checkpoint, weights=arguments.weights, device=device)
-    config = inference.with_overrides(model.config, arguments.set, checkpoint.name)
+    checkpoint = find_checkpoint(arguments.checkpoint, arguments.logdir, given)
+    model = load_generator(checkpoint, weights=arguments.weights, device=device)
+    config = with_overrides(model.config, arguments.set, checkpoint.name)
     for other, where in ((given, str(arguments.config)), (config, f"--set {' '.join(arguments.set)}")):
         if other is not None:
-            inference.check_fits(model, other, where)
+            check_fits(model, other, where)
     test_data = (given.test_data if given else None) or config.test_data
     notes = [*model.notes, *_notes(arguments, model, config, given)]
 
     roots = (str(arguments.input_dir),) if arguments.input_dir else test_data.roots if test_data else ()
     if not roots:
         raise ConfigError("no label maps: give --input_dir DIR, or test_data: {roots: [DIR]} in the --config")
-    inference.check_apart(arguments.output_dir, roots)
+    check_apart(arguments.output_dir, roots)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         dataset = LabelMapDataset(roots, config.data.labels, edges=config.data.edges, with_images=False)
     notes += [str(warning.message) for warning in caught]
-    style = inference.encode_style(model, arguments.style_image) if arguments.style_image else None
+    style = encode_style(model, arguments.style_image) if arguments.style_image else None
     if info.is_main:
         for note in notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
 
-    progress = inference.Progress(shown=info.is_main)
+    progress = Progress(shown=info.is_main)
     try:
-        report = inference.generate_folder(
+        report = generate_folder(
             model, dataset, arguments.output_dir,
             batch_size=arguments.batch_size or (test_data.batch_size if test_data else 1),
             num_samples=arguments.num_samples,
@@ -104,9 +107,7 @@ def main() -> None:
     print(f"{share}wrote {count} to {arguments.output_dir}{rate}{page}", flush=True)
 
 
-def _notes(
-    arguments: argparse.Namespace, model: inference.LoadedModel, config: RunConfig, given: RunConfig | None
-) -> list[str]:
+def _notes(arguments: argparse.Namespace, model: LoadedModel, config: RunConfig, given: RunConfig | None) -> list[str]:
     notes = []
     if given is not None and given.data.labels != config.data.labels:
         notes.append(

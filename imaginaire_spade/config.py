@@ -34,7 +34,7 @@ from imaginaire_spade.registry import (
 class Section(BaseModel):
     """Base of every part of the configuration: frozen, strict, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class Component(Section):
@@ -131,7 +131,10 @@ class TestDataConfig(Section):
 
 
 class LearningRatePolicy(Section):
+    """How the learning rate changes over the run."""
+
     type: Literal["constant", "linear"] = "constant"
+    """Constant, or linear to 0 (section 4 of the SPADE paper)."""
     decay_start: float = Field(0.5, ge=0, lt=1)
     """Share of the run after which a linear policy falls to 0 at the end (SPADE: 0.5)."""
 
@@ -141,6 +144,7 @@ class OptimizerConfig(Section):
 
     type: Literal["adam"] = "adam"
     lr: float = Field(gt=0)
+    """Learning rate (SPADE: 1e-4 for the generator, 4e-4 for the discriminator)."""
     adam_beta1: float = Field(0.0, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
@@ -153,6 +157,7 @@ class ModelAverageConfig(Section):
     """Exponential moving average of the generator's weights (used for previews, inference and export)."""
 
     beta: float = Field(0.9999, ge=0, lt=1)
+    """Weight of the old average in each update."""
     start_iteration: int = Field(1000, ge=0)
     """Up to here the average is a plain copy."""
     batch_norm_images: int = Field(64, ge=0)
@@ -178,6 +183,7 @@ class TrainerConfig(Section):
     """shared: one generator forward serves both updates, D first; reference: G first, then D on pictures made anew by
     the updated G, as the published SPADE numbers were obtained."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the networks; weights, statistics and losses are float32 in any case."""
     gradient_accumulation: int = Field(1, ge=1)
     """Split each process's batch into this many pieces, one after the other: less memory, same batch."""
     sync_batch_norm: bool = True
@@ -185,6 +191,7 @@ class TrainerConfig(Section):
     init: InitConfig = InitConfig()
     model_average: ModelAverageConfig | None = ModelAverageConfig()
     channels_last: bool = False
+    """Memory format of the networks' weights."""
     log_every: int = Field(100, ge=1)
     """Iterations between two lines of the log (and points of the curves)."""
     image_every: int = Field(1000, ge=1)

@@ -26,7 +26,7 @@ class LabelSpec(BaseModel):
     it as one more channel; without, such a pixel has no channel set.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     num_classes: int = Field(ge=1, le=32000)
     """Number of classes, don't-care not counted."""

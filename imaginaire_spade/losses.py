@@ -86,7 +86,11 @@ def kl_loss(mu: Tensor, logvar: Tensor) -> Tensor:
 
 @LOSSES.register("gan")
 class GANLoss(nn.Module):
-    """Adversarial loss; also states the discriminator's."""
+    """Adversarial loss; also states the discriminator's.
+
+    Args:
+        mode: which one.
+    """
 
     def __init__(self, *, mode: GANMode = "hinge") -> None:
         super().__init__()

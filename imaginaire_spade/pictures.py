@@ -33,6 +33,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 BACKGROUND = (250, 250, 249)
 INK = (38, 40, 43)
 FAINT = (120, 124, 130)
+NARROW_CELL = 120
+"""Pixels below which a cell of a sheet is too narrow for its title and for the eye."""
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -96,11 +98,14 @@ def contact_sheet(
         rows: the pictures; a short row leaves its last cells empty.
         column_titles: one per column.
         row_titles: one per row, written above the row; none: no space is taken.
-        cell_h_w: size of a cell; default: the largest height and width. Pictures fit in, aspect ratio kept.
+        cell_h_w: size of a cell; default: the largest height and width, times a whole number where that is narrower
+            than ``NARROW_CELL``. Pictures fit in, aspect ratio kept.
     """
     cells = [cell for row in rows for cell in row]
     if cell_h_w is None:
-        cell_h_w = (max((c.shape[0] for c in cells), default=64), max((c.shape[1] for c in cells), default=64))
+        widest = max((c.shape[1] for c in cells), default=64)
+        factor = math.ceil(NARROW_CELL / widest)
+        cell_h_w = (factor * max((c.shape[0] for c in cells), default=64), factor * widest)
     height, width = cell_h_w
     size = round(min(max(width / 18, 12), 24))
     title_font, row_font = _font(size, bold=True), _font(max(round(size * 0.8), 11))
@@ -132,7 +137,9 @@ def _fit(picture: Picture, height: int, width: int) -> Picture:
     if scale == 1:
         return np.ascontiguousarray(picture)
     size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)  # type: ignore[return-value]
+    # Whole-number enlargement shows the pixels as they are.
+    enlarging = cv2.INTER_NEAREST if scale == int(scale) else cv2.INTER_LINEAR
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else enlarging)  # type: ignore[return-value]
 
 
 def label_legend(spec: LabelSpec, present_ids: Iterable[int], *, width: int = 960) -> Picture:

@@ -19,14 +19,17 @@ from conftest import blocky_labels, write_jpg, write_png
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imaginaire_spade import inference, pictures
+from imaginaire_spade import pictures
 from imaginaire_spade.build import build_encoder, build_generator
 from imaginaire_spade.compatibility import explain_mismatch
 from imaginaire_spade.config import dump_config, load_config, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
-from imaginaire_spade.inference import LoadedModel, Request, synthesise
+from imaginaire_spade.inference.folder import check_output_folder, plan_outputs
+from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, batches_of_one_size, padded_layout, synthesise
+from imaginaire_spade.inference.weights import LoadedModel, find_checkpoint, load_generator
 from imaginaire_spade.layout import SemanticLayout
+from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.checkpoint import write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -180,11 +183,11 @@ def test_neither_batch_size_nor_processes_change_a_file(run, checkpoint, label_m
 
 
 def test_order_and_batch_mates_change_nothing(checkpoint, label_maps):
-    model = inference.load_generator(checkpoint)
+    model = load_generator(checkpoint)
     batching = Batching(**vars(model))
     dataset = LabelMapDataset(label_maps, model.config.data.labels, edges="labels", with_images=False)
     requests = [
-        Request(key, dataset[i].labels, dataset[i].edges, inference.style_noise(0, [key], 4)[0])
+        Request(key, dataset[i].labels, dataset[i].edges, style_noise(0, [key], 4)[0])
         for i, key in enumerate(dataset.keys)
     ]
     expected = dict(synthesise(model, requests))
@@ -249,7 +252,7 @@ def test_padding_and_cropping_keep_every_pixel(sizes, multiple, batch_size):
 
 def test_padding_is_dont_care_without_edges_at_the_bottom_and_right():
     request = Request("a", torch.zeros(3, 5, dtype=torch.uint8), torch.ones(3, 5, dtype=torch.uint8))
-    layout = inference.padded_layout(echo_model(8), [request])
+    layout = padded_layout(echo_model(8), [request])
     assert layout.labels.shape == (1, 8, 8) and layout.labels.dtype == torch.uint8
     assert (layout.labels[0, :3, :5] == 0).all() and (layout.labels == 5).sum() == 64 - 15
     assert layout.edges is not None and layout.edges.sum() == 15 and (layout.edges[0, :3, :5] == 1).all()
@@ -265,12 +268,12 @@ def test_batches_are_of_one_size_and_few_wait():
             size = 8 * (1 + i % 100)
             yield Request(str(i), torch.zeros(size, 8, dtype=torch.uint8))
 
-    for number, batch in enumerate(inference.batches_of_one_size(endless(), 8, 4)):
+    for number, batch in enumerate(batches_of_one_size(endless(), 8, 4)):
         assert len({r.labels.shape for r in batch}) == 1 and 1 <= len(batch) <= 4
         if number == 20:
             break
-    assert taken <= 21 * 4 + inference.BATCHES_HELD * 4
-    sizes = [len(b) for b in inference.batches_of_one_size(
+    assert taken <= 21 * 4 + BATCHES_HELD * 4
+    sizes = [len(b) for b in batches_of_one_size(
         (Request(str(i), torch.zeros(8 * (1 + i % 3), 8, dtype=torch.uint8)) for i in range(48)), 8, 4)]  # fmt: skip
     assert sizes == [4] * 12
 
@@ -290,11 +293,11 @@ def test_several_samples_differ_and_a_style_image_rules(run, checkpoint, label_m
 
 
 def test_ema_and_raw_weights(run, checkpoint, plain_checkpoint, label_maps, tmp_path, capsys):
-    state = {w: inference.load_generator(checkpoint, weights=w).generator.state_dict() for w in ("ema", "raw")}
+    state = {w: load_generator(checkpoint, weights=w).generator.state_dict() for w in ("ema", "raw")}
     content = torch.load(checkpoint, weights_only=True)
     for weights, name in (("ema", "generator_ema"), ("raw", "generator")):
         assert all(torch.equal(state[weights][key], value) for key, value in content[name].items())
-    model = inference.load_generator(plain_checkpoint)
+    model = load_generator(plain_checkpoint)
     assert model.weights == "raw" and "no moving average" in model.notes[0]
     assert not model.generator.training and model.style_dims == 0
     run("--checkpoint", plain_checkpoint, "--input_dir", label_maps, "--output_dir", tmp_path / "o", "--num_samples", 2)
@@ -325,11 +328,11 @@ def test_existing_pictures_are_refused_kept_or_replaced(run, checkpoint, label_m
 
 
 def test_processes_refuse_existing_pictures_without_seeing_each_others_as_such(tmp_path):
-    everything = inference.plan_outputs(["a", "b"])
+    everything = plan_outputs(["a", "b"])
     write_png(tmp_path / "b.png", np.zeros((2, 2), np.uint8))
-    inference.check_output_folder(tmp_path, everything[:1], everything)  # b belongs to the other process
+    check_output_folder(tmp_path, everything[:1], everything)  # b belongs to the other process
     with pytest.raises(UserError, match=r"b\.png"):
-        inference.check_output_folder(tmp_path, everything[1:], everything)
+        check_output_folder(tmp_path, everything[1:], everything)
 
 
 # ------------------------------------------------------------------------------------------------ what is taken
@@ -366,13 +369,13 @@ def test_published_weights_are_checked_by_their_sha256(run, checkpoint, label_ma
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub2"))
     wrong = with_weight(url=checkpoint.as_uri(), sha256="0" * 64)
     with pytest.raises(CheckpointError, match="is not the file with sha256 0000"):
-        inference.find_checkpoint(None, None, load_config(wrong))
+        find_checkpoint(None, None, load_config(wrong))
     assert not [p for p in (tmp_path / "hub2").rglob("*") if p.is_file()]
     gone = with_weight(url=(tmp_path / "gone.pt").as_uri(), sha256=digest)
     with pytest.raises(CheckpointError, match=r"cannot be downloaded .* give it as --checkpoint"):
-        inference.find_checkpoint(None, None, load_config(gone))
+        find_checkpoint(None, None, load_config(gone))
     with pytest.raises(CheckpointError, match=r"pretrained_weight.path: nowhere.pt: no such file"):
-        inference.find_checkpoint(None, None, load_config(with_weight(path="nowhere.pt")))
+        find_checkpoint(None, None, load_config(with_weight(path="nowhere.pt")))
 
 
 def test_one_mistake_one_message(run, checkpoint, plain_checkpoint, label_maps, tmp_path, monkeypatch):
@@ -462,19 +465,19 @@ def test_a_mismatch_of_types_is_one_line():
 @pytest.mark.parametrize("key", ["../a", "a/../../b", "/etc/x", "C:/x", "c:x", "a\\b", "", "a//b", "./a", "a\0b"])
 def test_a_key_never_leads_out(key):
     with pytest.raises(DataError, match="must be a plain relative path"):
-        inference.plan_outputs(["fine", key])
+        plan_outputs(["fine", key])
 
 
 def test_outputs_never_collide():
-    assert [o.pictures for o in inference.plan_outputs(["b", "a"], 2, ".jpg")] == [
+    assert [o.pictures for o in plan_outputs(["b", "a"], 2, ".jpg")] == [
         ("a_00.jpg", "a_01.jpg"), ("b_00.jpg", "b_01.jpg")]  # fmt: skip
-    assert inference.plan_outputs(["a"], 101)[0].pictures[100] == "a_100.png"
+    assert plan_outputs(["a"], 101)[0].pictures[100] == "a_100.png"
     with pytest.raises(DataError, match=r"'a' and 'a' would both be written to a\.png"):
-        inference.plan_outputs(["a", "a"])
+        plan_outputs(["a", "a"])
     with pytest.raises(DataError, match=r"would both be written to _labels/a\.png"):
-        inference.plan_outputs(["a", "_labels/a"])
+        plan_outputs(["a", "_labels/a"])
     with pytest.raises(DataError, match=r"needs a folder a\.png"):
-        inference.plan_outputs(["a", "a.png/b"])
+        plan_outputs(["a", "a.png/b"])
 
 
 def test_a_bad_label_map_is_named_and_what_is_written_is_whole(run, plain_checkpoint, label_maps, tmp_path):
@@ -505,10 +508,10 @@ def test_damaged_weights(tmp_path, label_maps, run):
     assert not files(tmp_path / "o")
     short = save(tmp_path / "short.pt", tree, generator_ema={k: v for k, v in state.items() if k != "to_image.bias"})
     with pytest.raises(CheckpointError, match=r"(?s)short\.pt: the weights of its generator .*to_image\.bias"):
-        inference.load_generator(short)
+        load_generator(short)
     write_checkpoint(tmp_path / "other.pt", {"config": {}})
     with pytest.raises(CheckpointError, match="without generator"):
-        inference.load_generator(tmp_path / "other.pt")
+        load_generator(tmp_path / "other.pt")
 
 
 def test_too_little_memory_is_said(monkeypatch):

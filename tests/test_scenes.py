@@ -160,7 +160,7 @@ def test_instance_ids_above_255_survive(tmp_path, monkeypatch):
         instances=np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64,
         edges=np.zeros((32, 32), np.uint8),
     )
-    monkeypatch.setattr(scenes, "draw_scene", lambda *_: crafted)
+    monkeypatch.setattr(scenes.files, "draw_scene", lambda *_: crafted)
     write_sample_data(tmp_path, 1, 0, 32, 32, 0, 0)
     stored = cv2.imread(str(tmp_path / "train" / "inst_maps" / "scene_00000.png"), cv2.IMREAD_UNCHANGED)
     np.testing.assert_array_equal(stored, crafted.instances)

@@ -56,6 +56,14 @@ def test_models_import_torch_and_each_other_only():
         assert imported_rooms(path) <= allowed, path
 
 
+def test_the_configuration_reference_is_the_schemas():
+    sys.path.insert(0, str(REPOSITORY / "scripts"))
+    import write_config_reference
+
+    written = (REPOSITORY / "docs/config.md").read_text(encoding="utf-8")
+    assert written == write_config_reference.reference(), "run python scripts/write_config_reference.py"
+
+
 def test_ruff_and_mypy_find_nothing():
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
         result = subprocess.run(

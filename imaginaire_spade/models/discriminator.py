@@ -74,7 +74,8 @@ class MultiscaleDiscriminator(nn.Module):
         spec: what the layouts hold.
         num_discriminators: number of resolutions.
         num_layers: convolutions of each before the last; the last of them has stride 1.
-        num_filters: width of the first; doubles per layer up to max_num_filters.
+        num_filters: width of the first; doubles per layer.
+        max_num_filters: widest that a layer gets.
         normalization: instance norm after all but the first and the last convolution, or none.
         spectral_norm: spectral norm on the same convolutions.
     """

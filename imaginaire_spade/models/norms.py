@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade.distributed import sum_over_processes
+from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.registry import NORMS
 
@@ -82,6 +83,8 @@ class SPADE(nn.Module):
         kernel_size: int = 3,
     ) -> None:
         super().__init__()
+        if kernel_size % 2 == 0:
+            raise ConfigError(f"norm.kernel_size: {kernel_size} must be odd, such as 3 or 5")
         padding = kernel_size // 2
         self.normalize = (
             BatchNorm2d(channels, affine=False) if normalization == "batch" else nn.InstanceNorm2d(channels)

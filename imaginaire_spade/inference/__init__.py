@@ -1,0 +1,12 @@
+"""Checkpoint + label maps -> picture files.
+
+Owns the way of a label map through a trained generator: padding and cropping, style codes, batches of mixed sizes,
+writing, the split over processes, and the gallery page. Needs no photos, no discriminator and no loss network.
+
+A picture is a function of the checkpoint, the seed and the label map's key: neither batch size, nor order, nor the
+number of processes changes it (on a GPU up to the rounding of its kernels; on a CPU label maps go through the
+generator one by one, which costs nothing there and makes files equal bit by bit).
+
+``weights``: checkpoint -> generator; ``synthesis``: label maps -> pictures; ``folder``: a data set -> a folder of
+picture files. Each imports only those before it.
+"""

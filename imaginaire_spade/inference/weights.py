@@ -1,0 +1,181 @@
+"""Checkpoint -> generator, ready for use.
+
+Owns which checkpoint file is meant (and its download), loading it into evaluation mode, and whether a config fits it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+import urllib.error
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import nn
+
+from imaginaire_spade.build import build_encoder, build_generator
+from imaginaire_spade.compatibility import explain_mismatch
+from imaginaire_spade.config import RunConfig, WeightSource, dump_yaml, load_config, parse_config
+from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpoint
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained generator, ready for use."""
+
+    generator: nn.Module
+    """In evaluation mode, without gradients, on ``device``."""
+    encoder: nn.Module | None
+    config: RunConfig
+    """The checkpoint's own."""
+    images_seen: int
+    weights: str
+    """"ema" or "raw": what was loaded."""
+    device: torch.device
+    notes: tuple[str, ...] = ()
+    """What the user should know."""
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether pictures of a batch are made singly: on a CPU batching saves nothing, and some convolutions and all
+        matrix products round differently by batch size."""
+        return self.device.type == "cpu"
+
+    @property
+    def size_multiple(self) -> int:
+        return int(self.generator.size_multiple)  # type: ignore[arg-type]
+
+    @property
+    def style_dims(self) -> int:
+        return int(self.generator.style_dims)  # type: ignore[arg-type]
+
+
+def load_generator(path: Path, *, weights: str = "ema", device: torch.device | str = "cpu") -> LoadedModel:
+    """Load a checkpoint's generator, and its style encoder if it has one.
+
+    Args:
+        path: a checkpoint file of this package.
+        weights: "ema" (moving average; "raw" where the checkpoint has none, with a note) or "raw".
+    Raises:
+        CheckpointError: absent, damaged, foreign, or not of the architecture that its own config describes.
+        ConfigError: a component of the user's own is not registered.
+    """
+    content = load_checkpoint(path)
+    if missing := {"config", "generator"} - set(content):
+        raise CheckpointError(f"{path}: a checkpoint without {' and '.join(sorted(missing))}: not one to generate with")
+    config = parse_config(content["config"], source=str(path))
+    notes = []
+    average = content.get("generator_ema")
+    if weights == "ema" and average is None:
+        weights, notes = "raw", [f"{path} has no moving average of the weights: the raw weights are used"]
+    generator = build_generator(config)
+    _load(generator, average if weights == "ema" else content["generator"], path, "generator")
+    encoder = build_encoder(config) if content.get("encoder") is not None else None
+    if encoder is not None:
+        _load(encoder, content["encoder"], path, "encoder")
+    device = torch.device(device)
+    channels_last = config.trainer.channels_last and device.type == "cuda"
+    for network in filter(None, (generator, encoder)):
+        network.eval().requires_grad_(False).to(
+            device, memory_format=torch.channels_last if channels_last else torch.preserve_format
+        )  # type: ignore[call-overload]
+    images_seen = int(content.get("images_seen") or 0)
+    return LoadedModel(generator, encoder, config, images_seen, weights, device, tuple(notes))
+
+
+def _load(network: nn.Module, state: Any, path: Path, name: str) -> None:
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: the weights of its {name} do not fit the architecture of its own config; it is damaged, or its"
+            f" components were changed since ({error})"
+        ) from None
+
+
+def find_checkpoint(checkpoint: Path | None, logdir: Path | None, config: RunConfig | None) -> Path:
+    """The checkpoint file that the command line means: --checkpoint, else --logdir, else pretrained_weight.
+
+    Raises:
+        CheckpointError: nothing is given, or nothing is there.
+    """
+    for flag, place in (("--checkpoint", checkpoint), ("--logdir", logdir)):
+        if place is None:
+            continue
+        if flag == "--checkpoint" and place.is_file():
+            return place
+        if not place.is_dir():
+            wanted = "file or folder" if flag == "--checkpoint" else "log dir"
+            raise CheckpointError(f"{flag} {place}: no such {wanted}")
+        newest = newest_checkpoint(place)
+        if newest is None:
+            raise CheckpointError(f"{flag} {place}: no checkpoint_*.pt there or in its checkpoints/ folder")
+        return newest
+    if config is not None and config.pretrained_weight is not None:
+        return fetch_weights(config.pretrained_weight)
+    raise CheckpointError(
+        "no checkpoint: give --checkpoint FILE, or --logdir DIR of a training run, or a --config with"
+        " pretrained_weight: {path: FILE}"
+    )
+
+
+def fetch_weights(source: WeightSource) -> Path:
+    """The file that a config's ``pretrained_weight`` names, downloaded into torch's hub cache at the first use.
+
+    Raises:
+        CheckpointError: no such file, no connection, or other bytes than its sha256 says.
+    """
+    if source.path is not None:
+        if not Path(source.path).is_file():
+            raise CheckpointError(f"pretrained_weight.path: {source.path}: no such file")
+        return Path(source.path)
+    assert source.url is not None and source.sha256 is not None
+    name = PurePosixPath(urlparse(source.url).path).name or "checkpoint.pt"
+    target = Path(torch.hub.get_dir(), "checkpoints", f"{source.sha256[:16]}-{name}")
+    if target.is_file() and _sha256(target) == source.sha256:
+        return target
+    print(f"downloading {source.url} to {target}", file=sys.stderr, flush=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(source.url, str(target), hash_prefix=source.sha256, progress=sys.stderr.isatty())
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"pretrained_weight.url: {source.url} cannot be downloaded ({error}). Without a connection: fetch the file"
+            f" elsewhere and give it as --checkpoint FILE, or put it at {target}"
+        ) from None
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"pretrained_weight.url: {source.url} is not the file with sha256 {source.sha256} ({error}). Nothing was"
+            " kept; correct the url or the sha256"
+        ) from None
+    return target
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_fits(model: LoadedModel, given: RunConfig, where: str) -> None:
+    """Raises CheckpointError, in words, where ``given`` describes another generator than the checkpoint holds."""
+    if differences := explain_mismatch(model.config, given, parts=("gen",)):
+        raise CheckpointError(
+            f"{where} does not fit the checkpoint:\n  " + "\n  ".join(differences) + "\nThe checkpoint carries its own"
+            " config: leave that out, or give the checkpoint of this config"
+        )
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[str], name: str) -> RunConfig:
+    """``config`` with ``--set`` values. Raises ConfigError."""
+    if not overrides:
+        return config
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"config of {name}")
+        path.write_text(dump_yaml(config), encoding="utf-8")
+        return load_config(path, overrides)
