@@ -139,6 +139,14 @@ def check_run(config: RunConfig, world_size: int) -> None:
             f"data.train.augmentations gives pictures of {size[0]}x{size[1]}, but gen ({config.gen.type}) needs"
             f" multiples of {multiple}: such as {near}"
         )
+    val = config.data.val
+    val_size = None if val is None else val.augmentations.output_h_w
+    if val is not None and (val_size is None or val_size[0] % multiple or val_size[1] % multiple):
+        given = "pictures of different sizes" if val_size is None else f"pictures of {val_size[0]}x{val_size[1]}"
+        raise ConfigError(
+            f"data.val.augmentations gives {given}, but previews need one size, a multiple of {multiple}. Write"
+            f" data.val.augmentations.resize_h_w: {list(size)}"
+        )
     if size[0] * size[1] == multiple**2 and train.batch_size * world_size // trainer.gradient_accumulation < 2:
         raise ConfigError(
             f"one picture of {size[0]}x{size[1]} is a single pixel at the generator's start, where batch statistics"

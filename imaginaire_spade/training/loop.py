@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,12 +133,11 @@ def prepare(
     return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar)
 
 
-def train(run: Run, logdir: Path, start_from: Path | None, on_iteration: Callable[[int], None] | None = None) -> None:
+def train(run: Run, logdir: Path, start_from: Path | None) -> None:
     """Train to the end of the run, or to ``--max_iterations``; continue from the newest checkpoint of ``logdir``.
 
     Args:
         start_from: checkpoint to begin with where ``logdir`` has none yet.
-        on_iteration: called after each iteration with its number (the profiler's step).
     """
     resumed = resume(run, logdir, start_from)
     trainer, state, calendar = run.config.trainer, run.state, run.calendar
@@ -155,14 +154,18 @@ def train(run: Run, logdir: Path, start_from: Path | None, on_iteration: Callabl
         )
         log.close()
         return
-    meter, ticked_at, waited_s = LossMeter(), state.images_seen, 0.0
+    meter, waited_s = LossMeter(), 0.0
+    ticked_at = saved_at = state.images_seen
     preview = preview_batch(run.val_dataset, trainer.image_rows) if run.info.is_main else None
     calibration = _calibration_layouts(run)
     batches = run.batches()
     while True:
         iteration = calendar.iteration(state.images_seen)
         done = iteration >= calendar.stop_iteration
-        if state.images_seen > ticked_at and (done or iteration % trainer.log_every == 0):
+        due_picture = done or iteration % trainer.image_every == 0
+        due_checkpoint = state.images_seen > saved_at and (done or iteration % trainer.checkpoint_every == 0)
+        due_log = due_checkpoint or iteration % trainer.log_every == 0  # no checkpoint before its losses were looked at
+        if state.images_seen > ticked_at and due_log:
             losses = meter.fetch()
             log.tick(state.images_seen, losses, _rates(state), batches.wait_s - waited_s)
             waited_s = batches.wait_s
@@ -173,8 +176,6 @@ def train(run: Run, logdir: Path, start_from: Path | None, on_iteration: Callabl
                     " Lower the learning rates, or write trainer.precision: bf16 or fp32"
                 )
             ticked_at = state.images_seen
-        due_picture = done or iteration % trainer.image_every == 0
-        due_checkpoint = state.images_seen > 0 and (done or iteration % trainer.checkpoint_every == 0)
         if (due_picture or due_checkpoint) and state.generator_ema is not None and calibration:
             reestimate_batch_norm(state.generator_ema, _calibration_inputs(run, calibration))
         if due_picture and preview is not None:
@@ -183,12 +184,12 @@ def train(run: Run, logdir: Path, start_from: Path | None, on_iteration: Callabl
         if due_checkpoint and run.info.is_main:
             path = save_checkpoint(logdir / "checkpoints", state, run.config, trainer.keep_last)
             log.say(f"saved {path}")
+        if due_checkpoint:
+            saved_at = state.images_seen
         if done:
             break
         meter.add(run.step(next(batches)))
         log.advance()
-        if on_iteration is not None:
-            on_iteration(iteration + 1)
     log.close()
     distributed.barrier()  # nobody leaves the group while rank 0 still writes
 

@@ -106,7 +106,6 @@ class RunLog:
             if name not in ("iteration", "images_seen"):
                 self._writer.add_scalar(name, value, iteration)
         self._writer.flush()
-        pictures.curves(self._records, self.logdir / "curves.png")
         eta_s = (self.calendar.stop_iteration - iteration) * self.calendar.global_batch * elapsed / images
         text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
         if self._bar.disable:
@@ -130,11 +129,17 @@ class RunLog:
             iteration = self.calendar.iteration(images_seen)
             self._writer.add_image("preview", picture, iteration, dataformats="HWC")
             pictures.write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", picture)
+            self._draw_curves()
 
     def close(self) -> None:
         if self.enabled:
+            self._draw_curves()
             self._bar.close()
             self._writer.close()
+
+    def _draw_curves(self) -> None:
+        if self._records:
+            pictures.curves(self._records, self.logdir / "curves.png")
 
 
 def non_finite(losses: dict[str, float]) -> list[str]:
