@@ -221,7 +221,8 @@ def _grouped(course: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     points: dict[str, list[tuple[float, float]]] = {}
     for record in course:
         for key, value in record.items():
-            if key in ("images_seen", "iteration") or isinstance(value, bool) or not isinstance(value, int | float):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if key in ("images_seen", "iteration", "epoch") or not is_number:
                 continue
             points.setdefault(key, []).append((record["images_seen"], value))
     groups: dict[str, Series] = {}

@@ -86,7 +86,7 @@ def test_a_run_leaves_what_it_promises(tiny_run, tmp_path):
     records = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
     assert [r["iteration"] for r in records] == [2, 4, 6]
     losses = ("gan", "feature_matching", "d_fake", "d_real", "g_total", "d_total")
-    others = ("lr/gen", "lr/dis", "speed/images_per_s", "speed/share_waiting_for_data", "memory/peak_gib")
+    others = ("lr/gen", "lr/dis", "speed/images_per_s", "data/share_waiting", "memory/peak_gib")
     for key in (*(f"loss/{name}" for name in losses), *others):
         assert isinstance(records[0][key], float)
     assert records[-1]["lr/gen"] < records[0]["lr/gen"] == 1e-3  # linear decay in the second half

@@ -96,7 +96,7 @@ class RunLog:
             **{f"loss/{name}": value for name, value in losses.items()},
             **rates,
             "speed/images_per_s": images / elapsed,
-            "speed/share_waiting_for_data": wait_s / elapsed,
+            "data/share_waiting": wait_s / elapsed,
             "memory/peak_gib": peak_memory_gib(),
         }
         self._records.append(record)
