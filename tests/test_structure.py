@@ -70,3 +70,15 @@ def test_ruff_and_mypy_find_nothing():
             [sys.executable, "-m", *command], cwd=REPOSITORY, capture_output=True, text=True, check=False
         )
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+
+
+def test_the_readmes_file_tree_is_true():
+    tree = (
+        (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## What lies where")[2].partition("\n## ")[0]
+    )
+    named = set(re.findall(r"[\w]+\.(?:py|md)", tree))
+    present = {path.name for path in SOURCES if path.name != "__init__.py" and path.parent.name != "scenes"}
+    assert present <= named, f"not in the README: {sorted(present - named)}"
+    everywhere = {path.name for folder in (".", "docs", "imaginaire_spade") for path in (REPOSITORY / folder).rglob("*")
+                  if ".venv" not in path.parts}  # fmt: skip
+    assert named <= everywhere, f"only in the README: {sorted(named - everywhere)}"
