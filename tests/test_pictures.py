@@ -50,14 +50,22 @@ def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path, monkeypatch, 
 
 
 def test_a_sheet_shows_every_picture_unchanged_in_equal_cells():
-    rows = [[RNG.integers(0, 200, (30, 48, 3), dtype=np.uint8) for _ in range(3)] for _ in range(2)]
+    assert_sheet_shows([[RNG.integers(0, 200, (30, 128, 3), dtype=np.uint8) for _ in range(3)] for _ in range(2)], 1)
+
+
+def test_narrow_pictures_are_enlarged_by_a_whole_number_pixel_for_pixel():
+    assert_sheet_shows([[RNG.integers(0, 200, (30, 48, 3), dtype=np.uint8) for _ in range(3)] for _ in range(2)], 3)
+
+
+def assert_sheet_shows(rows, factor):
     sheet = contact_sheet(rows, ["label map", "real", "generated"], row_titles=["a", "b"])
     assert sheet.dtype == np.uint8
     assert sheet[0, 0].tolist() == list(pictures.BACKGROUND)
     for cell in [cell for row in rows for cell in row]:
-        windows = np.lib.stride_tricks.sliding_window_view(sheet, (30, 48, 3))[:, :, 0]
-        found = (windows[:, :, 0, 0] == cell[0, 0]).all(-1) & (windows[:, :, -1, -1] == cell[-1, -1]).all(-1)
-        assert any(np.array_equal(windows[y, x], cell) for y, x in zip(*np.nonzero(found), strict=True))
+        shown = np.kron(cell, np.ones((factor, factor, 1), np.uint8))
+        windows = np.lib.stride_tricks.sliding_window_view(sheet, shown.shape)[:, :, 0]
+        found = (windows[:, :, 0, 0] == shown[0, 0]).all(-1) & (windows[:, :, -1, -1] == shown[-1, -1]).all(-1)
+        assert any(np.array_equal(windows[y, x], shown) for y, x in zip(*np.nonzero(found), strict=True))
 
 
 @pytest.mark.parametrize("rows", [[], [[]], [[PHOTO], [PHOTO[:5], PHOTO[:, :7]]]])

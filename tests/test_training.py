@@ -84,7 +84,7 @@ def test_a_run_leaves_what_it_promises(tiny_run, tmp_path):
     assert names == ["checkpoint_000000000012.pt", "checkpoint_000000000024.pt"]
     assert content["images_seen"] == 24
     records = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
-    assert [r["iteration"] for r in records] == [2, 4, 6]
+    assert [r["iteration"] for r in records] == [2, 3, 4, 6]  # every log_every, and where a checkpoint was due
     losses = ("gan", "feature_matching", "d_fake", "d_real", "g_total", "d_total")
     others = ("lr/gen", "lr/dis", "speed/images_per_s", "data/share_waiting", "memory/peak_gib")
     for key in (*(f"loss/{name}" for name in losses), *others):
