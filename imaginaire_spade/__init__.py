@@ -6,8 +6,10 @@ Importing the package registers its components, so that ``load_config`` knows th
 from imaginaire_spade import losses as _losses  # noqa: F401
 from imaginaire_spade.models import discriminator as _discriminator  # noqa: F401
 from imaginaire_spade.models import encoder as _encoder  # noqa: F401
+from imaginaire_spade.models import fpse as _fpse  # noqa: F401
 from imaginaire_spade.models import generator as _generator  # noqa: F401
 from imaginaire_spade.models import norms as _norms  # noqa: F401
+from imaginaire_spade.models import style_generator as _style_generator  # noqa: F401
 
 from imaginaire_spade.build import build_discriminator, build_encoder, build_generator  # isort: skip
 from imaginaire_spade.config import RunConfig, load_config

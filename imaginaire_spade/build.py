@@ -16,6 +16,7 @@ from imaginaire_spade.config import Component, OptimizerConfig, RunConfig
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec
+from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import initialise
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Registry
@@ -56,8 +57,8 @@ def build_generator(config: RunConfig) -> Generator:
     return _initialised(generator, config)
 
 
-def build_discriminator(config: RunConfig) -> nn.Module:
-    discriminator: nn.Module = _build(DISCRIMINATORS, config.dis, layout_spec(config))
+def build_discriminator(config: RunConfig) -> Discriminator:
+    discriminator: Discriminator = _build(DISCRIMINATORS, config.dis, layout_spec(config))
     return _initialised(discriminator, config)
 
 
@@ -129,7 +130,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     size = image_size(config)
     with torch.device("meta"):
         generator = build_generator(config)
-        build_discriminator(config)
+        discriminator = build_discriminator(config)
         if config.encoder is not None and generator.style_dims:
             build_encoder(config)
     multiple = generator.size_multiple
@@ -138,6 +139,12 @@ def check_run(config: RunConfig, world_size: int) -> None:
         raise ConfigError(
             f"data.train.augmentations gives pictures of {size[0]}x{size[1]}, but gen ({config.gen.type}) needs"
             f" multiples of {multiple}: such as {near}"
+        )
+    if min(size) < discriminator.min_size or any(length % discriminator.size_multiple for length in size):
+        raise ConfigError(
+            f"data.train.augmentations gives pictures of {size[0]}x{size[1]}, but dis ({config.dis.type}) needs at"
+            f" least {discriminator.min_size}, and multiples of {discriminator.size_multiple}: enlarge them, or lower"
+            " dis.num_layers or dis.num_discriminators"
         )
     val = config.data.val
     val_size = None if val is None else val.augmentations.output_h_w

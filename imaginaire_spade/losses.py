@@ -19,7 +19,7 @@ from imaginaire_spade.models.discriminator import Scores
 from imaginaire_spade.models.features import VGG19Features
 from imaginaire_spade.registry import LOSSES
 
-GANMode = Literal["hinge", "least_square", "non_saturated", "wasserstein"]
+GANMode = Literal["hinge", "least_square", "half_least_square", "non_saturated", "wasserstein"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,19 @@ def _mean_over_scales(values: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(values)).mean()
 
 
+def _square_factor(mode: GANMode) -> float:
+    return 0.5 if mode == "half_least_square" else 1.0
+
+
+def relativistic(scores: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """Each score map minus its counterpart of the other kind (Jolicoeur-Martineau 2018)."""
+    return [x - y for x, y in zip(scores, others, strict=True)]
+
+
 def generator_gan_loss(fake: Sequence[Tensor], mode: GANMode) -> Tensor:
     """Generator's adversarial loss: mean over positions and batch, then over scales. fake: logits per scale."""
-    if mode == "least_square":
-        return _mean_over_scales([F.mse_loss(x, torch.ones_like(x)) for x in fake])
+    if mode in ("least_square", "half_least_square"):
+        return _square_factor(mode) * _mean_over_scales([F.mse_loss(x, torch.ones_like(x)) for x in fake])
     if mode == "non_saturated":
         return _mean_over_scales([F.softplus(-x).mean() for x in fake])
     return _mean_over_scales([-x.mean() for x in fake])  # hinge (Lim and Ye 2017), wasserstein
@@ -53,14 +62,14 @@ def generator_gan_loss(fake: Sequence[Tensor], mode: GANMode) -> Tensor:
 def discriminator_gan_loss(fake: Sequence[Tensor], real: Sequence[Tensor], mode: GANMode) -> tuple[Tensor, Tensor]:
     """Discriminator's adversarial losses (of fake, of real) whose sum it minimises. Logits per scale.
 
-    hinge: Lim and Ye 2017; least_square: Mao et al. 2017, without the factor 1/2; non_saturated: Goodfellow et al.
-    2014; wasserstein: Arjovsky et al. 2017, without any constraint.
+    hinge: Lim and Ye 2017; least_square: Mao et al. 2017 without the factor 1/2, half_least_square: with it;
+    non_saturated: Goodfellow et al. 2014; wasserstein: Arjovsky et al. 2017, without any constraint.
     """
     if mode == "hinge":
         fakes, reals = [F.relu(1 + x).mean() for x in fake], [F.relu(1 - x).mean() for x in real]
-    elif mode == "least_square":
-        fakes = [x.square().mean() for x in fake]
-        reals = [F.mse_loss(x, torch.ones_like(x)) for x in real]
+    elif mode in ("least_square", "half_least_square"):
+        fakes = [_square_factor(mode) * x.square().mean() for x in fake]
+        reals = [_square_factor(mode) * F.mse_loss(x, torch.ones_like(x)) for x in real]
     elif mode == "non_saturated":
         fakes, reals = [F.softplus(x).mean() for x in fake], [F.softplus(-x).mean() for x in real]
     else:
@@ -71,12 +80,13 @@ def discriminator_gan_loss(fake: Sequence[Tensor], real: Sequence[Tensor], mode:
 def feature_matching_loss(fake: Sequence[Scores], real: Sequence[Scores]) -> Tensor:
     """Mean absolute difference of D's features, summed over layers, averaged over scales (Wang et al. 2018, eq. 4,
     without the division by the number of layers, as SPADE's published weights assume). Real features are constants.
+    Scores without features do not count as a scale.
     """
     total = torch.stack(
         [F.l1_loss(f.float(), r.detach().float()) for a, b in zip(fake, real, strict=True)
          for f, r in zip(a.features, b.features, strict=True)]
     ).sum()  # fmt: skip
-    return total / len(fake)
+    return total / sum(bool(scores.features) for scores in fake)
 
 
 def kl_loss(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -90,18 +100,25 @@ class GANLoss(nn.Module):
 
     Args:
         mode: which one.
+        relative: judge fake pictures relative to the real ones of the same label maps, and the other way round.
     """
 
-    def __init__(self, *, mode: GANMode = "hinge") -> None:
+    def __init__(self, *, mode: GANMode = "hinge", relative: bool = False) -> None:
         super().__init__()
         self.mode = mode
+        self.relative = relative
 
     def forward(self, outputs: GeneratorOutputs) -> Tensor:
-        return generator_gan_loss([s.logits for s in outputs.fake_scores], self.mode)
+        fake, _ = self._logits(outputs.fake_scores, outputs.real_scores)
+        return generator_gan_loss(fake, self.mode)
 
     def discriminator(self, fake: list[Scores], real: list[Scores]) -> dict[str, Tensor]:
-        of_fake, of_real = discriminator_gan_loss([s.logits for s in fake], [s.logits for s in real], self.mode)
+        of_fake, of_real = discriminator_gan_loss(*self._logits(fake, real), self.mode)
         return {"d_fake": of_fake, "d_real": of_real}
+
+    def _logits(self, fake: list[Scores], real: list[Scores]) -> tuple[list[Tensor], list[Tensor]]:
+        fakes, reals = [s.logits for s in fake], [s.logits for s in real]
+        return (relativistic(fakes, reals), relativistic(reals, fakes)) if self.relative else (fakes, reals)
 
 
 @LOSSES.register("feature_matching")

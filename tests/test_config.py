@@ -112,7 +112,8 @@ def test_a_nested_component_has_a_default(tmp_path):
     path = write(tmp_path / "c.yaml", f"base: {SAMPLE}\ngen: null\n")
     config = load_config(path, ["gen=spade"])
     assert dump_config(config)["gen"]["norm"] == {
-        "type": "spade", "normalization": "batch", "hidden_channels": 128, "kernel_size": 3
+        "type": "spade", "normalization": "batch", "hidden_channels": 128, "kernel_size": 3, "affine": False,
+        "spectral_norm": False,
     }  # fmt: skip
 
 
@@ -131,6 +132,7 @@ def test_nothing_writes_to_a_config():
         (["data.val.augmentations={}"], r"data\.val\.augmentations\.resize_h_w: \[64, 64\]"),
         (["data.val.augmentations={resize_h_w: [64, 70]}"], "pictures of 64x70"),
         (["gen.norm.kernel_size=4"], r"norm\.kernel_size: 4 must be odd"),
+        (["dis={type: fpse, num_filters: 4}"], r"dis \(fpse\) needs at least 128.*dis\.num_layers"),
         (["losses.kl=0.2"], "losses.kl needs a style encoder"),
         (["encoder=conv"], "gen.style_dims is 0"),
     ],

@@ -27,6 +27,11 @@ FORMULAS = {  # mode: generator's loss, discriminator's of fake, of real
         lambda f, r: (f**2).mean(),
         lambda f, r: ((r - 1) ** 2).mean(),
     ),
+    "half_least_square": (
+        lambda f, r: ((f - 1) ** 2).mean() / 2,
+        lambda f, r: (f**2).mean() / 2,
+        lambda f, r: ((r - 1) ** 2).mean() / 2,
+    ),
     "non_saturated": (
         lambda f, r: -F.logsigmoid(f).mean(),
         lambda f, r: -F.logsigmoid(-f).mean(),

@@ -17,8 +17,8 @@ SHRUNK = [
     for item in (
         "gen.num_filters=2", "gen.norm.hidden_channels=4", "gen.norm.kernel_size=3", "dis.num_filters=4",
         "encoder.num_filters=2", "losses.perceptual=0", "trainer.max_epochs=1",
-        "data.train.augmentations={resize_smallest_side: 64, horizontal_flip: true, random_crop_h_w: [64, 64]}",
-        "data.val.augmentations={resize_h_w: [64, 64]}", "data.train.batch_size=2", "data.num_workers=1",
+        "data.train.augmentations={resize_smallest_side: 128, horizontal_flip: true, random_crop_h_w: [128, 128]}",
+        "data.val.augmentations={resize_h_w: [128, 128]}", "data.train.batch_size=2", "data.num_workers=1",
     )
 ]  # fmt: skip
 

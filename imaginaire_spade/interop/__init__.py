@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.interop import nvlabs_spade
+from imaginaire_spade.interop import imaginaire, nvlabs_spade
 
-_SOURCES = {"nvlabs_spade": nvlabs_spade}
+_SOURCES = {"nvlabs_spade": nvlabs_spade, "imaginaire": imaginaire}
 
 
 def _source(name: str) -> Any:
@@ -27,23 +27,23 @@ def import_generator(source: str, state_dict: Mapping[str, Tensor], hyper: Mappi
     """A generator of ours with the weights of a reference checkpoint.
 
     Args:
-        source: ``nvlabs_spade``.
+        source: ``nvlabs_spade`` or ``imaginaire``.
         state_dict: the reference's, under its own key names; prefixes of wrappers (``module.``) are removed.
         hyper: the hyper-parameters that fix the architecture, as in ``hyper`` of a parity fixture's config.json.
     Raises:
         CheckpointError: listing tensors that are missing, left over or of another shape.
     """
-    return _load(_source(source).generator(hyper), state_dict, _source(source).reference_key)
+    return _load(_source(source).generator(hyper), state_dict, _source(source))
 
 
 def import_discriminator(source: str, state_dict: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> nn.Module:
     """Like ``import_generator``, for the discriminator."""
-    return _load(_source(source).discriminator(hyper), state_dict, _source(source).reference_key)
+    return _load(_source(source).discriminator(hyper), state_dict, _source(source))
 
 
 def import_encoder(source: str, state_dict: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> nn.Module:
     """Like ``import_generator``, for the style encoder."""
-    return _load(_source(source).encoder(hyper), state_dict, _source(source).reference_key)
+    return _load(_source(source).encoder(hyper), state_dict, _source(source))
 
 
 def reference_names(source: str, network: nn.Module) -> dict[str, str]:
@@ -51,9 +51,11 @@ def reference_names(source: str, network: nn.Module) -> dict[str, str]:
     return {key: _source(source).reference_key(network, key) for key in network.state_dict()}
 
 
-def _load(network: nn.Module, state_dict: Mapping[str, Tensor], reference_key: Any) -> nn.Module:
+def _load(network: nn.Module, state_dict: Mapping[str, Tensor], source: Any) -> nn.Module:
+    scope = source.scope(network)
     theirs = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    names = {key: reference_key(network, key) for key in network.state_dict()}
+    theirs = {key: value for key, value in theirs.items() if key.startswith(scope)}
+    names = {key: source.reference_key(network, key) for key in network.state_dict()}
     missing = [f"{name} {list(network.state_dict()[key].shape)}" for key, name in names.items() if name not in theirs]
     left_over = [f"{name} {list(theirs[name].shape)}" for name in theirs if name not in names.values()]
     reshaped = [

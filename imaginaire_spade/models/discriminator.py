@@ -31,6 +31,15 @@ def split_scores(scores: list[Scores]) -> tuple[list[Scores], list[Scores]]:
     return half(0), half(1)
 
 
+class Discriminator(nn.Module):
+    """What the pipeline asks of every discriminator: ``discriminator(layout, images)`` and which sizes it takes."""
+
+    min_size = 1
+    """Smallest height and width of a picture."""
+    size_multiple = 1
+    """Height and width must be multiples of this."""
+
+
 class PatchDiscriminator(nn.Module):
     """4x4 convolutions down to a map of scores, each of which judges a patch (Isola et al. 2017)."""
 
@@ -67,7 +76,7 @@ class PatchDiscriminator(nn.Module):
 
 
 @DISCRIMINATORS.register("multiscale_patch")
-class MultiscaleDiscriminator(nn.Module):
+class MultiscaleDiscriminator(Discriminator):
     """Patch discriminators on the picture at full, half, quarter ... resolution (Wang et al. 2018; Park et al. 2019).
 
     Args:

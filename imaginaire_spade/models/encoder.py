@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +23,26 @@ class ConvEncoder(nn.Module):
         num_filters: width of the first layer; the last has 8 times as many.
         image_size: pictures of any other size are resized to this square first (bilinear). A multiple of 64,
             128 or more: six x2 down-samplings, and an instance norm after the last.
+        normalization: instance norm after each convolution, or none (as in imaginaire).
     """
 
-    def __init__(self, style_dims: int, *, num_filters: int = 64, image_size: int = 256) -> None:
+    def __init__(
+        self,
+        style_dims: int,
+        *,
+        num_filters: int = 64,
+        image_size: int = 256,
+        normalization: Literal["instance", "none"] = "instance",
+    ) -> None:
         super().__init__()
         if image_size % 64 or image_size < 128:
             raise ConfigError(f"encoder.image_size: {image_size} must be 128 or more and a multiple of 64")
         self.image_size = image_size
         channels = [3, *(num_filters * width for width in (1, 2, 4, 8, 8, 8))]
-        self.layers = nn.ModuleList(SpectralConv2d(a, b, 3, 2, 1, bias=False) for a, b in itertools.pairwise(channels))
+        self.with_norm = normalization == "instance"
+        self.layers = nn.ModuleList(
+            SpectralConv2d(a, b, 3, 2, 1, bias=not self.with_norm) for a, b in itertools.pairwise(channels)
+        )
         size = channels[-1] * (image_size // 64) ** 2
         self.fc_mu = nn.Linear(size, style_dims)
         self.fc_var = nn.Linear(size, style_dims)
@@ -41,7 +53,8 @@ class ConvEncoder(nn.Module):
         if x.shape[-2:] != (self.image_size, self.image_size):
             x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False)
         for layer in self.layers:
-            x = F.leaky_relu(F.instance_norm(layer(x)), 0.2)
+            x = layer(x)
+            x = F.leaky_relu(F.instance_norm(x) if self.with_norm else x, 0.2)
         x = x.flatten(1)
         return self.fc_mu(x).float(), self.fc_var(x).float()
 

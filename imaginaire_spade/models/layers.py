@@ -1,4 +1,4 @@
-"""Layers that several networks share: the spectrally normalised convolution and weight initialisation."""
+"""Layers that several networks share: spectrally normalised ones, and the initialisation of weights."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class SpectralConv2d(nn.Conv2d):
-    """Convolution whose weight is divided by its largest singular value (Miyato et al. 2018, algorithm 1).
+class SpectralNorm(nn.Module):
+    """Mixin for a layer whose weight is divided by its largest singular value (Miyato et al. 2018, algorithm 1).
 
-    The weight is seen as a matrix W [out, in * kh * kw]. One power iteration per training-mode forward, v first, then
-    u; none in evaluation mode. u and v are constants for the gradient, W inside sigma = u . W v is not. Always in
-    float32, under autocast too.
+    The weight is seen as a matrix W [out, rest]. One power iteration per training-mode forward, v first, then u; none
+    in evaluation mode. u and v are constants for the gradient, W inside sigma = u . W v is not. Always in float32,
+    under autocast too.
     """
 
+    weight: Tensor
     weight_u: Tensor
     weight_v: Tensor
 
@@ -27,7 +28,7 @@ class SpectralConv2d(nn.Conv2d):
         self.register_buffer("weight_v", F.normalize(torch.randn(columns), dim=0, eps=1e-12))
 
     def normalised_weight(self) -> Tensor:
-        """W / sigma, [out, in, kh, kw]; in training mode after one power iteration."""
+        """W / sigma, of the weight's shape; in training mode after one power iteration."""
         with torch.autocast(self.weight.device.type, enabled=False):
             matrix = self.weight.flatten(1)
             if self.training:
@@ -37,8 +38,19 @@ class SpectralConv2d(nn.Conv2d):
                     self.weight_u = F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12)
             return self.weight / torch.dot(self.weight_u, matrix @ self.weight_v)
 
+
+class SpectralConv2d(SpectralNorm, nn.Conv2d):
+    """Spectrally normalised convolution."""
+
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.normalised_weight(), self.bias)
+
+
+class SpectralLinear(SpectralNorm, nn.Linear):
+    """Spectrally normalised linear layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.normalised_weight(), self.bias)
 
 
 def conv2d(*args: Any, spectral: bool, **kwargs: Any) -> nn.Conv2d:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from imaginaire_spade.distributed import sum_over_processes
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.models.layers import SpectralLinear, conv2d
 from imaginaire_spade.registry import NORMS
 
 
@@ -71,6 +73,8 @@ class SPADE(nn.Module):
         normalization: parameter-free ``batch`` or ``instance`` norm of x.
         hidden_channels: width between the two convolutions.
         kernel_size: of both convolutions, odd.
+        affine: whether the norm has a learned scale and shift per channel (as in imaginaire; the paper has none).
+        spectral_norm: spectral norm on the convolutions (as in imaginaire; the paper has none).
     """
 
     def __init__(
@@ -81,20 +85,43 @@ class SPADE(nn.Module):
         normalization: Literal["batch", "instance"] = "batch",
         hidden_channels: int = 128,
         kernel_size: int = 3,
+        affine: bool = False,
+        spectral_norm: bool = False,
     ) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
             raise ConfigError(f"norm.kernel_size: {kernel_size} must be odd, such as 3 or 5")
         padding = kernel_size // 2
         self.normalize = (
-            BatchNorm2d(channels, affine=False) if normalization == "batch" else nn.InstanceNorm2d(channels)
+            BatchNorm2d(channels, affine=affine)
+            if normalization == "batch"
+            else nn.InstanceNorm2d(channels, affine=affine)
         )
-        self.shared = nn.Conv2d(spec.num_channels, hidden_channels, kernel_size, padding=padding)
-        self.gamma = nn.Conv2d(hidden_channels, channels, kernel_size, padding=padding)
-        self.beta = nn.Conv2d(hidden_channels, channels, kernel_size, padding=padding)
+        conv = partial(conv2d, kernel_size=kernel_size, padding=padding, spectral=spectral_norm)
+        self.shared = conv(spec.num_channels, hidden_channels)
+        self.gamma = conv(hidden_channels, channels)
+        self.beta = conv(hidden_channels, channels)
 
     def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
         """x [N, channels, H, W], layout of any resolution -> [N, channels, H, W]."""
         height, width = x.shape[-2:]
         hidden = F.relu(self.shared(layout.resized(height, width).one_hot(self.shared.weight.dtype)))
         return self.normalize(x) * (1 + self.gamma(hidden)) + self.beta(hidden)
+
+
+class AdaptiveBatchNorm(nn.Module):
+    """Affine batch norm modulated by a style: normalize(x) * (1 + gamma) + beta (Huang and Belongie 2017).
+
+    gamma and beta are spectrally normalised linear functions of the style, one value per channel.
+    """
+
+    def __init__(self, channels: int, style_channels: int) -> None:
+        super().__init__()
+        self.normalize = BatchNorm2d(channels)
+        self.gamma = SpectralLinear(style_channels, channels)
+        self.beta = SpectralLinear(style_channels, channels)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        """x [N, channels, H, W], style [N, style_channels] -> [N, channels, H, W]."""
+        gamma, beta = self.gamma(style)[:, :, None, None], self.beta(style)[:, :, None, None]
+        return self.normalize(x) * (1 + gamma) + beta

@@ -1,0 +1,109 @@
+"""Architecture and tensor names of imaginaire's SPADE checkpoints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.layout import LayoutSpec
+from imaginaire_spade.models.encoder import ConvEncoder
+from imaginaire_spade.models.fpse import FPSEDiscriminator
+from imaginaire_spade.models.layers import SpectralNorm
+from imaginaire_spade.models.norms import SPADE
+from imaginaire_spade.models.style_generator import StyleSPADEGenerator
+
+
+def layout_spec(hyper: Mapping[str, Any]) -> LayoutSpec:
+    if hyper["edge_channels"] > 1:
+        raise CheckpointError(f"edge_channels {hyper['edge_channels']}: one edge channel is known here")
+    return LayoutSpec(
+        hyper["num_seg_classes"], has_dont_care=hyper["use_dont_care"], has_edges=hyper["edge_channels"] > 0
+    )
+
+
+def generator(hyper: Mapping[str, Any]) -> StyleSPADEGenerator:
+    """The generator of options such as ``spade_kernel_size: 5``, ``separate_projection: true``."""
+    fixed = {
+        "out_image_small_side_size": 256, "use_posenc_in_input_layer": False, "separate_projection": True,
+        "kernel_size": 3, "weight_norm_type": "spectral", "skip_activation_norm": True,
+    }  # fmt: skip
+    if other := [f"{key}: {hyper[key]}" for key, value in fixed.items() if hyper[key] != value]:
+        raise CheckpointError(f"an imaginaire generator with {', '.join(other)} is not known here")
+    norm = partial(
+        SPADE,
+        normalization="instance" if hyper["activation_norm_type"] == "instance" else "batch",
+        affine=hyper["activation_norm_affine"],
+        hidden_channels=hyper["spade_hidden_filters"],
+        kernel_size=hyper["spade_kernel_size"],
+        spectral_norm=True,
+    )
+    return StyleSPADEGenerator(
+        layout_spec(hyper),
+        (256, 256),
+        num_filters=hyper["num_filters"],
+        style_dims=hyper["style_dims"],
+        output_multiplier=hyper["output_multiplier"],
+        norm=norm,
+    )
+
+
+def discriminator(hyper: Mapping[str, Any]) -> FPSEDiscriminator:
+    fixed = {
+        "kernel_size": 4, "activation_norm_type": "none", "weight_norm_type": "spectral", "use_fpse": True,
+        "fpse_kernel_size": 3, "fpse_activation_norm_type": "none",
+    }  # fmt: skip
+    if other := [f"{key}: {hyper[key]}" for key, value in fixed.items() if hyper[key] != value]:
+        raise CheckpointError(f"an imaginaire discriminator with {', '.join(other)} is not known here")
+    return FPSEDiscriminator(
+        layout_spec(hyper),
+        num_discriminators=hyper["num_discriminators"],
+        num_layers=hyper["num_layers"],
+        num_filters=hyper["num_filters"],
+        max_num_filters=hyper["max_num_filters"],
+    )
+
+
+def encoder(hyper: Mapping[str, Any]) -> ConvEncoder:
+    return ConvEncoder(hyper["style_dims"], num_filters=hyper["style_enc_num_filters"], normalization="none")
+
+
+def scope(network: nn.Module) -> str:
+    """Where the tensors of ``network`` stand in a checkpoint that holds several networks."""
+    if isinstance(network, FPSEDiscriminator):
+        return ""
+    return "style_encoder." if isinstance(network, ConvEncoder) else "spade_generator."
+
+
+def reference_key(network: nn.Module, key: str) -> str:
+    """imaginaire's name of one of our tensors."""
+    owner, _, leaf = key.rpartition(".")
+    if leaf == "weight" and isinstance(network.get_submodule(owner), SpectralNorm):
+        leaf = "weight_orig"
+    if isinstance(network, ConvEncoder):
+        owner = re.sub(r"^layers\.(\d)$", lambda m: f"layer{int(m[1]) + 1}", owner)
+        return f"{scope(network)}{owner}.layers.conv.{leaf}"
+    if isinstance(network, FPSEDiscriminator):
+        if matched := re.fullmatch(r"fpse\.(\w+?)(?:\.(\d))?", owner):
+            first = {"enc": 1, "lat": 2, "final": 2}.get(matched[1], 0)
+            number = "" if matched[2] is None else str(int(matched[2]) + first)
+            return f"fpse_discriminator.{matched[1]}{number}.layers.conv.{leaf}"
+        _, index, *place = owner.split(".")
+        layers = network.discriminators[int(index)].layers
+        layer = place[1] if place[0] == "layers" else len(layers)  # type: ignore[arg-type]
+        return f"discriminators.{index}.layer{layer}.0.layers.conv.{leaf}"
+    owner = owner.replace("to_image", "conv_img256")
+    if owner.startswith("cbn_"):
+        block, _, inner = owner.partition(".")
+        names = {"conv": "conv", "norm.normalize": "norm.norm", "norm.gamma": "norm.fc_gamma.layers.conv",
+                 "norm.beta": "norm.fc_beta.layers.conv"}  # fmt: skip
+        return f"{scope(network)}{block}.layers.{names[inner]}.{leaf}"
+    if matched := re.fullmatch(r"(\w+)\.(conv|norm)_([01s])(?:\.(\w+))?", owner):
+        parts = {"normalize": "norm.norm", "shared": "norm.mlps.0.0.layers.conv", "gamma": "norm.gammas.0.layers.conv",
+                 "beta": "norm.betas.0.layers.conv", None: "conv"}  # fmt: skip
+        return f"{scope(network)}{matched[1]}.conv_block_{matched[3]}.layers.{parts[matched[4]]}.{leaf}"
+    return f"{scope(network)}{owner}.layers.conv.{leaf}"

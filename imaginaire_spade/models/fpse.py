@@ -1,0 +1,121 @@
+"""imaginaire's discriminator: patch discriminators and a feature-pyramid branch with semantic embedding."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.models.discriminator import Discriminator, Scores
+from imaginaire_spade.models.layers import SpectralConv2d
+from imaginaire_spade.registry import DISCRIMINATORS
+
+
+class SpectralPatchDiscriminator(nn.Module):
+    """4x4 spectrally normalised convolutions with padding 1 and no other norm, down to a map of scores."""
+
+    def __init__(self, in_channels: int, num_filters: int, max_num_filters: int, num_layers: int) -> None:
+        super().__init__()
+        widths = [min(num_filters * 2**index, max_num_filters) for index in range(num_layers + 1)]
+        strides = [2] * num_layers + [1]
+        self.layers = nn.ModuleList(
+            SpectralConv2d(a, b, 4, stride, 1)
+            for (a, b), stride in zip(itertools.pairwise([in_channels, *widths]), strides, strict=True)
+        )
+        self.to_logits = SpectralConv2d(widths[-1], 1, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Scores:
+        features = []
+        for layer in self.layers:
+            x = F.leaky_relu(layer(x), 0.2)
+            features.append(x)
+        return Scores(self.to_logits(x).float(), features)
+
+
+class FPSEBranch(nn.Module):
+    """Feature-pyramid semantics-embedding discriminator (Liu et al. 2019, CC-FPSE): is each patch real, and is it of
+    its label? Scores at 1/4, 1/8 and 1/16 of the resolution.
+    """
+
+    def __init__(self, num_labels: int, num_filters: int) -> None:
+        super().__init__()
+        widths = [3, *(num_filters * width for width in (1, 2, 4, 8, 8))]
+        lateral, final = 4 * num_filters, 2 * num_filters
+        self.enc = nn.ModuleList(SpectralConv2d(a, b, 3, 2, 1) for a, b in itertools.pairwise(widths))
+        self.lat = nn.ModuleList(SpectralConv2d(width, lateral, 1) for width in widths[2:])
+        self.final = nn.ModuleList(SpectralConv2d(lateral, final, 3, padding=1) for _ in range(3))
+        self.output = nn.Conv2d(final, 1, 1)
+        self.seg = nn.Conv2d(final, final, 1)
+        self.embedding = nn.Conv2d(num_labels, final, 1)
+
+    def forward(self, images: Tensor, semantics: Tensor) -> list[Tensor]:
+        """images [M, 3, H, W], semantics [N, C, H, W] with N dividing M -> three [M, 1, h, w], fine to coarse."""
+        encoded, x = [], images
+        for enc in self.enc:
+            x = F.leaky_relu(enc(x), 0.2)
+            encoded.append(x)
+        pyramid = [F.leaky_relu(lat(e), 0.2) for lat, e in zip(self.lat, encoded[1:], strict=True)]
+        for finer, coarser in ((2, 3), (1, 2), (0, 1)):
+            up = F.interpolate(pyramid[coarser], scale_factor=2, mode="bilinear", align_corners=False)
+            pyramid[finer] = up + pyramid[finer]
+        embedded = F.avg_pool2d(self.embedding(semantics), 2)
+        scores = []
+        for final, level in zip(self.final, pyramid, strict=False):
+            embedded = F.avg_pool2d(embedded, 2)
+            y = F.leaky_relu(final(level), 0.2)  # [M, 2 F, h, w]
+            match = embedded.repeat(len(images) // len(semantics), 1, 1, 1) * self.seg(y)
+            scores.append((self.output(y) + match.sum(1, keepdim=True)).float())
+        return scores
+
+
+@DISCRIMINATORS.register("fpse")
+class FPSEDiscriminator(Discriminator):
+    """The discriminator of imaginaire's SPADE: an FPSE branch and patch discriminators at several resolutions.
+
+    The branch's three score maps count like those of the patch discriminators and bring no features along.
+
+    Args:
+        spec: what the layouts hold.
+        num_discriminators: number of resolutions of the patch discriminators.
+        num_layers: strided convolutions of each; one of stride 1 and the score follow.
+        num_filters: width of the first; doubles per layer. Also the branch's.
+        max_num_filters: widest that a layer gets.
+    """
+
+    def __init__(
+        self,
+        spec: LayoutSpec,
+        *,
+        num_discriminators: int = 2,
+        num_layers: int = 5,
+        num_filters: int = 128,
+        max_num_filters: int = 512,
+    ) -> None:
+        super().__init__()
+        self.size_multiple = 32
+        # The convolution of stride 1 needs 2 pixels at the coarsest resolution.
+        self.min_size = max(32, 2 ** (num_layers + num_discriminators))
+        self.discriminators = nn.ModuleList(
+            SpectralPatchDiscriminator(spec.num_channels + 3, num_filters, max_num_filters, num_layers)
+            for _ in range(num_discriminators)
+        )
+        self.fpse = FPSEBranch(spec.num_channels, num_filters)
+
+    def forward(self, layout: SemanticLayout, images: Tensor) -> list[Scores]:
+        """Scores: three of the branch without features, then one per resolution, full first.
+
+        Args:
+            layout: N label maps [H, W], multiples of ``size_multiple`` and at least ``min_size``.
+            images: float [k * N, 3, H, W] in [-1, 1]; picture i belongs to label map i % N.
+        """
+        semantics = layout.one_hot(images.dtype)
+        scores = [Scores(logits, []) for logits in self.fpse(images, semantics)]
+        x = torch.cat([semantics.repeat(len(images) // len(layout), 1, 1, 1), images], 1)  # [k N, C + 3, H, W]
+        for index, discriminator in enumerate(self.discriminators):
+            if index:
+                x = F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=True)
+            scores.append(discriminator(x))
+        return scores
