@@ -6,7 +6,7 @@ a layer asks for is made once per resolution and cached. Knows nothing of files,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,15 +112,7 @@ class SemanticLayout:
             columns = nearest_indices(self.width, width, maps.device)
             return maps.index_select(-2, rows).index_select(-1, columns)
 
-        layout = SemanticLayout(
-            self.spec,
-            nearest(self.labels),
-            None if self.edges is None else nearest(self.edges),
-            None if self.distances is None else nearest(self.distances),
-        )
-        if self._dense is not None:
-            layout._dense = nearest(self._dense)
-        return layout
+        return self._map(nearest)
 
     def one_hot(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dense view [N, num_channels, H, W] of 0/1 (edges as given): classes, don't-care, edges."""
@@ -147,7 +139,8 @@ class SemanticLayout:
     def __getitem__(self, index: slice) -> SemanticLayout:
         return self._map(lambda t: t[index])
 
-    def _map(self, function) -> SemanticLayout:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SemanticLayout:
+        """The layout with every tensor replaced; the caches start empty."""
         layout = SemanticLayout(
             self.spec,
             function(self.labels),
