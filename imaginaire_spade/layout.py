@@ -78,7 +78,7 @@ class SemanticLayout:
         if semantics.shape[1] != spec.num_channels:
             raise ValueError(f"semantics has {semantics.shape[1]} channels, the spec {spec.num_channels}")
         labels = semantics[:, : spec.num_label_channels].argmax(1).to(torch.int16)
-        layout = cls(spec, labels, semantics[:, -1].detach() if spec.has_edges else None)
+        layout = cls(spec, labels, semantics[:, -1] if spec.has_edges else None)
         layout._dense = semantics
         return layout
 

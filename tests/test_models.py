@@ -25,11 +25,11 @@ SMALL_NORM = partial(SPADE, hidden_channels=8)
 
 
 @pytest.mark.parametrize("name", NORMS.names())
-def test_every_norm_keeps_the_shape_and_passes_gradients(name):
+def test_every_norm_gives_the_channels_it_says_and_passes_gradients(name):
     norm = NORMS[name](6, SPEC)
     x = torch.randn(2, 6, 8, 10, requires_grad=True)
     y = norm(x, random_layout(SPEC, 2, 32, 40))
-    assert y.shape == x.shape
+    assert y.shape == (2, norm.out_channels, 8, 10)
     y.square().sum().backward()
     assert all(p.grad is not None for p in norm.parameters())
 
@@ -51,6 +51,19 @@ def test_every_generator_makes_pictures_of_the_layouts_size(name, style_dims):
         generator(random_layout(SPEC, 1, multiple + 1, multiple), z)
     with pytest.raises(ValueError, match="style code"):
         generator(random_layout(SPEC, 1, multiple, multiple), None if style_dims else torch.randn(1, 8))
+
+
+def test_clade_looks_up_scale_and_shift_by_class_without_one_plus():
+    norm = NORMS["clade"](3, LayoutSpec(4))
+    with torch.no_grad():
+        norm.bias.copy_(torch.randn(4, 3))
+    layout = random_layout(LayoutSpec(4), 2, 12, 12)
+    x = torch.randn(2, 3, 12, 12)
+    normal = F.batch_norm(x, None, None, training=True)
+    y = norm(x, layout)
+    for n, h, w in ((0, 3, 4), (1, 11, 0), (1, 5, 5)):
+        c = int(layout.labels[n, h, w]) % 4  # a pixel without a class counts as class 0
+        torch.testing.assert_close(y[n, :, h, w], normal[n, :, h, w] * norm.weight[c] + norm.bias[c])
 
 
 @pytest.mark.parametrize(("upsampling", "steps"), [("normal", 5), ("more", 6), ("most", 7)])

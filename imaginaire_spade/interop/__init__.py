@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.interop import imaginaire, nvlabs_spade
+from imaginaire_spade.interop import clade, imaginaire, nvlabs_spade
 
-_SOURCES = {"nvlabs_spade": nvlabs_spade, "imaginaire": imaginaire}
+_SOURCES = {"nvlabs_spade": nvlabs_spade, "clade": clade, "imaginaire": imaginaire}
 
 
 def _source(name: str) -> Any:
@@ -27,7 +27,7 @@ def import_generator(source: str, state_dict: Mapping[str, Tensor], hyper: Mappi
     """A generator of ours with the weights of a reference checkpoint.
 
     Args:
-        source: ``nvlabs_spade`` or ``imaginaire``.
+        source: ``nvlabs_spade``, ``clade`` or ``imaginaire``.
         state_dict: the reference's, under its own key names; prefixes of wrappers (``module.``) are removed.
         hyper: the hyper-parameters that fix the architecture, as in ``hyper`` of a parity fixture's config.json.
     Raises:

@@ -13,7 +13,7 @@ from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
 from imaginaire_spade.models.encoder import ConvEncoder
-from imaginaire_spade.models.generator import SPADEGenerator
+from imaginaire_spade.models.generator import NormFactory, SPADEGenerator
 from imaginaire_spade.models.layers import SpectralConv2d
 from imaginaire_spade.models.norms import SPADE
 
@@ -24,15 +24,18 @@ def layout_spec(hyper: Mapping[str, Any]) -> LayoutSpec:
     )
 
 
-def generator(hyper: Mapping[str, Any]) -> SPADEGenerator:
-    """The generator of options such as ``norm_G: spectralspadesyncbatch3x3``, ``num_upsampling_layers: more``."""
+def generator(hyper: Mapping[str, Any], norm: NormFactory | None = None) -> SPADEGenerator:
+    """The generator of options such as ``norm_G: spectralspadesyncbatch3x3``, ``num_upsampling_layers: more``.
+
+    ``norm`` replaces the SPADE norm that ``norm_G`` names.
+    """
     matched = re.fullmatch(r"(spectral)?spade(syncbatch|batch|instance)(\d)x\3", hyper["norm_G"])
     if matched is None:
         raise CheckpointError(f"norm_G {hyper['norm_G']!r}: expected such as spectralspadesyncbatch3x3")
     steps = {"normal": 5, "more": 6, "most": 7}[hyper["num_upsampling_layers"]]
     width = hyper["crop_size"] // 2**steps
     height = round(width / hyper["aspect_ratio"])
-    norm = partial(
+    spade = partial(
         SPADE,
         normalization="instance" if matched[2] == "instance" else "batch",
         kernel_size=int(matched[3]),
@@ -45,7 +48,7 @@ def generator(hyper: Mapping[str, Any]) -> SPADEGenerator:
         style_dims=hyper["z_dim"] if hyper["use_vae"] else 0,
         upsampling=hyper["num_upsampling_layers"],
         spectral_norm=matched[1] is not None,
-        norm=norm,
+        norm=norm or spade,
     )
 
 

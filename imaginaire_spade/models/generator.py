@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.layers import conv2d
-from imaginaire_spade.models.norms import SPADE
+from imaginaire_spade.models.norms import SPADE, ConditionalNorm
 from imaginaire_spade.registry import GENERATORS, NORMS
 
-NormFactory = Callable[[int, LayoutSpec], nn.Module]
+NormFactory = Callable[[int, LayoutSpec], ConditionalNorm]
 """(channels, spec) -> a layer ``norm(x, layout)``."""
 
 
@@ -40,13 +40,13 @@ class SPADEResidualBlock(nn.Module):
         super().__init__()
         middle = min(in_channels, out_channels)
         self.norm_0 = norm(in_channels, spec)
-        self.conv_0 = conv2d(in_channels, middle, 3, padding=1, spectral=spectral_norm)
+        self.conv_0 = conv2d(self.norm_0.out_channels, middle, 3, padding=1, spectral=spectral_norm)
         self.norm_1 = norm(middle, spec)
-        self.conv_1 = conv2d(middle, out_channels, 3, padding=1, spectral=spectral_norm)
+        self.conv_1 = conv2d(self.norm_1.out_channels, out_channels, 3, padding=1, spectral=spectral_norm)
         self.learned_shortcut = in_channels != out_channels
         if self.learned_shortcut:
             self.norm_s = norm(in_channels, spec)
-            self.conv_s = conv2d(in_channels, out_channels, 1, bias=False, spectral=spectral_norm)
+            self.conv_s = conv2d(self.norm_s.out_channels, out_channels, 1, bias=False, spectral=spectral_norm)
 
     def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
         """x [N, in, h, w] -> [N, out, h, w]."""

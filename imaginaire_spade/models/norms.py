@@ -61,8 +61,14 @@ def synchronize_batch_norm(network: nn.Module) -> None:
             module.synchronized = True
 
 
+class ConditionalNorm(nn.Module):
+    """What generators ask of every norm: ``norm(x, layout)``, and how many channels come out."""
+
+    out_channels: int
+
+
 @NORMS.register("spade")
-class SPADE(nn.Module):
+class SPADE(ConditionalNorm):
     """Spatially-adaptive denormalisation (Park et al. 2019, eq. 1): normalize(x) * (1 + gamma) + beta.
 
     gamma and beta are convolutions of the label map at x's resolution.
@@ -91,6 +97,7 @@ class SPADE(nn.Module):
         super().__init__()
         if kernel_size % 2 == 0:
             raise ConfigError(f"norm.kernel_size: {kernel_size} must be odd, such as 3 or 5")
+        self.out_channels = channels
         padding = kernel_size // 2
         self.normalize = (
             BatchNorm2d(channels, affine=affine)
@@ -107,6 +114,47 @@ class SPADE(nn.Module):
         height, width = x.shape[-2:]
         hidden = F.relu(self.shared(layout.resized(height, width).one_hot(self.shared.weight.dtype)))
         return self.normalize(x) * (1 + self.gamma(hidden)) + self.beta(hidden)
+
+
+@NORMS.register("clade")
+class CLADE(ConditionalNorm):
+    """Class-adaptive normalisation (Tan et al. 2021, eq. 5): normalize(x) * weight[c] + bias[c], c the pixel's class.
+
+    Unlike SPADE's there is no "1 +" on the scale. Where the layouts have edges, a 1x1 convolution of the edge map comes
+    out as one more channel. A pixel without a class, in layouts without a don't-care channel, counts as class 0.
+
+    Args:
+        channels: of x.
+        spec: what the layouts hold.
+        normalization: parameter-free ``batch`` or ``instance`` norm of x.
+    """
+
+    def __init__(
+        self, channels: int, spec: LayoutSpec, *, normalization: Literal["batch", "instance"] = "batch"
+    ) -> None:
+        super().__init__()
+        self.out_channels = channels + spec.has_edges
+        self.normalize = (
+            BatchNorm2d(channels, affine=False) if normalization == "batch" else nn.InstanceNorm2d(channels)
+        )
+        self.weight = nn.Parameter(torch.rand(spec.num_label_channels, channels))
+        self.bias = nn.Parameter(torch.zeros(spec.num_label_channels, channels))
+        self.edge = nn.Conv2d(1, 1, 1) if spec.has_edges else None
+
+    def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
+        """x [N, channels, H, W], layout of any resolution -> [N, out_channels, H, W]."""
+        height, width = x.shape[-2:]
+        view = layout.resized(height, width)
+        classes = view.labels.long()
+        if not view.spec.has_dont_care:
+            classes = classes.masked_fill(classes == view.spec.num_classes, 0)
+        weight = F.embedding(classes, self.weight).permute(0, 3, 1, 2)  # [N, channels, H, W]
+        y = self.normalize(x) * weight + F.embedding(classes, self.bias).permute(0, 3, 1, 2)
+        if self.edge is None:
+            return y
+        assert view.edges is not None
+        edges = self.edge(view.edges.to(self.edge.weight.dtype).unsqueeze(1))  # [N, 1, H, W]
+        return torch.cat([y, edges.to(y.dtype)], 1)
 
 
 class AdaptiveBatchNorm(nn.Module):
