@@ -66,7 +66,7 @@ def train_step(
     Returns:
         Unweighted losses by name, detached, on the device.
     """
-    pieces = [(piece, _real(piece, state)) for piece in batch.split(settings.accumulation)]
+    pieces = [(piece, _real(piece)) for piece in batch.split(settings.accumulation)]
     losses: dict[str, Tensor] = {}
     if settings.form == "reference":
         _update_generator(state, networks, pieces, [None] * len(pieces), settings, losses)
@@ -149,7 +149,7 @@ def _generate(networks: Networks, piece: Batch, real: Tensor, settings: StepSett
         return Generated(networks.generator(piece.layout, z), mu, logvar)
 
 
-def _real(piece: Batch, state: TrainState) -> Tensor:
+def _real(piece: Batch) -> Tensor:
     assert piece.images is not None
     return normalise(piece.images)
 
