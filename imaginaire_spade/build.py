@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from imaginaire_spade.config import Component, OptimizerConfig, RunConfig
+from imaginaire_spade.config import Component, OptimizerConfig, RunConfig, SplitConfig
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec
@@ -103,19 +103,14 @@ def _apex_adam() -> Any:
         ) from None
 
 
-def build_train_dataset(config: RunConfig, seed: int) -> LabelMapDataset:
-    data = config.data
+def build_split(config: RunConfig, split: SplitConfig) -> LabelMapDataset:
+    """The samples of one split, ``config.data.train`` or ``config.data.val``."""
     return LabelMapDataset(
-        data.train.roots, data.labels, edges=data.edges, augmentations=data.train.augmentations, seed=seed
-    )
-
-
-def build_val_dataset(config: RunConfig, seed: int) -> LabelMapDataset | None:
-    data = config.data
-    if data.val is None:
-        return None
-    return LabelMapDataset(
-        data.val.roots, data.labels, edges=data.edges, augmentations=data.val.augmentations, seed=seed
+        split.roots,
+        config.data.labels,
+        edges=config.data.edges,
+        augmentations=split.augmentations,
+        seed=config.seed,
     )
 
 
@@ -131,8 +126,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     with torch.device("meta"):
         generator = build_generator(config)
         discriminator = build_discriminator(config)
-        if config.encoder is not None and generator.style_dims:
-            build_encoder(config)
+        build_encoder(config)
     multiple = generator.size_multiple
     if size[0] % multiple or size[1] % multiple:
         near = [max(multiple, round(length / multiple) * multiple) for length in size]
@@ -159,12 +153,9 @@ def check_run(config: RunConfig, world_size: int) -> None:
             f"one picture of {size[0]}x{size[1]} is a single pixel at the generator's start, where batch statistics"
             " need two: raise data.train.batch_size or the picture size"
         )
-    style_dims = generator.style_dims
     kl = config.losses.get("kl")
     if kl is not None and kl.weight > 0 and config.encoder is None:
         raise ConfigError("losses.kl needs a style encoder: write encoder: {type: conv}, or losses.kl.weight: 0")
-    if config.encoder is not None and not style_dims:
-        raise ConfigError("encoder is given, but gen.style_dims is 0: write gen.style_dims: 256, or encoder: null")
 
 
 def _style_dims(config: RunConfig) -> int:
@@ -180,7 +171,10 @@ def _build(registry: Registry, component: Component | Mapping[str, Any], *known:
 
 
 def _factory(registry: Registry, component: Component | Mapping[str, Any]) -> Any:
-    kind, args = (component.type, component.args) if isinstance(component, Component) else component.values()
+    if isinstance(component, Component):
+        kind, args = component.type, component.args
+    else:
+        kind, args = component["type"], component["args"]
     parts = registry.parts(kind)
     cls = registry[kind]
     resolved = registry.schema(kind).model_validate(

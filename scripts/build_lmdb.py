@@ -14,6 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from imaginaire_spade.build import import_modules
+from imaginaire_spade.config import load_config
+from imaginaire_spade.data.build import build_dataset
+from imaginaire_spade.data.shard import summary
 from imaginaire_spade.errors import run_command_line
 
 
@@ -38,12 +42,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     started_at = time.perf_counter()
-    # Imported here, so that --help does not wait for torch.
-    from imaginaire_spade.build import import_modules
-    from imaginaire_spade.config import load_config
-    from imaginaire_spade.data.build import build_dataset
-    from imaginaire_spade.data.shard import summary
-
     import_modules(arguments.imports)
     data = load_config(arguments.config, arguments.set).data
     manifest = build_dataset(

@@ -22,6 +22,7 @@ from imaginaire_spade.build import build_encoder, build_generator
 from imaginaire_spade.compatibility import explain_mismatch
 from imaginaire_spade.config import RunConfig, WeightSource, dump_yaml, load_config, parse_config
 from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpoint
 
 
@@ -29,7 +30,7 @@ from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpo
 class LoadedModel:
     """A trained generator, ready for use."""
 
-    generator: nn.Module
+    generator: Generator
     """In evaluation mode, without gradients, on ``device``."""
     encoder: nn.Module | None
     config: RunConfig
@@ -49,11 +50,11 @@ class LoadedModel:
 
     @property
     def size_multiple(self) -> int:
-        return int(self.generator.size_multiple)  # type: ignore[arg-type]
+        return self.generator.size_multiple
 
     @property
     def style_dims(self) -> int:
-        return int(self.generator.style_dims)  # type: ignore[arg-type]
+        return self.generator.style_dims
 
 
 def load_generator(path: Path, *, weights: str = "ema", device: torch.device | str = "cpu") -> LoadedModel:

@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.interop.nvlabs_spade import split_key
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.encoder import ConvEncoder
 from imaginaire_spade.models.fpse import FPSEDiscriminator
-from imaginaire_spade.models.layers import SpectralNorm
 from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.models.style_generator import StyleSPADEGenerator
 
@@ -81,9 +81,7 @@ def scope(network: nn.Module) -> str:
 
 def reference_key(network: nn.Module, key: str) -> str:
     """imaginaire's name of one of our tensors."""
-    owner, _, leaf = key.rpartition(".")
-    if leaf == "weight" and isinstance(network.get_submodule(owner), SpectralNorm):
-        leaf = "weight_orig"
+    owner, leaf = split_key(network, key)
     if isinstance(network, ConvEncoder):
         owner = re.sub(r"^layers\.(\d)$", lambda m: f"layer{int(m[1]) + 1}", owner)
         return f"{scope(network)}{owner}.layers.conv.{leaf}"

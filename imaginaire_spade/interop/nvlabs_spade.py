@@ -14,7 +14,7 @@ from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
 from imaginaire_spade.models.encoder import ConvEncoder
 from imaginaire_spade.models.generator import NormFactory, SPADEGenerator
-from imaginaire_spade.models.layers import SpectralConv2d
+from imaginaire_spade.models.layers import SpectralNorm
 from imaginaire_spade.models.norms import SPADE
 
 
@@ -79,11 +79,16 @@ def scope(network: nn.Module) -> str:
 _BLOCKS = ["head_0", "G_middle_0", "G_middle_1", "up_0", "up_1", "up_2", "up_3", "up_4"]
 
 
+def split_key(network: nn.Module, key: str) -> tuple[str, str]:
+    """(module, tensor) of a state-dict key; a weight before its spectral norm has torch's name for it."""
+    owner, _, leaf = key.rpartition(".")
+    is_spectral = leaf == "weight" and isinstance(network.get_submodule(owner), SpectralNorm)
+    return owner, "weight_orig" if is_spectral else leaf
+
+
 def reference_key(network: nn.Module, key: str) -> str:
     """The release's name of one of our tensors."""
-    owner, _, leaf = key.rpartition(".")
-    if leaf == "weight" and isinstance(network.get_submodule(owner), SpectralConv2d):
-        leaf = "weight_orig"
+    owner, leaf = split_key(network, key)
     name = f"{owner}.{leaf}"
     if isinstance(network, SPADEGenerator):
         name = re.sub(r"^blocks\.(\d)\.", lambda m: f"{_BLOCKS[int(m[1])]}.", name)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from imaginaire_spade import distributed
-from imaginaire_spade.build import build_train_dataset, build_val_dataset
+from imaginaire_spade.build import build_split
 from imaginaire_spade.compatibility import explain_mismatch
 from imaginaire_spade.config import RunConfig, dump_yaml, parse_config
 from imaginaire_spade.data.dataset import Batch, LabelMapDataset
@@ -106,8 +106,8 @@ def prepare(
     """
     seed = config.seed
     terms, weights = objective
-    dataset = build_train_dataset(config, seed)
-    val_dataset = build_val_dataset(config, seed) or dataset
+    dataset = build_split(config, config.data.train)
+    val_dataset = dataset if config.data.val is None else build_split(config, config.data.val)
     state = new_train_state(config, device, seed)
     if config.trainer.sync_batch_norm and info.world_size > 1:
         synchronize_batch_norm(state.generator)
