@@ -15,7 +15,7 @@ from imaginaire_spade.losses import GeneratorOutputs
 from imaginaire_spade.models import features
 from imaginaire_spade.models.discriminator import split_scores
 from imaginaire_spade.models.generator import SPADEGenerator
-from imaginaire_spade.models.layers import SpectralConv2d, initialise
+from imaginaire_spade.models.layers import SpectralConv2d, fold_spectral_norm, initialise
 from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Registry
 from imaginaire_spade.training.model_average import reestimate_batch_norm, update_average
@@ -130,6 +130,18 @@ def test_initialisation_zeroes_biases_and_draws_weights(kind):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 5))
     initialise(network, kind, 0.02)
     assert all(module.bias.abs().max() == 0 and module.weight.std() > 0 for module in network)
+
+
+def test_folded_spectral_norms_change_no_output():
+    generator = SPADEGenerator(SPEC, (32, 64), num_filters=2, style_dims=3, norm=SMALL_NORM)
+    layout, z = random_layout(SPEC, 2, 32, 64), torch.randn(2, 3)
+    with torch.no_grad():
+        generator(layout, z)  # moves u and v off their start
+        wanted = generator.eval()(layout, z)
+        folded = fold_spectral_norm(copy.deepcopy(generator))
+        assert torch.equal(folded(layout, z), wanted)
+    assert not any(name.endswith(("_u", "_v")) for name in folded.state_dict())
+    assert type(folded.blocks[0].conv_0) is nn.Conv2d and not folded.training
 
 
 def test_average_copies_first_then_follows():

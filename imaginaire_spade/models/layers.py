@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,24 @@ class SpectralNorm(nn.Module):
     def normalised_weight(self) -> Tensor:
         """W / sigma, of the weight's shape; in training mode after one power iteration."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            matrix = self.weight.flatten(1)
             if self.training:
-                with torch.no_grad():
-                    # New tensors, not in place: a graph of an earlier forward may still hold the old ones.
-                    self.weight_v = F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12)
-                    self.weight_u = F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12)
-            return self.weight / torch.dot(self.weight_u, matrix @ self.weight_v)
+                self._iterate()
+            return self.effective_weight()
+
+    def effective_weight(self) -> Tensor:
+        """W / sigma with u and v as they are: what evaluation mode uses."""
+        return self.weight / torch.dot(self.weight_u, self.weight.flatten(1) @ self.weight_v)
+
+    @torch.no_grad()
+    def _iterate(self) -> None:
+        matrix = self.weight.flatten(1)
+        # New tensors, not in place: a graph of an earlier forward may still hold the old ones.
+        self.weight_v = F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12)
+        self.weight_u = F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12)
+
+    def plain(self) -> nn.Module:
+        """The same layer without spectral norm; its weight is to be set."""
+        raise NotImplementedError
 
 
 class SpectralConv2d(SpectralNorm, nn.Conv2d):
@@ -45,12 +56,40 @@ class SpectralConv2d(SpectralNorm, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.normalised_weight(), self.bias)
 
+    def plain(self) -> nn.Conv2d:
+        names = ("kernel_size", "stride", "padding", "dilation", "groups")
+        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return nn.Conv2d(self.in_channels, self.out_channels, bias=self.bias is not None, **settings)
+
 
 class SpectralLinear(SpectralNorm, nn.Linear):
     """Spectrally normalised linear layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.normalised_weight(), self.bias)
+
+    def plain(self) -> nn.Linear:
+        return nn.Linear(self.in_features, self.out_features, self.bias is not None)
+
+
+N = TypeVar("N", bound=nn.Module)
+
+
+@torch.no_grad()
+def fold_spectral_norm(network: N) -> N:
+    """Replace, in place, every spectrally normalised layer by a plain one that holds W / sigma.
+
+    In evaluation mode the outputs stay what they were; training goes on without spectral norm.
+    """
+    for parent in list(network.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, SpectralNorm):
+                with torch.device("meta"):
+                    plain = layer.plain()
+                plain.weight = nn.Parameter(layer.effective_weight(), layer.weight.requires_grad)
+                plain.bias = layer.bias
+                setattr(parent, name, plain.train(layer.training))
+    return network
 
 
 def conv2d(*args: Any, spectral: bool, **kwargs: Any) -> nn.Conv2d:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,6 +13,7 @@ from imaginaire_spade.build import build_discriminator, build_encoder, build_gen
 from imaginaire_spade.config import RunConfig
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.models.generator import Generator
+from imaginaire_spade.training.model_average import new_average
 
 
 @dataclass
@@ -24,7 +24,9 @@ class TrainState:
     discriminator: nn.Module
     encoder: nn.Module | None
     generator_ema: Generator | None
-    """Moving average of the generator; always in evaluation mode, without gradients."""
+    """Moving average of the generator; always in evaluation mode, without gradients, spectral norms folded."""
+    encoder_ema: nn.Module | None
+    """Likewise of the encoder."""
     gen_optimizer: torch.optim.Optimizer
     dis_optimizer: torch.optim.Optimizer
     gen_scaler: torch.amp.GradScaler
@@ -70,16 +72,15 @@ def new_train_state(config: RunConfig, device: torch.device, seed: int) -> Train
     for network in networks:
         network.to(device, memory_format=layout)  # type: ignore[call-overload]
         network.train()
-    average = None
-    if config.trainer.model_average is not None:
-        average = copy.deepcopy(generator).eval().requires_grad_(False)
+    averaged = config.trainer.model_average is not None
     generator_parameters = [p for network in (generator, encoder) if network is not None for p in network.parameters()]
     scaled = config.trainer.precision == "fp16"
     return TrainState(
         generator=generator,
         discriminator=discriminator,
         encoder=encoder,
-        generator_ema=average,
+        generator_ema=new_average(generator) if averaged else None,
+        encoder_ema=new_average(encoder) if averaged and encoder is not None else None,
         gen_optimizer=build_optimizer(generator_parameters, config.gen_opt, device),
         dis_optimizer=build_optimizer(discriminator.parameters(), config.dis_opt, device),
         gen_scaler=torch.amp.GradScaler(device.type, enabled=scaled),
