@@ -33,6 +33,10 @@ from imaginaire_spade.training.step import Networks, StepSettings, train_step
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+PARTS = {"gen": "generator", "dis": "discriminator", "encoder": "encoder"}
+"""Section of the config -> its network's name in a checkpoint."""
+
+
 class NonFiniteLoss(RuntimeError):
     """A loss became NaN or infinite."""
 
@@ -146,7 +150,7 @@ def train(run: Run, logdir: Path, start_from: Path | None) -> None:
     log = RunLog(logdir, calendar, state.images_seen, enabled=run.info.is_main)
     log.say(describe(run))
     if resumed is not None:
-        log.say(f"continuing from {resumed}: iteration {calendar.iteration(state.images_seen)}")
+        log.say(resumed)
     if calendar.iteration(state.images_seen) >= calendar.stop_iteration:
         log.say(
             f"finished: iteration {calendar.iteration(state.images_seen)} of {calendar.stop_iteration}. To go on, raise"
@@ -194,8 +198,8 @@ def train(run: Run, logdir: Path, start_from: Path | None) -> None:
     distributed.barrier()  # nobody leaves the group while rank 0 still writes
 
 
-def resume(run: Run, logdir: Path, start_from: Path | None) -> Path | None:
-    """Load the newest sound checkpoint of the log dir, else ``start_from``. The file, or None for a fresh start.
+def resume(run: Run, logdir: Path, start_from: Path | None) -> str | None:
+    """Load the newest sound checkpoint of the log dir, else ``start_from``. What was done; None for a fresh start.
 
     Raises:
         CheckpointError: it belongs to another architecture or label table; said in words.
@@ -206,14 +210,18 @@ def resume(run: Run, logdir: Path, start_from: Path | None) -> Path | None:
     if chosen is None:
         return None
     content = newest[1] if newest is not None and newest[0] == chosen else load_checkpoint(chosen)
-    differences = explain_mismatch(parse_config(content["config"], source=str(chosen)), run.config)
+    present = [part for part, name in PARTS.items() if content.get(name) is not None]
+    differences = explain_mismatch(parse_config(content["config"], source=str(chosen)), run.config, parts=present)
     if differences:
         raise CheckpointError(
             f"{chosen} does not fit this config: {'; '.join(differences)}. Use the config it was trained with, or"
             " another --logdir for a new run"
         )
+    if content.get("gen_optimizer") is None:
+        fresh = run.state.start_from(content, str(chosen))
+        return f"starting from the weights of {chosen}{''.join(f'; {name}: fresh' for name in fresh)}"
     run.state.load_state_dict(content, str(chosen))
-    return chosen
+    return f"continuing from {chosen}: iteration {run.calendar.iteration(run.state.images_seen)}"
 
 
 def dry_run(run: Run) -> str:
