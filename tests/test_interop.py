@@ -13,7 +13,8 @@ import torch
 from conftest import blocky_labels, write_png
 from safetensors.torch import load_file
 
-from imaginaire_spade.build import layout_spec
+from imaginaire_spade.build import check_run, layout_spec
+from imaginaire_spade.config import load_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.inference.weights import load_generator
 from imaginaire_spade.interop import import_generator, reference_names
@@ -235,3 +236,150 @@ def test_reference_names_are_one_to_one(shared_dir):
     weights = load_file(shared_dir / "parity/spade_g_normal/weights.safetensors")
     names = reference_names("nvlabs_spade", import_generator("nvlabs_spade", weights, hyper))
     assert sorted(names.values()) == sorted(weights)
+
+
+OPTIONS = """----------------- Options ---------------
+             aspect_ratio: 1.0
+                batchSize: 32                            \t[default: 1]
+                    beta1: 0.0
+                    beta2: 0.9
+          checkpoints_dir: ./checkpoints
+   contain_dontcare_label: True                          \t[default: False]
+                crop_size: 256
+             dataset_mode: coco
+                 gan_mode: hinge
+                  gpu_ids: 0,1,2,3,4,5,6,7               \t[default: 0]
+                 label_nc: 182
+              lambda_kld: 0.05
+                load_size: 286
+                       lr: 0.0002
+                     name: coco_pretrained
+                      ndf: 64
+                      ngf: 64
+                    niter: 50
+              niter_decay: 50                            \t[default: 0]
+              no_instance: False
+                   norm_G: spectralspadesyncbatch3x3
+              lambda_vgg: 10.0
+          preprocess_mode: resize_and_crop
+                     seed: None
+                  use_vae: True                          \t[default: False]
+                    z_dim: 256
+----------------- End -------------------
+"""
+
+
+def test_options_of_the_spade_release_become_a_config(tmp_path):
+    (tmp_path / "opt.txt").write_text(OPTIONS)
+    said = ok("scripts/import_config.py", tmp_path / "opt.txt", "--source", "nvlabs_spade",
+              "--output", tmp_path / "c.yaml")  # fmt: skip
+    config = load_config(tmp_path / "c.yaml")
+    check_run(config, 8)
+    assert config.gen.type == "spade" and config.gen.args["style_dims"] == 256
+    assert (config.gen_opt.lr, config.dis_opt.lr, config.gen_opt.adam_beta2) == (1e-4, 4e-4, 0.9)
+    assert config.trainer.max_epochs == 100 and config.gen_opt.lr_policy.decay_start == 0.5
+    assert config.losses["kl"].weight == pytest.approx(0.2) and config.losses["perceptual"].weight == 10
+    data = config.data
+    assert data.train.batch_size == 4 and data.edges == "instances" and data.labels.ignore == (255,)
+    assert data.train.augmentations.resize_h_w == (286, 286) and data.train.augmentations.output_h_w == (256, 256)
+    assert "no meaning here: checkpoints_dir: ./checkpoints" in said and "no meaning here: seed: None" in said
+    assert "label_nc" not in said and "dataroot" in said
+
+    again = run("scripts/import_config.py", tmp_path / "opt.txt", "--source", "nvlabs_spade",
+                "--output", tmp_path / "c.yaml")  # fmt: skip
+    assert again.returncode == 2 and "exists" in again.stderr
+    ade = OPTIONS.replace("dataset_mode: coco", "dataset_mode: ade20k").replace("label_nc: 182", "label_nc: 150")
+    (tmp_path / "ade.txt").write_text(ade)
+    ok("scripts/import_config.py", tmp_path / "ade.txt", "--source", "nvlabs_spade", "--output", tmp_path / "a.yaml")
+    labels = load_config(tmp_path / "a.yaml").data.labels
+    assert labels.ignore == (0,) and labels.table[150] == 149 and labels.table[0] == labels.dont_care_id
+
+
+IMAGINAIRE = """
+image_save_iter: 5000
+snapshot_save_iter: 2500
+snapshot_save_epoch: 5
+max_epoch: 400
+logging_iter: 100
+trainer:
+    type: imaginaire.trainers.spade
+    model_average_config: {enabled: True, beta: 0.9999, start_iteration: 1000, num_batch_norm_estimation_iterations: 30}
+    gan_mode: hinge
+    amp_config: {enabled: True}
+    perceptual_loss:
+        mode: vgg19
+        layers: [relu_1_1, relu_2_1, relu_3_1, relu_4_1, relu_5_1]
+        weights: [0.03125, 0.0625, 0.125, 0.25, 1.0]
+    loss_weight: {gan: 1.0, feature_matching: 10.0, kl: 0.05, perceptual: 10.0}
+    init: {type: xavier, gain: 0.02}
+gen:
+    type: imaginaire.generators.spade
+    num_filters: 16
+    style_dims: 32
+    use_posenc_in_input_layer: False
+    output_multiplier: 1.0
+    activation_norm_params:
+        num_filters: 24
+        kernel_size: 5
+        separate_projection: True
+        activation_norm_type: sync_batch
+        activation_norm_params: {affine: True}
+    style_enc: {num_filters: 16, kernel_size: 3}
+dis:
+    type: imaginaire.discriminators.spade
+    num_filters: 16
+    max_num_filters: 64
+    num_discriminators: 2
+    num_layers: 5
+    weight_norm_type: spectral
+gen_opt: {type: adam, lr: 1e-4, adam_beta1: 0., adam_beta2: 0.999, lr_policy: {iteration_mode: False, type: step, step_size: 1000000000, gamma: 1}}
+dis_opt: {type: adam, lr: 4e-4, adam_beta1: 0., adam_beta2: 0.999}
+data:
+    name: cocostuff
+    type: imaginaire.datasets.paired_images
+    num_workers: 8
+    input_types:
+        - images: {ext: jpg, num_channels: 3}
+        - seg_maps: {ext: png, num_channels: 1, is_mask: True}
+        - edge_maps: {ext: png, num_channels: 1}
+    one_hot_num_classes: {seg_maps: 183}
+    use_dont_care: True
+    input_labels: [seg_maps, edge_maps]
+    train:
+        roots: [dataset/cocostuff/train]
+        batch_size: 4
+        augmentations: {resize_smallest_side: 256, rotate: 0, random_scale_limit: 0.2, horizontal_flip: True, random_crop_h_w: "256, 256"}
+    val:
+        roots: [dataset/cocostuff/val]
+        batch_size: 4
+        augmentations: {resize_h_w: "256, 256", horizontal_flip: False}
+test_data:
+    test: {roots: [projects/spade/test_data], batch_size: 1}
+cudnn: {deterministic: False}
+"""  # noqa: E501
+
+
+def test_a_config_of_imaginaire_becomes_ours(tmp_path):
+    (tmp_path / "theirs.yaml").write_text(IMAGINAIRE)
+    said = ok("scripts/import_config.py", tmp_path / "theirs.yaml", "--source", "imaginaire",
+              "--output", tmp_path / "ours.yaml")  # fmt: skip
+    config = load_config(tmp_path / "ours.yaml")
+    check_run(config, 1)
+    assert layout_spec(config).num_channels == 185 and config.gen.args["num_filters"] == 16
+    assert config.gen.args["norm"]["args"]["kernel_size"] == 5 and config.dis.type == "fpse"
+    assert config.trainer.max_epochs == 400 and config.trainer.checkpoint_every == 2500
+    assert config.trainer.model_average.batch_norm_images == 120
+    assert config.losses["kl"].weight == pytest.approx(0.2) and config.trainer.precision == "fp16"
+    assert config.test_data.roots == ("projects/spade/test_data",)
+    for key in ("snapshot_save_epoch: 5", "cudnn.deterministic: False", "trainer.type: imaginaire.trainers.spade"):
+        assert f"no meaning here: {key}" in said
+    assert "style_enc" not in said and "num_filters" not in said
+
+    for old, new, message in (
+        ("num_filters: 24", "num_filters: many", "norm.hidden_channels"),
+        ("separate_projection: True", "separate_projection: False", "separate_projection: False is not known here"),
+        ("    use_dont_care: True\n    input_labels: [seg_maps, edge_maps]", "", "data.input_labels is not stated"),
+    ):
+        (tmp_path / "bad.yaml").write_text(IMAGINAIRE.replace(old, new))
+        result = run("scripts/import_config.py", tmp_path / "bad.yaml", "--source", "imaginaire")
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
