@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -254,8 +253,6 @@ def _load_folded(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     assert not unexpected and all(key.endswith(("weight_u", "weight_v")) for key in missing)
     for layer in network.modules():
         if isinstance(layer, SpectralNorm):
-            matrix = layer.weight.flatten(1)
             for _ in range(20):  # so that training can go on from there
-                layer.weight_v = F.normalize(matrix.T @ layer.weight_u, dim=0, eps=1e-12)
-                layer.weight_u = F.normalize(matrix @ layer.weight_v, dim=0, eps=1e-12)
-            layer.weight_v = layer.weight_v / torch.dot(layer.weight_u, matrix @ layer.weight_v)
+                layer.iterate()
+            layer.weight_v = layer.weight_v / layer.sigma()
