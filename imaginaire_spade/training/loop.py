@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.norms import synchronize_batch_norm
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from imaginaire_spade.training.meters import LossMeter, RunLog, non_finite, peak_memory_gib
+from imaginaire_spade.training.meters import LossMeter, RunLog, non_finite
 from imaginaire_spade.training.model_average import reestimate_batch_norm
 from imaginaire_spade.training.preview import preview_batch, preview_sheet
 from imaginaire_spade.training.schedule import Calendar, learning_rate_factor
@@ -222,27 +221,6 @@ def resume(run: Run, logdir: Path, start_from: Path | None) -> str | None:
         return f"starting from the weights of {chosen}{''.join(f'; {name}: fresh' for name in fresh)}"
     run.state.load_state_dict(content, str(chosen))
     return f"continuing from {chosen}: iteration {run.calendar.iteration(run.state.images_seen)}"
-
-
-def dry_run(run: Run) -> str:
-    """Run one measured iteration and say what a run would be. Nothing is written."""
-    batches = run.batches(num_workers=0)
-    batch = next(batches)
-    run.step(batch)  # warms caches and allocators up
-    if run.device.type == "cuda":
-        torch.cuda.synchronize()
-    started_at = time.perf_counter()
-    run.step(batch)
-    if run.device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started_at
-    hours = seconds * run.calendar.total_iterations / 3600
-    return (
-        f"{describe(run)}\n"
-        f"one iteration: {seconds:.3f} s ({run.process_batch / seconds:.1f} images/s per process), peak memory"
-        f" {peak_memory_gib():.2f} GiB; the whole run about {hours:.1f} h at that rate\n"
-        "dry run: nothing was written"
-    )
 
 
 def describe(run: Run) -> str:
