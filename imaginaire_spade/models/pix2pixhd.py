@@ -59,6 +59,8 @@ class Pix2pixHDGenerator(Generator):
         spectral_norm: bool = False,
     ) -> None:
         super().__init__()
+        if num_downsamplings < 0:
+            raise ConfigError(f"gen.num_downsamplings: {num_downsamplings} must be 0 or more, such as 4")
         self.size_multiple = 2**num_downsamplings
         self.min_size = 2 * self.size_multiple  # reflection at the blocks' resolution needs two pixels
         if min(image_size) < self.min_size:
