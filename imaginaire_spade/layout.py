@@ -25,7 +25,7 @@ class LayoutSpec:
     has_edges: bool = False
     """Whether an edge channel comes last."""
     has_distances: bool = False
-    """Whether offsets to the instance centres are there (CLADE-ICPE)."""
+    """Whether offsets from the centres of the classes' regions are there (CLADE-ICPE)."""
 
     @property
     def num_label_channels(self) -> int:
@@ -61,6 +61,8 @@ class SemanticLayout:
                 raise ValueError(f"{name} {state}, but the layout's spec has has_{name}={wanted}")
         if edges is not None and edges.shape != labels.shape:
             raise ValueError(f"edges {list(edges.shape)} and labels {list(labels.shape)} differ in shape")
+        if distances is not None and distances.shape != (labels.shape[0], 2, *labels.shape[1:]):
+            raise ValueError(f"distances {list(distances.shape)} do not belong to labels {list(labels.shape)}")
         self.spec = spec
         self.labels = labels
         self.edges = edges
@@ -70,7 +72,7 @@ class SemanticLayout:
         self._resized: dict[tuple[int, int], SemanticLayout] = {}
 
     @classmethod
-    def from_dense(cls, spec: LayoutSpec, semantics: Tensor) -> SemanticLayout:
+    def from_dense(cls, spec: LayoutSpec, semantics: Tensor, distances: Tensor | None = None) -> SemanticLayout:
         """A layout whose one-hot view is ``semantics`` itself: float [N, num_channels, H, W].
 
         For inputs that are not one-hot (soft labels, a gradient with respect to the semantics). Ids are the argmax.
@@ -78,7 +80,7 @@ class SemanticLayout:
         if semantics.shape[1] != spec.num_channels:
             raise ValueError(f"semantics has {semantics.shape[1]} channels, the spec {spec.num_channels}")
         labels = semantics[:, : spec.num_label_channels].argmax(1).to(torch.int16)
-        layout = cls(spec, labels, semantics[:, -1] if spec.has_edges else None)
+        layout = cls(spec, labels, semantics[:, -1] if spec.has_edges else None, distances)
         layout._dense = semantics
         return layout
 

@@ -1,14 +1,16 @@
-"""Checks of CLADE's generators and of whole training iterations."""
+"""Checks of CLADE's generators and distance maps, and of whole training iterations."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade import losses
 from imaginaire_spade.data.dataset import Batch
+from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.data.transforms import edges_from_ids
 from imaginaire_spade.interop import import_discriminator, import_generator, reference_names
 from imaginaire_spade.interop.nvlabs_spade import layout_spec
@@ -83,7 +85,31 @@ def _training(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
             yield f"final/{prefixes[part]}{keys[key]}", tensor
 
 
+def _distance_maps(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
+    """Distance maps, and what the reference's loader makes of them: it resizes by the floor rule and flips rows."""
+    resize, fixed = (fixture.config["loader_variants"][variant] for variant in ("resize", "fixed"))
+    left, top = resize["crop_pos_x_y"]
+    rows, columns = slice(top, top + resize["crop_size"]), slice(left, left + resize["crop_size"])
+    for name, label in fixture.inputs.items():
+        normalised, unnormalised = (
+            # The reference gives label 0 no position.
+            torch.from_numpy(class_distances(label.numpy(), normalise=on)).masked_fill(label == 0, 0)
+            for on in (True, False)
+        )
+        yield f"{name}/normalised", normalised
+        yield f"{name}/unnormalised", unnormalised
+        stored = normalised.unsqueeze(0)
+        loaded = {
+            "resize": F.interpolate(stored, size=(resize["load_size"],) * 2, mode="nearest")[0, :, rows, columns],
+            "fixed": F.interpolate(stored, size=fixed["result_h_w"], mode="nearest")[0],
+        }
+        for variant, distances in loaded.items():
+            yield f"{name}/loader_{variant}_flip0", distances
+            yield f"{name}/loader_{variant}_flip1", distances.flip(1)
+
+
 CHECKS: dict[str | None, Check] = {
     "SPADEGenerator (norm_mode clade)": check_generator,
     "whole training step: CLADE generator + multi-scale discriminator": _training,
+    None: _distance_maps,
 }

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from imaginaire_spade import losses
-from imaginaire_spade.interop import import_discriminator, import_encoder, import_generator
+from imaginaire_spade.interop import describe, import_discriminator, import_encoder, import_generator
 from imaginaire_spade.interop.nvlabs_spade import layout_spec
 from imaginaire_spade.interop.parity.fixture import MODES, Check, Fixture, buffers, gradients, matching_layout
-from imaginaire_spade.layout import SemanticLayout
+from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.discriminator import Scores, split_scores
 from imaginaire_spade.models.encoder import sample_style
 
 
 def check_generator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     hyper, inputs = fixture.config["hyper"], fixture.inputs
-    spec = layout_spec(hyper)
+    spec: LayoutSpec = describe(fixture.source, "layout_spec", hyper)
     layout = matching_layout(fixture, spec)
     for mode in MODES:
         network = import_generator(fixture.source, fixture.weights, hyper).train(mode == "train")
@@ -29,13 +29,12 @@ def check_generator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
             yield from buffers(fixture, network)
         if "R" in inputs:
             network = import_generator(fixture.source, fixture.weights, hyper).train(mode == "train").double()
-            semantics = inputs["semantics"].double().requires_grad_()
-            z = None if z is None else z.detach().double().requires_grad_()
-            image = network(SemanticLayout.from_dense(spec, semantics), z)
-            loss = (image * inputs["R"]).sum()
+            names = [name for name in ("semantics", "dist", "z") if name in inputs]
+            leaves: dict[str, Tensor] = {name: inputs[name].double().requires_grad_() for name in names}
+            dense = SemanticLayout.from_dense(spec, leaves["semantics"], leaves.get("dist"))
+            loss = (network(dense, leaves.get("z")) * inputs["R"]).sum()
             yield f"{mode}_loss/sum_output_times_R", loss
-            named = {"semantics": semantics} | ({} if z is None else {"z": z})
-            yield from gradients(fixture, mode, loss, network, named)
+            yield from gradients(fixture, mode, loss, network, leaves)
 
 
 def _discriminator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
