@@ -15,6 +15,9 @@ from imaginaire_spade.build import build_component
 from imaginaire_spade.config import parse_component
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.interop import clade, imaginaire, nvlabs_spade
+from imaginaire_spade.models.discriminator import Discriminator
+from imaginaire_spade.models.encoder import ConvEncoder
+from imaginaire_spade.models.generator import Generator, SPADEGenerator
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS
 
 _SOURCES = {"nvlabs_spade": nvlabs_spade, "clade": clade, "imaginaire": imaginaire}
@@ -96,11 +99,45 @@ def load_reference(network: N, source: str, state_dict: Mapping[str, Tensor]) ->
         if names[key] in theirs and theirs[names[key]].shape != value.shape
     ]
     if missing or left_over or reshaped:
+        if reason := _plain_reason(network, theirs):
+            raise CheckpointError(reason)
         kinds = (("missing: ", missing), ("left over: ", left_over), ("", reshaped))
         shown = "; ".join(kind + _first(found) for kind, found in kinds if found)
         raise CheckpointError(f"not the weights of a {type(network).__name__} of these hyper-parameters: {shown}")
     network.load_state_dict({key: theirs[name] for key, name in names.items()})
     return network
+
+
+_MARKS = {
+    "discriminator": ("discriminator_", "discriminators.", "fpse_discriminator."),
+    "generator": ("head_0.", "spade_generator."),
+    "style encoder": ("layer1.", "style_encoder."),
+}
+"""How the tensors of each kind of network begin, in any of the reference systems."""
+
+
+def _plain_reason(network: nn.Module, theirs: Mapping[str, Tensor]) -> str | None:
+    """The usual mistakes in words: another kind of network, label count or up-sampling depth."""
+    wanted = {Discriminator: "discriminator", Generator: "generator", ConvEncoder: "style encoder"}
+    own = next((name for cls, name in wanted.items() if isinstance(network, cls)), None)
+    found = [kind for kind, marks in _MARKS.items() if any(key.startswith(marks) for key in theirs)]
+    if own is not None and found and own not in found:
+        return f"these are the weights of a {' and a '.join(found)}, not of a {own}: give the file of the {own}"
+    if not isinstance(network, SPADEGenerator):
+        return None
+    blocks = 8 if any(key.startswith("up_4.") for key in theirs) else 7
+    if blocks != len(network.blocks):
+        depth = "most" if blocks == 8 else "normal or more"
+        return f"the generator has {blocks} residual blocks: write num_upsampling_layers: {depth} (gen.upsampling here)"
+    first, own_first = theirs.get("fc.weight"), network.state_dict()["fc.weight"]
+    if first is not None and first.dim() != own_first.dim():
+        return f"the generator starts from a {'style code: use_vae' if first.dim() == 2 else 'label map: no use_vae'}"
+    if first is not None and first.dim() == 4 and first.shape[1] != own_first.shape[1]:
+        return (
+            f"the generator takes {first.shape[1]} label channels, this architecture has {own_first.shape[1]}:"
+            " label_nc, and one more each for contain_dontcare_label and for instance edges (no_instance: false)"
+        )
+    return None
 
 
 def _first(items: list[str], count: int = 5) -> str:

@@ -38,13 +38,16 @@ def image_size(hyper: Mapping[str, Any]) -> tuple[int, int]:
 def generator(hyper: Mapping[str, Any]) -> dict[str, Any]:
     """The generator of options such as ``spade_kernel_size: 5``, ``separate_projection: true``."""
     _check(hyper, "generator", {
-        "out_image_small_side_size": 256, "use_posenc_in_input_layer": False, "separate_projection": True,
-        "kernel_size": 3, "weight_norm_type": "spectral", "skip_activation_norm": True,
+        "separate_projection": True, "kernel_size": 3, "weight_norm_type": "spectral", "skip_activation_norm": True,
     })  # fmt: skip
+    if (size := hyper["out_image_small_side_size"]) not in (256, 512, 1024):
+        raise CheckpointError(f"out_image_small_side_size: {size} must be 256, 512 or 1024")
     return {
         "type": "style_spade",
         "num_filters": hyper["num_filters"],
         "style_dims": hyper["style_dims"],
+        "output_size": size,
+        "positional_encoding": hyper["use_posenc_in_input_layer"],
         "output_multiplier": float(hyper["output_multiplier"]),
         "norm": {
             "type": "spade",
@@ -103,7 +106,7 @@ def reference_key(network: nn.Module, key: str) -> str:
         return f"discriminators.{index}.layer{layer}.0.layers.conv.{leaf}"
     if not isinstance(network, StyleSPADEGenerator):
         raise CheckpointError(f"a {type(network).__name__} has no counterpart in imaginaire's SPADE")
-    owner = owner.replace("to_image", "conv_img256")
+    owner = re.sub(r"^to_image(?:_(\d+))?$", lambda m: f"conv_img{m[1] or 256}", owner)
     if owner.startswith("cbn_"):
         block, _, inner = owner.partition(".")
         names = {"conv": "conv", "norm.normalize": "norm.norm", "norm.gamma": "norm.fc_gamma.layers.conv",

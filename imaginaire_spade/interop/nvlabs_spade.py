@@ -35,8 +35,8 @@ def layout_spec(hyper: Mapping[str, Any]) -> LayoutSpec:
 def image_size(hyper: Mapping[str, Any]) -> tuple[int, int]:
     """(height, width): the width is ``crop_size``, both rounded to the generator's multiple."""
     multiple = 2 ** {"normal": 5, "more": 6, "most": 7}[hyper["num_upsampling_layers"]]
-    width = hyper["crop_size"] // multiple
-    return round(width / hyper["aspect_ratio"]) * multiple, width * multiple
+    width = max(1, hyper["crop_size"] // multiple)
+    return max(1, round(width / hyper["aspect_ratio"])) * multiple, width * multiple
 
 
 def generator(hyper: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,10 +20,12 @@ class SpectralNorm(nn.Module):
     weight: Tensor
     weight_u: Tensor
     weight_v: Tensor
+    plain: type[nn.Module]
+    """The layer without spectral norm."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        rows, columns = self.weight.flatten(1).shape
+        rows, columns = self._matrix().shape
         self.register_buffer("weight_u", F.normalize(torch.randn(rows), dim=0, eps=1e-12))
         self.register_buffer("weight_v", F.normalize(torch.randn(columns), dim=0, eps=1e-12))
 
@@ -31,45 +33,58 @@ class SpectralNorm(nn.Module):
         """W / sigma, of the weight's shape; in training mode after one power iteration."""
         with torch.autocast(self.weight.device.type, enabled=False):
             if self.training:
-                self._iterate()
+                self.iterate()
             return self.effective_weight()
 
     def effective_weight(self) -> Tensor:
         """W / sigma with u and v as they are: what evaluation mode uses."""
-        return self.weight / torch.dot(self.weight_u, self.weight.flatten(1) @ self.weight_v)
+        return self.weight / self.sigma()
+
+    def sigma(self) -> Tensor:
+        """u . W v, the estimate of the largest singular value: scalar."""
+        return torch.dot(self.weight_u, self._matrix() @ self.weight_v)
 
     @torch.no_grad()
-    def _iterate(self) -> None:
-        matrix = self.weight.flatten(1)
+    def iterate(self) -> None:
+        """One power iteration."""
+        matrix = self._matrix()
         # New tensors, not in place: a graph of an earlier forward may still hold the old ones.
         self.weight_v = F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12)
         self.weight_u = F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12)
 
-    def plain(self) -> nn.Module:
-        """The same layer without spectral norm; its weight is to be set."""
-        raise NotImplementedError
+    def _matrix(self) -> Tensor:
+        return self.weight.flatten(1)
 
 
 class SpectralConv2d(SpectralNorm, nn.Conv2d):
     """Spectrally normalised convolution."""
 
+    plain = nn.Conv2d
+
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.normalised_weight(), self.bias)
 
-    def plain(self) -> nn.Conv2d:
-        names = ("kernel_size", "stride", "padding", "dilation", "groups")
-        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return nn.Conv2d(self.in_channels, self.out_channels, bias=self.bias is not None, **settings)
+
+class SpectralConvTranspose2d(SpectralNorm, nn.ConvTranspose2d):
+    """Spectrally normalised transposed convolution; its weight is stored [in, out, h, w]."""
+
+    plain = nn.ConvTranspose2d
+
+    def _matrix(self) -> Tensor:
+        return self.weight.transpose(0, 1).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        options = (self.stride, self.padding, self.output_padding)
+        return F.conv_transpose2d(x, self.normalised_weight(), self.bias, *options)  # type: ignore[arg-type]
 
 
 class SpectralLinear(SpectralNorm, nn.Linear):
     """Spectrally normalised linear layer."""
 
+    plain = nn.Linear
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.normalised_weight(), self.bias)
-
-    def plain(self) -> nn.Linear:
-        return nn.Linear(self.in_features, self.out_features, self.bias is not None)
 
 
 N = TypeVar("N", bound=nn.Module)
@@ -77,18 +92,15 @@ N = TypeVar("N", bound=nn.Module)
 
 @torch.no_grad()
 def fold_spectral_norm(network: N) -> N:
-    """Replace, in place, every spectrally normalised layer by a plain one that holds W / sigma.
+    """Turn, in place, every spectrally normalised layer into a plain one that holds W / sigma.
 
     In evaluation mode the outputs stay what they were; training goes on without spectral norm.
     """
-    for parent in list(network.modules()):
-        for name, layer in parent.named_children():
-            if isinstance(layer, SpectralNorm):
-                with torch.device("meta"):
-                    plain = layer.plain()
-                plain.weight = nn.Parameter(layer.effective_weight(), layer.weight.requires_grad)
-                plain.bias = layer.bias
-                setattr(parent, name, plain.train(layer.training))
+    for layer in network.modules():
+        if isinstance(layer, SpectralNorm):
+            layer.weight = nn.Parameter(layer.effective_weight(), layer.weight.requires_grad)
+            del layer.weight_u, layer.weight_v
+            layer.__class__ = layer.plain
     return network
 
 

@@ -13,7 +13,7 @@ from imaginaire_spade.build import build_discriminator, build_encoder, build_gen
 from imaginaire_spade.config import RunConfig
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.models.generator import Generator
-from imaginaire_spade.training.model_average import new_average
+from imaginaire_spade.training.model_average import new_average, update_average
 
 
 @dataclass
@@ -54,10 +54,33 @@ class TrainState:
                 has, lacks = ("this config", where) if stored is None else (where, "this config")
                 raise CheckpointError(f"{has} has {field.name}, {lacks} has none")
             elif own is not None:
-                try:
-                    own.load_state_dict(stored)
-                except (RuntimeError, ValueError, KeyError) as error:
-                    raise CheckpointError(f"{where}: {field.name} does not fit this config: {error}") from None
+                _load(own, stored, field.name, where)
+
+    def start_from(self, content: Mapping[str, Any], where: str) -> list[str]:
+        """Take over the networks of a checkpoint that holds no optimizers, such as an imported one; at image 0.
+
+        The average starts as a copy where the checkpoint has none. Returns the networks that start afresh.
+        """
+        fresh = []
+        for name in ("generator", "discriminator", "encoder"):
+            network, stored = getattr(self, name), content.get(name)
+            if network is not None and stored is None:
+                fresh.append(name)
+            elif network is not None:
+                _load(network, stored, name, where)
+            average = getattr(self, f"{name}_ema", None)
+            if average is not None:
+                update_average(average, network, 0.0)
+                if content.get(f"{name}_ema") is not None:
+                    _load(average, content[f"{name}_ema"], f"{name}_ema", where)
+        return fresh
+
+
+def _load(owner: Any, stored: Any, name: str, where: str) -> None:
+    try:
+        owner.load_state_dict(stored)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{where}: {name} does not fit this config: {error}") from None
 
 
 def new_train_state(config: RunConfig, device: torch.device, seed: int) -> TrainState:
