@@ -100,7 +100,7 @@ def fold_spectral_norm(network: N) -> N:
         if isinstance(layer, SpectralNorm):
             layer.weight = nn.Parameter(layer.effective_weight(), layer.weight.requires_grad)
             del layer.weight_u, layer.weight_v
-            layer.__class__ = layer.plain
+            layer.__class__ = layer.plain  # type: ignore[assignment]
     return network
 
 
