@@ -36,8 +36,21 @@ def import_modules(names: Iterable[str]) -> None:
 
 
 def layout_spec(config: RunConfig) -> LayoutSpec:
+    """What the label maps of a run hold: as ``data`` says, and what the generator's norm needs."""
     labels = config.data.labels
-    return LayoutSpec(labels.num_classes, has_dont_care=labels.dont_care, has_edges=config.data.edges != "none")
+    return LayoutSpec(
+        labels.num_classes,
+        has_dont_care=labels.dont_care,
+        has_edges=config.data.edges != "none",
+        has_distances=_needs_distances(GENERATORS, config.gen.type, config.gen.args),
+    )
+
+
+def _needs_distances(registry: Registry, kind: str, args: Mapping[str, Any]) -> bool:
+    """Whether a component, or one nested in it, says that it needs distances."""
+    return getattr(registry[kind], "needs_distances", False) or any(
+        _needs_distances(part, args[key]["type"], args[key]["args"]) for key, part in registry.parts(kind).items()
+    )
 
 
 def image_size(config: RunConfig) -> tuple[int, int]:
@@ -106,6 +119,7 @@ def build_split(config: RunConfig, split: SplitConfig) -> LabelMapDataset:
         split.roots,
         config.data.labels,
         edges=config.data.edges,
+        distances=layout_spec(config).has_distances,
         augmentations=split.augmentations,
         seed=config.seed,
     )

@@ -25,7 +25,7 @@ class LayoutSpec:
     has_edges: bool = False
     """Whether an edge channel comes last."""
     has_distances: bool = False
-    """Whether offsets to the instance centres are there (CLADE-ICPE)."""
+    """Whether offsets from the centres of the classes' regions are there (CLADE-ICPE)."""
 
     @property
     def num_label_channels(self) -> int:
@@ -61,6 +61,8 @@ class SemanticLayout:
                 raise ValueError(f"{name} {state}, but the layout's spec has has_{name}={wanted}")
         if edges is not None and edges.shape != labels.shape:
             raise ValueError(f"edges {list(edges.shape)} and labels {list(labels.shape)} differ in shape")
+        if distances is not None and distances.shape != (labels.shape[0], 2, *labels.shape[1:]):
+            raise ValueError(f"distances {list(distances.shape)} do not belong to labels {list(labels.shape)}")
         self.spec = spec
         self.labels = labels
         self.edges = edges

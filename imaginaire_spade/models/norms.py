@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,8 @@ class ConditionalNorm(nn.Module):
     """What generators ask of every norm: ``norm(x, layout)``, and how many channels come out."""
 
     out_channels: int
+    needs_distances: ClassVar[bool] = False
+    """Whether layouts must have distances; the pipeline then computes them."""
 
 
 @NORMS.register("spade")
@@ -170,18 +172,92 @@ class CLADE(ConditionalNorm):
 
     def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
         """x [N, channels, H, W], layout of any resolution -> [N, out_channels, H, W]."""
-        height, width = x.shape[-2:]
-        view = layout.resized(height, width)
-        classes = view.labels.long()
-        if not view.spec.has_dont_care:
-            classes = classes.masked_fill(classes == view.spec.num_classes, 0)
-        weight = F.embedding(classes, self.weight).permute(0, 3, 1, 2)  # [N, channels, H, W]
-        y = self.normalize(x) * weight + F.embedding(classes, self.bias).permute(0, 3, 1, 2)
+        view = layout.resized(x.shape[-2], x.shape[-1])
+        x = self.normalize(x)
+        scale, shift = self.modulation(view, x)  # [N, channels, H, W]
+        y = torch.addcmul(shift, x, scale)
         if self.edge is None:
             return y
         assert view.edges is not None
         edges = self.edge(view.edges.to(self.edge.weight.dtype).unsqueeze(1))  # [N, 1, H, W]
         return torch.cat([y, edges.to(y.dtype)], 1)
+
+    def modulation(self, view: SemanticLayout, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift of every pixel, of the shape, dtype and memory format of ``like``."""
+        classes = view.labels.long()
+        if not view.spec.has_dont_care:
+            classes = classes.masked_fill(classes == view.spec.num_classes, 0)
+        return _look_up(self.weight, classes, like), _look_up(self.bias, classes, like)
+
+
+def _look_up(table: Tensor, classes: Tensor, like: Tensor) -> Tensor:
+    """Rows of ``table`` [K, C] for int64 ``classes`` [N, H, W]: [N, C, H, W], contiguous in the memory order of
+    ``like``, without which the arithmetic that follows is several times slower."""
+    table = table.to(like.dtype)
+    if like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
+        return F.embedding(classes, table).permute(0, 3, 1, 2)
+    places = classes.flatten(1).unsqueeze(1)  # [N, 1, H W]
+    columns = table.t().contiguous().expand(len(classes), -1, -1)  # [N, C, K]
+    return columns.gather(2, places.expand(-1, table.shape[1], -1)).view_as(like)
+
+
+@NORMS.register("clade_icpe")
+class CLADEICPE(CLADE):
+    """CLADE with intra-class positional encoding (Tan et al. 2021, section 3.3).
+
+    normalize(x) * weight[c] * (1 + a(d)) + bias[c] * (1 + b(d)), where d is the pixel's offset from the centre of its
+    connected region (``data/distances.py``) and a, b are 1x1 convolutions to one channel. They start at zero: as CLADE.
+
+    Args:
+        channels: of x.
+        spec: what the layouts hold.
+        normalization: parameter-free ``batch`` or ``instance`` norm of x.
+        skip_ids: train ids whose pixels have no position (d = 0). None is right for training. CLADE's own checkpoints
+            saw no position where the file's label is 0: ``[0]`` for COCO-Stuff and Cityscapes, ``[150]`` (don't care)
+            for ADE20K.
+    """
+
+    needs_distances = True
+
+    def __init__(
+        self,
+        channels: int,
+        spec: LayoutSpec,
+        *,
+        normalization: Literal["batch", "instance"] = "batch",
+        skip_ids: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(channels, spec, normalization=normalization)
+        if wrong := [i for i in skip_ids if not 0 <= i <= spec.num_classes]:
+            raise ConfigError(
+                f"norm.skip_ids: {wrong} are no train ids: write ids of 0..{spec.num_classes} (the last is don't care)"
+            )
+        self.skip_ids = tuple(skip_ids)
+        self.scale_position = _Position()
+        self.shift_position = _Position()
+
+    def modulation(self, view: SemanticLayout, like: Tensor) -> tuple[Tensor, Tensor]:
+        assert view.distances is not None, "clade_icpe needs layouts with distances"
+        distances = view.distances.to(self.weight.dtype)
+        if self.skip_ids:
+            skipped = torch.isin(view.labels, view.labels.new_tensor(self.skip_ids))
+            distances = distances.masked_fill(skipped.unsqueeze(1), 0)
+        scale, shift = super().modulation(view, like)
+        return scale * self.scale_position(distances), shift * self.shift_position(distances)
+
+
+class _Position(nn.Module):
+    """1 + a 1x1 convolution of the distances. (No nn.Conv2d, whose weights ``initialise`` draws: these start at 0.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, 2, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, distances: Tensor) -> Tensor:
+        """[N, 2, H, W] -> [N, 1, H, W] of the same dtype."""
+        factor = (distances * self.weight).sum(1, keepdim=True) + (1 + self.bias)
+        return factor.to(distances.dtype)
 
 
 class AdaptiveBatchNorm(nn.Module):

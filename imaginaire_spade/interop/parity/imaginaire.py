@@ -1,0 +1,128 @@
+"""Checks of imaginaire's networks and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from imaginaire_spade import losses
+from imaginaire_spade.interop import import_discriminator, import_encoder, import_generator
+from imaginaire_spade.interop.imaginaire import layout_spec
+from imaginaire_spade.interop.parity.fixture import MODES, Check, Fixture, buffers, gradients, matching_layout
+from imaginaire_spade.layout import SemanticLayout
+from imaginaire_spade.models.discriminator import Scores
+from imaginaire_spade.models.encoder import sample_style
+
+
+def _style_generator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
+    hyper, inputs = fixture.config["hyper"], fixture.inputs
+    spec = layout_spec(hyper)
+    layout = matching_layout(fixture, spec, dense="label")
+    for mode in MODES:
+        training = mode == "train"
+        network = import_generator(fixture.source, fixture.weights, hyper).train(training)
+        with torch.no_grad():
+            yield f"{mode}/from_z/fake_images", network(layout, inputs["z"])
+        # Each training-mode run starts from the stored weights.
+        network = import_generator(fixture.source, fixture.weights, hyper).train(training)
+        encoder = import_encoder(fixture.source, fixture.weights, hyper).train(training)
+        with torch.no_grad():
+            mu, logvar = encoder(inputs["images"])
+            z = sample_style(mu, logvar, inputs["eps"])
+            style = {"fake_images": network(layout, z), "mu": mu, "logvar": logvar, "z": z}
+        yield from ((f"{mode}/style/{name}", tensor) for name, tensor in style.items())
+        if training:
+            yield from buffers(fixture, network)
+            yield from buffers(fixture, encoder)
+        network = import_generator(fixture.source, fixture.weights, hyper).train(training).double()
+        label = inputs["label"].double().requires_grad_()
+        z = inputs["z"].double().requires_grad_()
+        loss = (network(SemanticLayout.from_dense(spec, label), z) * inputs["R"]).sum()
+        yield f"{mode}_loss/sum_output_times_R", loss
+        yield from gradients(fixture, mode, loss, network, {"label": label, "z": z})
+
+
+def _fpse_discriminator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
+    hyper, inputs = fixture.config["hyper"], fixture.inputs
+    layout = matching_layout(fixture, layout_spec(hyper), dense="label")
+    weights = {name.removeprefix("R/"): tensor for name, tensor in inputs.items() if name.startswith("R/")}
+
+    def outputs(network: nn.Module, images: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for half in ("real", "fake"):  # two forwards, real first: spectral norm iterates before each
+            scores = network(layout, images[half])
+            yield from ((f"{half}_outputs/{i}", logits) for i, (logits, _) in enumerate(scores))
+            for i, features in enumerate(f for _, f in scores if f):
+                yield from ((f"{half}_features/disc{i}/layer{j}", feature) for j, feature in enumerate(features))
+
+    for mode in MODES:
+        network = import_discriminator(fixture.source, fixture.weights, hyper).train(mode == "train")
+        with torch.no_grad():
+            for name, tensor in outputs(network, {half: inputs[f"{half}_images"] for half in ("real", "fake")}):
+                yield f"{mode}/{name}", tensor
+        if mode == "train":
+            yield from buffers(fixture, network)
+        network = import_discriminator(fixture.source, fixture.weights, hyper).train(mode == "train").double()
+        leaves = {half: inputs[f"{half}_images"].double().requires_grad_() for half in ("real", "fake")}
+        named = dict(outputs(network, leaves))
+        loss = torch.stack([(named[name] * weight).sum() for name, weight in weights.items()]).sum()
+        yield f"{mode}_loss/sum_output_times_R", loss
+        yield from gradients(fixture, mode, loss, network, {f"{half}_images": x for half, x in leaves.items()})
+
+
+_GAN_MODES: dict[str, losses.GANMode] = {
+    "hinge": "hinge", "least_square": "half_least_square", "non_saturated": "non_saturated",
+    "wasserstein": "wasserstein",
+}  # fmt: skip
+
+
+def _losses(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
+    weight = fixture.config["hyper"]["loss_weight"]
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in fixture.inputs.items()}
+
+    def scores(half: str) -> list[Scores]:
+        """Score maps; the last ones belong to the patch discriminators, whose features are there."""
+        maps = [leaves[f"{half}_outputs/{i}"] for i in range(fixture.config["hyper"]["num_score_maps"])]
+        patch = fixture.config["hyper"]["num_feature_lists"]
+        features: list[list[Tensor]] = [[] for _ in range(len(maps) - patch)]
+        for disc in range(patch):
+            names = sorted(name for name in leaves if name.startswith(f"{half}_features/disc{disc}/"))
+            features.append([leaves[name] for name in names])
+        return [Scores(logits, layers) for logits, layers in zip(maps, features, strict=True)]
+
+    fake, real = scores("fake"), scores("real")
+    outputs = losses.GeneratorOutputs(torch.empty(0), torch.empty(0), fake, real, leaves["mu"], leaves["logvar"])
+    for mode in sorted({name.split("/")[0] for name in fixture.outputs}):
+        kind = mode.removesuffix("_relativistic")
+        if kind not in _GAN_MODES:
+            continue
+        gan = losses.GANLoss(mode=_GAN_MODES[kind], relative=mode != kind)
+        terms = {
+            "gan": gan(outputs),
+            "feature_matching": losses.feature_matching_loss(fake, real),
+            "kl": losses.kl_loss(leaves["mu"], leaves["logvar"]),
+        }
+        names = {"gan": "GAN", "feature_matching": "FeatureMatching", "kl": "GaussianKL"}
+        for name, term in terms.items():
+            yield f"{mode}/gen/{names[name]}", term
+        both = gan.discriminator(fake, real)
+        yield f"{mode}/dis/GAN_fake", both["d_fake"]
+        yield f"{mode}/dis/GAN_true", both["d_real"]
+        yield f"{mode}/dis/GAN", both["d_fake"] + both["d_real"]
+        totals = {
+            "gen": torch.stack([weight[name] * term for name, term in terms.items()]).sum(),
+            "dis": weight["gan"] * (both["d_fake"] + both["d_real"]),
+        }
+        for side, total in totals.items():
+            yield f"{mode}/{side}/total", total
+            gradients = torch.autograd.grad(total, list(leaves.values()), retain_graph=True, materialize_grads=True)
+            for name, gradient in zip(leaves, gradients, strict=True):
+                yield f"{mode}/{side}_grad/{name}", gradient
+
+
+CHECKS: dict[str | None, Check] = {
+    "generator (SPADE) with style encoder": _style_generator,
+    "discriminator (multi-resolution patch + FPSE)": _fpse_discriminator,
+    None: _losses,
+}
