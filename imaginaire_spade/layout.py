@@ -88,6 +88,7 @@ class SemanticLayout:
         self.distances = distances
         self._dense: Tensor | None = None
         self._one_hot: dict[torch.dtype, Tensor] = {}
+        self._windows: dict[tuple[int, int, int], Lookup] = {}
         self._neighbourhoods: dict[int, LayoutNeighbourhoods] = {}
         self._resized: dict[tuple[int, int], SemanticLayout] = {}
 
@@ -153,9 +154,29 @@ class SemanticLayout:
         return self._one_hot[dtype]
 
     @property
+    def is_dense(self) -> bool:
+        """Whether it was made by ``from_dense``, so that ``labels`` do not say all."""
+        return self._dense is not None
+
+    @property
     def is_discrete(self) -> bool:
         """Whether the one-hot view is made of zeros and ones, so that neighbourhoods can be told apart by codes."""
         return self._dense is None and not (self.edges is not None and self.edges.is_floating_point())
+
+    def windows(self, kernel_size: int, stride: int, padding: int) -> Lookup:
+        """The label channels' share of a convolution: which weight rows each output place [N, h, w] adds up.
+
+        The rows are those of ``LayoutNeighbourhoods.labels``. Not for a dense layout.
+        """
+        assert self._dense is None
+        key = (kernel_size, stride, padding)
+        if key not in self._windows:
+            none = self.spec.num_label_channels
+            channels = F.pad(self.labels.long().clamp_(max=none), (padding,) * 4, value=none)
+            index = channels.unfold(1, kernel_size, stride).unfold(2, kernel_size, stride).flatten(3).flatten(0, 2)
+            places = torch.arange(kernel_size**2, device=self.device) * (none + 1)
+            self._windows[key] = Lookup(index + places, kernel_size**2 * (none + 1))
+        return self._windows[key]
 
     def neighbourhoods(self, kernel_size: int) -> LayoutNeighbourhoods:
         """The distinct neighbourhoods of a discrete layout under two stacked convolutions of odd ``kernel_size``."""

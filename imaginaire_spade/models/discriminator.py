@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.layers import conv2d
+from imaginaire_spade.models.tables import convolve_with_images
 from imaginaire_spade.registry import DISCRIMINATORS
 
 
@@ -67,9 +67,13 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.to_logits = nn.Conv2d(channels, 1, 4, 1, 2)
 
-    def forward(self, x: Tensor) -> Scores:
-        features = []
-        for layer in self.layers:
+    def forward(self, semantics: SemanticLayout | Tensor, images: Tensor) -> Scores:
+        """N label maps, as integers or float [N, C, H, W], and k * N pictures; picture i belongs to label map i % N."""
+        first = self.layers[0]
+        assert isinstance(first, nn.Sequential)
+        x = first[1](convolve_with_images(first[0], semantics, images))
+        features = [x]
+        for layer in self.layers[1:]:
             x = layer(x)
             features.append(x)
         return Scores(self.to_logits(x).float(), features)
@@ -116,11 +120,15 @@ class MultiscaleDiscriminator(Discriminator):
             images: float [k * N, 3, H, W] in [-1, 1]; picture i belongs to label map i % N, so that fake and real
                 pictures of the same label maps go through together.
         """
-        semantics = layout.one_hot(images.dtype)
-        x = torch.cat([semantics.repeat(len(images) // len(layout), 1, 1, 1), images], 1)  # [k N, C + 3, H, W]
+        semantics: SemanticLayout | Tensor = layout
         scores = []
         for index, discriminator in enumerate(self.discriminators):
             if index:
-                x = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
-            scores.append(discriminator(x))
+                dense = semantics if isinstance(semantics, Tensor) else semantics.one_hot(images.dtype)
+                semantics, images = _half(dense), _half(images)
+            scores.append(discriminator(semantics, images))
         return scores
+
+
+def _half(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from imaginaire_spade.distributed import sum_over_processes
-from imaginaire_spade.layout import LayoutNeighbourhoods
+from imaginaire_spade.layout import LayoutNeighbourhoods, SemanticLayout
+from imaginaire_spade.models.layers import effective_weight
 from imaginaire_spade.patterns import Lookup
 
 
@@ -48,6 +49,57 @@ def _sum_users(values: Tensor, lookup: Lookup | None) -> Tensor:
     return F.embedding_bag(lookup.users, values, lookup.starts, mode="sum")
 
 
+def label_rows(weight: Tensor, num_label_channels: int) -> Tensor:
+    """A weight [out, channels, k, k] as the table that label lookups take: [k k (num_label_channels + 1), out]."""
+    rows = weight[:, :num_label_channels].flatten(2).permute(2, 1, 0)  # [k k, channels, out]
+    return F.pad(rows, (0, 0, 0, 1)).flatten(0, 1)
+
+
+def convolve_layout(
+    layout: SemanticLayout, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0
+) -> Tensor:
+    """``F.conv2d`` of the layout's one-hot view with square windows; the label channels are looked up.
+
+    Args:
+        weight: float [out, channels of the layout, k, k].
+        bias: float [out].
+    Returns:
+        [N, out, h, w], channels_last.
+    """
+    if layout.is_dense:
+        return F.conv2d(layout.one_hot(weight.dtype), weight, bias, stride, padding)
+    size = weight.shape[-1]
+    height, width = ((length + 2 * padding - size) // stride + 1 for length in (layout.height, layout.width))
+    table = label_rows(weight, layout.spec.num_label_channels)
+    rows = sum_rows(table, layout.windows(size, stride, padding))
+    if bias is not None:
+        rows = rows + bias
+    y = rows.view(len(layout), height, width, -1).permute(0, 3, 1, 2)
+    if layout.edges is None:
+        return y
+    return y + F.conv2d(layout.edges.to(weight.dtype).unsqueeze(1), weight[:, -1:], None, stride, padding)
+
+
+def convolve_with_images(conv: nn.Module, semantics: SemanticLayout | Tensor, images: Tensor) -> Tensor:
+    """``conv`` of semantics and pictures, one after the other along the channels; the semantics' share only once.
+
+    Args:
+        conv: of C + 3 channels.
+        semantics: N label maps, or float [N, C, H, W].
+        images: float [k * N, 3, H, W]; picture i belongs to label map i % N.
+    """
+    assert isinstance(conv, nn.Conv2d)
+    weight = effective_weight(conv)
+    stride, padding = conv.stride[0], int(conv.padding[0])
+    channels = weight.shape[1] - images.shape[1]
+    y = F.conv2d(images, weight[:, channels:], conv.bias, stride, padding)
+    if isinstance(semantics, SemanticLayout):
+        shared = convolve_layout(semantics, weight[:, :channels], None, stride, padding)
+    else:
+        shared = F.conv2d(semantics, weight[:, :channels], None, stride, padding)
+    return (y.unflatten(0, (-1, len(shared))) + shared.to(y.dtype)).flatten(0, 1)
+
+
 def first_convolution(weight: Tensor, bias: Tensor | None, around: LayoutNeighbourhoods) -> Tensor:
     """The convolution of the one-hot layout at every distinct inner window: [U, h].
 
@@ -55,11 +107,10 @@ def first_convolution(weight: Tensor, bias: Tensor | None, around: LayoutNeighbo
         weight: float [h, label channels (+ 1 for edges), k, k].
         bias: float [h].
     """
-    rows = weight.flatten(2).permute(2, 1, 0)  # [k k, channels, h]
-    labels = rows if around.edges is None else rows[:, :-1]
-    hidden = sum_rows(F.pad(labels, (0, 0, 0, 1)).flatten(0, 1), around.labels)
+    num_label_channels = weight.shape[1] - (around.edges is not None)
+    hidden = sum_rows(label_rows(weight, num_label_channels), around.labels)
     if around.edges is not None:
-        hidden = hidden + around.edges.to(rows.dtype) @ rows[:, -1]
+        hidden = hidden + around.edges.to(weight.dtype) @ weight[:, -1].flatten(1).T
     return hidden if bias is None else hidden + bias
 
 
