@@ -149,10 +149,10 @@ class SPADE(ConditionalNorm):
     def _by_tables(self, x: Tensor, view: SemanticLayout) -> Tensor:
         around = view.neighbourhoods(self.kernel_size)
         hidden = F.relu(first_convolution(effective_weight(self.shared), self.shared.bias, around))  # [U, hidden]
-        weight = torch.cat([effective_weight(self.gamma), effective_weight(self.beta)])
+        weights = effective_weight(self.gamma), effective_weight(self.beta)
         assert self.gamma.bias is not None and self.beta.bias is not None
         bias = torch.cat([1 + self.gamma.bias, self.beta.bias])
-        gamma, beta = second_convolution(hidden, weight, bias, around).chunk(2, 1)  # [V, channels] each
+        gamma, beta = second_convolution(hidden, weights, bias, around).chunk(2, 1)  # [V, channels] each
         modulation = Modulation(gamma, beta, around.pixels)
         if isinstance(self.normalize, BatchNorm2d):
             return self.normalize(x, modulation)

@@ -10,7 +10,7 @@ Everything runs on rows [pixels, channels], which is what memory format channels
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,17 +114,17 @@ def first_convolution(weight: Tensor, bias: Tensor | None, around: LayoutNeighbo
     return hidden if bias is None else hidden + bias
 
 
-def second_convolution(hidden: Tensor, weight: Tensor, bias: Tensor | None, around: LayoutNeighbourhoods) -> Tensor:
-    """The convolution of ``hidden`` [U, h] at every distinct outer window: [V, out].
+def second_convolution(hidden: Tensor, weights: Sequence[Tensor], bias: Tensor, around: LayoutNeighbourhoods) -> Tensor:
+    """Convolutions of ``hidden`` [U, h] at every distinct outer window, side by side: [V, out].
 
     Args:
-        weight: float [out, h, k, k].
+        weights: float [.., h, k, k], ``out`` output channels together.
         bias: float [out].
     """
     hidden = hidden.masked_fill(around.outside, 0)  # zero padding
-    pieces = F.linear(hidden, weight.permute(2, 3, 0, 1).flatten(0, 2))  # [U, k k out]
-    table = sum_rows(pieces.view(-1, len(weight)), around.outer)
-    return table if bias is None else table + bias
+    weight = torch.cat([weight.permute(2, 3, 0, 1) for weight in weights], 2)  # [k, k, out, h]
+    pieces = F.linear(hidden, weight.flatten(0, 2))  # [U, k k out]
+    return sum_rows(pieces.view(-1, len(bias)), around.outer) + bias
 
 
 @dataclass(frozen=True)
