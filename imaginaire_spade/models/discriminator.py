@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -124,11 +125,27 @@ class MultiscaleDiscriminator(Discriminator):
         scores = []
         for index, discriminator in enumerate(self.discriminators):
             if index:
-                dense = semantics if isinstance(semantics, Tensor) else semantics.one_hot(images.dtype)
-                semantics, images = _half(dense), _half(images)
+                images = _half(images)
+                semantics = _half(semantics) if isinstance(semantics, Tensor) else _half_one_hot(semantics, images)
             scores.append(discriminator(semantics, images))
         return scores
 
 
 def _half(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
+
+
+def _half_one_hot(layout: SemanticLayout, like: Tensor) -> Tensor:
+    """``_half`` of the one-hot view [N, C, h, w], counted from the labels: the view itself is never made."""
+    if layout.is_dense:
+        return _half(layout.one_hot(like.dtype))
+    none, (height, width) = layout.spec.num_label_channels, like.shape[2:]
+    channels = layout.windows(3, 2, 1).index % (none + 1)  # [N h w, 9]
+    channels = channels.view(len(layout), height, width, 9).permute(0, 3, 1, 2)
+    counts = like.new_zeros(len(layout), none + 1, height, width)
+    counts.scatter_add_(1, channels, torch.ones_like(channels, dtype=like.dtype))
+    inside = 9 * F.avg_pool2d(like.new_ones(1, 1, layout.height, layout.width), 3, stride=2, padding=1)
+    counts = counts[:, :none] / inside
+    if layout.edges is None:
+        return counts
+    return torch.cat([counts, _half(layout.edges.to(like.dtype).unsqueeze(1))], 1)
