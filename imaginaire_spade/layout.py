@@ -53,8 +53,9 @@ class LayoutNeighbourhoods:
     """bool [U, k k]: the edge map in each inner window."""
     outside: Tensor
     """bool [U, 1]: the centre of the inner window lies in the second convolution's zero padding."""
-    outer: Lookup
-    """[V] from rows [U k k]: what inner window u adds where it is place j of the outer window, in row u k k + j."""
+    outer: tuple[Lookup, ...]
+    """[V] from rows [U p]: what inner window u adds where it is place j of the outer window, in row u p + j. One lookup
+    for each p = 9 places (the last may have fewer), so that the table of 5x5 windows need not be held whole."""
     pixels: Lookup
     """[N H W] from rows [V]."""
 
@@ -205,7 +206,10 @@ class SemanticLayout:
                 labels=Lookup(channels + places * (none + 1), len(places) * (none + 1)),
                 edges=(found.inner % bits).bool() if self.spec.has_edges else None,
                 outside=(found.inner[:, [len(places) // 2]] // bits) > self.spec.num_classes,
-                outer=Lookup(found.outer * len(places) + places, len(found.inner) * len(places)),
+                outer=tuple(
+                    Lookup(part * part.shape[1] + places[: part.shape[1]], len(found.inner) * part.shape[1])
+                    for part in found.outer.split(9, 1)
+                ),
                 pixels=Lookup(found.index.view(-1, 1), len(found.outer)),
             )
         return self._neighbourhoods[kernel_size]

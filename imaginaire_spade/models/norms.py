@@ -147,7 +147,7 @@ class SPADE(ConditionalNorm):
         if self.path == "table" or dense_rows <= 200:
             return self.path == "table"
         around = view.neighbourhoods(self.kernel_size)
-        return len(around.outside) + 32 / hidden * len(around.outer.index) + 200 < dense_rows
+        return len(around.outside) + 32 / hidden * around.pixels.num_rows + 200 < dense_rows
 
     def _by_tables(self, x: Tensor, view: SemanticLayout) -> Tensor:
         around = view.neighbourhoods(self.kernel_size)

@@ -122,9 +122,12 @@ def second_convolution(hidden: Tensor, weights: Sequence[Tensor], bias: Tensor, 
         bias: float [out].
     """
     hidden = hidden.masked_fill(around.outside, 0)  # zero padding
-    weight = torch.cat([weight.permute(2, 3, 0, 1) for weight in weights], 2)  # [k, k, out, h]
-    pieces = F.linear(hidden, weight.flatten(0, 2))  # [U, k k out]
-    return sum_rows(pieces.view(-1, len(bias)), around.outer) + bias
+    places = torch.cat([weight.flatten(2).permute(2, 0, 1) for weight in weights], 1)  # [k k, out, h]
+    sums = []
+    for lookup, part in zip(around.outer, places.split(9), strict=True):
+        pieces = F.linear(hidden, part.flatten(0, 1))  # [U, p out]
+        sums.append(sum_rows(pieces.view(-1, len(bias)), lookup))
+    return sum(sums, start=bias)
 
 
 @dataclass(frozen=True)
