@@ -162,3 +162,6 @@ def initialise(network: nn.Module, kind: str, gain: float) -> None:
                 nn.init.orthogonal_(module.weight, gain)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        if isinstance(module, SpectralNorm):
+            for _ in range(3):  # u and v were drawn for no weight: without this a fresh network's outputs explode
+                module.iterate()

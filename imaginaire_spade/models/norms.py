@@ -222,7 +222,9 @@ class CLADE(ConditionalNorm):
             return y
         assert view.edges is not None
         edges = self.edge(view.edges.to(self.edge.weight.dtype).unsqueeze(1))  # [N, 1, H, W]
-        return torch.cat([y, edges.to(y.dtype)], 1)
+        # Side by side as rows of pixels: torch.cat along the channels would leave the memory format channels_last.
+        rows = torch.cat([part.permute(0, 2, 3, 1).to(y.dtype) for part in (y, edges)], 3)
+        return rows.permute(0, 3, 1, 2)  # [N, channels + 1, H, W]
 
     def _modulated(self, x: Tensor, view: SemanticLayout) -> Tensor:
         """[N, channels, H, W]."""

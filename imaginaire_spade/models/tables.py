@@ -232,8 +232,8 @@ def batch_moments(x: Tensor, synchronized: bool) -> tuple[Tensor, Tensor, Tensor
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N * H * W, C]: a view if x is channels_last, else a copy."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    """[N, C, H, W] -> [N * H * W, C], contiguous: a view if x is channels_last, else a copy."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
 
 
 def _chunks(count: int, channels: int, device: torch.device) -> Iterator[slice]:
