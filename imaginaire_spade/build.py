@@ -91,9 +91,7 @@ def build_losses(config: RunConfig) -> tuple[nn.ModuleDict, dict[str, float]]:
     return terms, {name: loss.weight for name, loss in wanted.items()}
 
 
-def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig, device: torch.device
-) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Adam in the form that ``fused`` asks for. Raises ConfigError where apex is asked for and is not NVIDIA's."""
     settings: dict[str, Any] = {
         "lr": config.lr,
@@ -102,8 +100,7 @@ def build_optimizer(
     }
     if config.fused == "apex":
         return _apex_adam()(list(parameters), adam_w_mode=False, **settings)
-    fused = config.fused == "torch" or (config.fused == "auto" and device.type == "cuda")
-    return torch.optim.Adam(parameters, fused=fused, foreach=not fused and config.fused != "off", **settings)
+    return torch.optim.Adam(parameters, fused=config.fused != "off", **settings)
 
 
 def _apex_adam() -> Any:

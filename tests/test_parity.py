@@ -23,8 +23,8 @@ from imaginaire_spade.interop.parity import verify
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FIXTURES = ["spade_g_normal", "spade_g_more_ar2", "spade_g_vae", "spade_encoder", "spade_d_multiscale", "spade_losses",
-            "imaginaire_g", "imaginaire_d_fpse", "imaginaire_losses", "clade_g", "clade_icpe_g",
-            "clade_train_step", "clade_distmap"]  # fmt: skip
+            "imaginaire_g", "imaginaire_d_fpse", "imaginaire_losses", "imaginaire_ema", "imaginaire_lmdb",
+            "clade_g", "clade_icpe_g", "clade_train_step", "clade_distmap"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FIXTURES)

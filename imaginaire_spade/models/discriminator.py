@@ -38,6 +38,8 @@ class Discriminator(nn.Module):
     """Smallest height and width of a picture."""
     size_multiple = 1
     """Height and width must be multiples of this."""
+    batch_independent = False
+    """Whether a picture's scores depend on that picture alone: no batch statistics. The training step uses it."""
 
 
 class PatchDiscriminator(nn.Module):
@@ -88,6 +90,8 @@ class MultiscaleDiscriminator(Discriminator):
         normalization: instance norm after all but the first and the last convolution, or none.
         spectral_norm: spectral norm on the same convolutions.
     """
+
+    batch_independent = True
 
     def __init__(
         self,

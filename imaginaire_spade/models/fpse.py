@@ -85,6 +85,8 @@ class FPSEDiscriminator(Discriminator):
         max_num_filters: widest that a layer gets.
     """
 
+    batch_independent = True
+
     def __init__(
         self,
         spec: LayoutSpec,

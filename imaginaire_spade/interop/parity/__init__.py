@@ -13,19 +13,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from imaginaire_spade.errors import UserError
-from imaginaire_spade.interop.parity import clade, imaginaire, nvlabs_spade
+from imaginaire_spade.interop.parity import clade, imaginaire, imaginaire_lmdb, nvlabs_spade
 from imaginaire_spade.interop.parity.fixture import Fixture, Row
 
 __all__ = ["Fixture", "Row", "verify"]
 
-_CHECKS = {"nvlabs_spade": nvlabs_spade.CHECKS, "clade": clade.CHECKS, "imaginaire": imaginaire.CHECKS}
+_CHECKS = {
+    "nvlabs_spade": nvlabs_spade.CHECKS,
+    "clade": clade.CHECKS,
+    "imaginaire": {**imaginaire.CHECKS, "LMDB": imaginaire_lmdb.check},
+}
 
 
 def verify(path: Path) -> list[Row]:
     """Compare every output tensor of a fixture. Raises UserError where the folder cannot be used."""
     fixture = Fixture.load(path)
     checks = _CHECKS[fixture.source]
-    network = fixture.config["network"]
+    network = "LMDB" if "lmdb_folder" in fixture.config else fixture.config["network"]
     if network not in checks:
         known = ", ".join(str(name) for name in checks if name)
         raise UserError(f"{path}: network {network!r} of {fixture.source}; known: {known}")

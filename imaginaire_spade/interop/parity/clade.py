@@ -17,6 +17,7 @@ from imaginaire_spade.interop.nvlabs_spade import layout_spec
 from imaginaire_spade.interop.parity.fixture import Check, Fixture
 from imaginaire_spade.interop.parity.nvlabs_spade import GAN_MODES, check_generator
 from imaginaire_spade.layout import SemanticLayout
+from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.training.state import TrainState
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
@@ -32,7 +33,7 @@ def _training(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     }
     generator = import_generator(fixture.source, weights["generator"], hyper).train()
     discriminator = import_discriminator(fixture.source, weights["discriminator"], hyper).train()
-    assert isinstance(generator, Generator)
+    assert isinstance(generator, Generator) and isinstance(discriminator, Discriminator)
 
     def optimizer(network: nn.Module, side: str) -> torch.optim.Optimizer:
         settings = adam[side]

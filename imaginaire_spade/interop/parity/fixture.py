@@ -47,12 +47,12 @@ class Fixture:
         """Raises UserError where the folder is no fixture."""
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            weights = path / "weights.safetensors"
+            weights, inputs = path / "weights.safetensors", path / "inputs.safetensors"
             return cls(
                 path,
                 config,
                 load_file(weights) if weights.exists() else {},
-                load_file(path / "inputs.safetensors"),
+                load_file(inputs) if inputs.exists() or "lmdb_folder" not in config else {},
                 load_file(path / "outputs.safetensors"),
             )
         except (OSError, json.JSONDecodeError, SafetensorError) as error:
@@ -80,6 +80,8 @@ class Fixture:
         if isinstance(tolerance, dict):
             if name.startswith("label_"):  # distance maps; what a loader makes of one is normalised
                 return float(tolerance["unnormalised" if name.endswith("/unnormalised") else "normalised"])
+            if group == "decoded" and name.startswith("decoded/images/"):
+                return 2.0  # grey levels: JPEG decoders differ by that much
             if name.startswith("iter"):
                 group = "iter*/generated" if name.endswith("/generated") else "losses"
             tolerance = tolerance[group if group in tolerance else group.partition("_")[0]]

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade import losses
 from imaginaire_spade.interop import import_discriminator, import_encoder, import_generator
 from imaginaire_spade.interop.imaginaire import layout_spec
+from imaginaire_spade.interop.nvlabs_spade import split_key
 from imaginaire_spade.interop.parity.fixture import MODES, Check, Fixture, buffers, gradients, matching_layout
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.discriminator import Scores
 from imaginaire_spade.models.encoder import sample_style
+from imaginaire_spade.models.layers import SpectralConv2d, SpectralLinear
+from imaginaire_spade.models.norms import BatchNorm2d
+from imaginaire_spade.training.model_average import new_average, reestimate_batch_norm, update_average
 
 
 def _style_generator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
@@ -121,8 +126,68 @@ def _losses(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
                 yield f"{mode}/{side}_grad/{name}", gradient
 
 
+class _SmallModule(nn.Module):
+    """What the fixture of the model average averages."""
+
+    prefixes = {
+        "plain": "plain.layers.conv",
+        "norm": "sn.layers.norm",
+        "conv": "sn.layers.conv",
+        "fc": "fc.layers.conv",
+    }
+
+    def __init__(self, hyper: Mapping[str, int]) -> None:
+        super().__init__()
+        middle = hyper["mid_channels"]
+        self.plain = nn.Conv2d(hyper["in_channels"], middle, 3, padding=1)
+        self.norm = BatchNorm2d(middle)
+        self.conv = SpectralConv2d(middle, middle, 3, padding=1)
+        self.fc = SpectralLinear(middle, hyper["out_features"])
+
+    def forward(self, x: Tensor, _: None = None) -> Tensor:
+        x = F.leaky_relu(self.plain(x), 0.2)
+        x = self.conv(F.leaky_relu(self.norm(x), 0.2))
+        return self.fc(x.mean((2, 3)))
+
+    @classmethod
+    def reference_names(cls, network: nn.Module) -> dict[str, str]:
+        return {key: f"{cls.prefixes[split_key(network, key)[0]]}.{split_key(network, key)[1]}"
+                for key in network.state_dict()}  # fmt: skip
+
+
+def _model_average(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
+    hyper, inputs = fixture.config["hyper"], fixture.inputs
+    network = _SmallModule(hyper).train()
+    names = _SmallModule.reference_names(network)
+
+    def load(tensors: Mapping[str, Tensor], prefix: str) -> None:
+        network.load_state_dict({key: tensors[f"{prefix}module.{name}"] for key, name in names.items()})
+
+    def averaged() -> Iterator[tuple[str, Tensor]]:
+        for key, name in _SmallModule.reference_names(average).items():
+            yield f"averaged_model.{name}", average.state_dict()[key].clone()
+
+    load(fixture.weights, "")
+    average = new_average(network)
+    for step in range(1, hyper["steps"] + 1):
+        with torch.no_grad():
+            yield f"step{step}/module_output_before_parameter_change", network(inputs[f"step{step}/x"])
+        load(inputs, f"step{step}/")
+        update_average(average, network, hyper["beta"] if step > hyper["start_iteration"] else 0.0)
+        yield from ((f"step{step}/{name}", tensor) for name, tensor in averaged())
+        yield f"step{step}/num_updates_tracked", torch.tensor([step])
+    with torch.no_grad():
+        yield "averaged_eval_output_before_bn_reestimation", average(inputs["eval_x"])
+        batches = [inputs[name] for name in sorted(inputs) if name.startswith("bn_batch")]
+        reestimate_batch_norm(average, [(batch, None) for batch in batches])
+        yield "averaged_eval_output_after_bn_reestimation", average(inputs["eval_x"])
+    yield from ((f"bn_reestimated/{name}", tensor) for name, tensor in averaged())
+
+
 CHECKS: dict[str | None, Check] = {
     "generator (SPADE) with style encoder": _style_generator,
     "discriminator (multi-resolution patch + FPSE)": _fpse_discriminator,
+    "model average of a small module: plain conv block, spectral-norm conv block with batch norm, spectral-norm linear":
+        _model_average,
     None: _losses,
-}
+}  # fmt: skip
