@@ -138,6 +138,11 @@ def conv2d(*args: Any, spectral: bool, **kwargs: Any) -> nn.Conv2d:
     return SpectralConv2d(*args, **kwargs) if spectral else nn.Conv2d(*args, **kwargs)
 
 
+def effective_weight(layer: nn.Conv2d) -> Tensor:
+    """The weight that a convolution applies, for those who compute it in another way. Once per forward."""
+    return layer.normalised_weight() if isinstance(layer, SpectralConv2d) else layer.weight
+
+
 def initialise(network: nn.Module, kind: str, gain: float) -> None:
     """Draw the weights of all convolutions and linear layers anew; biases become zero.
 
