@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +165,14 @@ class SemanticLayout:
     def is_discrete(self) -> bool:
         """Whether the one-hot view is made of zeros and ones, so that neighbourhoods can be told apart by codes."""
         return self._dense is None and not (self.edges is not None and self.edges.is_floating_point())
+
+    @cached_property
+    def classes(self) -> Lookup:
+        """Each pixel's row [N H W] of a table of label channels; a pixel without a channel counts as class 0."""
+        classes = self.labels.long()
+        if not self.spec.has_dont_care:
+            classes = classes.masked_fill(classes == self.spec.num_classes, 0)
+        return Lookup(classes.reshape(-1, 1), self.spec.num_label_channels)
 
     def windows(self, kernel_size: int, stride: int, padding: int) -> Lookup:
         """The label channels' share of a convolution: which weight rows each output place [N, h, w] adds up.

@@ -19,6 +19,7 @@ from imaginaire_spade.models.tables import (
     first_convolution,
     modulate,
     second_convolution,
+    sum_rows,
 )
 from imaginaire_spade.registry import NORMS
 
@@ -215,33 +216,22 @@ class CLADE(ConditionalNorm):
 
     def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
         """x [N, channels, H, W], layout of any resolution -> [N, out_channels, H, W]."""
-        view = layout.resized(x.shape[-2], x.shape[-1])
-        x = self.normalize(x)
-        scale, shift = self.modulation(view, x)  # [N, channels, H, W]
-        y = torch.addcmul(shift, x, scale)
+        view = layout.resized(*x.shape[-2:])
+        y = self._modulated(x, view)
         if self.edge is None:
             return y
         assert view.edges is not None
         edges = self.edge(view.edges.to(self.edge.weight.dtype).unsqueeze(1))  # [N, 1, H, W]
         return torch.cat([y, edges.to(y.dtype)], 1)
 
-    def modulation(self, view: SemanticLayout, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift of every pixel, of the shape, dtype and memory format of ``like``."""
-        classes = view.labels.long()
-        if not view.spec.has_dont_care:
-            classes = classes.masked_fill(classes == view.spec.num_classes, 0)
-        return _look_up(self.weight, classes, like), _look_up(self.bias, classes, like)
+    def _modulated(self, x: Tensor, view: SemanticLayout) -> Tensor:
+        """[N, channels, H, W]."""
+        return self._normalise_and(x, Modulation(self.weight, self.bias, view.classes))
 
-
-def _look_up(table: Tensor, classes: Tensor, like: Tensor) -> Tensor:
-    """Rows of ``table`` [K, C] for int64 ``classes`` [N, H, W]: [N, C, H, W], contiguous in the memory order of
-    ``like``, without which the arithmetic that follows is several times slower."""
-    table = table.to(like.dtype)
-    if like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
-        return F.embedding(classes, table).permute(0, 3, 1, 2)
-    places = classes.flatten(1).unsqueeze(1)  # [N, 1, H W]
-    columns = table.t().contiguous().expand(len(classes), -1, -1)  # [N, C, K]
-    return columns.gather(2, places.expand(-1, table.shape[1], -1)).view_as(like)
+    def _normalise_and(self, x: Tensor, modulation: Modulation) -> Tensor:
+        if isinstance(self.normalize, BatchNorm2d):
+            return self.normalize(x, modulation)
+        return modulate(self.normalize(x), modulation, Statistics(x.new_zeros(1), x.new_ones(1)))
 
 
 @NORMS.register("clade_icpe")
@@ -279,14 +269,17 @@ class CLADEICPE(CLADE):
         self.scale_position = _Position()
         self.shift_position = _Position()
 
-    def modulation(self, view: SemanticLayout, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _modulated(self, x: Tensor, view: SemanticLayout) -> Tensor:
         assert view.distances is not None, "clade_icpe needs layouts with distances"
         distances = view.distances.to(self.weight.dtype)
         if self.skip_ids:
             skipped = torch.isin(view.labels, view.labels.new_tensor(self.skip_ids))
             distances = distances.masked_fill(skipped.unsqueeze(1), 0)
-        scale, shift = super().modulation(view, like)
-        return scale * self.scale_position(distances), shift * self.shift_position(distances)
+        y = self._normalise_and(x, Modulation(self.weight, torch.zeros_like(self.bias), view.classes))
+        shift = sum_rows(self.bias, view.classes).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2).to(y.dtype)
+        return torch.addcmul(
+            y * self.scale_position(distances).to(y.dtype), shift, self.shift_position(distances).to(y.dtype)
+        )
 
 
 class _Position(nn.Module):
