@@ -291,9 +291,8 @@ class _Position(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, distances: Tensor) -> Tensor:
-        """[N, 2, H, W] -> [N, 1, H, W] of the same dtype."""
-        factor = (distances * self.weight).sum(1, keepdim=True) + (1 + self.bias)
-        return factor.to(distances.dtype)
+        """[N, 2, H, W] -> [N, 1, H, W]."""
+        return 1 + F.conv2d(distances, self.weight, self.bias)
 
 
 class AdaptiveBatchNorm(nn.Module):
