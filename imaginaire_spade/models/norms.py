@@ -222,7 +222,7 @@ class CLADE(ConditionalNorm):
             return y
         assert view.edges is not None
         edges = self.edge(view.edges.to(self.edge.weight.dtype).unsqueeze(1))  # [N, 1, H, W]
-        # y is channels_last, along whose channels torch.cat takes eight times as long on a CPU as along a last dimension.
+        # y is channels_last; on a CPU torch.cat takes eight times as long along its channels as along a last dimension.
         pixels = [y.permute(0, 2, 3, 1), edges.to(y.dtype).permute(0, 2, 3, 1)]
         return torch.cat(pixels, 3).permute(0, 3, 1, 2)
 
