@@ -1,5 +1,6 @@
 """Positions within a class's regions (CLADE-ICPE): their computation, their files, their way through the pipeline."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from conftest import write_png
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from safetensors.torch import load_file
 
 from imaginaire_spade.build import build_generator, build_losses, build_split, layout_spec
 from imaginaire_spade.config import AugmentationConfig, load_config
@@ -26,6 +28,8 @@ from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.inference.folder import generate_folder
 from imaginaire_spade.inference.synthesis import Request, padded_layout
 from imaginaire_spade.inference.weights import LoadedModel, load_generator
+from imaginaire_spade.interop.checkpoint import architecture_config, export_files, import_checkpoint
+from imaginaire_spade.interop.configs import import_config
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.training import loop
 from imaginaire_spade.training.checkpoint import newest_checkpoint
@@ -301,3 +305,36 @@ def test_training_and_inference_on_label_maps_of_one_value(icpe_config, tmp_path
     report = generate_folder(model, data, tmp_path / "images", gallery=False)
     assert report.pictures == 6
     assert cv2.imread(str(tmp_path / "images/0000.png")).shape == (70, 70, 3)
+
+
+# ------------------------------------------------------------------------------------------------ CLADE's checkpoints
+
+
+def test_an_imported_checkpoint_knows_which_id_had_no_position(shared_dir, icpe_config, tmp_path):
+    folder = shared_dir / "parity/clade_icpe_g"
+    hyper = json.loads((folder / "config.json").read_text())["hyper"]
+    weights = load_file(folder / "weights.safetensors")
+    config = architecture_config("clade", hyper, None)
+    assert layout_spec(config).has_distances and config.gen.args["norm"]["args"]["skip_ids"] == [0]
+    content, _ = import_checkpoint("clade", config, {"generator": weights})
+    exported = export_files("clade", content, config, "raw")
+    assert [{k: v.shape for k, v in file.items()} for file in exported.values()] == [
+        {k: v.shape for k, v in weights.items()}
+    ]
+    # Where 0 in the files is don't care (ADE20K), that is the id; what the architecture states is kept.
+    shifted = {"num_classes": 5, "ignore": [0], "remap": {i + 1: i for i in range(5)}}
+    base = load_config(icpe_config, [f"data.labels={shifted}", "data.edges=labels"])
+    for stated, expected in (({}, [5]), ({"skip_ids": []}, [])):
+        made = architecture_config("clade", hyper | stated, base)
+        assert made.gen.args["norm"]["args"]["skip_ids"] == expected
+
+
+@pytest.mark.parametrize(("dataset", "expected"), [("ade20k", [150]), ("coco", [0])])
+def test_translated_options_say_which_id_had_no_position(tmp_path, dataset, expected):
+    options = {"norm_mode": "clade", "add_dist": True, "label_nc": 150, "contain_dontcare_label": True,
+               "no_instance": True, "dataset_mode": dataset, "batchSize": 1}  # fmt: skip
+    path = tmp_path / "opt.txt"
+    path.write_text("".join(f"{name}: {value}\n" for name, value in options.items()))
+    translated, _ = import_config("clade", path)
+    norm = yaml.safe_load(translated)["gen"]["norm"]
+    assert norm == {"type": "clade_icpe", "normalization": "batch", "skip_ids": expected}
