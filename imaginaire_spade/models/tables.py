@@ -219,16 +219,25 @@ class _Modulate(torch.autograd.Function):
 
 @torch.no_grad()
 def batch_moments(x: Tensor, synchronized: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance of x [N, C, H, W] per channel, and the count of values; of all processes if asked."""
+    """Mean and biased variance of x [N, C, H, W] per channel, and the count of values; of all processes if asked.
+
+    Mean and squares about it are taken chunk by chunk, in one pass over x, and put together in double precision.
+    """
     rows = _rows(x)
     wide = torch.promote_types(x.dtype, torch.float32)
     total = sum_over_processes if synchronized else torch.clone
-    sums = total(F.pad(rows.sum(0, dtype=wide), (0, 1), value=len(rows)))
-    mean, count = sums[:-1] / sums[-1], sums[-1]
-    squares = torch.zeros_like(mean)
+    counts, means, squares = [], [], []
     for places in _chunks(len(rows), rows.shape[1], x.device):
-        squares += (rows[places] - mean).square_().sum(0)
-    return mean, total(squares) / count, count
+        part = rows[places].to(wide)
+        counts.append(len(part))
+        means.append(part.mean(0))
+        squares.append((part - means[-1]).square_().sum(0))
+    size = torch.tensor(counts, dtype=torch.float64, device=x.device).unsqueeze(1)  # [chunks, 1]
+    each = torch.stack(means).double()  # [chunks, C]
+    sums = total(torch.cat([(each * size).sum(0), size.sum().unsqueeze(0)]))
+    mean, count = sums[:-1] / sums[-1], sums[-1]
+    about_mean = torch.stack(squares).double() + size * (each - mean).square()
+    return mean.to(wide), (total(about_mean.sum(0)) / count).to(wide), count.to(wide)
 
 
 def _rows(x: Tensor) -> Tensor:
