@@ -13,6 +13,7 @@ from imaginaire_spade.losses import GANLoss, GeneratorOutputs
 from imaginaire_spade.models.discriminator import split_scores
 from imaginaire_spade.models.encoder import sample_style
 from imaginaire_spade.noise import style_noise
+from imaginaire_spade.training.alarms import discriminator_health, generator_health
 from imaginaire_spade.training.model_average import update_average
 from imaginaire_spade.training.state import TrainState
 
@@ -64,7 +65,7 @@ def train_step(
     the graphs of all pieces would have to be kept.
 
     Returns:
-        Unweighted losses by name, detached, on the device.
+        Unweighted losses by name, and the ``health/...`` measures of ``alarms.py``; detached, on the device.
     """
     pieces = [(piece, _real(piece)) for piece in batch.split(settings.accumulation)]
     losses: dict[str, Tensor] = {}
@@ -99,10 +100,11 @@ def _update_discriminator(
             with _autocast(real.device, settings):
                 # Fake and real in one forward: one power iteration, and one DDP forward per backward.
                 scores = networks.discriminator(piece.layout, torch.cat([generated.fake.detach(), real]))
-                terms = settings.gan.discriminator(*split_scores(scores))
+                fake_scores, real_scores = split_scores(scores)
+                terms = settings.gan.discriminator(fake_scores, real_scores)
             total = torch.stack(list(terms.values())).sum()
             state.dis_scaler.scale(total / len(pieces)).backward()
-        _add(losses, terms | {"d_total": total}, len(pieces))
+        _add(losses, terms | {"d_total": total} | discriminator_health(fake_scores, real_scores), len(pieces))
     state.dis_scaler.step(state.dis_optimizer)
     state.dis_scaler.update()
 
@@ -132,7 +134,7 @@ def _update_generator(
                 terms = {name: term(outputs) for name, term in settings.terms.items()}
             total = torch.stack([settings.weights[name] * term for name, term in terms.items()]).sum()
             state.gen_scaler.scale(total / len(pieces)).backward()
-        _add(losses, terms | {"g_total": total}, len(pieces))
+        _add(losses, terms | {"g_total": total} | generator_health(generated.fake, real), len(pieces))
     state.gen_scaler.step(state.gen_optimizer)
     state.gen_scaler.update()
 
