@@ -51,7 +51,7 @@ def main() -> None:
     try:
         run = loop.prepare(config, objective, info, device, arguments.max_iterations)
         if arguments.dry_run:
-            text = loop.dry_run(run)
+            text = profile.dry_run(run)
             if info.is_main:
                 print(text)
         elif arguments.profile:

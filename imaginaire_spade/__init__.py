@@ -9,6 +9,7 @@ from imaginaire_spade.models import encoder as _encoder  # noqa: F401
 from imaginaire_spade.models import fpse as _fpse  # noqa: F401
 from imaginaire_spade.models import generator as _generator  # noqa: F401
 from imaginaire_spade.models import norms as _norms  # noqa: F401
+from imaginaire_spade.models import pix2pixhd as _pix2pixhd  # noqa: F401
 from imaginaire_spade.models import style_generator as _style_generator  # noqa: F401
 
 from imaginaire_spade.build import build_discriminator, build_encoder, build_generator  # isort: skip

@@ -53,12 +53,12 @@ def image_size(config: RunConfig) -> tuple[int, int]:
 
 def build_generator(config: RunConfig) -> Generator:
     """The generator, initialised as ``trainer.init`` says."""
-    generator: Generator = _build(GENERATORS, config.gen, layout_spec(config), image_size(config))
+    generator: Generator = build_component(GENERATORS, config.gen, layout_spec(config), image_size(config))
     return _initialised(generator, config)
 
 
 def build_discriminator(config: RunConfig) -> Discriminator:
-    discriminator: Discriminator = _build(DISCRIMINATORS, config.dis, layout_spec(config))
+    discriminator: Discriminator = build_component(DISCRIMINATORS, config.dis, layout_spec(config))
     return _initialised(discriminator, config)
 
 
@@ -66,7 +66,7 @@ def build_encoder(config: RunConfig) -> nn.Module | None:
     """The style encoder, or None where the config has none."""
     if config.encoder is None:
         return None
-    encoder: nn.Module = _build(ENCODERS, config.encoder, _style_dims(config))
+    encoder: nn.Module = build_component(ENCODERS, config.encoder, _style_dims(config))
     return _initialised(encoder, config)
 
 
@@ -74,7 +74,7 @@ def build_losses(config: RunConfig) -> tuple[nn.ModuleDict, dict[str, float]]:
     """The terms of the generator's objective and their weights. A term of weight 0 is not built (but ``gan`` is: the
     discriminator needs it)."""
     wanted = {name: loss for name, loss in config.losses.items() if loss.weight > 0 or name == "gan"}
-    terms = nn.ModuleDict({name: _build(LOSSES, loss.component) for name, loss in wanted.items()})
+    terms = nn.ModuleDict({name: build_component(LOSSES, loss.component) for name, loss in wanted.items()})
     return terms, {name: loss.weight for name, loss in wanted.items()}
 
 
@@ -165,7 +165,7 @@ def _style_dims(config: RunConfig) -> int:
     return int(dims)
 
 
-def _build(registry: Registry, component: Component | Mapping[str, Any], *known: Any) -> Any:
+def build_component(registry: Registry, component: Component, *known: Any) -> Any:
     """Make a component: ``known`` is what the pipeline knows; components nested in it become factories."""
     return _factory(registry, component)(*known)
 

@@ -317,6 +317,25 @@ def parse_config(tree: Mapping[str, Any], origins: Origins | None = None, source
     return config
 
 
+def read_yaml(text: str, where: str) -> Any:
+    """A YAML document as plain types, 1e-4 being a number. Raises ConfigError."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+
+
+def parse_component(tree: Any, registry: Registry, name: str) -> Component:
+    """Check one component's tree, such as ``{"type": "spade", "num_filters": 32}``, and fill in its defaults.
+
+    Raises ConfigError that calls the component ``name``."""
+    problems: list[str] = []
+    resolved = _resolve(tree, registry, (name,), problems, {}, name)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return Component.model_validate(resolved)
+
+
 def dump_config(config: RunConfig) -> dict[str, Any]:
     """The fully resolved configuration as a plain tree; ``parse_config`` reads it back."""
     tree = config.model_dump(mode="json")

@@ -70,7 +70,7 @@ class SemanticLayout:
         self._resized: dict[tuple[int, int], SemanticLayout] = {}
 
     @classmethod
-    def from_dense(cls, spec: LayoutSpec, semantics: Tensor) -> SemanticLayout:
+    def from_dense(cls, spec: LayoutSpec, semantics: Tensor, distances: Tensor | None = None) -> SemanticLayout:
         """A layout whose one-hot view is ``semantics`` itself: float [N, num_channels, H, W].
 
         For inputs that are not one-hot (soft labels, a gradient with respect to the semantics). Ids are the argmax.
@@ -78,7 +78,7 @@ class SemanticLayout:
         if semantics.shape[1] != spec.num_channels:
             raise ValueError(f"semantics has {semantics.shape[1]} channels, the spec {spec.num_channels}")
         labels = semantics[:, : spec.num_label_channels].argmax(1).to(torch.int16)
-        layout = cls(spec, labels, semantics[:, -1] if spec.has_edges else None)
+        layout = cls(spec, labels, semantics[:, -1] if spec.has_edges else None, distances)
         layout._dense = semantics
         return layout
 

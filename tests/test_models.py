@@ -1,6 +1,7 @@
 """Every registered component runs; layers equal plain computations."""
 
 import copy
+import itertools
 from functools import partial
 
 import pytest
@@ -15,8 +16,10 @@ from imaginaire_spade.losses import GeneratorOutputs
 from imaginaire_spade.models import features
 from imaginaire_spade.models.discriminator import split_scores
 from imaginaire_spade.models.generator import SPADEGenerator
-from imaginaire_spade.models.layers import SpectralConv2d, initialise
+from imaginaire_spade.models.layers import SpectralConv2d, SpectralConvTranspose2d, fold_spectral_norm, initialise
 from imaginaire_spade.models.norms import SPADE
+from imaginaire_spade.models.pix2pixhd import Pix2pixHDGenerator
+from imaginaire_spade.models.style_generator import StyleSPADEGenerator
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Registry
 from imaginaire_spade.training.model_average import reestimate_batch_norm, update_average
 
@@ -41,9 +44,12 @@ def test_every_generator_makes_pictures_of_the_layouts_size(name, style_dims):
         with pytest.raises(ConfigError, match=r"gen\.style_dims: this generator needs a style code"):
             GENERATORS[name](SPEC, (64, 64), style_dims=0)
         return
-    generator = GENERATORS[name](SPEC, (64, 64), num_filters=2, style_dims=style_dims)
+    if "style_dims" in GENERATORS.schema(name).model_fields:
+        generator = GENERATORS[name](SPEC, (64, 64), num_filters=2, style_dims=style_dims)
+    else:
+        generator, style_dims = GENERATORS[name](SPEC, (64, 64), num_filters=2), 0
     multiple = generator.size_multiple
-    for height, width in ((64, 64), (multiple, 2 * multiple)):
+    for height, width in ((64, 64), (2 * multiple, 3 * multiple)):
         z = torch.randn(2, style_dims) if style_dims else None
         image = generator(random_layout(SPEC, 2, height, width), z)
         assert image.shape == (2, 3, height, width) and image.abs().max() <= 1 and image.dtype == torch.float32
@@ -64,6 +70,90 @@ def test_clade_looks_up_scale_and_shift_by_class_without_one_plus():
     for n, h, w in ((0, 3, 4), (1, 11, 0), (1, 5, 5)):
         c = int(layout.labels[n, h, w]) % 4  # a pixel without a class counts as class 0
         torch.testing.assert_close(y[n, :, h, w], normal[n, :, h, w] * norm.weight[c] + norm.bias[c])
+
+
+@pytest.mark.parametrize("name", NORMS.names())
+@pytest.mark.parametrize("generator", [SPADEGenerator, StyleSPADEGenerator])
+def test_every_norm_works_in_the_generators_that_take_one(generator, name):
+    network = generator(SPEC, (32, 32), num_filters=2, style_dims=4, norm=NORMS[name])
+    image = network(random_layout(SPEC, 2, 32, 64), torch.randn(2, 4))
+    assert image.shape == (2, 3, 32, 64)
+    image.square().sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_concat_appends_the_layout_to_the_normalised_features():
+    norm = NORMS["concat"](3, SPEC)
+    layout, x = random_layout(SPEC, 2, 16, 24), torch.randn(2, 3, 8, 12)
+    y = norm(x, layout)
+    torch.testing.assert_close(y[:, :3], F.batch_norm(x, None, None, training=True))
+    dense = F.interpolate(layout.one_hot(), size=(8, 12), mode="nearest")
+    assert norm.out_channels == 3 + SPEC.num_channels and torch.equal(y[:, 3:], dense)
+
+
+@pytest.mark.parametrize("size", [256, 512, 1024])
+def test_larger_pictures_are_sums_of_the_image_heads(size):
+    # No reference numbers exist beyond 256: this checks the sum as imaginaire's description gives it.
+    options = {"num_filters": 2, "style_dims": 4, "norm": SMALL_NORM}
+    small = StyleSPADEGenerator(SPEC, (256, 256), **options).state_dict()
+    generator = StyleSPADEGenerator(SPEC, (size, size), output_size=size, output_multiplier=1.5, **options)
+    larger = {key: value.shape for key, value in generator.state_dict().items()}
+    assert {key: value.shape for key, value in small.items()}.items() <= larger.items()
+    assert generator.size_multiple == size // 16
+    added = {"up_3a", "up_3b", "to_image_512"} if size >= 512 else set()
+    added |= {"up_4a", "up_4b", "to_image_1024"} if size >= 1024 else set()
+    assert {key.partition(".")[0] for key in larger if key not in small} == added
+    pictures = []
+    for head in ["to_image", *(name for name in added if name.startswith("to_image"))]:
+        generator.get_submodule(head).register_forward_hook(lambda m, inputs, output: pictures.append(output))
+    height, width = size // 4, size // 8
+    image = generator(random_layout(SPEC, 2, height, width), torch.randn(2, 4))
+    assert [picture.shape[2] for picture in pictures] == [64, 128, 256][: len(added) // 3 + 1]
+    whole = sum(F.interpolate(picture, size=(height, width), mode="nearest") for picture in pictures)
+    torch.testing.assert_close(image, torch.tanh(1.5 * whole))
+    assert all(picture.std() > 0 for picture in pictures)
+
+
+def test_the_positional_encoding_adds_row_and_column_to_the_start_map():
+    # No reference numbers exist for it: this checks the coordinates themselves.
+    generator = StyleSPADEGenerator(
+        SPEC, (256, 256), num_filters=2, style_dims=4, positional_encoding=True, norm=SMALL_NORM
+    )
+    seen = []
+    generator.head_0.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    layout = random_layout(SPEC, 2, 256, 256)
+    assert generator(layout, torch.randn(2, 4)).shape == (2, 3, 256, 256)
+    assert torch.equal(seen[0][:, :-2], layout.resized(16, 16).one_hot())
+    line = torch.linspace(-1, 1, 16)
+    torch.testing.assert_close(seen[0][1, -2], line[:, None].expand(16, 16))
+    torch.testing.assert_close(seen[0][1, -1], line[None, :].expand(16, 16))
+    generator(random_layout(SPEC, 1, 128, 512), torch.randn(1, 4))
+    row, column = seen[1][0, -2], seen[1][0, -1]
+    assert row.shape == (8, 32) and (row.diff(dim=0) > 0).all() and row.diff(dim=1).abs().max() < 1e-6
+    assert (column.diff(dim=1) > 0).all() and column.diff(dim=0).abs().max() < 1e-6
+
+
+def test_pix2pixhd_is_the_published_network_and_says_what_size_it_needs():
+    with torch.device("meta"):
+        generator = Pix2pixHDGenerator(LayoutSpec(35, has_edges=True), (256, 512))
+    # By the paper's appendix: 3x3 weights of down, residual and up layers, 7x7 ones at both ends, and biases.
+    widths = [64, 128, 256, 512, 1024]
+    ends = 49 * (36 * 64 + 64 * 3) + 64 + 3
+    strided = sum(9 * a * b for a, b in itertools.pairwise(widths))
+    biases = sum(widths[1:]) + sum(widths[:-1])
+    expected = ends + 2 * strided + biases + 9 * 2 * (9 * 1024 * 1024 + 1024)
+    assert sum(p.numel() for p in generator.parameters()) == expected
+    assert not any(isinstance(module, (nn.BatchNorm2d, SPADE)) for module in generator.modules())
+    strong = Pix2pixHDGenerator(SPEC, (64, 64), num_filters=2, num_blocks=1, spectral_norm=True)
+    plain = [name for name, m in strong.named_modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))
+             and not hasattr(m, "weight_u")]  # fmt: skip
+    assert plain == ["to_image"]
+    with pytest.raises(ConfigError, match=r"gen\.num_downsamplings: 4 needs pictures of 32 or more, not 16x64"):
+        Pix2pixHDGenerator(SPEC, (16, 64))
+    with pytest.raises(ConfigError, match=r"gen\.num_downsamplings: -1 must be 0 or more"):
+        Pix2pixHDGenerator(SPEC, (64, 64), num_downsamplings=-1)
+    with pytest.raises(ValueError, match="both must be 32 or more"):
+        strong(random_layout(SPEC, 1, 16, 64))
 
 
 @pytest.mark.parametrize(("upsampling", "steps"), [("normal", 5), ("more", 6), ("most", 7)])
@@ -119,6 +209,16 @@ def test_spectral_convolution_has_unit_norm_and_needs_no_iteration_in_evaluation
     torch.testing.assert_close(conv(x), F.conv2d(x, weight, conv.bias, padding=1))
 
 
+def test_spectral_transposed_convolution_has_unit_norm_over_its_output_channels():
+    conv = SpectralConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1)
+    reference = nn.utils.spectral_norm(nn.ConvTranspose2d(4, 6, 3, 2, 1, 1))
+    reference.load_state_dict({"bias": conv.bias, "weight_orig": conv.weight, "weight_u": conv.weight_u,
+                               "weight_v": conv.weight_v})  # fmt: skip
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(conv(x), reference(x))
+    torch.testing.assert_close(conv.weight_u, reference.weight_u)
+
+
 def test_a_network_can_be_copied_after_a_training_forward():
     generator = SPADEGenerator(SPEC, (32, 32), num_filters=2, norm=SMALL_NORM)
     generator(random_layout(SPEC, 2, 32, 64)).sum().backward()
@@ -130,6 +230,18 @@ def test_initialisation_zeroes_biases_and_draws_weights(kind):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 5))
     initialise(network, kind, 0.02)
     assert all(module.bias.abs().max() == 0 and module.weight.std() > 0 for module in network)
+
+
+def test_folded_spectral_norms_change_no_output():
+    generator = SPADEGenerator(SPEC, (32, 64), num_filters=2, style_dims=3, norm=SMALL_NORM)
+    layout, z = random_layout(SPEC, 2, 32, 64), torch.randn(2, 3)
+    with torch.no_grad():
+        generator(layout, z)  # moves u and v off their start
+        wanted = generator.eval()(layout, z)
+        folded = fold_spectral_norm(copy.deepcopy(generator))
+        assert torch.equal(folded(layout, z), wanted)
+    assert not any(name.endswith(("_u", "_v")) for name in folded.state_dict())
+    assert type(folded.blocks[0].conv_0) is nn.Conv2d and not folded.training
 
 
 def test_average_copies_first_then_follows():

@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_layout import random_layout
 
 from imaginaire_spade.errors import CheckpointError, UserError
-from imaginaire_spade.interop import import_discriminator, import_encoder, import_generator
+from imaginaire_spade.interop import (
+    imaginaire,
+    import_discriminator,
+    import_encoder,
+    import_generator,
+    reference_names,
+)
 from imaginaire_spade.interop.parity import verify
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -74,3 +81,26 @@ def test_import_names_what_does_not_fit(shared_dir):
         import_discriminator("nvlabs_spade", weights, hyper | {"num_D": 1, "n_layers_D": 3, "ndf": 4, "norm_D": ""})
     with pytest.raises(CheckpointError, match="unknown source 'tensorflow'"):
         import_generator("tensorflow", weights, hyper)
+
+
+@pytest.mark.parametrize("size", [512, 1024])
+def test_imaginaires_larger_generators_are_imported_under_their_names(shared_dir, size):
+    # No fixture holds one: random weights of ours go out under imaginaire's names and come back.
+    hyper = json.loads((shared_dir / "parity/imaginaire_g/config.json").read_text())["hyper"]
+    hyper |= {"out_image_small_side_size": size, "use_posenc_in_input_layer": True}
+    ours = imaginaire.generator(hyper)
+    layout, z = random_layout(imaginaire.layout_spec(hyper), 2, 64, 128), torch.randn(2, hyper["style_dims"])
+    ours(layout, z)  # one power iteration: new spectral-norm vectors fit no weights
+    names = reference_names("imaginaire", ours)
+    expected = {"conv_img256.layers.conv.weight_orig", f"conv_img{size}.layers.conv.weight_orig",
+                "up_3a.conv_block_s.layers.norm.mlps.0.0.layers.conv.bias", "up_3b.conv_block_1.layers.conv.weight_u",
+                "head_0.layers.conv.weight_orig"}  # fmt: skip
+    assert {f"spade_generator.{name}" for name in expected} <= set(names.values())
+    assert len(set(names.values())) == len(names)
+    assert ours.head_0.weight.shape[1] == hyper["num_labels"] + 2
+    theirs = {names[key]: value for key, value in ours.state_dict().items()}
+    back = import_generator("imaginaire", theirs, hyper).eval()
+    image = back(layout, z)
+    assert torch.equal(image, ours.eval()(layout, z)) and image.std() > 0.01
+    with pytest.raises(CheckpointError, match="out_image_small_side_size: 2048 must be 256, 512 or 1024"):
+        import_generator("imaginaire", theirs, hyper | {"out_image_small_side_size": 2048})

@@ -10,12 +10,16 @@ import pytest
 import torch
 import yaml
 from test_layout import random_layout
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from imaginaire_spade.build import build_generator, build_losses, layout_spec
 from imaginaire_spade.config import load_config, parse_config
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.models.pix2pixhd import Pix2pixHDGenerator
 from imaginaire_spade.training import checkpoint, loop
+from imaginaire_spade.training.profile import multiply_adds
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -271,9 +275,54 @@ def test_a_dry_run_measures_and_writes_nothing(tiny_run, tmp_path):
     path, _ = tiny_run
     result = command("--config", path, "--logdir", tmp_path / "log", "--dry_run")
     assert result.returncode == 0, result.stderr
-    for part in ("parameters: generator 0.", "schedule: 6 iterations", "peak memory", "nothing was written"):
+    for part in (
+        "parameters: generator 0.",
+        "G multiply-adds for a picture of 32x64",
+        "schedule: 6 iterations",
+        "peak memory",
+        "nothing was written",
+    ):
         assert part in result.stdout
     assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("norm", "labels", "edges", "size", "millions", "billions"),
+    [
+        # Park et al. 2019: COCO-Stuff, ADE20K, Cityscapes; Tan et al. 2021: ADE20K.
+        ("spade", {"num_classes": 182, "dont_care": True}, "labels", [256, 256], 97.5, 191),
+        ("spade", {"num_classes": 150, "dont_care": True}, "none", [256, 256], 96.5, 181),
+        ("spade", {"num_classes": 35, "dont_care": False}, "labels", [256, 512], 93.0, 281),
+        ("clade", {"num_classes": 150, "dont_care": True}, "none", [256, 256], 71.4, 42.2),
+    ],
+)
+def test_the_published_generators_have_the_published_parameters_and_multiply_adds(
+    tiny_config, norm, labels, edges, size, millions, billions
+):
+    # Equal to the last published digit: the publications count all convolutions, biases and norms not.
+    upsampling = "more" if size == [256, 512] else "normal"
+    config = load_config(
+        tiny_config(edges=edges, **labels),
+        [
+            f"gen={{type: spade, upsampling: {upsampling}, norm: {norm}}}",
+            f"data.train.augmentations={{random_crop_h_w: {size}}}",
+        ],
+    )
+    spec = layout_spec(config)
+    with FakeTensorMode():  # shapes only: no memory, no arithmetic
+        generator = build_generator(config).eval()
+        maps = torch.zeros(1, *size, dtype=torch.uint8)
+        count = multiply_adds(generator, SemanticLayout(spec, maps, maps if spec.has_edges else None))
+    assert round(sum(p.numel() for p in generator.parameters()) / 1e6, 1) == millions
+    assert float(f"{count / 1e9:.3g}") == billions
+
+
+def test_multiply_adds_are_those_of_the_convolutions_and_matrix_products():
+    spec = LayoutSpec(3)
+    generator = Pix2pixHDGenerator(spec, (16, 16), num_filters=2, num_downsamplings=1, num_blocks=1).eval()
+    full, half = 16 * 24, 8 * 12
+    expected = full * 49 * (3 * 2 + 2 * 3) + half * 9 * 2 * 4 + half * 2 * 9 * 4 * 4 + half * 9 * 4 * 2
+    assert multiply_adds(generator, random_layout(spec, 1, 16, 24)) == expected
 
 
 def test_a_profile_prints_operations_and_writes_a_trace(tiny_run, tmp_path):

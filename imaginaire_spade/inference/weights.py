@@ -9,7 +9,7 @@ import hashlib
 import sys
 import tempfile
 import urllib.error
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +23,7 @@ from imaginaire_spade.compatibility import explain_mismatch
 from imaginaire_spade.config import RunConfig, WeightSource, dump_yaml, load_config, parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.models.generator import Generator
+from imaginaire_spade.models.layers import fold_spectral_norm
 from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpoint
 
 
@@ -72,14 +73,13 @@ def load_generator(path: Path, *, weights: str = "ema", device: torch.device | s
         raise CheckpointError(f"{path}: a checkpoint without {' and '.join(sorted(missing))}: not one to generate with")
     config = parse_config(content["config"], source=str(path))
     notes = []
-    average = content.get("generator_ema")
-    if weights == "ema" and average is None:
+    if weights == "ema" and content.get("generator_ema") is None:
         weights, notes = "raw", [f"{path} has no moving average of the weights: the raw weights are used"]
     generator = build_generator(config)
-    _load(generator, average if weights == "ema" else content["generator"], path, "generator")
+    _load(generator, content, "generator", weights, path)
     encoder = build_encoder(config) if content.get("encoder") is not None else None
     if encoder is not None:
-        _load(encoder, content["encoder"], path, "encoder")
+        _load(encoder, content, "encoder", weights, path)
     device = torch.device(device)
     channels_last = config.trainer.channels_last and device.type == "cuda"
     for network in filter(None, (generator, encoder)):
@@ -90,9 +90,15 @@ def load_generator(path: Path, *, weights: str = "ema", device: torch.device | s
     return LoadedModel(generator, encoder, config, images_seen, weights, device, tuple(notes))
 
 
-def _load(network: nn.Module, state: Any, path: Path, name: str) -> None:
+def _load(network: nn.Module, content: Mapping[str, Any], name: str, weights: str, path: Path) -> None:
+    """Weights into ``network``, whose spectral norms are folded: the average was stored so, raw weights become so."""
+    average = content.get(f"{name}_ema") if weights == "ema" else None
     try:
-        network.load_state_dict(state)
+        if average is None:
+            network.load_state_dict(content[name])
+        fold_spectral_norm(network)
+        if average is not None:
+            network.load_state_dict(average)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: the weights of its {name} do not fit the architecture of its own config; it is damaged, or its"

@@ -7,20 +7,23 @@ that fix the architecture and load the reference's state dict into it. Every ten
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from imaginaire_spade.build import build_component
+from imaginaire_spade.config import parse_component
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.interop import clade, imaginaire, nvlabs_spade
+from imaginaire_spade.models.discriminator import Discriminator
+from imaginaire_spade.models.encoder import ConvEncoder
+from imaginaire_spade.models.generator import Generator, SPADEGenerator
+from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS
 
 _SOURCES = {"nvlabs_spade": nvlabs_spade, "clade": clade, "imaginaire": imaginaire}
+SOURCES = tuple(_SOURCES)
 
-
-def _source(name: str) -> Any:
-    if name not in _SOURCES:
-        raise CheckpointError(f"unknown source {name!r}; known: {', '.join(_SOURCES)}")
-    return _SOURCES[name]
+N = TypeVar("N", bound=nn.Module)
 
 
 def import_generator(source: str, state_dict: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> nn.Module:
@@ -33,17 +36,42 @@ def import_generator(source: str, state_dict: Mapping[str, Tensor], hyper: Mappi
     Raises:
         CheckpointError: listing tensors that are missing, left over or of another shape.
     """
-    return _load(_source(source).generator(hyper), state_dict, _source(source))
+    component = parse_component(describe(source, "generator", hyper), GENERATORS, "gen")
+    known = describe(source, "layout_spec", hyper), describe(source, "image_size", hyper)
+    return load_reference(build_component(GENERATORS, component, *known), source, state_dict)
 
 
 def import_discriminator(source: str, state_dict: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> nn.Module:
     """Like ``import_generator``, for the discriminator."""
-    return _load(_source(source).discriminator(hyper), state_dict, _source(source))
+    component = parse_component(describe(source, "discriminator", hyper), DISCRIMINATORS, "dis")
+    network = build_component(DISCRIMINATORS, component, describe(source, "layout_spec", hyper))
+    return load_reference(network, source, state_dict)
 
 
 def import_encoder(source: str, state_dict: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> nn.Module:
     """Like ``import_generator``, for the style encoder."""
-    return _load(_source(source).encoder(hyper), state_dict, _source(source))
+    component = parse_component(describe(source, "encoder", hyper), ENCODERS, "encoder")
+    network = build_component(ENCODERS, component, describe(source, "style_dims", hyper))
+    return load_reference(network, source, state_dict)
+
+
+def describe(source: str, part: str, hyper: Mapping[str, Any]) -> Any:
+    """What a reference's hyper-parameters say about one part of our networks.
+
+    Args:
+        part: ``generator``, ``discriminator``, ``encoder`` (trees as YAML has them), ``layout_spec``, ``image_size``
+            or ``style_dims``.
+    Raises:
+        CheckpointError: a hyper-parameter is missing, or has a value that our networks do not know.
+    """
+    module = _source(source)
+    try:
+        return getattr(module, part)(module.DEFAULTS | dict(hyper))
+    except KeyError as error:
+        raise CheckpointError(
+            f"the architecture lacks {error.args[0]!r}, which a {part.replace('_', ' ')} of {source} needs. Given:"
+            f" {', '.join(sorted(hyper)) or 'nothing'}"
+        ) from None
 
 
 def reference_names(source: str, network: nn.Module) -> dict[str, str]:
@@ -51,11 +79,18 @@ def reference_names(source: str, network: nn.Module) -> dict[str, str]:
     return {key: _source(source).reference_key(network, key) for key in network.state_dict()}
 
 
-def _load(network: nn.Module, state_dict: Mapping[str, Tensor], source: Any) -> nn.Module:
-    scope = source.scope(network)
+def _source(name: str) -> Any:
+    if name not in _SOURCES:
+        raise CheckpointError(f"unknown source {name!r}; known: {', '.join(_SOURCES)}")
+    return _SOURCES[name]
+
+
+def load_reference(network: N, source: str, state_dict: Mapping[str, Tensor]) -> N:
+    """Load a reference's state dict into ``network``. Raises CheckpointError like ``import_generator``."""
+    scope = _source(source).scope(network)
     theirs = {key.removeprefix("module."): value for key, value in state_dict.items()}
     theirs = {key: value for key, value in theirs.items() if key.startswith(scope)}
-    names = {key: source.reference_key(network, key) for key in network.state_dict()}
+    names = reference_names(source, network)
     missing = [f"{name} {list(network.state_dict()[key].shape)}" for key, name in names.items() if name not in theirs]
     left_over = [f"{name} {list(theirs[name].shape)}" for name in theirs if name not in names.values()]
     reshaped = [
@@ -64,11 +99,45 @@ def _load(network: nn.Module, state_dict: Mapping[str, Tensor], source: Any) -> 
         if names[key] in theirs and theirs[names[key]].shape != value.shape
     ]
     if missing or left_over or reshaped:
+        if reason := _plain_reason(network, theirs):
+            raise CheckpointError(reason)
         kinds = (("missing: ", missing), ("left over: ", left_over), ("", reshaped))
         shown = "; ".join(kind + _first(found) for kind, found in kinds if found)
         raise CheckpointError(f"not the weights of a {type(network).__name__} of these hyper-parameters: {shown}")
     network.load_state_dict({key: theirs[name] for key, name in names.items()})
     return network
+
+
+_MARKS = {
+    "discriminator": ("discriminator_", "discriminators.", "fpse_discriminator."),
+    "generator": ("head_0.", "spade_generator."),
+    "style encoder": ("layer1.", "style_encoder."),
+}
+"""How the tensors of each kind of network begin, in any of the reference systems."""
+
+
+def _plain_reason(network: nn.Module, theirs: Mapping[str, Tensor]) -> str | None:
+    """The usual mistakes in words: another kind of network, label count or up-sampling depth."""
+    wanted = {Discriminator: "discriminator", Generator: "generator", ConvEncoder: "style encoder"}
+    own = next((name for cls, name in wanted.items() if isinstance(network, cls)), None)
+    found = [kind for kind, marks in _MARKS.items() if any(key.startswith(marks) for key in theirs)]
+    if own is not None and found and own not in found:
+        return f"these are the weights of a {' and a '.join(found)}, not of a {own}: give the file of the {own}"
+    if not isinstance(network, SPADEGenerator):
+        return None
+    blocks = 8 if any(key.startswith("up_4.") for key in theirs) else 7
+    if blocks != len(network.blocks):
+        depth = "most" if blocks == 8 else "normal or more"
+        return f"the generator has {blocks} residual blocks: write num_upsampling_layers: {depth} (gen.upsampling here)"
+    first, own_first = theirs.get("fc.weight"), network.state_dict()["fc.weight"]
+    if first is not None and first.dim() != own_first.dim():
+        return f"the generator starts from a {'style code: use_vae' if first.dim() == 2 else 'label map: no use_vae'}"
+    if first is not None and first.dim() == 4 and first.shape[1] != own_first.shape[1]:
+        return (
+            f"the generator takes {first.shape[1]} label channels, this architecture has {own_first.shape[1]}:"
+            " label_nc, and one more each for contain_dontcare_label and for instance edges (no_instance: false)"
+        )
+    return None
 
 
 def _first(items: list[str], count: int = 5) -> str:

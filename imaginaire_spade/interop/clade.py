@@ -10,23 +10,26 @@ from torch import nn
 
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.interop import nvlabs_spade
-from imaginaire_spade.interop.nvlabs_spade import discriminator, layout_spec, scope
-from imaginaire_spade.models.generator import SPADEGenerator
-from imaginaire_spade.models.norms import CLADE
+from imaginaire_spade.interop.nvlabs_spade import discriminator, image_size, layout_spec, scope, style_dims
 
-__all__ = ["discriminator", "encoder", "generator", "layout_spec", "reference_key", "scope"]
+__all__ = [
+    "DEFAULTS", "discriminator", "encoder", "generator", "image_size", "layout_spec", "reference_key", "scope",
+    "style_dims",
+]  # fmt: skip
+
+DEFAULTS: dict[str, Any] = nvlabs_spade.DEFAULTS | {"norm_mode": "clade", "add_dist": False}
 
 
-def generator(hyper: Mapping[str, Any]) -> SPADEGenerator:
+def generator(hyper: Mapping[str, Any]) -> dict[str, Any]:
     if hyper["norm_mode"] != "clade" or hyper["add_dist"]:
         raise CheckpointError(
             f"norm_mode {hyper['norm_mode']!r}, add_dist {hyper['add_dist']}: clade without distances is known here"
         )
-    # Options that matter for a style code only may be left out.
-    return nvlabs_spade.generator({"z_dim": 256, "aspect_ratio": 1.0, **hyper}, norm=CLADE)
+    tree = nvlabs_spade.generator(hyper)
+    return tree | {"norm": {"type": "clade", "normalization": tree["norm"]["normalization"]}}
 
 
-def encoder(hyper: Mapping[str, Any]) -> nn.Module:
+def encoder(hyper: Mapping[str, Any]) -> dict[str, Any]:
     raise CheckpointError("CLADE has no style encoder")
 
 

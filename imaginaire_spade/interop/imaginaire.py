@@ -1,10 +1,12 @@
-"""Architecture and tensor names of imaginaire's SPADE checkpoints."""
+"""Architecture and tensor names of imaginaire's SPADE checkpoints.
+
+Each function of a part gives that part's tree as YAML would.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -14,8 +16,10 @@ from imaginaire_spade.interop.nvlabs_spade import split_key
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.encoder import ConvEncoder
 from imaginaire_spade.models.fpse import FPSEDiscriminator
-from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.models.style_generator import StyleSPADEGenerator
+
+DEFAULTS: dict[str, Any] = {}
+"""Nothing is taken for granted: imaginaire's options have no one set of defaults."""
 
 
 def layout_spec(hyper: Mapping[str, Any]) -> LayoutSpec:
@@ -26,50 +30,56 @@ def layout_spec(hyper: Mapping[str, Any]) -> LayoutSpec:
     )
 
 
-def generator(hyper: Mapping[str, Any]) -> StyleSPADEGenerator:
+def image_size(hyper: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) of training; the generator is fully convolutional."""
+    return hyper["out_image_small_side_size"], hyper["out_image_small_side_size"]
+
+
+def generator(hyper: Mapping[str, Any]) -> dict[str, Any]:
     """The generator of options such as ``spade_kernel_size: 5``, ``separate_projection: true``."""
-    fixed = {
-        "out_image_small_side_size": 256, "use_posenc_in_input_layer": False, "separate_projection": True,
-        "kernel_size": 3, "weight_norm_type": "spectral", "skip_activation_norm": True,
-    }  # fmt: skip
-    if other := [f"{key}: {hyper[key]}" for key, value in fixed.items() if hyper[key] != value]:
-        raise CheckpointError(f"an imaginaire generator with {', '.join(other)} is not known here")
-    norm = partial(
-        SPADE,
-        normalization="instance" if hyper["activation_norm_type"] == "instance" else "batch",
-        affine=hyper["activation_norm_affine"],
-        hidden_channels=hyper["spade_hidden_filters"],
-        kernel_size=hyper["spade_kernel_size"],
-        spectral_norm=True,
-    )
-    return StyleSPADEGenerator(
-        layout_spec(hyper),
-        (256, 256),
-        num_filters=hyper["num_filters"],
-        style_dims=hyper["style_dims"],
-        output_multiplier=hyper["output_multiplier"],
-        norm=norm,
-    )
+    _check(hyper, "generator", {
+        "separate_projection": True, "kernel_size": 3, "weight_norm_type": "spectral", "skip_activation_norm": True,
+    })  # fmt: skip
+    if (size := hyper["out_image_small_side_size"]) not in (256, 512, 1024):
+        raise CheckpointError(f"out_image_small_side_size: {size} must be 256, 512 or 1024")
+    return {
+        "type": "style_spade",
+        "num_filters": hyper["num_filters"],
+        "style_dims": hyper["style_dims"],
+        "output_size": size,
+        "positional_encoding": hyper["use_posenc_in_input_layer"],
+        "output_multiplier": float(hyper["output_multiplier"]),
+        "norm": {
+            "type": "spade",
+            "normalization": "instance" if hyper["activation_norm_type"] == "instance" else "batch",
+            "affine": hyper["activation_norm_affine"],
+            "hidden_channels": hyper["spade_hidden_filters"],
+            "kernel_size": hyper["spade_kernel_size"],
+            "spectral_norm": True,
+        },
+    }
 
 
-def discriminator(hyper: Mapping[str, Any]) -> FPSEDiscriminator:
-    fixed = {
+def discriminator(hyper: Mapping[str, Any]) -> dict[str, Any]:
+    _check(hyper, "discriminator", {
         "kernel_size": 4, "activation_norm_type": "none", "weight_norm_type": "spectral", "use_fpse": True,
         "fpse_kernel_size": 3, "fpse_activation_norm_type": "none",
-    }  # fmt: skip
-    if other := [f"{key}: {hyper[key]}" for key, value in fixed.items() if hyper[key] != value]:
-        raise CheckpointError(f"an imaginaire discriminator with {', '.join(other)} is not known here")
-    return FPSEDiscriminator(
-        layout_spec(hyper),
-        num_discriminators=hyper["num_discriminators"],
-        num_layers=hyper["num_layers"],
-        num_filters=hyper["num_filters"],
-        max_num_filters=hyper["max_num_filters"],
-    )
+    })  # fmt: skip
+    names = ("num_discriminators", "num_layers", "num_filters", "max_num_filters")
+    return {"type": "fpse"} | {name: hyper[name] for name in names}
 
 
-def encoder(hyper: Mapping[str, Any]) -> ConvEncoder:
-    return ConvEncoder(hyper["style_dims"], num_filters=hyper["style_enc_num_filters"], normalization="none")
+def encoder(hyper: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "conv", "num_filters": hyper["style_enc_num_filters"], "normalization": "none"}
+
+
+def style_dims(hyper: Mapping[str, Any]) -> int:
+    return int(hyper["style_dims"])
+
+
+def _check(hyper: Mapping[str, Any], what: str, known: Mapping[str, Any]) -> None:
+    if other := [f"{key}: {hyper[key]}" for key, value in known.items() if hyper[key] != value]:
+        raise CheckpointError(f"an imaginaire {what} with {', '.join(other)} is not known here")
 
 
 def scope(network: nn.Module) -> str:
@@ -94,7 +104,9 @@ def reference_key(network: nn.Module, key: str) -> str:
         layers = network.discriminators[int(index)].layers
         layer = place[1] if place[0] == "layers" else len(layers)  # type: ignore[arg-type]
         return f"discriminators.{index}.layer{layer}.0.layers.conv.{leaf}"
-    owner = owner.replace("to_image", "conv_img256")
+    if not isinstance(network, StyleSPADEGenerator):
+        raise CheckpointError(f"a {type(network).__name__} has no counterpart in imaginaire's SPADE")
+    owner = re.sub(r"^to_image(?:_(\d+))?$", lambda m: f"conv_img{m[1] or 256}", owner)
     if owner.startswith("cbn_"):
         block, _, inner = owner.partition(".")
         names = {"conv": "conv", "norm.normalize": "norm.norm", "norm.gamma": "norm.fc_gamma.layers.conv",

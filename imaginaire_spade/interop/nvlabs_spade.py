@@ -1,10 +1,12 @@
-"""Architecture and tensor names of the 2019 SPADE / GauGAN release's checkpoints (``latest_net_{G,D,E}.pth``)."""
+"""Architecture and tensor names of the 2019 SPADE / GauGAN release's checkpoints (``latest_net_{G,D,E}.pth``).
+
+Its options (``opt.txt``) are the hyper-parameters. Each function of a part gives that part's tree as YAML would.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,9 +15,15 @@ from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
 from imaginaire_spade.models.encoder import ConvEncoder
-from imaginaire_spade.models.generator import NormFactory, SPADEGenerator
+from imaginaire_spade.models.generator import SPADEGenerator
 from imaginaire_spade.models.layers import SpectralNorm
-from imaginaire_spade.models.norms import SPADE
+
+DEFAULTS: dict[str, Any] = {
+    "contain_dontcare_label": False, "no_instance": False, "crop_size": 256, "aspect_ratio": 1.0,
+    "ngf": 64, "norm_G": "spectralspadesyncbatch3x3", "num_upsampling_layers": "normal", "use_vae": False, "z_dim": 256,
+    "ndf": 64, "norm_D": "spectralinstance", "num_D": 2, "n_layers_D": 4, "norm_E": "spectralinstance",
+}  # fmt: skip
+"""The release's own, for options that an architecture leaves out."""
 
 
 def layout_spec(hyper: Mapping[str, Any]) -> LayoutSpec:
@@ -24,51 +32,56 @@ def layout_spec(hyper: Mapping[str, Any]) -> LayoutSpec:
     )
 
 
-def generator(hyper: Mapping[str, Any], norm: NormFactory | None = None) -> SPADEGenerator:
-    """The generator of options such as ``norm_G: spectralspadesyncbatch3x3``, ``num_upsampling_layers: more``.
+def image_size(hyper: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width): the width is ``crop_size``, both rounded to the generator's multiple."""
+    multiple = 2 ** {"normal": 5, "more": 6, "most": 7}[hyper["num_upsampling_layers"]]
+    width = max(1, hyper["crop_size"] // multiple)
+    return max(1, round(width / hyper["aspect_ratio"])) * multiple, width * multiple
 
-    ``norm`` replaces the SPADE norm that ``norm_G`` names.
-    """
+
+def generator(hyper: Mapping[str, Any]) -> dict[str, Any]:
+    """The generator of options such as ``norm_G: spectralspadesyncbatch3x3``, ``num_upsampling_layers: more``."""
     matched = re.fullmatch(r"(spectral)?spade(syncbatch|batch|instance)(\d)x\3", hyper["norm_G"])
     if matched is None:
         raise CheckpointError(f"norm_G {hyper['norm_G']!r}: expected such as spectralspadesyncbatch3x3")
-    steps = {"normal": 5, "more": 6, "most": 7}[hyper["num_upsampling_layers"]]
-    width = hyper["crop_size"] // 2**steps
-    height = round(width / hyper["aspect_ratio"])
-    spade = partial(
-        SPADE,
-        normalization="instance" if matched[2] == "instance" else "batch",
-        kernel_size=int(matched[3]),
-        hidden_channels=128,
-    )
-    return SPADEGenerator(
-        layout_spec(hyper),
-        (height * 2**steps, width * 2**steps),
-        num_filters=hyper["ngf"],
-        style_dims=hyper["z_dim"] if hyper["use_vae"] else 0,
-        upsampling=hyper["num_upsampling_layers"],
-        spectral_norm=matched[1] is not None,
-        norm=norm or spade,
-    )
+    return {
+        "type": "spade",
+        "num_filters": hyper["ngf"],
+        "style_dims": hyper["z_dim"] if hyper["use_vae"] else 0,
+        "upsampling": hyper["num_upsampling_layers"],
+        "spectral_norm": matched[1] is not None,
+        "norm": {
+            "type": "spade",
+            "normalization": "instance" if matched[2] == "instance" else "batch",
+            "hidden_channels": 128,
+            "kernel_size": int(matched[3]),
+        },
+    }
 
 
-def discriminator(hyper: Mapping[str, Any]) -> MultiscaleDiscriminator:
+def discriminator(hyper: Mapping[str, Any]) -> dict[str, Any]:
     matched = re.fullmatch(r"(spectral)?(instance|none)?", hyper["norm_D"])
     if matched is None:
         raise CheckpointError(f"norm_D {hyper['norm_D']!r}: expected such as spectralinstance")
-    return MultiscaleDiscriminator(
-        layout_spec(hyper),
-        num_discriminators=hyper["num_D"],
-        num_layers=hyper["n_layers_D"],
-        num_filters=hyper["ndf"],
-        normalization="instance" if matched[2] == "instance" else "none",
-        spectral_norm=matched[1] is not None,
-    )
+    return {
+        "type": "multiscale_patch",
+        "num_discriminators": hyper["num_D"],
+        "num_layers": hyper["n_layers_D"],
+        "num_filters": hyper["ndf"],
+        "normalization": "instance" if matched[2] == "instance" else "none",
+        "spectral_norm": matched[1] is not None,
+    }
 
 
-def encoder(hyper: Mapping[str, Any]) -> ConvEncoder:
-    """Its width is the generator's ``ngf``, its code always 256 long, its pictures always 256x256."""
-    return ConvEncoder(256, num_filters=hyper["ngf"], image_size=256)
+def encoder(hyper: Mapping[str, Any]) -> dict[str, Any]:
+    """Its width is the generator's ``ngf``, its pictures are always 256x256."""
+    if hyper["norm_E"] != "spectralinstance":
+        raise CheckpointError(f"norm_E {hyper['norm_E']!r}: spectralinstance is known here")
+    return {"type": "conv", "num_filters": hyper["ngf"], "image_size": 256, "normalization": "instance"}
+
+
+def style_dims(hyper: Mapping[str, Any]) -> int:
+    return int(hyper["z_dim"])
 
 
 def scope(network: nn.Module) -> str:
@@ -103,7 +116,8 @@ def reference_key(network: nn.Module, key: str) -> str:
         return name
     if isinstance(network, ConvEncoder):
         return re.sub(r"^layers\.(\d)\.", lambda m: f"layer{int(m[1]) + 1}.0.", name)
-    assert isinstance(network, MultiscaleDiscriminator)
+    if not isinstance(network, MultiscaleDiscriminator):
+        raise CheckpointError(f"a {type(network).__name__} has no counterpart in the 2019 SPADE release")
     last = len(network.discriminators[0].layers)  # type: ignore[arg-type]
     name = re.sub(r"^discriminators\.(\d+)\.", r"discriminator_\1.", name)
     name = name.replace(".to_logits.", f".model{last}.0.")

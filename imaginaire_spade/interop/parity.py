@@ -321,7 +321,15 @@ def _training(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
 
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = TrainState(
-        generator, discriminator, None, None, optimizer(generator, "G"), optimizer(discriminator, "D"), scaler, scaler
+        generator,
+        discriminator,
+        None,
+        None,
+        None,
+        optimizer(generator, "G"),
+        optimizer(discriminator, "D"),
+        scaler,
+        scaler,
     )
     terms = nn.ModuleDict({"gan": losses.GANLoss(mode=_GAN_MODES[hyper["gan_mode"]])})
     terms["feature_matching"] = losses.FeatureMatchingLoss()

@@ -27,6 +27,15 @@ class Generator(nn.Module):
     style_dims: int
     """Length of the style code z; 0: it takes none."""
 
+    def check_input(self, layout: SemanticLayout, z: Tensor | None) -> None:
+        """Raises ValueError where the layout's size or the style code is not what this generator takes."""
+        if layout.height % self.size_multiple or layout.width % self.size_multiple:
+            raise ValueError(
+                f"layout of {layout.height}x{layout.width}: both must be multiples of {self.size_multiple}"
+            )
+        if (z is not None) != bool(self.style_dims):
+            raise ValueError(f"style code {'missing' if z is None else 'given'}, but style_dims is {self.style_dims}")
+
 
 class SPADEResidualBlock(nn.Module):
     """Residual block with conditional norms (Park et al. 2019, fig. 4 left): norm, leaky ReLU, convolution, twice.
@@ -108,12 +117,8 @@ class SPADEGenerator(Generator):
             layout: N label maps [H, W].
             z: style codes float [N, style_dims]; required if and only if style_dims > 0.
         """
-        height, width = layout.height, layout.width
-        if height % self.size_multiple or width % self.size_multiple:
-            raise ValueError(f"layout of {height}x{width}: both must be multiples of {self.size_multiple}")
-        if (z is not None) != bool(self.style_dims):
-            raise ValueError(f"style code {'missing' if z is None else 'given'}, but style_dims is {self.style_dims}")
-        start = (height // self.size_multiple, width // self.size_multiple)
+        self.check_input(layout, z)
+        start = (layout.height // self.size_multiple, layout.width // self.size_multiple)
         if z is not None:
             x = self.fc(z).view(len(layout), -1, *self.start_size)  # [N, 16 F, h0, w0]
             if start != self.start_size:

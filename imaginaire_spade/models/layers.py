@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,37 +20,88 @@ class SpectralNorm(nn.Module):
     weight: Tensor
     weight_u: Tensor
     weight_v: Tensor
+    plain: type[nn.Module]
+    """The layer without spectral norm."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        rows, columns = self.weight.flatten(1).shape
+        rows, columns = self._matrix().shape
         self.register_buffer("weight_u", F.normalize(torch.randn(rows), dim=0, eps=1e-12))
         self.register_buffer("weight_v", F.normalize(torch.randn(columns), dim=0, eps=1e-12))
 
     def normalised_weight(self) -> Tensor:
         """W / sigma, of the weight's shape; in training mode after one power iteration."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            matrix = self.weight.flatten(1)
             if self.training:
-                with torch.no_grad():
-                    # New tensors, not in place: a graph of an earlier forward may still hold the old ones.
-                    self.weight_v = F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12)
-                    self.weight_u = F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12)
-            return self.weight / torch.dot(self.weight_u, matrix @ self.weight_v)
+                self.iterate()
+            return self.effective_weight()
+
+    def effective_weight(self) -> Tensor:
+        """W / sigma with u and v as they are: what evaluation mode uses."""
+        return self.weight / self.sigma()
+
+    def sigma(self) -> Tensor:
+        """u . W v, the estimate of the largest singular value: scalar."""
+        return torch.dot(self.weight_u, self._matrix() @ self.weight_v)
+
+    @torch.no_grad()
+    def iterate(self) -> None:
+        """One power iteration."""
+        matrix = self._matrix()
+        # New tensors, not in place: a graph of an earlier forward may still hold the old ones.
+        self.weight_v = F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12)
+        self.weight_u = F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12)
+
+    def _matrix(self) -> Tensor:
+        return self.weight.flatten(1)
 
 
 class SpectralConv2d(SpectralNorm, nn.Conv2d):
     """Spectrally normalised convolution."""
 
+    plain = nn.Conv2d
+
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.normalised_weight(), self.bias)
+
+
+class SpectralConvTranspose2d(SpectralNorm, nn.ConvTranspose2d):
+    """Spectrally normalised transposed convolution; its weight is stored [in, out, h, w]."""
+
+    plain = nn.ConvTranspose2d
+
+    def _matrix(self) -> Tensor:
+        return self.weight.transpose(0, 1).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        options = (self.stride, self.padding, self.output_padding)
+        return F.conv_transpose2d(x, self.normalised_weight(), self.bias, *options)  # type: ignore[arg-type]
 
 
 class SpectralLinear(SpectralNorm, nn.Linear):
     """Spectrally normalised linear layer."""
 
+    plain = nn.Linear
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.normalised_weight(), self.bias)
+
+
+N = TypeVar("N", bound=nn.Module)
+
+
+@torch.no_grad()
+def fold_spectral_norm(network: N) -> N:
+    """Turn, in place, every spectrally normalised layer into a plain one that holds W / sigma.
+
+    In evaluation mode the outputs stay what they were; training goes on without spectral norm.
+    """
+    for layer in network.modules():
+        if isinstance(layer, SpectralNorm):
+            layer.weight = nn.Parameter(layer.effective_weight(), layer.weight.requires_grad)
+            del layer.weight_u, layer.weight_v
+            layer.__class__ = layer.plain
+    return network
 
 
 def conv2d(*args: Any, spectral: bool, **kwargs: Any) -> nn.Conv2d:

@@ -116,6 +116,33 @@ class SPADE(ConditionalNorm):
         return self.normalize(x) * (1 + self.gamma(hidden)) + self.beta(hidden)
 
 
+@NORMS.register("concat")
+class Concat(ConditionalNorm):
+    """Normalises x and appends the one-hot layout, so that the next convolution sees it: no modulation.
+
+    In the generator ``spade`` this is the "decoder w/ Concat" of Park et al. 2019 (table 3, "Effectiveness of SPADE").
+
+    Args:
+        channels: of x.
+        spec: what the layouts hold.
+        normalization: parameter-free ``batch`` or ``instance`` norm of x.
+    """
+
+    def __init__(
+        self, channels: int, spec: LayoutSpec, *, normalization: Literal["batch", "instance"] = "batch"
+    ) -> None:
+        super().__init__()
+        self.out_channels = channels + spec.num_channels
+        self.normalize = (
+            BatchNorm2d(channels, affine=False) if normalization == "batch" else nn.InstanceNorm2d(channels)
+        )
+
+    def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
+        """x [N, channels, H, W], layout of any resolution -> [N, channels + num_channels, H, W]."""
+        y = self.normalize(x)
+        return torch.cat([y, layout.resized(*x.shape[-2:]).one_hot(y.dtype)], 1)
+
+
 @NORMS.register("clade")
 class CLADE(ConditionalNorm):
     """Class-adaptive normalisation (Tan et al. 2021, eq. 5): normalize(x) * weight[c] + bias[c], c the pixel's class.

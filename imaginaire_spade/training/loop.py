@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from imaginaire_spade.models.norms import synchronize_batch_norm
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.alarms import Alarms
 from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from imaginaire_spade.training.meters import LossMeter, RunLog, non_finite, peak_memory_gib
+from imaginaire_spade.training.meters import LossMeter, RunLog, non_finite
 from imaginaire_spade.training.model_average import reestimate_batch_norm
 from imaginaire_spade.training.preview import preview_batch, preview_sheet
 from imaginaire_spade.training.schedule import Calendar, learning_rate_factor
@@ -32,6 +31,10 @@ from imaginaire_spade.training.state import TrainState, new_train_state
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+PARTS = {"gen": "generator", "dis": "discriminator", "encoder": "encoder"}
+"""Section of the config -> its network's name in a checkpoint."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -147,7 +150,7 @@ def train(run: Run, logdir: Path, start_from: Path | None) -> None:
     log = RunLog(logdir, calendar, state.images_seen, enabled=run.info.is_main)
     log.say(describe(run))
     if resumed is not None:
-        log.say(f"continuing from {resumed}: iteration {calendar.iteration(state.images_seen)}")
+        log.say(resumed)
     if calendar.iteration(state.images_seen) >= calendar.stop_iteration:
         log.say(
             f"finished: iteration {calendar.iteration(state.images_seen)} of {calendar.stop_iteration}. To go on, raise"
@@ -198,8 +201,8 @@ def train(run: Run, logdir: Path, start_from: Path | None) -> None:
     distributed.barrier()  # nobody leaves the group while rank 0 still writes
 
 
-def resume(run: Run, logdir: Path, start_from: Path | None) -> Path | None:
-    """Load the newest sound checkpoint of the log dir, else ``start_from``. The file, or None for a fresh start.
+def resume(run: Run, logdir: Path, start_from: Path | None) -> str | None:
+    """Load the newest sound checkpoint of the log dir, else ``start_from``. What was done; None for a fresh start.
 
     Raises:
         CheckpointError: it belongs to another architecture or label table; said in words.
@@ -210,35 +213,18 @@ def resume(run: Run, logdir: Path, start_from: Path | None) -> Path | None:
     if chosen is None:
         return None
     content = newest[1] if newest is not None and newest[0] == chosen else load_checkpoint(chosen)
-    differences = explain_mismatch(parse_config(content["config"], source=str(chosen)), run.config)
+    present = [part for part, name in PARTS.items() if content.get(name) is not None]
+    differences = explain_mismatch(parse_config(content["config"], source=str(chosen)), run.config, parts=present)
     if differences:
         raise CheckpointError(
             f"{chosen} does not fit this config: {'; '.join(differences)}. Use the config it was trained with, or"
             " another --logdir for a new run"
         )
+    if content.get("gen_optimizer") is None:
+        fresh = run.state.start_from(content, str(chosen))
+        return f"starting from the weights of {chosen}{''.join(f'; {name}: fresh' for name in fresh)}"
     run.state.load_state_dict(content, str(chosen))
-    return chosen
-
-
-def dry_run(run: Run) -> str:
-    """Run one measured iteration and say what a run would be. Nothing is written."""
-    batches = run.batches(num_workers=0)
-    batch = next(batches)
-    run.step(batch)  # warms caches and allocators up
-    if run.device.type == "cuda":
-        torch.cuda.synchronize()
-    started_at = time.perf_counter()
-    run.step(batch)
-    if run.device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started_at
-    hours = seconds * run.calendar.total_iterations / 3600
-    return (
-        f"{describe(run)}\n"
-        f"one iteration: {seconds:.3f} s ({run.process_batch / seconds:.1f} images/s per process), peak memory"
-        f" {peak_memory_gib():.2f} GiB; the whole run about {hours:.1f} h at that rate\n"
-        "dry run: nothing was written"
-    )
+    return f"continuing from {chosen}: iteration {run.calendar.iteration(run.state.images_seen)}"
 
 
 def describe(run: Run) -> str:

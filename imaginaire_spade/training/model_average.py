@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from imaginaire_spade.layout import SemanticLayout
+from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
 from imaginaire_spade.models.norms import BatchNorm2d
+
+N = TypeVar("N", bound=nn.Module)
+
+
+def new_average(network: N) -> N:
+    """A copy of ``network`` in evaluation mode, without gradients and with its spectral norms folded."""
+    return fold_spectral_norm(copy.deepcopy(network)).eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def update_average(average: nn.Module, source: nn.Module, beta: float) -> None:
     """average = beta * average + (1 - beta) * source, for parameters and running statistics alike.
 
-    Other buffers (spectral-norm vectors, counters) are copied.
+    Of a spectrally normalised layer the normalised weight is averaged, under the present u and v (as imaginaire does):
+    an average of raw weights would have another norm than each of them.
+
+    Args:
+        average: as ``new_average`` makes it.
+        source: the trained network.
     """
-    torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), 1.0 - beta)
-    sources = dict(source.named_buffers())
-    for name, buffer in average.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            buffer.lerp_(sources[name], 1.0 - beta)
-        else:
-            buffer.copy_(sources[name])
+    values = {name: value for name, value in source.state_dict().items() if value.is_floating_point()}
+    for name, layer in source.named_modules():
+        if isinstance(layer, SpectralNorm):
+            values[f"{name}.weight"] = layer.effective_weight()
+    averages = {name: value for name, value in average.state_dict().items() if name in values}
+    torch._foreach_lerp_(list(averages.values()), [values[name] for name in averages], 1.0 - beta)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,6 +13,7 @@ from imaginaire_spade.build import build_discriminator, build_encoder, build_gen
 from imaginaire_spade.config import RunConfig
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.models.generator import Generator
+from imaginaire_spade.training.model_average import new_average, update_average
 
 
 @dataclass
@@ -24,7 +24,9 @@ class TrainState:
     discriminator: nn.Module
     encoder: nn.Module | None
     generator_ema: Generator | None
-    """Moving average of the generator; always in evaluation mode, without gradients."""
+    """Moving average of the generator; always in evaluation mode, without gradients, spectral norms folded."""
+    encoder_ema: nn.Module | None
+    """Likewise of the encoder."""
     gen_optimizer: torch.optim.Optimizer
     dis_optimizer: torch.optim.Optimizer
     gen_scaler: torch.amp.GradScaler
@@ -52,10 +54,33 @@ class TrainState:
                 has, lacks = ("this config", where) if stored is None else (where, "this config")
                 raise CheckpointError(f"{has} has {field.name}, {lacks} has none")
             elif own is not None:
-                try:
-                    own.load_state_dict(stored)
-                except (RuntimeError, ValueError, KeyError) as error:
-                    raise CheckpointError(f"{where}: {field.name} does not fit this config: {error}") from None
+                _load(own, stored, field.name, where)
+
+    def start_from(self, content: Mapping[str, Any], where: str) -> list[str]:
+        """Take over the networks of a checkpoint that holds no optimizers, such as an imported one; at image 0.
+
+        The average starts as a copy where the checkpoint has none. Returns the networks that start afresh.
+        """
+        fresh = []
+        for name in ("generator", "discriminator", "encoder"):
+            network, stored = getattr(self, name), content.get(name)
+            if network is not None and stored is None:
+                fresh.append(name)
+            elif network is not None:
+                _load(network, stored, name, where)
+            average = getattr(self, f"{name}_ema", None)
+            if average is not None:
+                update_average(average, network, 0.0)
+                if content.get(f"{name}_ema") is not None:
+                    _load(average, content[f"{name}_ema"], f"{name}_ema", where)
+        return fresh
+
+
+def _load(owner: Any, stored: Any, name: str, where: str) -> None:
+    try:
+        owner.load_state_dict(stored)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{where}: {name} does not fit this config: {error}") from None
 
 
 def new_train_state(config: RunConfig, device: torch.device, seed: int) -> TrainState:
@@ -70,16 +95,15 @@ def new_train_state(config: RunConfig, device: torch.device, seed: int) -> Train
     for network in networks:
         network.to(device, memory_format=layout)  # type: ignore[call-overload]
         network.train()
-    average = None
-    if config.trainer.model_average is not None:
-        average = copy.deepcopy(generator).eval().requires_grad_(False)
+    averaged = config.trainer.model_average is not None
     generator_parameters = [p for network in (generator, encoder) if network is not None for p in network.parameters()]
     scaled = config.trainer.precision == "fp16"
     return TrainState(
         generator=generator,
         discriminator=discriminator,
         encoder=encoder,
-        generator_ema=average,
+        generator_ema=new_average(generator) if averaged else None,
+        encoder_ema=new_average(encoder) if averaged and encoder is not None else None,
         gen_optimizer=build_optimizer(generator_parameters, config.gen_opt, device),
         dis_optimizer=build_optimizer(discriminator.parameters(), config.dis_opt, device),
         gen_scaler=torch.amp.GradScaler(device.type, enabled=scaled),

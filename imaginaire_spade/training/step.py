@@ -79,6 +79,8 @@ def train_step(
         _update_generator(state, networks, pieces, made, settings, losses)
     if state.generator_ema is not None:
         update_average(state.generator_ema, state.generator, average_beta)
+    if state.encoder_ema is not None and state.encoder is not None:
+        update_average(state.encoder_ema, state.encoder, average_beta)
     return losses
 
 

@@ -1,0 +1,258 @@
+"""Checkpoint files of other systems -> checkpoints of ours, and back.
+
+Owns reading foreign files without running what they hold, finding the networks inside them, and the files that
+``scripts/import_checkpoint.py`` and ``scripts/export_checkpoint.py`` write.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from imaginaire_spade.build import build_discriminator, build_encoder, build_generator
+from imaginaire_spade.config import RunConfig, dump_config, parse_config
+from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.interop import describe, load_reference, reference_names
+from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
+from imaginaire_spade.training.checkpoint import FORMAT
+from imaginaire_spade.training.model_average import new_average
+
+State = dict[str, Tensor]
+
+
+def read_weights(path: Path, trust: bool = False) -> dict[str, Any]:
+    """What a checkpoint file holds, on the CPU. Nothing in the file is executed unless ``trust``.
+
+    Args:
+        path: a file that torch.save wrote, or a .safetensors file.
+        trust: unpickle whatever the file holds where it holds more than tensors and plain types.
+    Raises:
+        CheckpointError: absent, damaged, or holding objects that only ``trust`` would load.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not trust and "GLOBAL" in str(error):
+            named = str(error).partition("GLOBAL ")[2].split()[0]
+            raise CheckpointError(
+                f"{path}: holds more than tensors and plain types ({named}); nothing of it was executed. If you know"
+                " where it comes from, --trust unpickles it, which runs whatever code is in it"
+            ) from None
+        if not trust:
+            raise CheckpointError(f"{path}: damaged, or no checkpoint ({_first_line(error)})") from None
+        content = _unpickle(path)
+    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged, or no checkpoint ({_first_line(error)})") from None
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, not named tensors")
+    if content.get("format") == FORMAT:
+        raise CheckpointError(f"{path}: is a checkpoint of this package already; use it as it is")
+    return dict(content)
+
+
+def _unpickle(path: Path) -> Any:
+    print(f"warning: {path} is unpickled without restriction (--trust)", file=sys.stderr, flush=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # whatever the file's own code raises
+        raise CheckpointError(f"{path}: cannot be unpickled ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def networks_in(content: Mapping[str, Any], path: Path) -> dict[str, State]:
+    """State dicts of a foreign file by part: ``generator``, ``generator_ema``, ``discriminator``.
+
+    A file of the 2019 SPADE release or of CLADE is one network's state dict and comes out as ``generator``. A file of
+    imaginaire holds ``net_G`` (the network and its average, style encoder included) and ``net_D``.
+    """
+    if "net_G" not in content:
+        return {"generator": _tensors(content, path)}
+    parts: dict[str, State] = {"generator": {}}
+    for key, value in _tensors(content["net_G"], path).items():
+        name = key.removeprefix("module.")
+        if name.startswith("averaged_model."):
+            parts.setdefault("generator_ema", {})[name.removeprefix("averaged_model.")] = value
+        elif name != "num_updates_tracked":
+            parts["generator"][name.removeprefix("module.")] = value
+    if "net_D" in content:
+        parts["discriminator"] = _tensors(content["net_D"], path)
+    return parts
+
+
+def _tensors(content: Any, path: Path) -> State:
+    others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(
+            f"{path}: no state dict of a network, {', '.join(others[:5])} are no tensors. Expected latest_net_G.pth"
+            " (2019 SPADE release), best_net_G.pth (CLADE) or a checkpoint of imaginaire with net_G"
+        )
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def architecture_config(source: str, hyper: Mapping[str, Any], base: RunConfig | None) -> RunConfig:
+    """The config of an imported checkpoint: networks and label channels from ``hyper``, everything else from ``base``.
+
+    Args:
+        source: as for ``import_generator``.
+        hyper: likewise.
+        base: a config of ours, such as the recipe of the same data set, whose label table, schedule and paths are
+            taken; None: a table of unnamed classes where 255 means "no class" if there is a don't-care channel.
+    Raises:
+        CheckpointError: the hyper-parameters do not describe a network of ours, or ``base`` has other label channels.
+    """
+    spec = describe(source, "layout_spec", hyper)
+    tree: dict[str, Any]
+    if base is not None:
+        tree = dump_config(base)
+        own = base.data.labels.num_classes, base.data.labels.dont_care, base.data.edges != "none"
+        wanted = spec.num_classes, spec.has_dont_care, spec.has_edges
+        for name, ours, theirs in zip(("classes", "don't-care channel", "edge channel"), own, wanted, strict=True):
+            if ours != theirs:
+                raise CheckpointError(
+                    f"--config and --architecture disagree on the {name}: {ours} and {theirs}. Change data.labels or"
+                    " data.edges of the config, or take the config of the data set that the checkpoint was trained on"
+                )
+    else:
+        labels = {"num_classes": spec.num_classes, "dont_care": spec.has_dont_care}
+        tree = {
+            "losses": {"gan": 1.0, "feature_matching": 10.0, "perceptual": 10.0},
+            "gen_opt": {"lr": 1e-4, "adam_beta2": 0.9},
+            "dis_opt": {"lr": 4e-4, "adam_beta2": 0.9},
+            "trainer": {"max_epochs": 50},
+            "data": {
+                "labels": labels | ({"ignore": [255]} if spec.has_dont_care and spec.num_classes < 255 else {}),
+                "edges": "instances" if spec.has_edges else "none",
+                "train": {
+                    "roots": ["dataset/train"],
+                    "augmentations": {"resize_h_w": list(describe(source, "image_size", hyper))},
+                },
+            },
+        }
+    tree["gen"] = describe(source, "generator", hyper)
+    tree["encoder"] = describe(source, "encoder", hyper) if _has_encoder(source, hyper) else None
+    if base is None:
+        tree["dis"] = {"type": "fpse" if source == "imaginaire" else "multiscale_patch"}
+    if isinstance(hyper.get("dis"), Mapping):
+        tree["dis"] = describe(source, "discriminator", {**hyper, **hyper["dis"]})
+    elif source != "imaginaire" and {"ndf", "num_D", "n_layers_D", "norm_D"} & set(hyper):
+        tree["dis"] = describe(source, "discriminator", hyper)
+    return parse_config(tree, source="the architecture")
+
+
+def _has_encoder(source: str, hyper: Mapping[str, Any]) -> bool:
+    return "style_enc_num_filters" in hyper if source == "imaginaire" else bool(hyper.get("use_vae"))
+
+
+def import_checkpoint(
+    source: str, config: RunConfig, parts: Mapping[str, State], encoder: State | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """The content of a checkpoint of ours, and what the user should know.
+
+    Args:
+        source: as for ``import_generator``.
+        config: the networks that the weights are for.
+        parts: as ``networks_in`` gives them.
+        encoder: the style encoder's state dict where it has a file of its own.
+    Raises:
+        CheckpointError: tensors are missing, left over or of another shape.
+    """
+    notes = []
+    generator = load_reference(build_generator(config), source, parts["generator"])
+    content: dict[str, Any] = {"config": dump_config(config), "images_seen": 0, "generator": generator.state_dict()}
+    content |= {"generator_ema": None, "encoder": None, "encoder_ema": None, "discriminator": None}
+    own_encoder = build_encoder(config)
+    if own_encoder is not None:
+        if source != "imaginaire" and encoder is None:
+            notes.append("no --encoder_weights: pictures in the style of another (--style_image) are not possible")
+        else:
+            load_reference(own_encoder, source, parts["generator"] if encoder is None else encoder)
+            content["encoder"] = own_encoder.state_dict()
+    elif encoder is not None:
+        raise CheckpointError("--encoder_weights, but the architecture has no style encoder (use_vae: true)")
+    if "generator_ema" in parts:
+        content["generator_ema"] = load_reference(new_average(generator), source, parts["generator_ema"]).state_dict()
+        if own_encoder is not None:
+            average = load_reference(new_average(own_encoder), source, parts["generator_ema"])
+            content["encoder_ema"] = average.state_dict()
+    if "discriminator" in parts:
+        discriminator = load_reference(build_discriminator(config), source, parts["discriminator"])
+        content["discriminator"] = discriminator.state_dict()
+    else:
+        notes.append("no discriminator's weights: fine-tuning starts with a fresh one")
+    if other := [key for key in parts["generator"] if own_encoder is None and key.startswith("style_encoder.")]:
+        notes.append(f"{len(other)} tensors of a style encoder are left out: the architecture names none")
+    return content, notes
+
+
+def export_files(target: str, content: Mapping[str, Any], config: RunConfig, weights: str) -> dict[str, Any]:
+    """Files that ``target`` reads, by name, under its own tensor names.
+
+    Args:
+        target: a source that ``import_generator`` knows.
+        content: a checkpoint of ours.
+        weights: ``ema`` or ``raw``: of generator and encoder, where the target keeps one of both.
+    Raises:
+        CheckpointError: a network has no counterpart there.
+    """
+    parts = {}
+    for name, build in (
+        ("generator", build_generator), ("encoder", build_encoder), ("discriminator", build_discriminator)
+    ):  # fmt: skip
+        for average in (False, True):
+            state = content.get(f"{name}_ema" if average else name)
+            network: nn.Module | None = None if state is None else build(config)
+            if network is None or state is None:
+                continue
+            if average and target == "imaginaire":
+                fold_spectral_norm(network)  # there too, averages are kept folded
+            if average and target != "imaginaire":
+                _load_folded(network, state)
+            else:
+                network.load_state_dict(state)
+            names = reference_names(target, network)
+            parts[name, average] = {names[key]: value.contiguous() for key, value in network.state_dict().items()}
+    if target == "imaginaire":
+        net_g: State = {}
+        for (name, average), state in parts.items():
+            if name != "discriminator":
+                net_g |= {f"{'averaged_model' if average else 'module'}.{key}": value for key, value in state.items()}
+        files: dict[str, Any] = {"imaginaire.pt": {"net_G": net_g}}
+        if ("discriminator", False) in parts:
+            files["imaginaire.pt"]["net_D"] = parts["discriminator", False]
+        return files
+    letters = {"generator": "G", "encoder": "E", "discriminator": "D"}
+    return {
+        f"latest_net_{letters[name]}.pth": state
+        for (name, average), state in parts.items()
+        if average == (weights == "ema" and (name, True) in parts)
+    }
+
+
+@torch.no_grad()
+def _load_folded(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Weights whose spectral norms are folded, into a network that has spectral norms.
+
+    The norms' vectors are scaled so that u . W v = 1: evaluation mode divides by that.
+    """
+    missing, unexpected = network.load_state_dict(state, strict=False)
+    assert not unexpected and all(key.endswith(("weight_u", "weight_v")) for key in missing)
+    for layer in network.modules():
+        if isinstance(layer, SpectralNorm):
+            for _ in range(20):  # so that training can go on from there
+                layer.iterate()
+            layer.weight_v = layer.weight_v / layer.sigma()

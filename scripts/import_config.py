@@ -1,0 +1,39 @@
+"""Turn a config of another system into one of ours: imaginaire's SPADE YAML, opt.txt of the SPADE release or of CLADE.
+
+Lists what was chosen and every key that has no meaning here.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from imaginaire_spade.errors import ConfigError, run_command_line
+from imaginaire_spade.interop import SOURCES
+from imaginaire_spade.interop.configs import import_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, metavar="FILE", help="the .yaml or opt.txt")
+    parser.add_argument("--source", required=True, choices=SOURCES, help="the system it belongs to")
+    parser.add_argument("--output", type=Path, metavar="C.yaml", help="where to write it (default: the screen)")
+    parser.add_argument("--overwrite", action="store_true", help="replace C.yaml where it exists")
+    arguments = parser.parse_args()
+    if arguments.output is not None and arguments.output.exists() and not arguments.overwrite:
+        raise ConfigError(f"--output {arguments.output} exists: give another name, or --overwrite")
+    text, notes = import_config(arguments.source, arguments.file)
+    text = f"# Translated from {arguments.file.name} ({arguments.source}).\n{text}"
+    if arguments.output is None:
+        print(text)
+    else:
+        arguments.output.write_text(text, encoding="utf-8")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if arguments.output is not None:
+        print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    run_command_line(main)
