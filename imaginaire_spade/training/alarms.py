@@ -6,12 +6,10 @@ has won and the generator has nothing left to learn from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-
-from imaginaire_spade.models.discriminator import Scores
 
 SATURATED = 0.99
 """A value of [-1, 1] beyond it is the first or the last of the 256 steps of a picture file."""
@@ -29,22 +27,9 @@ _MORE_PICTURES = (
 
 
 @torch.no_grad()
-def discriminator_health(fake: Sequence[Scores], real: Sequence[Scores]) -> dict[str, Tensor]:
-    """Share of patches that D scores higher in the real picture than in the generated one of the same label map.
-
-    A comparison needs no threshold, so the share means the same under every GAN loss: 1/2 is chance, 1 a D that has won.
-    """
-    right = [(r.logits > f.logits).float().mean() for f, r in zip(fake, real, strict=True)]
-    return {"health/d_accuracy": torch.stack(right).mean()}
-
-
-@torch.no_grad()
-def generator_health(fake: Tensor, real: Tensor) -> dict[str, Tensor]:
-    """Shares of saturated values in generated and in real pictures, both in [-1, 1]."""
-    return {
-        "health/fake_saturation": (fake.abs() > SATURATED).float().mean(),
-        "health/real_saturation": (real.abs() > SATURATED).float().mean(),
-    }
+def saturation(images: Tensor) -> Tensor:
+    """Share of black and white values in pictures in [-1, 1]."""
+    return (images.abs() > SATURATED).float().mean()
 
 
 class Alarms:
@@ -55,7 +40,11 @@ class Alarms:
         self._saturated_ticks = 0
 
     def check(self, health: Mapping[str, float]) -> list[str]:
-        """The warnings that are due at a log tick; ``health``: means of the measures above since the last one."""
+        """The warnings that are due at a log tick.
+
+        Args:
+            health: means since the last tick of ``GANLoss.accuracy`` and of ``saturation``, by the step's names.
+        """
         accuracy = health["health/d_accuracy"]
         fake, real = health["health/fake_saturation"], health["health/real_saturation"]
         self._d_won_ticks = self._d_won_ticks + 1 if accuracy > DISCRIMINATOR_WON else 0
