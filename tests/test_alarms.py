@@ -17,7 +17,7 @@ def health(accuracy: float = 0.8, fake: float = 0.02, real: float = 0.02) -> dic
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (health(accuracy=0.995), "the discriminator has won: it tells 99.5%"),
+        (health(accuracy=0.995), "the discriminator has won: it judges 99.5% of the patches"),
         (health(fake=0.9), "the outputs saturate: 90% of the generated values"),
         (health(fake=0.95, real=0.8), "(real pictures: 80%)"),
     ],
@@ -37,7 +37,7 @@ def test_a_sign_that_lasts_is_told_once_per_episode(bad, message):
     [
         health(),
         health(accuracy=0.5),
-        health(accuracy=0.98),
+        health(accuracy=0.95),
         health(fake=0.4),  # an over-exposed batch
         health(fake=0.85, real=0.8),  # photographs on a white ground
         health(fake=1.0, real=1.0),
