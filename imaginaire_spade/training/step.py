@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from imaginaire_spade.data.dataset import Batch, normalise
+from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.losses import GANLoss, GeneratorOutputs
-from imaginaire_spade.models.discriminator import split_scores
+from imaginaire_spade.models.discriminator import Discriminator, Scores, split_scores
 from imaginaire_spade.models.encoder import sample_style
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.alarms import saturation
@@ -129,8 +130,7 @@ def _update_generator(
                 generated = _generate(networks, piece, real, settings)
             with _autocast(real.device, settings):
                 # D has no gradients here, so the raw module serves: its wrapper would wait for some.
-                scores = state.discriminator(piece.layout, torch.cat([generated.fake, real]))
-                fake_scores, real_scores = split_scores(scores)
+                fake_scores, real_scores = _judge(state.discriminator, piece.layout, generated.fake, real)
                 outputs = GeneratorOutputs(
                     generated.fake, real, fake_scores, real_scores, generated.mu, generated.logvar
                 )
@@ -141,6 +141,20 @@ def _update_generator(
         _add(losses, terms | {"g_total": total} | health, settings.accumulation)
     state.gen_scaler.step(state.gen_optimizer)
     state.gen_scaler.update()
+
+
+def _judge(
+    discriminator: Discriminator, layout: SemanticLayout, fake: Tensor, real: Tensor
+) -> tuple[list[Scores], list[Scores]]:
+    """Scores of fake and of real pictures; the real ones without a graph, where they do not depend on the fake ones."""
+    if not discriminator.batch_independent:
+        return split_scores(discriminator(layout, torch.cat([fake, real])))
+    of_fake = discriminator(layout, fake)
+    discriminator.eval()  # spectral norm iterates once, as it would for both together
+    with torch.no_grad():
+        of_real = discriminator(layout, real)
+    discriminator.train()
+    return of_fake, of_real
 
 
 def _generate(networks: Networks, piece: Batch, real: Tensor, settings: StepSettings) -> Generated:
