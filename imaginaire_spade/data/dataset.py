@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -250,21 +250,22 @@ class Batch:
         layout = self.layout
         return [t for t in (self.images, layout.labels, layout.edges, layout.distances) if t is not None]
 
-    def split(self, pieces: int) -> list[Batch]:
-        """Equal parts, in order."""
+    def split(self, pieces: int) -> Iterator[Batch]:
+        """Equal parts, in order, each made when its turn comes: what a part's layout caches lives no longer than it."""
         assert pieces > 0 and len(self) % pieces == 0, f"{len(self)} samples do not split into {pieces} equal parts"
+        if pieces == 1:
+            yield self
+            return
         size = len(self) // pieces
-        parts = [slice(start, start + size) for start in range(0, len(self), size)]
-        return [
-            Batch(
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            yield Batch(
                 self.layout[part],
                 None if self.images is None else self.images[part],
                 self.keys[part],
                 self.original_sizes[part],
                 self.draws[part],
             )
-            for part in parts
-        ]
 
 
 @dataclass(frozen=True)

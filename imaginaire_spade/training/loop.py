@@ -21,6 +21,7 @@ from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.norms import synchronize_batch_norm
 from imaginaire_spade.noise import style_noise
+from imaginaire_spade.training.alarms import Alarms
 from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from imaginaire_spade.training.meters import LossMeter, RunLog, non_finite
 from imaginaire_spade.training.model_average import reestimate_batch_norm
@@ -157,7 +158,7 @@ def train(run: Run, logdir: Path, start_from: Path | None) -> None:
         )
         log.close()
         return
-    meter, waited_s = LossMeter(), 0.0
+    meter, alarms, waited_s = LossMeter(), Alarms(), 0.0
     ticked_at = saved_at = state.images_seen
     preview = preview_batch(run.val_dataset, trainer.image_rows) if run.info.is_main else None
     calibration = _calibration_layouts(run)
@@ -169,15 +170,18 @@ def train(run: Run, logdir: Path, start_from: Path | None) -> None:
         due_checkpoint = state.images_seen > saved_at and (done or iteration % trainer.checkpoint_every == 0)
         due_log = due_checkpoint or iteration % trainer.log_every == 0  # no checkpoint before its losses were looked at
         if state.images_seen > ticked_at and due_log:
-            losses = meter.fetch()
-            log.tick(state.images_seen, losses, _rates(state), batches.wait_s - waited_s)
+            means = meter.fetch()
+            health = {name: means.pop(name) for name in list(means) if name.startswith("health/")}
+            log.tick(state.images_seen, means, _rates(state) | health, batches.wait_s - waited_s)
             waited_s = batches.wait_s
-            if bad := non_finite(losses):
+            if bad := non_finite(means):
                 raise NonFiniteLoss(
                     f"{', '.join(bad)} became NaN or infinite between iterations"
                     f" {calendar.iteration(ticked_at) + 1} and {iteration}; the newest checkpoint is older and sound."
                     " Lower the learning rates, or write trainer.precision: bf16 or fp32"
                 )
+            for warning in alarms.check(health):
+                log.warn(state.images_seen, warning)
             ticked_at = state.images_seen
         if (due_picture or due_checkpoint) and state.generator_ema is not None and calibration:
             reestimate_batch_norm(state.generator_ema, _calibration_inputs(run, calibration))
