@@ -28,7 +28,7 @@ def test_every_recipe_loads_passes_the_checks_and_survives_a_round_trip(path):
 
 
 def test_all_recipes_are_found():
-    assert len(RECIPES) == 10
+    assert len(RECIPES) == 18
 
 
 @pytest.mark.parametrize(
