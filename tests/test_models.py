@@ -17,7 +17,13 @@ from imaginaire_spade.losses import GeneratorOutputs
 from imaginaire_spade.models import features
 from imaginaire_spade.models.discriminator import split_scores
 from imaginaire_spade.models.generator import SPADEGenerator
-from imaginaire_spade.models.layers import SpectralConv2d, SpectralConvTranspose2d, fold_spectral_norm, initialise
+from imaginaire_spade.models.layers import (
+    InstanceNorm2d,
+    SpectralConv2d,
+    SpectralConvTranspose2d,
+    fold_spectral_norm,
+    initialise,
+)
 from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.models.pix2pixhd import Pix2pixHDGenerator
 from imaginaire_spade.models.style_generator import StyleSPADEGenerator
@@ -273,6 +279,20 @@ def test_initialisation_zeroes_biases_and_draws_weights(kind):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 5))
     initialise(network, kind, 0.02)
     assert all(module.bias.abs().max() == 0 and module.weight.std() > 0 for module in network)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(1, 3, 4, 5), (2, 8, 16, 16)])
+def test_instance_norm_has_the_right_gradient_in_either_memory_order(shape, order):
+    x, gradient = torch.randn(2, *shape, dtype=torch.float64)
+    gradient = gradient.contiguous(memory_format=order)  # torch's own instance norm fails here
+    leaf = x.requires_grad_()
+    centred = leaf - leaf.mean((2, 3), keepdim=True)
+    plain = centred / torch.sqrt(centred.square().mean((2, 3), keepdim=True) + 1e-5)
+    (wanted,) = torch.autograd.grad(plain, leaf, gradient)
+    y = InstanceNorm2d(shape[1])(leaf)
+    torch.testing.assert_close(y, plain)
+    torch.testing.assert_close(torch.autograd.grad(y, leaf, gradient)[0], wanted)
 
 
 def test_folded_spectral_norms_change_no_output():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
-from imaginaire_spade.models.layers import conv2d
+from imaginaire_spade.models.layers import InstanceNorm2d, conv2d
 from imaginaire_spade.models.tables import convolve_with_images
 from imaginaire_spade.registry import DISCRIMINATORS
 
@@ -64,7 +64,7 @@ class PatchDiscriminator(nn.Module):
             with_norm = normalization == "instance"
             # A bias would be removed by the norm.
             conv = conv2d(channels, width, 4, stride, 2, bias=not with_norm, spectral=spectral_norm)
-            norm: nn.Module = nn.InstanceNorm2d(width) if with_norm else nn.Identity()
+            norm: nn.Module = InstanceNorm2d(width) if with_norm else nn.Identity()
             layers.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2)))
             channels = width
         self.layers = nn.ModuleList(layers)

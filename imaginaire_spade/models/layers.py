@@ -133,6 +133,24 @@ def fold_spectral_norm(network: N) -> N:
     return network
 
 
+def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Instance norm (Ulyanov et al. 2016) of x [N, C, H, W], as a group norm of one channel per group.
+
+    Faster on a CPU than torch's own, and keeps channels_last. Torch's own (2.15, CPU) also computes a wrong gradient
+    for a single picture if it gets its output's gradient in memory format channels_last.
+    """
+    with torch.autocast(x.device.type, enabled=False):  # which would give float32
+        weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+        return F.group_norm(x, x.shape[1], weight, bias)
+
+
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """See ``instance_norm``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return instance_norm(x, self.weight, self.bias)
+
+
 def conv2d(*args: Any, spectral: bool, **kwargs: Any) -> nn.Conv2d:
     """nn.Conv2d, spectrally normalised or not."""
     return SpectralConv2d(*args, **kwargs) if spectral else nn.Conv2d(*args, **kwargs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
-from imaginaire_spade.models.layers import SpectralLinear, conv2d, effective_weight
+from imaginaire_spade.models.layers import InstanceNorm2d, SpectralLinear, conv2d, effective_weight
 from imaginaire_spade.models.tables import (
     Modulation,
     Statistics,
@@ -118,7 +118,7 @@ class SPADE(ConditionalNorm):
         self.normalize = (
             BatchNorm2d(channels, affine=affine)
             if normalization == "batch"
-            else nn.InstanceNorm2d(channels, affine=affine)
+            else InstanceNorm2d(channels, affine=affine)
         )
         conv = partial(conv2d, kernel_size=kernel_size, padding=kernel_size // 2, spectral=spectral_norm)
         self.shared = conv(spec.num_channels, hidden_channels)
@@ -179,9 +179,7 @@ class Concat(ConditionalNorm):
     ) -> None:
         super().__init__()
         self.out_channels = channels + spec.num_channels
-        self.normalize = (
-            BatchNorm2d(channels, affine=False) if normalization == "batch" else nn.InstanceNorm2d(channels)
-        )
+        self.normalize = BatchNorm2d(channels, affine=False) if normalization == "batch" else InstanceNorm2d(channels)
 
     def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
         """x [N, channels, H, W], layout of any resolution -> [N, channels + num_channels, H, W]."""
@@ -207,9 +205,7 @@ class CLADE(ConditionalNorm):
     ) -> None:
         super().__init__()
         self.out_channels = channels + spec.has_edges
-        self.normalize = (
-            BatchNorm2d(channels, affine=False) if normalization == "batch" else nn.InstanceNorm2d(channels)
-        )
+        self.normalize = BatchNorm2d(channels, affine=False) if normalization == "batch" else InstanceNorm2d(channels)
         self.weight = nn.Parameter(torch.rand(spec.num_label_channels, channels))
         self.bias = nn.Parameter(torch.zeros(spec.num_label_channels, channels))
         self.edge = nn.Conv2d(1, 1, 1) if spec.has_edges else None
