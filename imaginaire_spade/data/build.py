@@ -119,10 +119,11 @@ def build_dataset(
         may_clear = world_size == 1 and (overwrite or build.root != output)
         kept = build.kept([names[i] for i in own], resume, may_clear, rank)
         todo = [names[i] for i in own if names[i] not in kept]
-        num_bytes = sum(source.size(key, t) for name in todo for key in parts[name] for t in types)
-        check_free_space(output, num_bytes)
-        with disk_errors(output, num_bytes):
-            build.run(todo, count_workers(num_workers, world_size), silent=rank > 0)
+        num_bytes = {name: {t: sum(source.size(key, t) for key in parts[name]) for t in types} for name in todo}
+        total_bytes = sum(sum(by_type.values()) for by_type in num_bytes.values())
+        check_free_space(output, total_bytes)
+        with disk_errors(output, total_bytes):
+            build.run(num_bytes, count_workers(num_workers, world_size), silent=rank > 0)
             return build.join(output, left_out)
 
 
@@ -150,7 +151,11 @@ class _Tally:
         return self.go_on()
 
     def go_on(self) -> bool:
-        return not self.stop.value and self.problems.value < MAX_PROBLEMS
+        return not self.stop.get_obj().value and self.problems.get_obj().value < MAX_PROBLEMS
+
+    def seen(self) -> int:
+        """Samples so far. (Read without the lock, which a process that was killed may hold for ever.)"""
+        return int(self.samples.get_obj().value)
 
 
 class _Rejected(Exception):
@@ -184,8 +189,9 @@ class _Build:
             )
         return kept
 
-    def run(self, todo: Sequence[str], workers: int, silent: bool) -> None:
-        """Build the shards ``todo``."""
+    def run(self, num_bytes: Mapping[str, Mapping[str, int]], workers: int, silent: bool) -> None:
+        """Build the shards that are the keys of ``num_bytes`` (which gives the size of their files by data type)."""
+        todo = list(num_bytes)
         total = sum(len(self.parts[name]) for name in todo)
         problems: list[str] = []
         try:
@@ -194,34 +200,39 @@ class _Build:
                     load = partial(load_sample, self.plan)
                     for name in todo:
                         samples = map_in_processes(load, self.parts[name], workers, chunk=4)
-                        problems += self._build_shard(name, samples)
+                        problems += self._build_shard(name, num_bytes[name], samples)
                 else:
-                    for found in map_in_processes(self._build_whole_shard, todo, workers, chunk=1, least=1):
+                    whole = list(num_bytes.items())
+                    for found in map_in_processes(self._build_whole_shard, whole, workers, chunk=1, least=1):
                         problems += found
         finally:
-            self.tally.stop.value = 1  # workers that still write leave off
+            self.tally.stop.get_obj().value = 1  # workers that still write leave off
             if self.root.is_dir() and not any(self.root.iterdir()):
                 self.root.rmdir()
         if problems:
-            seen = self.tally.samples.value
+            seen = self.tally.seen()
             rest = f" (checking stopped after sample {seen} of {total})" if seen < total else ""
             finished = sum((self.root / name / MANIFEST).is_file() for name in self.parts)
             state = f"{finished} finished shard(s) are kept" if finished else "nothing was built"
             listed = "\n  ".join(problems[:MAX_PROBLEMS])
             raise DataError(f"{self.plan.source.root}: {len(problems)} problem(s), {state}{rest}:\n  {listed}")
 
-    def _build_whole_shard(self, name: str) -> list[str]:
-        return self._build_shard(name, map(partial(load_sample, self.plan), self.parts[name]))
+    def _build_whole_shard(self, item: tuple[str, Mapping[str, int]]) -> list[str]:
+        name, num_bytes = item
+        return self._build_shard(name, num_bytes, map(partial(load_sample, self.plan), self.parts[name]))
 
-    def _build_shard(self, name: str, samples: Iterable[LoadedSample]) -> list[str]:
+    def _build_shard(self, name: str, num_bytes: Mapping[str, int], samples: Iterable[LoadedSample]) -> list[str]:
         """Build one shard in its temporary folder and rename it, or return its samples' problems."""
         if not self.tally.go_on():
             return []
         folder = self.root if name == "." else self.root / f"{name}.tmp"
         with writing(self.lock_file, list(self.parts).index(name)):
             shutil.rmtree(folder, ignore_errors=True)
+            # A killed builder's worker may have finished it meanwhile.
+            if name != "." and (self.root / name).exists() and kept_shards(self.root, self.parts, [name], self.plan):
+                return []
             try:
-                write_shard(self.plan, self.parts[name], self._sound(samples), folder, name)
+                write_shard(self.plan, self.parts[name], self._sound(samples), folder, num_bytes)
                 if name != ".":
                     folder.replace(self.root / name)
                     flush_folder(self.root)
@@ -270,7 +281,7 @@ def _shown(tally: _Tally, total: int, disable: bool) -> Iterator[None]:
 
         def follow() -> None:
             while not finished.wait(0.5):
-                bar.update(tally.samples.value - bar.n)
+                bar.update(tally.seen() - bar.n)
 
         follower = threading.Thread(target=follow, daemon=True)
         follower.start()
@@ -279,7 +290,7 @@ def _shown(tally: _Tally, total: int, disable: bool) -> Iterator[None]:
         finally:
             finished.set()
             follower.join()
-            bar.update(tally.samples.value - bar.n)
+            bar.update(tally.seen() - bar.n)
 
 
 # ------------------------------------------------------------------------------------------------ the samples

@@ -6,7 +6,7 @@ Owns what a checked sample is, and how a picture shrinks on the way (``--resize_
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cv2
@@ -44,6 +44,8 @@ class LoadedSample:
     key: str
     files: dict[str, bytes] = field(default_factory=dict)
     extensions: dict[str, str] = field(default_factory=dict)
+    source_bytes: dict[str, int] = field(default_factory=dict)
+    """Size of the files as they were read."""
     size: tuple[int, int] | None = None
     """(height, width) as stored; None: not looked at."""
     class_pixels: dict[int, int] = field(default_factory=dict)
@@ -74,7 +76,8 @@ def load_sample(plan: Plan, key: str) -> LoadedSample:
             if not data:
                 raise DataError(f"{where}: the file is empty (0 bytes)")
             sample.files[data_type] = data
-            sample.extensions[data_type] = plan.source.path(key, data_type).suffix[1:].lower()
+            sample.source_bytes[data_type] = len(data)
+            sample.extensions[data_type] = plan.source.extension(key, data_type)
             if plan.check:
                 pixels[data_type] = _DECODERS[data_type](data, where)
                 if data_type == "seg_maps":
@@ -96,7 +99,7 @@ def load_sample(plan: Plan, key: str) -> LoadedSample:
     size = sizes[first] if sizes else None
     if size and plan.smallest_side and min(size) > plan.smallest_side:
         return _shrunk(plan, sample, pixels, size)
-    return LoadedSample(key, sample.files, sample.extensions, size, sample.class_pixels)
+    return replace(sample, size=size)
 
 
 def _shrunk(plan: Plan, sample: LoadedSample, pixels: dict[str, NDArray[Any]], size: tuple[int, int]) -> LoadedSample:
@@ -114,7 +117,7 @@ def _shrunk(plan: Plan, sample: LoadedSample, pixels: dict[str, NDArray[Any]], s
             sample.extensions[data_type] = "png"
             if data_type == "seg_maps":
                 class_pixels = plan.labels.count_pixels(stored, plan.source.where(sample.key, data_type))
-    return LoadedSample(sample.key, sample.files, sample.extensions, (height, width), class_pixels)
+    return replace(sample, size=(height, width), class_pixels=class_pixels)
 
 
 def _integers_of_a_png(ids: NDArray[Any]) -> NDArray[np.generic]:

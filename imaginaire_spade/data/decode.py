@@ -38,7 +38,7 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
     if data.startswith(_PNG) and len(data) >= 26:
         width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     else:
-        width, height = _open(data, where).size
+        width, height = _jpeg_size(data) or _open(data, where).size
     if width * height > MAX_PIXELS:
         raise DataError(f"{where}: {width} x {height} pixels by its header; at most {MAX_PIXELS} are read")
     if width < 1 or height < 1:
@@ -56,7 +56,8 @@ def decode_image(data: bytes, where: str) -> NDArray[np.uint8]:
         DataError: empty, truncated, huge or unreadable.
     """
     image_size(data, where)
-    if data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+    whole = data.endswith(b"\xff\xd9") or data.rfind(b"\xff\xd9") >= data.rfind(b"\xff\xda")
+    if data.startswith(b"\xff\xd8") and not whole:
         # Some decoders fill the missing rest with grey. No end marker follows the last start of a scan.
         raise DataError(f"{where}: a JPEG that is cut off: copy or download it again")
     try:
@@ -133,6 +134,22 @@ def _decode_with_pil(data: bytes, where: str, what: str) -> NDArray[np.generic]:
     if image.mode.startswith("I;16"):
         return stored.astype(np.uint16)
     return stored
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) from the frame header of a JPEG; None where none is found (PIL then says what it is)."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame of any kind of coding
+            height, width = data[place + 5 : place + 7], data[place + 7 : place + 9]
+            return int.from_bytes(width, "big"), int.from_bytes(height, "big")
+        if marker in (0xFF, 0xD9, 0xDA):  # padding, end, scan
+            return None
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
 
 
 def _open(data: bytes, where: str) -> Image.Image:

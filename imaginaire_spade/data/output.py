@@ -38,7 +38,7 @@ def check_output(raw: Path, output: Path, overwrite: bool, resume: bool) -> None
     if not os.access(parent, os.W_OK | os.X_OK):
         raise DataError(f"--output_root {output}: {parent} is not writable: choose another folder or change its rights")
     content = _content(output)
-    is_ours = {FILENAMES, MANIFEST} & set(content) or all(name.startswith("shard_") for name in content)
+    is_ours = {FILENAMES, MANIFEST} & set(content) or all(name.startswith(("shard_", MANIFEST)) for name in content)
     if content and not is_ours:
         raise DataError(
             f"--output_root {output} holds {', '.join(content[:5])}, which is no data set of this script: it is not"
@@ -110,7 +110,7 @@ def kept_shards(
         planned = {FILENAMES, METADATA, MANIFEST, *plan.data_types}
     else:
         planned = {*parts, *(f"{name}.tmp" for name in parts), MANIFEST}
-    foreign = [name for name in present if name not in planned and not name.startswith(f"{MANIFEST}.tmp")]
+    foreign = [name for name in present if name not in planned and not name.startswith(MANIFEST)]
     if foreign:
         raise DataError(
             f"{root} holds {', '.join(foreign[:5])}, which is no part of this build (another --num_shards?): use the"

@@ -23,18 +23,24 @@ from imaginaire_spade.labels import LabelSpec
 Manifest = dict[str, Any]
 
 
-def write_shard(plan: Plan, keys: Sequence[str], samples: Iterable[LoadedSample], folder: Path, where: str) -> Manifest:
+def write_shard(
+    plan: Plan,
+    keys: Sequence[str],
+    samples: Iterable[LoadedSample],
+    folder: Path,
+    expected_bytes: Mapping[str, int],
+) -> Manifest:
     """Write one shard, read it back, flush it and return its manifest.
 
     Args:
         keys: in the order of their store keys.
         samples: of these keys, in this order, without problems.
         folder: to make.
-        where: the folder that it becomes, for messages.
+        expected_bytes: data type -> size of all its files, about.
     Raises:
         DataError, OSError, lmdb.Error: it cannot be written.
     """
-    source = plan.source
+    source_digest = hashlib.sha256()
     extensions: dict[str, dict[str, str]] = {t: {} for t in plan.data_types}
     pixels: Counter[int] = Counter()
     holding: Counter[int] = Counter()
@@ -43,9 +49,9 @@ def write_shard(plan: Plan, keys: Sequence[str], samples: Iterable[LoadedSample]
     writers: dict[str, EnvironmentWriter] = {}
     try:
         for t in plan.data_types:
-            num_bytes = sum(source.size(key, t) for key in keys)
-            writers[t] = EnvironmentWriter(folder / t, num_bytes, len(keys))
+            writers[t] = EnvironmentWriter(folder / t, expected_bytes[t], len(keys))
         for sample in samples:
+            _add_source(source_digest, sample.key, sample.source_bytes)
             for t, data in sample.files.items():
                 writers[t].put(store_key(sample.key), data)
                 extensions[t][sample.key] = sample.extensions[t]
@@ -59,7 +65,7 @@ def write_shard(plan: Plan, keys: Sequence[str], samples: Iterable[LoadedSample]
         for writer in writers.values():
             writer.abort()
         raise
-    assert all(writer.num_items == len(keys) for writer in writers.values()), where
+    assert all(writer.num_items == len(keys) for writer in writers.values()), "a sample was lost"
     write_index(folder, keys, extensions)
     files = {}
     for name in (f"{t}/data.mdb" for t in plan.data_types):
@@ -87,7 +93,7 @@ def write_shard(plan: Plan, keys: Sequence[str], samples: Iterable[LoadedSample]
         "class_shares": _shares([pixels[i] for i in classes]) if counted else None,
         "labels": plan.labels.model_dump(mode="json"),
         "label_table": _label_table(plan.labels),
-        "source_sha256": source_sha256(plan, keys),
+        "source_sha256": source_digest.hexdigest(),
         "shards": [{"path": ".", "num_samples": len(keys), "files": files}],
     }
     write_json(folder / MANIFEST, manifest)
@@ -100,9 +106,12 @@ def source_sha256(plan: Plan, keys: Sequence[str]) -> str:
     """Of the names and sizes of all files that a shard is made of: by it a finished shard is known again."""
     digest = hashlib.sha256()
     for key in keys:
-        for t in plan.data_types:
-            digest.update(f"{t}\0{key}\0{plan.source.size(key, t)}\n".encode())
+        _add_source(digest, key, {t: plan.source.size(key, t) for t in plan.data_types})
     return digest.hexdigest()
+
+
+def _add_source(digest: Any, key: str, num_bytes: Mapping[str, int]) -> None:
+    digest.update(f"{key}\0{num_bytes}\n".encode())
 
 
 def _shares(class_pixels: Sequence[int]) -> list[float]:
