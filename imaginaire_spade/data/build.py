@@ -277,6 +277,7 @@ class _Build:
 def _shown(tally: _Tally, total: int, disable: bool) -> Iterator[None]:
     """A progress bar that follows ``tally``."""
     finished = threading.Event()
+    tqdm.set_lock(threading.RLock())  # its own is shared with forked processes, and one that is killed may hold it
     with tqdm(total=total, desc="building", unit="images", disable=disable, smoothing=0.05) as bar:
 
         def follow() -> None:

@@ -53,7 +53,7 @@ class LoadedSample:
     problems: tuple[str, ...] = ()
 
 
-_DECODERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {
+DECODERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {
     "images": decode_image,
     "seg_maps": decode_label,
     "edge_maps": decode_edges,
@@ -79,7 +79,7 @@ def load_sample(plan: Plan, key: str) -> LoadedSample:
             sample.source_bytes[data_type] = len(data)
             sample.extensions[data_type] = plan.source.extension(key, data_type)
             if plan.check:
-                pixels[data_type] = _DECODERS[data_type](data, where)
+                pixels[data_type] = DECODERS[data_type](data, where)
                 if data_type == "seg_maps":
                     sample.class_pixels.update(plan.labels.count_pixels(pixels[data_type], where))
                 elif data_type == DISTANCES and not np.isfinite(pixels[data_type]).all():

@@ -25,7 +25,8 @@ MAX_KEY_BYTES = 511
 _CHUNK_BYTES = 16 << 20
 
 # One environment per file and process: LMDB forbids two, and training and validation may read the same file.
-_environments: dict[str, tuple[int, int, lmdb.Environment]] = {}
+# Path -> (process, (inode, size), environment).
+_environments: dict[str, tuple[int, tuple[int, int], lmdb.Environment]] = {}
 
 
 def store_key(key: str) -> bytes:
@@ -299,12 +300,13 @@ def _environment(data_file: Path) -> lmdb.Environment:
         # Reading beyond the end of a mapped file kills the process (SIGBUS): refuse before.
         environment.close()
         raise DataError(f"{path}: cut off ({status.st_size} bytes of {needed}): copy it again")
-    _environments[path] = (os.getpid(), status.st_ino, environment)
+    _environments[path] = (os.getpid(), (status.st_ino, status.st_size), environment)
     return environment
 
 
 def _forget_replaced(data_file: Path) -> None:
     """Close the environment of a file that was removed or built anew since it was opened."""
     known = _environments.get(str(data_file))
-    if known and not (data_file.exists() and data_file.stat().st_ino == known[1]):
+    status = data_file.stat() if known and data_file.exists() else None
+    if known and (status is None or (status.st_ino, status.st_size) != known[1]):
         _environments.pop(str(data_file))[2].close()
