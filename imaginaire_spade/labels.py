@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -110,7 +111,10 @@ class LabelSpec(BaseModel):
         """
         if raw.ndim == 3:
             return self._from_rgb(raw, where)
-        mapped = (self.table[:256] if raw.dtype == np.uint8 else self.table)[raw.astype(np.intp, copy=False)]
+        if raw.dtype == np.uint8:
+            mapped: NDArray[np.generic] = cv2.LUT(np.ascontiguousarray(raw), self.table[:256])  # type: ignore[arg-type]
+        else:
+            mapped = self.table[raw.astype(np.intp, copy=False)]
         if (mapped == self.error_id).any():
             raise LabelError(self._complain(np.unique(raw[mapped == self.error_id]), np.unique(raw), where))
         return mapped

@@ -110,7 +110,9 @@ def _shrunk(plan: Plan, sample: LoadedSample, pixels: dict[str, NDArray[Any]], s
     for data_type, array in pixels.items():
         if data_type == "images":
             extension = sample.extensions[data_type]
-            sample.files[data_type] = _encode(apply_to_image(array, geometry), f".{extension}", plan.quality)
+            sample.files[data_type] = _encode(
+                apply_to_image(array, geometry, any_area=True), f".{extension}", plan.quality
+            )
         else:
             stored = apply_to_map(array * np.uint8(255) if data_type == "edge_maps" else array, geometry)
             sample.files[data_type] = _encode(_integers_of_a_png(stored), ".png", 0)

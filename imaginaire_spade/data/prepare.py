@@ -244,7 +244,9 @@ def _changed(path: Path, data_type: str, size: tuple[int, int] | None, replace_i
             array = np.where(array == old, array.dtype.type(new), array)
     if size:
         geometry = Geometry(*size, 0, 0, *size, False)
-        array = apply_to_image(array, geometry) if data_type == "images" else apply_to_map(array, geometry)
+        array = (
+            apply_to_image(array, geometry, any_area=True) if data_type == "images" else apply_to_map(array, geometry)
+        )
     if data_type == "inst_maps":
         if array.max() > 65535:
             raise DataError(f"{where}: instance ids beyond 65535 are not resized: leave out --resize_h_w")
