@@ -43,6 +43,18 @@ def process_info_from_environment() -> ProcessInfo:
     return ProcessInfo(**info, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", info.get("world_size", 1))))
 
 
+def rank_from_environment() -> tuple[int, int]:
+    """(rank, number of processes) for work that needs no process group: of torchrun, or of a SLURM job array."""
+    if "SLURM_ARRAY_TASK_ID" in os.environ and "RANK" not in os.environ:
+        task, first, step, count = (
+            int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
+            for name, default in (("ID", "0"), ("MIN", "0"), ("STEP", "1"), ("COUNT", "1"))
+        )
+        return (task - first) // step, count
+    info = process_info_from_environment()
+    return info.rank, info.world_size
+
+
 def choose_device(name: str, info: ProcessInfo) -> torch.device:
     """``auto``, ``cpu`` or ``cuda`` -> this process's device. Raises ConfigError for cuda where there is none."""
     if name == "auto":

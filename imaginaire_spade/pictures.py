@@ -166,6 +166,30 @@ def label_legend(spec: LabelSpec, present_ids: Iterable[int], *, width: int = 96
     return np.asarray(legend)
 
 
+def class_chart(spec: LabelSpec, shares: Sequence[float], *, width: int = 720) -> Picture:
+    """Id, colour, name and share of pixels of every class, as rows with bars: uint8 [H, width, 3].
+
+    Args:
+        shares: of all pixels, 0..1, of each train id (don't-care last, if it is there).
+    """
+    font = _font(13)
+    line_h, gap, left, bar_left = 20, 12, 80, 330
+    chart = Image.new("RGB", (width, 2 * gap + line_h * len(shares)), BACKGROUND)
+    draw = ImageDraw.Draw(chart)
+    longest = max(max(shares, default=0.0), 1e-9)
+    for train_id, share in enumerate(shares):
+        middle = gap + line_h * (train_id + 0.5)
+        colour = tuple(spec.colours[train_id].tolist())
+        draw.text((36, middle), str(train_id), FAINT, font, anchor="rm")
+        draw.rounded_rectangle((48, middle - 7, 68, middle + 7), 3, colour, outline=(190, 192, 196))
+        name = _shortened(draw, spec.name(train_id), bar_left - left - gap, font)
+        draw.text((left, middle), name, INK if share else FAINT, font, anchor="lm")
+        end = bar_left + share / longest * (width - bar_left - 90)
+        draw.rectangle((bar_left, middle - 6, end, middle + 6), colour, outline=(190, 192, 196))
+        draw.text((end + 8, middle), f"{100 * share:.2f} %" if share else "never", FAINT, font, anchor="lm")
+    return np.asarray(chart)
+
+
 # ------------------------------------------------------------------------------------------------ curves
 
 MAX_POINTS = 2000

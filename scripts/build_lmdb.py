@@ -4,7 +4,12 @@
     python scripts/build_lmdb.py --config configs/my.yaml --data_root RAW --output_root datasets/my/train
 
 RAW/images/NAME.jpg, RAW/seg_maps/NAME.png, RAW/edge_maps/NAME.png and RAW/inst_maps/NAME.png join by name; sub-folders
-are sequences. Every file is decoded and every label checked against the config's data.labels before anything is built.
+are sequences. Every file is decoded and every label checked against the config's data.labels on its way into a shard.
+
+Killed and started again, it keeps the finished shards. Many machines: every process of torchrun, or every task of a
+SLURM job array, builds shards of its own; whoever finishes last joins them:
+
+    torchrun --nproc_per_node=8 scripts/build_lmdb.py --config ... --data_root RAW --output_root OUT --num_shards 64
 """
 
 import argparse
@@ -17,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from imaginaire_spade.build import import_modules
 from imaginaire_spade.config import load_config
 from imaginaire_spade.data.build import build_dataset
+from imaginaire_spade.data.folders import DATA_TYPES
 from imaginaire_spade.data.shard import summary
+from imaginaire_spade.distributed import rank_from_environment
 from imaginaire_spade.errors import run_command_line
 
 
@@ -26,16 +33,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML whose data.labels and data.edges hold for this data")
     parser.add_argument("--data_root", required=True, help="folder of images/, seg_maps/ (edge_maps/, inst_maps/)")
     parser.add_argument("--output_root", required=True, help="folder to make")
-    parser.add_argument("--num_shards", type=int, default=1, help="number of shards (default: 1, the root itself)")
-    parser.add_argument("--num_workers", type=int, help="processes that check files (default: min(8, cores))")
+    # fmt: off
+    parser.add_argument("--num_shards", type=int,
+                        help="number of shards (default: one per process; with one the root itself is the shard)")
+    parser.add_argument("--num_workers", type=int,
+                        help="processes that read, check and write (default: min(8, cores)); a shard has one writer,"
+                        " so for more speed give at least as many shards")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing data set once this one is built")
-    parser.add_argument("--resume", action="store_true", help="keep the finished shards of an interrupted build")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
+                        help="keep the finished shards of an interrupted build")
     parser.add_argument("--drop_unpaired", action="store_true", help="build from the samples that have all data types")
     parser.add_argument("--input_list", help="file of keys, one SEQUENCE/NAME or NAME per line: build these only")
+    parser.add_argument("--data_types", nargs="+", choices=DATA_TYPES,
+                        help="what to build (default: images seg_maps, and the others whose folders exist)")
+    parser.add_argument("--resize_smallest_side", type=int, metavar="PIXELS",
+                        help="shrink what is larger (photos by area, maps by nearest pixel); without, values are the"
+                        " files as they are")
+    parser.add_argument("--quality", type=int, default=95, help="of JPEGs that are shrunk (default: 95)")
+    parser.add_argument("--no_check", action="store_true",
+                        help="decode nothing: neither sizes nor labels are checked, and there is no histogram")
     parser.add_argument("--paired", action="store_true", help="accepted and ignored: data here is always paired")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
     parser.add_argument("--import", action="append", default=[], metavar="MODULE", dest="imports",
-                        help="import a module that registers components")  # fmt: skip
+                        help="import a module that registers components")
+    # fmt: on
     return parser.parse_args()
 
 
@@ -44,19 +65,31 @@ def main() -> None:
     started_at = time.perf_counter()
     import_modules(arguments.imports)
     data = load_config(arguments.config, arguments.set).data
+    rank, world_size = rank_from_environment()
     manifest = build_dataset(
         arguments.data_root,
         arguments.output_root,
         data.labels,
         edges=data.edges,
+        data_types=arguments.data_types,
         num_shards=arguments.num_shards,
         num_workers=arguments.num_workers,
         overwrite=arguments.overwrite,
         resume=arguments.resume,
         drop_unpaired=arguments.drop_unpaired,
         input_list=arguments.input_list,
+        check=not arguments.no_check,
+        resize_smallest_side=arguments.resize_smallest_side,
+        quality=arguments.quality,
+        rank=rank,
+        world_size=world_size,
     )
-    print(summary(manifest, data.labels, Path(arguments.output_root), time.perf_counter() - started_at))
+    seconds = time.perf_counter() - started_at
+    if manifest is None:
+        print(f"process {rank} of {world_size}: its shards are finished ({seconds:.1f} s); others are at work")
+        return
+    print(summary(manifest, data.labels, Path(arguments.output_root)))
+    print(f"{seconds:.1f} s")
 
 
 if __name__ == "__main__":

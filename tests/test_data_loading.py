@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import write_png
+from conftest import write_jpg, write_png
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -30,11 +30,13 @@ from imaginaire_spade.data.transforms import (
     Geometry,
     apply_to_image,
     apply_to_map,
+    choose_reduction,
     draw_geometry,
     edges_from_ids,
 )
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.noise import generator_for
 
 LABELS = LabelSpec(num_classes=5)
 CROPPED = AugmentationConfig(
@@ -384,3 +386,24 @@ def test_prefetcher_on_a_gpu(tiny_folder):
 def test_default_num_workers_is_shared_between_processes():
     assert 0 <= default_num_workers(2) <= default_num_workers(1) <= 8
     assert default_num_workers(10_000) == 0
+
+
+def test_a_jpeg_decoded_small_stays_aligned(tmp_path):
+    """A ramp of 427 x 611 pixels (no multiples of 8): its values tell where every pixel came from."""
+    height, width = 427, 611
+    rows, columns = np.mgrid[:height, :width]
+    ramp = np.stack([rows * 255 / height, columns * 255 / width, np.zeros((height, width))], 2).round().astype(np.uint8)
+    write_jpg(tmp_path / "raw/images/a.jpg", ramp)
+    write_png(tmp_path / "raw/seg_maps/a.png", np.zeros((height, width), np.uint8))
+    for side, factor in ((300, 1), (200, 2), (100, 4), (50, 8)):
+        for flip in (False, True):
+            config = AugmentationConfig(resize_smallest_side=side, random_scale_limit=0.05, horizontal_flip=flip)
+            g = draw_geometry(height, width, config, generator_for(3, 0, "augmentation"), "x")
+            assert choose_reduction(height, width, g) == factor
+            image = LabelMapDataset(tmp_path / "raw", LABELS, augmentations=config, seed=3)[0].image.numpy()
+            expected = apply_to_image(ramp, g, any_area=True).transpose(2, 0, 1)
+            inside = np.s_[:, 2:-2, 2:-2]
+            assert np.abs(image[inside].astype(int) - expected[inside]).max() <= 3
+    write_jpg(tmp_path / "raw/images/a.jpg", ramp[:-1])
+    with pytest.raises(DataError, match=r"a\.jpg is 426 x 611"):
+        LabelMapDataset(tmp_path / "raw", LABELS, augmentations=AugmentationConfig(resize_smallest_side=50))[0]

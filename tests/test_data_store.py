@@ -8,6 +8,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
+import re
 import resource
 import shutil
 import signal
@@ -26,11 +28,13 @@ from conftest import REPOSITORY, write_jpg, write_png
 from PIL import Image
 from safetensors.numpy import load_file
 
-from imaginaire_spade.data import build as build_module
+from imaginaire_spade.data import output as output_module
 from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.decode import decode_edges, decode_image, decode_instances, decode_label, image_size
 from imaginaire_spade.data.folders import FolderSource
-from imaginaire_spade.data.store import open_source, store_key, write_environment
+from imaginaire_spade.data.lock import owning
+from imaginaire_spade.data.store import EnvironmentWriter, open_source, store_key
+from imaginaire_spade.distributed import rank_from_environment
 from imaginaire_spade.errors import EXIT_CODE, DataError, LabelError
 from imaginaire_spade.labels import LabelSpec
 
@@ -226,7 +230,10 @@ def test_imaginaire_lmdb_is_read_bit_for_bit(shared_dir):
 
 def test_map_grows_when_it_is_full(tmp_path):
     values = {f"{i:03d}".encode(): os.urandom(300_000) for i in range(12)}
-    write_environment(tmp_path, [(k, lambda v=v: v) for k, v in values.items()], num_items=0, total_bytes=0)
+    writer = EnvironmentWriter(tmp_path, expected_bytes=0, expected_items=0)
+    for key, value in values.items():
+        writer.put(key, value)
+    writer.close()
     with lmdb.open(str(tmp_path), readonly=True, lock=False) as env, env.begin() as transaction:
         assert dict(transaction.cursor()) == values
 
@@ -372,7 +379,7 @@ def test_refused_before_any_work(tiny_folder, tmp_path):
     (occupied / "thesis.tex").write_text("x")
     (tmp_path / "file").write_text("x")
     for output, options, message in (
-        (occupied, {}, "--resume .*--overwrite"),
+        (occupied, {}, "thesis.tex.*no data set of this script"),
         (occupied, {"overwrite": True}, "thesis.tex.*not overwritten"),
         (occupied, {"resume": True}, "thesis.tex"),
         (tmp_path / "file", {}, "is a file"),
@@ -380,9 +387,8 @@ def test_refused_before_any_work(tiny_folder, tmp_path):
         (root / "images/lmdb", {}, "among the raw files"),
         (root, {"overwrite": True}, "contains --data_root"),
         (tmp_path, {"overwrite": True}, "contains --data_root"),
-        (tmp_path / "x", {"overwrite": True, "resume": True}, "exclude each other"),
         (tmp_path / "x", {"num_shards": 3}, "more shards than samples"),
-        (tmp_path / "x", {"num_shards": 0}, "at least 1 shard"),
+        (tmp_path / "x", {"num_shards": 0}, r"at least 1 shard\(s\)"),
     ):
         with pytest.raises(DataError, match=message):
             build_dataset(root, output, LABELS, num_workers=0, **options)
@@ -401,13 +407,13 @@ def test_existing_output_overwritten_resumed_or_refused(tiny_folder, tmp_path):
     source = open_source(out, TYPES)
     source.read("0000", "images")
     with pytest.raises(DataError, match="exists and holds a data set"):
-        build_dataset(root, out, LABELS, num_workers=0)
-    assert build_dataset(root, out, LABELS, num_workers=0, resume=True) == first
+        build_dataset(root, out, LABELS, num_workers=0, resume=False)
+    assert build_dataset(root, out, LABELS, num_workers=0) == first
     with pytest.raises(DataError, match="another label table"):
         build_dataset(root, out, LabelSpec(num_classes=6), num_workers=0, resume=True)
     shutil.rmtree(root)
     root = tiny_folder(keys=3, seed=1)
-    with pytest.raises(DataError, match="another samples or files"):
+    with pytest.raises(DataError, match="another set of samples or files"):
         build_dataset(root, out, LABELS, num_workers=0, resume=True)
     build_dataset(root, out, LABELS, num_workers=0, num_shards=3, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw"]
@@ -421,7 +427,8 @@ def test_drop_unpaired_and_input_list(tiny_folder, tmp_path, capsys):
     (root / "seg_maps/b.png").unlink()
     manifest = build_dataset(root, tmp_path / "dropped", LABELS, num_workers=0, drop_unpaired=True)
     assert manifest["num_samples"] == 3
-    assert "dropped 1 sample(s) without a file in seg_maps: b" in capsys.readouterr().out
+    assert "b: dropped, no file in seg_maps" in capsys.readouterr().out
+    assert manifest["left_out"] == ["b: dropped, no file in seg_maps"]
     (tmp_path / "list.txt").write_text("./a\ns/d.jpg\n\n")
     build_dataset(root, tmp_path / "listed", LABELS, num_workers=0, input_list=tmp_path / "list.txt")
     assert open_source(tmp_path / "listed", ["images"]).keys == ["a", "s/d"]
@@ -434,7 +441,7 @@ def test_too_little_space(tiny_folder, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     root = tiny_folder(keys=4)
     with monkeypatch.context() as patch:
-        patch.setattr(build_module.shutil, "disk_usage", lambda path: usage(10, 9, 1000))
+        patch.setattr(output_module.shutil, "disk_usage", lambda path: usage(10, 9, 1000))
         with pytest.raises(DataError, match=r"1,000 bytes are free there, about .* needed"):
             build_dataset(root, tmp_path / "out", LABELS, num_workers=0)
     assert not (tmp_path / "out").exists()
@@ -474,6 +481,10 @@ def test_command_line(tiny_folder, tiny_config, tmp_path):
     assert len(open_source(tmp_path / "o/out", TYPES).keys) == 5
 
 
+def tree_of(root) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
 def test_killed_in_the_middle_then_resumed(tiny_folder, tiny_config, tmp_path):
     root, out = tiny_folder(keys=40, size=(16, 16)), tmp_path / "out"
     arguments = ["--config", tiny_config(), "--data_root", root, "--output_root", out, "--num_shards", 40]
@@ -485,36 +496,187 @@ def test_killed_in_the_middle_then_resumed(tiny_folder, tiny_config, tmp_path):
     process.wait()
     finished = sorted(p for p in out.glob("shard_?????"))
     assert 3 <= len(finished) < 40 and not (out / "manifest.json").exists()
-    with pytest.raises(DataError, match=r"unfinished build.*--resume"):
+    with pytest.raises(DataError, match=r"unfinished build.*same scripts/build_lmdb"):
         open_source(out, TYPES)
-    with pytest.raises(DataError, match="--resume to finish"):
-        build_dataset(root, out, LABELS, num_shards=40)
+    with pytest.raises(DataError, match="leave out --no-resume to finish"):
+        build_dataset(root, out, LABELS, num_shards=40, resume=False)
     with pytest.raises(DataError, match="another --num_shards"):
-        build_dataset(root, out, LABELS, num_shards=2, resume=True)
+        build_dataset(root, out, LABELS, num_shards=2)
     made_at = {p: (p / "manifest.json").stat().st_mtime_ns for p in finished}
     damaged = finished[1] / "seg_maps/data.mdb"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    resumed = subprocess.run(command(*arguments, "--resume"), capture_output=True, text=True)
+    resumed = subprocess.run(command(*arguments), capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
-    assert f"resuming: {len(finished) - 1} of 40" in resumed.stdout
+    # (A worker may have finished one more shard after the list was made.)
+    kept = int(re.search(r"resuming: (\d+) of 40", resumed.stdout)[1])
+    assert kept >= len(finished) - 1
     rebuilt = [p for p, at in made_at.items() if (p / "manifest.json").stat().st_mtime_ns != at]
     assert rebuilt == [finished[1]]
-    whole = build_dataset(root, tmp_path / "whole", LABELS, num_shards=40, num_workers=0)
-    assert json.loads((out / "manifest.json").read_text()) == whole
+    build_dataset(root, tmp_path / "whole", LABELS, num_shards=40, num_workers=0)
+    assert tree_of(out) == tree_of(tmp_path / "whole")
     assert open_source(out, TYPES).keys == open_source(root, TYPES).keys
-    assert not list(out.glob("*.tmp*"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "out", "raw", "whole"]
 
 
-def test_what_a_killed_build_leaves_is_removed(tiny_folder, tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    stale = build_module._temporary(tmp_path / "out")
-    dead = stale.with_name(stale.name.replace(f"-{os.getpid()}", f"-{gone.pid}"))
-    alive = stale.with_name(stale.name.replace(f"-{os.getpid()}", f"-{os.getppid()}"))
-    for folder in (stale, dead, alive):
-        folder.mkdir()
-    build_dataset(tiny_folder(keys=2), tmp_path / "out", LABELS, num_workers=0)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["out", "raw", alive.name])
+def test_twenty_kills_lose_nothing(tiny_folder, tmp_path):
+    """Killed with SIGKILL at random moments, with whole shards and one shard, replacing another set or not."""
+    root = tiny_folder(keys=24, size=(16, 16))
+    older = tiny_folder("older", keys=2)
+    draw = random.Random(0)
+    for num_shards, overwrite in ((12, False), (1, False), (12, True), (1, True)):
+        out, whole = tmp_path / f"out{num_shards}{overwrite}", tmp_path / f"whole{num_shards}"
+        if overwrite:
+            build_dataset(older, out, LABELS, num_workers=0)
+        else:
+            build_dataset(root, whole, LABELS, num_workers=0, num_shards=num_shards)
+        options = {"num_shards": num_shards, "num_workers": 2, "overwrite": overwrite}
+        for _ in range(5):
+            child = os.fork()
+            if child == 0:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                build_dataset(root, out, LABELS, **options)
+                os._exit(0)
+            time.sleep(draw.uniform(0, 0.25))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            if overwrite and out.exists():
+                assert len(open_source(out, TYPES).keys) in (2, 24)
+        build_dataset(root, out, LABELS, **options)
+        assert tree_of(out) == tree_of(whole)
+        assert not [p.name for p in tmp_path.iterdir() if ".tmp" in p.name or ".lock" in p.name]
+
+
+def test_two_builders_on_one_output(tiny_folder, tmp_path):
+    root, out = tiny_folder(keys=2), tmp_path / "out"
+    ready, done = os.pipe(), os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        with owning(out, [0]):
+            os.write(ready[1], b"x")
+            os.read(done[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    for options in ({}, {"num_shards": 2}, {"overwrite": True}):
+        with pytest.raises(DataError, match="another process is building there"):
+            build_dataset(root, out, LABELS, num_workers=0, **options)
+    # Another process's shards are no hindrance.
+    assert build_dataset(root, out, LABELS, num_workers=0, num_shards=2, rank=1, world_size=2) is None
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    manifest = build_dataset(root, out, LABELS, num_workers=0, num_shards=2)
+    assert manifest["num_samples"] == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw"]
+
+
+def test_many_processes_build_what_one_builds(tiny_folder, tiny_config, tmp_path):
+    root = tiny_folder(keys=9, size=(16, 16))
+    out, whole, ranks = tmp_path / "out", tmp_path / "whole", tmp_path / "ranks"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = ["--config", tiny_config(), "--data_root", root, "--output_root", out, "--num_shards", "5"]
+    subprocess.run([*start, *command(*arguments)[1:]], check=True, capture_output=True, timeout=120)
+    build_dataset(root, whole, LABELS, num_shards=5, num_workers=0)
+    assert tree_of(out) == tree_of(whole)
+    # As a job array does, in any order, once to build and once to replace.
+    for overwrite in (False, True):
+        for rank in (2, 0, 1):
+            options = {"num_shards": 5, "num_workers": 0, "world_size": 3, "overwrite": overwrite}
+            assert (build_dataset(root, ranks, LABELS, rank=rank, **options) is None) == (rank != 1)
+        assert tree_of(ranks) == tree_of(whole)
+
+
+def test_rank_of_a_job_array(monkeypatch):
+    assert rank_from_environment() == (0, 1)
+    for name, value in (("ID", "7"), ("MIN", "1"), ("STEP", "2"), ("COUNT", "8")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert rank_from_environment() == (3, 8)
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "6"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert rank_from_environment() == (5, 6)
+
+
+def test_workers_and_shards_change_no_value(tiny_folder, tmp_path):
+    root = tiny_folder(keys=40, size=(16, 16))
+    sources = []
+    for number, (num_shards, num_workers) in enumerate(((1, 0), (1, 2), (3, 2), (2, 3))):
+        out = tmp_path / str(number)
+        build_dataset(root, out, LABELS, num_shards=num_shards, num_workers=num_workers)
+        sources.append(open_source(out, TYPES))
+    assert tree_of(tmp_path / "0") == tree_of(tmp_path / "1")
+    assert len({read_all(source) for source in sources}) == 1
+
+
+def test_one_bad_file_keeps_the_other_shards(tiny_folder, tmp_path):
+    root, out = tiny_folder(keys=8), tmp_path / "out"
+    good = (root / "images/0005.jpg").read_bytes()
+    (root / "images/0005.jpg").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"(?s)1 problem\(s\), 3 finished shard\(s\) are kept.*0005\.jpg: the file is empty"
+    ):
+        build_dataset(root, out, LABELS, num_shards=4, num_workers=0)
+    assert sorted(p.name for p in out.iterdir()) == ["shard_00000", "shard_00001", "shard_00003"]
+    (root / "images/0005.jpg").write_bytes(good)
+    build_dataset(root, out, LABELS, num_shards=4, num_workers=0)
+    build_dataset(root, tmp_path / "whole", LABELS, num_shards=4, num_workers=0)
+    assert tree_of(out) == tree_of(tmp_path / "whole")
+
+
+def test_shrinking_while_building(tiny_folder, tmp_path):
+    root = tiny_folder(keys=["a", "b"], size=(40, 56))
+    small = np.kron(np.arange(4, dtype=np.uint8).reshape(2, 2), np.ones((8, 9), np.uint8))
+    for folder, array in (
+        ("images", np.stack([small] * 3, 2)),
+        ("seg_maps", small),
+        ("edge_maps", small),
+        ("inst_maps", small),
+    ):
+        (root / folder / f"b.{'jpg' if folder == 'images' else 'png'}").unlink()
+        write_png(root / folder / "b.png", array)
+    manifest = build_dataset(root, tmp_path / "out", LABELS, num_workers=0, resize_smallest_side=20, quality=80)
+    assert manifest["sizes_h_w"] == {"16x18": 1, "20x28": 1}
+    assert sum(manifest["class_pixels"]) == 20 * 28 + 16 * 18
+    store, raw = open_source(tmp_path / "out", TYPES), open_source(root, TYPES)
+    for data_type in TYPES:
+        assert store.read("b", data_type) == raw.read("b", data_type)  # small enough: the file itself
+    ids = decode_label(raw.read("a", "seg_maps"), "x")
+    assert np.array_equal(decode_label(store.read("a", "seg_maps"), "x"), ids[1::2, 1::2])
+    instances = decode_instances(raw.read("a", "inst_maps"), "x")
+    assert np.array_equal(decode_instances(store.read("a", "inst_maps"), "x"), instances[1::2, 1::2])
+    assert decode_image(store.read("a", "images"), "x").shape == (20, 28, 3)
+    assert len(store.read("a", "images")) < len(raw.read("a", "images")) / 2
+    with pytest.raises(DataError, match="another --resize_smallest_side"):
+        build_dataset(root, tmp_path / "out", LABELS, num_workers=0, resize_smallest_side=20, quality=90)
+
+
+def test_chosen_types_and_no_check(tiny_folder, tmp_path):
+    root = tiny_folder(keys=2, num_classes=9)
+    manifest = build_dataset(
+        root, tmp_path / "a", LABELS, num_workers=0, data_types=["seg_maps", "images"], check=False
+    )
+    assert manifest["class_pixels"] is None and list(manifest["data_types"]) == ["seg_maps", "images"]
+    photos = build_dataset(root, tmp_path / "b", LABELS, num_workers=0, data_types=["images"])
+    assert photos["class_pixels"] is None and photos["sizes_h_w"] == {"40x56": 2}
+    (root / "images/0001.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"0001\.jpg: the file is empty"):
+        build_dataset(root, tmp_path / "c", LABELS, num_workers=0, check=False)
+
+
+def test_pixels_are_counted_as_they_are_mapped(tiny_folder):
+    spec = LabelSpec(num_classes=4, ignore=(255,), remap={7: 2}, palette=((0, 0, 0), (9, 9, 9), (1, 2, 3), (4, 5, 6)))
+    rng = np.random.default_rng(0)
+    for raw in (
+        rng.choice(np.array([0, 1, 2, 3, 7, 255], np.uint8), (9, 13)),
+        rng.choice(np.array([0, 7, 255], np.uint16), (1, 1)),
+        np.array(spec.palette, np.uint8)[rng.integers(0, 4, (5, 6))],
+    ):
+        ids, counts = np.unique(spec.to_train_ids(raw, "x"), return_counts=True)
+        assert spec.count_pixels(raw, "x") == dict(zip(ids.tolist(), counts.tolist(), strict=True))
+    wrong = np.array([[0, 9, 200]], np.uint8)
+    messages = []
+    for method in (spec.to_train_ids, spec.count_pixels):
+        with pytest.raises(LabelError) as caught:
+            method(wrong, "x")
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
 
 
 def test_label_error_is_a_data_error():

@@ -1,31 +1,46 @@
-"""Raw folders -> a verified LMDB data set (``scripts/build_lmdb.py``).
+"""Raw folders -> a verified LMDB data set (``scripts/build_lmdb.py``), in one process or in many.
 
-Owns the order of a build: refuse what cannot work, check every file, write shard by shard, read back, rename, and
-``manifest.json``. A shard appears under its final name only when it is complete and verified; what a killed build
-leaves behind lies under temporary names, which the next build removes.
+Owns the order of a build: refuse what cannot work, build shard by shard (read, check, write, read back, rename), and
+join the shards' manifests. A shard appears under its final name only when it is complete and verified. Nothing is
+agreed on between processes: each builds the shards of its rank, and whoever finishes last finds all of them there.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
+import multiprocessing
 import shutil
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import lmdb
+from tqdm import tqdm
 
-from imaginaire_spade.data.check import Plan, check_all
+from imaginaire_spade.data.check import LoadedSample, Plan, load_sample
 from imaginaire_spade.data.decode import IMAGE_EXTENSIONS
-from imaginaire_spade.data.folders import DISTANCES, EDGE_FILES, FolderSource, make_key
-from imaginaire_spade.data.shard import Manifest, file_sha256, flush_folder, join_manifests, write_shard
-from imaginaire_spade.data.store import FILENAMES, MANIFEST, METADATA, read_json, write_json
+from imaginaire_spade.data.folders import DISTANCES, EDGE_FILES, FolderSource
+from imaginaire_spade.data.lock import finishing, owning, writing
+from imaginaire_spade.data.output import (
+    check_free_space,
+    check_output,
+    disk_errors,
+    is_finished,
+    kept_shards,
+    move_into_place,
+    temporary,
+)
+from imaginaire_spade.data.shard import Manifest, flush_folder, join_manifests, write_shard
+from imaginaire_spade.data.store import MANIFEST, read_json, store_key, write_json
+from imaginaire_spade.data.workers import count_workers, map_in_processes
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.labels import LabelSpec
 
 OPTIONAL_TYPES = ("edge_maps", "inst_maps", DISTANCES)
+MAX_PROBLEMS = 20
+"""A build gives up after this many."""
 
 
 def build_dataset(
@@ -34,138 +49,277 @@ def build_dataset(
     labels: LabelSpec,
     *,
     edges: str = "none",
-    num_shards: int = 1,
+    data_types: Sequence[str] | None = None,
+    num_shards: int | None = None,
     num_workers: int | None = None,
     overwrite: bool = False,
-    resume: bool = False,
+    resume: bool = True,
     drop_unpaired: bool = False,
     input_list: str | Path | None = None,
-) -> Manifest:
-    """Build the data set and return its manifest.
+    check: bool = True,
+    resize_smallest_side: int | None = None,
+    quality: int = 95,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Manifest | None:
+    """Build the data set, or this process's shards of it.
 
     Args:
-        edges: ``data.edges`` of the config; "file" and "instances" make edge_maps/ and inst_maps/ obligatory. Where
-            these folders exist, they are built in any case.
-        num_shards: with 1 the root itself is the shard.
-        num_workers: processes that check files; None: min(8, cores); 0: this process.
+        edges: ``data.edges`` of the config; "file" and "instances" make edge_maps/ and inst_maps/ obligatory.
+        data_types: what to build; None: images, seg_maps, what ``edges`` needs, and the other folders that exist.
+        num_shards: with 1 the root itself is the shard. None: one per process.
+        num_workers: processes that read, check and write; None: min(8, cores); 0: this process. With at least as many
+            shards each writes shards of its own; with fewer they read and check for one writer.
         overwrite: replace an existing data set, once the new one is complete.
         resume: keep verified shards of an earlier, interrupted build of the same data.
         drop_unpaired: build from the samples that have all data types.
         input_list: file with one key per line (an extension is ignored): build from these samples only.
+        check: decode every file and compare sizes and label values with the table.
+        resize_smallest_side, quality: shrink what is larger; JPEGs are then written with this quality.
+        rank, world_size: build every ``world_size``-th shard, from number ``rank`` on.
+    Returns:
+        The root's manifest; None where another process completes (or completed) the data set.
     Raises:
-        DataError: with every problem found, up to ``MAX_PROBLEMS``. Nothing is left under the final name.
+        DataError: with every problem found, up to ``MAX_PROBLEMS``. Nothing incomplete is left under a final name.
     """
     raw, output = Path(data_root), Path(output_root).absolute()
-    if num_shards < 1 or (num_workers is not None and num_workers < 0):
-        raise DataError(f"--num_shards {num_shards} --num_workers {num_workers}: write at least 1 shard and 0 workers")
-    _check_output(raw, output, overwrite, resume)
-    optional = [t for t in OPTIONAL_TYPES if EDGE_FILES.get(edges) == t or (raw / t).is_dir()]
-    data_types = ("images", "seg_maps", *optional)
-    source = FolderSource(raw, data_types, drop_unpaired=drop_unpaired or input_list is not None)
-    _report_left_out(source, input_list is None)
+    num_shards = world_size if num_shards is None else num_shards
+    if num_shards < world_size or (num_workers is not None and num_workers < 0):
+        raise DataError(
+            f"--num_shards {num_shards} --num_workers {num_workers}: write at least {world_size} shard(s), one per"
+            " process, and 0 workers"
+        )
+    if resize_smallest_side is not None and (resize_smallest_side < 1 or not check or not 1 <= quality <= 100):
+        raise DataError("--resize_smallest_side takes at least 1, with --quality 1..100, and excludes --no_check")
+    check_output(raw, output, overwrite, resume)
+    source, types = _open(raw, edges, data_types, drop_unpaired or input_list is not None)
+    left_out = _left_out(source, input_list is None)
+    if rank == 0:
+        _report(left_out)
     if input_list is not None:
         source = source.restricted_to(_read_list(Path(input_list), source))
-    if DISTANCES in data_types and not source.has(DISTANCES):
-        print(f"{raw / DISTANCES} lacks some samples: left out (scripts/make_distance_maps.py makes the missing ones)")
-        data_types = tuple(t for t in data_types if t != DISTANCES)
+    if DISTANCES in types and (resize_smallest_side or not source.has(DISTANCES)):
+        reason = "does not shrink" if resize_smallest_side else "lacks some samples"
+        print(f"{raw / DISTANCES} {reason}: left out (scripts/make_distance_maps.py makes missing ones)")
+        types = tuple(t for t in types if t != DISTANCES)
     if num_shards > len(source.keys):
         raise DataError(f"--num_shards {num_shards}: more shards than samples ({len(source.keys)})")
-    plan = Plan(source, labels, data_types)
     # In the order of the keys, so that the shards one after the other are the folder's order.
     cuts = [len(source.keys) * i // num_shards for i in range(num_shards + 1)]
     names = ["."] if num_shards == 1 else [f"shard_{i:05d}" for i in range(num_shards)]
-    parts = {name: source.keys[a:b] for name, (a, b) in zip(names, itertools.pairwise(cuts), strict=True)}
+    parts = {
+        name: sorted(source.keys[a:b], key=store_key)
+        for name, (a, b) in zip(names, itertools.pairwise(cuts), strict=True)
+    }
+    plan = Plan(source, labels, types, check, resize_smallest_side, quality)
+    own = range(num_shards)[rank::world_size]
+    with owning(output, own) as lock_file:
+        build = _Build(plan, parts, _choose_root(output, num_shards, overwrite), lock_file, _Tally())
+        # What lies in the way may go if it was to be replaced, or is a temporary folder that nobody else works in.
+        may_clear = world_size == 1 and (overwrite or build.root != output)
+        kept = build.kept([names[i] for i in own], resume, may_clear, rank)
+        todo = [names[i] for i in own if names[i] not in kept]
+        num_bytes = {name: {t: sum(source.size(key, t) for key in parts[name]) for t in types} for name in todo}
+        total_bytes = sum(sum(by_type.values()) for by_type in num_bytes.values())
+        check_free_space(output, total_bytes)
+        with disk_errors(output, total_bytes):
+            build.run(num_bytes, count_workers(num_workers, world_size), silent=rank > 0)
+            return build.join(output, left_out)
 
-    kept = _kept_shards(output, parts, plan) if resume else {}
-    todo = {name: part for name, part in parts.items() if name not in kept}
-    num_bytes = sum(source.size(key, t) for part in todo.values() for key in part for t in data_types)
-    _check_free_space(output, num_bytes)
-    with _disk_errors(output, num_bytes):
-        return _build(plan, parts, kept, output, overwrite, num_workers)
+
+def _choose_root(output: Path, num_shards: int, overwrite: bool) -> Path:
+    """Where to build. (A temporary folder whose output is gone was about to take its place.)"""
+    if is_finished(output):
+        return temporary(output) if overwrite else output
+    return temporary(output) if num_shards == 1 or temporary(output).exists() else output
 
 
-def _build(
-    plan: Plan,
-    parts: Mapping[str, Sequence[str]],
-    kept: Mapping[str, Manifest],
-    output: Path,
-    overwrite: bool,
-    num_workers: int | None,
-) -> Manifest:
-    """Check and write the shards that are not ``kept``, move them into place, and return the root's manifest."""
-    todo = {name: part for name, part in parts.items() if name not in kept}
-    checked = check_all(plan, [key for part in todo.values() for key in part], num_workers)
-    manifests = dict(kept)
-    # A single shard is renamed as a whole, and so is a data set that replaces another.
-    in_place = len(parts) > 1 and not (overwrite and output.exists())
-    root = output if in_place else _temporary(output)
-    _remove_stale(output)
-    try:
-        for number, (name, part) in enumerate(todo.items()):
-            folder = root if name == "." else root / f"{name}.tmp"
+class _Tally:
+    """What the processes of a build tell each other."""
+
+    def __init__(self) -> None:
+        self.samples = multiprocessing.Value("q", 0)
+        self.problems = multiprocessing.Value("q", 0)
+        self.stop = multiprocessing.Value("b", 0)
+
+    def add(self, num_problems: int) -> bool:
+        """Count a sample; whether to go on."""
+        with self.samples:
+            self.samples.value += 1
+        with self.problems:
+            self.problems.value += num_problems
+        return self.go_on()
+
+    def go_on(self) -> bool:
+        return not self.stop.get_obj().value and self.problems.get_obj().value < MAX_PROBLEMS
+
+    def seen(self) -> int:
+        """Samples so far. (Read without the lock, which a process that was killed may hold for ever.)"""
+        return int(self.samples.get_obj().value)
+
+
+class _Rejected(Exception):
+    """Carries the problems of a shard's samples."""
+
+
+@dataclass(frozen=True)
+class _Build:
+    plan: Plan
+    parts: Mapping[str, Sequence[str]]
+    root: Path
+    lock_file: Path
+    tally: _Tally
+
+    def kept(self, names: Sequence[str], resume: bool, may_clear: bool, rank: int) -> dict[str, Manifest]:
+        """The finished shards among ``names``; the rest of what is in the way is removed where that is asked for."""
+        kept: dict[str, Manifest] = {}
+        try:
+            if resume:
+                kept = kept_shards(self.root, self.parts, names, self.plan)
+            elif may_clear:
+                shutil.rmtree(self.root, ignore_errors=True)
+        except DataError:
+            if not may_clear:
+                raise
+            shutil.rmtree(self.root, ignore_errors=True)
+        if kept:
+            print(
+                f"rank {rank}: " * (rank > 0)
+                + f"resuming: {len(kept)} of {len(names)} shard(s) are complete and verified"
+            )
+        return kept
+
+    def run(self, num_bytes: Mapping[str, Mapping[str, int]], workers: int, silent: bool) -> None:
+        """Build the shards that are the keys of ``num_bytes`` (which gives the size of their files by data type)."""
+        todo = list(num_bytes)
+        total = sum(len(self.parts[name]) for name in todo)
+        problems: list[str] = []
+        try:
+            with _shown(self.tally, total, silent or not todo):
+                if workers > len(todo):
+                    load = partial(load_sample, self.plan)
+                    for name in todo:
+                        samples = map_in_processes(load, self.parts[name], workers, chunk=4)
+                        problems += self._build_shard(name, num_bytes[name], samples)
+                else:
+                    whole = list(num_bytes.items())
+                    for found in map_in_processes(self._build_whole_shard, whole, workers, chunk=1, least=1):
+                        problems += found
+        finally:
+            self.tally.stop.get_obj().value = 1  # workers that still write leave off
+            if self.root.is_dir() and not any(self.root.iterdir()):
+                self.root.rmdir()
+        if problems:
+            seen = self.tally.seen()
+            rest = f" (checking stopped after sample {seen} of {total})" if seen < total else ""
+            finished = sum((self.root / name / MANIFEST).is_file() for name in self.parts)
+            state = f"{finished} finished shard(s) are kept" if finished else "nothing was built"
+            listed = "\n  ".join(problems[:MAX_PROBLEMS])
+            raise DataError(f"{self.plan.source.root}: {len(problems)} problem(s), {state}{rest}:\n  {listed}")
+
+    def _build_whole_shard(self, item: tuple[str, Mapping[str, int]]) -> list[str]:
+        name, num_bytes = item
+        return self._build_shard(name, num_bytes, map(partial(load_sample, self.plan), self.parts[name]))
+
+    def _build_shard(self, name: str, num_bytes: Mapping[str, int], samples: Iterable[LoadedSample]) -> list[str]:
+        """Build one shard in its temporary folder and rename it, or return its samples' problems."""
+        if not self.tally.go_on():
+            return []
+        folder = self.root if name == "." else self.root / f"{name}.tmp"
+        with writing(self.lock_file, list(self.parts).index(name)):
             shutil.rmtree(folder, ignore_errors=True)
-            manifests[name] = write_shard(plan, part, checked, folder, f"writing shard {number + 1}/{len(todo)}")
-            if name != ".":
-                folder.replace(root / name)
-                flush_folder(root)
-        manifest = join_manifests({name: manifests[name] for name in parts})
-        if len(parts) > 1:
-            write_json(root / MANIFEST, manifest)
-            flush_folder(root)
-        if todo and not in_place:
-            _move_into_place(root, output)
-        return manifest
-    finally:
-        _clean_up(root, output)
+            # A killed builder's worker may have finished it meanwhile.
+            if name != "." and (self.root / name).exists() and kept_shards(self.root, self.parts, [name], self.plan):
+                return []
+            try:
+                write_shard(self.plan, self.parts[name], self._sound(samples), folder, num_bytes)
+                if name != ".":
+                    folder.replace(self.root / name)
+                    flush_folder(self.root)
+            except _Rejected as rejected:
+                shutil.rmtree(folder, ignore_errors=True)
+                return list(rejected.args[0])
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+        return []
+
+    def _sound(self, samples: Iterable[LoadedSample]) -> Iterator[LoadedSample]:
+        """The samples up to the first with a problem; the problems of all are raised at the end."""
+        problems: list[str] = []
+        for sample in samples:
+            problems += sample.problems
+            if not self.tally.add(len(sample.problems)):
+                raise _Rejected(problems)
+            if not problems:
+                yield sample
+        if problems:
+            raise _Rejected(problems)
+
+    def join(self, output: Path, left_out: Sequence[str]) -> Manifest | None:
+        """Write the root's manifest and give the data set its name, where all shards are there."""
+        with finishing(self.lock_file):
+            manifests = {}
+            for name in self.parts:
+                if not (self.root / name / MANIFEST).is_file():
+                    return None
+                manifests[name] = read_json(self.root / name / MANIFEST)
+            manifest = join_manifests(manifests, left_out)
+            if not (self.root / MANIFEST).is_file() or read_json(self.root / MANIFEST) != manifest:
+                write_json(self.root / MANIFEST, manifest)
+                flush_folder(self.root)
+            if self.root != output:
+                move_into_place(self.root, output)
+            return manifest
 
 
-# ------------------------------------------------------------------------------------------------ before any work
+@contextmanager
+def _shown(tally: _Tally, total: int, disable: bool) -> Iterator[None]:
+    """A progress bar that follows ``tally``."""
+    finished = threading.Event()
+    tqdm.set_lock(threading.RLock())  # its own is shared with forked processes, and one that is killed may hold it
+    with tqdm(total=total, desc="building", unit="images", disable=disable, smoothing=0.05) as bar:
+
+        def follow() -> None:
+            while not finished.wait(0.5):
+                bar.update(tally.seen() - bar.n)
+
+        follower = threading.Thread(target=follow, daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            follower.join()
+            bar.update(tally.seen() - bar.n)
 
 
-def _check_output(raw: Path, output: Path, overwrite: bool, resume: bool) -> None:
-    """Raises DataError where the output cannot or must not be written."""
-    if not raw.is_dir():
-        raise DataError(f"--data_root {raw}: {'not a folder' if raw.exists() else 'no such folder'}")
-    if overwrite and resume:
-        raise DataError("--overwrite and --resume exclude each other: keep one")
-    here, there = output.resolve(), raw.resolve()
-    if here == there or here in there.parents:
-        raise DataError(f"--output_root {output} contains --data_root {raw}: choose a folder of its own")
-    for data_type in ("images", "seg_maps", *OPTIONAL_TYPES):
-        inside = (raw / data_type).resolve()
-        if here == inside or inside in here.parents:
-            raise DataError(f"--output_root {output} lies among the raw files in {raw / data_type}: choose another")
-    parent = next(p for p in (here, *here.parents) if p.exists())
-    if not parent.is_dir():
-        raise DataError(f"--output_root {output}: {parent} is a file: choose another folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise DataError(f"--output_root {output}: {parent} is not writable: choose another folder or change its rights")
-    content = sorted(p.name for p in output.iterdir()) if output.is_dir() else []
-    if not content or resume:
-        return
-    is_ours = {FILENAMES, MANIFEST} & set(content) or all(name.startswith("shard_") for name in content)
-    if overwrite and not is_ours:
-        raise DataError(
-            f"--output_root {output} holds {', '.join(content[:5])}, which is no data set of this script: it is not"
-            " overwritten. Remove it yourself or choose another folder"
-        )
-    if not overwrite:
-        state = "a data set" if {FILENAMES, MANIFEST} & set(content) else "an unfinished build or other files"
-        raise DataError(
-            f"--output_root {output} exists and holds {state}: add --resume to finish an interrupted build, or"
-            " --overwrite to replace it"
-        )
+# ------------------------------------------------------------------------------------------------ the samples
 
 
-def _report_left_out(source: FolderSource, tell_unpaired: bool) -> None:
-    if source.skipped:
-        shown = ", ".join(str(path.relative_to(source.root)) for path in source.skipped[:10])
-        more = " ..." if len(source.skipped) > 10 else ""
-        print(f"skipped {len(source.skipped)} file(s) that are no images by their extension: {shown}{more}")
+def _open(
+    raw: Path, edges: str, data_types: Sequence[str] | None, drop_unpaired: bool
+) -> tuple[FolderSource, tuple[str, ...]]:
+    if data_types is None:
+        optional = [t for t in OPTIONAL_TYPES if EDGE_FILES.get(edges) == t or (raw / t).is_dir()]
+        types = ("images", "seg_maps", *optional)
+    else:
+        types = tuple(dict.fromkeys(data_types))
+    return FolderSource(raw, types, drop_unpaired=drop_unpaired), types
+
+
+def _left_out(source: FolderSource, tell_unpaired: bool) -> list[str]:
+    """What is in the folders and not in the data set, one line per file."""
+    lines = [f"{path.relative_to(source.root)}: no image by its extension" for path in source.skipped]
     for data_type, keys in source.unpaired.items():
-        if keys and tell_unpaired:
-            shown = ", ".join(keys[:10]) + (" ..." if len(keys) > 10 else "")
-            print(f"dropped {len(keys)} sample(s) without a file in {data_type}: {shown}")
+        lines += [f"{key}: dropped, no file in {data_type}" for key in keys if tell_unpaired]
+    return lines
+
+
+def _report(left_out: Sequence[str]) -> None:
+    if left_out:
+        print(f"left out {len(left_out)} file(s) or sample(s)" + f" (all in {MANIFEST})" * (len(left_out) > 20) + ":")
+        print("\n".join(f"  {line}" for line in left_out[:20]))
 
 
 def _read_list(path: Path, source: FolderSource) -> list[str]:
@@ -173,7 +327,7 @@ def _read_list(path: Path, source: FolderSource) -> list[str]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--input_list {path}: cannot be read: {error}") from None
-    known, wanted, unknown = set(source.keys), set(), []
+    known, wanted, unknown = set(source.keys), set[str](), []
     for line in filter(None, lines):
         key = line.removeprefix("./")
         stem, _, extension = key.rpartition(".")
@@ -188,122 +342,3 @@ def _read_list(path: Path, source: FolderSource) -> list[str]:
         what = f"{len(unknown)} name(s) without a file in every data type: {shown}" if unknown else "no names"
         raise DataError(f"--input_list {path}: {what}. Write one SEQUENCE/NAME or NAME per line")
     return list(wanted)
-
-
-def _check_free_space(output: Path, num_bytes: int) -> None:
-    existing = next(p for p in (output.resolve(), *output.resolve().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    needed = int(num_bytes * 1.2) + (1 << 20)
-    if free < needed:
-        raise DataError(f"--output_root {output}: {free:,} bytes are free there, about {needed:,} are needed")
-
-
-@contextmanager
-def _disk_errors(output: Path, num_bytes: int) -> Iterator[None]:
-    """A full or failing disk as a DataError."""
-    try:
-        yield
-    except (OSError, lmdb.Error) as error:
-        existing = next(p for p in (output.resolve(), *output.resolve().parents) if p.exists())
-        free = shutil.disk_usage(existing).free
-        raise DataError(
-            f"--output_root {output}: writing failed: {error}. {free:,} bytes are free there, about"
-            f" {int(num_bytes * 1.2):,} are needed. The temporary folder was removed; free some space (or raise the"
-            " quota) and run again (with several shards, --resume keeps the finished ones)"
-        ) from error
-
-
-# ------------------------------------------------------------------------------------------------ resuming, clean-up
-
-
-def _kept_shards(output: Path, parts: Mapping[str, Sequence[str]], plan: Plan) -> dict[str, Manifest]:
-    """Path -> manifest of the shards that are there, whole, and of this very build. Damaged ones are removed.
-
-    Raises:
-        DataError: what is there belongs to another build.
-    """
-    present = sorted(p.name for p in output.iterdir()) if output.is_dir() else []
-    if "." in parts:
-        planned = {FILENAMES, METADATA, MANIFEST, *plan.data_types} if present else set()
-    else:
-        planned = {*parts, *(f"{name}.tmp" for name in parts), MANIFEST}
-    if foreign := [name for name in present if name not in planned]:
-        raise DataError(
-            f"--resume: {output} holds {', '.join(foreign[:5])}, which is no part of this build (another"
-            " --num_shards?): use the same command as before, or --overwrite"
-        )
-    kept: dict[str, Manifest] = {}
-    for name, keys in parts.items():
-        shard = output / name
-        if not (shard / MANIFEST).is_file():
-            if name == "." and present:
-                raise DataError(f"--resume: {output} has no {MANIFEST}: not built by this script; use --overwrite")
-            continue
-        manifest = read_json(shard / MANIFEST)
-        num_bytes = {t: sum(plan.source.size(key, t) for key in keys) for t in plan.data_types}
-        try:
-            same_labels = manifest["labels"] == plan.labels.model_dump(mode="json")
-            stems = read_json(shard / FILENAMES)
-            stored = sorted(make_key(sequence, stem, str(shard)) for sequence in stems for stem in stems[sequence])
-            stored_bytes = {t: entry["bytes"] for t, entry in manifest["data_types"].items()}
-            same_files = stored == sorted(keys) and stored_bytes == num_bytes
-            files = manifest["shards"][0]["files"]
-            whole = all(file_sha256(shard / t / "data.mdb") == files[f"{t}/data.mdb"]["sha256"] for t in num_bytes)
-        except (KeyError, IndexError, TypeError, AttributeError, OSError, DataError):
-            same_labels, same_files, whole = True, True, False
-        if not (same_labels and same_files):
-            what = "label table" if not same_labels else "samples or files"
-            raise DataError(f"--resume: {shard} was built with another {what}: use --overwrite to build anew")
-        if whole:
-            kept[name] = manifest
-        elif name == ".":
-            raise DataError(f"--resume: {shard} is damaged (its checksum differs): use --overwrite to build anew")
-        else:
-            print(f"{shard} is damaged (its checksum differs): building it again")
-            shutil.rmtree(shard)
-    print(f"resuming: {len(kept)} of {len(parts)} shard(s) are complete and verified")
-    return kept
-
-
-def _temporary(output: Path) -> Path:
-    return output.with_name(f"{output.name}.tmp-{socket.gethostname()}-{os.getpid()}")
-
-
-def _remove_stale(output: Path) -> None:
-    """Remove what killed builds of this machine left beside ``output``."""
-    prefix = f"{output.name}.tmp-{socket.gethostname()}-"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for path in output.parent.iterdir():
-        pid = path.name.removeprefix(prefix)
-        if path.name.startswith(prefix) and pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _move_into_place(root: Path, output: Path) -> None:
-    old = output.with_name(f"{root.name}-old")
-    if output.exists():
-        output.replace(old)
-    root.replace(output)
-    flush_folder(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _clean_up(root: Path, output: Path) -> None:
-    """Remove temporary folders; after a success there are none."""
-    if root != output:
-        shutil.rmtree(root, ignore_errors=True)
-    elif output.is_dir():
-        for leftover in output.glob("shard_*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        if not any(output.iterdir()):
-            output.rmdir()

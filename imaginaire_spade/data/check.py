@@ -1,50 +1,25 @@
-"""Check every file of a data set before it is built: decode it, hash it, compare sizes and label values.
+"""One sample on its way into a shard: its files read once, decoded, compared with each other and with the label table.
 
-Problems are collected, so that one run tells all (up to ``MAX_PROBLEMS``).
+Owns what a checked sample is, and how a picture shrinks on the way (``--resize_smallest_side``).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from imaginaire_spade.data.decode import decode_edges, decode_image, decode_instances, decode_label
 from imaginaire_spade.data.distances import NOT_FINITE, decode_distances
 from imaginaire_spade.data.folders import DISTANCES, FolderSource
 from imaginaire_spade.data.store import MAX_KEY_BYTES, store_key
-from imaginaire_spade.data.workers import map_in_processes
+from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.labels import LabelSpec
-
-MAX_PROBLEMS = 20
-"""Checking stops after this many."""
-
-_DECODERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {
-    "images": decode_image,
-    "edge_maps": decode_edges,
-    "inst_maps": decode_instances,
-}
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What the check of one sample found."""
-
-    key: str
-    size: tuple[int, int]
-    """(height, width)."""
-    class_pixels: dict[int, int]
-    """Train id -> number of pixels, of those that occur."""
-    digests: dict[str, bytes]
-    """Data type -> sha256 of the file."""
-    problems: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -54,64 +29,113 @@ class Plan:
     source: FolderSource
     labels: LabelSpec
     data_types: tuple[str, ...]
+    check: bool = True
+    """Whether files are decoded. Without, they are stored as they are."""
+    smallest_side: int | None = None
+    """Photos and maps whose smaller side is longer are shrunk to it; None: every value is the original file."""
+    quality: int = 95
+    """Of JPEGs that are shrunk."""
 
 
-def _check_sample(plan: Plan, key: str) -> Checked:
-    """Read, hash, decode and check all files of one sample. Problems are collected, not raised."""
+@dataclass(frozen=True)
+class LoadedSample:
+    """The files of one sample, and what the check found."""
+
+    key: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    extensions: dict[str, str] = field(default_factory=dict)
+    source_bytes: dict[str, int] = field(default_factory=dict)
+    """Size of the files as they were read."""
+    size: tuple[int, int] | None = None
+    """(height, width) as stored; None: not looked at."""
+    class_pixels: dict[int, int] = field(default_factory=dict)
+    """Train id -> number of pixels, of those that occur."""
+    problems: tuple[str, ...] = ()
+
+
+DECODERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {
+    "images": decode_image,
+    "seg_maps": decode_label,
+    "edge_maps": decode_edges,
+    "inst_maps": decode_instances,
+    DISTANCES: lambda data, where: decode_distances(data, where).transpose(1, 2, 0),
+}
+
+
+def load_sample(plan: Plan, key: str) -> LoadedSample:
+    """Read, check and (where the plan says so) shrink all files of one sample. Problems are collected, not raised."""
+    sample = LoadedSample(key)
     problems: list[str] = []
-    digests: dict[str, bytes] = {}
-    sizes: dict[str, tuple[int, int]] = {}
-    class_pixels: dict[int, int] = {}
     if len(store_key(key)) > MAX_KEY_BYTES:
         problems.append(f"{key}: the name is longer than {MAX_KEY_BYTES} bytes, the most that LMDB takes: shorten it")
+    pixels: dict[str, NDArray[Any]] = {}
     for data_type in plan.data_types:
         where = plan.source.where(key, data_type)
         try:
             data = plan.source.read(key, data_type)
-            digests[data_type] = hashlib.sha256(data).digest()
-            if data_type == "seg_maps":
-                raw = decode_label(data, where)
-                sizes[data_type] = raw.shape[0], raw.shape[1]
-                train_ids = plan.labels.to_train_ids(raw, where)
-                counts = np.bincount(train_ids.ravel())
-                class_pixels = {i: int(counts[i]) for i in np.flatnonzero(counts).tolist()}
-            elif data_type == DISTANCES:
-                distances = decode_distances(data, where)
-                if not np.isfinite(distances).all():
+            if not data:
+                raise DataError(f"{where}: the file is empty (0 bytes)")
+            sample.files[data_type] = data
+            sample.source_bytes[data_type] = len(data)
+            sample.extensions[data_type] = plan.source.extension(key, data_type)
+            if plan.check:
+                pixels[data_type] = DECODERS[data_type](data, where)
+                if data_type == "seg_maps":
+                    sample.class_pixels.update(plan.labels.count_pixels(pixels[data_type], where))
+                elif data_type == DISTANCES and not np.isfinite(pixels[data_type]).all():
                     raise DataError(f"{where}: {NOT_FINITE}")
-                sizes[data_type] = distances.shape[1], distances.shape[2]
-            else:
-                height, width = _DECODERS[data_type](data, where).shape[:2]
-                sizes[data_type] = height, width
         except DataError as error:
             problems.append(str(error))
-    size = sizes.get("seg_maps", (0, 0))
+    sizes = {data_type: (array.shape[0], array.shape[1]) for data_type, array in pixels.items()}
+    first = "seg_maps" if "seg_maps" in sizes else next(iter(sizes), "")
     for data_type, other in sizes.items():
-        if "seg_maps" in sizes and other != size:
+        if other != sizes[first]:
             problems.append(
                 f"{plan.source.where(key, data_type)} is {other[0]} x {other[1]} (height x width), but"
-                f" {plan.source.where(key, 'seg_maps')} is {size[0]} x {size[1]}: they must be of one size"
+                f" {plan.source.where(key, first)} is {sizes[first][0]} x {sizes[first][1]}: they must be of one size"
             )
-    return Checked(key, size, class_pixels, digests, tuple(problems))
-
-
-def check_all(plan: Plan, keys: Sequence[str], num_workers: int | None) -> dict[str, Checked]:
-    """Check the samples ``keys`` in ``num_workers`` processes (None: min(8, cores); 0: in this one).
-
-    Raises:
-        DataError: listing the problems found.
-    """
-    checked: dict[str, Checked] = {}
-    problems: list[str] = []
-    with tqdm(total=len(keys), desc="checking", unit="images", mininterval=0.5) as progress:
-        for result in map_in_processes(partial(_check_sample, plan), keys, num_workers):
-            checked[result.key] = result
-            problems += result.problems
-            progress.update()
-            if len(problems) >= MAX_PROBLEMS:
-                break
     if problems:
-        rest = f" (checking stopped after sample {len(checked)} of {len(keys)})" if len(checked) < len(keys) else ""
-        listed = "\n  ".join(problems[:MAX_PROBLEMS])
-        raise DataError(f"{plan.source.root}: {len(problems)} problem(s), nothing was built{rest}:\n  {listed}")
-    return checked
+        return LoadedSample(key, problems=tuple(problems))
+    size = sizes[first] if sizes else None
+    if size and plan.smallest_side and min(size) > plan.smallest_side:
+        return _shrunk(plan, sample, pixels, size)
+    return replace(sample, size=size)
+
+
+def _shrunk(plan: Plan, sample: LoadedSample, pixels: dict[str, NDArray[Any]], size: tuple[int, int]) -> LoadedSample:
+    assert plan.smallest_side
+    height, width = (max(1, round(side * plan.smallest_side / min(size))) for side in size)
+    geometry = Geometry(height, width, 0, 0, height, width, False)
+    class_pixels = {}
+    for data_type, array in pixels.items():
+        if data_type == "images":
+            extension = sample.extensions[data_type]
+            sample.files[data_type] = _encode(
+                apply_to_image(array, geometry, any_area=True), f".{extension}", plan.quality
+            )
+        else:
+            stored = apply_to_map(array * np.uint8(255) if data_type == "edge_maps" else array, geometry)
+            sample.files[data_type] = _encode(_integers_of_a_png(stored), ".png", 0)
+            sample.extensions[data_type] = "png"
+            if data_type == "seg_maps":
+                class_pixels = plan.labels.count_pixels(stored, plan.source.where(sample.key, data_type))
+    return replace(sample, size=(height, width), class_pixels=class_pixels)
+
+
+def _integers_of_a_png(ids: NDArray[Any]) -> NDArray[np.generic]:
+    """uint8 or uint16 [H, W], or, for instance ids beyond 65535, R + 256 G + 65536 B as uint8 [H, W, 3]."""
+    if ids.dtype != np.int32:
+        return ids
+    if ids.max() <= 65535:
+        return ids.astype(np.uint16)
+    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], 2).astype(np.uint8)
+
+
+def _encode(stored: NDArray[np.generic], suffix: str, quality: int) -> bytes:
+    bgr = stored[..., ::-1] if stored.ndim == 3 else stored
+    options = {".jpg": cv2.IMWRITE_JPEG_QUALITY, ".jpeg": cv2.IMWRITE_JPEG_QUALITY, ".webp": cv2.IMWRITE_WEBP_QUALITY}
+    written, data = cv2.imencode(
+        suffix, np.ascontiguousarray(bgr), [options[suffix], quality] if suffix in options else []
+    )
+    assert written
+    return data.tobytes()

@@ -20,7 +20,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from imaginaire_spade.config import AugmentationConfig
-from imaginaire_spade.data.decode import decode_edges, decode_image, decode_instances, decode_label
+from imaginaire_spade.data.decode import (
+    decode_edges,
+    decode_image,
+    decode_instances,
+    decode_label,
+    image_size,
+    is_jpeg,
+)
 from imaginaire_spade.data.distances import NOT_FINITE, class_distances, decode_distances
 from imaginaire_spade.data.folders import DISTANCES, EDGE_FILES, Source
 from imaginaire_spade.data.store import open_source
@@ -29,6 +36,7 @@ from imaginaire_spade.data.transforms import (
     apply_to_distances,
     apply_to_image,
     apply_to_map,
+    choose_reduction,
     draw_geometry,
     edges_from_ids,
 )
@@ -147,9 +155,8 @@ class LabelMapDataset(Dataset[Sample]):
 
         image = None
         if self.with_images:
-            photo = decode_image(source.read(key, "images"), source.where(key, "images"))
-            _check_size(photo, source.where(key, "images"), size, where)
-            image = torch.from_numpy(np.ascontiguousarray(apply_to_image(photo, geometry).transpose(2, 0, 1)))
+            photo = _read_photo(source, key, geometry, (size[0], size[1]), where)
+            image = torch.from_numpy(np.ascontiguousarray(photo.transpose(2, 0, 1)))
         edges = None
         if self.spec.has_edges:
             edges = torch.from_numpy(self._read_edges(source, edges_from, key, geometry, size, labels))
@@ -207,6 +214,23 @@ def _check_size(array: NDArray[np.generic], where: str, label_size: tuple[int, .
             f" {label_size[0]} x {label_size[1]}: they must be of one size. Resize the label map with nearest"
             " neighbour, or export both from the original"
         )
+
+
+def _read_photo(
+    source: Source, key: str, geometry: Geometry, size: tuple[int, int], label_where: str
+) -> NDArray[np.uint8]:
+    """uint8 [geometry.height, geometry.width, 3]; a JPEG is decoded no larger than need be."""
+    where = source.where(key, "images")
+    data = source.read(key, "images")
+    factor = choose_reduction(*size, geometry) if is_jpeg(data) else 1
+    if factor == 1:
+        photo = decode_image(data, where)
+        _check_size(photo, where, size, label_where)
+        return apply_to_image(photo, geometry)
+    if (stored := image_size(data, where)) != size:
+        _check_size(np.empty(stored), where, size, label_where)
+    photo = decode_image(data, where, reduction=factor)
+    return apply_to_image(photo, geometry, reduced_from=(*size, factor))
 
 
 def _unique_keys(sources: Sequence[Source]) -> list[str]:

@@ -113,27 +113,33 @@ class FolderSource(Source):
 
     def path(self, key: str, data_type: str) -> Path:
         """The file of ``key``. Raises DataError where there is none."""
-        if key not in self._extensions.get(data_type, {}):
-            raise DataError(f"{self.root}: no file for {key!r} among the {data_type}")
-        return self._folders[data_type] / f"{key}.{self._extensions[data_type][key]}"
+        return Path(self.where(key, data_type))
+
+    def extension(self, key: str, data_type: str) -> str:
+        """In lower case."""
+        return self._extensions[data_type][key].lower()
 
     def read(self, key: str, data_type: str) -> bytes:
-        path = self.path(key, data_type)
+        path = self.where(key, data_type)
         try:
-            return path.read_bytes()
+            with open(path, "rb", buffering=0) as file:
+                return file.read()
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
     def size(self, key: str, data_type: str) -> int:
         """The file's bytes. Raises DataError."""
-        path = self.path(key, data_type)
+        path = self.where(key, data_type)
         try:
-            return path.stat().st_size
+            return os.stat(path).st_size  # noqa: PTH116 (text, see where)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
     def where(self, key: str, data_type: str) -> str:
-        return str(self.path(key, data_type))
+        if key not in self._extensions.get(data_type, {}):
+            raise DataError(f"{self.root}: no file for {key!r} among the {data_type}")
+        # (Text, not a Path: a build asks for every file some times.)
+        return f"{self._folders[data_type]}{os.sep}{key}.{self._extensions[data_type][key]}"
 
     def restricted_to(self, keys: Sequence[str]) -> FolderSource:
         """The same source with a part of its keys, in its own order."""
@@ -151,21 +157,21 @@ def _scan(folder: Path, extensions: Sequence[str], skipped: list[Path]) -> dict[
     """Key -> extension as spelled, of every file below ``folder`` that has one of ``extensions``."""
     found: dict[str, str] = {}
     for sequence, name in _walk(folder):
-        path = folder / sequence / name
         extension = _extension(name, extensions)
         if not extension:
-            skipped.append(path)
+            skipped.append(folder / sequence / name)
             continue
-        key = make_key(sequence, name[: -len(extension) - 1], str(path))
+        path = f"{folder}{os.sep}{sequence}{os.sep}{name}"
+        key = make_key(sequence, name[: -len(extension) - 1], path)
         if key in found:
             raise DataError(
-                f"{path.parent}: {key}.{found[key]} and {key}.{extension} have one name: files are joined by it."
+                f"{folder / sequence}: {key}.{found[key]} and {key}.{extension} have one name: files are joined by it."
                 " Remove or rename one"
             )
         try:
             key.encode()
         except UnicodeEncodeError:
-            raise DataError(f"{str(path)!r}: the name is not UTF-8: rename it (e.g. with convmv)") from None
+            raise DataError(f"{path!r}: the name is not UTF-8: rename it (e.g. with convmv)") from None
         found[key] = extension
     return found
 

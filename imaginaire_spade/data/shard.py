@@ -8,46 +8,70 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import lmdb
 import numpy as np
-from tqdm import tqdm
 
-from imaginaire_spade.data.check import Checked, Plan
-from imaginaire_spade.data.store import MANIFEST, most_common, store_key, write_environment, write_index, write_json
-from imaginaire_spade.errors import DataError
+from imaginaire_spade.data.check import LoadedSample, Plan
+from imaginaire_spade.data.store import MANIFEST, EnvironmentWriter, most_common, store_key, write_index, write_json
 from imaginaire_spade.labels import LabelSpec
 
 Manifest = dict[str, Any]
 
 
 def write_shard(
-    plan: Plan, keys: Sequence[str], checked: Mapping[str, Checked], folder: Path, progress: str
+    plan: Plan,
+    keys: Sequence[str],
+    samples: Iterable[LoadedSample],
+    folder: Path,
+    expected_bytes: Mapping[str, int],
 ) -> Manifest:
-    """Write, verify and flush one shard; return its manifest."""
-    ordered = sorted(keys, key=store_key)
-    source = plan.source
-    extensions = {t: {key: source.path(key, t).suffix[1:].lower() for key in keys} for t in plan.data_types}
-    num_bytes = {t: sum(source.size(key, t) for key in keys) for t in plan.data_types}
+    """Write one shard, read it back, flush it and return its manifest.
+
+    Args:
+        keys: in the order of their store keys.
+        samples: of these keys, in this order, without problems.
+        folder: to make.
+        expected_bytes: data type -> size of all its files, about.
+    Raises:
+        DataError, OSError, lmdb.Error: it cannot be written.
+    """
+    source_digest = hashlib.sha256()
+    extensions: dict[str, dict[str, str]] = {t: {} for t in plan.data_types}
+    pixels: Counter[int] = Counter()
+    holding: Counter[int] = Counter()
+    sizes: Counter[str] = Counter()
     folder.mkdir(parents=True)
-    with tqdm(total=len(keys) * len(plan.data_types), desc=progress, unit="files", mininterval=0.5) as bar:
+    writers: dict[str, EnvironmentWriter] = {}
+    try:
         for t in plan.data_types:
-            items = ((store_key(key), partial(source.read, key, t)) for key in _counted(ordered, bar))
-            write_environment(folder / t, items, len(keys), num_bytes[t])
-            _verify(folder / t, [(store_key(key), checked[key].digests[t]) for key in ordered])
+            writers[t] = EnvironmentWriter(folder / t, expected_bytes[t], len(keys))
+        for sample in samples:
+            _add_source(source_digest, sample.key, sample.source_bytes)
+            for t, data in sample.files.items():
+                writers[t].put(store_key(sample.key), data)
+                extensions[t][sample.key] = sample.extensions[t]
+            pixels.update(sample.class_pixels)
+            holding.update(sample.class_pixels.keys())
+            if sample.size:
+                sizes[f"{sample.size[0]}x{sample.size[1]}"] += 1
+        for writer in writers.values():
+            writer.close()
+    except BaseException:
+        for writer in writers.values():
+            writer.abort()
+        raise
+    assert all(writer.num_items == len(keys) for writer in writers.values()), "a sample was lost"
     write_index(folder, keys, extensions)
     files = {}
     for name in (f"{t}/data.mdb" for t in plan.data_types):
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
-    pixels: Counter[int] = Counter()
-    for key in keys:
-        pixels.update(checked[key].class_pixels)
-    sizes = Counter(f"{h}x{w}" for h, w in (checked[key].size for key in keys))
+    classes = range(plan.labels.num_classes + 1)  # don't-care last
+    counted = plan.check and "seg_maps" in plan.data_types
     manifest = {
         "format": 1,
         "builder": f"imaginaire_spade {_package_version()}",
@@ -55,16 +79,21 @@ def write_shard(
         "num_samples": len(keys),
         "data_types": {
             t: {
-                "bytes": num_bytes[t],
+                "bytes": writers[t].num_bytes,
                 "extension": (usual := most_common(extensions[t].values())),
                 "other_extensions": {key: e for key, e in sorted(extensions[t].items()) if e != usual},
             }
             for t in plan.data_types
         },
+        "checked": plan.check,
+        "shrunk": {"smallest_side": plan.smallest_side, "quality": plan.quality} if plan.smallest_side else None,
         "sizes_h_w": dict(sorted(sizes.items())),
-        "class_pixels": [pixels[i] for i in range(plan.labels.num_classes + 1)],  # don't-care last
+        "class_pixels": [pixels[i] for i in classes] if counted else None,
+        "class_samples": [holding[i] for i in classes] if counted else None,
+        "class_shares": _shares([pixels[i] for i in classes]) if counted else None,
         "labels": plan.labels.model_dump(mode="json"),
         "label_table": _label_table(plan.labels),
+        "source_sha256": source_digest.hexdigest(),
         "shards": [{"path": ".", "num_samples": len(keys), "files": files}],
     }
     write_json(folder / MANIFEST, manifest)
@@ -73,26 +102,22 @@ def write_shard(
     return manifest
 
 
-def _counted(keys: Sequence[str], bar: Any) -> Iterator[str]:
+def source_sha256(plan: Plan, keys: Sequence[str]) -> str:
+    """Of the names and sizes of all files that a shard is made of: by it a finished shard is known again."""
+    digest = hashlib.sha256()
     for key in keys:
-        yield key
-        bar.update()
+        _add_source(digest, key, {t: plan.source.size(key, t) for t in plan.data_types})
+    return digest.hexdigest()
 
 
-def _verify(folder: Path, expected: Sequence[tuple[bytes, bytes]]) -> None:
-    """Read an LMDB back. Raises DataError unless it holds exactly ``expected`` (key, sha256)."""
-    with (
-        lmdb.open(str(folder), readonly=True, lock=False, create=False) as environment,
-        environment.begin(buffers=True) as transaction,
-    ):
-        count = 0
-        for (key, digest), (found, value) in zip(expected, transaction.cursor(), strict=False):
-            if bytes(found) != key or hashlib.sha256(value).digest() != digest:
-                raise DataError(f"{folder}: {key.decode()} reads back differently (did the file change meanwhile?)")
-            count += 1
-        if count != len(expected) or environment.stat()["entries"] != count:
-            entries = environment.stat()["entries"]
-            raise DataError(f"{folder}: {entries} entries read back, {len(expected)} were written")
+def _add_source(digest: Any, key: str, num_bytes: Mapping[str, int]) -> None:
+    digest.update(f"{key}\0{num_bytes}\n".encode())
+
+
+def _shares(class_pixels: Sequence[int]) -> list[float]:
+    """Of all pixels: 0..1, rounded to a millionth."""
+    total = max(1, sum(class_pixels))
+    return [round(count / total, 6) for count in class_pixels]
 
 
 def _label_table(labels: LabelSpec) -> dict[str, int | str]:
@@ -102,14 +127,16 @@ def _label_table(labels: LabelSpec) -> dict[str, int | str]:
     return {str(raw): "ignored" if labels.table[raw] == ignored else int(labels.table[raw]) for raw in allowed}
 
 
-def join_manifests(manifests: Mapping[str, Manifest]) -> Manifest:
-    """The root's manifest: sums over the shards' (by path). A shard that is the root itself keeps its own."""
+def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -> Manifest:
+    """The root's manifest: sums over the shards' (by path), and the files that were ``left_out`` of the build."""
     parts = list(manifests.values())
     if list(manifests) == ["."]:
-        return parts[0]
+        return parts[0] | {"left_out": list(left_out)}
     sizes: Counter[str] = Counter()
     for part in parts:
         sizes.update(part["sizes_h_w"])
+    counted = parts[0]["class_pixels"] is not None
+    pixels = np.sum([part["class_pixels"] for part in parts], axis=0).tolist() if counted else []
     return parts[0] | {
         "num_samples": sum(part["num_samples"] for part in parts),
         "data_types": {
@@ -120,8 +147,12 @@ def join_manifests(manifests: Mapping[str, Manifest]) -> Manifest:
             for t in parts[0]["data_types"]
         },
         "sizes_h_w": dict(sorted(sizes.items())),
-        "class_pixels": np.sum([part["class_pixels"] for part in parts], axis=0).tolist(),
+        "class_pixels": pixels if counted else None,
+        "class_samples": np.sum([part["class_samples"] for part in parts], axis=0).tolist() if counted else None,
+        "class_shares": _shares(pixels) if counted else None,
+        "source_sha256": hashlib.sha256("".join(part["source_sha256"] for part in parts).encode()).hexdigest(),
         "shards": [{**part["shards"][0], "path": name} for name, part in manifests.items()],
+        "left_out": list(left_out),
     }
 
 
@@ -146,21 +177,24 @@ def _package_version() -> str:
         return "(not installed)"
 
 
-def summary(manifest: Manifest, labels: LabelSpec, output: Path, seconds: float) -> str:
-    """What was built, for people."""
-    sizes = manifest["sizes_h_w"]
-    shown = ", ".join(f"{size} ({sizes[size]})" for size in sorted(sizes, key=lambda s: (-sizes[s], s))[:5])
+def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:
+    """What a data set holds, for people."""
     num_bytes = sum(entry["bytes"] for shard in manifest["shards"] for entry in shard["files"].values())
-    pixels = np.array(manifest["class_pixels"], np.float64)
-    shares = 100 * pixels / max(1.0, pixels.sum())
-    order = sorted(np.flatnonzero(pixels).tolist(), key=lambda i: (-shares[i], i))
     lines = [
         f"{manifest['num_samples']} samples of {', '.join(manifest['data_types'])} in"
         f" {len(manifest['shards'])} shard(s), {num_bytes / 1e6:.1f} MB: {output}",
-        f"sizes (height x width): {shown}{f' and {len(sizes) - 5} more' if len(sizes) > 5 else ''}",
-        "share of pixels:",
-        *(f"  {shares[i]:6.2f} %  {i:>5}  {labels.name(i)}" for i in order[:15]),
     ]
+    if sizes := manifest["sizes_h_w"]:
+        shown = ", ".join(f"{size} ({sizes[size]})" for size in sorted(sizes, key=lambda s: (-sizes[s], s))[:5])
+        lines.append(f"sizes (height x width): {shown}{f' and {len(sizes) - 5} more' if len(sizes) > 5 else ''}")
+    if not manifest["checked"]:
+        lines.append("nothing was decoded or checked (--no_check)")
+    if manifest["class_pixels"] is None:
+        return "\n".join(lines)
+    pixels = np.array(manifest["class_pixels"], np.float64)
+    shares = 100 * pixels / max(1.0, pixels.sum())
+    order = sorted(np.flatnonzero(pixels).tolist(), key=lambda i: (-shares[i], i))
+    lines += ["share of pixels:", *(f"  {shares[i]:6.2f} %  {i:>5}  {labels.name(i)}" for i in order[:15])]
     if len(order) > 15:
         rest = sum(shares[i] for i in order[15:])
         lines.append(f"  {rest:6.2f} %         {len(order) - 15} more (all in {MANIFEST})")
@@ -168,5 +202,4 @@ def summary(manifest: Manifest, labels: LabelSpec, output: Path, seconds: float)
     if absent:
         more = f" ... ({len(absent)} classes)" if len(absent) > 10 else ""
         lines.append(f"never occur: {', '.join(absent[:10])}{more}")
-    lines.append(f"{seconds:.1f} s, {manifest['num_samples'] / max(seconds, 1e-9):.0f} samples/s")
     return "\n".join(lines)

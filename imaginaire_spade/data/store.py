@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,10 +22,11 @@ from imaginaire_spade.errors import DataError
 FILENAMES, METADATA, MANIFEST = "all_filenames.json", "metadata.json", "manifest.json"
 MAX_KEY_BYTES = 511
 """LMDB's limit."""
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = 16 << 20
 
 # One environment per file and process: LMDB forbids two, and training and validation may read the same file.
-_environments: dict[str, tuple[int, int, lmdb.Environment]] = {}
+# Path -> (process, (inode, size), environment).
+_environments: dict[str, tuple[int, tuple[int, int], lmdb.Environment]] = {}
 
 
 def store_key(key: str) -> bytes:
@@ -36,47 +37,74 @@ def store_key(key: str) -> bytes:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def write_environment(
-    folder: Path, items: Iterable[tuple[bytes, Callable[[], bytes]]], num_items: int, total_bytes: int
-) -> None:
-    """Write one LMDB environment, ``folder/data.mdb``. The same items give the same file, byte for byte.
+class EnvironmentWriter:
+    """Writes one LMDB environment, ``folder/data.mdb``; the same items give the same file, byte for byte.
+
+    Every value is read back and compared when its chunk is committed, while the original is still at hand.
 
     Args:
         folder: made if missing.
-        items: keys in ascending order with what reads the value.
-        num_items, total_bytes: their number and the size of all values, from which the map size follows.
-    Raises:
-        OSError or lmdb.Error: the disk is full, or the like.
+        expected_bytes, expected_items: the size of all values and their number, from which the map's first size
+            follows; it grows where they were too low.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    # A value takes whole pages; a full map is grown below, so this need not be an upper bound.
-    map_size = _whole_megabytes(total_bytes + num_items * 8192 + (1 << 20))
-    env = lmdb.open(str(folder), map_size=map_size, lock=False, sync=False)
-    try:
-        chunk: list[tuple[bytes, bytes]] = []
-        pending = 0
-        for key, read in items:
-            value = read()
-            chunk.append((key, value))
-            pending += len(value)
-            if pending >= _CHUNK_BYTES:
-                _commit(env, chunk)
-                chunk, pending = [], 0
-        _commit(env, chunk)
-        env.sync(True)
-    finally:
-        env.close()
 
+    def __init__(self, folder: Path, expected_bytes: int, expected_items: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.num_items = 0
+        self.num_bytes = 0
+        self._folder = folder
+        self._chunk: list[tuple[bytes, bytes]] = []
+        self._pending = 0
+        self._mapped = 0
+        # A value takes whole pages.
+        self._map_size = _whole_megabytes(expected_bytes + expected_items * 8192 + (1 << 20))
+        self._env = self._open()
 
-def _commit(env: lmdb.Environment, chunk: Sequence[tuple[bytes, bytes]]) -> None:
-    while True:
+    def _open(self) -> lmdb.Environment:
+        return lmdb.open(str(self._folder), map_size=self._map_size, lock=False, sync=False)
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Add an item; keys in ascending order. Raises OSError or lmdb.Error where the disk is full, or the like."""
+        self._chunk.append((key, value))
+        self._pending += len(value)
+        if self._pending >= _CHUNK_BYTES:
+            self._commit()
+
+    def close(self) -> None:
+        """Flush to disk. Raises as ``put`` does, and DataError where the file holds other items than were put."""
         try:
-            with env.begin(write=True) as transaction:
-                for key, value in chunk:
-                    transaction.put(key, value, append=True)
-            return
-        except lmdb.MapFullError:
-            env.set_mapsize(_whole_megabytes(2 * env.info()["map_size"]))
+            self._commit()
+            self._env.sync(True)
+            if self._env.stat()["entries"] != self.num_items:
+                raise DataError(f"{self._folder}: {self._env.stat()['entries']} entries of {self.num_items} written")
+        finally:
+            self._env.close()
+
+    def abort(self) -> None:
+        self._env.close()
+
+    def _commit(self) -> None:
+        while True:
+            try:
+                with self._env.begin(write=True) as transaction:
+                    for key, value in self._chunk:
+                        transaction.put(key, value, append=True)
+                break
+            except lmdb.MapFullError:
+                self._map_size = _whole_megabytes(2 * self._map_size)
+                self._env.set_mapsize(self._map_size)
+        with self._env.begin() as transaction:
+            for key, value in self._chunk:
+                if transaction.get(key) != value:
+                    raise DataError(f"{self._folder}: {key.decode()} reads back differently: is the disk failing?")
+        self.num_items += len(self._chunk)
+        self.num_bytes += self._pending
+        self._mapped += self._pending
+        self._chunk, self._pending = [], 0
+        if self._mapped >= 4 * _CHUNK_BYTES:
+            # What was read back counts as this process's memory as long as it is mapped.
+            self._env.close()
+            self._env, self._mapped = self._open(), 0
 
 
 def _whole_megabytes(size: int) -> int:
@@ -105,7 +133,7 @@ def most_common(words: Iterable[str]) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write and flush to disk, under a temporary name first."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=4)
         file.flush()
@@ -185,7 +213,7 @@ def open_source(
     if unfinished := sorted(p.name for p in root.iterdir() if p.is_dir() and p.name.startswith("shard_")):
         raise DataError(
             f"{root}: an unfinished build ({', '.join(unfinished[:5])} but no {MANIFEST}): run the same"
-            " scripts/build_lmdb.py command with --resume"
+            " scripts/build_lmdb.py command again"
         )
     if present := [t for t in DATA_TYPES if _data_file(root, t).is_file()]:
         raise DataError(f"{root}: LMDBs {', '.join(present)} but no {FILENAMES}: copy that file too, or build again")
@@ -272,12 +300,13 @@ def _environment(data_file: Path) -> lmdb.Environment:
         # Reading beyond the end of a mapped file kills the process (SIGBUS): refuse before.
         environment.close()
         raise DataError(f"{path}: cut off ({status.st_size} bytes of {needed}): copy it again")
-    _environments[path] = (os.getpid(), status.st_ino, environment)
+    _environments[path] = (os.getpid(), (status.st_ino, status.st_size), environment)
     return environment
 
 
 def _forget_replaced(data_file: Path) -> None:
     """Close the environment of a file that was removed or built anew since it was opened."""
     known = _environments.get(str(data_file))
-    if known and not (data_file.exists() and data_file.stat().st_ino == known[1]):
+    status = data_file.stat() if known and data_file.exists() else None
+    if known and (status is None or (status.st_ino, status.st_size) != known[1]):
         _environments.pop(str(data_file))[2].close()

@@ -81,17 +81,42 @@ def _round_side(exact: float, crop: int) -> int:
     return crop if rounded < crop <= math.ceil(exact) else rounded
 
 
-def apply_to_image(image: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
-    """uint8 [H, W, C] -> uint8 [geometry.height, geometry.width, C], contiguous."""
+def choose_reduction(height: int, width: int, geometry: Geometry) -> int:
+    """The factor (1, 2, 4 or 8) by which a JPEG of (height, width) may shrink in its decoder: what is left is at least
+    as large as the resized picture."""
+    room = min(height / geometry.resized_h, width / geometry.resized_w)
+    return next(factor for factor in (8, 4, 2, 1) if room >= factor or factor == 1)
+
+
+def apply_to_image(
+    image: NDArray[np.uint8],
+    geometry: Geometry,
+    *,
+    reduced_from: tuple[int, int, int] | None = None,
+    any_area: bool = False,
+) -> NDArray[np.uint8]:
+    """uint8 [H, W, C] -> uint8 [geometry.height, geometry.width, C], contiguous.
+
+    Shrinking to half the size or less averages areas; less, and enlarging, interpolates linearly.
+
+    Args:
+        reduced_from: (height, width, factor) of a picture that was decoded at 1 / factor of its size, rounded up.
+        any_area: average areas for any shrinking: smoother, and five times slower.
+    """
     g = geometry
-    height, width = image.shape[:2]
+    height, width, factor = reduced_from or (*image.shape[:2], 1)
+    # Exact, though a picture of 427 rows has 214 at half its size.
+    scale_h, scale_w = g.resized_h * factor / height, g.resized_w * factor / width
     resized: NDArray[Any] = image
-    if (height, width) != (g.resized_h, g.resized_w):
-        shrinks = g.resized_h <= height and g.resized_w <= width
+    if (scale_h, scale_w) != (1, 1):
+        shrinks = max(scale_h, scale_w) <= (1 if any_area else 0.5)
         method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        resized = cv2.resize(image, (g.resized_w, g.resized_h), interpolation=method)
+        if factor == 1:
+            resized = cv2.resize(image, (g.resized_w, g.resized_h), interpolation=method)
+        else:
+            resized = cv2.resize(image, None, fx=scale_w, fy=scale_h, interpolation=method)
     cut = resized[g.top : g.top + g.height, g.left : g.left + g.width]
-    return np.ascontiguousarray(cut[:, ::-1] if g.flip else cut)
+    return np.ascontiguousarray(cv2.flip(cut, 1).reshape(cut.shape) if g.flip else cut)
 
 
 def apply_to_map(ids: NDArray[np.generic], geometry: Geometry) -> NDArray[np.generic]:

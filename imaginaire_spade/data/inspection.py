@@ -1,0 +1,128 @@
+"""What a built data set holds, and whether it is still what was built (``scripts/inspect_lmdb.py``)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from imaginaire_spade.data.check import DECODERS
+from imaginaire_spade.data.folders import DATA_TYPES, Source
+from imaginaire_spade.data.shard import file_sha256
+from imaginaire_spade.data.store import MANIFEST, open_source, read_json
+from imaginaire_spade.data.workers import map_in_processes
+from imaginaire_spade.errors import DataError
+from imaginaire_spade.labels import LabelSpec
+
+MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"BM", "bmp"), (b"RIFF", "webp"), (b"\x93NUMPY", "npy"))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Counts over all samples."""
+
+    num_samples: int
+    num_bytes: dict[str, int]
+    """Data type -> bytes of its values."""
+    sizes: Counter[str]
+    """"HxW" of the label maps (or of the first data type) -> samples."""
+    class_pixels: Counter[int]
+    class_samples: Counter[int]
+    problems: tuple[str, ...]
+
+
+def stored_types(source: Source) -> list[str]:
+    return [t for t in DATA_TYPES if source.has(t)]
+
+
+def stored_labels(root: Path) -> LabelSpec | None:
+    """The label table that the data set was built with; None for another builder's. Raises DataError."""
+    if not (root / MANIFEST).is_file():
+        return None
+    try:
+        return LabelSpec.model_validate_json(json.dumps(read_json(root / MANIFEST)["labels"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{root / MANIFEST}: no usable label table: {error}") from None
+
+
+def look_through(root: Path, labels: LabelSpec | None, num_workers: int | None) -> Contents:
+    """Read and decode everything, and compare every file's checksum with the manifest's. Problems are collected."""
+    problems = list(_wrong_checksums(root))
+    source = open_source(root, [])
+    types = stored_types(source)
+    num_bytes: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    pixels: Counter[int] = Counter()
+    holding: Counter[int] = Counter()
+    results = map_in_processes(partial(_look_at, source, types, labels), source.keys, num_workers)
+    for result in tqdm(results, "reading", len(source.keys), unit="images", mininterval=0.5):
+        num_bytes.update(result.num_bytes)
+        sizes.update(result.sizes)
+        pixels.update(result.class_pixels)
+        holding.update(result.class_samples)
+        problems += result.problems
+    return Contents(len(source.keys), dict(num_bytes), sizes, pixels, holding, tuple(problems))
+
+
+def _wrong_checksums(root: Path) -> Iterator[str]:
+    if not (root / MANIFEST).is_file():
+        return
+    manifest = read_json(root / MANIFEST)
+    try:
+        expected = {
+            root / shard["path"] / name: entry["sha256"]
+            for shard in manifest["shards"]
+            for name, entry in shard["files"].items()
+        }
+    except (KeyError, TypeError):
+        raise DataError(f"{root / MANIFEST}: lists no files: build the data set again") from None
+    for path, sha256 in expected.items():
+        if not path.is_file():
+            yield f"{path}: missing"
+        elif file_sha256(path) != sha256:
+            yield f"{path}: its checksum differs from the manifest's: copy it again, or build again (--resume mends it)"
+
+
+def _look_at(source: Source, types: list[str], labels: LabelSpec | None, key: str) -> Contents:
+    problems: list[str] = []
+    num_bytes: dict[str, int] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    pixels: dict[int, int] = {}
+    for t in types:
+        where = source.where(key, t)
+        try:
+            data = source.read(key, t)
+            num_bytes[t] = len(data)
+            array = DECODERS[t](data, where)
+            sizes[t] = array.shape[0], array.shape[1]
+            if t == "seg_maps" and labels:
+                pixels = labels.count_pixels(array, where)
+        except DataError as error:
+            problems.append(str(error))
+    if len(set(sizes.values())) > 1:
+        problems.append(f"{source.where(key, types[0])}: sizes differ: {sizes}")
+    size = sizes["seg_maps"] if "seg_maps" in sizes else next(iter(sizes.values()), None)
+    shown = Counter({f"{size[0]}x{size[1]}": 1} if size else {})
+    return Contents(1, num_bytes, shown, Counter(pixels), Counter(pixels.keys()), tuple(problems))
+
+
+def extract(root: Path, key: str, folder: Path) -> list[Path]:
+    """Write the files of one sample as ``folder/TYPE/KEY.ext``. Raises DataError for an unknown key."""
+    source = open_source(root, [])
+    if key not in source.keys:
+        near = ", ".join(source.keys[:3])
+        raise DataError(f"{root}: no sample {key!r}; keys look like: {near}")
+    written = []
+    for t in stored_types(source):
+        data = source.read(key, t)
+        extension = next((name for magic, name in MAGIC if data.startswith(magic)), "bin")
+        path = folder / t / f"{key}.{extension}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        written.append(path)
+    return written

@@ -1,0 +1,83 @@
+#!/usr/bin/env python
+"""What is in a built data set (ours or imaginaire's): counts, sizes, histogram; check it, draw it, take a sample out.
+
+python scripts/inspect_lmdb.py datasets/my/train                           # from the manifest, at once
+python scripts/inspect_lmdb.py datasets/my/train --verify                  # checksums, and every value decoded
+python scripts/inspect_lmdb.py datasets/my/train --legend legend.png --contact_sheet sheet.png
+python scripts/inspect_lmdb.py datasets/my/train --extract 0001 --output_dir out
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from imaginaire_spade import pictures
+from imaginaire_spade.config import load_config
+from imaginaire_spade.data.check import DECODERS
+from imaginaire_spade.data.inspection import extract, look_through, stored_labels, stored_types
+from imaginaire_spade.data.shard import summary
+from imaginaire_spade.data.store import MANIFEST, open_source, read_json
+from imaginaire_spade.errors import DataError, run_command_line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, help="LMDB root")
+    parser.add_argument("--config", help="YAML with the label table (default: the one stored in the data set)")
+    parser.add_argument("--verify", action="store_true", help="compare checksums, decode everything; exit 2 on damage")
+    parser.add_argument("--num_workers", type=int, help="processes that read (default: min(8, cores))")
+    parser.add_argument("--legend", type=Path, help="picture to write: id, colour, name and share of every class")
+    parser.add_argument("--contact_sheet", type=Path, help="picture to write: label maps and photos")
+    parser.add_argument("--rows", type=int, default=6, help="samples on the contact sheet (default: 6)")
+    parser.add_argument("--extract", metavar="KEY", help="write the files of this sample")
+    parser.add_argument("--output_dir", type=Path, default=Path(), help="where --extract writes (default: here)")
+    arguments = parser.parse_args()
+    root = arguments.root
+    if arguments.extract:
+        for path in extract(root, arguments.extract, arguments.output_dir):
+            print(path)
+        return
+    labels = load_config(arguments.config, []).data.labels if arguments.config else stored_labels(root)
+    known = read_json(root / MANIFEST) if (root / MANIFEST).is_file() else {}
+    source = open_source(root, [])
+    if "class_shares" in known and labels:
+        print(summary(known, labels, root))
+    else:
+        print(f"{len(source.keys)} samples of {', '.join(stored_types(source))}: {root} (no manifest of ours)")
+    shares = list(known["class_shares"] or []) if "class_shares" in known else []
+    if arguments.verify or (arguments.legend and not shares):
+        contents = look_through(root, labels, arguments.num_workers)
+        sizes = ", ".join(f"{size} ({count})" for size, count in contents.sizes.most_common(5))
+        for data_type, num_bytes in contents.num_bytes.items():
+            print(f"{data_type}: {num_bytes / 1e6:.1f} MB")
+        print(f"read {contents.num_samples} samples; sizes (height x width): {sizes}")
+        if contents.problems:
+            listed = "\n  ".join(contents.problems[:20])
+            raise DataError(f"{root}: {len(contents.problems)} problem(s):\n  {listed}")
+        print("everything decodes, checksums agree" if known else "everything decodes (no checksums to compare)")
+        if labels:
+            total = max(1, contents.class_pixels.total())
+            shares = [contents.class_pixels[i] / total for i in range(labels.num_classes + 1)]
+    if (arguments.legend or arguments.contact_sheet) and not labels:
+        raise DataError(f"{root}: no label table is stored there: give --config")
+    if arguments.legend:
+        pictures.write_image(arguments.legend, pictures.class_chart(labels, shares))
+        print(f"legend: {arguments.legend}")
+    if arguments.contact_sheet:
+        step = max(1, len(source.keys) // arguments.rows)
+        types = [t for t in ("seg_maps", "images") if source.has(t)]
+        rows = []
+        for key in source.keys[::step][: arguments.rows]:
+            cells = {t: DECODERS[t](source.read(key, t), source.where(key, t)) for t in types}
+            if "seg_maps" in cells:
+                ids = labels.to_train_ids(cells["seg_maps"], source.where(key, "seg_maps"))
+                cells["seg_maps"] = labels.colourise(ids)
+            rows.append(list(cells.values()))
+        pictures.write_image(arguments.contact_sheet, pictures.contact_sheet(rows, types))
+        print(f"contact sheet: {arguments.contact_sheet}")
+
+
+if __name__ == "__main__":
+    run_command_line(main)

@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""Bring a data set from its official download into raw folders, or straight into LMDBs.
+
+    python scripts/prepare_dataset.py cocostuff --source DOWNLOADS --output dataset/cocostuff_raw
+    python scripts/prepare_dataset.py cityscapes --source DOWNLOADS --output dataset/cityscapes --lmdb
+
+What --source must hold, unpacked:
+    cocostuff       train2017/ val2017/ stuffthingmaps_trainval2017/{train,val}2017/
+                    [annotations/panoptic_{train,val}2017/: instance maps; then --edge_maps both for boundary maps]
+    ade20k          ADEChallengeData2016/{images,annotations}/{training,validation}/
+    ade20k_outdoor  the same, with --scene_list FILE
+    cityscapes      leftImg8bit/{train,val}/CITY/ gtFine/{train,val}/CITY/; made 512 x 256 (see --resize_h_w)
+    camvid          {train,val,test}/ {train,val,test}annot/ (SegNet's split)
+    facades         base/ extended/ (CMP); 106 pictures, evenly spread, become val
+    landscapes      photos (LHQ, Flickr): no labels, see scripts/label_images.py
+    custom          images/ labels/ [--images, --labels, --instances name other folders]
+
+Label ids stay those of the download; configs/labels/NAME.yaml says what they mean. Run again, it continues.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import yaml
+
+from imaginaire_spade.data.build import build_dataset
+from imaginaire_spade.data.edge_maps import SOURCES, make_edge_maps
+from imaginaire_spade.data.prepare import DATASETS, Options, prepare
+from imaginaire_spade.errors import ConfigError, run_command_line
+from imaginaire_spade.labels import LabelSpec
+
+LABELS = Path(__file__).resolve().parents[1] / "configs/labels"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(DATASETS))
+    parser.add_argument("--source", required=True, type=Path, help="folder of the unpacked download")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder to write SPLIT/images, SPLIT/seg_maps ... into"
+    )
+    parser.add_argument("--lmdb", action="store_true", help="write LMDBs OUTPUT/SPLIT instead of folders")
+    parser.add_argument("--link", action="store_true", help="link to the downloaded files instead of copying them")
+    parser.add_argument("--edge_maps", choices=list(SOURCES), help="draw edge maps too, of these borders")
+    parser.add_argument("--resize_h_w", type=int, nargs=2, metavar=("H", "W"), help="resize everything to this size")
+    parser.add_argument("--scene_list", type=Path, help="ade20k_outdoor: the scenes, one per line")
+    parser.add_argument("--num_val", type=int, default=0, help="pictures for val, where the download has no split")
+    parser.add_argument("--images", type=Path, help="custom: folder of the photos below --source")
+    parser.add_argument("--labels", type=Path, help="custom: folder of the label maps below --source")
+    parser.add_argument("--instances", type=Path, help="custom: folder of the instance maps below --source")
+    parser.add_argument("--config", type=Path, help="custom with --lmdb: YAML with data.labels")
+    parser.add_argument("--num_workers", type=int, help="processes (default: min(8, cores))")
+    arguments = parser.parse_args()
+    table = arguments.config or LABELS / f"{arguments.name}.yaml"
+    if arguments.lmdb and (arguments.name == "landscapes" or not table.is_file()):
+        raise ConfigError("--lmdb needs a label table and label maps: give --config, or prepare folders first")
+    size = tuple(arguments.resize_h_w) if arguments.resize_h_w else None
+    options = Options(
+        size, arguments.scene_list, arguments.num_val, arguments.images, arguments.labels, arguments.instances
+    )
+    raw = arguments.output / ".raw" if arguments.lmdb else arguments.output
+    counts = prepare(
+        arguments.name, arguments.source, raw, options,
+        link=arguments.link or arguments.lmdb, num_workers=arguments.num_workers,
+    )  # fmt: skip
+    for split, count in counts.items():
+        if arguments.edge_maps:
+            make_edge_maps(raw / split, arguments.edge_maps, num_workers=arguments.num_workers)
+        if arguments.lmdb:
+            labels = _read_labels(table)
+            build_dataset(raw / split, arguments.output / split, labels, num_workers=arguments.num_workers)
+        print(f"{split}: {count} samples: {arguments.output / split}")
+    if arguments.lmdb:
+        shutil.rmtree(raw)
+
+
+def _read_labels(table: Path) -> LabelSpec:
+    """``data.labels`` of a YAML that holds nothing else that matters here, or of the one it is based on."""
+    tree = yaml.safe_load(table.read_text(encoding="utf-8"))
+    while "labels" not in tree["data"]:
+        table = table.parent / tree["base"]
+        tree = yaml.safe_load(table.read_text(encoding="utf-8"))
+    return LabelSpec.model_validate(tree["data"]["labels"], strict=False)
+
+
+if __name__ == "__main__":
+    run_command_line(main)

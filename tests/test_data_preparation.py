@@ -1,0 +1,334 @@
+"""Official layouts -> raw folders or LMDBs, on miniature trees; archives fetched and unpacked."""
+
+import hashlib
+import http.server
+import io
+import json
+import sys
+import tarfile
+import threading
+import zipfile
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, write_jpg, write_png
+from PIL import Image
+from torchvision.models.segmentation import deeplabv3_resnet50
+
+from imaginaire_spade.data.build import build_dataset
+from imaginaire_spade.data.decode import decode_instances, decode_label
+from imaginaire_spade.data.download import fetch, unpack
+from imaginaire_spade.data.edge_maps import make_edge_maps
+from imaginaire_spade.data.folders import FolderSource
+from imaginaire_spade.data.label_photos import Segmenter, deeplab_segmenter, hugging_face_segmenter, label_photos
+from imaginaire_spade.data.prepare import DATASETS, Options, prepare
+from imaginaire_spade.data.store import open_source
+from imaginaire_spade.errors import ConfigError, DataError
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+import download_test_data
+import prepare_dataset
+
+# ------------------------------------------------------------------------------------------------ data sets
+
+
+def photo(path, size=(24, 32)):
+    write_jpg(path, np.full((*size, 3), 90, np.uint8))
+
+
+def ids(values, size=(24, 32)):
+    return np.resize(np.repeat(np.asarray(values, np.uint8), 4), size)
+
+
+def download(name, root):
+    """A miniature of the unpacked official download, with its names and value ranges."""
+    if name == "cocostuff":
+        for split, number in (("train", 9), ("train", 25), ("val", 139)):
+            photo(root / f"{split}2017/{number:012d}.jpg")
+            labels = root / f"stuffthingmaps_trainval2017/{split}2017/{number:012d}.png"
+            write_png(labels, ids([0, 91, 181, 255]))
+            panoptic = np.zeros((24, 32, 3), np.uint8)
+            panoptic[:, 16:] = (7, 2, 1)
+            write_png(root / f"annotations/panoptic_{split}2017/{number:012d}.png", panoptic)
+    elif name in ("ade20k", "ade20k_outdoor"):
+        for folder, split, scene in (("training", "train", "beach"), ("training", "train", "attic"),
+                                     ("validation", "val", "beach")):  # fmt: skip
+            key = f"ADE_{split}_{len(scene):08d}"
+            photo(root / f"ADEChallengeData2016/images/{folder}/{key}.jpg")
+            write_png(root / f"ADEChallengeData2016/annotations/{folder}/{key}.png", ids([0, 1, 150]))
+        photo(root / "ADEChallengeData2016/images/training/ADE_train_00000099.jpg")
+        write_png(root / "ADEChallengeData2016/annotations/training/ADE_train_00000099.png", ids([3]))
+        scenes = "ADE_train_00000005 attic\nADE_val_00000005 beach\nADE_train_00000099 beach\n"
+        (root / "ADEChallengeData2016/sceneCategories.txt").write_text(scenes)
+    elif name == "cityscapes":
+        for split, city in (("train", "aachen"), ("val", "lindau")):
+            stem = f"{city}/{city}_000000_000019"
+            write_png(root / f"leftImg8bit/{split}/{stem}_leftImg8bit.png", np.full((64, 128, 3), 9, np.uint8))
+            write_png(root / f"gtFine/{split}/{stem}_gtFine_labelIds.png", ids([0, 7, 26, 33], (64, 128)))
+            instances = ids([7, 26], (64, 128)).astype(np.uint16) * 1000 + 1
+            write_png(root / f"gtFine/{split}/{stem}_gtFine_instanceIds.png", instances)
+            write_png(root / f"gtFine/{split}/{stem}_gtFine_color.png", np.zeros((64, 128, 3), np.uint8))
+    elif name == "camvid":
+        for split in ("train", "val", "test"):
+            write_png(root / split / "0001TP_006690.png", np.full((24, 32, 3), 9, np.uint8))
+            write_png(root / f"{split}annot" / "0001TP_006690.png", ids([0, 10, 11]))
+    elif name == "facades":
+        for part, letter in (("base", "b"), ("extended", "x")):
+            for number in range(3):
+                photo(root / part / f"cmp_{letter}{number:04d}.jpg")
+                palette = Image.fromarray(ids([1, 5, 12])).convert("P")
+                palette.putpalette(list(range(192)))
+                palette.save(root / part / f"cmp_{letter}{number:04d}.png")
+                (root / part / f"cmp_{letter}{number:04d}.xml").write_text("<x/>")
+    elif name == "landscapes":
+        for number in range(5):
+            photo(root / "some" / f"{number}.jpg")
+    elif name == "custom":
+        for number in range(3):
+            photo(root / "images" / f"{number}.jpg")
+            write_png(root / "labels" / f"{number}.png", ids([0, 1]))
+    return root
+
+
+EXPECTED = {"cocostuff": (2, 1), "ade20k": (2, 1), "ade20k_outdoor": (1, 1), "cityscapes": (1, 1), "camvid": (1, 1),
+            "facades": (4, 2), "landscapes": (4, 1), "custom": (2, 1)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(DATASETS))
+def test_official_download_becomes_a_data_set_that_its_table_reads(name, tmp_path):
+    source, raw = download(name, tmp_path / "download"), tmp_path / "raw"
+    (tmp_path / "scenes.txt").write_text("beach\n")
+    num_val = {"facades": 2, "landscapes": 1, "custom": 1}.get(name, 0)
+    options = Options(scene_list=tmp_path / "scenes.txt", num_val=num_val)
+    counts = prepare(name, source, raw, options, num_workers=0)
+    assert (counts["train"], counts["val"]) == EXPECTED[name]
+    assert prepare(name, source, raw, options, num_workers=0, link=True) == counts  # all is there already
+    if name == "landscapes":
+        assert sorted(p.name for p in (raw / "train").iterdir()) == ["images"]
+        return
+    if name == "custom":
+        assert FolderSource(raw / "train", ["images", "seg_maps"]).keys == ["1", "2"]
+        return
+    labels = prepare_dataset._read_labels(REPOSITORY / f"configs/labels/{name}.yaml")
+    for split in ("train", "val"):
+        assert build_dataset(raw / split, tmp_path / split, labels, num_workers=0)["num_samples"] == counts[split]
+    store = open_source(tmp_path / "train", ["images", "seg_maps"])
+    label = decode_label(store.read(store.keys[0], "seg_maps"), "x")
+    if name == "cityscapes":
+        assert store.keys == ["aachen/aachen_000000_000019"] and label.shape == (256, 512)
+        assert set(np.unique(label)) == {0, 7, 26, 33}
+        assert set(np.unique(decode_instances(store.read(store.keys[0], "inst_maps"), "x"))) == {7001, 26001}
+    if name == "camvid":
+        assert set(np.unique(label)) == {0, 10, 255}
+    if name == "cocostuff":
+        instances = decode_instances(store.read(store.keys[0], "inst_maps"), "x")
+        assert set(np.unique(instances)) == {0, 7 + 2 * 256 + 65536}
+        make_edge_maps(raw / "val", "both", num_workers=0)
+        edges = cv2.imread(str(raw / "val/edge_maps/000000000139.png"), cv2.IMREAD_UNCHANGED)
+        assert edges[:, 15:17].all() and edges[0, 3] and not edges[0, 1]
+
+
+def test_what_is_missing_is_named(tmp_path):
+    source = download("ade20k", tmp_path / "download")
+    with pytest.raises(DataError, match="none of train2017/, images/train2017/ is there"):
+        prepare("cocostuff", source, tmp_path / "raw", Options(), num_workers=0)
+    with pytest.raises(DataError, match="needs --scene_list"):
+        prepare("ade20k_outdoor", source, tmp_path / "raw", Options(), num_workers=0)
+    (tmp_path / "scenes.txt").write_text("beach\nbeech\n")
+    with pytest.raises(DataError, match=r"not in sceneCategories\.txt: beech"):
+        prepare("ade20k_outdoor", source, tmp_path / "raw", Options(scene_list=tmp_path / "scenes.txt"), num_workers=0)
+    (source / "ADEChallengeData2016/annotations/training/ADE_train_00000099.png").unlink()
+    with pytest.raises(DataError, match=r"(?s)1 of the files.*ADE_train_00000099\.png"):
+        prepare("ade20k", source, tmp_path / "raw", Options(), num_workers=0)
+    assert not (tmp_path / "raw").exists()
+
+
+def test_prepare_straight_to_lmdb(tmp_path, monkeypatch, capsys):
+    source = download("cocostuff", tmp_path / "download")
+    arguments = ["cocostuff", "--source", source, "--output", tmp_path / "out", "--lmdb", "--edge_maps", "instances"]
+    monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", *map(str, arguments), "--num_workers", "0"])
+    prepare_dataset.main()
+    assert "train: 2 samples" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["train", "val"]
+    assert open_source(tmp_path / "out/train", ["images", "seg_maps", "inst_maps", "edge_maps"]).keys
+
+
+# ------------------------------------------------------------------------------------------------ downloads
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    """Knows ranges; cuts the first answer off in the middle."""
+
+    requests: list[str | None]
+
+    def do_GET(self):
+        content = (self.folder / self.path.lstrip("/")).read_bytes()
+        asked = self.headers["Range"]
+        self.requests.append(asked)
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start : len(content) // 2] if len(self.requests) == 1 else content[start:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    (tmp_path / "served").mkdir()
+    handler = type("Handler", (Server,), {"folder": tmp_path / "served", "requests": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        running.url, running.requests, running.folder = (
+            f"http://127.0.0.1:{running.server_port}", handler.requests, tmp_path / "served"
+        )  # fmt: skip
+        yield running
+        running.shutdown()
+
+
+def test_a_download_is_continued_checked_and_unpacked(server, tmp_path, monkeypatch, capsys):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("seg_maps/a.png", np.random.default_rng(0).bytes(50_000))
+    (server.folder / "data.zip").write_bytes(buffer.getvalue())
+    sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
+    manifest = {"spade": {"archives": [{"url": "https://example.invalid/x/data.zip", "sha256": sha256, "folder": "c"}]}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    command = ["x", "--model_name", "spade", "--manifest", tmp_path / "manifest.json",
+               "--mirror", server.url, "--output_dir", tmp_path / "projects"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    with pytest.raises(DataError, match=r"(?i)run again to continue"):
+        download_test_data.main()
+    download_test_data.main()
+    assert "1 files from" in capsys.readouterr().out
+    assert server.requests[0] is None and server.requests[1].startswith("bytes=2")
+    unpacked = tmp_path / "projects/spade/test_data/c/seg_maps/a.png"
+    assert unpacked.read_bytes() == np.random.default_rng(0).bytes(50_000)
+    fetch(f"{server.url}/data.zip", tmp_path / "projects/spade/.downloads/data.zip", sha256)
+    assert len(server.requests) == 2  # it is there
+    with pytest.raises(DataError, match=r"sha256 .* expected 00"):
+        fetch(f"{server.url}/data.zip", tmp_path / "other.zip", "00")
+    assert not list(tmp_path.glob("other*"))
+    with pytest.raises(DataError, match="only http"):
+        fetch((tmp_path / "manifest.json").as_uri(), tmp_path / "x", "00")
+
+
+def test_without_sources_it_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--output_dir", str(tmp_path)])
+    with pytest.raises(DataError, match=r"publishes no test data.*--manifest FILE"):
+        download_test_data.main()
+    monkeypatch.setattr(sys, "argv", ["x", "--model_name", "munit"])
+    with pytest.raises(DataError, match="no entry 'munit'; there are: spade"):
+        download_test_data.main()
+
+
+def tar_with(*members):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for member, content in members:
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def zip_with(name, content, mode=0):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        info = zipfile.ZipInfo(name)
+        info.external_attr, info.compress_type = mode << 16, zipfile.ZIP_DEFLATED
+        archive.writestr(info, content)
+    return buffer.getvalue()
+
+
+def link(name, target, kind=tarfile.SYMTYPE):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member, b""
+
+
+GOOD = (tarfile.TarInfo("a.png"), b"x")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (tar_with(GOOD, (tarfile.TarInfo("../b.png"), b"x")), "leads out"),
+        (tar_with(GOOD, (tarfile.TarInfo("/tmp/b.png"), b"x")), "leads out"),
+        (tar_with(GOOD, link("l", "/etc")), "link or a device"),
+        (tar_with(GOOD, link("l", "a.png", tarfile.LNKTYPE)), "link or a device"),
+        (tar_with(GOOD, link("fifo", "", tarfile.FIFOTYPE)), "link or a device"),
+        (tar_with(GOOD, (tarfile.TarInfo("zeros"), bytes(60_000_000))), "unpacks to more than"),
+        (zip_with("../b.png", b"x"), "leads out"),
+        (zip_with("/b.png", b"x"), "leads out"),
+        (zip_with("c:\\b.png", b"x"), "leads out"),
+        (zip_with("l", b"/etc", 0o120777), "link or a device"),
+        (zip_with("zeros", bytes(60_000_000)), "grows 60,000,000"),
+        (zip_with("a.png", b"x" * 100)[:60], "neither a zip nor a tar|damaged"),
+        (b"hello", "neither a zip nor a tar"),
+    ],
+    ids=range(13),
+)
+def test_hostile_archives_leave_nothing(content, message, tmp_path):
+    archive = tmp_path / "archive"
+    archive.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        unpack(archive, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["archive"]
+
+
+def test_good_archives(tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(tar_with(GOOD, (tarfile.TarInfo("d/b.png"), b"yy")))
+    assert unpack(tmp_path / "a.tar.gz", tmp_path / "out") == 2
+    assert (tmp_path / "out/d/b.png").read_bytes() == b"yy"
+
+
+# ------------------------------------------------------------------------------------------------ labels for photos
+
+
+def test_deeplab_labels_photos_by_shares(tiny_folder, tmp_path):
+    torch.manual_seed(0)
+    network = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=3)
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    segmenter = deeplab_segmenter(tmp_path / "weights.pt", ["sky", "sea", "rock"], torch.device("cpu"))
+    root = tiny_folder(keys=2, size=(16, 16), types=("images",))
+    assert [label_photos(segmenter, root, rank=rank, world_size=2) for rank in (0, 1)] == [(1, 0), (1, 0)]
+    assert label_photos(segmenter, root) == (0, 2)
+    labels = prepare_dataset._read_labels(root / "labels.yaml")
+    assert labels.names == ("sky", "sea", "rock")
+    assert build_dataset(root, tmp_path / "out", labels, num_workers=0)["num_samples"] == 2
+    with pytest.raises(ConfigError, match=r"2 names; .* has 3 classes"):
+        deeplab_segmenter(tmp_path / "weights.pt", ["a", "b"], torch.device("cpu"))
+    (tmp_path / "weights.pt").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="no weights of torchvision's"):
+        deeplab_segmenter(tmp_path / "weights.pt", [], torch.device("cpu"))
+
+
+def test_ids_are_the_highest_scores_at_the_photos_size():
+    scores = torch.zeros(3, 2, 2)
+    scores[1, 0], scores[2, 1] = 1, 1
+    ids = Segmenter(("a", "b", "c"), lambda photo: scores).label(np.zeros((8, 6, 3), np.uint8))
+    assert ids.dtype == np.uint8 and ids.shape == (8, 6) and (ids[:4] == 1).all() and (ids[4:] == 2).all()
+
+
+def test_a_hugging_face_model_labels_photos(tiny_folder, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the package transformers (extra eval) is not installed")
+    config = transformers.SegformerConfig(
+        num_labels=4, hidden_sizes=[4, 4, 8, 8], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1],
+        decoder_hidden_size=8,
+    )  # fmt: skip
+    transformers.SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "model")
+    transformers.SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "model")
+    segmenter = hugging_face_segmenter(str(tmp_path / "model"), torch.device("cpu"))
+    root = tiny_folder(keys=2, types=("images",))
+    assert label_photos(segmenter, root) == (2, 0)
+    assert decode_label((root / "seg_maps/0000.png").read_bytes(), "x").shape == (40, 56)
+
+
+def test_without_transformers_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"pip install 'imaginaire_spade\[eval\]'"):
+        hugging_face_segmenter("x", torch.device("cpu"))
