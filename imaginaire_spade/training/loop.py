@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from imaginaire_spade.training.meters import LossMeter, RunLog, non_finite
 from imaginaire_spade.training.model_average import reestimate_batch_norm
 from imaginaire_spade.training.preview import preview_batch, preview_sheet
 from imaginaire_spade.training.schedule import Calendar, learning_rate_factor
+from imaginaire_spade.training.signals import LeaveRequest, exit_code
 from imaginaire_spade.training.state import TrainState, new_train_state
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
 
@@ -141,9 +144,11 @@ def train(run: Run, logdir: Path, start_from: Path | None) -> None:
 
     Args:
         start_from: checkpoint to begin with where ``logdir`` has none yet.
+    Raises:
+        SystemExit: a signal asked the run to leave; it has saved. The code is ``signals.exit_code``.
     """
     resumed = resume(run, logdir, start_from)
-    trainer, state, calendar = run.config.trainer, run.state, run.calendar
+    state, calendar = run.state, run.calendar
     if run.info.is_main:
         _write_config(run.config, logdir)
     log = RunLog(logdir, calendar, state.images_seen, enabled=run.info.is_main)
@@ -157,15 +162,28 @@ def train(run: Run, logdir: Path, start_from: Path | None) -> None:
         )
         log.close()
         return
+    with LeaveRequest() as request, closing(run.batches()) as batches:
+        left_on = _iterate(run, logdir, log, batches, request)
+    log.close()
+    distributed.barrier()  # nobody leaves the group while rank 0 still writes
+    if left_on:
+        raise SystemExit(exit_code(left_on))
+
+
+def _iterate(run: Run, logdir: Path, log: RunLog, batches: Prefetcher, request: LeaveRequest) -> int:
+    """Iterate to the end of this start, or until a process was asked to leave; the signal's number then, else 0."""
+    trainer, state, calendar = run.config.trainer, run.state, run.calendar
     meter, waited_s = LossMeter(), 0.0
     ticked_at = saved_at = state.images_seen
+    any_request = distributed.LaggedMaximum(run.device)
     preview = preview_batch(run.val_dataset, trainer.image_rows) if run.info.is_main else None
     calibration = _calibration_layouts(run)
-    batches = run.batches()
     while True:
         iteration = calendar.iteration(state.images_seen)
-        done = iteration >= calendar.stop_iteration
-        due_picture = done or iteration % trainer.image_every == 0
+        finished = iteration >= calendar.stop_iteration
+        leave_on = any_request(request.number)
+        done = finished or leave_on > 0
+        due_picture = finished or iteration % trainer.image_every == 0
         due_checkpoint = state.images_seen > saved_at and (done or iteration % trainer.checkpoint_every == 0)
         due_log = due_checkpoint or iteration % trainer.log_every == 0  # no checkpoint before its losses were looked at
         if state.images_seen > ticked_at and due_log:
@@ -189,12 +207,13 @@ def train(run: Run, logdir: Path, start_from: Path | None) -> None:
             log.say(f"saved {path}")
         if due_checkpoint:
             saved_at = state.images_seen
-        if done:
-            break
+        if finished:
+            return 0
+        if leave_on:
+            log.say(f"leaving on {Signals(leave_on).name}; the same command continues from iteration {iteration}")
+            return leave_on
         meter.add(run.step(next(batches)))
         log.advance()
-    log.close()
-    distributed.barrier()  # nobody leaves the group while rank 0 still writes
 
 
 def resume(run: Run, logdir: Path, start_from: Path | None) -> str | None:
