@@ -3,13 +3,26 @@
 
 import os
 import signal
+import subprocess
+import threading
 
 import pytest
+import torch
 from test_training import assert_same, tiny_run  # noqa: F401
 
-from imaginaire_spade.training import loop
+from imaginaire_spade import pictures
+from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.training import checkpoint, loop
 
-SMALL = ("gen.num_filters=1", "trainer.image_rows=0", "trainer.model_average.batch_norm_images=4")
+SMALL = (
+    "gen.num_filters=1", "trainer.image_rows=0", "trainer.model_average.batch_norm_images=4",
+    "gen.norm.hidden_channels=2", "dis.num_filters=2",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    monkeypatch.setattr(pictures, "curves", lambda *_: None)  # takes longer than a run does here
 
 
 @pytest.fixture
@@ -42,3 +55,90 @@ def test_signals_save_and_leave_and_nothing_is_lost(tiny_run, before_step, capsy
         assert f"leaving on {number.name}; the same command continues from iteration {iteration}" in printed
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert_same(run("broken", *SMALL, "trainer.max_iterations=4"), straight)
+
+
+def test_another_number_of_processes_goes_on_in_the_same_order_and_says_what_changes(tiny_run, before_step, capsys):
+    _, run = tiny_run
+    run("log", *SMALL, stop_after=1)
+    positions = []
+    before_step(lambda made: positions.append(made.state.images_seen))
+    run("log", *SMALL, "data.train.batch_size=2", "trainer.max_iterations=3", "gen_opt.lr=0.002")
+    assert positions == [4]
+    printed = capsys.readouterr().out
+    assert (
+        "then 1 process(es) and 4 pictures per iteration, now 1 and 2: samples go on in the same order from" in printed
+    )
+    assert "iterations count 2 pictures from now on: this is iteration 2 of 3, the whole run 6 pictures" in printed
+    assert "changed since: gen_opt.lr: 0.001 -> 0.002" in printed
+
+
+def test_changed_data_is_refused_in_words_unless_allowed(tiny_run, tiny_folder, tmp_path):
+    _, run = tiny_run
+    run("log", *SMALL, stop_after=1)
+    other = f"data.train.roots=[{tiny_folder('other', size=(40, 80), keys=9)}]"
+    for changed, words in (
+        ((other,), r"data.train.roots: not the samples it was trained on \(10 samples then, 9 now\)"),
+        (("data.labels.ignore=[255]",), r"data.labels.ignore: \[\] -> \[255\]"),
+        (("data.edges=file",), "data.edges: labels -> file"),
+    ):
+        with pytest.raises(CheckpointError, match=f"trained on other data: {words}.*--allow_changed_data"):
+            run("log", *SMALL, *changed)
+    content = run("log", *SMALL, other, stop_after=2, allow_changed_data=True)
+    assert content["images_seen"] == 8 and content["run"]["data_samples"] == 9
+
+
+def test_checkpoints_are_verified_kept_and_swept(tiny_run, tmp_path):
+    _, run = tiny_run
+    every = ("trainer.checkpoint_every=1", "trainer.keep_last=1", "trainer.max_iterations=3")
+    run("log", *SMALL, *every, "trainer.keep_every=2", stop_after=2)
+    folder = tmp_path / "log/checkpoints"
+    (folder / ".checkpoint_000000000008.pt.999.tmp").write_bytes(b"of a killed process")
+    run("log", *SMALL, *every, "trainer.keep_every=2")
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert names == [name + beside for name in ("checkpoint_000000000012.pt", "kept/checkpoint_000000000008.pt")
+                     for beside in ("", ".sha256")]  # fmt: skip
+    for kept in (folder, folder / "kept"):
+        subprocess.run(
+            ["sha256sum", "--check", "--quiet", *(p.name for p in kept.glob("*.sha256"))], cwd=kept, check=True
+        )
+    newest = checkpoint.newest_checkpoint(tmp_path / "log")
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1  # torch.load would not notice
+    newest.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="is damaged: its sha256 is not the one in checkpoint_000000000012"):
+        checkpoint.load_checkpoint(newest)
+
+
+def test_training_goes_on_after_a_failed_save_where_the_config_says_so(tiny_run, tmp_path, monkeypatch, capsys):
+    _, run = tiny_run
+    save, failed = torch.save, []
+
+    def full_once(*arguments, **options):
+        if not failed:
+            failed.append(True)
+            raise OSError(28, "No space left on device")
+        save(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint.torch, "save", full_once)
+    settings = (*SMALL, "trainer.checkpoint_every=1", "trainer.max_iterations=3", "trainer.on_failed_save=continue")
+    assert run("log", *settings)["images_seen"] == 12
+    assert "No space left on device" in capsys.readouterr().out
+    assert len(list((tmp_path / "log/checkpoints").glob("*.pt"))) == 2
+
+
+def test_a_checkpoint_is_a_copy_of_its_moment(tmp_path):
+    weights, written = torch.zeros(3), threading.Event()
+
+    class Slow(checkpoint.CheckpointWriter):
+        def _finish(self, *arguments):
+            written.wait(10)
+            super()._finish(*arguments)
+
+    with Slow(tmp_path, keep_last=3) as writer:
+        path = writer.save(4, {"weights": weights, "deep": [{"weights": weights}]})
+        weights += 1  # training goes on while the write waits
+        assert not path.exists()
+        written.set()
+        writer.wait()
+    content = checkpoint.load_checkpoint(path)
+    assert content["weights"].sum() == content["deep"][0]["weights"].sum() == 0

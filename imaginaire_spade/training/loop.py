@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from imaginaire_spade import distributed
 from imaginaire_spade.build import build_split
-from imaginaire_spade.compatibility import explain_mismatch
-from imaginaire_spade.config import RunConfig, dump_yaml, parse_config
+from imaginaire_spade.config import RunConfig, dump_yaml
 from imaginaire_spade.data.dataset import Batch, LabelMapDataset
 from imaginaire_spade.data.loader import Prefetcher, default_num_workers, sequential_batches, training_loader
 from imaginaire_spade.distributed import ProcessInfo
@@ -23,20 +22,17 @@ from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.norms import synchronize_batch_norm
 from imaginaire_spade.noise import style_noise
-from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest, save_checkpoint
+from imaginaire_spade.training.checkpoint import CheckpointWriter
 from imaginaire_spade.training.meters import LossMeter, RunLog, non_finite
 from imaginaire_spade.training.model_average import reestimate_batch_norm
 from imaginaire_spade.training.preview import preview_batch, preview_sheet
+from imaginaire_spade.training.resume import content_of, resume
 from imaginaire_spade.training.schedule import Calendar, learning_rate_factor
 from imaginaire_spade.training.signals import LeaveRequest, exit_code
 from imaginaire_spade.training.state import TrainState, new_train_state
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-PARTS = {"gen": "generator", "dis": "discriminator", "encoder": "encoder"}
-"""Section of the config -> its network's name in a checkpoint."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -139,15 +135,16 @@ def prepare(
     return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar)
 
 
-def train(run: Run, logdir: Path, start_from: Path | None) -> None:
+def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: bool = False) -> None:
     """Train to the end of the run, or to ``--max_iterations``; continue from the newest checkpoint of ``logdir``.
 
     Args:
         start_from: checkpoint to begin with where ``logdir`` has none yet.
+        allow_changed_data: continue although the data set or its labels are not those of the checkpoint.
     Raises:
         SystemExit: a signal asked the run to leave; it has saved. The code is ``signals.exit_code``.
     """
-    resumed = resume(run, logdir, start_from)
+    resumed = resume(run, logdir, start_from, allow_changed_data)
     state, calendar = run.state, run.calendar
     if run.info.is_main:
         _write_config(run.config, logdir)
@@ -162,15 +159,19 @@ def train(run: Run, logdir: Path, start_from: Path | None) -> None:
         )
         log.close()
         return
-    with LeaveRequest() as request, closing(run.batches()) as batches:
-        left_on = _iterate(run, logdir, log, batches, request)
+    with (
+        LeaveRequest() as request,
+        closing(run.batches()) as batches,
+        CheckpointWriter(logdir / "checkpoints", run.config.trainer.keep_last) as writer,
+    ):
+        left_on = _iterate(run, log, batches, request, writer)
     log.close()
     distributed.barrier()  # nobody leaves the group while rank 0 still writes
     if left_on:
         raise SystemExit(exit_code(left_on))
 
 
-def _iterate(run: Run, logdir: Path, log: RunLog, batches: Prefetcher, request: LeaveRequest) -> int:
+def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, writer: CheckpointWriter) -> int:
     """Iterate to the end of this start, or until a process was asked to leave; the signal's number then, else 0."""
     trainer, state, calendar = run.config.trainer, run.state, run.calendar
     meter, waited_s = LossMeter(), 0.0
@@ -202,11 +203,17 @@ def _iterate(run: Run, logdir: Path, log: RunLog, batches: Prefetcher, request: 
         if due_picture and preview is not None:
             sheet = preview_sheet(state, preview, run.config.data.labels, run.settings.style_dims, run.seed)
             log.add_picture(state.images_seen, sheet)
+        with _failed_save(run, log):
+            if due_checkpoint:
+                writer.wait()
+            writer.check()
         if due_checkpoint and run.info.is_main:
-            path = save_checkpoint(logdir / "checkpoints", state, run.config, trainer.keep_last)
-            log.say(f"saved {path}")
+            keep = trainer.keep_every is not None and iteration % trainer.keep_every == 0
+            log.say(f"saving {writer.save(state.images_seen, content_of(run), keep)}")
         if due_checkpoint:
             saved_at = state.images_seen
+        if done:
+            writer.wait()
         if finished:
             return 0
         if leave_on:
@@ -216,30 +223,15 @@ def _iterate(run: Run, logdir: Path, log: RunLog, batches: Prefetcher, request: 
         log.advance()
 
 
-def resume(run: Run, logdir: Path, start_from: Path | None) -> str | None:
-    """Load the newest sound checkpoint of the log dir, else ``start_from``. What was done; None for a fresh start.
-
-    Raises:
-        CheckpointError: it belongs to another architecture or label table; said in words.
-    """
-    newest = load_newest(logdir / "checkpoints")
-    # Rank 0 decides, so that no two processes continue from different files.
-    chosen = distributed.broadcast_object(newest[0] if newest else start_from)
-    if chosen is None:
-        return None
-    content = newest[1] if newest is not None and newest[0] == chosen else load_checkpoint(chosen)
-    present = [part for part, name in PARTS.items() if content.get(name) is not None]
-    differences = explain_mismatch(parse_config(content["config"], source=str(chosen)), run.config, parts=present)
-    if differences:
-        raise CheckpointError(
-            f"{chosen} does not fit this config: {'; '.join(differences)}. Use the config it was trained with, or"
-            " another --logdir for a new run"
-        )
-    if content.get("gen_optimizer") is None:
-        fresh = run.state.start_from(content, str(chosen))
-        return f"starting from the weights of {chosen}{''.join(f'; {name}: fresh' for name in fresh)}"
-    run.state.load_state_dict(content, str(chosen))
-    return f"continuing from {chosen}: iteration {run.calendar.iteration(run.state.images_seen)}"
+@contextmanager
+def _failed_save(run: Run, log: RunLog) -> Iterator[None]:
+    """A checkpoint that cannot be written ends the run, or is said and tried again at its next time."""
+    try:
+        yield
+    except CheckpointError as error:
+        if run.config.trainer.on_failed_save == "stop":
+            raise
+        log.say(f"warning: {error}; going on (trainer.on_failed_save)")
 
 
 def describe(run: Run) -> str:
