@@ -184,6 +184,8 @@ class TrainerConfig(Section):
     the updated G, as the published SPADE numbers were obtained."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the networks; weights, statistics and losses are float32 in any case."""
+    max_skipped_updates: int = Field(25, ge=1)
+    """fp16: the run ends after this many updates in a row whose gradients overflowed (each halves the loss scale)."""
     gradient_accumulation: int = Field(1, ge=1)
     """Split each process's batch into this many pieces, one after the other: less memory, same batch."""
     sync_batch_norm: bool = True

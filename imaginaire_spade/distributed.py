@@ -103,6 +103,14 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def maximum_over_processes(values: Tensor) -> Tensor:
+    """Element-wise maximum of ``values`` over the processes."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
 class LaggedMaximum:
     """Tells every process the largest integer that any of them gave in its call before: word of something that one
     process learned (a signal), without a wait for the GPU. In a group of one it is the present value.

@@ -1,6 +1,7 @@
 # ruff: noqa: F811 (the fixture tiny_run is imported)
 """What a run does when something is taken away from it: signals, processes, disks, memory, finite numbers."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,8 +12,10 @@ import torch
 from test_training import assert_same, tiny_run  # noqa: F401
 
 from imaginaire_spade import pictures
+from imaginaire_spade.config import load_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training import checkpoint, loop
+from imaginaire_spade.training.faults import NonFiniteLoss, OutOfMemory, memory_explained
 
 SMALL = (
     "gen.num_filters=1", "trainer.image_rows=0", "trainer.model_average.batch_norm_images=4",
@@ -27,16 +30,16 @@ def no_curves(monkeypatch):
 
 @pytest.fixture
 def before_step(monkeypatch):
-    """Makes ``action(run)`` happen before every iteration."""
+    """Makes ``action(state)`` happen before every iteration."""
 
     def patch(action):
-        step = loop.Run.step
+        step = loop.train_step
 
-        def stepped(run, batch):
-            action(run)
-            return step(run, batch)
+        def stepped(state, *arguments):
+            action(state)
+            return step(state, *arguments)
 
-        monkeypatch.setattr(loop.Run, "step", stepped)
+        monkeypatch.setattr(loop, "train_step", stepped)
 
     return patch
 
@@ -46,7 +49,7 @@ def test_signals_save_and_leave_and_nothing_is_lost(tiny_run, before_step, capsy
     straight = run("straight", *SMALL, "trainer.max_iterations=4")
     exits = [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)]
     due = {4 * iteration: number for iteration, (number, _) in enumerate(exits)}
-    before_step(lambda made: os.kill(os.getpid(), due.pop(made.state.images_seen, 0)))
+    before_step(lambda state: os.kill(os.getpid(), due.pop(state.images_seen, 0)))
     for iteration, (number, code) in enumerate(exits, start=1):
         with pytest.raises(SystemExit) as leaving:
             run("broken", *SMALL, "trainer.max_iterations=4")
@@ -61,7 +64,7 @@ def test_another_number_of_processes_goes_on_in_the_same_order_and_says_what_cha
     _, run = tiny_run
     run("log", *SMALL, stop_after=1)
     positions = []
-    before_step(lambda made: positions.append(made.state.images_seen))
+    before_step(lambda state: positions.append(state.images_seen))
     run("log", *SMALL, "data.train.batch_size=2", "trainer.max_iterations=3", "gen_opt.lr=0.002")
     assert positions == [4]
     printed = capsys.readouterr().out
@@ -142,3 +145,47 @@ def test_a_checkpoint_is_a_copy_of_its_moment(tmp_path):
         writer.wait()
     content = checkpoint.load_checkpoint(path)
     assert content["weights"].sum() == content["deep"][0]["weights"].sum() == 0
+
+
+def test_numbers_that_are_not_finite_end_the_run_with_a_dump(tiny_run, tmp_path):
+    _, run = tiny_run
+    with pytest.raises(NonFiniteLoss, match=r"between iterations 1 and 2, first in 2; .*non_finite_rank0\.json"):
+        run("log", *SMALL, "gen_opt.lr=1e30")
+    dump = json.loads((tmp_path / "log/non_finite_rank0.json").read_text())
+    assert dump["first_iteration"]["iteration"] == 2
+    assert dump["first_iteration"]["batch_keys"] == dump["last_batch_keys"] and len(dump["last_batch_keys"]) == 4
+    assert "nan" in dump["first_iteration"]["losses"].values()
+    assert dump["first_non_finite"]["weight"].startswith("generator.")
+    assert dump["first_non_finite"]["output on the last batch"].startswith("generator.")
+
+
+def test_updates_that_fp16_skips_are_counted_and_too_many_in_a_row_end_the_run(tiny_run, tmp_path, before_step):
+    _, run = tiny_run
+
+    def overflow(state):
+        weight = state.generator.to_image.weight
+        if state.images_seen != 4:
+            hook = weight.register_hook(lambda gradient: (hook.remove(), gradient * float("inf"))[1])
+
+    before_step(overflow)
+    fp16 = (*SMALL, "trainer.precision=fp16", "trainer.log_every=3", "trainer.max_skipped_updates=2")
+    run("log", *fp16, stop_after=3)
+    (record,) = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]
+    assert (record["skipped/gen"], record["skipped/dis"]) == (2, 0)  # the first and the third
+    assert all(torch.isfinite(torch.tensor(value)) for value in record.values())
+    with pytest.raises(NonFiniteLoss, match=r"3 updates in a row were skipped .* between iterations 4 and 6"):
+        run("log", *fp16)
+
+
+def test_out_of_memory_names_the_knobs(tiny_run, before_step):
+    path, run = tiny_run
+    before_step(lambda _: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(OutOfMemory) as told:
+        run("log", *SMALL)
+    for knob in (
+        "allocate memory", "trainer.gradient_accumulation: 2 (now 1)", "batch_size (now 4 per process)",
+        "trainer.precision: bf16", "smaller pictures (now 32x64)", "gen.num_filters and dis.num_filters",
+    ):  # fmt: skip
+        assert knob in str(told.value)
+    with pytest.raises(RuntimeError, match="no memory of it"), memory_explained(load_config(path)):
+        raise RuntimeError("no memory of it")

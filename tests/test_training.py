@@ -110,7 +110,7 @@ def test_a_run_leaves_what_it_promises(tiny_run, tmp_path):
         (),
         ("data.num_workers=2", "trainer.iteration=reference"),
         ("gen.style_dims=6", "encoder={type: conv, num_filters: 2, image_size: 128}", "losses.kl=0.1"),
-        ("trainer.precision=bf16",),
+        ("trainer.precision=bf16", "gen.norm={type: clade}", "data.num_workers=2"),
     ],
 )
 def test_stopping_and_starting_again_changes_nothing(tiny_run, overrides):
@@ -213,12 +213,6 @@ def test_a_foreign_file_runs_no_code_and_is_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"scripts/import_checkpoint\.py"):
         checkpoint.load_checkpoint(tmp_path / "other.pt")
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_range(tiny_run):
-    _, run = tiny_run
-    with pytest.raises(loop.NonFiniteLoss, match=r"between iterations 1 and 2"):
-        run("log", "gen_opt.lr=1e30")
 
 
 def outputs_after(content: dict) -> torch.Tensor:

@@ -23,7 +23,12 @@ from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.norms import synchronize_batch_norm
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.checkpoint import CheckpointWriter
-from imaginaire_spade.training.meters import LossMeter, RunLog, non_finite
+from imaginaire_spade.training.faults import (
+    FiniteWatch,
+    SkippedUpdates,
+    memory_explained,
+)
+from imaginaire_spade.training.meters import LossMeter, RunLog
 from imaginaire_spade.training.model_average import reestimate_batch_norm
 from imaginaire_spade.training.preview import preview_batch, preview_sheet
 from imaginaire_spade.training.resume import content_of, resume
@@ -33,10 +38,6 @@ from imaginaire_spade.training.state import TrainState, new_train_state
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class NonFiniteLoss(RuntimeError):
-    """A loss became NaN or infinite."""
 
 
 @dataclass
@@ -88,7 +89,8 @@ class Run:
         average = self.config.trainer.model_average
         warm = average is not None and self.calendar.iteration(self.state.images_seen) >= average.start_iteration
         beta = average.beta if average is not None and warm else 0.0
-        losses = train_step(self.state, self.networks, batch, self.settings, beta)
+        with memory_explained(self.config):
+            losses = train_step(self.state, self.networks, batch, self.settings, beta)
         self.state.images_seen += self.calendar.global_batch
         return losses
 
@@ -174,7 +176,8 @@ def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: b
 def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, writer: CheckpointWriter) -> int:
     """Iterate to the end of this start, or until a process was asked to leave; the signal's number then, else 0."""
     trainer, state, calendar = run.config.trainer, run.state, run.calendar
-    meter, waited_s = LossMeter(), 0.0
+    meter, waited_s = LossMeter(finite_only=state.gen_scaler.is_enabled()), 0.0
+    watch = FiniteWatch(state, run.settings, run.device)
     ticked_at = saved_at = state.images_seen
     any_request = distributed.LaggedMaximum(run.device)
     preview = preview_batch(run.val_dataset, trainer.image_rows) if run.info.is_main else None
@@ -189,14 +192,13 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         due_log = due_checkpoint or iteration % trainer.log_every == 0  # no checkpoint before its losses were looked at
         if state.images_seen > ticked_at and due_log:
             losses = meter.fetch()
-            log.tick(state.images_seen, losses, _rates(state), batches.wait_s - waited_s)
+            skipped = watch.fetch()
+            log.tick(state.images_seen, losses, _rates(state, skipped), batches.wait_s - waited_s)
             waited_s = batches.wait_s
-            if bad := non_finite(losses):
-                raise NonFiniteLoss(
-                    f"{', '.join(bad)} became NaN or infinite between iterations"
-                    f" {calendar.iteration(ticked_at) + 1} and {iteration}; the newest checkpoint is older and sound."
-                    " Lower the learning rates, or write trainer.precision: bf16 or fp32"
-                )
+            watch.check(
+                losses, skipped, trainer.max_skipped_updates, log.logdir / f"non_finite_rank{run.info.rank}.json"
+            )
+            watch.forget()
             ticked_at = state.images_seen
         if (due_picture or due_checkpoint) and state.generator_ema is not None and calibration:
             reestimate_batch_norm(state.generator_ema, _calibration_inputs(run, calibration))
@@ -219,7 +221,10 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         if leave_on:
             log.say(f"leaving on {Signals(leave_on).name}; the same command continues from iteration {iteration}")
             return leave_on
-        meter.add(run.step(next(batches)))
+        batch = next(batches)
+        made = run.step(batch)
+        meter.add(made)
+        watch.add(iteration + 1, batch, made)
         log.advance()
 
 
@@ -258,13 +263,14 @@ def describe(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _rates(state: TrainState) -> dict[str, float]:
+def _rates(state: TrainState, skipped: SkippedUpdates) -> dict[str, float]:
     rates = {
         "lr/gen": float(state.gen_optimizer.param_groups[0]["lr"]),
         "lr/dis": float(state.dis_optimizer.param_groups[0]["lr"]),
     }
     if state.gen_scaler.is_enabled():
         rates |= {"scale/gen": state.gen_scaler.get_scale(), "scale/dis": state.dis_scaler.get_scale()}
+        rates |= {"skipped/gen": float(skipped.gen), "skipped/dis": float(skipped.dis)}
     return rates
 
 
