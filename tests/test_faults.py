@@ -3,13 +3,17 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from test_training import assert_same, tiny_run  # noqa: F401
+from test_training import REPOSITORY, assert_same, tiny_run  # noqa: F401
 
 from imaginaire_spade import pictures
 from imaginaire_spade.config import load_config
@@ -189,3 +193,76 @@ def test_out_of_memory_names_the_knobs(tiny_run, before_step):
         assert knob in str(told.value)
     with pytest.raises(RuntimeError, match="no memory of it"), memory_explained(load_config(path)):
         raise RuntimeError("no memory of it")
+
+
+LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--monitor_interval=0.1")
+TWO = (
+    *SMALL, "gen.norm={type: clade}", "trainer.precision=bf16", "data.train.batch_size=2", "data.num_workers=1",
+    "trainer.checkpoint_every=3", "trainer.log_every=1", "trainer.image_every=1000", "trainer.max_iterations=12",
+    "trainer.model_average.batch_norm_images=0", "trainer.process_group_timeout_s=60",
+)  # fmt: skip
+
+
+class Job:
+    """Two processes under torchrun."""
+
+    def __init__(self, path: Path, logdir: Path, *options: str) -> None:
+        arguments = ["--config", str(path), "--logdir", str(logdir), *(f"--set={item}" for item in TWO)]
+        self.metrics = logdir / "metrics.jsonl"
+        self.process = subprocess.Popen(
+            [*LAUNCHER, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *options, "train.py", *arguments],
+            cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def reaches(self, iteration: int) -> None:
+        """Wait until the log has the line of ``iteration``."""
+        while not (self.metrics.exists() and f'"iteration": {iteration},' in self.metrics.read_text()):
+            assert self.process.poll() is None, self.process.communicate()[0]
+            time.sleep(0.02)
+
+    def ranks(self) -> list[int]:
+        pid = self.process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def output(self) -> str:
+        return self.process.communicate(timeout=200)[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_two_processes_under_faults_end_where_undisturbed_ones_do(tiny_run, tmp_path):
+    path, _ = tiny_run
+    straight = Job(path, tmp_path / "straight")
+    printed = straight.output()
+    assert straight.process.returncode == 0, printed
+
+    killed = Job(path, tmp_path / "log", "--max_restarts=3")
+    killed.reaches(4)
+    os.kill(random.choice(killed.ranks()), signal.SIGKILL)
+    time.sleep(1)  # until the launcher has seen it
+    killed.reaches(8)  # by itself, from the checkpoint of iteration 3
+    killed.process.send_signal(signal.SIGTERM)
+    printed = killed.output()
+    assert "continuing from" in printed and "iteration 3" in printed
+    assert "leaving on SIGTERM; the same command continues from iteration" in printed
+    newest = checkpoint.newest_checkpoint(tmp_path / "log")
+    newest.write_bytes(newest.read_bytes()[:-100])
+
+    again = Job(path, tmp_path / "log")
+    printed = again.output()
+    assert again.process.returncode == 0, printed
+    assert f"{newest}: cannot be read as a checkpoint" in printed
+    results = [
+        checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / name)) for name in ("straight", "log")
+    ]
+    assert_same(*results)
+
+
+def test_a_mistake_is_told_once_whatever_restarts_the_launcher_may_make(tmp_path):
+    result = subprocess.run(
+        [*LAUNCHER, "--standalone", "--max_restarts=5", "train.py", "--config", "nowhere.yaml"],
+        cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        timeout=200,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert result.stderr.count("error: nowhere.yaml: no such config file") == 1, result.stderr

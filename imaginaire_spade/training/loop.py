@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -165,6 +167,7 @@ def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: b
         LeaveRequest() as request,
         closing(run.batches()) as batches,
         CheckpointWriter(logdir / "checkpoints", run.config.trainer.keep_last) as writer,
+        _last_step_told(run),
     ):
         left_on = _iterate(run, log, batches, request, writer)
     log.close()
@@ -226,6 +229,24 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         meter.add(made)
         watch.add(iteration + 1, batch, made)
         log.advance()
+
+
+@contextmanager
+def _last_step_told(run: Run) -> Iterator[None]:
+    """Where one of several processes fails or vanishes, each of the others says how far it came."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if run.info.world_size > 1:
+            done = run.calendar.iteration(run.state.images_seen)
+            reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+            print(
+                f"rank {run.info.rank} of {run.info.world_size} ({socket.gethostname()}): {done} iterations done,"
+                f" stopped in the next: {reason}",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise
 
 
 @contextmanager
