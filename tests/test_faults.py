@@ -206,8 +206,8 @@ TWO = (
 class Job:
     """Two processes under torchrun."""
 
-    def __init__(self, path: Path, logdir: Path, *options: str) -> None:
-        arguments = ["--config", str(path), "--logdir", str(logdir), *(f"--set={item}" for item in TWO)]
+    def __init__(self, path: Path, logdir: Path, *options: str, settings: tuple[str, ...] = ()) -> None:
+        arguments = ["--config", str(path), "--logdir", str(logdir), *(f"--set={item}" for item in (*TWO, *settings))]
         self.metrics = logdir / "metrics.jsonl"
         self.process = subprocess.Popen(
             [*LAUNCHER, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *options, "train.py", *arguments],
@@ -220,6 +220,16 @@ class Job:
         while not (self.metrics.exists() and f'"iteration": {iteration},' in self.metrics.read_text()):
             assert self.process.poll() is None, self.process.communicate()[0]
             time.sleep(0.02)
+
+    def reaches_next(self, iterations: int) -> None:
+        """Wait until the log has so many more lines, or fewer where it was cut back by a new start."""
+        lines = self._lines()
+        while 0 <= self._lines() - lines < iterations:
+            assert self.process.poll() is None, self.process.communicate()[0]
+            time.sleep(0.02)
+
+    def _lines(self) -> int:
+        return self.metrics.read_text().count("\n") if self.metrics.exists() else 0
 
     def ranks(self) -> list[int]:
         pid = self.process.pid
