@@ -12,7 +12,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from imaginaire_spade import distributed
-from imaginaire_spade.build import import_modules
+from imaginaire_spade.build import import_modules, layout_spec
 from imaginaire_spade.config import RunConfig, load_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError, run_command_line
@@ -79,7 +79,10 @@ def main() -> None:
     check_apart(arguments.output_dir, roots)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        dataset = LabelMapDataset(roots, config.data.labels, edges=config.data.edges, with_images=False)
+        dataset = LabelMapDataset(
+            roots, config.data.labels, edges=config.data.edges, distances=layout_spec(config).has_distances,
+            with_images=False,
+        )  # fmt: skip
     notes += [str(warning.message) for warning in caught]
     style = encode_style(model, arguments.style_image) if arguments.style_image else None
     if info.is_main:

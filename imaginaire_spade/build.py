@@ -36,8 +36,21 @@ def import_modules(names: Iterable[str]) -> None:
 
 
 def layout_spec(config: RunConfig) -> LayoutSpec:
+    """What the label maps of a run hold: as ``data`` says, and what the generator's norm needs."""
     labels = config.data.labels
-    return LayoutSpec(labels.num_classes, has_dont_care=labels.dont_care, has_edges=config.data.edges != "none")
+    return LayoutSpec(
+        labels.num_classes,
+        has_dont_care=labels.dont_care,
+        has_edges=config.data.edges != "none",
+        has_distances=_needs_distances(GENERATORS, config.gen.type, config.gen.args),
+    )
+
+
+def _needs_distances(registry: Registry, kind: str, args: Mapping[str, Any]) -> bool:
+    """Whether a component, or one nested in it, says that it needs distances."""
+    return getattr(registry[kind], "needs_distances", False) or any(
+        _needs_distances(part, args[key]["type"], args[key]["args"]) for key, part in registry.parts(kind).items()
+    )
 
 
 def image_size(config: RunConfig) -> tuple[int, int]:
@@ -78,9 +91,7 @@ def build_losses(config: RunConfig) -> tuple[nn.ModuleDict, dict[str, float]]:
     return terms, {name: loss.weight for name, loss in wanted.items()}
 
 
-def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig, device: torch.device
-) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Adam in the form that ``fused`` asks for. Raises ConfigError where apex is asked for and is not NVIDIA's."""
     settings: dict[str, Any] = {
         "lr": config.lr,
@@ -89,8 +100,7 @@ def build_optimizer(
     }
     if config.fused == "apex":
         return _apex_adam()(list(parameters), adam_w_mode=False, **settings)
-    fused = config.fused == "torch" or (config.fused == "auto" and device.type == "cuda")
-    return torch.optim.Adam(parameters, fused=fused, foreach=not fused and config.fused != "off", **settings)
+    return torch.optim.Adam(parameters, fused=config.fused != "off", **settings)
 
 
 def _apex_adam() -> Any:
@@ -109,6 +119,7 @@ def build_split(config: RunConfig, split: SplitConfig) -> LabelMapDataset:
         split.roots,
         config.data.labels,
         edges=config.data.edges,
+        distances=layout_spec(config).has_distances,
         augmentations=split.augmentations,
         seed=config.seed,
     )

@@ -7,6 +7,9 @@ from typing import Any
 
 from imaginaire_spade.config import Component, RunConfig
 
+RUNTIME_KEYS = {"path"}
+"""Keys of components that change how numbers are computed, not which: weights fit either way."""
+
 
 def explain_mismatch(
     trained: RunConfig, given: RunConfig, *, parts: Sequence[str] = ("gen", "dis", "encoder")
@@ -58,6 +61,7 @@ def _component_differences(key: str, trained: Any, given: Any) -> list[str]:
         return [
             line
             for name in [*old, *(name for name in new if name not in old)]
+            if name not in RUNTIME_KEYS
             for line in _component_differences(f"{key}.{name}", old.get(name), new.get(name))
         ]
     if _is_component(trained) and _is_component(given):

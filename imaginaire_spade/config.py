@@ -149,7 +149,7 @@ class OptimizerConfig(Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
     fused: Literal["auto", "torch", "apex", "off"] = "auto"
-    """auto: torch's fused kernel on a GPU, its foreach form elsewhere; apex: NVIDIA's FusedAdam, if installed."""
+    """auto, torch: torch's fused kernel (on a CPU too); apex: NVIDIA's FusedAdam, if installed; off: one by one."""
     lr_policy: LearningRatePolicy = LearningRatePolicy()
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from imaginaire_spade.patterns import Lookup, find_neighbourhoods
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class LayoutSpec:
     has_edges: bool = False
     """Whether an edge channel comes last."""
     has_distances: bool = False
-    """Whether offsets to the instance centres are there (CLADE-ICPE)."""
+    """Whether offsets from the centres of the classes' regions are there (CLADE-ICPE)."""
 
     @property
     def num_label_channels(self) -> int:
@@ -35,6 +38,26 @@ class LayoutSpec:
     def num_channels(self) -> int:
         """Channels of the one-hot view: classes, don't-care, edges."""
         return self.num_label_channels + self.has_edges
+
+
+@dataclass(frozen=True)
+class LayoutNeighbourhoods:
+    """What two stacked k x k convolutions of a layout have to compute once: U inner windows, V outer windows of those.
+
+    Each table is made from the one before it (``imaginaire_spade.patterns``).
+    """
+
+    labels: Lookup
+    """[U] from weight rows [k k (num_label_channels + 1)], place by place; each place's last row stands for "none"."""
+    edges: Tensor | None
+    """bool [U, k k]: the edge map in each inner window."""
+    outside: Tensor
+    """bool [U, 1]: the centre of the inner window lies in the second convolution's zero padding."""
+    outer: tuple[Lookup, ...]
+    """[V] from rows [U p]: what inner window u adds where it is place j of the outer window, in row u p + j. One lookup
+    for each p = 9 places (the last may have fewer), so that the table of 5x5 windows need not be held whole."""
+    pixels: Lookup
+    """[N H W] from rows [V]."""
 
 
 class SemanticLayout:
@@ -61,12 +84,16 @@ class SemanticLayout:
                 raise ValueError(f"{name} {state}, but the layout's spec has has_{name}={wanted}")
         if edges is not None and edges.shape != labels.shape:
             raise ValueError(f"edges {list(edges.shape)} and labels {list(labels.shape)} differ in shape")
+        if distances is not None and distances.shape != (labels.shape[0], 2, *labels.shape[1:]):
+            raise ValueError(f"distances {list(distances.shape)} do not belong to labels {list(labels.shape)}")
         self.spec = spec
         self.labels = labels
         self.edges = edges
         self.distances = distances
         self._dense: Tensor | None = None
         self._one_hot: dict[torch.dtype, Tensor] = {}
+        self._windows: dict[tuple[int, int, int], Lookup] = {}
+        self._neighbourhoods: dict[int, LayoutNeighbourhoods] = {}
         self._resized: dict[tuple[int, int], SemanticLayout] = {}
 
     @classmethod
@@ -129,6 +156,63 @@ class SemanticLayout:
                 dense = torch.cat([dense, self.edges.to(dtype).unsqueeze(1)], 1)
             self._one_hot[dtype] = dense
         return self._one_hot[dtype]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it was made by ``from_dense``, so that ``labels`` do not say all."""
+        return self._dense is not None
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether the one-hot view is made of zeros and ones, so that neighbourhoods can be told apart by codes."""
+        return self._dense is None and not (self.edges is not None and self.edges.is_floating_point())
+
+    @cached_property
+    def classes(self) -> Lookup:
+        """Each pixel's row [N H W] of a table of label channels; a pixel without a channel counts as class 0."""
+        classes = self.labels.long()
+        if not self.spec.has_dont_care:
+            classes = classes.masked_fill(classes == self.spec.num_classes, 0)
+        return Lookup(classes.reshape(-1, 1), self.spec.num_label_channels)
+
+    def windows(self, kernel_size: int, stride: int, padding: int) -> Lookup:
+        """The label channels' share of a convolution: which weight rows each output place [N, h, w] adds up.
+
+        The rows are those of ``LayoutNeighbourhoods.labels``. Not for a dense layout.
+        """
+        assert self._dense is None
+        key = (kernel_size, stride, padding)
+        if key not in self._windows:
+            none = self.spec.num_label_channels
+            channels = F.pad(self.labels.long().clamp_(max=none), (padding,) * 4, value=none)
+            index = channels.unfold(1, kernel_size, stride).unfold(2, kernel_size, stride).flatten(3).flatten(0, 2)
+            places = torch.arange(kernel_size**2, device=self.device) * (none + 1)
+            self._windows[key] = Lookup(index + places, kernel_size**2 * (none + 1))
+        return self._windows[key]
+
+    def neighbourhoods(self, kernel_size: int) -> LayoutNeighbourhoods:
+        """The distinct neighbourhoods of a discrete layout under two stacked convolutions of odd ``kernel_size``."""
+        assert self.is_discrete
+        if kernel_size not in self._neighbourhoods:
+            bits = 1 + self.spec.has_edges
+            codes = self.labels.int() * bits
+            if self.edges is not None:
+                codes += self.edges
+            found = find_neighbourhoods(codes, (self.spec.num_classes + 1) * bits, kernel_size)
+            none = self.spec.num_label_channels
+            places = torch.arange(kernel_size**2, device=self.device)
+            channels = (found.inner // bits).clamp_(max=none)
+            self._neighbourhoods[kernel_size] = LayoutNeighbourhoods(
+                labels=Lookup(channels + places * (none + 1), len(places) * (none + 1)),
+                edges=(found.inner % bits).bool() if self.spec.has_edges else None,
+                outside=(found.inner[:, [len(places) // 2]] // bits) > self.spec.num_classes,
+                outer=tuple(
+                    Lookup(part * part.shape[1] + places[: part.shape[1]], len(found.inner) * part.shape[1])
+                    for part in found.outer.split(9, 1)
+                ),
+                pixels=Lookup(found.index.view(-1, 1), len(found.outer)),
+            )
+        return self._neighbourhoods[kernel_size]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SemanticLayout:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))

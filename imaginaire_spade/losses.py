@@ -116,6 +116,18 @@ class GANLoss(nn.Module):
         of_fake, of_real = discriminator_gan_loss(*self._logits(fake, real), self.mode)
         return {"d_fake": of_fake, "d_real": of_real}
 
+    @torch.no_grad()
+    def accuracy(self, fake: list[Scores], real: list[Scores]) -> Tensor:
+        """Share of the patches that D judges rightly; 1/2 is chance.
+
+        Where a single score means nothing (relative, wasserstein) a patch is right whose real picture scores higher.
+        """
+        pairs = [(f.logits, r.logits) for f, r in zip(fake, real, strict=True)]
+        if self.relative or self.mode == "wasserstein":
+            return _mean_over_scales([(r > f).float().mean() for f, r in pairs])
+        boundary = 0.5 if self.mode in ("least_square", "half_least_square") else 0.0
+        return _mean_over_scales([((f < boundary).float() + (r > boundary).float()).mean() / 2 for f, r in pairs])
+
     def _logits(self, fake: list[Scores], real: list[Scores]) -> tuple[list[Tensor], list[Tensor]]:
         fakes, reals = [s.logits for s in fake], [s.logits for s in real]
         return (relativistic(fakes, reals), relativistic(reals, fakes)) if self.relative else (fakes, reals)

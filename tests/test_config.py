@@ -28,7 +28,7 @@ def test_every_recipe_loads_passes_the_checks_and_survives_a_round_trip(path):
 
 
 def test_all_recipes_are_found():
-    assert len(RECIPES) == 4
+    assert len(RECIPES) == 36
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_a_nested_component_has_a_default(tmp_path):
     path = write(tmp_path / "c.yaml", f"base: {SAMPLE}\ngen: null\n")
     config = load_config(path, ["gen=spade"])
     assert dump_config(config)["gen"]["norm"] == {
-        "type": "spade", "normalization": "batch", "hidden_channels": 128, "kernel_size": 3, "affine": False,
-        "spectral_norm": False,
+        "type": "spade", "normalization": "batch", "hidden_channels": 128, "kernel_size": 3, "path": "auto",
+        "affine": False, "spectral_norm": False,
     }  # fmt: skip
 
 

@@ -255,12 +255,13 @@ def test_batch_round_trips(tiny_folder):
     data = LabelMapDataset(tiny_folder(keys=4), LABELS, edges="instances")
     batch = pickle.loads(pickle.dumps(collate(data.spec)))([data[i] for i in range(4)])  # noqa: S301 (our own bytes)
     assert len(batch) == 4 and batch.images.shape == (4, 3, 40, 56) and batch.images.dtype == torch.uint8
-    parts = batch.split(2)
+    parts = list(batch.split(2))
     assert [part.keys for part in parts] == [batch.keys[:2], batch.keys[2:]]
     assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
     assert torch.equal(torch.cat([part.layout.edges for part in parts]), batch.layout.edges)
+    assert list(batch.split(1)) == [batch]  # with what its layout has cached
     with pytest.raises(AssertionError):
-        batch.split(3)
+        list(batch.split(3))
     moved = batch.to("cpu", non_blocking=True)
     assert torch.equal(moved.layout.labels, batch.layout.labels) and moved.draws == (0, 1, 2, 3)
     assert len(batch.tensors()) == 3

@@ -503,6 +503,11 @@ def test_a_full_disk_is_named(run, plain_checkpoint, label_maps, tmp_path, monke
     assert not [p for p in (tmp_path / "o").rglob("*") if p.is_file()]
 
 
+def test_how_a_norm_computes_is_no_mismatch():
+    faster = changed(TREE, gen__norm={**TREE["gen"]["norm"], "path": "table"})
+    assert not explain_mismatch(CONFIG, parse_config(faster))
+
+
 def test_damaged_weights(tmp_path, label_maps, run):
     tree = changed(TREE, gen__style_dims=0, encoder=None, data__edges="none")
     state = new_average(build_generator(parse_config(tree))).state_dict()

@@ -13,7 +13,8 @@ def random_layout(spec: LayoutSpec, n: int, h: int, w: int, seed: int = 0) -> Se
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, spec.num_classes + 1, (n, h, w), generator=g).to(torch.int16)
     edges = torch.randint(0, 2, (n, h, w), generator=g).to(torch.uint8) if spec.has_edges else None
-    return SemanticLayout(spec, labels, edges)
+    distances = torch.rand(n, 2, h, w, generator=g) * 2 - 1 if spec.has_distances else None
+    return SemanticLayout(spec, labels, edges, distances)
 
 
 def plain_one_hot(layout: SemanticLayout) -> torch.Tensor:
@@ -50,10 +51,20 @@ def test_dense_layouts_keep_their_gradient():
 
 
 def test_slices_and_concatenation():
-    layout = random_layout(LayoutSpec(4, True, True), 6, 5, 7)
+    layout = random_layout(LayoutSpec(4, True, True, True), 6, 5, 7)
     joined = SemanticLayout.cat([layout[:2], layout[2:]])
     assert torch.equal(joined.labels, layout.labels) and torch.equal(joined.edges, layout.edges)
+    assert torch.equal(joined.distances, layout.distances)
     assert len(layout[1:4]) == 3
+
+
+def test_distances_are_resized_as_the_labels_are():
+    layout = random_layout(LayoutSpec(4, has_distances=True), 2, 13, 17)
+    for size in ((5, 17), (26, 8)):
+        expected = F.interpolate(layout.distances, size=size, mode="nearest")
+        assert torch.equal(layout.resized(*size).distances, expected)
+    with pytest.raises(ValueError, match="do not belong to labels"):
+        SemanticLayout(layout.spec, layout.labels, None, layout.distances[..., :5])
 
 
 @pytest.mark.parametrize(

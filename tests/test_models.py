@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,7 +17,13 @@ from imaginaire_spade.losses import GeneratorOutputs
 from imaginaire_spade.models import features
 from imaginaire_spade.models.discriminator import split_scores
 from imaginaire_spade.models.generator import SPADEGenerator
-from imaginaire_spade.models.layers import SpectralConv2d, SpectralConvTranspose2d, fold_spectral_norm, initialise
+from imaginaire_spade.models.layers import (
+    InstanceNorm2d,
+    SpectralConv2d,
+    SpectralConvTranspose2d,
+    fold_spectral_norm,
+    initialise,
+)
 from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.models.pix2pixhd import Pix2pixHDGenerator
 from imaginaire_spade.models.style_generator import StyleSPADEGenerator
@@ -29,9 +36,10 @@ SMALL_NORM = partial(SPADE, hidden_channels=8)
 
 @pytest.mark.parametrize("name", NORMS.names())
 def test_every_norm_gives_the_channels_it_says_and_passes_gradients(name):
-    norm = NORMS[name](6, SPEC)
+    spec = replace(SPEC, has_distances=NORMS[name].needs_distances)
+    norm = NORMS[name](6, spec)
     x = torch.randn(2, 6, 8, 10, requires_grad=True)
-    y = norm(x, random_layout(SPEC, 2, 32, 40))
+    y = norm(x, random_layout(spec, 2, 32, 40))
     assert y.shape == (2, norm.out_channels, 8, 10)
     y.square().sum().backward()
     assert all(p.grad is not None for p in norm.parameters())
@@ -72,11 +80,52 @@ def test_clade_looks_up_scale_and_shift_by_class_without_one_plus():
         torch.testing.assert_close(y[n, :, h, w], normal[n, :, h, w] * norm.weight[c] + norm.bias[c])
 
 
+def test_clade_gives_the_same_for_either_memory_order_with_the_same_gradients():
+    spec = LayoutSpec(4, True, False, True)
+    norm, layout = NORMS["clade_icpe"](3, spec), random_layout(spec, 2, 12, 10)
+    x = torch.randn(2, 3, 12, 10)
+    found = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        norm.zero_grad()
+        y = norm(x.contiguous(memory_format=order), layout)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        y.square().sum().backward()
+        found.append([y, *(p.grad for p in norm.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_clade_icpe_modulates_scale_and_shift_by_position_but_not_where_ids_are_skipped():
+    spec = LayoutSpec(4, True, False, True)
+    norm = NORMS["clade_icpe"](3, spec, skip_ids=(0, 4))
+    layout = random_layout(spec, 2, 12, 12)
+    x = torch.randn(2, 3, 12, 12)
+    plain = NORMS["clade"](3, spec)
+    initialise(norm, "xavier", 0.02)
+    plain.load_state_dict(norm.state_dict(), strict=False)
+    torch.testing.assert_close(norm(x, layout), plain(x, layout))  # as CLADE before any training
+
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    normal = F.batch_norm(x, None, None, training=True)
+    y = norm(x, layout)
+    for n, h, w in itertools.product((0, 1), (0, 3, 11), (1, 5, 10)):
+        c = int(layout.labels[n, h, w])
+        d = torch.zeros(2) if c in (0, 4) else layout.distances[n, :, h, w]
+        by = [1 + (part.weight.flatten() @ d + part.bias) for part in (norm.scale_position, norm.shift_position)]
+        expected = normal[n, :, h, w] * norm.weight[c] * by[0] + norm.bias[c] * by[1]
+        torch.testing.assert_close(y[n, :, h, w], expected)
+    with pytest.raises(ConfigError, match=r"skip_ids: \[5\] are no train ids: write ids of 0\.\.4"):
+        NORMS["clade_icpe"](3, spec, skip_ids=(0, 5))
+
+
 @pytest.mark.parametrize("name", NORMS.names())
 @pytest.mark.parametrize("generator", [SPADEGenerator, StyleSPADEGenerator])
 def test_every_norm_works_in_the_generators_that_take_one(generator, name):
-    network = generator(SPEC, (32, 32), num_filters=2, style_dims=4, norm=NORMS[name])
-    image = network(random_layout(SPEC, 2, 32, 64), torch.randn(2, 4))
+    spec = replace(SPEC, has_distances=NORMS[name].needs_distances)
+    network = generator(spec, (32, 32), num_filters=2, style_dims=4, norm=NORMS[name])
+    image = network(random_layout(spec, 2, 32, 64), torch.randn(2, 4))
     assert image.shape == (2, 3, 32, 64)
     image.square().sum().backward()
     assert all(p.grad is not None for p in network.parameters())
@@ -230,6 +279,20 @@ def test_initialisation_zeroes_biases_and_draws_weights(kind):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 5))
     initialise(network, kind, 0.02)
     assert all(module.bias.abs().max() == 0 and module.weight.std() > 0 for module in network)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(1, 3, 4, 5), (2, 8, 16, 16)])
+def test_instance_norm_has_the_right_gradient_in_either_memory_order(shape, order):
+    x, gradient = torch.randn(2, *shape, dtype=torch.float64)
+    gradient = gradient.contiguous(memory_format=order)  # torch's own instance norm fails here
+    leaf = x.requires_grad_()
+    centred = leaf - leaf.mean((2, 3), keepdim=True)
+    plain = centred / torch.sqrt(centred.square().mean((2, 3), keepdim=True) + 1e-5)
+    (wanted,) = torch.autograd.grad(plain, leaf, gradient)
+    y = InstanceNorm2d(shape[1])(leaf)
+    torch.testing.assert_close(y, plain)
+    torch.testing.assert_close(torch.autograd.grad(y, leaf, gradient)[0], wanted)
 
 
 def test_folded_spectral_norms_change_no_output():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_layout import random_layout
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -91,7 +92,16 @@ def test_a_run_leaves_what_it_promises(tiny_run, tmp_path):
     records = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
     assert [r["iteration"] for r in records] == [2, 3, 4, 6]  # every log_every, and where a checkpoint was due
     losses = ("gan", "feature_matching", "d_fake", "d_real", "g_total", "d_total")
-    others = ("lr/gen", "lr/dis", "speed/images_per_s", "data/share_waiting", "memory/peak_gib")
+    others = (
+        "lr/gen",
+        "lr/dis",
+        "health/d_accuracy",
+        "health/fake_saturation",
+        "health/real_saturation",
+        "speed/images_per_s",
+        "data/share_waiting",
+        "memory/peak_gib",
+    )
     for key in (*(f"loss/{name}" for name in losses), *others):
         assert isinstance(records[0][key], float)
     assert records[-1]["lr/gen"] < records[0]["lr/gen"] == 1e-3  # linear decay in the second half
@@ -213,6 +223,28 @@ def test_a_foreign_file_runs_no_code_and_is_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"scripts/import_checkpoint\.py"):
         checkpoint.load_checkpoint(tmp_path / "other.pt")
+
+
+def test_a_collapsing_run_is_reported_and_a_sound_one_is_not(tiny_run, tmp_path, capsys):
+    _, run = tiny_run
+    ticks = ("trainer.log_every=1", "trainer.checkpoint_every=50", "trainer.image_every=50")
+    run("sound", *ticks, "trainer.max_iterations=12")
+    assert "warning" not in capsys.readouterr().out
+    # A generator that stands still, and a discriminator without what slows it down.
+    run("won", *ticks, "trainer.max_iterations=40", "gen_opt.lr=1e-9", "dis_opt.lr=0.002",
+        "dis={type: multiscale_patch, num_filters: 16, num_layers: 3, normalization: none, spectral_norm: false}",
+        "trainer.init={type: kaiming}", "losses.feature_matching=0")  # fmt: skip
+    printed = capsys.readouterr().out
+    assert printed.count("the discriminator has won: it judges 9") == 1
+    assert "the outputs saturate" not in printed
+    run("white", *ticks, "trainer.max_iterations=12", "gen_opt.lr=1.0")
+    printed = capsys.readouterr().out
+    assert printed.count("the outputs saturate: 100% of the generated values") == 1
+    assert "the discriminator has won" not in printed
+    events = EventAccumulator(str(tmp_path / "won")).Reload()
+    (text,) = events.Tensors("warnings/text_summary")
+    assert b"What to do" in text.tensor_proto.string_val[0]
+    assert max(event.value for event in events.Scalars("health/d_accuracy")) > 0.98
 
 
 def outputs_after(content: dict) -> torch.Tensor:

@@ -19,13 +19,13 @@ import lmdb
 
 from imaginaire_spade.data.check import Plan, check_all
 from imaginaire_spade.data.decode import IMAGE_EXTENSIONS
-from imaginaire_spade.data.folders import EDGE_FILES, FolderSource, make_key
+from imaginaire_spade.data.folders import DISTANCES, EDGE_FILES, FolderSource, make_key
 from imaginaire_spade.data.shard import Manifest, file_sha256, flush_folder, join_manifests, write_shard
 from imaginaire_spade.data.store import FILENAMES, MANIFEST, METADATA, read_json, write_json
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.labels import LabelSpec
 
-OPTIONAL_TYPES = ("edge_maps", "inst_maps")
+OPTIONAL_TYPES = ("edge_maps", "inst_maps", DISTANCES)
 
 
 def build_dataset(
@@ -65,6 +65,9 @@ def build_dataset(
     _report_left_out(source, input_list is None)
     if input_list is not None:
         source = source.restricted_to(_read_list(Path(input_list), source))
+    if DISTANCES in data_types and not source.has(DISTANCES):
+        print(f"{raw / DISTANCES} lacks some samples: left out (scripts/make_distance_maps.py makes the missing ones)")
+        data_types = tuple(t for t in data_types if t != DISTANCES)
     if num_shards > len(source.keys):
         raise DataError(f"--num_shards {num_shards}: more shards than samples ({len(source.keys)})")
     plan = Plan(source, labels, data_types)

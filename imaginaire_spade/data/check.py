@@ -1,18 +1,14 @@
 """Check every file of a data set before it is built: decode it, hash it, compare sizes and label values.
 
-Owns the pool of checking processes. Problems are collected, so that one run tells all (up to ``MAX_PROBLEMS``).
+Problems are collected, so that one run tells all (up to ``MAX_PROBLEMS``).
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +16,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from imaginaire_spade.data.decode import decode_edges, decode_image, decode_instances, decode_label
-from imaginaire_spade.data.folders import FolderSource
+from imaginaire_spade.data.distances import NOT_FINITE, decode_distances
+from imaginaire_spade.data.folders import DISTANCES, FolderSource
 from imaginaire_spade.data.store import MAX_KEY_BYTES, store_key
+from imaginaire_spade.data.workers import map_in_processes
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.labels import LabelSpec
 
@@ -58,27 +56,6 @@ class Plan:
     data_types: tuple[str, ...]
 
 
-_worker_plan: Plan | None = None
-
-
-def _start_worker(plan: Plan) -> None:
-    global _worker_plan
-    _worker_plan = plan
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _leave_with(parent: int) -> None:
-    # A pool's workers do not notice that their parent was killed, and would stay for ever.
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _check_in_worker(key: str) -> Checked:
-    assert _worker_plan is not None
-    return _check_sample(_worker_plan, key)
-
-
 def _check_sample(plan: Plan, key: str) -> Checked:
     """Read, hash, decode and check all files of one sample. Problems are collected, not raised."""
     problems: list[str] = []
@@ -98,6 +75,11 @@ def _check_sample(plan: Plan, key: str) -> Checked:
                 train_ids = plan.labels.to_train_ids(raw, where)
                 counts = np.bincount(train_ids.ravel())
                 class_pixels = {i: int(counts[i]) for i in np.flatnonzero(counts).tolist()}
+            elif data_type == DISTANCES:
+                distances = decode_distances(data, where)
+                if not np.isfinite(distances).all():
+                    raise DataError(f"{where}: {NOT_FINITE}")
+                sizes[data_type] = distances.shape[1], distances.shape[2]
             else:
                 height, width = _DECODERS[data_type](data, where).shape[:2]
                 sizes[data_type] = height, width
@@ -119,12 +101,10 @@ def check_all(plan: Plan, keys: Sequence[str], num_workers: int | None) -> dict[
     Raises:
         DataError: listing the problems found.
     """
-    workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
-    workers = min(workers, -(-len(keys) // 16))  # a process for less than 16 samples does not pay
     checked: dict[str, Checked] = {}
     problems: list[str] = []
     with tqdm(total=len(keys), desc="checking", unit="images", mininterval=0.5) as progress:
-        for result in _run_checks(plan, keys, workers):
+        for result in map_in_processes(partial(_check_sample, plan), keys, num_workers):
             checked[result.key] = result
             problems += result.problems
             progress.update()
@@ -135,17 +115,3 @@ def check_all(plan: Plan, keys: Sequence[str], num_workers: int | None) -> dict[
         listed = "\n  ".join(problems[:MAX_PROBLEMS])
         raise DataError(f"{plan.source.root}: {len(problems)} problem(s), nothing was built{rest}:\n  {listed}")
     return checked
-
-
-def _run_checks(plan: Plan, keys: Sequence[str], workers: int) -> Iterator[Checked]:
-    if workers < 1:
-        yield from (_check_sample(plan, key) for key in keys)
-        return
-    # (Not multiprocessing.Pool, which waits for ever when a worker is killed for want of memory.)
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(plan,)) as pool:
-        try:
-            yield from pool.map(_check_in_worker, keys, chunksize=8)
-        except BrokenProcessPool:
-            raise DataError("a checking process was killed (out of memory?): write a smaller --num_workers") from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +21,17 @@ from torch.utils.data import Dataset
 
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.data.decode import decode_edges, decode_image, decode_instances, decode_label
-from imaginaire_spade.data.folders import EDGE_FILES, Source
+from imaginaire_spade.data.distances import NOT_FINITE, class_distances, decode_distances
+from imaginaire_spade.data.folders import DISTANCES, EDGE_FILES, Source
 from imaginaire_spade.data.store import open_source
-from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map, draw_geometry, edges_from_ids
+from imaginaire_spade.data.transforms import (
+    Geometry,
+    apply_to_distances,
+    apply_to_image,
+    apply_to_map,
+    draw_geometry,
+    edges_from_ids,
+)
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
@@ -39,6 +47,8 @@ class Sample(NamedTuple):
     """uint8 or int16 [H, W], train ids 0..num_classes (num_classes = don't care)."""
     edges: Tensor | None
     """uint8 [H, W] of 0/1."""
+    distances: Tensor | None
+    """float32 [2, H, W], row and column offsets in (-1, 1)."""
     key: str
     original_size: tuple[int, int]
     """(height, width) of the stored label map."""
@@ -54,6 +64,8 @@ class LabelMapDataset(Dataset[Sample]):
             prefixed with its root's folder name (``train_a/0001``), so that keys stay unique.
         labels: the label table.
         edges: "none", "file" (edge_maps/), "instances" (drawn from inst_maps/) or "labels" (drawn from the label map).
+        distances: whether samples have distances: read from distances/ where a root has one for every sample, else
+            computed from the label map as it comes out of the augmentation.
         augmentations: joint geometry; None leaves pictures as they are.
         seed: of the augmentation.
         with_images: False for inference: only label maps (and what edges need) are read, ``root`` may be a bare
@@ -68,6 +80,7 @@ class LabelMapDataset(Dataset[Sample]):
         labels: LabelSpec,
         *,
         edges: str = "none",
+        distances: bool = False,
         augmentations: AugmentationConfig | None = None,
         seed: int = 0,
         with_images: bool = True,
@@ -76,13 +89,18 @@ class LabelMapDataset(Dataset[Sample]):
         self.augmentations = augmentations or AugmentationConfig()
         self.seed = seed
         self.with_images = with_images
-        self.spec = LayoutSpec(labels.num_classes, has_dont_care=labels.dont_care, has_edges=edges != "none")
+        self.spec = LayoutSpec(
+            labels.num_classes, has_dont_care=labels.dont_care, has_edges=edges != "none", has_distances=distances
+        )
         edge_files = [EDGE_FILES[edges]] if edges in EDGE_FILES else []
         required = ["images", "seg_maps", *edge_files] if with_images else ["seg_maps"]
         self._sources: list[Source] = []
         self._edges: list[str] = []
+        self._stored_distances: list[bool] = []
+        self._told_of_sizes = False
         for root in [roots] if isinstance(roots, str | Path) else roots:
-            source = open_source(root, required, optional=edge_files, bare=not with_images)
+            optional = [*edge_files, DISTANCES] if distances else edge_files
+            source = open_source(root, required, optional=optional, bare=not with_images)
             found = all(source.has(data_type) for data_type in edge_files)
             if not found:
                 warnings.warn(
@@ -92,6 +110,14 @@ class LabelMapDataset(Dataset[Sample]):
                 )
             self._sources.append(source)
             self._edges.append(edges if found else "labels")
+            stored = distances and source.has(DISTANCES)
+            if distances and not stored and Path(root, DISTANCES).is_dir():
+                warnings.warn(
+                    f"{root}: {DISTANCES}/ does not have every sample, so all are computed from the label maps"
+                    " (scripts/make_distance_maps.py makes the missing ones)",
+                    stacklevel=2,
+                )
+            self._stored_distances.append(stored)
         self._starts = np.cumsum([0, *(len(source.keys) for source in self._sources)])
         self.keys = _unique_keys(self._sources)
 
@@ -127,7 +153,11 @@ class LabelMapDataset(Dataset[Sample]):
         edges = None
         if self.spec.has_edges:
             edges = torch.from_numpy(self._read_edges(source, edges_from, key, geometry, size, labels))
-        return Sample(image, torch.from_numpy(labels), edges, self.keys[index], (size[0], size[1]), draw)
+        distances = None
+        if self.spec.has_distances:
+            stored = self._read_distances(source, key, geometry, size) if self._stored_distances[number] else None
+            distances = torch.from_numpy(class_distances(labels) if stored is None else stored)
+        return Sample(image, torch.from_numpy(labels), edges, distances, self.keys[index], (size[0], size[1]), draw)
 
     def _read_edges(
         self,
@@ -148,6 +178,26 @@ class LabelMapDataset(Dataset[Sample]):
         _check_size(stored, where, size, source.where(key, "seg_maps"))
         cut = apply_to_map(stored, geometry)
         return cut if edges_from == "file" else edges_from_ids(cut)
+
+    def _read_distances(
+        self, source: Source, key: str, geometry: Geometry, size: tuple[int, ...]
+    ) -> NDArray[np.float32] | None:
+        """The stored distance map, or None where it is of another size than the label map."""
+        where = source.where(key, DISTANCES)
+        stored = decode_distances(source.read(key, DISTANCES), where)
+        if stored.shape[1:] == size:
+            cut = apply_to_distances(stored, geometry)
+            if not np.isfinite(cut).all():
+                raise DataError(f"{where}: {NOT_FINITE}")
+            return cut
+        if not self._told_of_sizes:
+            self._told_of_sizes = True
+            warnings.warn(
+                f"{where} is {stored.shape[1]} x {stored.shape[2]} (height x width), its label map {size[0]} x"
+                f" {size[1]}: such distances are computed instead (scripts/make_distance_maps.py makes them anew)",
+                stacklevel=2,
+            )
+        return None
 
 
 def _check_size(array: NDArray[np.generic], where: str, label_size: tuple[int, ...], label_where: str) -> None:
@@ -200,21 +250,22 @@ class Batch:
         layout = self.layout
         return [t for t in (self.images, layout.labels, layout.edges, layout.distances) if t is not None]
 
-    def split(self, pieces: int) -> list[Batch]:
-        """Equal parts, in order."""
+    def split(self, pieces: int) -> Iterator[Batch]:
+        """Equal parts, in order, each made when its turn comes: what a part's layout caches lives no longer than it."""
         assert pieces > 0 and len(self) % pieces == 0, f"{len(self)} samples do not split into {pieces} equal parts"
+        if pieces == 1:
+            yield self
+            return
         size = len(self) // pieces
-        parts = [slice(start, start + size) for start in range(0, len(self), size)]
-        return [
-            Batch(
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            yield Batch(
                 self.layout[part],
                 None if self.images is None else self.images[part],
                 self.keys[part],
                 self.original_sizes[part],
                 self.draws[part],
             )
-            for part in parts
-        ]
 
 
 @dataclass(frozen=True)
@@ -233,12 +284,14 @@ class collate:
                     " resize_h_w: [256, 256] in that split's augmentations, or batch_size: 1"
                 )
         edges = [sample.edges for sample in samples if sample.edges is not None]
+        distances = [sample.distances for sample in samples if sample.distances is not None]
         images = [sample.image for sample in samples if sample.image is not None]
         return Batch(
             SemanticLayout(
                 self.spec,
                 torch.stack([sample.labels for sample in samples]),
                 torch.stack(edges) if edges else None,
+                torch.stack(distances) if distances else None,
             ),
             torch.stack(images) if images else None,
             tuple(sample.key for sample in samples),

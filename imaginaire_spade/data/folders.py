@@ -1,7 +1,7 @@
 """Raw folders: files of several data types, joined by name.
 
-Owns the layout ``ROOT/{images,seg_maps,edge_maps,inst_maps}/[SEQUENCE/...]NAME.ext``, the rule for keys, and what
-``Source`` means: keys in a fixed order, and bytes by key and data type. Decodes nothing.
+Owns the layout ``ROOT/{images,seg_maps,edge_maps,inst_maps,distances}/[SEQUENCE/...]NAME.ext``, the rule for keys, and
+what ``Source`` means: keys in a fixed order, and bytes by key and data type. Decodes nothing.
 
 **Keys.** A sample's key is ``SEQUENCE/STEM``, where the sequence is the path of its sub-folder with forward slashes;
 files that lie directly in the folder have the key ``STEM``. (imaginaire calls their sequence ``.``; only inside its
@@ -18,7 +18,9 @@ from pathlib import Path
 from imaginaire_spade.data.decode import IMAGE_EXTENSIONS
 from imaginaire_spade.errors import DataError
 
-DATA_TYPES = ("images", "seg_maps", "edge_maps", "inst_maps")
+DISTANCES = "distances"
+"""The data type that can be computed from the label maps: files that lack are no mistake."""
+DATA_TYPES = ("images", "seg_maps", "edge_maps", "inst_maps", DISTANCES)
 EDGE_FILES = {"file": "edge_maps", "instances": "inst_maps"}
 """Edge mode (``data.edges``) -> the data type that it reads."""
 ROOT_SEQUENCE = "."
@@ -89,21 +91,25 @@ class FolderSource(Source):
             if not folder.is_dir():
                 raise DataError(f"{root}: no folder {data_type}/ there; expected {LAYOUT}")
         self.skipped: list[Path] = []
-        """Files that are no images by their extension."""
-        self._extensions = {t: _scan(folder, self.skipped) for t, folder in self._folders.items()}
-        self.unpaired = _unpaired(self._extensions)
+        """Files whose extension is none of their data type."""
+        self._extensions = {
+            t: _scan(folder, ("npy",) if t == DISTANCES else IMAGE_EXTENSIONS, self.skipped)
+            for t, folder in self._folders.items()
+        }
+        paired = {t: files for t, files in self._extensions.items() if t != DISTANCES}
+        self.unpaired = _unpaired(paired)
         """Data type -> keys that other data types have and it lacks."""
         if any(self.unpaired.values()) and not drop_unpaired:
             raise DataError(_explain_unpaired(root, self.unpaired))
-        common = set.intersection(*(set(files) for files in self._extensions.values()))
+        common = set.intersection(*(set(files) for files in paired.values()))
         if not common:
-            counts = ", ".join(f"{len(files)} in {self._folders[t]}" for t, files in self._extensions.items())
+            counts = ", ".join(f"{len(files)} in {self._folders[t]}" for t, files in paired.items())
             extensions = " ".join(IMAGE_EXTENSIONS)
             raise DataError(f"{root}: no samples ({counts}; extensions {extensions}); expected {LAYOUT}")
         self.keys = sorted(common, key=split_key)
 
     def has(self, data_type: str) -> bool:
-        return data_type in self._folders
+        return data_type in self._folders and all(key in self._extensions[data_type] for key in self.keys)
 
     def path(self, key: str, data_type: str) -> Path:
         """The file of ``key``. Raises DataError where there is none."""
@@ -138,15 +144,15 @@ class FolderSource(Source):
 
 def holds_images(folder: Path) -> bool:
     """Whether there is any image file (by extension) in ``folder`` or below."""
-    return any(_extension(name) for _, name in _walk(folder))
+    return any(_extension(name, IMAGE_EXTENSIONS) for _, name in _walk(folder))
 
 
-def _scan(folder: Path, skipped: list[Path]) -> dict[str, str]:
-    """Key -> extension as spelled, of every image file below ``folder``."""
+def _scan(folder: Path, extensions: Sequence[str], skipped: list[Path]) -> dict[str, str]:
+    """Key -> extension as spelled, of every file below ``folder`` that has one of ``extensions``."""
     found: dict[str, str] = {}
     for sequence, name in _walk(folder):
         path = folder / sequence / name
-        extension = _extension(name)
+        extension = _extension(name, extensions)
         if not extension:
             skipped.append(path)
             continue
@@ -164,10 +170,10 @@ def _scan(folder: Path, skipped: list[Path]) -> dict[str, str]:
     return found
 
 
-def _extension(name: str) -> str:
-    """The extension as spelled, or "" where it is none of an image (or the file is hidden)."""
+def _extension(name: str, extensions: Sequence[str]) -> str:
+    """The extension as spelled, or "" where it is none of ``extensions`` (or the file is hidden)."""
     stem, dot, extension = name.rpartition(".")
-    return extension if stem and dot and not name.startswith(".") and extension.lower() in IMAGE_EXTENSIONS else ""
+    return extension if stem and dot and not name.startswith(".") and extension.lower() in extensions else ""
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:

@@ -95,7 +95,7 @@ def apply_to_image(image: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.u
 
 
 def apply_to_map(ids: NDArray[np.generic], geometry: Geometry) -> NDArray[np.generic]:
-    """Integers [H, W] or [H, W, C] -> the same dtype [geometry.height, geometry.width, ...], contiguous.
+    """Numbers [H, W] or [H, W, C] -> the same dtype [geometry.height, geometry.width, ...], contiguous.
 
     Nearest by pixel centres: target i takes source floor((i + 0.5) * in / out). Only the crop is computed.
     """
@@ -106,6 +106,14 @@ def apply_to_map(ids: NDArray[np.generic], geometry: Geometry) -> NDArray[np.gen
     rows = _source_indices(ids.shape[0], g.resized_h, g.top, g.height)
     columns = _source_indices(ids.shape[1], g.resized_w, g.left, g.width)
     return ids[rows].take(columns[::-1] if g.flip else columns, axis=1)
+
+
+def apply_to_distances(distances: NDArray[np.floating], geometry: Geometry) -> NDArray[np.float32]:
+    """Row and column offsets [2, H, W] -> float32 [2, geometry.height, geometry.width]; a mirror turns their sign."""
+    cut = np.stack([apply_to_map(offsets, geometry) for offsets in distances]).astype(np.float32, copy=False)
+    if geometry.flip:
+        np.negative(cut[1], out=cut[1])
+    return cut
 
 
 def _source_indices(size: int, resized: int, start: int, count: int) -> NDArray[np.int64]:

@@ -248,7 +248,7 @@ def _requests(
             z = style_noise(seed, [name], model.style_dims)[0]
             if style is not None:
                 z = style[0] if len(output.pictures) == 1 else sample_style(*style, z)
-        yield Request(output.pictures[j], sample.labels, sample.edges, z)
+        yield Request(output.pictures[j], sample.labels, sample.edges, z, sample.distances)
 
 
 def _make_folder(directory: Path) -> None:

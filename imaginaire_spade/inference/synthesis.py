@@ -18,6 +18,7 @@ from torch import Tensor
 from imaginaire_spade.build import layout_spec
 from imaginaire_spade.data.dataset import denormalise, normalise
 from imaginaire_spade.data.decode import decode_image
+from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.errors import CheckpointError, DataError, UserError
 from imaginaire_spade.inference.weights import LoadedModel
 from imaginaire_spade.layout import SemanticLayout
@@ -38,6 +39,8 @@ class Request:
     """uint8 [H, W] of 0/1."""
     z: Tensor | None = None
     """float [style_dims]."""
+    distances: Tensor | None = None
+    """float32 [2, H, W]; computed where the generator needs them and they are not given."""
 
 
 def padded_size(height: int, width: int, multiple: int) -> tuple[int, int]:
@@ -88,11 +91,20 @@ def padded_layout(model: LoadedModel, requests: Sequence[Request]) -> SemanticLa
     height, width = _padded_size_of(requests[0], model)
 
     def stacked(maps: Sequence[Tensor], fill: int) -> Tensor:
-        return torch.stack([F.pad(m, (0, width - m.shape[1], 0, height - m.shape[0]), value=fill) for m in maps])
+        return torch.stack([F.pad(m, (0, width - m.shape[-1], 0, height - m.shape[-2]), value=fill) for m in maps])
 
     edges = [request.edges for request in requests if request.edges is not None]
     labels = stacked([request.labels for request in requests], spec.num_classes)
-    return SemanticLayout(spec, labels, stacked(edges, 0) if edges else None)
+    distances = None
+    if spec.has_distances:  # of the label map itself, not of its padding
+        distances = stacked([_distances(request) for request in requests], 0)
+    return SemanticLayout(spec, labels, stacked(edges, 0) if edges else None, distances)
+
+
+def _distances(request: Request) -> Tensor:
+    if request.distances is not None:
+        return request.distances
+    return torch.from_numpy(class_distances(request.labels.numpy()))
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ from imaginaire_spade.build import build_discriminator, build_encoder, build_gen
 from imaginaire_spade.config import RunConfig, dump_config, parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.interop import describe, load_reference, reference_names
+from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
 from imaginaire_spade.training.checkpoint import FORMAT
 from imaginaire_spade.training.model_average import new_average
@@ -143,6 +144,9 @@ def architecture_config(source: str, hyper: Mapping[str, Any], base: RunConfig |
                 },
             },
         }
+    if hyper.get("add_dist"):  # CLADE gave no position to 0 in the files, whatever that is in the label table
+        table = LabelSpec.model_validate(tree["data"]["labels"], strict=False).table
+        hyper = {"skip_ids": [int(table[0])], **hyper}
     tree["gen"] = describe(source, "generator", hyper)
     tree["encoder"] = describe(source, "encoder", hyper) if _has_encoder(source, hyper) else None
     if base is None:

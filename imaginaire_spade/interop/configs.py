@@ -122,6 +122,9 @@ def _from_options(source: str, keys: Keys) -> dict[str, Any]:
     if source == "clade":
         hyper |= {name: keys.take(name, None) for name in ("norm_mode", "add_dist")}
     hyper = {name: value for name, value in hyper.items() if value is not None}
+    dataset = keys.take("dataset_mode", "coco")
+    if hyper.get("add_dist"):  # CLADE gives no position to 0 in the files: don't care in ADE20K, else a class
+        hyper["skip_ids"] = [hyper["label_nc"] if dataset == "ade20k" else 0]
     if (net := keys.take("netG", "spade")) != "spade":
         raise ConfigError(f"netG: {net}: the spade generator is known here")
     spec = describe(source, "layout_spec", hyper)
@@ -148,7 +151,7 @@ def _from_options(source: str, keys: Keys) -> dict[str, Any]:
         keys.notes.append(f"D_steps_per_G: {steps}: here one update of each per iteration")
     augmentations, final = _geometry(keys, describe(source, "image_size", hyper))
     labels: dict[str, Any] = {"num_classes": spec.num_classes, "dont_care": spec.has_dont_care}
-    if keys.take("dataset_mode", "coco") == "ade20k":
+    if dataset == "ade20k":
         labels |= {"ignore": [0], "remap": {raw: raw - 1 for raw in range(1, spec.num_classes + 1)}}
     elif spec.has_dont_care:
         labels["ignore"] = [255]

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
-from imaginaire_spade.models.layers import conv2d
+from imaginaire_spade.models.layers import InstanceNorm2d, conv2d
+from imaginaire_spade.models.tables import convolve_with_images
 from imaginaire_spade.registry import DISCRIMINATORS
 
 
@@ -38,6 +39,8 @@ class Discriminator(nn.Module):
     """Smallest height and width of a picture."""
     size_multiple = 1
     """Height and width must be multiples of this."""
+    batch_independent = False
+    """Whether a picture's scores depend on that picture alone: no batch statistics. The training step uses it."""
 
 
 class PatchDiscriminator(nn.Module):
@@ -61,15 +64,19 @@ class PatchDiscriminator(nn.Module):
             with_norm = normalization == "instance"
             # A bias would be removed by the norm.
             conv = conv2d(channels, width, 4, stride, 2, bias=not with_norm, spectral=spectral_norm)
-            norm: nn.Module = nn.InstanceNorm2d(width) if with_norm else nn.Identity()
+            norm: nn.Module = InstanceNorm2d(width) if with_norm else nn.Identity()
             layers.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2)))
             channels = width
         self.layers = nn.ModuleList(layers)
         self.to_logits = nn.Conv2d(channels, 1, 4, 1, 2)
 
-    def forward(self, x: Tensor) -> Scores:
-        features = []
-        for layer in self.layers:
+    def forward(self, semantics: SemanticLayout | Tensor, images: Tensor) -> Scores:
+        """N label maps, as integers or float [N, C, H, W], and k * N pictures; picture i belongs to label map i % N."""
+        first = self.layers[0]
+        assert isinstance(first, nn.Sequential)
+        x = first[1](convolve_with_images(first[0], semantics, images))
+        features = [x]
+        for layer in self.layers[1:]:
             x = layer(x)
             features.append(x)
         return Scores(self.to_logits(x).float(), features)
@@ -88,6 +95,8 @@ class MultiscaleDiscriminator(Discriminator):
         normalization: instance norm after all but the first and the last convolution, or none.
         spectral_norm: spectral norm on the same convolutions.
     """
+
+    batch_independent = True
 
     def __init__(
         self,
@@ -116,11 +125,31 @@ class MultiscaleDiscriminator(Discriminator):
             images: float [k * N, 3, H, W] in [-1, 1]; picture i belongs to label map i % N, so that fake and real
                 pictures of the same label maps go through together.
         """
-        semantics = layout.one_hot(images.dtype)
-        x = torch.cat([semantics.repeat(len(images) // len(layout), 1, 1, 1), images], 1)  # [k N, C + 3, H, W]
+        semantics: SemanticLayout | Tensor = layout
         scores = []
         for index, discriminator in enumerate(self.discriminators):
             if index:
-                x = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
-            scores.append(discriminator(x))
+                images = _half(images)
+                semantics = _half(semantics) if isinstance(semantics, Tensor) else _half_one_hot(semantics, images)
+            scores.append(discriminator(semantics, images))
         return scores
+
+
+def _half(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
+
+
+def _half_one_hot(layout: SemanticLayout, like: Tensor) -> Tensor:
+    """``_half`` of the one-hot view [N, C, h, w], counted from the labels: the view itself is never made."""
+    if layout.is_dense:
+        return _half(layout.one_hot(like.dtype))
+    none, (height, width) = layout.spec.num_label_channels, like.shape[2:]
+    channels = layout.windows(3, 2, 1).index % (none + 1)  # [N h w, 9]
+    channels = channels.view(len(layout), height, width, 9).permute(0, 3, 1, 2)
+    counts = like.new_zeros(len(layout), none + 1, height, width)
+    counts.scatter_add_(1, channels, torch.ones_like(channels, dtype=like.dtype))
+    inside = 9 * F.avg_pool2d(like.new_ones(1, 1, layout.height, layout.width), 3, stride=2, padding=1)
+    counts = counts[:, :none] / inside
+    if layout.edges is None:
+        return counts
+    return torch.cat([counts, _half(layout.edges.to(like.dtype).unsqueeze(1))], 1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.models.layers import SpectralConv2d
+from imaginaire_spade.models.layers import SpectralConv2d, instance_norm
 from imaginaire_spade.registry import ENCODERS
 
 
@@ -54,7 +54,7 @@ class ConvEncoder(nn.Module):
             x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False)
         for layer in self.layers:
             x = layer(x)
-            x = F.leaky_relu(F.instance_norm(x) if self.with_norm else x, 0.2)
+            x = F.leaky_relu(instance_norm(x) if self.with_norm else x, 0.2)
         x = x.flatten(1)
         return self.fc_mu(x).float(), self.fc_var(x).float()
 

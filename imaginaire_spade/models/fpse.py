@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.discriminator import Discriminator, Scores
 from imaginaire_spade.models.layers import SpectralConv2d
+from imaginaire_spade.models.tables import convolve_layout, convolve_with_images
 from imaginaire_spade.registry import DISCRIMINATORS
 
 
@@ -27,9 +27,11 @@ class SpectralPatchDiscriminator(nn.Module):
         )
         self.to_logits = SpectralConv2d(widths[-1], 1, 3, 1, 1)
 
-    def forward(self, x: Tensor) -> Scores:
-        features = []
-        for layer in self.layers:
+    def forward(self, semantics: SemanticLayout | Tensor, images: Tensor) -> Scores:
+        """N label maps, as integers or float [N, C, H, W], and k * N pictures; picture i belongs to label map i % N."""
+        x = F.leaky_relu(convolve_with_images(self.layers[0], semantics, images), 0.2)
+        features = [x]
+        for layer in self.layers[1:]:
             x = F.leaky_relu(layer(x), 0.2)
             features.append(x)
         return Scores(self.to_logits(x).float(), features)
@@ -51,8 +53,8 @@ class FPSEBranch(nn.Module):
         self.seg = nn.Conv2d(final, final, 1)
         self.embedding = nn.Conv2d(num_labels, final, 1)
 
-    def forward(self, images: Tensor, semantics: Tensor) -> list[Tensor]:
-        """images [M, 3, H, W], semantics [N, C, H, W] with N dividing M -> three [M, 1, h, w], fine to coarse."""
+    def forward(self, layout: SemanticLayout, images: Tensor) -> list[Tensor]:
+        """N label maps [H, W], images [M, 3, H, W] with N dividing M -> three [M, 1, h, w], fine to coarse."""
         encoded, x = [], images
         for enc in self.enc:
             x = F.leaky_relu(enc(x), 0.2)
@@ -61,12 +63,12 @@ class FPSEBranch(nn.Module):
         for finer, coarser in ((2, 3), (1, 2), (0, 1)):
             up = F.interpolate(pyramid[coarser], scale_factor=2, mode="bilinear", align_corners=False)
             pyramid[finer] = up + pyramid[finer]
-        embedded = F.avg_pool2d(self.embedding(semantics), 2)
+        embedded = F.avg_pool2d(convolve_layout(layout, self.embedding.weight, self.embedding.bias), 2)
         scores = []
         for final, level in zip(self.final, pyramid, strict=False):
             embedded = F.avg_pool2d(embedded, 2)
             y = F.leaky_relu(final(level), 0.2)  # [M, 2 F, h, w]
-            match = embedded.repeat(len(images) // len(semantics), 1, 1, 1) * self.seg(y)
+            match = embedded.repeat(len(images) // len(layout), 1, 1, 1) * self.seg(y)
             scores.append((self.output(y) + match.sum(1, keepdim=True)).float())
         return scores
 
@@ -84,6 +86,8 @@ class FPSEDiscriminator(Discriminator):
         num_filters: width of the first; doubles per layer. Also the branch's.
         max_num_filters: widest that a layer gets.
     """
+
+    batch_independent = True
 
     def __init__(
         self,
@@ -111,11 +115,15 @@ class FPSEDiscriminator(Discriminator):
             layout: N label maps [H, W], multiples of ``size_multiple`` and at least ``min_size``.
             images: float [k * N, 3, H, W] in [-1, 1]; picture i belongs to label map i % N.
         """
-        semantics = layout.one_hot(images.dtype)
-        scores = [Scores(logits, []) for logits in self.fpse(images, semantics)]
-        x = torch.cat([semantics.repeat(len(images) // len(layout), 1, 1, 1), images], 1)  # [k N, C + 3, H, W]
+        scores = [Scores(logits, []) for logits in self.fpse(layout, images)]
+        semantics: SemanticLayout | Tensor = layout
         for index, discriminator in enumerate(self.discriminators):
             if index:
-                x = F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=True)
-            scores.append(discriminator(x))
+                dense = semantics if isinstance(semantics, Tensor) else semantics.one_hot(images.dtype)
+                semantics, images = _half(dense), _half(images)
+            scores.append(discriminator(semantics, images))
         return scores
+
+
+def _half(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=True)

@@ -60,8 +60,8 @@ class SPADEResidualBlock(nn.Module):
     def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
         """x [N, in, h, w] -> [N, out, h, w]."""
         shortcut = self.conv_s(self.norm_s(x, layout)) if self.learned_shortcut else x
-        y = self.conv_0(F.leaky_relu(self.norm_0(x, layout), 0.2))
-        y = self.conv_1(F.leaky_relu(self.norm_1(y, layout), 0.2))
+        y = self.conv_0(F.leaky_relu(self.norm_0(x, layout), 0.2, inplace=True))
+        y = self.conv_1(F.leaky_relu(self.norm_1(y, layout), 0.2, inplace=True))
         return shortcut + y
 
 

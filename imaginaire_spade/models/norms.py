@@ -3,46 +3,53 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imaginaire_spade.distributed import sum_over_processes
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
-from imaginaire_spade.models.layers import SpectralLinear, conv2d
+from imaginaire_spade.models.layers import InstanceNorm2d, SpectralLinear, conv2d, effective_weight
+from imaginaire_spade.models.tables import (
+    Modulation,
+    Statistics,
+    batch_moments,
+    first_convolution,
+    modulate,
+    second_convolution,
+    sum_rows,
+)
 from imaginaire_spade.registry import NORMS
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation whose training statistics can span all processes, on any device and backend.
 
-    Statistics are float32 and flow through autograd, so K processes with batch B/K equal one process with batch B.
+    Statistics are float32 and part of the gradient, so K processes with batch B/K equal one process with batch B.
     ``torch.nn.SyncBatchNorm`` refuses CPU tensors; state dicts are the same as ``torch.nn.BatchNorm2d``'s.
     """
 
     synchronized = False
     """Set from outside (``synchronize_batch_norm``) once there is a process group."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and self.synchronized):
-            return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x.float()
-            count = wide.new_tensor([wide.numel() // wide.shape[1]])
-            sums = sum_over_processes(torch.cat([wide.sum((0, 2, 3)), count]))
-            total = sums[-1].detach()
-            mean = sums[:-1] / total
-            centred = wide - mean[:, None, None]
-            variance = sum_over_processes(centred.square().sum((0, 2, 3))) / total
-            self._track(mean.detach(), variance.detach(), total)
-            scale = torch.rsqrt(variance + self.eps)
-            if self.affine:
-                scale = scale * self.weight
-            y = centred * scale[:, None, None]
-            return (y if not self.affine else y + self.bias[:, None, None]).to(x.dtype)
+    def forward(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
+        """x [N, C, H, W] normalised and, if asked, modulated in the same pass."""
+        if modulation is None:
+            if not (self.training and self.synchronized):
+                return super().forward(x)
+            modulation = Modulation(x.new_ones(1, 1), x.new_zeros(1, 1), None)
+        if self.affine:  # (x^ w + b) gamma + beta
+            gamma, beta, pixels = modulation.gamma, modulation.beta, modulation.pixels
+            modulation = Modulation(self.weight * gamma, self.bias * gamma + beta, pixels)
+        if not self.training:
+            assert self.running_mean is not None and self.running_var is not None
+            return modulate(x, modulation, Statistics(self.running_mean, torch.rsqrt(self.running_var + self.eps)))
+        mean, variance, count = batch_moments(x, self.synchronized)
+        self._track(mean, variance, count)
+        rstd = torch.rsqrt(variance + self.eps)
+        return modulate(x, modulation, Statistics(mean, rstd, count, self.synchronized))
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
@@ -62,9 +69,14 @@ def synchronize_batch_norm(network: nn.Module) -> None:
 
 
 class ConditionalNorm(nn.Module):
-    """What generators ask of every norm: ``norm(x, layout)``, and how many channels come out."""
+    """What generators ask of every norm: ``norm(x, layout)``, and how many channels come out.
+
+    What comes out is a new tensor that the norm's own gradient does not need: the caller may change it in place.
+    """
 
     out_channels: int
+    needs_distances: ClassVar[bool] = False
+    """Whether layouts must have distances; the pipeline then computes them."""
 
 
 @NORMS.register("spade")
@@ -79,6 +91,8 @@ class SPADE(ConditionalNorm):
         normalization: parameter-free ``batch`` or ``instance`` norm of x.
         hidden_channels: width between the two convolutions.
         kernel_size: of both convolutions, odd.
+        path: ``dense`` convolves the one-hot map; ``table`` computes gamma and beta once per distinct neighbourhood of
+            labels, which gives the same numbers; ``auto`` takes the faster one.
         affine: whether the norm has a learned scale and shift per channel (as in imaginaire; the paper has none).
         spectral_norm: spectral norm on the convolutions (as in imaginaire; the paper has none).
     """
@@ -91,6 +105,7 @@ class SPADE(ConditionalNorm):
         normalization: Literal["batch", "instance"] = "batch",
         hidden_channels: int = 128,
         kernel_size: int = 3,
+        path: Literal["auto", "dense", "table"] = "auto",
         affine: bool = False,
         spectral_norm: bool = False,
     ) -> None:
@@ -98,22 +113,53 @@ class SPADE(ConditionalNorm):
         if kernel_size % 2 == 0:
             raise ConfigError(f"norm.kernel_size: {kernel_size} must be odd, such as 3 or 5")
         self.out_channels = channels
-        padding = kernel_size // 2
+        self.path = path
+        self.kernel_size = kernel_size
         self.normalize = (
             BatchNorm2d(channels, affine=affine)
             if normalization == "batch"
-            else nn.InstanceNorm2d(channels, affine=affine)
+            else InstanceNorm2d(channels, affine=affine)
         )
-        conv = partial(conv2d, kernel_size=kernel_size, padding=padding, spectral=spectral_norm)
+        conv = partial(conv2d, kernel_size=kernel_size, padding=kernel_size // 2, spectral=spectral_norm)
         self.shared = conv(spec.num_channels, hidden_channels)
         self.gamma = conv(hidden_channels, channels)
         self.beta = conv(hidden_channels, channels)
 
     def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
         """x [N, channels, H, W], layout of any resolution -> [N, channels, H, W]."""
-        height, width = x.shape[-2:]
-        hidden = F.relu(self.shared(layout.resized(height, width).one_hot(self.shared.weight.dtype)))
+        view = layout.resized(*x.shape[-2:])
+        if self._takes_tables(view):
+            return self._by_tables(x, view)
+        hidden = F.relu(self.shared(view.one_hot(self.shared.weight.dtype)))
         return self.normalize(x) * (1 + self.gamma(hidden)) + self.beta(hidden)
+
+    def _takes_tables(self, view: SemanticLayout) -> bool:
+        """Whether tables are possible and, for ``auto``, faster: few distinct neighbourhoods for the pixels there are.
+
+        Counted in rows of the second convolution's matrix product, the unit of which both paths' main work is made.
+        Measured on a CPU: reordering the weights costs as much as 200 rows, summing up the pieces of one outer window
+        as much as 32 / hidden rows.
+        """
+        if self.path == "dense" or not view.is_discrete:
+            return False
+        out, hidden, *_ = self.gamma.weight.shape
+        dense_rows = view.labels.numel() * (1 + self.shared.weight.shape[1] / (2 * out))
+        if self.path == "table" or dense_rows <= 200:
+            return self.path == "table"
+        around = view.neighbourhoods(self.kernel_size)
+        return len(around.outside) + 32 / hidden * around.pixels.num_rows + 200 < dense_rows
+
+    def _by_tables(self, x: Tensor, view: SemanticLayout) -> Tensor:
+        around = view.neighbourhoods(self.kernel_size)
+        hidden = F.relu(first_convolution(effective_weight(self.shared), self.shared.bias, around))  # [U, hidden]
+        weights = effective_weight(self.gamma), effective_weight(self.beta)
+        assert self.gamma.bias is not None and self.beta.bias is not None
+        bias = torch.cat([1 + self.gamma.bias, self.beta.bias])
+        gamma, beta = second_convolution(hidden, weights, bias, around).chunk(2, 1)  # [V, channels] each
+        modulation = Modulation(gamma, beta, around.pixels)
+        if isinstance(self.normalize, BatchNorm2d):
+            return self.normalize(x, modulation)
+        return modulate(self.normalize(x), modulation, Statistics(x.new_zeros(1), x.new_ones(1)))
 
 
 @NORMS.register("concat")
@@ -133,9 +179,7 @@ class Concat(ConditionalNorm):
     ) -> None:
         super().__init__()
         self.out_channels = channels + spec.num_channels
-        self.normalize = (
-            BatchNorm2d(channels, affine=False) if normalization == "batch" else nn.InstanceNorm2d(channels)
-        )
+        self.normalize = BatchNorm2d(channels, affine=False) if normalization == "batch" else InstanceNorm2d(channels)
 
     def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
         """x [N, channels, H, W], layout of any resolution -> [N, channels + num_channels, H, W]."""
@@ -161,27 +205,92 @@ class CLADE(ConditionalNorm):
     ) -> None:
         super().__init__()
         self.out_channels = channels + spec.has_edges
-        self.normalize = (
-            BatchNorm2d(channels, affine=False) if normalization == "batch" else nn.InstanceNorm2d(channels)
-        )
+        self.normalize = BatchNorm2d(channels, affine=False) if normalization == "batch" else InstanceNorm2d(channels)
         self.weight = nn.Parameter(torch.rand(spec.num_label_channels, channels))
         self.bias = nn.Parameter(torch.zeros(spec.num_label_channels, channels))
         self.edge = nn.Conv2d(1, 1, 1) if spec.has_edges else None
 
     def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
         """x [N, channels, H, W], layout of any resolution -> [N, out_channels, H, W]."""
-        height, width = x.shape[-2:]
-        view = layout.resized(height, width)
-        classes = view.labels.long()
-        if not view.spec.has_dont_care:
-            classes = classes.masked_fill(classes == view.spec.num_classes, 0)
-        weight = F.embedding(classes, self.weight).permute(0, 3, 1, 2)  # [N, channels, H, W]
-        y = self.normalize(x) * weight + F.embedding(classes, self.bias).permute(0, 3, 1, 2)
+        view = layout.resized(*x.shape[-2:])
+        y = self._modulated(x, view)
         if self.edge is None:
             return y
         assert view.edges is not None
         edges = self.edge(view.edges.to(self.edge.weight.dtype).unsqueeze(1))  # [N, 1, H, W]
-        return torch.cat([y, edges.to(y.dtype)], 1)
+        # y is channels_last; on a CPU torch.cat takes eight times as long along its channels as along a last dimension.
+        pixels = [part.permute(0, 2, 3, 1).to(y.dtype) for part in (y, edges)]
+        return torch.cat(pixels, 3).permute(0, 3, 1, 2)
+
+    def _modulated(self, x: Tensor, view: SemanticLayout) -> Tensor:
+        """[N, channels, H, W]."""
+        return self._normalise_and(x, Modulation(self.weight, self.bias, view.classes))
+
+    def _normalise_and(self, x: Tensor, modulation: Modulation) -> Tensor:
+        if isinstance(self.normalize, BatchNorm2d):
+            return self.normalize(x, modulation)
+        return modulate(self.normalize(x), modulation, Statistics(x.new_zeros(1), x.new_ones(1)))
+
+
+@NORMS.register("clade_icpe")
+class CLADEICPE(CLADE):
+    """CLADE with intra-class positional encoding (Tan et al. 2021, section 3.3).
+
+    normalize(x) * weight[c] * (1 + a(d)) + bias[c] * (1 + b(d)), where d is the pixel's offset from the centre of its
+    connected region (``data/distances.py``) and a, b are 1x1 convolutions to one channel. They start at zero: as CLADE.
+
+    Args:
+        channels: of x.
+        spec: what the layouts hold.
+        normalization: parameter-free ``batch`` or ``instance`` norm of x.
+        skip_ids: train ids whose pixels have no position (d = 0). None is right for training. CLADE's own checkpoints
+            saw no position where the file's label is 0: ``[0]`` for COCO-Stuff and Cityscapes, ``[150]`` (don't care)
+            for ADE20K.
+    """
+
+    needs_distances = True
+
+    def __init__(
+        self,
+        channels: int,
+        spec: LayoutSpec,
+        *,
+        normalization: Literal["batch", "instance"] = "batch",
+        skip_ids: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(channels, spec, normalization=normalization)
+        if wrong := [i for i in skip_ids if not 0 <= i <= spec.num_classes]:
+            raise ConfigError(
+                f"norm.skip_ids: {wrong} are no train ids: write ids of 0..{spec.num_classes} (the last is don't care)"
+            )
+        self.skip_ids = tuple(skip_ids)
+        self.scale_position = _Position()
+        self.shift_position = _Position()
+
+    def _modulated(self, x: Tensor, view: SemanticLayout) -> Tensor:
+        assert view.distances is not None, "clade_icpe needs layouts with distances"
+        distances = view.distances.to(self.weight.dtype)
+        if self.skip_ids:
+            skipped = torch.isin(view.labels, view.labels.new_tensor(self.skip_ids))
+            distances = distances.masked_fill(skipped.unsqueeze(1), 0)
+        y = self._normalise_and(x, Modulation(self.weight, torch.zeros_like(self.bias), view.classes))
+        shift = sum_rows(self.bias, view.classes).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2).to(y.dtype)
+        return torch.addcmul(
+            y * self.scale_position(distances).to(y.dtype), shift, self.shift_position(distances).to(y.dtype)
+        )
+
+
+class _Position(nn.Module):
+    """1 + a 1x1 convolution of the distances. (No nn.Conv2d, whose weights ``initialise`` draws: these start at 0.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, 2, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, distances: Tensor) -> Tensor:
+        """[N, 2, H, W] -> [N, 1, H, W]."""
+        return 1 + F.conv2d(distances, self.weight, self.bias)
 
 
 class AdaptiveBatchNorm(nn.Module):

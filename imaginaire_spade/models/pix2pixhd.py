@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.generator import Generator
-from imaginaire_spade.models.layers import SpectralConvTranspose2d, conv2d
+from imaginaire_spade.models.layers import SpectralConvTranspose2d, conv2d, instance_norm
 from imaginaire_spade.registry import GENERATORS
 
 
@@ -25,8 +25,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, channels, h, w], both 2 or more -> the same shape."""
-        y = F.relu(F.instance_norm(self.conv_0(x)))
-        return x + F.instance_norm(self.conv_1(y))
+        y = F.relu(instance_norm(self.conv_0(x)))
+        return x + instance_norm(self.conv_1(y))
 
 
 @GENERATORS.register("pix2pixhd")
@@ -94,8 +94,8 @@ class Pix2pixHDGenerator(Generator):
             raise ValueError(f"layout of {layout.height}x{layout.width}: both must be {self.min_size} or more")
         x = layout.one_hot(self.to_image.weight.dtype)  # [N, num_channels, H, W]
         for layer in (self.first, *self.down):
-            x = F.relu(F.instance_norm(layer(x)))
+            x = F.relu(instance_norm(layer(x)))
         x = self.blocks(x)  # [N, 16 F, H/16, W/16] with 4 down-samplings
         for layer in self.up:
-            x = F.relu(F.instance_norm(layer(x)))
+            x = F.relu(instance_norm(layer(x)))
         return torch.tanh(self.to_image(x).float())  # [N, 3, H, W]

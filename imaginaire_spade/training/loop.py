@@ -24,6 +24,7 @@ from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.norms import synchronize_batch_norm
 from imaginaire_spade.noise import style_noise
+from imaginaire_spade.training.alarms import Alarms
 from imaginaire_spade.training.checkpoint import CheckpointWriter
 from imaginaire_spade.training.faults import (
     FiniteWatch,
@@ -179,7 +180,7 @@ def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: b
 def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, writer: CheckpointWriter) -> int:
     """Iterate to the end of this start, or until a process was asked to leave; the signal's number then, else 0."""
     trainer, state, calendar = run.config.trainer, run.state, run.calendar
-    meter, waited_s = LossMeter(finite_only=state.gen_scaler.is_enabled()), 0.0
+    meter, alarms, waited_s = LossMeter(finite_only=state.gen_scaler.is_enabled()), Alarms(), 0.0
     watch = FiniteWatch(state, run.settings, run.device)
     ticked_at = saved_at = state.images_seen
     any_request = distributed.LaggedMaximum(run.device)
@@ -194,14 +195,16 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         due_checkpoint = state.images_seen > saved_at and (done or iteration % trainer.checkpoint_every == 0)
         due_log = due_checkpoint or iteration % trainer.log_every == 0  # no checkpoint before its losses were looked at
         if state.images_seen > ticked_at and due_log:
-            losses = meter.fetch()
-            skipped = watch.fetch()
-            log.tick(state.images_seen, losses, _rates(state, skipped), batches.wait_s - waited_s)
+            means, skipped = meter.fetch(), watch.fetch()
+            health = {name: means.pop(name) for name in list(means) if name.startswith("health/")}
+            log.tick(state.images_seen, means, _rates(state, skipped) | health, batches.wait_s - waited_s)
             waited_s = batches.wait_s
             watch.check(
-                losses, skipped, trainer.max_skipped_updates, log.logdir / f"non_finite_rank{run.info.rank}.json"
+                means, skipped, trainer.max_skipped_updates, log.logdir / f"non_finite_rank{run.info.rank}.json"
             )
             watch.forget()
+            for warning in alarms.check(health):
+                log.warn(state.images_seen, warning)
             ticked_at = state.images_seen
         if (due_picture or due_checkpoint) and state.generator_ema is not None and calibration:
             reestimate_batch_norm(state.generator_ema, _calibration_inputs(run, calibration))
@@ -225,9 +228,9 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
             log.say(f"leaving on {Signals(leave_on).name}; the same command continues from iteration {iteration}")
             return leave_on
         batch = next(batches)
-        made = run.step(batch)
-        meter.add(made)
-        watch.add(iteration + 1, batch, made)
+        losses = run.step(batch)
+        meter.add(losses)
+        watch.add(iteration + 1, batch, losses)
         log.advance()
 
 

@@ -90,12 +90,19 @@ class RunLog:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def warn(self, images_seen: int, text: str) -> None:
+        """Say it, and leave it in TensorBoard's text."""
+        iteration = self.calendar.iteration(images_seen)
+        self.say(f"warning: iteration {iteration}: {text}")
+        if self.enabled:
+            self._writer.add_text("warnings", text, iteration)
+
     def tick(self, images_seen: int, losses: dict[str, float], rates: dict[str, float], wait_s: float) -> None:
         """Write one record.
 
         Args:
             losses: mean losses since the last tick.
-            rates: learning rates and the like by name.
+            rates: learning rates, health and the like by name.
             wait_s: seconds spent waiting for data since the last tick.
         """
         now = time.perf_counter()

@@ -9,7 +9,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
 from imaginaire_spade.models.norms import BatchNorm2d
 
@@ -41,7 +40,7 @@ def update_average(average: nn.Module, source: nn.Module, beta: float) -> None:
 
 
 @torch.no_grad()
-def reestimate_batch_norm(generator: nn.Module, inputs: Iterable[tuple[SemanticLayout, Tensor | None]]) -> None:
+def reestimate_batch_norm(generator: nn.Module, inputs: Iterable[tuple[object, Tensor | None]]) -> None:
     """Set the running statistics to their plain average over ``inputs`` (layout, style code).
 
     An averaged generator's activations have statistics of their own: neither the average of the statistics nor those

@@ -12,6 +12,7 @@ from torch import nn
 from imaginaire_spade.build import build_discriminator, build_encoder, build_generator, build_optimizer
 from imaginaire_spade.config import RunConfig
 from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.training.model_average import new_average, update_average
 
@@ -21,7 +22,7 @@ class TrainState:
     """Raw modules (never wrapped), optimizers, scalers and the one integer of progress."""
 
     generator: Generator
-    discriminator: nn.Module
+    discriminator: Discriminator
     encoder: nn.Module | None
     generator_ema: Generator | None
     """Moving average of the generator; always in evaluation mode, without gradients, spectral norms folded."""
@@ -104,8 +105,8 @@ def new_train_state(config: RunConfig, device: torch.device, seed: int) -> Train
         encoder=encoder,
         generator_ema=new_average(generator) if averaged else None,
         encoder_ema=new_average(encoder) if averaged and encoder is not None else None,
-        gen_optimizer=build_optimizer(generator_parameters, config.gen_opt, device),
-        dis_optimizer=build_optimizer(discriminator.parameters(), config.dis_opt, device),
+        gen_optimizer=build_optimizer(generator_parameters, config.gen_opt),
+        dis_optimizer=build_optimizer(discriminator.parameters(), config.dis_opt),
         gen_scaler=torch.amp.GradScaler(device.type, enabled=scaled),
         dis_scaler=torch.amp.GradScaler(device.type, enabled=scaled),
     )

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from imaginaire_spade.data.dataset import Batch, normalise
+from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.losses import GANLoss, GeneratorOutputs
-from imaginaire_spade.models.discriminator import split_scores
+from imaginaire_spade.models.discriminator import Discriminator, Scores, split_scores
 from imaginaire_spade.models.encoder import sample_style
 from imaginaire_spade.noise import style_noise
+from imaginaire_spade.training.alarms import saturation
 from imaginaire_spade.training.model_average import update_average
 from imaginaire_spade.training.state import TrainState
 
@@ -64,18 +66,17 @@ def train_step(
     the graphs of all pieces would have to be kept.
 
     Returns:
-        Unweighted losses by name, detached, on the device.
+        Unweighted losses by name, and the ``health/...`` measures of ``alarms.py``; detached, on the device.
     """
-    pieces = [(piece, _real(piece)) for piece in batch.split(settings.accumulation)]
     losses: dict[str, Tensor] = {}
     if settings.form == "reference":
-        _update_generator(state, networks, pieces, [None] * len(pieces), settings, losses)
-        _update_discriminator(state, networks, pieces, [None] * len(pieces), settings, losses)
+        _update_generator(state, networks, batch, None, settings, losses)
+        _update_discriminator(state, networks, batch, None, settings, losses)
     else:
-        one = len(pieces) == 1
-        made = [_generate(networks, piece, real, settings) if one else None for piece, real in pieces]
-        _update_discriminator(state, networks, pieces, made, settings, losses)
-        _update_generator(state, networks, pieces, made, settings, losses)
+        one = settings.accumulation == 1
+        made = _generate(networks, batch, _real(batch), settings) if one else None
+        _update_discriminator(state, networks, batch, made, settings, losses)
+        _update_generator(state, networks, batch, made, settings, losses)
     if state.generator_ema is not None:
         update_average(state.generator_ema, state.generator, average_beta)
     if state.encoder_ema is not None and state.encoder is not None:
@@ -86,25 +87,28 @@ def train_step(
 def _update_discriminator(
     state: TrainState,
     networks: Networks,
-    pieces: list[tuple[Batch, Tensor]],
-    made: list[Generated | None],
+    batch: Batch,
+    made: Generated | None,
     settings: StepSettings,
     losses: dict[str, Tensor],
 ) -> None:
     state.discriminator.requires_grad_(True)
     state.dis_optimizer.zero_grad(set_to_none=True)
-    for index, ((piece, real), generated) in enumerate(zip(pieces, made, strict=True)):
+    for index, piece in enumerate(batch.split(settings.accumulation)):
+        real, generated = _real(piece), made
         if generated is None:
             with torch.no_grad():
                 generated = _generate(networks, piece, real, settings)
-        with _synced(networks.discriminator, index == len(pieces) - 1):
+        with _synced(networks.discriminator, index == settings.accumulation - 1):
             with _autocast(real.device, settings):
                 # Fake and real in one forward: one power iteration, and one DDP forward per backward.
                 scores = networks.discriminator(piece.layout, torch.cat([generated.fake.detach(), real]))
-                terms = settings.gan.discriminator(*split_scores(scores))
+                fake_scores, real_scores = split_scores(scores)
+                terms = settings.gan.discriminator(fake_scores, real_scores)
             total = torch.stack(list(terms.values())).sum()
-            state.dis_scaler.scale(total / len(pieces)).backward()
-        _add(losses, terms | {"d_total": total}, len(pieces))
+            state.dis_scaler.scale(total / settings.accumulation).backward()
+        health = {"health/d_accuracy": settings.gan.accuracy(fake_scores, real_scores)}
+        _add(losses, terms | {"d_total": total} | health, settings.accumulation)
     state.dis_scaler.step(state.dis_optimizer)
     state.dis_scaler.update()
 
@@ -112,31 +116,45 @@ def _update_discriminator(
 def _update_generator(
     state: TrainState,
     networks: Networks,
-    pieces: list[tuple[Batch, Tensor]],
-    made: list[Generated | None],
+    batch: Batch,
+    made: Generated | None,
     settings: StepSettings,
     losses: dict[str, Tensor],
 ) -> None:
     state.discriminator.requires_grad_(False)
     state.gen_optimizer.zero_grad(set_to_none=True)
-    for index, ((piece, real), generated) in enumerate(zip(pieces, made, strict=True)):
-        last = index == len(pieces) - 1
+    for index, piece in enumerate(batch.split(settings.accumulation)):
+        real, generated, last = _real(piece), made, index == settings.accumulation - 1
         with _synced(networks.generator, last), _synced(networks.encoder, last):
             if generated is None:
                 generated = _generate(networks, piece, real, settings)
             with _autocast(real.device, settings):
                 # D has no gradients here, so the raw module serves: its wrapper would wait for some.
-                scores = state.discriminator(piece.layout, torch.cat([generated.fake, real]))
-                fake_scores, real_scores = split_scores(scores)
+                fake_scores, real_scores = _judge(state.discriminator, piece.layout, generated.fake, real)
                 outputs = GeneratorOutputs(
                     generated.fake, real, fake_scores, real_scores, generated.mu, generated.logvar
                 )
                 terms = {name: term(outputs) for name, term in settings.terms.items()}
             total = torch.stack([settings.weights[name] * term for name, term in terms.items()]).sum()
-            state.gen_scaler.scale(total / len(pieces)).backward()
-        _add(losses, terms | {"g_total": total}, len(pieces))
+            state.gen_scaler.scale(total / settings.accumulation).backward()
+        health = {"health/fake_saturation": saturation(generated.fake), "health/real_saturation": saturation(real)}
+        _add(losses, terms | {"g_total": total} | health, settings.accumulation)
     state.gen_scaler.step(state.gen_optimizer)
     state.gen_scaler.update()
+
+
+def _judge(
+    discriminator: Discriminator, layout: SemanticLayout, fake: Tensor, real: Tensor
+) -> tuple[list[Scores], list[Scores]]:
+    """Scores of fake and of real pictures; the real ones without a graph, where they do not depend on the fake ones."""
+    if not discriminator.batch_independent:
+        return split_scores(discriminator(layout, torch.cat([fake, real])))
+    of_fake = discriminator(layout, fake)
+    discriminator.eval()  # spectral norm iterates once, as it would for both together
+    with torch.no_grad():
+        of_real = discriminator(layout, real)
+    discriminator.train()
+    return of_fake, of_real
 
 
 def _generate(networks: Networks, piece: Batch, real: Tensor, settings: StepSettings) -> Generated:

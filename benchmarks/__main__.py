@@ -1,0 +1,76 @@
+"""``python -m benchmarks``: one table, measured in one run, every figure beside the plain dense path's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from benchmarks import generator, iteration, norms
+from benchmarks.layouts import default_folder
+from benchmarks.measure import Row, matmul_peak_tflops
+
+SECTIONS = ("norms", "generator", "iteration")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--label_maps", type=Path, metavar="DIR", help="label maps of COCO-Stuff (default: drawn ones)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="narrow networks, small pictures: does everything run?")
+    parser.add_argument("--vgg", action="store_true", help="the iteration with the perceptual loss too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.sections) - set(SECTIONS):
+        parser.error(f"unknown section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device, folder, repeats = (
+        torch.device(arguments.device),
+        arguments.label_maps or default_folder(),
+        arguments.repeats,
+    )
+    filters = 8 if arguments.quick else 64
+    size = 64 if arguments.quick else 256
+    wanted = arguments.sections or SECTIONS
+    facts = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "label_maps": "drawn" if folder is None else f"{len(list(folder.glob('*.png')))} files",
+        "allocator": {name: os.environ[name] for name in os.environ if name.startswith("MALLOC_")},
+    }
+    if device.type == "cuda":
+        facts["bf16 matmul peak"] = f"{matmul_peak_tflops(device):.0f} TFLOP/s"
+    print(", ".join(f"{name}: {value}" for name, value in facts.items()))
+    rows: list[Row] = []
+
+    def show(found: list[Row]) -> None:
+        rows.extend(found)
+        print(*found, sep="\n", flush=True)
+
+    if "norms" in wanted:
+        show(norms.measure(folder, device, repeats, 2 if arguments.quick else len(norms.CASES)))
+    if "generator" in wanted:
+        shapes = ((1, size, size), (8, size, size), (1, size, 2 * size))
+        for shape in shapes[: 1 if arguments.quick else None]:
+            show(generator.measure(folder, device, repeats, filters, (shape,)))
+    if "iteration" in wanted:
+        batch = 16 if device.type == "cuda" and not arguments.quick else 1
+        for vgg in (False, True) if arguments.vgg else (False,):
+            case = iteration.Case(folder, device, filters, size, batch, bf16=device.type == "cuda", vgg=vgg)
+            show(iteration.measure(case, repeats))
+    if arguments.json:
+        content = {"facts": facts, "rows": [row.plain() for row in rows]}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Whole generators at inference: SPADE dense, SPADE as it runs, CLADE, CLADE-ICPE, and the convolutions alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.layouts import dense, fresh, make_layout
+from benchmarks.measure import Row, largest_difference, rows_of, take_turns
+from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.models.generator import Generator, SPADEGenerator
+from imaginaire_spade.models.layers import fold_spectral_norm, initialise
+from imaginaire_spade.models.norms import CLADE, CLADEICPE, SPADE, ConditionalNorm
+
+
+class NoNorm(ConditionalNorm):
+    """Costs nothing: what remains of a generator is its convolutions, activations and up-sampling."""
+
+    def __init__(self, channels: int, spec: LayoutSpec, *, extra: int = 0) -> None:
+        super().__init__()
+        self.out_channels = channels + extra
+        self._ready: dict[torch.Size, Tensor] = {}
+
+    def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
+        if x.shape not in self._ready:
+            ready = torch.rand(len(x), self.out_channels, *x.shape[2:], device=x.device)
+            self._ready[x.shape] = ready.contiguous(memory_format=torch.channels_last)
+        return self._ready[x.shape]
+
+
+NORMS: dict[str, Any] = {
+    "SPADE": SPADE,
+    "CLADE": CLADE,
+    "CLADE-ICPE": CLADEICPE,
+    "SPADE's convolutions": NoNorm,
+    "CLADE's convolutions": partial(NoNorm, extra=1),  # the edge map is one more channel there
+}
+
+
+def make_generator(name: str, layout: SemanticLayout, num_filters: int) -> Generator:
+    torch.manual_seed(0)
+    size = layout.height, layout.width
+    generator = SPADEGenerator(layout.spec, size, num_filters=num_filters, norm=NORMS[name])
+    initialise(generator, "xavier", 1.0)
+    return generator.to(layout.device)
+
+
+def _generate(generator: Generator, seen: Callable[[SemanticLayout], SemanticLayout], layout: SemanticLayout) -> Tensor:
+    return generator(seen(layout))
+
+
+@torch.inference_mode()
+def measure(
+    folder: Path | None, device: torch.device, repeats: int, num_filters: int, cases: tuple[tuple[int, int, int], ...]
+) -> list[Row]:
+    """``cases``: (batch, height, width)."""
+    rows = []
+    for batch, height, width in cases:
+        layout = make_layout(folder, batch, height, width, with_distances=True).to(device)
+        generators = {name: fold_spectral_norm(make_generator(name, layout, num_filters).eval()) for name in NORMS}
+        runs: dict[str, Callable[[], Tensor]] = {"SPADE dense": partial(_generate, generators["SPADE"], dense, layout)}
+        runs |= {name: partial(_generate, generator, fresh, layout) for name, generator in generators.items()}
+        wanted, found = runs["SPADE dense"](), runs["SPADE"]()
+        case = f"batch {batch}, {height}x{width}"
+        times = take_turns(runs, repeats, device)
+        rows += rows_of("generator", case, times, {"SPADE": largest_difference([found], [wanted])})
+    return rows

@@ -1,0 +1,124 @@
+"""A whole training iteration: our step in its ``shared`` form against the plain dense path in its ``reference`` form.
+
+The dense path sees soft labels, so nothing is looked up; the ``reference`` form makes the pictures anew for D.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.generator import make_generator
+from benchmarks.layouts import dense, fresh, make_layout
+from benchmarks.measure import Row, largest_difference, peak_memory_gib, rows_of, take_turns
+from imaginaire_spade.build import build_optimizer
+from imaginaire_spade.config import OptimizerConfig
+from imaginaire_spade.data.dataset import Batch
+from imaginaire_spade.layout import SemanticLayout
+from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss, PerceptualLoss
+from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
+from imaginaire_spade.training.model_average import new_average
+from imaginaire_spade.training.state import TrainState
+from imaginaire_spade.training.step import Networks, StepSettings, train_step
+
+VARIANTS = {"SPADE dense, reference": "SPADE", "SPADE": "SPADE", "CLADE": "CLADE", "CLADE-ICPE": "CLADE-ICPE"}
+"""Name -> norm."""
+
+
+@dataclass(frozen=True)
+class Case:
+    folder: Path | None
+    device: torch.device
+    num_filters: int
+    size: int
+    batch: int
+    bf16: bool
+    vgg: bool
+
+    def __str__(self) -> str:
+        options = f"{', bf16' if self.bf16 else ''}{', VGG19' if self.vgg else ''}"
+        return f"batch {self.batch}, {self.size}x{self.size}{options}"
+
+
+def measure(case: Case, repeats: int) -> list[Row]:
+    runs = {name: _iteration(name, case) for name in VARIANTS}
+    times = take_turns(runs, repeats, case.device)
+    notes = {}
+    for name, run in runs.items():
+        if case.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            gib = torch.cuda.max_memory_allocated() / 2**30
+            with FlopCounterMode(display=False) as counter:
+                run()
+            notes[name] = f"{gib:.2f} GiB, {counter.get_total_flops() / times[name] / 1e9:.1f} TFLOP/s needed"
+        else:
+            notes[name] = f"{peak_memory_gib(_run_twice, name, case):.2f} GiB"
+    differences = {"SPADE": None if case.bf16 else gradient_difference(case)}
+    return rows_of("iteration", str(case), times, differences, notes)
+
+
+def _run_twice(name: str, case: Case) -> None:
+    run = _iteration(name, case)
+    run()
+    run()
+
+
+def _iteration(name: str, case: Case) -> Callable[[], object]:
+    device, size, batch = case.device, case.size, case.batch
+    is_reference = name.endswith("reference")
+    layout = make_layout(case.folder, batch, size, size, with_distances=True).to(device)
+    generator = make_generator(VARIANTS[name], layout, case.num_filters).train()
+    discriminator = MultiscaleDiscriminator(layout.spec, num_filters=case.num_filters).to(device).train()
+    if device.type == "cuda" and not is_reference:
+        generator, discriminator = (n.to(memory_format=torch.channels_last) for n in (generator, discriminator))  # type: ignore[call-overload]
+    optimizers = [build_optimizer(n.parameters(), OptimizerConfig(lr=1e-4)) for n in (generator, discriminator)]
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    state = TrainState(generator, discriminator, None, new_average(generator), None, *optimizers, scaler, scaler)
+    terms = nn.ModuleDict({"gan": GANLoss(), "feature_matching": FeatureMatchingLoss()})
+    if case.vgg:
+        terms["perceptual"] = _random_vgg().to(device)
+    weights = {"gan": 1.0, "feature_matching": 10.0, "perceptual": 10.0}
+    form, dtype = ("reference", None) if is_reference else ("shared", torch.bfloat16 if case.bf16 else None)
+    settings = StepSettings(terms, weights, form, dtype, accumulation=1, style_dims=0, seed=0)
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+    networks, names = Networks(generator, discriminator, None), tuple(map(str, range(batch)))
+
+    def run() -> object:
+        seen: SemanticLayout = dense(layout) if is_reference else fresh(layout)
+        sample = Batch(seen, images, names, ((size, size),) * batch, tuple(range(batch)))
+        return train_step(state, networks, sample, settings, 0.999)
+
+    return run
+
+
+def gradient_difference(case: Case) -> float:
+    """Largest difference of the generator's gradients from the dense path's, relative to each tensor's largest."""
+    layout = make_layout(case.folder, case.batch, case.size, case.size).to(case.device)
+    generator = make_generator("SPADE", layout, case.num_filters).train()
+    direction = torch.randn(case.batch, 3, case.size, case.size, device=case.device)
+    state = {name: value.clone() for name, value in generator.state_dict().items()}
+    found = []
+    for seen in (fresh(layout), dense(layout)):
+        generator.load_state_dict(state)
+        generator.zero_grad()
+        (generator(seen) * direction).sum().backward()
+        found.append([p.grad.clone() for p in generator.parameters() if p.grad is not None])
+    return largest_difference(found[0], found[1], relative=True)
+
+
+def _random_vgg() -> PerceptualLoss:
+    """The perceptual loss with random weights: as slow as the real one."""
+    torch.manual_seed(0)
+    features = torchvision.models.vgg19(weights=None).features
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place, "vgg19.pth")
+        torch.save({f"features.{key}": value for key, value in features.state_dict().items()}, file)
+        return PerceptualLoss(weights_path=str(file))

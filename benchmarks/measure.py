@@ -1,0 +1,108 @@
+"""Timing: variants take turns, so that a machine that slows down slows all of them down; medians; peak memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured variant."""
+
+    section: str
+    case: str
+    variant: str
+    ms: float
+    """Median."""
+    ratio: float
+    """How many times faster than the first variant of its case, the plain dense path."""
+    difference: float | None
+    """Largest difference from the first variant's numbers; None where they are another network's."""
+    note: str = ""
+
+    def __str__(self) -> str:
+        difference = "" if self.difference is None else f"{self.difference:.1e}"
+        return f"{self.case:26}{self.variant:22}{self.ms:>10.1f} ms{self.ratio:>8.2f}x  {difference:>8}  {self.note}"
+
+    def plain(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def take_turns(
+    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1
+) -> dict[str, float]:
+    """Median milliseconds of each variant. One round runs each once."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for round_index in range(-warm_up, repeats):
+        for name, run in variants.items():
+            _wait(device)
+            started_at = time.perf_counter()
+            run()
+            _wait(device)
+            if round_index >= 0:
+                times[name].append((time.perf_counter() - started_at) * 1000)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def rows_of(
+    section: str,
+    case: str,
+    times: Mapping[str, float],
+    differences: Mapping[str, float | None],
+    notes: Mapping[str, str] | None = None,
+) -> list[Row]:
+    """Rows of one case; the first variant is what the others are compared with."""
+    base = next(iter(times.values()))
+    return [
+        Row(section, case, name, ms, base / ms, differences.get(name), (notes or {}).get(name, ""))
+        for name, ms in times.items()
+    ]
+
+
+def largest_difference(
+    ours: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], relative: bool = False
+) -> float:
+    """Largest absolute difference; ``relative``: divided by each reference tensor's largest value."""
+    found = 0.0
+    for a, b in zip(ours, reference, strict=True):
+        scale = float(b.abs().max()) if relative else 1.0
+        found = max(found, float((a.double() - b.double()).abs().max()) / max(scale, 1e-30))
+    return found
+
+
+def peak_memory_gib(function: Callable[..., None], *arguments: object) -> float:
+    """Largest resident memory of a fresh process that runs ``function``, a module-level one."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measured, args=(sender, torch.get_num_threads(), function, arguments))
+    process.start()
+    sender.close()
+    peak = float(receiver.recv())
+    process.join()
+    return peak
+
+
+def _measured(sender: object, threads: int, function: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    torch.set_num_threads(threads)
+    function(*arguments)
+    sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # type: ignore[attr-defined]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_peak_tflops(device: torch.device) -> float:
+    """What a large bf16 matrix product reaches on this GPU, in TFLOP/s."""
+    size = 8192
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    ms = take_turns({"matmul": lambda: a @ b}, 20, device, warm_up=5)["matmul"]
+    return 2 * size**3 / ms / 1e9

@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""Write the distance maps of CLADE-ICPE next to the label maps of a data set: RAW/distances/NAME.npy.
+
+    python scripts/make_distance_maps.py --config configs/projects/clade/camvid/base256_icpe.yaml --data_root RAW
+
+They are optional: without them distances are computed while samples are loaded. Run it before scripts/build_lmdb.py,
+which takes them along. Starting it again makes what is missing. Under torchrun the processes share the work.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from imaginaire_spade.build import import_modules
+from imaginaire_spade.config import load_config
+from imaginaire_spade.data.distance_maps import make_distance_maps
+from imaginaire_spade.data.folders import DISTANCES
+from imaginaire_spade.distributed import process_info_from_environment
+from imaginaire_spade.errors import run_command_line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML whose data.labels hold for this data")
+    parser.add_argument("--data_root", required=True, type=Path, help="folder of seg_maps/")
+    parser.add_argument("--num_workers", type=int, help="processes (default: min(8, cores))")
+    parser.add_argument("--overwrite", action="store_true", help="make all maps anew")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
+    parser.add_argument("--import", action="append", default=[], metavar="MODULE", dest="imports",
+                        help="import a module that registers components")  # fmt: skip
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
+    arguments = parser.parse_args()
+    import_modules(arguments.imports)
+    labels = load_config(arguments.config, arguments.set).data.labels
+    info = process_info_from_environment()
+    started_at = time.perf_counter()
+    made, kept = make_distance_maps(
+        arguments.data_root, labels, num_workers=arguments.num_workers, overwrite=arguments.overwrite,
+        rank=info.rank, world_size=info.world_size,
+    )  # fmt: skip
+    seconds = time.perf_counter() - started_at
+    rate = f" at {made / seconds:.0f} maps/s" if made else ""
+    print(f"{made} distance maps made{rate}, {kept} kept: {arguments.data_root / DISTANCES}", flush=True)
+
+
+if __name__ == "__main__":
+    run_command_line(main)

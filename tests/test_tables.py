@@ -1,0 +1,236 @@
+"""The table path against the dense path it replaces."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_layout import random_layout
+from torch import nn
+
+from imaginaire_spade import patterns
+from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
+from imaginaire_spade.models.fpse import FPSEDiscriminator
+from imaginaire_spade.models.generator import SPADEGenerator
+from imaginaire_spade.models.norms import SPADE
+from imaginaire_spade.models.style_generator import StyleSPADEGenerator
+from imaginaire_spade.models.tables import sum_rows
+from imaginaire_spade.patterns import Lookup, find_neighbourhoods
+
+
+def code_map(n: int, h: int, w: int, num_codes: int, block: int, seed: int) -> torch.Tensor:
+    """Blocks of block x block equal codes."""
+    g = torch.Generator().manual_seed(seed)
+    small = torch.randint(0, num_codes, (n, -(-h // block), -(-w // block)), generator=g)
+    return small.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :h, :w].to(torch.int16)
+
+
+def windows(maps: torch.Tensor, kernel_size: int, outside: int) -> torch.Tensor:
+    """The plain computation: [N, H, W] -> [N, H, W, k * k]."""
+    padded = F.pad(maps, (kernel_size // 2,) * 4, value=outside)
+    return padded.unfold(1, kernel_size, 1).unfold(2, kernel_size, 1).flatten(3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    n=st.integers(1, 3),
+    h=st.integers(1, 14),
+    w=st.integers(1, 14),
+    num_codes=st.sampled_from([1, 2, 3, 40, 2000, 30000]),
+    block=st.integers(1, 6),
+    kernel_size=st.sampled_from([1, 3, 5, 7]),
+    seed=st.integers(0, 2**31),
+)
+def test_every_window_is_found_again_and_only_once(n, h, w, num_codes, block, kernel_size, seed):
+    codes = code_map(n, h, w, num_codes, block, seed)
+    found = find_neighbourhoods(codes, num_codes, kernel_size)
+    wide = 2 * kernel_size - 1
+    around = found.inner[found.outer][found.index]  # [N, H, W, k * k, k * k]
+    places = torch.arange(wide**2).view(1, wide, wide)
+    order = windows(places, kernel_size, -1)[0]
+    order = order[kernel_size // 2 : wide - kernel_size // 2, kernel_size // 2 : wide - kernel_size // 2].flatten(0, 1)
+    assert torch.equal(around, windows(codes.long(), wide, num_codes)[..., order])
+
+    plain = windows(codes, wide, num_codes).flatten(0, 2)
+    used = found.index.unique()
+    assert len(used) == len(plain.unique(dim=0))
+    assert len(found.outer.unique(dim=0)) == len(found.outer)
+
+
+@settings(max_examples=50, deadline=None)
+@given(places=st.integers(1, 50), terms=st.integers(1, 5), rows=st.integers(1, 60), seed=st.integers(0, 2**31))
+def test_sums_of_rows_and_their_gradient_are_the_plain_ones(places, terms, rows, seed):
+    g = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, rows, (places, terms), generator=g)
+    table = torch.randn(rows, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(places, 3, generator=g, dtype=torch.float64)
+    fast, plain = sum_rows(table, Lookup(index, rows)), table[index].sum(1)
+    torch.testing.assert_close(fast, plain)
+    (a,), (b,) = (torch.autograd.grad((y * weights).sum(), table) for y in (fast, plain))
+    torch.testing.assert_close(a, b)
+
+
+def test_ids_that_do_not_fit_one_integer_are_packed_in_steps():
+    g = torch.Generator().manual_seed(0)
+    columns = list(torch.randint(0, 3, (9, 500), generator=g) * (2**30 // 2))
+    ids, count = patterns._number(columns, 2**30 + 1)
+    rows, plain = torch.stack(columns, 1).unique(dim=0, return_inverse=True)
+    assert count == len(rows) and torch.equal(ids, plain)
+
+
+def blocky_layout(spec: LayoutSpec, n: int, h: int, w: int, seed: int = 0) -> SemanticLayout:
+    """Blocks of equal labels, some of them don't care; edges where labels change, and a few elsewhere."""
+    labels = code_map(n, h, w, spec.num_classes + 1, 5, seed)
+    if not spec.has_edges:
+        return SemanticLayout(spec, labels)
+    edges = F.pad(labels[:, 1:] != labels[:, :-1], (0, 0, 1, 0)).byte()
+    edges[:, ::7, ::3] = 1
+    return SemanticLayout(spec, labels, edges)
+
+
+def results(network: nn.Module, layout: SemanticLayout, x: torch.Tensor) -> list[torch.Tensor]:
+    """Output, gradients of x and of all parameters, buffers after the forward."""
+    x = x.clone().requires_grad_()
+    y = network(x, layout)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape).cos()
+    gradients = torch.autograd.grad((y * weights).sum() + y.square().mean(), [x, *network.parameters()])
+    return [y.detach(), *gradients, *network.buffers()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    spec=st.builds(LayoutSpec, st.integers(1, 6), st.booleans(), st.booleans()),
+    size=st.tuples(st.integers(1, 2), st.integers(1, 17), st.integers(2, 17)),
+    kernel_size=st.sampled_from([1, 3, 5]),
+    normalization=st.sampled_from(["batch", "instance"]),
+    affine=st.booleans(),
+    spectral_norm=st.booleans(),
+    training=st.booleans(),
+    random=st.booleans(),
+    channels_last=st.booleans(),
+)
+def test_spade_by_tables_is_spade(
+    spec, size, kernel_size, normalization, affine, spectral_norm, training, random, channels_last
+):
+    """To 1e-10 in double precision: output, every gradient, running statistics and spectral-norm vectors."""
+    torch.manual_seed(0)
+    options = {"normalization": normalization, "kernel_size": kernel_size, "affine": affine,
+               "spectral_norm": spectral_norm, "hidden_channels": 4}  # fmt: skip
+    dense = SPADE(3, spec, path="dense", **options).double().train(training)
+    if affine:
+        nn.init.normal_(dense.normalize.weight)
+        nn.init.normal_(dense.normalize.bias)
+    if normalization == "batch":
+        dense.normalize.running_mean.normal_()
+        dense.normalize.running_var.uniform_(0.5, 2)
+    table = SPADE(3, spec, path="table", **options).double().train(training)
+    table.load_state_dict(dense.state_dict())
+    layout = random_layout(spec, *size) if random else blocky_layout(spec, *size)
+    x = torch.randn(size[0], 3, *size[1:], dtype=torch.float64) * 2 + 1
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    for a, b in zip(results(table, layout, x), results(dense, layout, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_auto_takes_tables_where_they_pay_and_only_where_they_can():
+    spec = LayoutSpec(20, has_edges=True)
+    norm = SPADE(64, spec)
+    blocky, random = blocky_layout(spec, 1, 64, 64), random_layout(spec, 1, 64, 64)
+    assert norm._takes_tables(blocky) and not norm._takes_tables(blocky.resized(2, 2))
+    assert not norm._takes_tables(random)
+    for path in ("auto", "table"):
+        norm = SPADE(16, spec, path=path, hidden_channels=8)
+        soft = SemanticLayout.from_dense(spec, blocky.one_hot() * 0.9)
+        between = SemanticLayout(spec, blocky.labels, blocky.edges.float() / 2)
+        x = torch.randn(1, 16, 64, 64)
+        for layout in (soft, between):
+            assert not norm._takes_tables(layout)
+            assert not torch.allclose(norm(x, layout), norm(x, blocky), atol=1e-4)
+
+
+def forced(network: nn.Module, path: str) -> nn.Module:
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, SPADE):
+            module.path = path
+    return network
+
+
+@pytest.mark.parametrize("style", [False, True], ids=["spade", "style_spade"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_generators_by_tables_make_the_same_pictures_and_gradients(style, training):
+    torch.manual_seed(0)
+    spec = LayoutSpec(5, has_dont_care=True, has_edges=True)
+    if style:
+        norm = partial(SPADE, hidden_channels=8, kernel_size=5, affine=True, spectral_norm=True)
+        generator = StyleSPADEGenerator(spec, (32, 64), num_filters=4, style_dims=6, norm=norm)
+        z = torch.randn(2, 6, dtype=torch.float64)
+    else:
+        generator, z = SPADEGenerator(spec, (32, 64), num_filters=4, norm=partial(SPADE, hidden_channels=8)), None
+    generator.double().train(training)
+    layout = blocky_layout(spec, 2, 32, 64)
+    pictures, gradients = [], []
+    for path in ("table", "dense"):
+        network = forced(generator, path)
+        image = network.forward(layout, z)
+        image.square().sum().backward()
+        pictures.append(image.detach())
+        gradients.append([p.grad for p in network.parameters()])
+        with torch.inference_mode():
+            assert forced(generator, path)(layout, z).isfinite().all()
+    torch.testing.assert_close(*pictures, rtol=0, atol=2e-5)
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
+
+
+@pytest.mark.parametrize("kind", [MultiscaleDiscriminator, FPSEDiscriminator])
+@pytest.mark.parametrize("edges", ["none", "bits", "float"])
+def test_discriminators_see_integer_maps_as_they_see_the_one_hot_map(kind, edges):
+    torch.manual_seed(0)
+    spec = LayoutSpec(5, has_edges=edges != "none")
+    discriminator = kind(spec, num_filters=4).eval().double()
+    height, width = max(64, discriminator.min_size), 128
+    layout = random_layout(spec, 2, height, width)
+    if edges == "float":
+        layout = SemanticLayout(spec, layout.labels, layout.edges.double() * 0.3)
+    results = []
+    for one in (layout, SemanticLayout.from_dense(spec, layout.one_hot(torch.float64))):
+        images = torch.linspace(-1, 1, 12 * height * width, dtype=torch.float64)
+        images = images.view(4, 3, height, width).requires_grad_()
+        scores = discriminator(one, images)
+        total = torch.stack([s.logits.square().mean() for s in scores]).sum()
+        gradients = torch.autograd.grad(total, [images, *discriminator.parameters()], allow_unused=True)
+        results.append(
+            [*(f for s in scores for f in (s.logits, *s.features)), *(g for g in gradients if g is not None)]
+        )
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_under_autocast_types_are_the_dense_paths_and_statistics_stay_exact(dtype, training):
+    torch.manual_seed(0)
+    spec = LayoutSpec(5, has_edges=True)
+    dense = SPADE(8, spec, path="dense", hidden_channels=8).train(training)
+    table = forced(dense, "table")
+    layout = blocky_layout(spec, 2, 24, 24)
+    exact = copy.deepcopy(dense)
+    for x in (torch.randn(2, 8, 24, 24), torch.randn(2, 8, 24, 24).to(dtype)):
+        outputs, gradients = [], []
+        for norm, enabled in ((table, True), (dense, True), (exact, False)):
+            given = x.clone().to(x.dtype if enabled else torch.float32).requires_grad_()
+            with torch.autocast("cpu", dtype, enabled=enabled):
+                y = norm(given, layout)
+            y.float().square().sum().backward()
+            outputs.append(y.detach())
+            gradients.append(given.grad)
+        for one, other, true in (outputs, gradients):
+            assert one.dtype == other.dtype == x.dtype
+            assert (one - true).norm() < 2 * (other - true).norm()
+        torch.testing.assert_close(table.normalize.running_var, exact.normalize.running_var, rtol=1e-6, atol=1e-6)
