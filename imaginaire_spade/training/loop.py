@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ from imaginaire_spade.training.state import TrainState, new_train_state
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+LOST_NODE_S = 20.0
+"""With several nodes a failed process stays so long. torchrun counts a silent node as lost after 15 s; told of the
+failure sooner, it would wait for that node in the new group, in vain, and give up."""
 
 
 @dataclass
@@ -168,7 +174,7 @@ def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: b
         LeaveRequest() as request,
         closing(run.batches()) as batches,
         CheckpointWriter(logdir / "checkpoints", run.config.trainer.keep_last) as writer,
-        _last_step_told(run),
+        _last_step_told(run, request),
     ):
         left_on = _iterate(run, log, batches, request, writer)
     log.close()
@@ -235,20 +241,21 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
 
 
 @contextmanager
-def _last_step_told(run: Run) -> Iterator[None]:
+def _last_step_told(run: Run, request: LeaveRequest) -> Iterator[None]:
     """Where one of several processes fails or vanishes, each of the others says how far it came."""
+    info = run.info
     try:
         yield
     except (RuntimeError, OSError) as error:
-        if run.info.world_size > 1:
+        if info.world_size > 1:
             done = run.calendar.iteration(run.state.images_seen)
             reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-            print(
-                f"rank {run.info.rank} of {run.info.world_size} ({socket.gethostname()}): {done} iterations done,"
-                f" stopped in the next: {reason}",
-                file=sys.stderr,
-                flush=True,
-            )
+            where = f"rank {info.rank} of {info.world_size} ({socket.gethostname()})"
+            print(f"{where}: {done} iterations done, stopped in the next: {reason}", file=sys.stderr, flush=True)
+        if info.world_size > info.local_world_size:
+            give_up_at = time.monotonic() + LOST_NODE_S
+            while time.monotonic() < give_up_at and not request.number:
+                time.sleep(0.1)
         raise
 
 
