@@ -167,18 +167,17 @@ def test_updates_that_fp16_skips_are_counted_and_too_many_in_a_row_end_the_run(t
     _, run = tiny_run
 
     def overflow(state):
-        weight = state.generator.to_image.weight
-        if state.images_seen != 4:
-            hook = weight.register_hook(lambda gradient: (hook.remove(), gradient * float("inf"))[1])
+        hook = state.generator.to_image.weight.register_hook(
+            lambda gradient: (hook.remove(), gradient * float("inf"))[1]
+        )
 
     before_step(overflow)
-    fp16 = (*SMALL, "trainer.precision=fp16", "trainer.log_every=3", "trainer.max_skipped_updates=2")
-    run("log", *fp16, stop_after=3)
-    (record,) = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]
-    assert (record["skipped/gen"], record["skipped/dis"]) == (2, 0)  # the first and the third
-    assert all(torch.isfinite(torch.tensor(value)) for value in record.values())
-    with pytest.raises(NonFiniteLoss, match=r"3 updates in a row were skipped .* between iterations 4 and 6"):
-        run("log", *fp16)
+    fp16 = (*SMALL, "trainer.precision=fp16", "trainer.max_skipped_updates=3")
+    with pytest.raises(NonFiniteLoss, match=r"3 updates in a row were skipped .*: 3\) between iterations 3 and 3"):
+        run("log", *fp16, "trainer.max_iterations=4")
+    records = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]
+    assert [record["skipped/gen"] for record in records] == [2, 1]
+    assert all(torch.isfinite(torch.tensor(value)) for record in records for value in record.values())
 
 
 def test_out_of_memory_names_the_knobs(tiny_run, before_step):
@@ -203,6 +202,10 @@ TWO = (
 )  # fmt: skip
 
 
+# Without the second, torch 2.15 gives restarted processes the store of those before, with the addresses of dead peers.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
 class Job:
     """Two processes under torchrun."""
 
@@ -211,7 +214,7 @@ class Job:
         self.metrics = logdir / "metrics.jsonl"
         self.process = subprocess.Popen(
             [*LAUNCHER, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *options, "train.py", *arguments],
-            cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+            cwd=REPOSITORY, env={**os.environ, **ENVIRONMENT}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 

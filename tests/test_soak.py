@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_faults import LAUNCHER, TWO, Job
+from test_faults import ENVIRONMENT, LAUNCHER, TWO, Job
 from test_training import REPOSITORY, assert_same, tiny_run  # noqa: F401
 
 from imaginaire_spade.training.checkpoint import checkpoints_in, load_checkpoint, newest_checkpoint
@@ -103,7 +103,7 @@ def test_two_hosts_of_which_one_is_lost_and_comes_back(tiny_run, tmp_path, two_h
         arguments = ["--config", str(path), "--logdir", str(tmp_path / "log"), *(f"--set={item}" for item in TWO)]
         return subprocess.Popen(
             [*launcher, "train.py", *arguments],
-            cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "v0"},
+            cwd=REPOSITORY, env={**os.environ, **ENVIRONMENT, "GLOO_SOCKET_IFNAME": "v0"},
             text=True, stdout=(tmp_path / f"host{number}.txt").open("a"), stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
@@ -122,7 +122,7 @@ def test_two_hosts_of_which_one_is_lost_and_comes_back(tiny_run, tmp_path, two_h
         for pid in (*children, hosts[1].pid):
             os.kill(int(pid), signal.SIGKILL)
         hosts[1].wait()
-        time.sleep(2)
+        time.sleep(25)  # torchrun needs 15 s to give a host up; one that comes back sooner finds its place still taken
         hosts[1] = start(1)
         assert [host.wait(300) for host in hosts] == [0, 0], (tmp_path / "host0.txt").read_text()
     finally:
