@@ -1,6 +1,7 @@
 """Train a generator from a config: ``torchrun --nproc_per_node=K train.py --config C.yaml --logdir DIR``.
 
-Starting the same command again continues from the newest checkpoint of the log dir.
+Starting the same command again continues from the newest checkpoint of the log dir. SIGTERM, SIGUSR1 and Ctrl-C save
+and leave (exit codes 143, 138 and 130); a mistake of the user's is one message and exit code 2.
 """
 
 import argparse
@@ -19,6 +20,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="C.yaml", help="configuration of the run")
     parser.add_argument("--logdir", type=Path, help="where the run keeps everything (default: logs/NAME_OF_CONFIG)")
     parser.add_argument("--checkpoint", type=Path, help="start from this checkpoint where the log dir has none yet")
+    parser.add_argument("--allow_changed_data", action="store_true",
+                        help="continue a run although its data set or label table changed")  # fmt: skip
     parser.add_argument("--seed", type=int, help="overrides the config's seed")
     parser.add_argument("--max_iterations", type=int, help="stop after this many iterations in all; the schedule stays")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -57,7 +60,7 @@ def main() -> None:
         elif arguments.profile:
             profile.profile(run, logdir)
         else:
-            loop.train(run, logdir, arguments.checkpoint)
+            loop.train(run, logdir, arguments.checkpoint, arguments.allow_changed_data)
     finally:
         distributed.leave_process_group()
 

@@ -184,6 +184,8 @@ class TrainerConfig(Section):
     the updated G, as the published SPADE numbers were obtained."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the networks; weights, statistics and losses are float32 in any case."""
+    max_skipped_updates: int = Field(25, ge=1)
+    """fp16: the run ends after this many updates in a row whose gradients overflowed (each halves the loss scale)."""
     gradient_accumulation: int = Field(1, ge=1)
     """Split each process's batch into this many pieces, one after the other: less memory, same batch."""
     sync_batch_norm: bool = True
@@ -202,6 +204,10 @@ class TrainerConfig(Section):
     """Iterations between two checkpoints."""
     keep_last: int = Field(3, ge=1)
     """Checkpoints that stay on disk."""
+    keep_every: int | None = Field(None, ge=1)
+    """Iterations between two checkpoints that stay for good, in checkpoints/kept; a multiple of checkpoint_every."""
+    on_failed_save: Literal["stop", "continue"] = "stop"
+    """Whether a checkpoint that cannot be written (disk full) ends the run, or training goes on to the next one."""
     process_group_timeout_s: float = Field(300.0, gt=0)
     """After this long without an answer from the other processes a process gives up."""
 
@@ -209,6 +215,10 @@ class TrainerConfig(Section):
     def _check(self) -> TrainerConfig:
         if (self.max_iterations is None) == (self.max_epochs is None):
             raise ValueError("state exactly one of max_iterations and max_epochs")
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every: {self.keep_every} must be a multiple of checkpoint_every: {self.checkpoint_every}"
+            )
         return self
 
 

@@ -115,6 +115,43 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def maximum_over_processes(values: Tensor) -> Tensor:
+    """Element-wise maximum of ``values`` over the processes."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
+class LaggedMaximum:
+    """Tells every process the largest integer that any of them gave in its call before: word of something that one
+    process learned (a signal), without a wait for the GPU. In a group of one it is the present value.
+
+    All processes call it equally often. The exchange runs on a stream of its own, beside what the GPU computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._value = torch.zeros(1, dtype=torch.int32, device=device)
+        self._known = torch.zeros(1, dtype=torch.int32, pin_memory=on_gpu)
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def __call__(self, value: int) -> int:
+        if not dist.is_initialized():
+            return value
+        if self._stream is not None:
+            self._stream.synchronize()
+        known = int(self._known)
+        with torch.cuda.stream(self._stream):
+            self._value.fill_(value)
+            work = dist.all_reduce(self._value, dist.ReduceOp.MAX, async_op=True)
+            work.wait()  # on a GPU the stream waits, not this process
+            self._known.copy_(self._value, non_blocking=True)
+        return known
+
+
 class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ alone and exit with ``EXIT_CODE``, which launchers can tell from a crash.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -47,6 +48,9 @@ def run_command_line(main: Callable[[], None]) -> None:
         if rank != "0":
             time.sleep(3)
         print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        # A restart mends no mistake, yet torchrun --max_restarts would try: its agent, our parent, is asked to end.
+        if rank == "0" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+            os.kill(os.getppid(), signal.SIGTERM)
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit(130)

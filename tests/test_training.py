@@ -50,10 +50,10 @@ def tiny_run(tiny_folder, tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(tree))
 
-    def run(logdir: str, *overrides: str, stop_after: int | None = None, start_from: Path | None = None) -> dict:
+    def run(logdir: str, *overrides: str, stop_after: int | None = None, start_from: Path | None = None, **how) -> dict:
         config = load_config(path, overrides)
         made = loop.prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"), stop_after)
-        loop.train(made, tmp_path / logdir, start_from)
+        loop.train(made, tmp_path / logdir, start_from, **how)
         return checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / logdir))
 
     return path, run
@@ -86,7 +86,8 @@ def test_a_run_leaves_what_it_promises(tiny_run, tmp_path):
     content = run("log")
     logdir = tmp_path / "log"
     names = [p.name for p in sorted((logdir / "checkpoints").iterdir())]
-    assert names == ["checkpoint_000000000012.pt", "checkpoint_000000000024.pt"]
+    checkpoints = ["checkpoint_000000000012.pt", "checkpoint_000000000024.pt"]
+    assert names == [name + beside for name in checkpoints for beside in ("", ".sha256")]
     assert content["images_seen"] == 24
     records = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
     assert [r["iteration"] for r in records] == [2, 3, 4, 6]  # every log_every, and where a checkpoint was due
@@ -119,7 +120,7 @@ def test_a_run_leaves_what_it_promises(tiny_run, tmp_path):
         (),
         ("data.num_workers=2", "trainer.iteration=reference"),
         ("gen.style_dims=6", "encoder={type: conv, num_filters: 2, image_size: 128}", "losses.kl=0.1"),
-        ("trainer.precision=bf16",),
+        ("trainer.precision=bf16", "gen.norm={type: clade}", "data.num_workers=2"),
     ],
 )
 def test_stopping_and_starting_again_changes_nothing(tiny_run, overrides):
@@ -169,7 +170,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tiny_run, tmp_path
 def test_old_checkpoints_go_and_finished_runs_say_so(tiny_run, tmp_path, capsys):
     _, run = tiny_run
     run("log", "trainer.checkpoint_every=1", "trainer.keep_last=2")
-    assert len(list((tmp_path / "log" / "checkpoints").iterdir())) == 2
+    assert len(list((tmp_path / "log" / "checkpoints").iterdir())) == 4  # each with its sha256
     run("log")
     assert "finished: iteration 6 of 6. To go on, raise trainer.max_iterations" in capsys.readouterr().out
 
@@ -186,7 +187,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tiny_run, tmp_path, monkeypatc
         CheckpointError, match=r"could not be written \(\[Errno 28\] No space left.*earlier checkpoints"
     ):
         run("log")
-    assert [p.name for p in (tmp_path / "log" / "checkpoints").iterdir()] == ["checkpoint_000000000012.pt"]
+    assert [p.name for p in (tmp_path / "log" / "checkpoints").glob("*.pt")] == ["checkpoint_000000000012.pt"]
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_in_words(tiny_run, tmp_path):
@@ -222,12 +223,6 @@ def test_a_foreign_file_runs_no_code_and_is_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"scripts/import_checkpoint\.py"):
         checkpoint.load_checkpoint(tmp_path / "other.pt")
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_range(tiny_run):
-    _, run = tiny_run
-    with pytest.raises(loop.NonFiniteLoss, match=r"between iterations 1 and 2"):
-        run("log", "gen_opt.lr=1e30")
 
 
 def test_a_collapsing_run_is_reported_and_a_sound_one_is_not(tiny_run, tmp_path, capsys):

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -76,7 +76,7 @@ def training_loader(
         len(dataset), batch_size, seed=seed, images_seen=images_seen, rank=rank, world_size=world_size
     )
     batches: Any = BatchSampler(cast(Any, sampler), batch_size, drop_last=True)  # torch's types know only int items
-    return _load(dataset, batches, num_workers, pin_memory)
+    return _load(dataset, batches, num_workers, pin_memory, _start_training_worker)
 
 
 def sequential_batches(
@@ -113,14 +113,18 @@ class _BatchDataset(Dataset["Batch | UserError"]):
 
 
 def _load(
-    dataset: LabelMapDataset, batches: Iterable[list[Item]], num_workers: int, pin_memory: bool
+    dataset: LabelMapDataset,
+    batches: Iterable[list[Item]],
+    num_workers: int,
+    pin_memory: bool,
+    start_worker: Callable[[int], None] | None = None,
 ) -> Iterator[Batch]:
     loader = DataLoader(
         _BatchDataset(dataset),
         sampler=batches,
         batch_size=None,  # an item is a batch already
         num_workers=num_workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker or _start_worker,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
     )
@@ -148,6 +152,14 @@ def _start_worker(worker: int) -> None:
     # Ctrl-C is the main process's to handle; a handler of its own for SIGTERM must not live on in forked workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _start_training_worker(worker: int) -> None:
+    # Schedulers and launchers send their signals to every process of a job. The main one needs batches until it has
+    # saved, and closes its loader itself; should it fail to, the alarm ends this worker.
+    _start_worker(worker)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def default_num_workers(num_processes: int = 1) -> int:
@@ -192,6 +204,11 @@ class Prefetcher:
             tensor.record_stream(current)  # its memory is not reused before the work queued on it is done
         self._ahead = self._fetch()
         return ready
+
+    def close(self) -> None:
+        """Stop the loader's workers."""
+        if isinstance(self._batches, Generator):
+            self._batches.close()
 
     def _fetch(self) -> Batch | None:
         started_at = time.perf_counter()

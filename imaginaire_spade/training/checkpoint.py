@@ -1,22 +1,23 @@
 """Checkpoints on disk: written whole or not at all, self-describing, read without running code.
 
 A checkpoint is a dict of tensors and plain types: ``format``, ``version``, ``config`` (the fully resolved tree, label
-table included) and the fields of ``TrainState``.
+table included), ``run`` (batch and data it was trained with, see ``resume.py``) and the fields of ``TrainState``.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import imaginaire_spade
-from imaginaire_spade.config import RunConfig, dump_config
+from imaginaire_spade.data.shard import file_sha256, flush_folder
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.training.state import TrainState
 
 FORMAT = "imaginaire_spade.checkpoint.1"
 _NAME = re.compile(r"^checkpoint_(\d{12})\.pt$")
@@ -37,21 +38,78 @@ def newest_checkpoint(directory: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save_checkpoint(directory: Path, state: TrainState, config: RunConfig, keep_last: int) -> Path:
-    """Write ``checkpoint_<images_seen>.pt`` atomically, then delete all but the newest ``keep_last``.
+class CheckpointWriter:
+    """Writes the checkpoints of a run into ``directory``, each in the background while training goes on.
 
+    A context: leaving it waits for the last write. Only one process of a run may save.
+
+    Args:
+        keep_last: so many newest checkpoints stay; older ones are deleted once a newer one is whole on disk.
     Raises:
-        CheckpointError: nothing was written; older checkpoints are untouched.
+        CheckpointError: (from ``save``, ``check``, ``wait``) a write failed; older checkpoints are untouched.
     """
-    path = checkpoint_path(directory, state.images_seen)
-    write_checkpoint(path, {"config": dump_config(config), **state.state_dict()})
-    for old in checkpoints_in(directory)[:-keep_last]:
-        old.unlink(missing_ok=True)
-    return path
+
+    def __init__(self, directory: Path, keep_last: int) -> None:
+        self.directory, self.keep_last = directory, keep_last
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._write: Future[None] | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def save(self, images_seen: int, content: dict[str, Any], keep: bool = False) -> Path:
+        """Copy ``content`` to the host's memory, then write it in the background as ``checkpoint_<images_seen>.pt``.
+
+        Args:
+            keep: also keep it for good, in ``kept/``.
+        """
+        self.wait()
+        path = checkpoint_path(self.directory, images_seen)
+        self._write = self._thread.submit(self._finish, path, _on_host(content), keep)
+        return path
+
+    def check(self) -> None:
+        """Raise what went wrong with a write that is over."""
+        if self._write is not None and self._write.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last write is over; raise what went wrong."""
+        write, self._write = self._write, None
+        if write is not None:
+            write.result()
+
+    def _finish(self, path: Path, content: dict[str, Any], keep: bool) -> None:
+        for leftover in self.directory.glob(".checkpoint_*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+        write_checkpoint(path, content)
+        if keep:
+            keep_as(path, self.directory / "kept" / path.name)
+        for old in checkpoints_in(self.directory)[: -self.keep_last]:
+            old.unlink(missing_ok=True)
+            checksum_path(old).unlink(missing_ok=True)
+
+
+def _on_host(tree: Any) -> Any:
+    """A copy of a tree of plain containers with every tensor copied to the host's memory."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return type(tree)((key, _on_host(value)) for key, value in tree.items())
+    if isinstance(tree, list | tuple):
+        return type(tree)(_on_host(value) for value in tree)
+    return tree
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint under a temporary name, flush it to the disk, then give it its name."""
+    """Write a checkpoint under a temporary name, flush it to the disk, then give it its name; its sha256 beside it.
+
+    Raises:
+        CheckpointError: nothing was written; a file of that name stays as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     content = {"format": FORMAT, "version": imaginaire_spade.__version__, **content}
     try:
@@ -60,7 +118,12 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        digest = file_sha256(temporary)
+        checksum_path(path).unlink(missing_ok=True)  # at no time does a sha256 stand beside another file's bytes
         temporary.replace(path)
+        temporary.write_text(f"{digest}  {path.name}\n")
+        temporary.replace(checksum_path(path))
+        flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(
@@ -69,10 +132,32 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         ) from None
 
 
+def keep_as(path: Path, name: Path) -> None:
+    """Keep a checkpoint under another name too, whatever becomes of the first: a second link, or a copy where the file
+    system has no links."""
+    name.parent.mkdir(parents=True, exist_ok=True)
+    for source, target in ((checksum_path(path), checksum_path(name)), (path, name)):
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+
+def checksum_path(path: Path) -> Path:
+    """Where the sha256 of a checkpoint lies, in the format of the command ``sha256sum``."""
+    return path.with_name(f"{path.name}.sha256")
+
+
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint of ours. Raises CheckpointError where it is absent, damaged or foreign."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
+    beside = checksum_path(path)
+    if beside.is_file() and beside.read_text(errors="replace").split()[:1] != [file_sha256(path)]:
+        raise CheckpointError(
+            f"{path}: cannot be read as a checkpoint, it is damaged: its sha256 is not the one in {beside.name}"
+        )
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 
 import torch
 from torch import Tensor, nn
 
 from imaginaire_spade import distributed
 from imaginaire_spade.build import build_split
-from imaginaire_spade.compatibility import explain_mismatch
-from imaginaire_spade.config import RunConfig, dump_yaml, parse_config
+from imaginaire_spade.config import RunConfig, dump_yaml
 from imaginaire_spade.data.dataset import Batch, LabelMapDataset
 from imaginaire_spade.data.loader import Prefetcher, default_num_workers, sequential_batches, training_loader
 from imaginaire_spade.distributed import ProcessInfo
@@ -22,23 +26,27 @@ from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.norms import synchronize_batch_norm
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.alarms import Alarms
-from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from imaginaire_spade.training.meters import LossMeter, RunLog, non_finite
+from imaginaire_spade.training.checkpoint import CheckpointWriter
+from imaginaire_spade.training.faults import (
+    FiniteWatch,
+    SkippedUpdates,
+    memory_explained,
+)
+from imaginaire_spade.training.meters import LossMeter, RunLog
 from imaginaire_spade.training.model_average import reestimate_batch_norm
 from imaginaire_spade.training.preview import preview_batch, preview_sheet
+from imaginaire_spade.training.resume import content_of, resume
 from imaginaire_spade.training.schedule import Calendar, learning_rate_factor
+from imaginaire_spade.training.signals import LeaveRequest, exit_code
 from imaginaire_spade.training.state import TrainState, new_train_state
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-PARTS = {"gen": "generator", "dis": "discriminator", "encoder": "encoder"}
-"""Section of the config -> its network's name in a checkpoint."""
-
-
-class NonFiniteLoss(RuntimeError):
-    """A loss became NaN or infinite."""
+LOST_NODE_S = 20.0
+"""With several nodes a failed process stays so long. torchrun counts a silent node as lost after 15 s; told of the
+failure sooner, it would wait for that node in the new group, in vain, and give up."""
 
 
 @dataclass
@@ -90,7 +98,8 @@ class Run:
         average = self.config.trainer.model_average
         warm = average is not None and self.calendar.iteration(self.state.images_seen) >= average.start_iteration
         beta = average.beta if average is not None and warm else 0.0
-        losses = train_step(self.state, self.networks, batch, self.settings, beta)
+        with memory_explained(self.config):
+            losses = train_step(self.state, self.networks, batch, self.settings, beta)
         self.state.images_seen += self.calendar.global_batch
         return losses
 
@@ -137,14 +146,17 @@ def prepare(
     return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar)
 
 
-def train(run: Run, logdir: Path, start_from: Path | None) -> None:
+def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: bool = False) -> None:
     """Train to the end of the run, or to ``--max_iterations``; continue from the newest checkpoint of ``logdir``.
 
     Args:
         start_from: checkpoint to begin with where ``logdir`` has none yet.
+        allow_changed_data: continue although the data set or its labels are not those of the checkpoint.
+    Raises:
+        SystemExit: a signal asked the run to leave; it has saved. The code is ``signals.exit_code``.
     """
-    resumed = resume(run, logdir, start_from)
-    trainer, state, calendar = run.config.trainer, run.state, run.calendar
+    resumed = resume(run, logdir, start_from, allow_changed_data)
+    state, calendar = run.state, run.calendar
     if run.info.is_main:
         _write_config(run.config, logdir)
     log = RunLog(logdir, calendar, state.images_seen, enabled=run.info.is_main)
@@ -158,28 +170,45 @@ def train(run: Run, logdir: Path, start_from: Path | None) -> None:
         )
         log.close()
         return
-    meter, alarms, waited_s = LossMeter(), Alarms(), 0.0
+    with (
+        LeaveRequest() as request,
+        closing(run.batches()) as batches,
+        CheckpointWriter(logdir / "checkpoints", run.config.trainer.keep_last) as writer,
+        _last_step_told(run, request),
+    ):
+        left_on = _iterate(run, log, batches, request, writer)
+    log.close()
+    distributed.barrier()  # nobody leaves the group while rank 0 still writes
+    if left_on:
+        raise SystemExit(exit_code(left_on))
+
+
+def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, writer: CheckpointWriter) -> int:
+    """Iterate to the end of this start, or until a process was asked to leave; the signal's number then, else 0."""
+    trainer, state, calendar = run.config.trainer, run.state, run.calendar
+    meter, alarms, waited_s = LossMeter(finite_only=state.gen_scaler.is_enabled()), Alarms(), 0.0
+    watch = FiniteWatch(state, run.settings, run.device)
     ticked_at = saved_at = state.images_seen
+    any_request = distributed.LaggedMaximum(run.device)
     preview = preview_batch(run.val_dataset, trainer.image_rows) if run.info.is_main else None
     calibration = _calibration_layouts(run)
-    batches = run.batches()
     while True:
         iteration = calendar.iteration(state.images_seen)
-        done = iteration >= calendar.stop_iteration
-        due_picture = done or iteration % trainer.image_every == 0
+        finished = iteration >= calendar.stop_iteration
+        leave_on = any_request(request.number)
+        done = finished or leave_on > 0
+        due_picture = finished or iteration % trainer.image_every == 0
         due_checkpoint = state.images_seen > saved_at and (done or iteration % trainer.checkpoint_every == 0)
         due_log = due_checkpoint or iteration % trainer.log_every == 0  # no checkpoint before its losses were looked at
         if state.images_seen > ticked_at and due_log:
-            means = meter.fetch()
+            means, skipped = meter.fetch(), watch.fetch()
             health = {name: means.pop(name) for name in list(means) if name.startswith("health/")}
-            log.tick(state.images_seen, means, _rates(state) | health, batches.wait_s - waited_s)
+            log.tick(state.images_seen, means, _rates(state, skipped) | health, batches.wait_s - waited_s)
             waited_s = batches.wait_s
-            if bad := non_finite(means):
-                raise NonFiniteLoss(
-                    f"{', '.join(bad)} became NaN or infinite between iterations"
-                    f" {calendar.iteration(ticked_at) + 1} and {iteration}; the newest checkpoint is older and sound."
-                    " Lower the learning rates, or write trainer.precision: bf16 or fp32"
-                )
+            watch.check(
+                means, skipped, trainer.max_skipped_updates, log.logdir / f"non_finite_rank{run.info.rank}.json"
+            )
+            watch.forget()
             for warning in alarms.check(health):
                 log.warn(state.images_seen, warning)
             ticked_at = state.images_seen
@@ -188,43 +217,57 @@ def train(run: Run, logdir: Path, start_from: Path | None) -> None:
         if due_picture and preview is not None:
             sheet = preview_sheet(state, preview, run.config.data.labels, run.settings.style_dims, run.seed)
             log.add_picture(state.images_seen, sheet)
+        with _failed_save(run, log):
+            if due_checkpoint:
+                writer.wait()
+            writer.check()
         if due_checkpoint and run.info.is_main:
-            path = save_checkpoint(logdir / "checkpoints", state, run.config, trainer.keep_last)
-            log.say(f"saved {path}")
+            keep = trainer.keep_every is not None and iteration % trainer.keep_every == 0
+            log.say(f"saving {writer.save(state.images_seen, content_of(run), keep)}")
         if due_checkpoint:
             saved_at = state.images_seen
         if done:
-            break
-        meter.add(run.step(next(batches)))
+            writer.wait()
+        if finished:
+            return 0
+        if leave_on:
+            log.say(f"leaving on {Signals(leave_on).name}; the same command continues from iteration {iteration}")
+            return leave_on
+        batch = next(batches)
+        losses = run.step(batch)
+        meter.add(losses)
+        watch.add(iteration + 1, batch, losses)
         log.advance()
-    log.close()
-    distributed.barrier()  # nobody leaves the group while rank 0 still writes
 
 
-def resume(run: Run, logdir: Path, start_from: Path | None) -> str | None:
-    """Load the newest sound checkpoint of the log dir, else ``start_from``. What was done; None for a fresh start.
+@contextmanager
+def _last_step_told(run: Run, request: LeaveRequest) -> Iterator[None]:
+    """Where one of several processes fails or vanishes, each of the others says how far it came."""
+    info = run.info
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if info.world_size > 1:
+            done = run.calendar.iteration(run.state.images_seen)
+            reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+            where = f"rank {info.rank} of {info.world_size} ({socket.gethostname()})"
+            print(f"{where}: {done} iterations done, stopped in the next: {reason}", file=sys.stderr, flush=True)
+        if info.world_size > info.local_world_size:
+            give_up_at = time.monotonic() + LOST_NODE_S
+            while time.monotonic() < give_up_at and not request.number:
+                time.sleep(0.1)
+        raise
 
-    Raises:
-        CheckpointError: it belongs to another architecture or label table; said in words.
-    """
-    newest = load_newest(logdir / "checkpoints")
-    # Rank 0 decides, so that no two processes continue from different files.
-    chosen = distributed.broadcast_object(newest[0] if newest else start_from)
-    if chosen is None:
-        return None
-    content = newest[1] if newest is not None and newest[0] == chosen else load_checkpoint(chosen)
-    present = [part for part, name in PARTS.items() if content.get(name) is not None]
-    differences = explain_mismatch(parse_config(content["config"], source=str(chosen)), run.config, parts=present)
-    if differences:
-        raise CheckpointError(
-            f"{chosen} does not fit this config: {'; '.join(differences)}. Use the config it was trained with, or"
-            " another --logdir for a new run"
-        )
-    if content.get("gen_optimizer") is None:
-        fresh = run.state.start_from(content, str(chosen))
-        return f"starting from the weights of {chosen}{''.join(f'; {name}: fresh' for name in fresh)}"
-    run.state.load_state_dict(content, str(chosen))
-    return f"continuing from {chosen}: iteration {run.calendar.iteration(run.state.images_seen)}"
+
+@contextmanager
+def _failed_save(run: Run, log: RunLog) -> Iterator[None]:
+    """A checkpoint that cannot be written ends the run, or is said and tried again at its next time."""
+    try:
+        yield
+    except CheckpointError as error:
+        if run.config.trainer.on_failed_save == "stop":
+            raise
+        log.say(f"warning: {error}; going on (trainer.on_failed_save)")
 
 
 def describe(run: Run) -> str:
@@ -251,13 +294,14 @@ def describe(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _rates(state: TrainState) -> dict[str, float]:
+def _rates(state: TrainState, skipped: SkippedUpdates) -> dict[str, float]:
     rates = {
         "lr/gen": float(state.gen_optimizer.param_groups[0]["lr"]),
         "lr/dis": float(state.dis_optimizer.param_groups[0]["lr"]),
     }
     if state.gen_scaler.is_enabled():
         rates |= {"scale/gen": state.gen_scaler.get_scale(), "scale/dis": state.dis_scaler.get_scale()}
+        rates |= {"skipped/gen": float(skipped.gen), "skipped/dis": float(skipped.dis)}
     return rates
 
 

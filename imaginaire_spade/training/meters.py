@@ -23,14 +23,24 @@ from imaginaire_spade.training.schedule import Calendar
 
 
 class LossMeter:
-    """Sums of losses since the last tick, on the device; no synchronisation until ``fetch``."""
+    """Sums of losses since the last tick, on the device; no synchronisation until ``fetch``.
 
-    def __init__(self) -> None:
+    Args:
+        finite_only: leave out values that are not finite, as those of an iteration that fp16's loss scaling skips.
+    """
+
+    def __init__(self, finite_only: bool = False) -> None:
+        self.finite_only = finite_only
         self._sums: dict[str, Tensor] = {}
+        self._left_out: dict[str, Tensor] = {}
         self._count = 0
 
     def add(self, losses: dict[str, Tensor]) -> None:
         for name, value in losses.items():
+            if self.finite_only:
+                bad = ~value.isfinite()
+                value = value.masked_fill(bad, 0.0)
+                self._left_out[name] = self._left_out[name] + bad if name in self._left_out else bad.long()
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._count += 1
 
@@ -39,9 +49,14 @@ class LossMeter:
         if not self._count:
             return {}
         names = sorted(self._sums)
-        means = mean_over_processes(torch.stack([self._sums[name].float() for name in names]) / self._count)
-        self._sums, self._count = {}, 0
-        return dict(zip(names, means.tolist(), strict=True))
+        sums = torch.stack([self._sums[name].float() for name in names])
+        counts = torch.full_like(sums, self._count)
+        if self.finite_only:
+            counts -= torch.stack([self._left_out[name] for name in names])
+        sums, counts = mean_over_processes(torch.stack([sums, counts]))
+        means, seen = (sums / counts).tolist(), counts.tolist()
+        self._sums, self._left_out, self._count = {}, {}, 0
+        return {name: mean for name, mean, count in zip(names, means, seen, strict=True) if count}
 
 
 class RunLog:

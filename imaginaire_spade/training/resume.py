@@ -1,0 +1,117 @@
+"""Continuing a run: which checkpoint, whether it fits this config and this data, and what has changed since."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from imaginaire_spade import distributed
+from imaginaire_spade.compatibility import explain_mismatch
+from imaginaire_spade.config import RunConfig, dump_config, parse_config
+from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest
+
+if TYPE_CHECKING:
+    from imaginaire_spade.training.loop import Run
+
+PARTS = {"gen": "generator", "dis": "discriminator", "encoder": "encoder"}
+"""Section of the config -> its network's name in a checkpoint."""
+
+MEANING = ("data.labels.ignore", "data.labels.remap", "data.edges")
+"""Keys that say what a label map means, while the networks stay the same. (``explain_mismatch`` has the others.)"""
+
+
+def content_of(run: Run) -> dict[str, Any]:
+    """The checkpoint of a run as it stands, tensors where they are."""
+    return {"config": dump_config(run.config), "run": _facts(run), **run.state.state_dict()}
+
+
+def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: bool = False) -> str | None:
+    """Load the newest sound checkpoint of the log dir, else ``start_from``. What was done; None for a fresh start.
+
+    Raises:
+        CheckpointError: it belongs to another architecture, label table or, unless allowed, data set; said in words.
+    """
+    newest = load_newest(logdir / "checkpoints")
+    # Rank 0 decides, so that no two processes continue from different files.
+    chosen = distributed.broadcast_object(newest[0] if newest else start_from)
+    if chosen is None:
+        return None
+    content = newest[1] if newest is not None and newest[0] == chosen else load_checkpoint(chosen)
+    present = [part for part, name in PARTS.items() if content.get(name) is not None]
+    trained = parse_config(content["config"], source=str(chosen))
+    differences = explain_mismatch(trained, run.config, parts=present)
+    if differences:
+        raise CheckpointError(
+            f"{chosen} does not fit this config: {'; '.join(differences)}. Use the config it was trained with, or"
+            " another --logdir for a new run"
+        )
+    if content.get("gen_optimizer") is None:
+        fresh = run.state.start_from(content, str(chosen))
+        return f"starting from the weights of {chosen}{''.join(f'; {name}: fresh' for name in fresh)}"
+    before, now = content.get("run") or {}, _facts(run)
+    changed = _changes(trained, run.config)
+    other_data = [f"{key}: {changed[key]}" for key in MEANING if key in changed]
+    if before and before["data_sha256"] != now["data_sha256"]:
+        count = f"{before['data_samples']} samples then, {now['data_samples']} now"
+        other_data.append(f"data.train.roots: not the samples it was trained on ({count})")
+    if other_data and not allow_changed_data:
+        raise CheckpointError(
+            f"{chosen} was trained on other data: {'; '.join(other_data)}. Restore the data, or give another --logdir"
+            " for a new run, or go on with the new data from here: --allow_changed_data"
+        )
+    run.state.load_state_dict(content, str(chosen))
+    lines = [f"continuing from {chosen}: iteration {run.calendar.iteration(run.state.images_seen)}"]
+    lines += _other_processes(before, now, run)
+    lines += [f"changed since: {key}: {change}" for key, change in changed.items()]
+    return "\n".join(lines)
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """What a checkpoint says of the run beside its config."""
+    return {
+        "world_size": run.info.world_size,
+        "global_batch": run.calendar.global_batch,
+        "data_samples": len(run.dataset),
+        "data_sha256": hashlib.sha256("\n".join(run.dataset.keys).encode()).hexdigest(),
+        "torch": str(torch.__version__),
+    }
+
+
+def _changes(trained: RunConfig, given: RunConfig) -> dict[str, str]:
+    """Dotted key -> "old -> new"."""
+    old, new = _flat(dump_config(trained)), _flat(dump_config(given))
+    keys = [*old, *(key for key in new if key not in old)]
+    return {key: f"{old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        whole = not isinstance(value, dict) or name == "data.labels.remap"
+        flat |= {name: value} if whole else _flat(value, f"{name}.")
+    return flat
+
+
+def _other_processes(before: Mapping[str, Any], now: Mapping[str, Any], run: Run) -> list[str]:
+    """What another number of processes, or another batch, changes."""
+    if not before or (before["world_size"], before["global_batch"]) == (now["world_size"], now["global_batch"]):
+        return []
+    was, batch = before["global_batch"], now["global_batch"]
+    lines = [
+        f"then {before['world_size']} process(es) and {was} pictures per iteration, now {now['world_size']} and"
+        f" {batch}: samples go on in the same order from number {run.state.images_seen}"
+    ]
+    if was != batch:
+        total = run.calendar.total_iterations
+        lines.append(
+            f"iterations count {batch} pictures from now on: this is iteration"
+            f" {run.calendar.iteration(run.state.images_seen)} of {total}, the whole run {total * batch} pictures, and"
+            " the learning rates are those of the config, not scaled with the batch"
+        )
+    return lines

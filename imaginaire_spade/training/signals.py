@@ -1,0 +1,49 @@
+"""Signals that ask a run to leave: noted here, obeyed by the loop between two iterations."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+LEAVE_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""SIGTERM: preemption, a launcher that stops its processes, ``kill``. SIGUSR1: a batch system's warning before the time
+limit (SLURM's ``--signal``). SIGINT: Ctrl-C."""
+
+INSIST_AFTER_S = 2.0
+"""A Ctrl-C arrives twice within moments, from the terminal and from the launcher; a later one means "at once"."""
+
+
+def exit_code(number: int) -> int:
+    """What shells and schedulers read as "ended by this signal": 143 for SIGTERM, 138 for SIGUSR1, 130 for SIGINT."""
+    return 128 + number
+
+
+class LeaveRequest:
+    """While entered, the signals of ``LEAVE_ON`` end nothing; the first is noted in ``number``.
+
+    Another Ctrl-C more than ``INSIST_AFTER_S`` later raises KeyboardInterrupt.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        """Of the first signal; 0: none yet."""
+        self._noted_at = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> LeaveRequest:
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            self._before = {number: signal.signal(number, self._note) for number in LEAVE_ON}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.number:
+            self.number, self._noted_at = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._noted_at > INSIST_AFTER_S:
+            raise KeyboardInterrupt

@@ -1,0 +1,281 @@
+# ruff: noqa: F811 (the fixture tiny_run is imported)
+"""What a run does when something is taken away from it: signals, processes, disks, memory, finite numbers."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import REPOSITORY, assert_same, tiny_run  # noqa: F401
+
+from imaginaire_spade import pictures
+from imaginaire_spade.config import load_config
+from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.training import checkpoint, loop
+from imaginaire_spade.training.faults import NonFiniteLoss, OutOfMemory, memory_explained
+
+SMALL = (
+    "gen.num_filters=1", "trainer.image_rows=0", "trainer.model_average.batch_norm_images=4",
+    "gen.norm.hidden_channels=2", "dis.num_filters=2",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    monkeypatch.setattr(pictures, "curves", lambda *_: None)  # takes longer than a run does here
+
+
+@pytest.fixture
+def before_step(monkeypatch):
+    """Makes ``action(state)`` happen before every iteration."""
+
+    def patch(action):
+        step = loop.train_step
+
+        def stepped(state, *arguments):
+            action(state)
+            return step(state, *arguments)
+
+        monkeypatch.setattr(loop, "train_step", stepped)
+
+    return patch
+
+
+def test_signals_save_and_leave_and_nothing_is_lost(tiny_run, before_step, capsys):
+    _, run = tiny_run
+    straight = run("straight", *SMALL, "trainer.max_iterations=4")
+    exits = [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)]
+    due = {4 * iteration: number for iteration, (number, _) in enumerate(exits)}
+    before_step(lambda state: os.kill(os.getpid(), due.pop(state.images_seen, 0)))
+    for iteration, (number, code) in enumerate(exits, start=1):
+        with pytest.raises(SystemExit) as leaving:
+            run("broken", *SMALL, "trainer.max_iterations=4")
+        assert leaving.value.code == code
+        printed = capsys.readouterr().out
+        assert f"leaving on {number.name}; the same command continues from iteration {iteration}" in printed
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert_same(run("broken", *SMALL, "trainer.max_iterations=4"), straight)
+
+
+def test_another_number_of_processes_goes_on_in_the_same_order_and_says_what_changes(tiny_run, before_step, capsys):
+    _, run = tiny_run
+    run("log", *SMALL, stop_after=1)
+    positions = []
+    before_step(lambda state: positions.append(state.images_seen))
+    run("log", *SMALL, "data.train.batch_size=2", "trainer.max_iterations=3", "gen_opt.lr=0.002")
+    assert positions == [4]
+    printed = capsys.readouterr().out
+    assert (
+        "then 1 process(es) and 4 pictures per iteration, now 1 and 2: samples go on in the same order from" in printed
+    )
+    assert "iterations count 2 pictures from now on: this is iteration 2 of 3, the whole run 6 pictures" in printed
+    assert "changed since: gen_opt.lr: 0.001 -> 0.002" in printed
+
+
+def test_changed_data_is_refused_in_words_unless_allowed(tiny_run, tiny_folder, tmp_path):
+    _, run = tiny_run
+    run("log", *SMALL, stop_after=1)
+    other = f"data.train.roots=[{tiny_folder('other', size=(40, 80), keys=9)}]"
+    for changed, words in (
+        ((other,), r"data.train.roots: not the samples it was trained on \(10 samples then, 9 now\)"),
+        (("data.labels.ignore=[255]",), r"data.labels.ignore: \[\] -> \[255\]"),
+        (("data.edges=file",), "data.edges: labels -> file"),
+    ):
+        with pytest.raises(CheckpointError, match=f"trained on other data: {words}.*--allow_changed_data"):
+            run("log", *SMALL, *changed)
+    content = run("log", *SMALL, other, stop_after=2, allow_changed_data=True)
+    assert content["images_seen"] == 8 and content["run"]["data_samples"] == 9
+
+
+def test_checkpoints_are_verified_kept_and_swept(tiny_run, tmp_path):
+    _, run = tiny_run
+    every = ("trainer.checkpoint_every=1", "trainer.keep_last=1", "trainer.max_iterations=3")
+    run("log", *SMALL, *every, "trainer.keep_every=2", stop_after=2)
+    folder = tmp_path / "log/checkpoints"
+    (folder / ".checkpoint_000000000008.pt.999.tmp").write_bytes(b"of a killed process")
+    run("log", *SMALL, *every, "trainer.keep_every=2")
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert names == [name + beside for name in ("checkpoint_000000000012.pt", "kept/checkpoint_000000000008.pt")
+                     for beside in ("", ".sha256")]  # fmt: skip
+    for kept in (folder, folder / "kept"):
+        subprocess.run(
+            ["sha256sum", "--check", "--quiet", *(p.name for p in kept.glob("*.sha256"))], cwd=kept, check=True
+        )
+    newest = checkpoint.newest_checkpoint(tmp_path / "log")
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1  # torch.load would not notice
+    newest.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="is damaged: its sha256 is not the one in checkpoint_000000000012"):
+        checkpoint.load_checkpoint(newest)
+
+
+def test_training_goes_on_after_a_failed_save_where_the_config_says_so(tiny_run, tmp_path, monkeypatch, capsys):
+    _, run = tiny_run
+    save, failed = torch.save, []
+
+    def full_once(*arguments, **options):
+        if not failed:
+            failed.append(True)
+            raise OSError(28, "No space left on device")
+        save(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint.torch, "save", full_once)
+    settings = (*SMALL, "trainer.checkpoint_every=1", "trainer.max_iterations=3", "trainer.on_failed_save=continue")
+    assert run("log", *settings)["images_seen"] == 12
+    assert "No space left on device" in capsys.readouterr().out
+    assert len(list((tmp_path / "log/checkpoints").glob("*.pt"))) == 2
+
+
+def test_a_checkpoint_is_a_copy_of_its_moment(tmp_path):
+    weights, written = torch.zeros(3), threading.Event()
+
+    class Slow(checkpoint.CheckpointWriter):
+        def _finish(self, *arguments):
+            written.wait(10)
+            super()._finish(*arguments)
+
+    with Slow(tmp_path, keep_last=3) as writer:
+        path = writer.save(4, {"weights": weights, "deep": [{"weights": weights}]})
+        weights += 1  # training goes on while the write waits
+        assert not path.exists()
+        written.set()
+        writer.wait()
+    content = checkpoint.load_checkpoint(path)
+    assert content["weights"].sum() == content["deep"][0]["weights"].sum() == 0
+
+
+def test_numbers_that_are_not_finite_end_the_run_with_a_dump(tiny_run, tmp_path):
+    _, run = tiny_run
+    with pytest.raises(NonFiniteLoss, match=r"between iterations 1 and 2, first in 2; .*non_finite_rank0\.json"):
+        run("log", *SMALL, "gen_opt.lr=1e30")
+    dump = json.loads((tmp_path / "log/non_finite_rank0.json").read_text())
+    assert dump["first_iteration"]["iteration"] == 2
+    assert dump["first_iteration"]["batch_keys"] == dump["last_batch_keys"] and len(dump["last_batch_keys"]) == 4
+    assert "nan" in dump["first_iteration"]["losses"].values()
+    assert dump["first_non_finite"]["weight"].startswith("generator.")
+    assert dump["first_non_finite"]["output on the last batch"].startswith("generator.")
+
+
+def test_updates_that_fp16_skips_are_counted_and_too_many_in_a_row_end_the_run(tiny_run, tmp_path, before_step):
+    _, run = tiny_run
+
+    def overflow(state):
+        hook = state.generator.to_image.weight.register_hook(
+            lambda gradient: (hook.remove(), gradient * float("inf"))[1]
+        )
+
+    before_step(overflow)
+    fp16 = (*SMALL, "trainer.precision=fp16", "trainer.max_skipped_updates=3")
+    with pytest.raises(NonFiniteLoss, match=r"3 updates in a row were skipped .*: 3\) between iterations 3 and 3"):
+        run("log", *fp16, "trainer.max_iterations=4")
+    records = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]
+    assert [record["skipped/gen"] for record in records] == [2, 1]
+    assert all(torch.isfinite(torch.tensor(value)) for record in records for value in record.values())
+
+
+def test_out_of_memory_names_the_knobs(tiny_run, before_step):
+    path, run = tiny_run
+    before_step(lambda _: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(OutOfMemory) as told:
+        run("log", *SMALL)
+    for knob in (
+        "allocate memory", "trainer.gradient_accumulation: 2 (now 1)", "batch_size (now 4 per process)",
+        "trainer.precision: bf16", "smaller pictures (now 32x64)", "gen.num_filters and dis.num_filters",
+    ):  # fmt: skip
+        assert knob in str(told.value)
+    with pytest.raises(RuntimeError, match="no memory of it"), memory_explained(load_config(path)):
+        raise RuntimeError("no memory of it")
+
+
+LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--monitor_interval=0.1")
+TWO = (
+    *SMALL, "gen.norm={type: clade}", "trainer.precision=bf16", "data.train.batch_size=2", "data.num_workers=1",
+    "trainer.checkpoint_every=3", "trainer.log_every=1", "trainer.image_every=1000", "trainer.max_iterations=12",
+    "trainer.model_average.batch_norm_images=0", "trainer.process_group_timeout_s=60",
+)  # fmt: skip
+
+
+# Without the second, torch 2.15 gives restarted processes the store of those before, with the addresses of dead peers.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+class Job:
+    """Two processes under torchrun."""
+
+    def __init__(self, path: Path, logdir: Path, *options: str, settings: tuple[str, ...] = ()) -> None:
+        arguments = ["--config", str(path), "--logdir", str(logdir), *(f"--set={item}" for item in (*TWO, *settings))]
+        self.metrics = logdir / "metrics.jsonl"
+        self.process = subprocess.Popen(
+            [*LAUNCHER, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *options, "train.py", *arguments],
+            cwd=REPOSITORY, env={**os.environ, **ENVIRONMENT}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def reaches(self, iteration: int) -> None:
+        """Wait until the log has the line of ``iteration``."""
+        while not (self.metrics.exists() and f'"iteration": {iteration},' in self.metrics.read_text()):
+            assert self.process.poll() is None, self.process.communicate()[0]
+            time.sleep(0.02)
+
+    def reaches_next(self, iterations: int) -> None:
+        """Wait until the log has so many more lines, or fewer where it was cut back by a new start."""
+        lines = self._lines()
+        while 0 <= self._lines() - lines < iterations:
+            assert self.process.poll() is None, self.process.communicate()[0]
+            time.sleep(0.02)
+
+    def _lines(self) -> int:
+        return self.metrics.read_text().count("\n") if self.metrics.exists() else 0
+
+    def ranks(self) -> list[int]:
+        pid = self.process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def output(self) -> str:
+        return self.process.communicate(timeout=200)[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_two_processes_under_faults_end_where_undisturbed_ones_do(tiny_run, tmp_path):
+    path, _ = tiny_run
+    straight = Job(path, tmp_path / "straight")
+    printed = straight.output()
+    assert straight.process.returncode == 0, printed
+
+    killed = Job(path, tmp_path / "log", "--max_restarts=3")
+    killed.reaches(4)
+    os.kill(random.choice(killed.ranks()), signal.SIGKILL)
+    time.sleep(1)  # until the launcher has seen it
+    killed.reaches(8)  # by itself, from the checkpoint of iteration 3
+    killed.process.send_signal(signal.SIGTERM)
+    printed = killed.output()
+    assert "continuing from" in printed and "iteration 3" in printed
+    assert "leaving on SIGTERM; the same command continues from iteration" in printed
+    newest = checkpoint.newest_checkpoint(tmp_path / "log")
+    newest.write_bytes(newest.read_bytes()[:-100])
+
+    again = Job(path, tmp_path / "log")
+    printed = again.output()
+    assert again.process.returncode == 0, printed
+    assert f"{newest}: cannot be read as a checkpoint" in printed
+    results = [
+        checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / name)) for name in ("straight", "log")
+    ]
+    assert_same(*results)
+
+
+def test_a_mistake_is_told_once_whatever_restarts_the_launcher_may_make(tmp_path):
+    result = subprocess.run(
+        [*LAUNCHER, "--standalone", "--max_restarts=5", "train.py", "--config", "nowhere.yaml"],
+        cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        timeout=200,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert result.stderr.count("error: nowhere.yaml: no such config file") == 1, result.stderr
