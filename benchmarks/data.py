@@ -99,10 +99,10 @@ def show(
         seconds[name].append(time.perf_counter() - started_at)
     first, floor = next(iter(contestants)), "decode only, 1 process"
     print(f"\n{title}: {number} samples, median of {rounds}")
-    print(f"{'':36s}{'samples/s':>10s}{'/ ' + first:>24s}{'/ decode only':>16s}")
+    print(f"{'':36s}{'samples/s':>10s}{'/ ' + first:>26s}{'/ decode only':>16s}")
     rate = {name: number / statistics.median(times) for name, times in seconds.items()}
     for name, value in rate.items():
-        print(f"{name:36s}{value:10.0f}{value / rate[first]:24.2f}{value / rate[floor]:16.2f}", flush=True)
+        print(f"{name:36s}{value:10.0f}{value / rate[first]:26.2f}{value / rate[floor]:16.2f}", flush=True)
 
 
 def quiet(build: Callable[..., object], **options: object) -> None:
