@@ -190,7 +190,7 @@ def test_samples_have_the_distances_of_their_augmented_label_map(tiny_folder):
     batch = collate(data.spec)(samples)
     assert batch.layout.distances.shape == (12, 2, 24, 32) and batch.layout.distances.dtype == torch.float32
     assert any(t is batch.layout.distances for t in batch.tensors())
-    torch.testing.assert_close(batch.split(2)[1].layout.distances, batch.layout.distances[6:])
+    torch.testing.assert_close(list(batch.split(2))[1].layout.distances, batch.layout.distances[6:])
     loaded = next(sequential_batches(data, [3, 4], 2, num_workers=1))
     assert torch.equal(loaded.layout.distances[1], data[4].distances)
 
