@@ -68,6 +68,13 @@ def synchronize_batch_norm(network: nn.Module) -> None:
             module.synchronized = True
 
 
+def _normalise_and_modulate(norm: nn.Module, x: Tensor, modulation: Modulation) -> Tensor:
+    """In one pass for a batch norm, in two for an instance norm."""
+    if isinstance(norm, BatchNorm2d):
+        return norm(x, modulation)
+    return modulate(norm(x), modulation, Statistics(x.new_zeros(1), x.new_ones(1)))
+
+
 class ConditionalNorm(nn.Module):
     """What generators ask of every norm: ``norm(x, layout)``, and how many channels come out.
 
@@ -156,10 +163,7 @@ class SPADE(ConditionalNorm):
         assert self.gamma.bias is not None and self.beta.bias is not None
         bias = torch.cat([1 + self.gamma.bias, self.beta.bias])
         gamma, beta = second_convolution(hidden, weights, bias, around).chunk(2, 1)  # [V, channels] each
-        modulation = Modulation(gamma, beta, around.pixels)
-        if isinstance(self.normalize, BatchNorm2d):
-            return self.normalize(x, modulation)
-        return modulate(self.normalize(x), modulation, Statistics(x.new_zeros(1), x.new_ones(1)))
+        return _normalise_and_modulate(self.normalize, x, Modulation(gamma, beta, around.pixels))
 
 
 @NORMS.register("concat")
@@ -224,12 +228,7 @@ class CLADE(ConditionalNorm):
 
     def _modulated(self, x: Tensor, view: SemanticLayout) -> Tensor:
         """[N, channels, H, W]."""
-        return self._normalise_and(x, Modulation(self.weight, self.bias, view.classes))
-
-    def _normalise_and(self, x: Tensor, modulation: Modulation) -> Tensor:
-        if isinstance(self.normalize, BatchNorm2d):
-            return self.normalize(x, modulation)
-        return modulate(self.normalize(x), modulation, Statistics(x.new_zeros(1), x.new_ones(1)))
+        return _normalise_and_modulate(self.normalize, x, Modulation(self.weight, self.bias, view.classes))
 
 
 @NORMS.register("clade_icpe")
@@ -273,7 +272,9 @@ class CLADEICPE(CLADE):
         if self.skip_ids:
             skipped = torch.isin(view.labels, view.labels.new_tensor(self.skip_ids))
             distances = distances.masked_fill(skipped.unsqueeze(1), 0)
-        y = self._normalise_and(x, Modulation(self.weight, torch.zeros_like(self.bias), view.classes))
+        y = _normalise_and_modulate(
+            self.normalize, x, Modulation(self.weight, torch.zeros_like(self.bias), view.classes)
+        )
         shift = sum_rows(self.bias, view.classes).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2).to(y.dtype)
         return torch.addcmul(
             y * self.scale_position(distances).to(y.dtype), shift, self.shift_position(distances).to(y.dtype)
