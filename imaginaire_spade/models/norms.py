@@ -68,6 +68,11 @@ def synchronize_batch_norm(network: nn.Module) -> None:
             module.synchronized = True
 
 
+def _normalisation(kind: str, channels: int, affine: bool = False) -> BatchNorm2d | InstanceNorm2d:
+    """The ``batch`` or ``instance`` norm that a conditional norm modulates."""
+    return (BatchNorm2d if kind == "batch" else InstanceNorm2d)(channels, affine=affine)
+
+
 def _normalise_and_modulate(norm: nn.Module, x: Tensor, modulation: Modulation) -> Tensor:
     """In one pass for a batch norm, in two for an instance norm."""
     if isinstance(norm, BatchNorm2d):
@@ -122,11 +127,7 @@ class SPADE(ConditionalNorm):
         self.out_channels = channels
         self.path = path
         self.kernel_size = kernel_size
-        self.normalize = (
-            BatchNorm2d(channels, affine=affine)
-            if normalization == "batch"
-            else InstanceNorm2d(channels, affine=affine)
-        )
+        self.normalize = _normalisation(normalization, channels, affine)
         conv = partial(conv2d, kernel_size=kernel_size, padding=kernel_size // 2, spectral=spectral_norm)
         self.shared = conv(spec.num_channels, hidden_channels)
         self.gamma = conv(hidden_channels, channels)
@@ -183,7 +184,7 @@ class Concat(ConditionalNorm):
     ) -> None:
         super().__init__()
         self.out_channels = channels + spec.num_channels
-        self.normalize = BatchNorm2d(channels, affine=False) if normalization == "batch" else InstanceNorm2d(channels)
+        self.normalize = _normalisation(normalization, channels)
 
     def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
         """x [N, channels, H, W], layout of any resolution -> [N, channels + num_channels, H, W]."""
@@ -209,7 +210,7 @@ class CLADE(ConditionalNorm):
     ) -> None:
         super().__init__()
         self.out_channels = channels + spec.has_edges
-        self.normalize = BatchNorm2d(channels, affine=False) if normalization == "batch" else InstanceNorm2d(channels)
+        self.normalize = _normalisation(normalization, channels)
         self.weight = nn.Parameter(torch.rand(spec.num_label_channels, channels))
         self.bias = nn.Parameter(torch.zeros(spec.num_label_channels, channels))
         self.edge = nn.Conv2d(1, 1, 1) if spec.has_edges else None
