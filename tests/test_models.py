@@ -45,6 +45,23 @@ def test_every_norm_gives_the_channels_it_says_and_passes_gradients(name):
     assert all(p.grad is not None for p in norm.parameters())
 
 
+@pytest.mark.parametrize("name", NORMS.names())
+@pytest.mark.parametrize("training", [True, False])
+def test_every_norm_enlarges_before_and_activates_after(name, training):
+    spec = replace(SPEC, has_distances=NORMS[name].needs_distances)
+    norm = NORMS[name](6, spec).double().train(training)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    layout = random_layout(spec, 2, 16, 20)
+    x = torch.randn(2, 6, 8, 10, dtype=torch.float64, requires_grad=True)
+    plain = F.leaky_relu(copy.deepcopy(norm)(F.interpolate(x, scale_factor=2), layout), 0.2)
+    y = norm(x, layout, upsample=2, slope=0.2)
+    torch.testing.assert_close(y, plain)
+    weights = torch.randn_like(y)
+    for a, b in zip(*(torch.autograd.grad((out * weights).sum(), x) for out in (y, plain)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("name", GENERATORS.names())
 @pytest.mark.parametrize("style_dims", [0, 8])
 def test_every_generator_makes_pictures_of_the_layouts_size(name, style_dims):

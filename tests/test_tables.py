@@ -92,10 +92,10 @@ def blocky_layout(spec: LayoutSpec, n: int, h: int, w: int, seed: int = 0) -> Se
     return SemanticLayout(spec, labels, edges)
 
 
-def results(network: nn.Module, layout: SemanticLayout, x: torch.Tensor) -> list[torch.Tensor]:
+def results(network: nn.Module, layout: SemanticLayout, x: torch.Tensor, **options) -> list[torch.Tensor]:
     """Output, gradients of x and of all parameters, buffers after the forward."""
     x = x.clone().requires_grad_()
-    y = network(x, layout)
+    y = network(x, layout, **options)
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape).cos()
     gradients = torch.autograd.grad((y * weights).sum() + y.square().mean(), [x, *network.parameters()])
     return [y.detach(), *gradients, *network.buffers()]
@@ -112,9 +112,11 @@ def results(network: nn.Module, layout: SemanticLayout, x: torch.Tensor) -> list
     training=st.booleans(),
     random=st.booleans(),
     channels_last=st.booleans(),
+    upsample=st.sampled_from([1, 2]),
+    slope=st.sampled_from([1, 0.2]),
 )
 def test_spade_by_tables_is_spade(
-    spec, size, kernel_size, normalization, affine, spectral_norm, training, random, channels_last
+    spec, size, kernel_size, normalization, affine, spectral_norm, training, random, channels_last, upsample, slope
 ):
     """To 1e-10 in double precision: output, every gradient, running statistics and spectral-norm vectors."""
     torch.manual_seed(0)
@@ -133,7 +135,8 @@ def test_spade_by_tables_is_spade(
     x = torch.randn(size[0], 3, *size[1:], dtype=torch.float64) * 2 + 1
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    for a, b in zip(results(table, layout, x), results(dense, layout, x), strict=True):
+    after = {"upsample": upsample, "slope": slope}
+    for a, b in zip(results(table, layout, x, **after), results(dense, layout, x, **after), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
