@@ -15,8 +15,10 @@ from imaginaire_spade import patterns
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
 from imaginaire_spade.models.fpse import FPSEDiscriminator
+from imaginaire_spade.models.frozen import WinogradConv2d, freeze
 from imaginaire_spade.models.generator import SPADEGenerator
-from imaginaire_spade.models.norms import SPADE
+from imaginaire_spade.models.layers import initialise
+from imaginaire_spade.models.norms import CLADE, SPADE
 from imaginaire_spade.models.style_generator import StyleSPADEGenerator
 from imaginaire_spade.models.tables import sum_rows
 from imaginaire_spade.patterns import Lookup, find_neighbourhoods
@@ -237,3 +239,23 @@ def test_under_autocast_types_are_the_dense_paths_and_statistics_stay_exact(dtyp
             assert one.dtype == other.dtype == x.dtype
             assert (one - true).norm() < 2 * (other - true).norm()
         torch.testing.assert_close(table.normalize.running_var, exact.normalize.running_var, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [SPADE, CLADE])
+def test_a_frozen_generator_makes_the_same_pictures(norm):
+    spec = LayoutSpec(5, has_dont_care=True, has_edges=True)
+    torch.manual_seed(0)
+    generator = SPADEGenerator(spec, (64, 64), num_filters=16, norm=norm)
+    initialise(generator, "xavier", 1.0)
+    layouts = [blocky_layout(spec, 2, 64, 64, seed) for seed in range(2)]
+    for layout in layouts:
+        generator(layout)  # moves the running statistics
+    frozen = freeze(copy.deepcopy(generator), winograd=True)
+    wide = [module for module in frozen.modules() if isinstance(module, WinogradConv2d)]
+    assert len(wide) == 6  # of 256 channels each
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    generator.eval()
+    for layout in layouts:
+        torch.testing.assert_close(frozen(layout), generator(layout).detach(), rtol=0, atol=1e-5)
+        moved = freeze(copy.deepcopy(generator).to(memory_format=torch.channels_last), winograd=False)
+        torch.testing.assert_close(moved(layout), generator(layout).detach(), rtol=0, atol=1e-5)

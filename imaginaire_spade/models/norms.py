@@ -20,6 +20,7 @@ from imaginaire_spade.models.tables import (
     modulate,
     second_convolution,
     sum_rows,
+    weights_by_place,
 )
 from imaginaire_spade.registry import NORMS
 
@@ -153,6 +154,9 @@ class SPADE(ConditionalNorm):
         self.shared = conv(spec.num_channels, hidden_channels)
         self.gamma = conv(hidden_channels, channels)
         self.beta = conv(hidden_channels, channels)
+        self.register_buffer("laid_out", None, persistent=False)
+
+    laid_out: Tensor | None
 
     def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
         """x [N, channels, h, w], layout of any resolution -> [N, channels, upsample h, upsample w]."""
@@ -183,11 +187,20 @@ class SPADE(ConditionalNorm):
     def _modulation(self, view: SemanticLayout) -> Modulation:
         around = view.neighbourhoods(self.kernel_size)
         hidden = F.relu(first_convolution(effective_weight(self.shared), self.shared.bias, around))  # [U, hidden]
-        weights = effective_weight(self.gamma), effective_weight(self.beta)
+        places = self._table_weights() if self.laid_out is None else self.laid_out
         assert self.gamma.bias is not None and self.beta.bias is not None
         bias = torch.cat([1 + self.gamma.bias, self.beta.bias])
-        gamma, beta = second_convolution(hidden, weights, bias, around).chunk(2, 1)  # [V, channels] each
+        gamma, beta = second_convolution(hidden, places, bias, around).chunk(2, 1)  # [V, channels] each
         return Modulation(gamma, beta, around.pixels)
+
+    def _table_weights(self) -> Tensor:
+        return weights_by_place([effective_weight(self.gamma), effective_weight(self.beta)])
+
+    @torch.no_grad()
+    def lay_out_tables(self) -> None:
+        """For inference alone: keep the weights in the order that tables need, which else every forward makes."""
+        if self.path != "dense":
+            self.laid_out = self._table_weights()
 
 
 @NORMS.register("concat")

@@ -114,15 +114,19 @@ def first_convolution(weight: Tensor, bias: Tensor | None, around: LayoutNeighbo
     return hidden if bias is None else hidden + bias
 
 
-def second_convolution(hidden: Tensor, weights: Sequence[Tensor], bias: Tensor, around: LayoutNeighbourhoods) -> Tensor:
-    """Convolutions of ``hidden`` [U, h] at every distinct outer window, side by side: [V, out].
+def weights_by_place(weights: Sequence[Tensor]) -> Tensor:
+    """Weights [.., h, k, k] of convolutions side by side, for ``second_convolution``: [k k, out, h]."""
+    return torch.cat([weight.flatten(2).permute(2, 0, 1) for weight in weights], 1)
+
+
+def second_convolution(hidden: Tensor, places: Tensor, bias: Tensor, around: LayoutNeighbourhoods) -> Tensor:
+    """A convolution of ``hidden`` [U, h] at every distinct outer window: [V, out].
 
     Args:
-        weights: float [.., h, k, k], ``out`` output channels together.
+        places: its weight, float [k k, out, h] (``weights_by_place``).
         bias: float [out].
     """
     hidden = hidden.masked_fill(around.outside, 0)  # zero padding
-    places = torch.cat([weight.flatten(2).permute(2, 0, 1) for weight in weights], 1)  # [k k, out, h]
     sums = []
     for lookup, part in zip(around.outer, places.split(9), strict=True):
         pieces = F.linear(hidden, part.flatten(0, 1))  # [U, p out]
