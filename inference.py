@@ -17,7 +17,7 @@ from imaginaire_spade.config import RunConfig, load_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.inference.folder import Progress, check_apart, generate_folder
-from imaginaire_spade.inference.synthesis import encode_style
+from imaginaire_spade.inference.style import encode_style, read_style_picture
 from imaginaire_spade.inference.weights import LoadedModel, check_fits, find_checkpoint, load_generator, with_overrides
 
 
@@ -84,7 +84,7 @@ def main() -> None:
             with_images=False,
         )  # fmt: skip
     notes += [str(warning.message) for warning in caught]
-    style = encode_style(model, arguments.style_image) if arguments.style_image else None
+    style = encode_style(model, read_style_picture(arguments.style_image)) if arguments.style_image else None
     if info.is_main:
         for note in notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
