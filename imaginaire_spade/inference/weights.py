@@ -12,7 +12,7 @@ import urllib.error
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 import torch
@@ -42,6 +42,8 @@ class LoadedModel:
     device: torch.device
     notes: tuple[str, ...] = ()
     """What the user should know."""
+    precision: str = "fp32"
+    """Arithmetic of the convolutions: "fp32", "bf16" or "fp16"; weights and statistics are float32 in any case."""
 
     @property
     def one_by_one(self) -> bool:
@@ -58,12 +60,21 @@ class LoadedModel:
         return self.generator.style_dims
 
 
-def load_generator(path: Path, *, weights: str = "ema", device: torch.device | str = "cpu") -> LoadedModel:
+def load_generator(
+    path: Path,
+    *,
+    weights: str = "ema",
+    device: torch.device | str = "cpu",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    compiled: bool = False,
+) -> LoadedModel:
     """Load a checkpoint's generator, and its style encoder if it has one.
 
     Args:
         path: a checkpoint file of this package.
         weights: "ema" (moving average; "raw" where the checkpoint has none, with a note) or "raw".
+        precision: see ``LoadedModel``.
+        compiled: compile the generator (``torch.compile``) at its first use, which takes minutes.
     Raises:
         CheckpointError: absent, damaged, foreign, or not of the architecture that its own config describes.
         ConfigError: a component of the user's own is not registered.
@@ -81,13 +92,16 @@ def load_generator(path: Path, *, weights: str = "ema", device: torch.device | s
     if encoder is not None:
         _load(encoder, content, "encoder", weights, path)
     device = torch.device(device)
-    channels_last = config.trainer.channels_last and device.type == "cuda"
+    # On a CPU the widest convolutions lose by channels_last (docs/performance.md); Tensor Cores want it.
+    channels_last = device.type == "cuda" and (config.trainer.channels_last or precision != "fp32")
     for network in filter(None, (generator, encoder)):
         network.eval().requires_grad_(False).to(
             device, memory_format=torch.channels_last if channels_last else torch.preserve_format
         )  # type: ignore[call-overload]
+    if compiled:
+        generator.compile(dynamic=True)
     images_seen = int(content.get("images_seen") or 0)
-    return LoadedModel(generator, encoder, config, images_seen, weights, device, tuple(notes))
+    return LoadedModel(generator, encoder, config, images_seen, weights, device, tuple(notes), precision)
 
 
 def _load(network: nn.Module, content: Mapping[str, Any], name: str, weights: str, path: Path) -> None:
