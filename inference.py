@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     inputs.add_argument("--input_dir", type=Path, metavar="DIR",
                         help="label maps, a data set folder or an LMDB root (default: test_data.roots)")  # fmt: skip
     inputs.add_argument("--map", action="append", default=[], metavar="CLASS=CLASS",
-                        help="replace a class, by name or id, in all label maps: --map tree=water (repeat)")  # fmt: skip
+                        help="replace a class, by name or id, everywhere: --map tree=water (repeat)")  # fmt: skip
     inputs.add_argument("--on_bad_label", choices=("fail", "skip", "ignore"), default="fail",
                         help="fail (default): look at all label maps before the first picture; skip: leave out those"
                         " that cannot be used; ignore: ids outside the table are don't care")  # fmt: skip

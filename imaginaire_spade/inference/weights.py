@@ -82,6 +82,11 @@ def load_generator(
     content = load_checkpoint(path)
     if missing := {"config", "generator"} - set(content):
         raise CheckpointError(f"{path}: a checkpoint without {' and '.join(sorted(missing))}: not one to generate with")
+    if not _has_label_table(content["config"]):
+        raise CheckpointError(
+            f"{path}: a checkpoint without a label table (data.labels of its config), so label maps mean nothing to it."
+            " What train.py and scripts/import_checkpoint.py write has one: take that file as it is"
+        )
     config = parse_config(content["config"], source=str(path))
     notes = []
     if weights == "ema" and content.get("generator_ema") is None:
@@ -102,6 +107,10 @@ def load_generator(
         generator.compile(dynamic=True)
     images_seen = int(content.get("images_seen") or 0)
     return LoadedModel(generator, encoder, config, images_seen, weights, device, tuple(notes), precision)
+
+
+def _has_label_table(tree: Any) -> bool:
+    return isinstance(tree, Mapping) and isinstance(data := tree.get("data"), Mapping) and "labels" in data
 
 
 def _load(network: nn.Module, content: Mapping[str, Any], name: str, weights: str, path: Path) -> None:
