@@ -25,7 +25,7 @@ from imaginaire_spade.inference import style
 from imaginaire_spade.inference.animation import check_animation
 from imaginaire_spade.inference.folder import MAX_PIXELS, PROBLEMS_SHOWN, Progress, RunReport, generate_folder
 from imaginaire_spade.inference.output import check_apart
-from imaginaire_spade.inference.weights import LoadedModel, check_fits, find_checkpoint, load_generator, with_overrides
+from imaginaire_spade.inference.weights import LoadedModel, check_fits, find_checkpoint, load_generator
 from imaginaire_spade.labels import LabelSpec
 
 
@@ -102,14 +102,14 @@ def main() -> None:
     checkpoint = find_checkpoint(arguments.checkpoint, arguments.logdir, given)
     model = load_generator(
         checkpoint,
-        weights=arguments.weights, device=device, precision=arguments.precision, compiled=arguments.compile,
+        weights=arguments.weights, overrides=arguments.set, device=device, precision=arguments.precision,
+        compiled=arguments.compile,
     )  # fmt: skip
-    config = with_overrides(model.config, arguments.set, checkpoint.name)
-    for other, where in ((given, str(arguments.config)), (config, f"--set {' '.join(arguments.set)}")):
-        if other is not None:
-            check_fits(model, other, where)
+    config = model.config
+    if given is not None:
+        check_fits(config, given, str(arguments.config))
     test_data = (given.test_data if given else None) or config.test_data
-    notes = [*model.notes, *_notes(arguments, model, config, given)]
+    notes = [*model.notes, *_notes(arguments, model, given)]
 
     roots = (str(arguments.input_dir),) if arguments.input_dir else test_data.roots if test_data else ()
     if not roots:
@@ -181,9 +181,9 @@ def _remember(problems: list[str], error: LabelError) -> None:
     problems.append(str(error))
 
 
-def _notes(arguments: argparse.Namespace, model: LoadedModel, config: RunConfig, given: RunConfig | None) -> list[str]:
+def _notes(arguments: argparse.Namespace, model: LoadedModel, given: RunConfig | None) -> list[str]:
     notes = []
-    if given is not None and given.data.labels != config.data.labels:
+    if given is not None and given.data.labels != model.config.data.labels:
         notes.append(
             f"data.labels of {arguments.config} differs from the checkpoint's, which is used (change it with --set)"
         )

@@ -1,7 +1,11 @@
 """Control over inference: styles, replaced classes, kinds of label maps, and what label maps may not be."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -13,7 +17,7 @@ from conftest import blocky_labels, write_jpg, write_png
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_inference import TREE, changed, command_line, files, save
+from test_inference import REPOSITORY, TREE, changed, command_line, files, save
 
 from imaginaire_spade import Synthesizer
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError
@@ -299,3 +303,61 @@ def test_a_checkpoint_without_a_label_table(run, plain, tmp_path):
     write_checkpoint(tmp_path / "bare.pt", content)
     with pytest.raises(CheckpointError, match=r"bare\.pt: a checkpoint without a label table"):
         run(tmp_path / "bare.pt")
+
+
+# ------------------------------------------------------------------------------------------------ runs that end early
+
+
+def test_an_interrupted_run_leaves_whole_files_and_goes_on(run, plain, label_maps, tmp_path, monkeypatch, capsys):
+    expected = run(plain, to="expected")
+
+    def interrupt(self: object, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command_line.Progress, "__call__", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(plain)
+    assert "stopped: what is written is whole; --skip_existing makes the rest" in capsys.readouterr().err
+    left = {path: read(tmp_path / "out" / path) for path in files(tmp_path / "out")}
+    assert len(left) < 3 and all(np.array_equal(left[path], expected[path]) for path in left)
+    made = run(plain)
+    assert made.keys() == expected.keys() and all(np.array_equal(made[path], expected[path]) for path in made)
+
+
+def test_a_killed_run_leaves_whole_pictures_and_is_finished(plain, tmp_path, monkeypatch):
+    names = [f"{i:03d}" for i in range(40)]
+    for number, name in enumerate(names):
+        write_png(tmp_path / "maps" / f"{name}.png", blocky_labels(np.random.default_rng(number), 200, 300, 5))
+    command = ["inference.py", "--checkpoint", plain, "--input_dir", tmp_path / "maps", "--device", "cpu",
+               "--no_gallery", "--output_dir"]  # fmt: skip
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *map(str, command), str(killed)], cwd=REPOSITORY, env=environment)
+    while len(files(killed)) < 3:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = files(killed)
+    assert 3 <= len(before) < len(names)
+    leftover = killed / f"{output.PARTIAL}of a killed process"
+    leftover.write_bytes(b"half")
+    os.utime(leftover, (0, 0))
+    for folder, flag in ((killed, "--skip_existing"), (whole, "--overwrite")):
+        monkeypatch.setattr(sys, "argv", [str(part) for part in (*command, folder, flag)])
+        command_line.main()
+    assert files(killed) == files(whole) and len(files(whole)) == len(names)
+    assert not leftover.exists() and {path: files(killed)[path] for path in before} == before
+    assert all(read(killed / f"{name}.png").shape == (200, 300, 3) for name in names)
+
+
+# ------------------------------------------------------------------------------------------------ arithmetic
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_near(run, styled, precision):
+    full, half = run(styled), run(styled, "--precision", precision, to=precision)
+    for path, picture in full.items():
+        assert np.abs(picture.astype(int) - half[path]).mean() < 2, path
+    assert any(not np.array_equal(full[path], half[path]) for path in full)

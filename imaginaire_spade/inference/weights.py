@@ -35,7 +35,7 @@ class LoadedModel:
     """In evaluation mode, without gradients, on ``device``."""
     encoder: nn.Module | None
     config: RunConfig
-    """The checkpoint's own."""
+    """The checkpoint's own, with overrides."""
     images_seen: int
     weights: str
     """"ema" or "raw": what was loaded."""
@@ -64,6 +64,7 @@ def load_generator(
     path: Path,
     *,
     weights: str = "ema",
+    overrides: Sequence[str] = (),
     device: torch.device | str = "cpu",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     compiled: bool = False,
@@ -73,11 +74,13 @@ def load_generator(
     Args:
         path: a checkpoint file of this package.
         weights: "ema" (moving average; "raw" where the checkpoint has none, with a note) or "raw".
+        overrides: ``KEY=VALUE`` for the checkpoint's config: of whatever its weights do not depend on.
         precision: see ``LoadedModel``.
         compiled: compile the generator (``torch.compile``) at its first use, which takes minutes.
     Raises:
-        CheckpointError: absent, damaged, foreign, or not of the architecture that its own config describes.
-        ConfigError: a component of the user's own is not registered.
+        CheckpointError: absent, damaged, foreign, or not of the architecture that its own config (or ``overrides``)
+            describes.
+        ConfigError: a component of the user's own is not registered, or ``overrides`` are wrong.
     """
     content = load_checkpoint(path)
     if missing := {"config", "generator"} - set(content):
@@ -87,7 +90,9 @@ def load_generator(
             f"{path}: a checkpoint without a label table (data.labels of its config), so label maps mean nothing to it."
             " What train.py and scripts/import_checkpoint.py write has one: take that file as it is"
         )
-    config = parse_config(content["config"], source=str(path))
+    trained = parse_config(content["config"], source=str(path))
+    config = with_overrides(trained, overrides, path.name)
+    check_fits(trained, config, f"--set {' '.join(overrides)}", parts=("gen", "encoder"))
     notes = []
     if weights == "ema" and content.get("generator_ema") is None:
         weights, notes = "raw", [f"{path} has no moving average of the weights: the raw weights are used"]
@@ -192,9 +197,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_fits(model: LoadedModel, given: RunConfig, where: str) -> None:
-    """Raises CheckpointError, in words, where ``given`` describes another generator than the checkpoint holds."""
-    if differences := explain_mismatch(model.config, given, parts=("gen",)):
+def check_fits(trained: RunConfig, given: RunConfig, where: str, *, parts: Sequence[str] = ("gen",)) -> None:
+    """Raises CheckpointError, in words, where ``given`` describes other networks than the checkpoint holds."""
+    if differences := explain_mismatch(trained, given, parts=parts):
         raise CheckpointError(
             f"{where} does not fit the checkpoint:\n  " + "\n  ".join(differences) + "\nThe checkpoint carries its own"
             " config: leave that out, or give the checkpoint of this config"
