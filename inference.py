@@ -103,7 +103,7 @@ def main() -> None:
     model = load_generator(
         checkpoint,
         weights=arguments.weights, overrides=arguments.set, device=device, precision=arguments.precision,
-        compiled=arguments.compile,
+        compiled=arguments.compile, frozen=True,
     )  # fmt: skip
     config = model.config
     if given is not None:

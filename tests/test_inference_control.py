@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cv2
@@ -19,10 +18,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_inference import REPOSITORY, TREE, changed, command_line, files, save
 
-from imaginaire_spade import Synthesizer
+from imaginaire_spade import SemanticLayout, Synthesizer, build_generator
+from imaginaire_spade.build import layout_spec
+from imaginaire_spade.config import dump_config, parse_config
+from imaginaire_spade.data.distances import class_distances
+from imaginaire_spade.data.transforms import edges_from_ids
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError
 from imaginaire_spade.inference import output
 from imaginaire_spade.inference.style import between
+from imaginaire_spade.inference.weights import load_generator
+from imaginaire_spade.models.frozen import WinogradConv2d
 from imaginaire_spade.training.checkpoint import write_checkpoint
 
 PALETTE = [[250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 0], [7, 8, 9]]
@@ -70,9 +75,12 @@ def label_maps(tmp_path) -> Path:
 def run(monkeypatch, label_maps, tmp_path):
     """``main`` in this process; the pictures it wrote, by path."""
 
-    def call(checkpoint: Path, *flags: object, input_dir: Path = label_maps, to: str = "out") -> dict[str, np.ndarray]:
-        known = ["--device", "cpu", "--no_gallery", "--overwrite", "--checkpoint", checkpoint, "--input_dir", input_dir]
-        arguments = ["inference.py", *known, "--output_dir", tmp_path / to, *flags]
+    def call(
+        checkpoint: Path, *flags: object, input_dir: Path = label_maps, to: str = "out", overwrite: bool = True
+    ) -> dict[str, np.ndarray]:
+        known = ["--device", "cpu", "--no_gallery", "--checkpoint", checkpoint, "--input_dir", input_dir]
+        existing = ["--overwrite"] if overwrite else []
+        arguments = ["inference.py", *known, "--output_dir", tmp_path / to, *existing, *flags]
         monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
         command_line.main()
         return {path: read(tmp_path / to / path) for path in files(tmp_path / to)}
@@ -135,9 +143,9 @@ def test_a_way_between_two_styles(run, styled, tmp_path):
     (tmp_path / "out" / "a.gif").unlink()
     (tmp_path / "out" / "seq" / "b_01.png").unlink()
     kept = (tmp_path / "out" / "seq" / "c_00.png").stat().st_mtime_ns
-    again = run(styled, "--style_interpolate", 5, end, "--steps", 4)
+    again = run(styled, "--style_interpolate", 5, end, "--steps", 4, "--skip_existing", overwrite=False)
     assert again.keys() == made.keys() and (tmp_path / "out" / "a.gif").is_file()
-    assert (tmp_path / "out" / "seq" / "c_00.png").stat().st_mtime_ns != kept  # --overwrite
+    assert (tmp_path / "out" / "seq" / "c_00.png").stat().st_mtime_ns == kept
 
 
 def test_an_mp4(run, styled, label_maps, tmp_path):
@@ -321,35 +329,40 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(run, plain, label_map
     assert "stopped: what is written is whole; --skip_existing makes the rest" in capsys.readouterr().err
     left = {path: read(tmp_path / "out" / path) for path in files(tmp_path / "out")}
     assert len(left) < 3 and all(np.array_equal(left[path], expected[path]) for path in left)
-    made = run(plain)
+    made = run(plain, "--skip_existing", overwrite=False)
     assert made.keys() == expected.keys() and all(np.array_equal(made[path], expected[path]) for path in made)
 
 
-def test_a_killed_run_leaves_whole_pictures_and_is_finished(plain, tmp_path, monkeypatch):
-    names = [f"{i:03d}" for i in range(40)]
-    for number, name in enumerate(names):
-        write_png(tmp_path / "maps" / f"{name}.png", blocky_labels(np.random.default_rng(number), 200, 300, 5))
-    command = ["inference.py", "--checkpoint", plain, "--input_dir", tmp_path / "maps", "--device", "cpu",
-               "--no_gallery", "--output_dir"]  # fmt: skip
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, *map(str, command), str(killed)], cwd=REPOSITORY, env=environment)
-    while len(files(killed)) < 3:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    before = files(killed)
-    assert 3 <= len(before) < len(names)
-    leftover = killed / f"{output.PARTIAL}of a killed process"
+KILLED = """
+import os, runpy, signal, sys
+from imaginaire_spade.inference.folder import Progress
+Progress.__call__ = lambda self, done, total: done == 4 and os.kill(os.getpid(), signal.SIGKILL)
+sys.argv[0] = "inference.py"
+runpy.run_path("inference.py", run_name="__main__")
+"""
+
+
+def test_a_killed_run_leaves_whole_pictures_and_is_finished(run, plain, label_maps, tmp_path):
+    for number in range(4):
+        write_png(label_maps / f"{number}.png", blocky_labels(np.random.default_rng(number), 64, 90, 5))
+    expected = run(plain, to="whole")
+    out = tmp_path / "out"
+    command = ["--checkpoint", plain, "--input_dir", label_maps, "--device", "cpu", "--no_gallery", "--output_dir", out]
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, command)], cwd=REPOSITORY, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert process.returncode == -signal.SIGKILL
+    before = files(out)
+    assert len(before) < len(expected) and all(np.array_equal(read(out / path), expected[path]) for path in before)
+    leftover = out / f"{output.PARTIAL}of a killed process"
     leftover.write_bytes(b"half")
     os.utime(leftover, (0, 0))
-    for folder, flag in ((killed, "--skip_existing"), (whole, "--overwrite")):
-        monkeypatch.setattr(sys, "argv", [str(part) for part in (*command, folder, flag)])
-        command_line.main()
-    assert files(killed) == files(whole) and len(files(whole)) == len(names)
-    assert not leftover.exists() and {path: files(killed)[path] for path in before} == before
-    assert all(read(killed / f"{name}.png").shape == (200, 300, 3) for name in names)
+    written = {path: (out / path).stat().st_mtime_ns for path in before}
+    made = run(plain, "--skip_existing", overwrite=False)
+    assert made.keys() == expected.keys() and all(np.array_equal(made[path], expected[path]) for path in made)
+    assert {path: (out / path).stat().st_mtime_ns for path in before} == written
+    assert not [path for path in out.rglob("*") if path.name.startswith(output.PARTIAL)]
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
@@ -361,3 +374,42 @@ def test_half_precision_is_near(run, styled, precision):
     for path, picture in full.items():
         assert np.abs(picture.astype(int) - half[path]).mean() < 2, path
     assert any(not np.array_equal(full[path], half[path]) for path in full)
+
+
+KINDS = {
+    "spade": {"norm": {"type": "spade", "hidden_channels": 8}},
+    "spade of tables": {"norm": {"type": "spade", "hidden_channels": 8, "path": "table"}},
+    "as imaginaire's": {
+        "type": "style_spade", "style_dims": 4,
+        "norm": {"type": "spade", "hidden_channels": 8, "kernel_size": 5, "affine": True, "spectral_norm": True},
+    },
+    "instance": {"norm": {"type": "spade", "hidden_channels": 8, "normalization": "instance"}},
+    "clade": {"norm": {"type": "clade"}},
+    "clade_icpe": {"norm": {"type": "clade_icpe"}},
+    "wide": {"num_filters": 16, "norm": {"type": "clade"}},  # 256 channels at 1/16: Winograd
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_made_ready_for_inference_give_the_training_graphs_pictures(kind, tmp_path):
+    tree = changed(TREE, encoder=None, gen={"type": "spade", "num_filters": 2} | KINDS[kind])
+    config = parse_config(tree)
+    torch.manual_seed(1)
+    generator = build_generator(config)
+    labels = torch.stack([torch.from_numpy(blocky_labels(np.random.default_rng(i), 64, 64, 5)) for i in range(2)])
+    edges = torch.stack([torch.from_numpy(edges_from_ids(ids.numpy())) for ids in labels])
+    spec = layout_spec(config)
+    distances = torch.stack([torch.from_numpy(class_distances(ids.numpy())) for ids in labels])
+    layout = SemanticLayout(spec, labels, edges, distances if spec.has_distances else None)
+    z = torch.randn(2, generator.style_dims) if generator.style_dims else None
+    for _ in range(3):  # spectral norms and running statistics move
+        generator.train()(layout, z)
+    with torch.no_grad():
+        expected = generator.eval()(layout, z)
+    state = {"config": dump_config(config), "generator": generator.state_dict(), "images_seen": 1}
+    write_checkpoint(tmp_path / "model.pt", state)
+    model = load_generator(tmp_path / "model.pt", weights="raw", frozen=True)
+    assert not [name for name in model.generator.state_dict() if name.endswith("weight_u")]
+    assert (kind == "wide") == any(isinstance(layer, WinogradConv2d) for layer in model.generator.modules())
+    with torch.inference_mode():
+        assert (model.generator(layout, z) - expected).abs().max() < 2e-5

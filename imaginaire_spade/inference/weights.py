@@ -22,6 +22,7 @@ from imaginaire_spade.build import build_encoder, build_generator
 from imaginaire_spade.compatibility import explain_mismatch
 from imaginaire_spade.config import RunConfig, WeightSource, dump_yaml, load_config, parse_config
 from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.models.frozen import freeze
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import fold_spectral_norm
 from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpoint
@@ -68,6 +69,7 @@ def load_generator(
     device: torch.device | str = "cpu",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     compiled: bool = False,
+    frozen: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint's generator, and its style encoder if it has one.
 
@@ -77,6 +79,8 @@ def load_generator(
         overrides: ``KEY=VALUE`` for the checkpoint's config: of whatever its weights do not depend on.
         precision: see ``LoadedModel``.
         compiled: compile the generator (``torch.compile``) at its first use, which takes minutes.
+        frozen: bring the weights into the form that is fastest here (``models/frozen.py``); layers and the names of
+            weights change.
     Raises:
         CheckpointError: absent, damaged, foreign, or not of the architecture that its own config (or ``overrides``)
             describes.
@@ -102,12 +106,9 @@ def load_generator(
     if encoder is not None:
         _load(encoder, content, "encoder", weights, path)
     device = torch.device(device)
-    # On a CPU the widest convolutions lose by channels_last (docs/performance.md); Tensor Cores want it.
-    channels_last = device.type == "cuda" and (config.trainer.channels_last or precision != "fp32")
+    winograd = device.type == "cpu" and precision == "fp32"
     for network in filter(None, (generator, encoder)):
-        network.eval().requires_grad_(False).to(
-            device, memory_format=torch.channels_last if channels_last else torch.preserve_format
-        )  # type: ignore[call-overload]
+        (freeze(network, winograd=winograd) if frozen else network.eval().requires_grad_(False)).to(device)
     if compiled:
         generator.compile(dynamic=True)
     images_seen = int(content.get("images_seen") or 0)
