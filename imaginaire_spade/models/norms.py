@@ -148,8 +148,8 @@ class SPADE(ConditionalNorm):
         Measured on a CPU: reordering the weights costs as much as 200 rows, summing up the pieces of one outer window
         as much as 32 / hidden rows.
         """
-        if self.path == "dense" or not view.is_discrete:
-            return False
+        if self.path == "dense" or not view.is_discrete or torch.compiler.is_exporting():
+            return False  # an exported network cannot look at its data
         out, hidden, *_ = self.gamma.weight.shape
         dense_rows = view.labels.numel() * (1 + self.shared.weight.shape[1] / (2 * out))
         if self.path == "table" or dense_rows <= 200:
@@ -276,7 +276,7 @@ class CLADEICPE(CLADE):
         y = _normalise_and_modulate(
             self.normalize, x, Modulation(self.weight, torch.zeros_like(self.bias), view.classes)
         )
-        shift = sum_rows(self.bias, view.classes).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2).to(y.dtype)
+        shift = sum_rows(self.bias, view.classes).view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2).to(y.dtype)
         return torch.addcmul(
             y * self.scale_position(distances).to(y.dtype), shift, self.shift_position(distances).to(y.dtype)
         )
