@@ -9,7 +9,7 @@ where the generator does, and in this order:
 - ``z`` float32 [N, style_dims]: style codes, standard normal.
 
 It gives ``images`` float32 [N, 3, H, W], RGB in [-1, 1]. N, H and W are free; H and W must be multiples of
-``size_multiple``.
+``size_multiple``, and at least twice that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -92,27 +91,42 @@ def export_model(model: LoadedModel, output: Path, on_checked: Callable[[str, fl
     """
     network = ExportedGenerator(model.generator, layout_spec(model.config))
     multiple = model.size_multiple
-    program = _traced(network, multiple, model.config.gen.type)
+    is_onnx = output.suffix == ".onnx"
+    try:
+        with _quiet(), torch.no_grad():
+            program = _traced(network, multiple)
+            converted = _to_onnx(program) if is_onnx else None
+    except Exception as error:  # whatever torch meets in a component of the user's own
+        raise CheckpointError(
+            f"gen.type: {model.config.gen.type} cannot be exported by torch {torch.__version__}: {_reason(error)}. A"
+            " network to export must not choose its operations by the values of tensors or by particular sizes"
+        ) from error
+    about = {key: json.dumps(value) for key, value in metadata(model).items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
         file = Path(folder, output.name)
-        write, load = (_write_onnx, _load_onnx) if output.suffix == ".onnx" else (_write_pt2, _load_pt2)
-        write(program, file, {key: json.dumps(value) for key, value in metadata(model).items()})
-        run = load(file)
-        trained_at = [max(2, round(length / multiple)) for length in image_size(model.config)]
-        for count, height, width in ((1, *trained_at), *CHECKED):
+        if converted is not None:
+            converted.model.metadata_props.update(about)
+            converted.save(file, external_data=False)
+            run = _load_onnx(file)
+        else:
+            torch.export.save(program, file, extra_files=about)
+            run = _load_pt2(file)
+        trained_at = [max(2, length // multiple) for length in image_size(model.config)]
+        for count, height, width in dict.fromkeys(((1, *trained_at), *CHECKED)):
             inputs = example_inputs(network, count, height * multiple, width * multiple)
             difference = _difference(run, network, inputs)
             name = f"{count} of {height * multiple}x{width * multiple}"
             on_checked(name, difference)
             if not difference <= TOLERANCE:
+                packages = "onnxscript and onnxruntime" if output.suffix == ".onnx" else "torch"
                 raise UserError(
-                    f"{output}: not written, since its pictures are not the generator's: they differ by {difference:.2g}"
-                    f" ({name}); {TOLERANCE} is allowed. That is a fault of the exporter or the runtime: try other"
-                    f" versions of {'onnxscript and onnxruntime' if output.suffix == '.onnx' else 'torch'}"
+                    f"{output}: not written, since its pictures are not the generator's: {name} pixels differ by up to"
+                    f" {difference:.2g}, where {TOLERANCE} is allowed. That is a fault of the exporter or the runtime:"
+                    f" try other versions of {packages}"
                 )
         for part in sorted(Path(folder).iterdir(), key=lambda path: path == file):  # the file itself comes last
-            os.replace(part, output.parent / part.name)
+            part.replace(output.parent / part.name)
 
 
 def metadata(model: LoadedModel) -> dict[str, Any]:
@@ -145,43 +159,40 @@ def example_inputs(network: ExportedGenerator, count: int, height: int, width: i
     return {name: torch.from_numpy(value) for name, value in inputs.items()}
 
 
-def _traced(network: ExportedGenerator, multiple: int, kind: str) -> ExportedProgram:
-    """The network for any number of pictures of any size. Raises CheckpointError."""
+def _traced(network: ExportedGenerator, multiple: int) -> ExportedProgram:
+    """The network for any number of pictures of any size."""
     count, height, width = Dim("batch"), multiple * Dim("height"), multiple * Dim("width")
     sizes = {
         "labels": (count, height, width),
         "edges": (count, height, width),
         "distances": (count, None, height, width),
+        "z": (count,),
     }
     inputs = example_inputs(network, 2, 2 * multiple, 3 * multiple)
-    shapes = {name: dict(enumerate(sizes.get(name, (count,)))) for name in inputs}
-    try:
-        with _quiet(), torch.no_grad():
-            program = torch.export.export(network, (), inputs, dynamic_shapes=shapes)
-    except Exception as error:  # whatever a component of the user's own makes torch.export meet
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"gen.type: {kind} cannot be exported by torch {torch.__version__}: {reason}. A network to export must not"
-            " choose its operations by the values of tensors or by particular sizes"
-        ) from error
+    shapes = {name: dict(enumerate(sizes[name])) for name in inputs}
+    program = torch.export.export(network, (), inputs, dynamic_shapes=shapes)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # source lines with this machine's paths
     return program
 
 
-def _write_onnx(program: ExportedProgram, file: Path, about: dict[str, str]) -> None:
-    with _quiet():
-        exported = torch.onnx.export(program, kwargs=program.example_inputs[1], output_names=["images"], verbose=False)
-    assert exported is not None
-    model = exported.model
+def _to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
+    converted = torch.onnx.export(program, kwargs=program.example_inputs[1], output_names=["images"], verbose=False)
+    assert converted is not None
+    model = converted.model
     model.doc_string = __doc__
-    model.metadata_props.update(about)
     axes = dict(zip(map(str, model.graph.inputs[0].shape), ("batch", "height", "width"), strict=True))
     for value in (*model.graph.inputs, *model.graph.outputs):
         for axis, size in enumerate(map(str, value.shape)):
-            if size in axes:
-                value.shape[axis] = axes[size]
-    exported.save(file, external_data=False)
+            value.shape[axis] = axes[size] if size in axes else value.shape[axis]
+    return converted
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what was raised first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _load_onnx(file: Path) -> Run:
@@ -189,10 +200,6 @@ def _load_onnx(file: Path) -> Run:
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return lambda inputs: session.run(["images"], {name: value.numpy() for name, value in inputs.items()})[0]
-
-
-def _write_pt2(program: ExportedProgram, file: Path, about: dict[str, str]) -> None:
-    torch.export.save(program, file, extra_files=about)
 
 
 def _load_pt2(file: Path) -> Run:

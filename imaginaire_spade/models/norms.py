@@ -271,8 +271,8 @@ class CLADEICPE(CLADE):
         assert view.distances is not None, "clade_icpe needs layouts with distances"
         distances = view.distances.to(self.weight.dtype)
         if self.skip_ids:
-            skipped = torch.isin(view.labels, view.labels.new_tensor(self.skip_ids))
-            distances = distances.masked_fill(skipped.unsqueeze(1), 0)
+            skip = torch.tensor(self.skip_ids, device=view.device).view(1, -1, 1, 1)
+            distances = distances.masked_fill((view.labels.unsqueeze(1) == skip).any(1, keepdim=True), 0)
         y = _normalise_and_modulate(
             self.normalize, x, Modulation(self.weight, torch.zeros_like(self.bias), view.classes)
         )
