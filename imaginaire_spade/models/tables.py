@@ -193,7 +193,8 @@ def _modulate_for_export(
     scale = gamma * statistics.rstd
     rows = sum_rows(torch.cat([scale, beta - statistics.mean * scale], 1), pixels)
     scale, shift = rows.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2).chunk(2, 1)
-    return F.leaky_relu(x * scale + shift, slope)
+    y = x * scale + shift
+    return y if slope == 1 else F.leaky_relu(y, slope)
 
 
 class _Modulate(torch.autograd.Function):
