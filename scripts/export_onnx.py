@@ -1,8 +1,8 @@
 """Write a checkpoint's generator to a file that runs without this package.
 
 OUTPUT.onnx runs with onnxruntime (projects/spade/run_onnx.py is an example); OUTPUT.pt2 with torch alone
-(torch.export.load). Inputs, sizes and metadata: docs/export.md. The file is written only if its pictures are the
-generator's, to within 0.001 of a range of 2, at several sizes and batches.
+(torch.export.load). Inputs, sizes and metadata: projects/spade/README.md, "Export". The file is written only if its
+pictures are the generator's, to within 0.001 on the scale of -1 to 1, at several sizes and batches.
 """
 
 import argparse
