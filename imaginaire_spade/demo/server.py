@@ -1,6 +1,6 @@
 """The painting page over HTTP: its files, and JSON requests to the service.
 
-Owns who may ask (host and origin), how much may be sent, and how answers and errors look on the wire. Serves one page to
+Owns who may ask (host and origin), how much may be sent, and how answers and errors look on the wire. It is made for
 people at one machine: it has no accounts and no encryption.
 """
 
@@ -14,7 +14,6 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -67,7 +66,6 @@ class _Answer:
     content_type: str
 
 
-@cache
 def _page_file(path: str) -> _Answer:
     name, content_type = PAGE_FILES[path]
     return _Answer((files("imaginaire_spade.demo") / "page" / name).read_bytes(), content_type)

@@ -207,8 +207,9 @@ def fitted(ids: NDArray[np.generic], height: int, width: int) -> NDArray[np.gene
 def _raw_ids(table: NDArray[np.generic], num_classes: int) -> NDArray[np.int64]:
     """Train id, don't-care included -> the smallest raw id that means it, or -1: int64 [num_classes + 1]."""
     raw_ids = np.full(num_classes + 1, -1)
-    valid = np.flatnonzero((table >= 0) & (table <= num_classes))
-    raw_ids[table[valid][::-1]] = valid[::-1]
+    meant, smallest = np.unique(table.astype(np.int64), return_index=True)
+    valid = (meant >= 0) & (meant <= num_classes)  # not the error mark
+    raw_ids[meant[valid]] = smallest[valid]
     return raw_ids
 
 
