@@ -306,6 +306,10 @@ function showStyle() {
 
 function listen() {
   $("search").addEventListener("input", search);
+  $("search").addEventListener("keydown", (event) => {
+    const [first] = classLabels().filter((label) => !label.hidden);
+    if (event.key === "Enter" && first) choose(Number(first.firstChild.value));
+  });
   $("size").addEventListener("input", showSize);
   for (const radio of document.querySelectorAll('input[name="tool"]')) {
     radio.addEventListener("change", () => easel.updateRing());
