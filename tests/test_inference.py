@@ -25,7 +25,7 @@ from imaginaire_spade.compatibility import explain_mismatch
 from imaginaire_spade.config import dump_config, load_config, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
-from imaginaire_spade.inference.folder import check_output_folder, plan_outputs
+from imaginaire_spade.inference.output import check_output_folder, plan_outputs
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, batches_of_one_size, padded_layout, synthesise
 from imaginaire_spade.inference.weights import LoadedModel, find_checkpoint, load_generator
 from imaginaire_spade.layout import SemanticLayout

@@ -20,6 +20,7 @@ from imaginaire_spade.errors import UserError
 from imaginaire_spade.inference.weights import LoadedModel
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.pictures import Picture
+from imaginaire_spade.training.step import AUTOCAST
 
 BATCHES_HELD = 8
 """Label maps waiting for others of their size: at most this many batches."""
@@ -108,13 +109,16 @@ def _distances(request: Request) -> Tensor:
 def _forward(model: LoadedModel, requests: Sequence[Request]) -> Tensor:
     """The generator's output for requests of one padded size: float [N, 3, H, W] on the device, padding included."""
     step = 1 if model.one_by_one else len(requests)
+    dtype = AUTOCAST[model.precision]
     try:
         images = []
         for start in range(0, len(requests), step):
             part = requests[start : start + step]
             codes = [request.z for request in part if request.z is not None]
             z = torch.stack(codes).to(model.device) if codes else None
-            images.append(model.generator(padded_layout(model, part).to(model.device), z))
+            layout = padded_layout(model, part).to(model.device)
+            with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+                images.append(model.generator(layout, z))
         return torch.cat(images)
     except torch.OutOfMemoryError:
         pass

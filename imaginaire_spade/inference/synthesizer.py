@@ -7,7 +7,7 @@ Owns what a caller's label map, edges and style may be. How a label map goes thr
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -55,17 +55,26 @@ class Synthesizer:
         self.wants_edges = layout_spec(config).has_edges
 
     @classmethod
-    def load(cls, checkpoint: str | Path, *, weights: str = "ema", device: str = "auto") -> Synthesizer:
+    def load(
+        cls,
+        checkpoint: str | Path,
+        *,
+        weights: Literal["ema", "raw"] = "ema",
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    ) -> Synthesizer:
         """The generator of a checkpoint file, or of the newest one in a folder or log dir.
 
         Args:
             weights: "ema" (moving average, where the checkpoint has one) or "raw".
             device: "auto" (a GPU where there is one), "cpu" or "cuda".
+            precision: arithmetic of the convolutions.
         Raises:
             CheckpointError: absent, damaged, foreign, or not of the architecture its config describes.
         """
         path = find_checkpoint(Path(checkpoint), None, None)
-        return cls(load_generator(path, weights=weights, device=choose_device(device, ProcessInfo())))
+        where = choose_device(device, ProcessInfo())
+        return cls(load_generator(path, weights=weights, device=where, precision=precision, frozen=True))
 
     def __call__(
         self,
