@@ -8,13 +8,13 @@ import sys
 import warnings
 from pathlib import Path
 
-from imaginaire_spade import Synthesizer
 from imaginaire_spade.build import import_modules
 from imaginaire_spade.config import RunConfig
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.demo.server import PaintingServer, is_loopback
 from imaginaire_spade.demo.service import PaintingService
 from imaginaire_spade.errors import DataError, run_command_line
+from imaginaire_spade.inference.synthesizer import Synthesizer
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imaginaire_spade import Synthesizer
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.decode import decode_image, decode_label, image_size
 from imaginaire_spade.errors import DataError, UserError
+from imaginaire_spade.inference.synthesizer import Synthesizer
 
 MAX_SIDE = 1024
 """Pixels of the largest canvas's longer side."""
