@@ -158,7 +158,9 @@ def test_generated_and_real_stand_side_by_side():
     ]  # fmt: skip
     assert details["absent_classes"] == ["c"] and details["unscored_classes"] == []
     assert (details["pixels"], details["ignored_pixels"]) == (48, 16)
-    assert metric.stamp["segmenter"] == "by redness" and "left out" in metric.stamp["ignore_policy"]
+    assert details["segmenter"] == "by redness" and metric.stamp().startswith(f"sha256 {'0' * 64}, input")
+    other = NetworkPredictions(by_redness(("c", "b", "a")), match_labels(["a", "b", "c"], labels))
+    assert SegmentationMetric(labels, other, other).stamp() != metric.stamp()
 
 
 def test_stored_id_maps(tmp_path):
@@ -167,6 +169,9 @@ def test_stored_id_maps(tmp_path):
     stored = StoredPredictions(tmp_path / "maps", labels)
     picture = np.zeros((4, 4, 3), np.uint8)
     assert stored("seq/x", picture, (4, 4)).tolist() == np.kron(ids("02", "10"), np.ones((2, 2), int)).tolist()
+    metrics = [SegmentationMetric(labels, stored, stored) for _ in range(2)]
+    metrics[0].add("real", "seq/x", picture, ids("02", "10"))
+    assert metrics[0].scores()["miou_real"] == 1.0 and metrics[0].stamp() != metrics[1].stamp()
     stored.check(["seq/x"])
     with pytest.raises(
         DataError, match=r"no predicted id map for 1 of 2 samples, such as seq/y\. Expected .*seq/y\.png"

@@ -109,8 +109,10 @@ class Predictor(Protocol):
 
     unscored: tuple[int, ...]
     """Classes of the table that it cannot predict."""
-    stamp: dict[str, str]
-    """What its predictions depend on."""
+    name: str
+    """What the user called it."""
+    stamp: str
+    """What its predictions depend on; empty where nobody knows."""
 
     def __call__(self, key: str, picture: NDArray[np.uint8], size: tuple[int, int]) -> Ids:
         """Predicted train ids of ``size`` (height, width) of a sample's picture, RGB uint8 [H, W, 3]."""
@@ -122,12 +124,9 @@ class NetworkPredictions:
     def __init__(self, segmenter: Segmenter, mapping: LabelMapping) -> None:
         self.segmenter, self.mapping = segmenter, mapping
         self.unscored = mapping.unscored
-        self.stamp = {
-            "segmenter": segmenter.model,
-            "segmenter_sha256": segmenter.sha256,
-            "segmenter_preprocessing": segmenter.preprocessing,
-            "segmenter_labels_sha256": hashlib.sha256(mapping.train_ids.tobytes()).hexdigest(),
-        }
+        self.name = segmenter.model
+        meaning = hashlib.sha256(mapping.train_ids.astype(np.int64).tobytes()).hexdigest()
+        self.stamp = f"sha256 {segmenter.sha256}, input {segmenter.preprocessing}, labels {meaning[:16]}"
 
     def __call__(self, key: str, picture: NDArray[np.uint8], size: tuple[int, int]) -> Ids:
         return self.mapping.train_ids[self.segmenter.label(picture, size)]
@@ -141,10 +140,10 @@ class StoredPredictions:
     """
 
     unscored = ()
-    stamp = {"segmenter": "stored id maps"}
+    stamp = ""
 
     def __init__(self, folder: Path, labels: LabelSpec) -> None:
-        self.folder, self.labels = folder, labels
+        self.folder, self.labels, self.name = folder, labels, str(folder)
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder of predicted id maps")
         self._source = FolderSource(folder, ["seg_maps"], bare=True)
@@ -175,7 +174,6 @@ class SegmentationMetric:
     def __init__(self, labels: LabelSpec, generated: Predictor, real: Predictor) -> None:
         assert (generated.unscored, generated.stamp) == (real.unscored, real.stamp), "one segmenter judges both"
         self.labels, self.unscored = labels, generated.unscored
-        self.stamp = {**generated.stamp, "ignore_policy": IGNORE_POLICY}
         self._predictors = {"generated": generated, "real": real}
         self.confusions = {kind: Confusion.zero(labels.num_classes) for kind in self._predictors}
 
@@ -198,6 +196,12 @@ class SegmentationMetric:
         """Replace each matrix by the sum of every process's (a collective)."""
         for kind, confusion in self.confusions.items():
             self.confusions[kind] = confusion.summed_over_processes(device)
+
+    def stamp(self) -> str:
+        """What the scores depend on beside the pictures. Of stored id maps that is known only by what they say of the
+        real photos."""
+        predictor = self._predictors["real"]
+        return predictor.stamp or f"id maps, {hashlib.sha256(self.confusions['real'].counts.tobytes()).hexdigest()}"
 
     def scores(self) -> dict[str, float]:
         """Pixel accuracy and mean IoU of both, by name."""
@@ -225,6 +229,7 @@ class SegmentationMetric:
         ]
         absent = [i for i in np.flatnonzero(~generated.present).tolist() if i not in self.unscored]
         return {
+            "segmenter": self._predictors["generated"].name,
             "pixels": generated.pixels,
             "ignored_pixels": generated.ignored,
             "classes": classes,
