@@ -320,6 +320,8 @@ class GalleryEntry:
     pictures: tuple[str, ...]
 
 
+LABELS_FOLDER = "_labels"
+"""Folder among generated pictures that holds the gallery's coloured label maps."""
 ENTRIES_PER_PAGE = 240
 
 

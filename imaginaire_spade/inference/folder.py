@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 from torch import Tensor
 from tqdm import tqdm
 
 from imaginaire_spade.data.dataset import LabelMapDataset, Sample
 from imaginaire_spade.data.folders import DATA_TYPES
+from imaginaire_spade.data.workers import read_ahead
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, synthesise
@@ -30,14 +30,7 @@ from imaginaire_spade.inference.weights import LoadedModel
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.models.encoder import sample_style
 from imaginaire_spade.noise import style_noise
-from imaginaire_spade.pictures import SUFFIXES, GalleryEntry, Picture, write_gallery, write_image
-
-LABELS_FOLDER = "_labels"
-"""Folder inside the output folder that holds the gallery's coloured label maps."""
-
-T = TypeVar("T")
-R = TypeVar("R")
-
+from imaginaire_spade.pictures import LABELS_FOLDER, SUFFIXES, GalleryEntry, Picture, write_gallery, write_image
 
 # ------------------------------------------------------------------------------------------------ the output folder
 
@@ -265,21 +258,6 @@ def _write_gallery(model: LoadedModel, labels: LabelSpec, directory: Path, outpu
     entries = [GalleryEntry(output.key, output.label_map, output.pictures) for output in outputs]
     title = f"{directory.resolve().name}: generator after {model.images_seen:,} images ({model.weights} weights)"
     return write_gallery(directory, entries, title, legend=legend)
-
-
-def read_ahead(function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """``map``, computed by one thread up to ``ahead`` items before they are asked for."""
-    pending: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(1, "read") as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 class Writer:
