@@ -1,4 +1,4 @@
-"""The report page: one HTML file with scores, stamp, classes and pictures in it. It runs no script and loads nothing."""
+"""The report page: one HTML file with scores, stamp, classes and pictures. It runs no script and loads nothing."""
 
 from __future__ import annotations
 
@@ -260,7 +260,8 @@ dt { color: var(--faint) } dd { margin: 0; overflow-wrap: anywhere }
 .share, .value i { color: var(--faint); font-style: normal; font-size: 13px }
 svg { display: block; overflow: visible } rect.track { fill: var(--track) } rect.bar { fill: var(--bar) }
 rect.tick { fill: var(--ink) }
-.key { white-space: nowrap; margin-left: 10px } .key i { display: inline-block; vertical-align: -1px; margin-right: 3px }
+.key { white-space: nowrap; margin-left: 10px }
+.key i { display: inline-block; vertical-align: -1px; margin-right: 3px }
 i.bar { width: 22px; height: 10px; border-radius: 2px; background: var(--bar) }
 i.tick { width: 2px; height: 14px; background: var(--ink) }
 .swatch { display: inline-block; width: 14px; height: 14px; border-radius: 3px; border: 1px solid var(--line);

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from imaginaire_spade.data.segmenters import Segmenter
 from imaginaire_spade.distributed import total_over_processes
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.evaluation.label_names import LabelMapping
+from imaginaire_spade.evaluation.report import Report
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.layout import nearest_indices
 
@@ -205,11 +206,20 @@ class SegmentationMetric:
 
     def scores(self) -> dict[str, float]:
         """Pixel accuracy and mean IoU of both, by name."""
-        scores = {}
+        scores: dict[str, float] = {}
         for kind, ending in (("generated", ""), ("real", "_real")):
             confusion = self.confusions[kind]
             scores |= {f"pixel_accuracy{ending}": confusion.pixel_accuracy, f"miou{ending}": confusion.mean_iou}
         return scores
+
+    def added_to(self, report: Report) -> Report:
+        """A report with these scores, their stamp and their details."""
+        return replace(
+            report,
+            scores={**report.scores, **self.scores()},
+            protocol=replace(report.protocol, segmentation=self.stamp(), ignore=IGNORE_POLICY),
+            details={**report.details, "segmentation": self.details()},
+        )
 
     def details(self) -> dict[str, Any]:
         """What is behind the scores, for a report: plain types only."""

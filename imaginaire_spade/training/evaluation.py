@@ -8,44 +8,42 @@ Nothing here changes what is trained: no weight, no random number.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from imaginaire_spade.config import EvaluationConfig, RunConfig
 from imaginaire_spade.data.dataset import Batch, LabelMapDataset, denormalise
-from imaginaire_spade.data.loader import default_num_workers, sequential_batches
+from imaginaire_spade.data.loader import default_num_workers
 from imaginaire_spade.data.segmenters import hugging_face_segmenter
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
-from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.evaluation.collection import Collection, Description, collect
+from imaginaire_spade.evaluation.collection import Collection, collect
 from imaginaire_spade.evaluation.features import feature_network
 from imaginaire_spade.evaluation.label_names import match_labels, read_mapping
 from imaginaire_spade.evaluation.report import Report, higher_is_better
-from imaginaire_spade.evaluation.scores import KEEP_FEATURES, NEED_FEATURES, evaluate_pictures, score_name
+from imaginaire_spade.evaluation.scores import (
+    KEEP_FEATURES,
+    NEED_FEATURES,
+    NEIGHBOURS,
+    evaluate_pictures,
+    kernel_distance,
+    precision_recall,
+    score_name,
+)
 from imaginaire_spade.evaluation.segmentation import Confusion, NetworkPredictions, SegmentationMetric
-from imaginaire_spade.evaluation.sources import EvaluatedPicture, PictureSource
-from imaginaire_spade.evaluation.statistics import FeatureStats
+from imaginaire_spade.evaluation.sources import EvaluatedPicture
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.noise import style_noise
-from imaginaire_spade.pictures import write_bytes
+from imaginaire_spade.training.reference import ValidationPictures, read_reference, spread, write_reference
 
 FOLDER = "evaluation"
 """Of the log dir: the reference, and a report of every evaluation."""
-
-
-class LeaveAsked(Exception):
-    """A process was asked to leave while an evaluation ran; raised on all of them at the same point."""
 
 
 @dataclass(frozen=True)
@@ -54,53 +52,6 @@ class Outcome:
 
     scores: dict[str, float]
     is_best: bool
-
-
-class ValidationPictures(PictureSource):
-    """Samples of a data set, each as ``picture`` makes it; their label maps are at hand while a picture is looked at.
-
-    Args:
-        indices: places in ``dataset``; their keys, in this order, are the source's.
-        picture: batch -> uint8 [N, 3, H, W].
-        leave: asked before each batch, equally often on every process; True ends the reading with LeaveAsked.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        dataset: LabelMapDataset,
-        indices: Sequence[int],
-        picture: Callable[[Batch], Tensor],
-        *,
-        batch_size: int,
-        num_workers: int,
-        world_size: int,
-        format: str,
-        leave: Callable[[], bool],
-    ) -> None:
-        self.name, self.keys = name, [dataset.keys[index] for index in indices]
-        self.labels: dict[int, Tensor] = {}
-        """Of the pictures that are being looked at: index -> train ids [H, W]."""
-        self._dataset, self._indices, self._picture = dataset, indices, picture
-        self._batch_size, self._num_workers, self._format, self._leave = batch_size, num_workers, format, leave
-        self._rounds = math.ceil(math.ceil(len(indices) / world_size) / batch_size)
-
-    def read(self, indices: Sequence[int]) -> Iterator[EvaluatedPicture]:
-        wanted = [self._indices[index] for index in indices]
-        batches = sequential_batches(self._dataset, wanted, self._batch_size, num_workers=self._num_workers)
-        places = iter(indices)
-        with closing(batches):  # type: ignore[type-var]
-            for _ in range(self._rounds):
-                if self._leave():
-                    raise LeaveAsked
-                batch = next(batches, None)
-                if batch is None:
-                    continue
-                made = self._picture(batch)
-                here = [next(places) for _ in range(len(batch))]
-                self.labels = dict(zip(here, batch.layout.labels, strict=True))
-                for index, pixels in zip(here, made, strict=True):
-                    yield EvaluatedPicture(index, pixels, format=self._format)
 
 
 class Evaluation:
@@ -122,7 +73,8 @@ class Evaluation:
         workers = config.data.num_workers
         self._num_workers = default_num_workers(info.local_world_size) if workers is None else workers
         self._labels = config.data.labels
-        self._indices = _spread(len(dataset), self.section.num_images)
+        self._indices = spread(len(dataset), self.section.num_images)
+        _try_libraries(self.section.metrics)
         with torch.random.fork_rng(devices=[]):
             self._network = None
             if set(self.section.metrics) & set(NEED_FEATURES):
@@ -147,9 +99,7 @@ class Evaluation:
 
     def _segmenter(self) -> NetworkPredictions:
         assert self.section.segmenter is not None, "checked by EvaluationConfig"
-        segmenter = hugging_face_segmenter(
-            self.section.segmenter, self._device, flag="trainer.evaluation.segmenter:"
-        )
+        segmenter = hugging_face_segmenter(self.section.segmenter, self._device, flag="trainer.evaluation.segmenter:")
         file = self.section.segmenter_labels
         stated = None if file is None else read_mapping(Path(file))
         return NetworkPredictions(segmenter, match_labels(segmenter.names, self._labels, stated, segmenter.model))
@@ -203,23 +153,23 @@ class Evaluation:
 
     # -------------------------------------------------------------------------------------------- the work
 
-    def find_reference(self, logdir: Path, leave: Callable[[], bool]) -> str | None:
+    def find_reference(self, logdir: Path, leave: Callable[[], bool]) -> str:
         """Get the statistics of the real photos ready, from the log dir or by computing them (a collective).
 
-        Returns what was done, where it was computed.
+        Returns what was done. Raises LeaveAsked.
         """
         path = logdir / FOLDER / "real.npz"
-        found = _read_reference(path, self.identity) if self._info.is_main else None
+        found = read_reference(path, self.identity) if self._info.is_main else None
         if broadcast_object(found is not None):
             self._real, self._real_confusion = found or (None, None)
-            return None
+            return f"evaluation: statistics of {len(self._indices)} real photos from {path}"
         metric = self._metric()
-        source = self._source("photos", lambda batch: _images(batch), "photos through the data pipeline", leave)
+        source = self._source("photos", _images, "photos through the data pipeline", leave)
         self._real = self._collect(source, "real", metric)
         if metric is not None:
             self._real_confusion = metric.confusions["real"].summed_over_processes(self._device)
         if self._info.is_main:
-            _write_reference(path, self.identity, self._real, self._real_confusion)
+            write_reference(path, self.identity, self._real, self._real_confusion)
         return f"evaluation: statistics of {len(self._indices)} real photos computed, kept in {path}"
 
     def __call__(
@@ -241,10 +191,7 @@ class Evaluation:
             return denormalise(generator(batch.layout.to(self._device), z))
 
         metric = self._metric()
-        # Loaders and libraries may draw from torch's own generator; a component of the user's may, too.
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            fake = self._collect(self._source("generated", made, "tensor (uint8)", leave), "generated", metric)
+        fake = self._collect(self._source("generated", made, "tensor (uint8)", leave), "generated", metric)
         if metric is not None:
             metric.confusions["generated"] = metric.confusions["generated"].summed_over_processes(self._device)
         scores: dict[str, float] = {}
@@ -290,10 +237,12 @@ class Evaluation:
                 truth = source.labels[picture.index].numpy()
                 metric.add(kind, source.keys[picture.index], pixels, truth)
 
-        return collect(
-            source, self._network, batch_size=self._batch_size, keep_features=self._keep_features, info=self._info,
-            on_picture=segment,
-        )  # fmt: skip
+        # Loaders draw from torch's own random numbers, and a component of the user's may in training.
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            return collect(
+                source, self._network, batch_size=self._batch_size, keep_features=self._keep_features, info=self._info,
+                on_picture=segment,
+            )  # fmt: skip
 
     def _report(self, fake: Collection, metric: SegmentationMetric | None, images_seen: int) -> Report:
         assert self._real is not None
@@ -308,60 +257,14 @@ class Evaluation:
         return metric.added_to(report)
 
 
-def _spread(count: int, wanted: int | None) -> list[int]:
-    """``wanted`` places out of ``count``, evenly spread. Raises ConfigError where there are not so many."""
-    if wanted is None or wanted == count:
-        return list(range(count))
-    if wanted > count:
-        raise ConfigError(
-            f"trainer.evaluation.num_images: {wanted}, but data.val has {count} samples: write a smaller number, or"
-            " null for all of them"
-        )
-    return [i * count // wanted for i in range(wanted)]
+def _try_libraries(metrics: Sequence[str]) -> None:
+    """Raises ConfigError where a metric's library is not installed."""
+    if "kid" in metrics:
+        kernel_distance(torch.ones(2, 1), torch.ones(2, 1))
+    if "precision_recall" in metrics:
+        precision_recall(torch.ones(NEIGHBOURS + 1, 1), torch.ones(NEIGHBOURS + 1, 1))
 
 
 def _images(batch: Batch) -> Tensor:
     assert batch.images is not None
     return batch.images
-
-
-# ------------------------------------------------------------------------------------------------ the reference's file
-
-
-def _write_reference(path: Path, identity: Mapping[str, Any], real: Collection, confusion: Confusion | None) -> None:
-    arrays: dict[str, Any] = {
-        "identity": np.array(json.dumps(identity)),
-        "description": np.array(json.dumps(asdict(real.description))),
-        "warnings": np.array(json.dumps(real.warnings)),
-    }
-    if real.stats is not None:
-        arrays |= {"count": real.stats.count, "sum": real.stats.sum.cpu(), "outer": real.stats.outer.cpu()}
-    if real.features is not None:
-        arrays["features"] = real.features.cpu()
-    if confusion is not None:
-        arrays |= {"confusion": confusion.counts, "ignored": confusion.ignored}
-    buffer = io.BytesIO()
-    np.savez(buffer, **{name: np.asarray(value) for name, value in arrays.items()})
-    write_bytes(path, buffer.getvalue())
-
-
-def _read_reference(path: Path, identity: Mapping[str, Any]) -> tuple[Collection, Confusion | None] | None:
-    """What ``_write_reference`` wrote; None where there is nothing of this identity, or it is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-        if json.loads(str(arrays["identity"])) != identity:
-            return None
-        stats = features = confusion = None
-        if "count" in arrays:
-            stats = FeatureStats(int(arrays["count"]), *(torch.from_numpy(arrays[n]) for n in ("sum", "outer")))
-        if "features" in arrays:
-            features = torch.from_numpy(arrays["features"])
-        if "confusion" in arrays:
-            confusion = Confusion(arrays["confusion"], int(arrays["ignored"]))
-        description = Description(**json.loads(str(arrays["description"])))
-        warnings = tuple(json.loads(str(arrays["warnings"])))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-        return None
-    gaussian = None if stats is None else stats.gaussian()
-    return Collection("photos", description, gaussian, stats, features, None, warnings), confusion
