@@ -113,8 +113,8 @@ def _apex_adam() -> Any:
         ) from None
 
 
-def build_split(config: RunConfig, split: SplitConfig) -> LabelMapDataset:
-    """The samples of one split, ``config.data.train`` or ``config.data.val``."""
+def build_split(config: RunConfig, split: SplitConfig, *, with_images: bool = True) -> LabelMapDataset:
+    """The samples of one split, ``config.data.train`` or ``config.data.val``; without their photos, if so asked."""
     return LabelMapDataset(
         split.roots,
         config.data.labels,
@@ -122,6 +122,7 @@ def build_split(config: RunConfig, split: SplitConfig) -> LabelMapDataset:
         distances=layout_spec(config).has_distances,
         augmentations=split.augmentations,
         seed=config.seed,
+        with_images=with_images,
     )
 
 

@@ -82,12 +82,14 @@ def compare(paths: tuple[Path, Path]) -> str:
     common = [name for name in a.scores if name in b.scores]
     if not common:
         raise UserError(f"{paths[0]} and {paths[1]} have no score in common")
-    width = max(map(len, common))
-    lines = [f"{'':{width}}  {paths[0]}  {paths[1]}"]
+    rows = [("", str(paths[0]), str(paths[1]), "")]
     for name in common:
         first, second = a.scores[name], b.scores[name]
-        lines.append(f"{name:{width}}  {first:.6g}  {second:.6g}  {_verdict(name, first, second)}")
-    return "\n".join(lines)
+        rows.append((name, f"{first:.6g}", f"{second:.6g}", _verdict(name, first, second)))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def higher_is_better(name: str) -> bool:

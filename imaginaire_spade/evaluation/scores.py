@@ -169,18 +169,14 @@ def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metri
         found.append(
             f"{network.name} is an untrained network: its scores say nothing about the pictures, and are no FID or KID"
         )
-    assert real.gaussian is not None and fake.gaussian is not None
-    for side in (real, fake):
-        count = side.gaussian.count if side.gaussian else None
-        if count is not None and count < FEW_PICTURES and "fid" in metrics:
-            rank = ""
-            if count <= network.dim:
-                rank = f", and their covariance is singular: the features have {network.dim} dimensions"
-            found.append(
-                f"{side.name}: {count} pictures. A Frechet distance of fewer than {FEW_PICTURES} is biased upwards and"
-                f" depends on their number{rank}: compare only equal numbers, and report KID (--metrics kid), which is"
-                " unbiased"
-            )
+    counts = [side.gaussian.count for side in (real, fake) if side.gaussian and side.gaussian.count is not None]
+    if "fid" in metrics and min(counts) < FEW_PICTURES:
+        few = f"only {min(counts)} pictures: a Frechet distance of fewer than {FEW_PICTURES} is too high, by how much"
+        few += " depends on their number. Compare equal numbers only, and report KID (--metrics kid), which has no such"
+        few += " bias"
+        if min(counts) <= network.dim:
+            few += f". With features of {network.dim} dimensions their covariance is singular besides"
+        found.append(few)
     if real.description.size and real.description.size != fake.description.size:
         found.append(
             f"real pictures are {real.description.size}, generated ones {fake.description.size} (height x width): part"
