@@ -349,6 +349,19 @@ def load_config(
     return parse_config(tree, origins, str(path))
 
 
+def load_labels(path: str | Path) -> LabelSpec:
+    """The label table, ``data.labels``, of a configuration that may lack everything else (configs/labels/). Raises
+    ConfigError."""
+    tree, origins = _read_merged(Path(path), ())
+    data = tree.get("data")
+    if not isinstance(data, dict) or "labels" not in data:
+        raise ConfigError(f"{path}: no label table (data.labels) in it or in its base")
+    try:
+        return LabelSpec.model_validate_json(json.dumps(data["labels"], default=str))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error, LabelSpec, ("data", "labels"), origins, str(path)))) from None
+
+
 def parse_config(tree: Mapping[str, Any], origins: Origins | None = None, source: str = "config") -> RunConfig:
     """Check a plain tree (as YAML or a checkpoint holds it) and fill in the defaults. Raises ConfigError."""
     problems: list[str] = []

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from imaginaire_spade.data.decode import decode_label
 from imaginaire_spade.data.folders import FolderSource
-from imaginaire_spade.data.segmenters import Segmenter
+from imaginaire_spade.data.segmenters import Segmenter, hugging_face_segmenter
 from imaginaire_spade.distributed import total_over_processes
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.evaluation.label_names import LabelMapping
+from imaginaire_spade.evaluation.label_names import LabelMapping, match_labels, read_mapping
 from imaginaire_spade.evaluation.report import Report
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.layout import nearest_indices
@@ -133,6 +133,22 @@ class NetworkPredictions:
         return self.mapping.train_ids[self.segmenter.label(picture, size)]
 
 
+def network_predictions(
+    model: str, mapping_file: str | Path | None, labels: LabelSpec, device: torch.device, flag: str
+) -> NetworkPredictions:
+    """Predictions of a Hugging Face model in the classes of a label table.
+
+    Args:
+        mapping_file: what ``label_names.read_mapping`` reads; None: labels are matched by name.
+        flag: what to call the model's setting in messages.
+    Raises:
+        ConfigError: the model cannot be used, or its labels do not match the table.
+    """
+    segmenter = hugging_face_segmenter(model, device, flag)
+    stated = None if mapping_file is None else read_mapping(Path(mapping_file))
+    return NetworkPredictions(segmenter, match_labels(segmenter.names, labels, stated, model))
+
+
 class StoredPredictions:
     """Predicted id maps of a folder: ``FOLDER/KEY.png`` with the ids that the label maps have too.
 
@@ -140,7 +156,7 @@ class StoredPredictions:
         DataError: no such folder, or nothing in it.
     """
 
-    unscored = ()
+    unscored: tuple[int, ...] = ()
     stamp = ""
 
     def __init__(self, folder: Path, labels: LabelSpec) -> None:
@@ -177,6 +193,12 @@ class SegmentationMetric:
         self.labels, self.unscored = labels, generated.unscored
         self._predictors = {"generated": generated, "real": real}
         self.confusions = {kind: Confusion.zero(labels.num_classes) for kind in self._predictors}
+
+    def check(self, keys: Sequence[str]) -> None:
+        """Raises DataError where a prediction is to come from a file that is not there."""
+        for predictor in self._predictors.values():
+            if isinstance(predictor, StoredPredictions):
+                predictor.check(keys)
 
     def add(self, kind: str, key: str, picture: NDArray[np.uint8], truth: Ids) -> float:
         """Count one picture in.

@@ -21,11 +21,9 @@ from torch import Tensor
 from imaginaire_spade.config import EvaluationConfig, RunConfig
 from imaginaire_spade.data.dataset import Batch, LabelMapDataset, denormalise
 from imaginaire_spade.data.loader import default_num_workers
-from imaginaire_spade.data.segmenters import hugging_face_segmenter
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
 from imaginaire_spade.evaluation.collection import Collection, collect
 from imaginaire_spade.evaluation.features import feature_network
-from imaginaire_spade.evaluation.label_names import match_labels, read_mapping
 from imaginaire_spade.evaluation.report import Report, higher_is_better
 from imaginaire_spade.evaluation.scores import (
     KEEP_FEATURES,
@@ -36,7 +34,7 @@ from imaginaire_spade.evaluation.scores import (
     precision_recall,
     score_name,
 )
-from imaginaire_spade.evaluation.segmentation import Confusion, NetworkPredictions, SegmentationMetric
+from imaginaire_spade.evaluation.segmentation import Confusion, SegmentationMetric, network_predictions
 from imaginaire_spade.evaluation.sources import EvaluatedPicture
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.noise import style_noise
@@ -84,7 +82,15 @@ class Evaluation:
                     resize=self.section.resize,
                     device=device,
                 )
-            self._predictions = self._segmenter() if "segmentation" in self.section.metrics else None
+            self._predictions = None
+            if self.section.segmenter is not None:
+                self._predictions = network_predictions(
+                    self.section.segmenter,
+                    self.section.segmenter_labels,
+                    self._labels,
+                    device,
+                    "trainer.evaluation.segmenter:",
+                )
         self._keep_features = bool(set(self.section.metrics) & set(KEEP_FEATURES))
         best = self.section.best
         named = self._network is not None and best in ("fid", "kid", "precision", "recall")
@@ -96,13 +102,6 @@ class Evaluation:
         """The best of the deciding score so far, and the images seen then."""
         self._real: Collection | None = None
         self._real_confusion: Confusion | None = None
-
-    def _segmenter(self) -> NetworkPredictions:
-        assert self.section.segmenter is not None, "checked by EvaluationConfig"
-        segmenter = hugging_face_segmenter(self.section.segmenter, self._device, flag="trainer.evaluation.segmenter:")
-        file = self.section.segmenter_labels
-        stated = None if file is None else read_mapping(Path(file))
-        return NetworkPredictions(segmenter, match_labels(segmenter.names, self._labels, stated, segmenter.model))
 
     def _identity(self, config: RunConfig) -> dict[str, Any]:
         """What scores of this run must share to be comparable, as JSON."""
