@@ -197,7 +197,7 @@ def _joined(
     if unreadable:
         warnings.append(f"{source.name}: {len(unreadable)} of {total} pictures cannot be read and are left out")
     problems = tuple(unreadable[index] for index in sorted(unreadable))
-    gaussian = stats.gaussian() if stats else None
+    gaussian = stats.gaussian(source.name) if stats else None
     return Collection(source.name, description, gaussian, stats, features, diversity, tuple(warnings), problems)
 
 

@@ -81,31 +81,33 @@ def perceptual_network(weights: str | None = None, *, device: torch.device | str
     Raises:
         ConfigError: no weights there, saying where to put which file; damaged; torchmetrics is not installed.
     """
+    is_random = weights is not None and weights.startswith(RANDOM)
+    seed, path, state = 0, None, {}
+    if weights is not None and is_random:
+        seed = random_seed(weights, "--lpips_weights")
+    else:
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE
+        path = find_weights(weights, [cached], "--lpips_weights", ALEXNET_URL)
+        state = read_state(path, "torchvision's AlexNet", ALEXNET_URL)
+    layers = _untrained_lpips(seed)
+    if path is not None:
+        backbone: nn.Module = layers.get_submodule("net")
+        try:  # torchvision's features.I.weight are LPIPS's sliceS.I.weight
+            backbone.load_state_dict({k: state[f"features.{k.partition('.')[2]}"] for k in backbone.state_dict()})
+        except (KeyError, RuntimeError) as error:
+            raise not_weights(path, "torchvision's AlexNet", ALEXNET_URL, error) from None
+    layers.eval().requires_grad_(False).to(device)
+    if path is None:
+        return PerceptualNetwork(str(weights), sha256_of_state(layers), layers)
+    return PerceptualNetwork("lpips alex", sha256_of_file(path), layers)
+
+
+def _untrained_lpips(seed: int) -> nn.Module:
+    """LPIPS with its trained heads on an untrained backbone."""
     try:
         from torchmetrics.functional.image.lpips import _LPIPS
     except ImportError:
         raise ConfigError("LPIPS comes with torchmetrics: pip install 'imaginaire_spade[eval]'") from None
-    is_random = weights is not None and weights.startswith(RANDOM)
-    seed = random_seed(weights, "--lpips_weights") if weights is not None and is_random else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # pnet_rand: the public classes would download the backbone.
-        layers = _LPIPS(pretrained=True, net="alex", pnet_rand=True)
-    if weights is not None and is_random:
-        name, sha256 = weights, sha256_of_state(layers)
-    else:
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE
-        path = find_weights(weights, [cached], "--lpips_weights", ALEXNET_URL)
-        _load_backbone(layers.net, path)
-        name, sha256 = "lpips alex", sha256_of_file(path)
-    layers.eval().requires_grad_(False).to(device)
-    return PerceptualNetwork(name, sha256, layers)
-
-
-def _load_backbone(backbone: nn.Module, path: Path) -> None:
-    """torchvision's ``features.I.weight`` into LPIPS's ``sliceS.I.weight``."""
-    state = read_state(path, "torchvision's AlexNet", ALEXNET_URL)
-    try:
-        backbone.load_state_dict({key: state[f"features.{key.partition('.')[2]}"] for key in backbone.state_dict()})
-    except (KeyError, RuntimeError) as error:
-        raise not_weights(path, "torchvision's AlexNet", ALEXNET_URL, error) from None
+        return _LPIPS(pretrained=True, net="alex", pnet_rand=True)  # the public classes would download the backbone

@@ -72,10 +72,10 @@ class FeatureStats:
         count = total_over_processes(torch.tensor([self.count], device=self.sum.device))
         return FeatureStats(int(count), total_over_processes(self.sum), total_over_processes(self.outer))
 
-    def gaussian(self) -> Gaussian:
-        """Raises DataError for fewer than two pictures, which have no covariance."""
+    def gaussian(self, where: str = "features") -> Gaussian:
+        """Raises DataError, beginning with ``where``, for fewer than two pictures: they have no covariance."""
         if self.count < 2:
-            raise DataError(f"{self.count} picture(s): a covariance needs at least 2")
+            raise DataError(f"{where}: {self.count} picture(s); a covariance needs at least 2")
         mean = self.sum.cpu() / self.count
         scatter = self.outer.cpu() - self.count * torch.outer(mean, mean)
         return Gaussian(mean, scatter / (self.count - 1), self.count)
@@ -151,7 +151,7 @@ def load_statistics(path: Path) -> StoredStatistics:
             raise DataError(f"{path}: damaged statistics ({error}): compute them again") from None
         total, outer = _matrices(path, arrays, "sum", "outer")
         stats = FeatureStats(count, total, outer)
-        return StoredStatistics(stats.gaussian(), stats, origin)
+        return StoredStatistics(stats.gaussian(str(path)), stats, origin)
     if {"mu", "sigma"} <= set(arrays):
         return StoredStatistics(Gaussian(*_matrices(path, arrays, "mu", "sigma"), None), None, None)
     raise DataError(
