@@ -71,13 +71,13 @@ def parse_arguments() -> argparse.Namespace:
     which = segmentation.add_mutually_exclusive_group()
     which.add_argument("--segmenter", metavar="MODEL", help="Hugging Face segmentation model: id or local folder")
     which.add_argument("--predictions", type=Path, nargs=2, metavar=("FAKE_DIR", "REAL_DIR"),
-                       help="in place of a network: id maps it predicted, of the pictures and of the photos")  # fmt: skip
+                       help="in place of a network: id maps predicted of the pictures and of photos")  # fmt: skip
     segmentation.add_argument("--segmenter_labels", type=Path, metavar="FILE",
-                              help="YAML or JSON, class of our table: label of the segmenter (default: by name)")  # fmt: skip
+                              help="YAML or JSON, class of our table: its label (default: by name)")  # fmt: skip
     segmentation.add_argument("--label_maps", type=Path, metavar="DIR",
                               help="with --fake: the label maps of the pictures, a folder or an LMDB root")  # fmt: skip
     segmentation.add_argument("--label_table", type=Path, metavar="C.yaml",
-                              help="with --label_maps: a config with data.labels (configs/labels/NAME.yaml)")  # fmt: skip
+                              help="with --label_maps: config with data.labels (configs/labels/)")  # fmt: skip
     how = parser.add_argument_group("how")
     how.add_argument("--metrics", default="fid", help=f"comma-separated: {','.join(METRICS)} (default: fid)")
     how.add_argument("--inception_weights", metavar="FILE",
