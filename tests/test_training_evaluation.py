@@ -10,6 +10,8 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_evaluation import RANDOM
+from test_evaluation import run as evaluate  # noqa: F401 (a fixture)
 from test_training import TINY, assert_same, command
 
 from imaginaire_spade.build import build_losses, check_run
@@ -17,6 +19,8 @@ from imaginaire_spade.config import load_config
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.evaluation.features import FeatureNetwork
+from imaginaire_spade.evaluation.protocol import differences
+from imaginaire_spade.evaluation.report import load_report
 from imaginaire_spade.training import checkpoint, loop
 
 SCORES = "trainer.evaluation={every_images: 8, num_images: 7, metrics: [fid, kid], inception_weights: 'random:0',\
@@ -119,6 +123,18 @@ def test_scores_go_on_where_they_were(tiny_run, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "the protocol changed (network), so the best score starts afresh" in printed
     assert "statistics of 7 real photos computed" in printed
+
+
+def test_evaluate_finds_the_scores_of_training(tiny_run, tmp_path, evaluate):  # noqa: F811
+    _, run = tiny_run
+    run("log", SCORES.replace("num_images: 7", "num_images: null"), "gen.style_dims=4")
+    best = checkpoint.load_checkpoint(tmp_path / "log/checkpoints/best.pt")
+    name = f"iteration_{best['images_seen'] // 4:09d}.json"
+    then = load_report(tmp_path / "log/evaluation" / name)
+    now = evaluate("--checkpoint", tmp_path / "log/checkpoints/best.pt", "--metrics", "fid,kid", *RANDOM)
+    assert now.protocol == then.protocol and differences(now.protocol, then.protocol) == []
+    for score, value in then.scores.items():
+        assert now.scores[score] == pytest.approx(value, rel=1e-3, abs=1e-6)
 
 
 def test_two_processes_find_the_scores_of_one(tiny_run, tmp_path):

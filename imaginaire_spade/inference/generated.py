@@ -9,7 +9,7 @@ import torch
 from imaginaire_spade.data.dataset import LabelMapDataset, Sample
 from imaginaire_spade.data.workers import read_ahead
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.evaluation.sources import EvaluatedPicture, PictureSource, Unreadable
+from imaginaire_spade.evaluation.sources import NOT_STORED, EvaluatedPicture, PictureSource, Unreadable
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, synthesise
 from imaginaire_spade.inference.weights import LoadedModel
 from imaginaire_spade.noise import style_noise
@@ -59,7 +59,7 @@ class GeneratedPictures(PictureSource):
         for name, picture in synthesise(self._model, requests(), self._batch_size):
             index, j = made.pop(name)
             pixels = torch.from_numpy(picture).permute(2, 0, 1)
-            yield EvaluatedPicture(index, pixels, j, "generated, not stored")
+            yield EvaluatedPicture(index, pixels, j, NOT_STORED)
         yield from unreadable
 
     def _read(self, index: int) -> tuple[int, Sample | Unreadable]:

@@ -35,7 +35,7 @@ from imaginaire_spade.evaluation.scores import (
     score_name,
 )
 from imaginaire_spade.evaluation.segmentation import Confusion, SegmentationMetric, network_predictions
-from imaginaire_spade.evaluation.sources import EvaluatedPicture
+from imaginaire_spade.evaluation.sources import NOT_STORED, PIPELINE, EvaluatedPicture
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.reference import ValidationPictures, read_reference, spread, write_reference
@@ -163,7 +163,7 @@ class Evaluation:
             self._real, self._real_confusion = found or (None, None)
             return f"evaluation: statistics of {len(self._indices)} real photos from {path}"
         metric = self._metric()
-        source = self._source("photos", _images, "photos through the data pipeline", leave)
+        source = self._source("photos", _images, PIPELINE, leave)
         self._real = self._collect(source, "real", metric)
         if metric is not None:
             self._real_confusion = metric.confusions["real"].summed_over_processes(self._device)
@@ -190,7 +190,7 @@ class Evaluation:
             return denormalise(generator(batch.layout.to(self._device), z))
 
         metric = self._metric()
-        fake = self._collect(self._source("generated", made, "tensor (uint8)", leave), "generated", metric)
+        fake = self._collect(self._source("generated", made, NOT_STORED, leave), "generated", metric)
         if metric is not None:
             metric.confusions["generated"] = metric.confusions["generated"].summed_over_processes(self._device)
         scores: dict[str, float] = {}
