@@ -53,7 +53,7 @@ def scores_of(logdir) -> list[dict]:
     return [
         {k: v for k, v in record.items() if k == "iteration" or k.startswith("evaluation/")}
         for record in records
-        if "evaluation_s" in record
+        if any(key.startswith("evaluation/") for key in record)
     ]
 
 

@@ -146,7 +146,6 @@ class RunLog:
             "images_seen": images_seen,
             "epoch": round(self.calendar.epoch(images_seen), 4),
             **{f"evaluation/{name}": value for name, value in finite.items()},
-            "evaluation_s": seconds,
         }
         self._write(record)
 
