@@ -19,18 +19,18 @@ from imaginaire_spade.models.norms import CLADE, CLADEICPE, SPADE, ConditionalNo
 
 
 class NoNorm(ConditionalNorm):
-    """Costs nothing: what remains of a generator is its convolutions, activations and up-sampling."""
+    """Costs nothing: what remains of a generator is its convolutions."""
 
     def __init__(self, channels: int, spec: LayoutSpec, *, extra: int = 0) -> None:
         super().__init__()
         self.out_channels = channels + extra
-        self._ready: dict[torch.Size, Tensor] = {}
+        self._ready: dict[tuple[int, ...], Tensor] = {}
 
-    def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
-        if x.shape not in self._ready:
-            ready = torch.rand(len(x), self.out_channels, *x.shape[2:], device=x.device)
-            self._ready[x.shape] = ready.contiguous(memory_format=torch.channels_last)
-        return self._ready[x.shape]
+    def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
+        shape = len(x), self.out_channels, upsample * x.shape[2], upsample * x.shape[3]
+        if shape not in self._ready:
+            self._ready[shape] = torch.rand(shape, device=x.device).contiguous(memory_format=torch.channels_last)
+        return self._ready[shape]
 
 
 NORMS: dict[str, Any] = {

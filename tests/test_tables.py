@@ -15,8 +15,10 @@ from imaginaire_spade import patterns
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
 from imaginaire_spade.models.fpse import FPSEDiscriminator
+from imaginaire_spade.models.frozen import WinogradConv2d, freeze
 from imaginaire_spade.models.generator import SPADEGenerator
-from imaginaire_spade.models.norms import SPADE
+from imaginaire_spade.models.layers import initialise
+from imaginaire_spade.models.norms import CLADE, SPADE
 from imaginaire_spade.models.style_generator import StyleSPADEGenerator
 from imaginaire_spade.models.tables import sum_rows
 from imaginaire_spade.patterns import Lookup, find_neighbourhoods
@@ -92,10 +94,10 @@ def blocky_layout(spec: LayoutSpec, n: int, h: int, w: int, seed: int = 0) -> Se
     return SemanticLayout(spec, labels, edges)
 
 
-def results(network: nn.Module, layout: SemanticLayout, x: torch.Tensor) -> list[torch.Tensor]:
+def results(network: nn.Module, layout: SemanticLayout, x: torch.Tensor, **options) -> list[torch.Tensor]:
     """Output, gradients of x and of all parameters, buffers after the forward."""
     x = x.clone().requires_grad_()
-    y = network(x, layout)
+    y = network(x, layout, **options)
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape).cos()
     gradients = torch.autograd.grad((y * weights).sum() + y.square().mean(), [x, *network.parameters()])
     return [y.detach(), *gradients, *network.buffers()]
@@ -112,9 +114,11 @@ def results(network: nn.Module, layout: SemanticLayout, x: torch.Tensor) -> list
     training=st.booleans(),
     random=st.booleans(),
     channels_last=st.booleans(),
+    upsample=st.sampled_from([1, 2]),
+    slope=st.sampled_from([1, 0.2]),
 )
 def test_spade_by_tables_is_spade(
-    spec, size, kernel_size, normalization, affine, spectral_norm, training, random, channels_last
+    spec, size, kernel_size, normalization, affine, spectral_norm, training, random, channels_last, upsample, slope
 ):
     """To 1e-10 in double precision: output, every gradient, running statistics and spectral-norm vectors."""
     torch.manual_seed(0)
@@ -133,7 +137,8 @@ def test_spade_by_tables_is_spade(
     x = torch.randn(size[0], 3, *size[1:], dtype=torch.float64) * 2 + 1
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    for a, b in zip(results(table, layout, x), results(dense, layout, x), strict=True):
+    after = {"upsample": upsample, "slope": slope}
+    for a, b in zip(results(table, layout, x, **after), results(dense, layout, x, **after), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -234,3 +239,23 @@ def test_under_autocast_types_are_the_dense_paths_and_statistics_stay_exact(dtyp
             assert one.dtype == other.dtype == x.dtype
             assert (one - true).norm() < 2 * (other - true).norm()
         torch.testing.assert_close(table.normalize.running_var, exact.normalize.running_var, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [SPADE, CLADE])
+def test_a_frozen_generator_makes_the_same_pictures(norm):
+    spec = LayoutSpec(5, has_dont_care=True, has_edges=True)
+    torch.manual_seed(0)
+    generator = SPADEGenerator(spec, (64, 64), num_filters=16, norm=norm)
+    initialise(generator, "xavier", 1.0)
+    layouts = [blocky_layout(spec, 2, 64, 64, seed) for seed in range(2)]
+    for layout in layouts:
+        generator(layout)  # moves the running statistics
+    frozen = freeze(copy.deepcopy(generator), winograd=True)
+    wide = [module for module in frozen.modules() if isinstance(module, WinogradConv2d)]
+    assert len(wide) == 6  # of 256 channels each
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    generator.eval()
+    for layout in layouts:
+        torch.testing.assert_close(frozen(layout), generator(layout).detach(), rtol=0, atol=1e-5)
+        moved = freeze(copy.deepcopy(generator).to(memory_format=torch.channels_last), winograd=False)
+        torch.testing.assert_close(moved(layout), generator(layout).detach(), rtol=0, atol=1e-5)

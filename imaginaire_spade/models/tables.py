@@ -114,15 +114,19 @@ def first_convolution(weight: Tensor, bias: Tensor | None, around: LayoutNeighbo
     return hidden if bias is None else hidden + bias
 
 
-def second_convolution(hidden: Tensor, weights: Sequence[Tensor], bias: Tensor, around: LayoutNeighbourhoods) -> Tensor:
-    """Convolutions of ``hidden`` [U, h] at every distinct outer window, side by side: [V, out].
+def weights_by_place(weights: Sequence[Tensor]) -> Tensor:
+    """Weights [.., h, k, k] of convolutions side by side, for ``second_convolution``: [k k, out, h]."""
+    return torch.cat([weight.flatten(2).permute(2, 0, 1) for weight in weights], 1)
+
+
+def second_convolution(hidden: Tensor, places: Tensor, bias: Tensor, around: LayoutNeighbourhoods) -> Tensor:
+    """A convolution of ``hidden`` [U, h] at every distinct outer window: [V, out].
 
     Args:
-        weights: float [.., h, k, k], ``out`` output channels together.
+        places: its weight, float [k k, out, h] (``weights_by_place``).
         bias: float [out].
     """
     hidden = hidden.masked_fill(around.outside, 0)  # zero padding
-    places = torch.cat([weight.flatten(2).permute(2, 0, 1) for weight in weights], 1)  # [k k, out, h]
     sums = []
     for lookup, part in zip(around.outer, places.split(9), strict=True):
         pieces = F.linear(hidden, part.flatten(0, 1))  # [U, p out]
@@ -156,65 +160,104 @@ class Statistics:
     """Whether other processes' values are among those."""
 
 
-def modulate(x: Tensor, modulation: Modulation, statistics: Statistics) -> Tensor:
-    """Normalise and modulate x [N, C, H, W] in one pass; [N, C, H, W] in memory format channels_last.
+def modulate(
+    x: Tensor, modulation: Modulation, statistics: Statistics, *, upsample: int = 1, slope: float = 1.0
+) -> Tensor:
+    """Enlarge (nearest), normalise, modulate and activate x [N, C, h, w] in one pass.
 
     Statistics are taken as functions of x where they have a count: their share is part of x's gradient.
+
+    Args:
+        modulation: of the enlarged pixels.
+        upsample: factor of height and width.
+        slope: of the leaky ReLU that comes last, > 0; 1: none.
+    Returns:
+        [N, C, upsample h, upsample w] in memory format channels_last.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     gamma, beta = modulation.gamma.to(wide), modulation.beta.to(wide)
-    return _Modulate.apply(x, gamma, beta, modulation.pixels, statistics)
+    return _Modulate.apply(x, gamma, beta, modulation.pixels, statistics, upsample, slope)
 
 
 class _Modulate(torch.autograd.Function):
-    """y = (x - mean) rstd gamma[i] + beta[i], computed as y = x scale[i] + shift[i].
+    """y = leaky((x - mean) rstd gamma[i] + beta[i]), computed as y = leaky(x scale[i] + shift[i]).
 
-    Backward: with S and A the sums of dy and of dy x over each row's pixels, d beta = S, d gamma = rstd (A - mean S).
-    dx is dy scale[i]; if mean and rstd are x's own, batch norm takes from dx^ its mean p / n and x^ times its mean
-    product with x^, q / n. These are sums over the table: p = sum_i gamma S, q = sum_i gamma d gamma.
+    Backward, dy being the gradient before the activation: with S and A the sums of dy and of dy x over each row's
+    pixels, d beta = S, d gamma = rstd (A - mean S). dx is dy scale[i]; if mean and rstd are x's own, batch norm takes
+    from dx^ its mean p / n and x^ times its mean product with x^, q / n. These are sums over the table: p = sum_i gamma
+    S, q = sum_i gamma d gamma.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, pixels: Lookup | None, statistics: Statistics
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        pixels: Lookup | None,
+        statistics: Statistics,
+        upsample: int,
+        slope: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, gamma)
-        ctx.pixels, ctx.statistics = pixels, statistics
+        n, channels, height, width = x.shape
         scale = gamma * statistics.rstd
         shift = beta - statistics.mean * scale
-        x_rows = _rows(x)
-        y = torch.empty_like(x, memory_format=torch.channels_last)
-        y_rows = y.permute(0, 2, 3, 1).view(x_rows.shape)
-        for places, table in _row_chunks(torch.cat([scale, shift], 1), pixels, x_rows):
-            scale, shift = table.chunk(2, 1)
-            torch.addcmul(shift, x_rows[places], scale, out=y_rows[places])
+        y = x.new_empty(n, upsample * height, upsample * width, channels)
+        few, many = _grids(x, y, upsample)
+        for rows, table in _row_chunks(torch.cat([scale, shift], 1), pixels, many):
+            scale, shift = table.chunk(2, -1)
+            part = torch.addcmul(shift, few[rows], scale, out=many[rows])
+            if slope != 1:
+                F.leaky_relu_(part, slope)
+        y = y.permute(0, 3, 1, 2)
+        ctx.save_for_backward(x, gamma, *([y] if slope != 1 else []))
+        ctx.pixels, ctx.statistics, ctx.upsample, ctx.slope = pixels, statistics, upsample, slope
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        images, gamma = ctx.saved_tensors
-        pixels, statistics = ctx.pixels, ctx.statistics
-        mean, rstd = statistics.mean, statistics.rstd
-        x, dy = _rows(images), _rows(dy).to(gamma.dtype)
-        dx = dy * x  # this buffer becomes dx below
-        d_beta = _sum_users(dy, pixels)
-        d_gamma = rstd * (_sum_users(dx, pixels) - mean * d_beta)
-        if ctx.needs_input_grad[0]:
-            slope = offset = torch.zeros_like(rstd)
-            if statistics.count is not None:
-                means = torch.stack([(gamma * d_beta).sum(0), (gamma * d_gamma).sum(0)]) / statistics.count
-                if statistics.synchronized:
-                    means = sum_over_processes(means)
-                slope = -rstd * rstd * means[1]
-                offset = -rstd * means[0] - mean * slope
-            for places, scale in _row_chunks(gamma * rstd, pixels, x):
-                part = torch.mul(dy[places], scale, out=dx[places])
-                if statistics.count is not None:
-                    part.addcmul_(x[places], slope).add_(offset)
-        n, channels, height, width = images.shape
-        dx = dx.to(x.dtype).view(n, height, width, channels).permute(0, 3, 1, 2)
-        return dx, d_gamma, d_beta, None, None
+        x, gamma, *activated = ctx.saved_tensors
+        pixels, statistics, upsample = ctx.pixels, ctx.statistics, ctx.upsample
+        mean, rstd, count = statistics.mean, statistics.rstd, statistics.count
+        n, channels, height, width = x.shape
+        dy = dy.permute(0, 2, 3, 1).contiguous()
+        before = torch.empty_like(dy, dtype=gamma.dtype) if activated or dy.dtype != gamma.dtype else dy
+        products = torch.empty_like(before)
+        few, given = _grids(x, dy, upsample)
+        many, products_many = (t.view(given.shape) for t in (before, products))
+        for rows in _chunks(len(given), given[0].numel(), x.device):
+            if activated:  # y has the sign of what went into the leaky ReLU
+                y = activated[0].permute(0, 2, 3, 1).view(given.shape)[rows]
+                many[rows].copy_(given[rows])
+                torch.ops.aten.leaky_relu_backward.grad_input(many[rows], y, ctx.slope, True, grad_input=many[rows])
+            elif before is not dy:
+                many[rows].copy_(given[rows])
+            torch.mul(many[rows], few[rows], out=products_many[rows])
+        d_beta = _sum_users(before.flatten(0, 2), pixels)
+        d_gamma = rstd * (_sum_users(products.flatten(0, 2), pixels) - mean * d_beta)
+        if not ctx.needs_input_grad[0]:
+            return None, d_gamma, d_beta, None, None, None, None
+        slope = offset = torch.zeros_like(rstd)
+        if count is not None:
+            means = torch.stack([(gamma * d_beta).sum(0), (gamma * d_gamma).sum(0)]) / count
+            if statistics.synchronized:
+                means = sum_over_processes(means)
+            slope = -rstd * rstd * means[1] * upsample**2
+            offset = -rstd * means[0] * upsample**2 - mean * slope
+        # The buffer of the products is free now: dx itself where there is one pixel for each of x's, else its terms.
+        dx = products if upsample == 1 else before.new_empty(n, height, width, channels)
+        d_few = dx.view(few.shape)
+        for rows, scale in _row_chunks(gamma * rstd, pixels, many):
+            terms = torch.mul(many[rows], scale, out=products_many[rows])
+            if upsample > 1:  # on a CPU torch.sum over these two dimensions takes five times as long
+                first, second, *others = (part for line in terms.unbind(1) for part in line.unbind(2))
+                total = torch.add(first, second, out=d_few[rows][:, 0, :, 0])
+                for part in others:
+                    total += part
+            if count is not None:
+                d_few[rows].addcmul_(few[rows], slope).add_(offset)
+        return dx.to(x.dtype).permute(0, 3, 1, 2), d_gamma, d_beta, None, None, None, None
 
 
 @torch.no_grad()
@@ -245,20 +288,33 @@ def _rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
 
 
-def _chunks(count: int, channels: int, device: torch.device) -> Iterator[slice]:
-    """All rows, as many at a time as fit the processor's cache; on a GPU all at once."""
-    size = count if device.type == "cuda" else max(1, 2**17 * torch.get_num_threads() // channels)
+def _grids(x: Tensor, y: Tensor, upsample: int) -> tuple[Tensor, Tensor]:
+    """x [N, C, h, w] as [N h, 1, w, 1, C], a view if it is channels_last; y, contiguous, as the pixels made of it:
+    [N h, upsample, w, upsample, C]."""
+    n, channels, height, width = x.shape
+    few = x.permute(0, 2, 3, 1).contiguous().view(n * height, 1, width, 1, channels)
+    return few, y.view(n * height, upsample, width, upsample, channels)
+
+
+def _chunks(count: int, values: int, device: torch.device) -> Iterator[slice]:
+    """``count`` rows of so many values each, as many at a time as fit the processor's cache; on a GPU all at once."""
+    size = count if device.type == "cuda" else max(1, 2**17 * torch.get_num_threads() // values)
     return (slice(start, start + size) for start in range(0, count, size))
 
 
-def _row_chunks(table: Tensor, pixels: Lookup | None, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Each pixel's row of the table, chunk by chunk. One buffer serves all: fresh memory costs more than the sums."""
+def _row_chunks(table: Tensor, pixels: Lookup | None, grid: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Each pixel's row of the table in the shape of ``grid`` [rows, upsample, w, upsample, C], some rows at a time.
+
+    One buffer serves all: fresh memory costs more than the sums.
+    """
+    size = grid.shape[1:4].numel()
     buffer = table.new_empty(0)
-    for places in _chunks(len(x), table.shape[1], x.device):
+    for rows in _chunks(len(grid), grid[0].numel(), grid.device):
         if pixels is None:
-            yield places, table
+            yield rows, table
             continue
-        index = pixels.index[places].flatten()
+        index = pixels.index.view(-1, size)[rows].flatten()
         if not len(buffer):
             buffer = table.new_empty(len(index), table.shape[1])
-        yield places, torch.index_select(table, 0, index, out=buffer[: len(index)])
+        found = torch.index_select(table, 0, index, out=buffer[: len(index)])
+        yield rows, found.view(-1, *grid.shape[1:4], table.shape[1])
