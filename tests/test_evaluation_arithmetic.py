@@ -209,6 +209,7 @@ def test_inception_features_are_those_of_pytorch_fid_and_of_torchmetrics(incepti
         ours = feature_network(str(inception_file), dim=dim)
         torch.testing.assert_close(ours([picture]), expected, rtol=1e-4, atol=1e-5)
     assert ours.sha256 == features_module.sha256_of_file(inception_file) and not ours.is_random
+    assert ours.name == "inception-v3 with other weights" and not ours.is_published
 
     # torchmetrics resizes in a third way: on a picture of 299 x 299 there is nothing to resize.
     picture = torch.from_numpy(rng.integers(0, 256, (3, 299, 299), dtype=np.uint8))

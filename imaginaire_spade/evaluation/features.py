@@ -21,7 +21,7 @@ from imaginaire_spade.errors import ConfigError
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 """One and the same file as torch-fidelity (torchmetrics) and pytorch-fid call it."""
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILES[0]}"
-INCEPTION_SHA256_PREFIX = "6726825d"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_SIZE = 299
 FEATURE_DIMS = (64, 192, 768, 2048)
 RESIZES = ("legacy", "clean")
@@ -42,7 +42,7 @@ class FeatureNetwork:
     """A frozen network with everything that its features depend on."""
 
     name: str
-    """``inception-v3 (2015-12-05)`` or ``random:SEED``."""
+    """``inception-v3 2015-12-05``, ``inception-v3 with other weights`` or ``random:SEED``."""
     sha256: str
     """Of the file of weights; of the weights themselves where they are random."""
     dim: int
@@ -55,6 +55,11 @@ class FeatureNetwork:
     @property
     def is_random(self) -> bool:
         return self.name.startswith(RANDOM)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it is the network that FID and KID are defined with."""
+        return self.sha256 == INCEPTION_SHA256
 
     @property
     def device(self) -> torch.device:
@@ -107,9 +112,9 @@ def feature_network(
         layers = RandomFeatures(dim, random_seed(weights, "--inception_weights"))
         sha256 = sha256_of_state(layers)
     else:
-        name, size = "inception-v3 (2015-12-05)", INCEPTION_SIZE
-        path = inception_weights_file(weights)
+        path, size = inception_weights_file(weights), INCEPTION_SIZE
         layers, sha256 = InceptionFeatures(dim, path, legacy=resize == "legacy"), sha256_of_file(path)
+        name = "inception-v3 2015-12-05" if sha256 == INCEPTION_SHA256 else "inception-v3 with other weights"
     layers.eval().requires_grad_(False).to(device)
     return FeatureNetwork(name, sha256, dim, resize, size, layers)
 

@@ -15,7 +15,7 @@ import imaginaire_spade
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation.collection import Collection
 from imaginaire_spade.evaluation.diversity import PerceptualNetwork
-from imaginaire_spade.evaluation.features import FeatureNetwork
+from imaginaire_spade.evaluation.features import INCEPTION_SHA256, FeatureNetwork
 from imaginaire_spade.evaluation.protocol import Protocol
 from imaginaire_spade.evaluation.report import Report
 from imaginaire_spade.evaluation.statistics import frechet_distance
@@ -168,6 +168,11 @@ def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metri
     if network.is_random:
         found.append(
             f"{network.name} is an untrained network: its scores say nothing about the pictures, and are no FID or KID"
+        )
+    elif not network.is_published:
+        found.append(
+            f"these Inception weights (sha256 {network.sha256}) are not those that FID and KID are defined with"
+            f" ({INCEPTION_SHA256}): no published score compares with these"
         )
     counts = [side.gaussian.count for side in (real, fake) if side.gaussian and side.gaussian.count is not None]
     if "fid" in metrics and min(counts) < FEW_PICTURES:
