@@ -69,11 +69,13 @@ def hugging_face_segmenter(model: str, device: torch.device, flag: str = "--mode
             AutoModelForUniversalSegmentation,
         )
         from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
+        from transformers.utils.logging import disable_progress_bar
     except ImportError:
         raise ConfigError(
             f"{flag} needs the package transformers: pip install 'imaginaire_spade[eval]'"
             f"{' (or give --deeplab WEIGHTS)' if flag == '--model' else ''}"
         ) from None
+    disable_progress_bar()
     try:
         by_masks = AutoConfig.from_pretrained(model).model_type in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
         processor = AutoImageProcessor.from_pretrained(model)

@@ -20,6 +20,7 @@ from imaginaire_spade.pictures import Picture, write_bytes
 
 MAX_WIDTH = 384
 """Pixels of a picture's width on the page; larger ones are shrunk."""
+OUTLINE = (217, 102, 43)
 SHOWN_WORST = 8
 """Classes in the list of the worst."""
 
@@ -82,7 +83,7 @@ def _title(report: Report) -> str:
 def _header(report: Report) -> str:
     count = report.protocol.num_fake
     facts = "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd></div>"
+        f"<div><dt>{html.escape(name.replace('_', ' '))}</dt><dd>{html.escape(str(value))}</dd></div>"
         for name, value in report.subject.items()
     )
     return f"<header><h1>Evaluation of {count} generated pictures</h1><dl>{facts}</dl></header>"
@@ -223,13 +224,16 @@ def _image(picture: Picture, name: str) -> str:
 
 
 def _lit(picture: Picture, truth: NDArray[np.generic] | None, index: int) -> Picture:
-    """The picture, pale and grey where the label map has another class."""
+    """The picture, pale and grey where the label map has another class, with a line around the class."""
     if truth is None:
         return picture
     size = (picture.shape[1], picture.shape[0])
-    inside = cv2.resize((truth == index).astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)[..., None]
+    inside = cv2.resize((truth == index).astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    outline = cv2.dilate(inside, np.ones((3, 3), np.uint8)) != inside
     grey = picture.mean(2, keepdims=True) * 0.3 + 165
-    return np.where(inside, picture, grey.astype(np.uint8))
+    lit = np.where(inside[..., None], picture, grey.astype(np.uint8))
+    lit[outline] = OUTLINE
+    return lit
 
 
 _STYLE = """

@@ -255,7 +255,7 @@ class SegmentationMetric:
                 "share": float(share[index]),
                 "iou": float(generated.iou[index]),
                 "iou_real": float(real.iou[index]),
-                "mistaken_for": _mistaken_for(generated, index, [*names, "another class"]),
+                "mistaken_for": _mistaken_for(generated, index, [*names, "what the table lacks"]),
             }
             for index in np.flatnonzero(generated.present).tolist()
         ]
