@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from benchmarks.layouts import dense, fresh, make_layout
 from benchmarks.measure import Row, largest_difference, rows_of, take_turns
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.models.frozen import freeze
 from imaginaire_spade.models.generator import Generator, SPADEGenerator
 from imaginaire_spade.models.layers import fold_spectral_norm, initialise
 from imaginaire_spade.models.norms import CLADE, CLADEICPE, SPADE, ConditionalNorm
@@ -40,6 +42,7 @@ NORMS: dict[str, Any] = {
     "SPADE's convolutions": NoNorm,
     "CLADE's convolutions": partial(NoNorm, extra=1),  # the edge map is one more channel there
 }
+"""The convolutions are torch's own, as in training."""
 
 
 def make_generator(name: str, layout: SemanticLayout, num_filters: int) -> Generator:
@@ -62,8 +65,14 @@ def measure(
     rows = []
     for batch, height, width in cases:
         layout = make_layout(folder, batch, height, width, with_distances=True).to(device)
-        generators = {name: fold_spectral_norm(make_generator(name, layout, num_filters).eval()) for name in NORMS}
-        runs: dict[str, Callable[[], Tensor]] = {"SPADE dense": partial(_generate, generators["SPADE"], dense, layout)}
+        generators = {name: make_generator(name, layout, num_filters).eval() for name in NORMS}
+        plain = fold_spectral_norm(copy.deepcopy(generators["SPADE"]))
+        for name, generator in generators.items():
+            if name.endswith("convolutions"):
+                fold_spectral_norm(generator).to(memory_format=torch.channels_last)
+            else:
+                freeze(generator, winograd=device.type == "cpu")
+        runs: dict[str, Callable[[], Tensor]] = {"SPADE dense": partial(_generate, plain, dense, layout)}
         runs |= {name: partial(_generate, generator, fresh, layout) for name, generator in generators.items()}
         wanted, found = runs["SPADE dense"](), runs["SPADE"]()
         case = f"batch {batch}, {height}x{width}"

@@ -28,7 +28,7 @@ def freeze(network: N, *, winograd: bool) -> N:
         if isinstance(module, SPADE):
             module.lay_out_tables()
         if isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module.to(memory_format=torch.channels_last)
         if winograd and not isinstance(module, ConditionalNorm):
             for name, child in module.named_children():
                 if isinstance(child, nn.Conv2d) and WinogradConv2d.pays_for(child):
