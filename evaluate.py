@@ -11,24 +11,20 @@ Under torchrun the processes share the work. Weights come from files: docs/evalu
 
 import argparse
 import itertools
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from imaginaire_spade import distributed
-from imaginaire_spade.build import build_split, import_modules
-from imaginaire_spade.config import load_config, load_labels
-from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.build import import_modules
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.evaluation.collection import Collection, collect, load_collection
 from imaginaire_spade.evaluation.diversity import PerceptualNetwork, perceptual_network
 from imaginaire_spade.evaluation.features import FEATURE_DIMS, RESIZES, FeatureNetwork, feature_network
-from imaginaire_spade.evaluation.label_maps import LabelMaps, SegmentationPass, page_samples
+from imaginaire_spade.evaluation.label_maps import SegmentationPass, page_samples
 from imaginaire_spade.evaluation.protocol import REFERENCE_SPLITS
 from imaginaire_spade.evaluation.report import compare
 from imaginaire_spade.evaluation.report_page import write_report_page
@@ -39,11 +35,10 @@ from imaginaire_spade.evaluation.segmentation import (
     StoredPredictions,
     network_predictions,
 )
-from imaginaire_spade.evaluation.sources import DatasetPhotos, EvaluatedPicture, FolderPictures, PictureSource
+from imaginaire_spade.evaluation.sources import EvaluatedPicture, PictureSource
 from imaginaire_spade.evaluation.statistics import holds_statistics
+from imaginaire_spade.inference.evaluated import Evaluated, checkpoint_pictures, stored_pictures
 from imaginaire_spade.inference.folder import Progress
-from imaginaire_spade.inference.generated import GeneratedPictures
-from imaginaire_spade.inference.weights import check_fits, find_checkpoint, load_generator, with_overrides
 
 PROCESS_GROUP_TIMEOUT_S = 3600.0
 """Shares of the work end at different times."""
@@ -122,7 +117,7 @@ def main() -> None:
         )
     if "diversity" in metrics:
         perceptual = perceptual_network(arguments.lpips_weights, device=device)
-    sources = _sources(arguments, device, metrics)
+    sources = _evaluated(arguments, device, metrics)
     segmentation = _segmentation(arguments, sources, device) if "segmentation" in metrics else None
 
     distributed.init_process_group(info, device, PROCESS_GROUP_TIMEOUT_S)
@@ -204,78 +199,20 @@ def _check(arguments: argparse.Namespace) -> list[str]:
     return metrics
 
 
-@dataclass(frozen=True)
-class Sources:
-    """What is evaluated."""
-
-    fake: PictureSource
-    real: PictureSource | Path
-    """Photos, or the place of their statistics."""
-    photos: PictureSource | None
-    """Photos of the generated pictures' label maps, where there are; ``real`` itself, where it is these."""
-    maps: LabelMaps | None
-    subject: dict[str, str]
-    """What the report says of it."""
-
-
-def _sources(arguments: argparse.Namespace, device: torch.device, metrics: Sequence[str]) -> Sources:
-    real = arguments.real
-    if real is not None and not holds_statistics(real):
-        real = FolderPictures(real)
+def _evaluated(arguments: argparse.Namespace, device: torch.device, metrics: Sequence[str]) -> Evaluated:
     if arguments.fake:
-        stored = FolderPictures(arguments.fake, arguments.num_samples)
-        label_maps = None
-        if arguments.label_maps:
-            table = load_labels(arguments.label_table)
-            label_maps = LabelMaps(
-                LabelMapDataset(arguments.label_maps, table, with_images=False), str(arguments.label_maps)
-            )
-            label_maps.check(stored.keys, stored.name)
-        photos = None if isinstance(real, Path) else real
-        return Sources(stored, real, photos, label_maps, _names(arguments.real, arguments.fake))
-
-    given = load_config(arguments.config, arguments.set) if arguments.config else None
-    path = find_checkpoint(arguments.checkpoint, arguments.logdir, given)
-    model = load_generator(path, weights=arguments.weights, device=device)
-    config = with_overrides(model.config, arguments.set, path.name)
-    for other, where in ((given, str(arguments.config)), (config, f"--set {' '.join(arguments.set)}")):
-        if other is not None:
-            check_fits(model, other, where)
-    if given is not None and given.data.labels != config.data.labels:
-        print(f"note: data.labels of {arguments.config} differs from the checkpoint's, which is used", file=sys.stderr)
-    for note in model.notes:
-        print(f"note: {note}", file=sys.stderr, flush=True)
-    train, val = (given or config).data.train, (given or config).data.val
-    if val is None:
-        raise ConfigError(
-            f"{arguments.config or path}: no data.val to evaluate on: write data: {{val: {{roots: [DIR]}}}}"
-        )
-    if arguments.num_samples > 1 and not model.style_dims:
-        raise ConfigError(
-            f"--num_samples {arguments.num_samples}: this generator takes no style code, so that the samples of a label"
-            " map are equal: leave the flag out"
-        )
-    seed = config.seed if arguments.seed is None else arguments.seed
-    maps = build_split(config, val, with_images=False)
-    fake = GeneratedPictures(
-        model, maps, str(path), num_samples=arguments.num_samples, seed=seed, batch_size=arguments.batch_size
-    )
-    subject = _names(arguments.real, path) | {
-        "weights": f"{model.weights} after {model.images_seen} images", "style_seed": str(seed),
-        "label_maps": ", ".join(val.roots),
-    }  # fmt: skip
-    if real is None:
-        # Through the same geometry as the label maps, so that real and generated pictures are of one size.
-        roots = train.roots if arguments.reference_split == "train" else val.roots
-        real = DatasetPhotos(build_split(config, val.model_copy(update={"roots": roots})), ", ".join(roots))
-        subject["real"] = real.name
-    photos = real if isinstance(real, DatasetPhotos) and arguments.reference_split == "val" else None
-    if photos is None and "segmentation" in metrics:
-        photos = DatasetPhotos(build_split(config, val), ", ".join(val.roots))
-    return Sources(fake, real, photos, LabelMaps(maps, ", ".join(val.roots)), subject)
+        return stored_pictures(
+            arguments.fake, arguments.real, num_samples=arguments.num_samples, label_maps=arguments.label_maps,
+            label_table=arguments.label_table,
+        )  # fmt: skip
+    return checkpoint_pictures(
+        arguments.checkpoint, arguments.logdir, arguments.config, arguments.set, weights=arguments.weights,
+        device=device, real=arguments.real, reference_split=arguments.reference_split, seed=arguments.seed,
+        num_samples=arguments.num_samples, batch_size=arguments.batch_size, with_photos="segmentation" in metrics,
+    )  # fmt: skip
 
 
-def _segmentation(arguments: argparse.Namespace, sources: Sources, device: torch.device) -> SegmentationPass:
+def _segmentation(arguments: argparse.Namespace, sources: Evaluated, device: torch.device) -> SegmentationPass:
     assert sources.maps is not None and sources.photos is not None
     labels = sources.maps.labels
     of_fake: Predictor
@@ -288,10 +225,6 @@ def _segmentation(arguments: argparse.Namespace, sources: Sources, device: torch
         )
     metric = SegmentationMetric(labels, of_fake, of_real)
     return SegmentationPass(metric, sources.maps, sources.fake, sources.photos)
-
-
-def _names(real: Path | None, fake: Path) -> dict[str, str]:
-    return {"real": str(real), "fake": str(fake)}
 
 
 def _collect(

@@ -45,6 +45,7 @@ class Confusion:
     """[classes, classes + 1]: pixels of true class (row) by predicted class (column; the last: outside the table)."""
     ignored: int = 0
     """Pixels that were left out."""
+    pictures: int = 0
 
     @classmethod
     def zero(cls, num_classes: int) -> Confusion:
@@ -64,16 +65,16 @@ class Confusion:
         counted = ~left_out[true]
         pairs = true[counted] * (num_classes + 1) + guess[counted]
         counts = np.bincount(pairs, minlength=num_classes * (num_classes + 1))
-        return cls(counts.reshape(num_classes, num_classes + 1), int(true.size - counted.sum()))
+        return cls(counts.reshape(num_classes, num_classes + 1), int(true.size - counted.sum()), 1)
 
     def __add__(self, other: Confusion) -> Confusion:
-        return Confusion(self.counts + other.counts, self.ignored + other.ignored)
+        return Confusion(self.counts + other.counts, self.ignored + other.ignored, self.pictures + other.pictures)
 
     def summed_over_processes(self, device: torch.device) -> Confusion:
         """The sum of every process's matrix (a collective)."""
-        flat = torch.from_numpy(np.append(self.counts.ravel(), self.ignored)).to(device)
+        flat = torch.from_numpy(np.append(self.counts.ravel(), [self.ignored, self.pictures])).to(device)
         total = total_over_processes(flat).cpu().numpy()
-        return Confusion(total[:-1].reshape(self.counts.shape), int(total[-1]))
+        return Confusion(total[:-2].reshape(self.counts.shape), int(total[-2]), int(total[-1]))
 
     @property
     def pixels(self) -> int:
@@ -236,8 +237,11 @@ class SegmentationMetric:
 
     def added_to(self, report: Report) -> Report:
         """A report with these scores, their stamp and their details."""
+        fakes, photos = (self.confusions[kind].pictures for kind in ("generated", "real"))
+        warning = f"segmentation: {fakes} generated pictures, but {photos} of their photos could be read"
         return replace(
             report,
+            warnings=report.warnings if fakes == photos else (*report.warnings, warning),
             scores={**report.scores, **self.scores()},
             protocol=replace(report.protocol, segmentation=self.stamp(), ignore=IGNORE_POLICY),
             details={**report.details, "segmentation": self.details()},
@@ -262,6 +266,7 @@ class SegmentationMetric:
         absent = [i for i in np.flatnonzero(~generated.present).tolist() if i not in self.unscored]
         return {
             "segmenter": self._predictors["generated"].name,
+            "pictures": generated.pictures,
             "pixels": generated.pixels,
             "ignored_pixels": generated.ignored,
             "classes": classes,

@@ -107,7 +107,7 @@ def write_reference(path: Path, identity: Mapping[str, Any], real: Collection, c
     if real.features is not None:
         arrays["features"] = real.features.cpu()
     if confusion is not None:
-        arrays |= {"confusion": confusion.counts, "ignored": confusion.ignored}
+        arrays |= {"confusion": confusion.counts, "ignored": confusion.ignored, "pictures": confusion.pictures}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_bytes(path, buffer.getvalue())
@@ -126,7 +126,7 @@ def read_reference(path: Path, identity: Mapping[str, Any]) -> tuple[Collection,
         if "features" in arrays:
             features = torch.from_numpy(arrays["features"])
         if "confusion" in arrays:
-            confusion = Confusion(arrays["confusion"], int(arrays["ignored"]))
+            confusion = Confusion(arrays["confusion"], int(arrays["ignored"]), int(arrays["pictures"]))
         description = Description(**json.loads(str(arrays["description"])))
         warnings = tuple(json.loads(str(arrays["warnings"])))
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
