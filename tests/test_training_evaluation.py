@@ -119,9 +119,9 @@ def test_scores_go_on_where_they_were(tiny_run, tmp_path, capsys, monkeypatch):
     # Another protocol: nothing to compare with. A damaged reference: computed anew.
     (tmp_path / "broken/evaluation/real.npz").write_bytes(reference[:100])
     capsys.readouterr()
-    run("broken", SCORES.replace("random:0", "random:1"), "trainer.max_iterations=7")
+    run("broken", SCORES.replace("random:0", "random:1"), "trainer.evaluation.best=kid", "trainer.max_iterations=7")
     printed = capsys.readouterr().out
-    assert "the protocol changed (network), so the best score starts afresh" in printed
+    assert "the protocol changed (network, score), so the best score starts afresh" in printed
     assert "statistics of 7 real photos computed" in printed
 
 

@@ -134,7 +134,9 @@ class Evaluation:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint; plain types."""
-        return {"identity": self.identity, "evaluated_at": self.evaluated_at, "best": self.best}
+        return {
+            "identity": {**self.identity, "score": self._deciding}, "evaluated_at": self.evaluated_at, "best": self.best
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> str | None:
         """Go on from a checkpoint's scores. Says so where they are not comparable with those to come."""
@@ -144,8 +146,8 @@ class Evaluation:
         best = state["best"]
         if best is None:
             return None
-        if state["identity"] != self.identity:
-            changed = [key for key, value in self.identity.items() if state["identity"].get(key) != value]
+        own = self.state_dict()["identity"]
+        if changed := [key for key, value in own.items() if state["identity"].get(key) != value]:
             return f"evaluation: the protocol changed ({', '.join(changed)}), so the best score starts afresh"
         self.best = (best[0], best[1])
         return f"evaluation: the best {self._deciding} so far is {best[0]:.5g}, at {best[1]} images"
