@@ -97,8 +97,7 @@ def collect(
     for batch in _batches(_described(pictures, source, perceptual, share, on_picture), batch_size):
         share.indices += [picture.index for picture in batch]
         if network is not None and stats is not None:
-            features = network([picture.pixels for picture in batch])
-            _check_finite(features, batch, source)
+            features = _features(network, batch, source)
             stats += FeatureStats.of(features)
             if keep_features:
                 share.features.append(features.cpu())
@@ -118,7 +117,7 @@ def _usable(
         group = samples.pop(item.index)
         bad = [sample.message for sample in group if isinstance(sample, Unreadable)]
         if bad and not skip_bad:
-            raise DataError(f"{bad[0]}. Repair or remove it, or write --skip_bad to leave such pictures out")
+            raise DataError(f"{bad[0].rstrip('.')}. Repair or remove it; --skip_bad leaves such pictures out")
         if bad:
             share.unreadable[item.index] = bad[0]
         else:
@@ -159,13 +158,21 @@ def _batches(pictures: Iterable[EvaluatedPicture], size: int) -> Iterator[list[E
         yield batch
 
 
-def _check_finite(features: Tensor, batch: Sequence[EvaluatedPicture], source: PictureSource) -> None:
+def _features(network: FeatureNetwork, batch: Sequence[EvaluatedPicture], source: PictureSource) -> Tensor:
+    try:
+        features = network([picture.pixels for picture in batch])
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{source.name}: not enough memory on {network.device} for the features of {len(batch)} pictures at once:"
+            " write a smaller --batch_size"
+        ) from None
     finite = features.isfinite().all(1).tolist()
     if bad := [source.keys[picture.index] for picture, fine in zip(batch, finite, strict=True) if not fine]:
         raise UserError(
             f"{source.name}: the features of {bad[0]} are not finite: the feature network's weights are damaged"
             " (compare their sha256 with the published one), or the device computes wrongly (try --device cpu)"
         )
+    return features
 
 
 def _joined(
