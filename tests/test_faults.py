@@ -18,7 +18,8 @@ from test_training import REPOSITORY, assert_same, tiny_run  # noqa: F401
 from imaginaire_spade import pictures
 from imaginaire_spade.config import load_config
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.training import checkpoint, loop
+from imaginaire_spade.training import checkpoint
+from imaginaire_spade.training import run as run_module
 from imaginaire_spade.training.faults import NonFiniteLoss, OutOfMemory, memory_explained
 
 SMALL = (
@@ -37,13 +38,13 @@ def before_step(monkeypatch):
     """Makes ``action(state)`` happen before every iteration."""
 
     def patch(action):
-        step = loop.train_step
+        step = run_module.train_step
 
         def stepped(state, *arguments):
             action(state)
             return step(state, *arguments)
 
-        monkeypatch.setattr(loop, "train_step", stepped)
+        monkeypatch.setattr(run_module, "train_step", stepped)
 
     return patch
 
@@ -104,16 +105,47 @@ def test_checkpoints_are_verified_kept_and_swept(tiny_run, tmp_path):
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     assert names == [name + beside for name in ("checkpoint_000000000012.pt", "kept/checkpoint_000000000008.pt")
                      for beside in ("", ".sha256")]  # fmt: skip
-    for kept in (folder, folder / "kept"):
-        subprocess.run(
-            ["sha256sum", "--check", "--quiet", *(p.name for p in kept.glob("*.sha256"))], cwd=kept, check=True
-        )
+    assert sound(folder) and sound(folder / "kept")
     newest = checkpoint.newest_checkpoint(tmp_path / "log")
     damaged = bytearray(newest.read_bytes())
     damaged[len(damaged) // 2] ^= 1  # torch.load would not notice
     newest.write_bytes(damaged)
     with pytest.raises(CheckpointError, match="is damaged: its sha256 is not the one in checkpoint_000000000012"):
         checkpoint.load_checkpoint(newest)
+
+
+def sound(folder: Path) -> bool:
+    """Whether every checkpoint of a folder is the one that its sha256 says."""
+    names = [path.name for path in folder.glob("*.sha256")]
+    return not subprocess.run(["sha256sum", "--check", "--quiet", *names], cwd=folder, check=False).returncode
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_checkpoint_stays_under_a_name_of_its_own(tmp_path, monkeypatch, links):
+    if not links:  # as on some network file systems
+
+        def refused(*_):
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(checkpoint.os, "link", refused)
+    (tmp_path / ".best.pt.999.tmp").write_bytes(b"of a killed process")
+    best = tmp_path / "best.pt"
+    with checkpoint.CheckpointWriter(tmp_path, keep_last=1) as writer:
+        for images_seen, kept in ((4, True), (8, False), (12, True), (16, False)):
+            path = writer.save(images_seen, {"images_seen": images_seen})
+            for _ in range(2 * kept):  # the second time it is that already
+                assert writer.keep_as("best.pt", path) == best
+            writer.wait()
+            assert checkpoint.load_checkpoint(best)["images_seen"] == (4 if images_seen < 12 else 12)
+            assert sound(tmp_path)
+        names = [name + beside for name in ("best.pt", "checkpoint_000000000016.pt") for beside in ("", ".sha256")]
+        assert sorted(path.name for path in tmp_path.iterdir()) == names
+        assert checkpoint.newest_checkpoint(tmp_path) == path  # to continue from; the best one is older
+        writer.keep_as("best.pt", tmp_path / "lost.pt")
+        with pytest.raises(CheckpointError, match=r"lost\.pt: could not be kept as .*best\.pt"):
+            writer.wait()
+        writer.wait()  # told once
+    assert checkpoint.load_checkpoint(best)["images_seen"] == 12
 
 
 def test_training_goes_on_after_a_failed_save_where_the_config_says_so(tiny_run, tmp_path, monkeypatch, capsys):

@@ -21,6 +21,7 @@ from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.pix2pixhd import Pix2pixHDGenerator
 from imaginaire_spade.training import checkpoint, loop
 from imaginaire_spade.training.profile import multiply_adds
+from imaginaire_spade.training.run import prepare
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -52,7 +53,7 @@ def tiny_run(tiny_folder, tmp_path):
 
     def run(logdir: str, *overrides: str, stop_after: int | None = None, start_from: Path | None = None, **how) -> dict:
         config = load_config(path, overrides)
-        made = loop.prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"), stop_after)
+        made = prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"), stop_after)
         loop.train(made, tmp_path / logdir, start_from, **how)
         return checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / logdir))
 
