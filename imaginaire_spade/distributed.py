@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import torch
@@ -179,7 +180,9 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if not dist.is_initialized():
         return model
-    ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(
-        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    parallel = nn.parallel.DistributedDataParallel
+    broadcast = next(  # torch 2.15 gave it another name
+        name for name in ("forward_sync_buffers", "broadcast_buffers") if name in signature(parallel).parameters
     )
+    ids = [device.index] if device.type == "cuda" else None
+    return parallel(model, device_ids=ids, gradient_as_bucket_view=True, **{broadcast: False})

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import yaml
+from fork_server import ForkServer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 MakeFolder = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Runs command lines as processes of their own, without the seconds that importing torch takes."""
+    with ForkServer(tmp_path_factory.mktemp("commands")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
