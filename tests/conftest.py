@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -51,6 +52,20 @@ def blocky_labels(rng: np.random.Generator, height: int, width: int, num_classes
     """Label map of constant blocks: uint8 [height, width]."""
     blocks = rng.integers(0, num_classes, (-(-height // 8), -(-width // 8)), dtype=np.uint8)
     return np.kron(blocks, np.ones((8, 8), np.uint8))[:height, :width]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"no small disk here: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture

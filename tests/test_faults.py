@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from fork_server import TORCHRUN, ForkServer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import REPOSITORY, assert_same, tiny_run  # noqa: F401
 
-from imaginaire_spade import pictures
 from imaginaire_spade.config import load_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training import checkpoint
@@ -25,11 +25,6 @@ SMALL = (
     "gen.num_filters=1", "trainer.image_rows=0", "trainer.model_average.batch_norm_images=4",
     "gen.norm.hidden_channels=2", "dis.num_filters=2",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr(pictures, "curves", lambda *_: None)  # takes longer than a run does here
 
 
 @pytest.fixture
@@ -147,21 +142,49 @@ def test_the_best_checkpoint_stays_under_a_name_of_its_own(tmp_path, monkeypatch
     assert checkpoint.load_checkpoint(best)["images_seen"] == 12
 
 
-def test_training_goes_on_after_a_failed_save_where_the_config_says_so(tiny_run, tmp_path, monkeypatch, capsys):
+def fill(disk: Path, leave: int = 0) -> Path:
+    """A file that leaves so many bytes of a disk."""
+    status = os.statvfs(disk)
+    filler = disk / "filler"
+    filler.write_bytes(bytes(max(0, status.f_bavail * status.f_frsize - leave)))
+    return filler
+
+
+def test_a_full_disk_ends_the_run_and_the_older_checkpoints_stay(tiny_run, small_disk, before_step):
     _, run = tiny_run
-    save, failed = torch.save, []
+    settings = (*SMALL, "trainer.checkpoint_every=1", "trainer.max_iterations=3")
+    run(small_disk / "log", *settings, stop_after=1)
+    before_step(lambda _: fill(small_disk, leave=20_000))
+    with pytest.raises(CheckpointError, match=r"could not be written \(.*No space left on device.*earlier checkpoints"):
+        run(small_disk / "log", *settings)
+    folder = small_disk / "log/checkpoints"
+    assert [path.name for path in sorted(folder.iterdir())] == [
+        "checkpoint_000000000004.pt", "checkpoint_000000000004.pt.sha256",
+    ]  # fmt: skip
+    assert sound(folder)
 
-    def full_once(*arguments, **options):
-        if not failed:
-            failed.append(True)
-            raise OSError(28, "No space left on device")
-        save(*arguments, **options)
 
-    monkeypatch.setattr(checkpoint.torch, "save", full_once)
-    settings = (*SMALL, "trainer.checkpoint_every=1", "trainer.max_iterations=3", "trainer.on_failed_save=continue")
-    assert run("log", *settings)["images_seen"] == 12
-    assert "No space left on device" in capsys.readouterr().out
-    assert len(list((tmp_path / "log/checkpoints").glob("*.pt"))) == 2
+def test_training_goes_on_after_a_failed_save_where_the_config_says_so(tiny_run, small_disk, before_step, capsys):
+    _, run = tiny_run
+
+    def full_at_the_second(state):
+        if state.images_seen == 4:
+            fill(small_disk)
+        else:
+            (small_disk / "filler").unlink(missing_ok=True)
+
+    before_step(full_at_the_second)
+    settings = (*SMALL, "trainer.checkpoint_every=1", "trainer.log_every=1", "trainer.max_iterations=4")
+    assert run(small_disk / "log", *settings, "trainer.on_failed_save=continue")["images_seen"] == 16
+    printed = capsys.readouterr().out
+    assert "checkpoint_000000000008.pt: could not be written" in printed and "going on" in printed
+    assert "has a gap here: [Errno 28] No space left on device" in printed
+    names = [path.name for path in (small_disk / "log/checkpoints").glob("*.pt")]
+    assert sorted(names) == [f"checkpoint_{images_seen:012d}.pt" for images_seen in (4, 12, 16)]
+    records = [json.loads(line) for line in (small_disk / "log/metrics.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in records] == [1, 3, 4]
+    scalars = EventAccumulator(str(small_disk / "log")).Reload().Scalars("loss/gan")
+    assert {1, 3, 4} <= {event.step for event in scalars}
 
 
 def test_a_checkpoint_is_a_copy_of_its_moment(tmp_path):
@@ -217,7 +240,8 @@ def test_out_of_memory_names_the_knobs(tiny_run, before_step):
     with pytest.raises(OutOfMemory) as told:
         run("log", *SMALL)
     for knob in (
-        "allocate memory", "trainer.gradient_accumulation: 2 (now 1)", "batch_size (now 4 per process)",
+        "allocate memory", "trainer.gradient_accumulation: 2 (now 1)", "trainer.activation_checkpointing: true",
+        "batch_size (now 4 per process)",
         "trainer.precision: bf16", "smaller pictures (now 32x64)", "gen.num_filters and dis.num_filters",
     ):  # fmt: skip
         assert knob in str(told.value)
@@ -283,7 +307,8 @@ class Job:
 
 
 def test_a_mistake_is_told_once_whatever_restarts_the_launcher_may_make(commands):
-    result = commands.run(*TORCHRUN, "--nproc_per_node=2", "--standalone", "--max_restarts=5",
-                          "train.py", "--config", "nowhere.yaml")  # fmt: skip
+    # The processes are not forked here: one that fails at once would find its launcher still forking.
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--max_restarts=5")
+    result = commands.run(*launcher, "train.py", "--config", "nowhere.yaml")
     assert result.returncode != 0
     assert result.stderr.count("error: nowhere.yaml: no such config file") == 1, result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.norms import synchronize_batch_norm
 from imaginaire_spade.noise import style_noise
+from imaginaire_spade.training.activation_checkpointing import checkpoint_activations
 from imaginaire_spade.training.faults import memory_explained
 from imaginaire_spade.training.schedule import Calendar, learning_rate_factor
 from imaginaire_spade.training.state import TrainState, new_train_state
@@ -112,10 +114,11 @@ def prepare(
         style_dims=state.generator.style_dims,
         seed=seed,
     )
+    if config.trainer.activation_checkpointing:
+        checkpoint_activations(state.generator)
+    wrap = partial(distributed.wrap, device=device, bucket_cap_mb=config.trainer.bucket_cap_mb)
     networks = Networks(
-        distributed.wrap(state.generator, device),
-        distributed.wrap(state.discriminator, device),
-        None if state.encoder is None else distributed.wrap(state.encoder, device),
+        wrap(state.generator), wrap(state.discriminator), None if state.encoder is None else wrap(state.encoder)
     )
     global_batch = config.data.train.batch_size * info.world_size
     calendar = Calendar.of(config.trainer, global_batch, len(dataset), stop_after)
