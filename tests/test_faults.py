@@ -20,6 +20,8 @@ from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training import checkpoint
 from imaginaire_spade.training import run as run_module
 from imaginaire_spade.training.faults import NonFiniteLoss, OutOfMemory, memory_explained
+from imaginaire_spade.training.meters import RunLog
+from imaginaire_spade.training.schedule import Calendar
 
 SMALL = (
     "gen.num_filters=1", "trainer.image_rows=0", "trainer.model_average.batch_norm_images=4",
@@ -154,7 +156,7 @@ def test_a_full_disk_ends_the_run_and_the_older_checkpoints_stay(tiny_run, small
     _, run = tiny_run
     settings = (*SMALL, "trainer.checkpoint_every=1", "trainer.max_iterations=3")
     run(small_disk / "log", *settings, stop_after=1)
-    before_step(lambda _: fill(small_disk, leave=20_000))
+    before_step(lambda state: state.images_seen == 4 and fill(small_disk, leave=20_000))
     with pytest.raises(CheckpointError, match=r"could not be written \(.*No space left on device.*earlier checkpoints"):
         run(small_disk / "log", *settings)
     folder = small_disk / "log/checkpoints"
@@ -167,24 +169,39 @@ def test_a_full_disk_ends_the_run_and_the_older_checkpoints_stay(tiny_run, small
 def test_training_goes_on_after_a_failed_save_where_the_config_says_so(tiny_run, small_disk, before_step, capsys):
     _, run = tiny_run
 
-    def full_at_the_second(state):
+    def full_for_a_while(state):
         if state.images_seen == 4:
             fill(small_disk)
-        else:
-            (small_disk / "filler").unlink(missing_ok=True)
+        if state.images_seen == 12:  # the writing of the checkpoint of 8 pictures began before the last step
+            while list(small_disk.glob("log/checkpoints/.*")):
+                time.sleep(0.01)
+            (small_disk / "filler").unlink()
 
-    before_step(full_at_the_second)
-    settings = (*SMALL, "trainer.checkpoint_every=1", "trainer.log_every=1", "trainer.max_iterations=4")
+    before_step(full_for_a_while)
+    settings = (*SMALL, "trainer.checkpoint_every=2", "trainer.log_every=1", "trainer.max_iterations=4")
     assert run(small_disk / "log", *settings, "trainer.on_failed_save=continue")["images_seen"] == 16
     printed = capsys.readouterr().out
     assert "checkpoint_000000000008.pt: could not be written" in printed and "going on" in printed
-    assert "has a gap here: [Errno 28] No space left on device" in printed
     names = [path.name for path in (small_disk / "log/checkpoints").glob("*.pt")]
-    assert sorted(names) == [f"checkpoint_{images_seen:012d}.pt" for images_seen in (4, 12, 16)]
-    records = [json.loads(line) for line in (small_disk / "log/metrics.jsonl").read_text().splitlines()]
-    assert [record["iteration"] for record in records] == [1, 3, 4]
-    scalars = EventAccumulator(str(small_disk / "log")).Reload().Scalars("loss/gan")
-    assert {1, 3, 4} <= {event.step for event in scalars}
+    assert names == ["checkpoint_000000000016.pt"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
+def test_a_log_on_a_full_disk_has_a_gap_and_goes_on(small_disk, capfd):
+    log = RunLog(small_disk, Calendar(1, 10, 99, 99), images_seen=0, enabled=True)
+    for iteration in range(1, 60):
+        if iteration == 10:
+            filler = fill(small_disk)
+        if iteration == 50:
+            filler.unlink()
+        log.tick(iteration, {"gan": iteration / 8}, {"lr/gen": 1e-4}, wait_s=0.0)
+    log.close()
+    assert f"the log in {small_disk} has a gap here: [Errno 28] No space left on device" in capfd.readouterr().out
+    records = [json.loads(line) for line in (small_disk / "metrics.jsonl").read_text().splitlines()]
+    iterations = {record["iteration"] for record in records}
+    assert {*range(1, 10), *range(50, 60)} <= iterations < set(range(1, 60))
+    last = max(small_disk.glob("events.*"), key=lambda path: path.stat().st_mtime_ns)
+    assert {event.step for event in EventAccumulator(str(last)).Reload().Scalars("loss/gan")} >= set(range(50, 60))
 
 
 def test_a_checkpoint_is_a_copy_of_its_moment(tmp_path):

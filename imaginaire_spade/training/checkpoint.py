@@ -134,8 +134,9 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         _give_name(temporary, path, file_sha256(temporary))
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides it
         raise CheckpointError(
-            f"{path}: could not be written ({error}). Free some space or correct the permissions; earlier checkpoints"
+            f"{path}: could not be written ({cause}). Free some space or correct the permissions; earlier checkpoints"
             " are untouched and the same command continues from the newest"
         ) from None
 

@@ -133,7 +133,6 @@ class RunLog:
         self._records.append(record)
         with self._gaps_told():
             _append(self._metrics, _line(record))
-        with self._gaps_told():
             events = self._tensorboard()
             for name, value in record.items():
                 if name not in ("iteration", "images_seen"):
