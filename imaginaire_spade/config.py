@@ -161,7 +161,8 @@ class ModelAverageConfig(Section):
     start_iteration: int = Field(1000, ge=0)
     """Up to here the average is a plain copy."""
     batch_norm_images: int = Field(64, ge=0)
-    """Training layouts over which the average's batch statistics are re-estimated before use; 0: averaged instead."""
+    """Training layouts over which the average's batch statistics are re-estimated for previews, at the end and, at most
+    once per 20 times as many trained pictures, for checkpoints; in between, or with 0, they are averaged too."""
 
 
 class InitConfig(Section):

@@ -22,9 +22,7 @@ from imaginaire_spade.training.activation_checkpointing import checkpoint_activa
 from imaginaire_spade.training.faults import memory_explained
 from imaginaire_spade.training.schedule import Calendar, learning_rate_factor
 from imaginaire_spade.training.state import TrainState, new_train_state
-from imaginaire_spade.training.step import Networks, StepSettings, train_step
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from imaginaire_spade.training.step import AUTOCAST, Networks, StepSettings, train_step
 
 
 @dataclass
