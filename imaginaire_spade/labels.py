@@ -40,7 +40,8 @@ class LabelSpec(BaseModel):
     names: tuple[str, ...] = ()
     """One name per class."""
     palette: tuple[tuple[int, int, int], ...] = ()
-    """One RGB colour per class (0..255): for pictures of label maps and for reading RGB label maps."""
+    """One RGB colour per class (0..255): for pictures of label maps and for reading RGB label maps (which may not hold a
+    colour that several classes share)."""
 
     @model_validator(mode="after")
     def _check(self) -> LabelSpec:
@@ -161,6 +162,15 @@ class LabelSpec(BaseModel):
         place = np.searchsorted(codes[order], code).clip(max=len(codes) - 1)
         found = order[place]
         wrong = codes[found] != code
+        colours, uses = np.unique(codes, return_counts=True)
+        for shared in colours[uses > 1]:
+            if (code == shared).any():
+                same = np.flatnonzero(codes == shared).tolist()
+                raise LabelError(
+                    f"{where}: the colour {self.palette[same[0]]} stands for several classes of data.labels.palette:"
+                    f" {', '.join(f'{i} ({self.name(i)})' for i in same)}. Save the map as a single-channel PNG of ids,"
+                    " or give these classes colours of their own, there and in the file"
+                )
         # Black is "no class" in colour maps that colourise() wrote, unless a class of the palette is black.
         black = wrong & (code == 0)
         if (wrong & ~black).any():
