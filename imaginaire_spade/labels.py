@@ -40,8 +40,8 @@ class LabelSpec(BaseModel):
     names: tuple[str, ...] = ()
     """One name per class."""
     palette: tuple[tuple[int, int, int], ...] = ()
-    """One RGB colour per class (0..255): for pictures of label maps and for reading RGB label maps (which may not hold a
-    colour that several classes share)."""
+    """One RGB colour per class (0..255): for pictures of label maps and for reading RGB label maps (in which no colour
+    that several classes share may occur)."""
 
     @model_validator(mode="after")
     def _check(self) -> LabelSpec:
@@ -162,8 +162,8 @@ class LabelSpec(BaseModel):
         place = np.searchsorted(codes[order], code).clip(max=len(codes) - 1)
         found = order[place]
         wrong = codes[found] != code
-        colours, uses = np.unique(codes, return_counts=True)
-        for shared in colours[uses > 1]:
+        distinct, uses = np.unique(codes, return_counts=True)
+        for shared in distinct[uses > 1]:
             if (code == shared).any():
                 same = np.flatnonzero(codes == shared).tolist()
                 raise LabelError(

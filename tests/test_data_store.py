@@ -31,9 +31,10 @@ from safetensors.numpy import load_file
 from imaginaire_spade.data import output as output_module
 from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.decode import decode_edges, decode_image, decode_instances, decode_label, image_size
+from imaginaire_spade.data.environments import EnvironmentWriter
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.lock import owning
-from imaginaire_spade.data.store import EnvironmentWriter, open_source, store_key
+from imaginaire_spade.data.store import open_source, store_key
 from imaginaire_spade.distributed import rank_from_environment
 from imaginaire_spade.errors import EXIT_CODE, DataError, LabelError
 from imaginaire_spade.labels import LabelSpec
