@@ -33,7 +33,6 @@ class EnvironmentWriter:
         self._folder = folder
         self._chunk: list[tuple[bytes, bytes]] = []
         self._pending = 0
-        self._mapped = 0
         # A value takes whole pages.
         self._map_size = _whole_megabytes(expected_bytes + expected_items * 8192 + (1 << 20))
         self._env = self._open()
@@ -77,12 +76,11 @@ class EnvironmentWriter:
                     raise DataError(f"{self._folder}: {key.decode()} reads back differently: is the disk failing?")
         self.num_items += len(self._chunk)
         self.num_bytes += self._pending
-        self._mapped += self._pending
-        self._chunk, self._pending = [], 0
-        if self._mapped >= 4 * _CHUNK_BYTES:
+        if self._pending >= _CHUNK_BYTES:
             # What was read back counts as this process's memory as long as it is mapped.
             self._env.close()
-            self._env, self._mapped = self._open(), 0
+            self._env = self._open()
+        self._chunk, self._pending = [], 0
 
 
 def _whole_megabytes(size: int) -> int:
