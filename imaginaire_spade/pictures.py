@@ -30,6 +30,8 @@ Picture = NDArray[np.uint8]
 """RGB, uint8 [H, W, 3]."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+PARTIAL = ".partial-"
+"""What the name of a file begins with while it is being written."""
 BACKGROUND = (250, 250, 249)
 INK = (38, 40, 43)
 FAINT = (120, 124, 130)
@@ -51,7 +53,7 @@ def write_image(path: Path, rgb: Picture, *, quality: int = 95) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that is whole or not there. Raises UserError naming the path where it cannot be written."""
-    partial = path.with_name(f".partial-{secrets.token_hex(8)}")
+    partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -320,6 +322,8 @@ class GalleryEntry:
     pictures: tuple[str, ...]
 
 
+LABELS_FOLDER = "_labels"
+"""Folder among generated pictures that holds the gallery's coloured label maps."""
 ENTRIES_PER_PAGE = 240
 
 

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import re
 import shutil
 import sys
 import tarfile
@@ -243,6 +244,9 @@ class Server(http.server.SimpleHTTPRequestHandler):
     requests: list[str | None]
 
     def do_GET(self):
+        if not (self.folder / self.path.lstrip("/")).is_file():
+            self.send_error(404)
+            return
         content = (self.folder / self.path.lstrip("/")).read_bytes()
         asked = self.headers["Range"]
         self.requests.append(asked)
@@ -292,6 +296,8 @@ def test_a_download_is_continued_checked_and_unpacked(server, tmp_path, monkeypa
     with pytest.raises(DataError, match=r"sha256 .* expected 00"):
         fetch(f"{server.url}/data.zip", tmp_path / "other.zip", "00")
     assert not list(tmp_path.glob("other*"))
+    with pytest.raises(DataError, match=r"absent\.zip: the server answers 404 .*--mirror URL"):
+        fetch(f"{server.url}/absent.zip", tmp_path / "absent.zip", "00")
     with pytest.raises(DataError, match="only http"):
         fetch((tmp_path / "manifest.json").as_uri(), tmp_path / "x", "00")
 
@@ -303,6 +309,18 @@ def test_without_sources_it_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--model_name", "munit"])
     with pytest.raises(DataError, match="no entry 'munit'; there are: spade"):
         download_test_data.main()
+    manifest = tmp_path / "manifest.json"
+    monkeypatch.setattr(sys, "argv", ["x", "--manifest", str(manifest), "--output_dir", str(tmp_path)])
+    for content, message in (
+        ([], "no entry 'spade'; there are: none"),
+        ({"spade": []}, 'spade lacks a list: {"archives"'),
+        ({"spade": {"archives": []}}, "names no sources"),
+        ({"spade": {"archives": [{"url": "http://127.0.0.1/a.zip"}]}}, "an archive lacks url or sha256"),
+        ({"spade": {"archives": [{"url": "http://x/a.zip", "sha256": "", "folder": "../../.."}]}}, "leads out of"),
+    ):
+        manifest.write_text(json.dumps(content))
+        with pytest.raises(DataError, match=re.escape(message)):
+            download_test_data.main()
 
 
 def tar_with(*members):

@@ -81,6 +81,7 @@ def test_a_colour_of_two_classes_is_refused_where_it_occurs():
     for method in (spec.to_train_ids, spec.count_pixels):
         with pytest.raises(LabelError, match=r"a\.png: the colour \(6, 230, 230\) .* 0 \(road\), 2 \(tower\)"):
             method(sea, "a.png")
+    assert spec.to_train_ids(sea, "x", unknown="dont_care").tolist() == [[1, 1], [1, 3]]
 
 
 def test_black_is_refused_where_no_pixel_may_be_without_a_class():

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from imaginaire_spade.config import AugmentationConfig
+from imaginaire_spade.data.decode import decode_label
 from imaginaire_spade.data.folders import DISTANCES, EDGE_FILES, Source
 from imaginaire_spade.data.sample import Root, Sample
 from imaginaire_spade.data.store import open_source
-from imaginaire_spade.errors import DataError
+from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.noise import generator_for
@@ -41,6 +43,9 @@ class LabelMapDataset(Dataset[Sample]):
         seed: of the augmentation.
         with_images: False for inference: only label maps (and what edges need) are read, ``root`` may be a bare
             folder of label maps, and edges come from the labels, with a warning, where their files are missing.
+        replace: train id -> train id that stands for it, in every label map; stored edges stay as they are.
+        on_unknown: called with what is wrong with a label map that holds values outside the table, which then count
+            as don't care; None: that is raised.
     Raises:
         DataError: a root that cannot be used.
     """
@@ -55,8 +60,14 @@ class LabelMapDataset(Dataset[Sample]):
         augmentations: AugmentationConfig | None = None,
         seed: int = 0,
         with_images: bool = True,
+        replace: Mapping[int, int] | None = None,
+        on_unknown: Callable[[LabelError], None] | None = None,
     ) -> None:
         self.labels = labels
+        self._replaced = np.arange(labels.num_classes + 1).astype(labels.dtype) if replace else None
+        for train_id, other in (replace or {}).items():
+            self._replaced[train_id] = other  # type: ignore[index]
+        self._on_unknown = on_unknown
         self.augmentations = augmentations or AugmentationConfig()
         self.seed = seed
         self.with_images = with_images
@@ -76,8 +87,8 @@ class LabelMapDataset(Dataset[Sample]):
                     f" learned them from {edge_files[0]})",
                     stacklevel=2,
                 )
-            stored = distances and source.has(DISTANCES)
-            if distances and not stored and Path(root, DISTANCES).is_dir():
+            stored = distances and source.has(DISTANCES) and not replace
+            if distances and not stored and not replace and Path(root, DISTANCES).is_dir():
                 warnings.warn(
                     f"{root}: {DISTANCES}/ does not have every sample, so all are computed from the label maps"
                     " (scripts/make_distance_maps.py makes the missing ones)",
@@ -99,13 +110,36 @@ class LabelMapDataset(Dataset[Sample]):
             DataError, LabelError: naming the file and what is wrong with it.
         """
         index, draw = item if isinstance(item, tuple) else (item, item)
+        root, key = self._place(index)
+        rng = generator_for(self.seed, draw, "augmentation")
+        sample = root.read(key, self._train_ids, self.augmentations, rng)
+        return sample._replace(key=self.keys[index], draw=draw)
+
+    def check_label_map(self, index: int) -> tuple[int, int]:
+        """(height, width) of a stored label map. Raises DataError, LabelError where it cannot be used."""
+        root, key = self._place(index)
+        where = root.source.where(key, "seg_maps")
+        raw = decode_label(root.source.read(key, "seg_maps"), where)
+        if self._on_unknown is None:
+            self.labels.count_pixels(raw, where)
+        return raw.shape[0], raw.shape[1]
+
+    def _place(self, index: int) -> tuple[Root, str]:
+        """The root that has a sample, and the sample's key there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        root = self._roots[number]
-        key = root.source.keys[index - self._starts[number]]
-        rng = generator_for(self.seed, draw, "augmentation")
-        return root.read(key, self.labels, self.augmentations, rng)._replace(key=self.keys[index], draw=draw)
+        return self._roots[number], self._roots[number].source.keys[index - self._starts[number]]
+
+    def _train_ids(self, raw: NDArray[np.generic], where: str) -> NDArray[np.generic]:
+        try:
+            labels = self.labels.to_train_ids(raw, where)
+        except LabelError as error:
+            if self._on_unknown is None:
+                raise
+            labels = self.labels.to_train_ids(raw, where, unknown="dont_care")
+            self._on_unknown(error)
+        return labels if self._replaced is None else self._replaced[labels]
 
 
 def _unique_keys(sources: Sequence[Source]) -> list[str]:

@@ -7,6 +7,7 @@ the random generator alone. Nothing here is ever one-hot, and pictures stay uint
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,7 +31,6 @@ from imaginaire_spade.data.transforms import (
     edges_from_ids,
 )
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.labels import LabelSpec
 
 
 class Sample(NamedTuple):
@@ -63,9 +63,17 @@ class Root:
     with_images: bool
     _told_of_sizes: bool = field(default=False, init=False)
 
-    def read(self, key: str, labels: LabelSpec, augmentations: AugmentationConfig, rng: np.random.Generator) -> Sample:
+    def read(
+        self,
+        key: str,
+        to_train_ids: Callable[[NDArray[np.generic], str], NDArray[np.generic]],
+        augmentations: AugmentationConfig,
+        rng: np.random.Generator,
+    ) -> Sample:
         """The sample ``key``, of draw 0.
 
+        Args:
+            to_train_ids: a raw label map, and what to call it -> ids.
         Raises:
             DataError, LabelError: naming the file and what is wrong with it.
         """
@@ -74,7 +82,7 @@ class Root:
         size = raw.shape[0], raw.shape[1]
         geometry = draw_geometry(*size, augmentations, rng, where)
         # Only values that reach the network are looked at; the builder has looked at all.
-        ids = labels.to_train_ids(apply_to_map(raw, geometry), where)
+        ids = to_train_ids(apply_to_map(raw, geometry), where)
         image = self._read_photo(key, geometry, size) if self.with_images else None
         edges = None if self.edges == "none" else torch.from_numpy(self._read_edges(key, geometry, size, ids))
         distances = self._read_distances(key, geometry, size) if self.distances == "file" else None

@@ -1,4 +1,4 @@
-"""``map`` in several processes, for work over the files of a data set."""
+"""``map`` in several processes or threads, for work over the files of a data set."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -77,3 +77,18 @@ def _leave_with(parent: int) -> None:
 def _run(items: Sequence[Any]) -> list[Any]:
     assert _task is not None
     return [_task(item) for item in items]
+
+
+def read_ahead(function: Callable[[T], R], items: Iterable[T], ahead: int, *, num_threads: int = 1) -> Iterator[R]:
+    """``map``, computed by threads up to ``ahead`` items before they are asked for; in order."""
+    pending: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(num_threads, "read") as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -39,10 +39,7 @@ from imaginaire_spade.training.resume import content_of, resume
 from imaginaire_spade.training.schedule import Calendar, learning_rate_factor
 from imaginaire_spade.training.signals import LeaveRequest, exit_code
 from imaginaire_spade.training.state import TrainState, new_train_state
-from imaginaire_spade.training.step import Networks, StepSettings, train_step
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
+from imaginaire_spade.training.step import AUTOCAST, Networks, StepSettings, train_step
 
 LOST_NODE_S = 20.0
 """With several nodes a failed process stays so long. torchrun counts a silent node as lost after 15 s; told of the
