@@ -708,6 +708,8 @@ def test_one_bad_file_keeps_the_other_shards(tiny_folder, tmp_path):
 
 def test_shrinking_while_building(tiny_folder, tmp_path):
     root = tiny_folder(keys=["a", "b"], size=(40, 56))
+    noise = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    write_jpg(root / "images/a.jpg", noise // np.array([1, 2, 4], np.uint8))  # red, less green, little blue
     small = np.kron(np.arange(4, dtype=np.uint8).reshape(2, 2), np.ones((8, 9), np.uint8))
     for folder, array in (
         ("images", np.stack([small] * 3, 2)),
@@ -727,7 +729,9 @@ def test_shrinking_while_building(tiny_folder, tmp_path):
     assert np.array_equal(decode_label(store.read("a", "seg_maps"), "x"), ids[1::2, 1::2])
     instances = decode_instances(raw.read("a", "inst_maps"), "x")
     assert np.array_equal(decode_instances(store.read("a", "inst_maps"), "x"), instances[1::2, 1::2])
-    assert decode_image(store.read("a", "images"), "x").shape == (20, 28, 3)
+    photo, before = (decode_image(source.read("a", "images"), "x") for source in (store, raw))
+    assert photo.shape == (20, 28, 3)
+    assert np.abs(photo.mean((0, 1)) - before.mean((0, 1))).max() < 5
     assert len(store.read("a", "images")) < len(raw.read("a", "images")) / 2
     with pytest.raises(DataError, match="another --resize_smallest_side"):
         build_dataset(root, tmp_path / "out", LABELS, num_workers=0, resize_smallest_side=20, quality=90)

@@ -110,7 +110,7 @@ def decode_edges(data: bytes, where: str) -> NDArray[np.uint8]:
     """An edge map: uint8 [H, W] of 0/1; whatever is not 0 in the file is an edge. Raises DataError."""
     stored = _decode_map(data, where, "edge map")
     edges = stored != 0
-    return (edges.any(2) if edges.ndim == 3 else edges).astype(np.uint8)
+    return (edges.any(2) if edges.ndim == 3 else edges).view(np.uint8)
 
 
 def decode_instances(data: bytes, where: str) -> NDArray[np.int32]:
