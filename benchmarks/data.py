@@ -1,21 +1,24 @@
 """Building and loading data, against the floors that the machine sets: medians and ratios, in one run.
 
     python -m benchmarks.data --data_root FOLDER      # images/ seg_maps/ edge_maps/, with a config of its labels
-        [--config configs/projects/spade/camvid/base256.yaml] [--num_workers 2] [--rounds 5]
+        [--config configs/projects/spade/camvid/base256.yaml] [--num_workers 2] [--rounds 5] [--samples N]
 
-The contestants of a table take turns, so that what else the machine does falls on all of them alike.
+The contestants of a table take turns, so that what else the machine does falls on all of them alike. Beside the rate
+stands the time of all processors together (user and system) per sample, which a busy machine disturbs less.
 """
 
 import argparse
 import contextlib
 import io
 import itertools
+import multiprocessing
+import resource
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +33,7 @@ from imaginaire_spade.config import AugmentationConfig, load_config
 from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.folders import FolderSource
-from imaginaire_spade.data.loader import training_loader
+from imaginaire_spade.data.loader import sequential_batches
 
 TYPES = ("images", "seg_maps", "edge_maps")
 AUGMENTATIONS = AugmentationConfig(
@@ -45,64 +48,107 @@ def main() -> None:
     parser.add_argument("--config", default="configs/projects/spade/camvid/base256.yaml", help="YAML with data.labels")
     parser.add_argument("--num_workers", type=int, default=2, help="the larger number of workers (default: 2)")
     parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken (default: 5)")
+    parser.add_argument("--samples", type=int, help="take so many, evenly spread, for a short run (default: all)")
     arguments = parser.parse_args()
     labels = load_config(arguments.config, []).data.labels
     source = FolderSource(arguments.data_root, TYPES)
-    number, many = len(source.keys), arguments.num_workers
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        build = partial(build_dataset, arguments.data_root, scratch / "out", labels, data_types=TYPES)
-        show(
-            "build",
-            number,
-            arguments.rounds,
+        if arguments.samples:
+            source = link(source, source.keys[:: -(-len(source.keys) // arguments.samples)], scratch / "raw")
+        number, many = len(source.keys), arguments.num_workers
+        build = partial(build_dataset, source.root, scratch / "made/out", labels, data_types=TYPES)
+        (scratch / "made").mkdir()
+        built = measure(
             {
-                "copy the files (cp)": lambda: copy(source, scratch / "copy"),
-                "read and put, one LMDB each": lambda: put(source, scratch / "put"),
+                "copy the files (cp)": lambda: copy(source, scratch / "made/copy"),
+                "read and put, one LMDB each": lambda: put(source, scratch / "made/put"),
                 "no check, 1 worker": lambda: quiet(build, num_workers=1, check=False),
                 f"no check, {many} workers": lambda: quiet(build, num_workers=many, num_shards=many, check=False),
-                "decode only, 1 process": lambda: decode(source, TYPES),
+                DECODE: lambda: decode(source, TYPES),
                 "checked, 1 worker": lambda: quiet(build, num_workers=1),
                 f"checked, {many} workers": lambda: quiet(build, num_workers=many, num_shards=many),
             },
-            scratch,
-        )
-        quiet(build)
-        data = LabelMapDataset(scratch / "out", labels, edges="labels", augmentations=AUGMENTATIONS)
-        plain = DataLoader(PlainDataset(source), BATCH, shuffle=True, num_workers=many, drop_last=True)
-        show(
-            "load (256 x 256, edges from labels)",
             number,
             arguments.rounds,
-            {
-                "decode only, 1 process": lambda: decode(source, TYPES[:2]),
-                "samples in this process": lambda: [data[i, i] for i in range(number)],
-                "loader, 1 worker": lambda: load(data, number, 1),
-                f"loader, {many} workers": lambda: load(data, number, many),
-                f"PIL + torchvision, {many} workers": lambda: list(plain),
-            },
-            None,
+            scratch / "made",
         )
+        show(f"build: {number} samples, median of {arguments.rounds}", built)
+        quiet(build)
+        data = LabelMapDataset(scratch / "made/out", labels, edges="labels", augmentations=AUGMENTATIONS)
+        contestants: dict[str, Callable[[], object]] = {
+            DECODE: lambda: decode(source, TYPES[:2]),
+            "samples in this process": lambda: [data[i, i] for i in range(number)],
+            "loader, 1 worker": lambda: load(data, number, 1),
+            f"loader, {many} workers": lambda: load(data, number, many),
+            f"PIL + torchvision, {many} workers": lambda: list(
+                DataLoader(PlainDataset(source), BATCH, shuffle=True, num_workers=many, drop_last=True)
+            ),
+        }
+        try:
+            write_tars(source, scratch, many)
+            contestants[f"webdataset + OpenCV, {many} workers"] = lambda: list(tar_loader(scratch, many))
+        except ImportError:
+            print("webdataset is not installed: its pipeline is left out (pip install webdataset)")
+        loaded = measure(contestants, number, arguments.rounds)
+        show(f"load (256 x 256, edges from labels): {number} samples, median of {arguments.rounds}", loaded)
+    print("\nratios of samples/s, and of processor time per sample:")
+    for table, name, other in (
+        (built, "no check, 1 worker", "copy the files (cp)"),
+        (built, f"no check, {many} workers", "no check, 1 worker"),
+        (built, "checked, 1 worker", DECODE),
+        (built, f"checked, {many} workers", "checked, 1 worker"),
+        (loaded, "samples in this process", DECODE),
+        (loaded, "loader, 1 worker", DECODE),
+        (loaded, f"loader, {many} workers", "loader, 1 worker"),
+        (loaded, f"loader, {many} workers", f"PIL + torchvision, {many} workers"),
+        (loaded, f"loader, {many} workers", f"webdataset + OpenCV, {many} workers"),
+    ):
+        if other in table:
+            rate, cpu = (table[name][0] / table[other][0], table[other][1] / table[name][1])
+            print(f"{name + ' / ' + other:66s}{rate:8.2f}{cpu:8.2f}")
 
 
-def show(
-    title: str, number: int, rounds: int, contestants: dict[str, Callable[[], object]], clean: Path | None
-) -> None:
-    """Let them take turns; print medians of samples/s and ratios to the first of them, and to decoding alone."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+DECODE = "decode only, 1 process"
+Measured = Mapping[str, tuple[float, float]]
+"""Contestant -> (samples/s, milliseconds of processor time per sample), medians."""
+
+
+def measure(
+    contestants: Mapping[str, Callable[[], object]], number: int, rounds: int, clean: Path | None = None
+) -> Measured:
+    """Let them take turns; ``clean`` is emptied before each."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for _, (name, run) in itertools.product(range(rounds), contestants.items()):
-        if clean:
-            for path in clean.iterdir():
-                shutil.rmtree(path)
-        started_at = time.perf_counter()
+        for path in clean.iterdir() if clean else ():
+            shutil.rmtree(path)
+        started_at, cpu_before = time.perf_counter(), processor_seconds()
         run()
-        seconds[name].append(time.perf_counter() - started_at)
-    first, floor = next(iter(contestants)), "decode only, 1 process"
-    print(f"\n{title}: {number} samples, median of {rounds}")
-    print(f"{'':36s}{'samples/s':>10s}{'/ ' + first:>26s}{'/ decode only':>16s}")
-    rate = {name: number / statistics.median(times) for name, times in seconds.items()}
-    for name, value in rate.items():
-        print(f"{name:36s}{value:10.0f}{value / rate[first]:26.2f}{value / rate[floor]:16.2f}", flush=True)
+        wall = time.perf_counter() - started_at
+        seconds[name].append((wall, processor_seconds() - cpu_before))
+    return {
+        name: (
+            number / statistics.median(wall for wall, _ in times),
+            1000 / number * statistics.median(cpu for _, cpu in times),
+        )
+        for name, times in seconds.items()
+    }
+
+
+def processor_seconds() -> float:
+    """Of this process and of all that it has started."""
+    for child in multiprocessing.active_children():
+        child.join()  # what a process used is counted when it has ended
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def show(title: str, measured: Measured) -> None:
+    first = next(iter(measured))
+    print(f"\n{title}\n{'':36s}{'samples/s':>10s}{'CPU ms/sample':>15s}{'/ ' + first:>26s}{'/ decode only':>16s}")
+    for name, (rate, cpu) in measured.items():
+        ratios = rate / measured[first][0], rate / measured[DECODE][0]
+        print(f"{name:36s}{rate:10.0f}{cpu:15.2f}{ratios[0]:26.2f}{ratios[1]:16.2f}", flush=True)
 
 
 def quiet(build: Callable[..., object], **options: object) -> None:
@@ -113,6 +159,15 @@ def quiet(build: Callable[..., object], **options: object) -> None:
 def copy(source: FolderSource, target: Path) -> None:
     target.mkdir()
     subprocess.run(["cp", "-rL", *(source.root / t for t in TYPES), target], check=True)
+
+
+def link(source: FolderSource, keys: list[str], root: Path) -> FolderSource:
+    """A part of a folder, as links."""
+    for key, t in itertools.product(keys, TYPES):
+        path = root / t / f"{key}.{source.extension(key, t)}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(source.path(key, t).resolve())
+    return FolderSource(root, TYPES)
 
 
 def put(source: FolderSource, target: Path) -> None:
@@ -132,8 +187,9 @@ def decode(source: FolderSource, types: tuple[str, ...]) -> None:
 
 
 def load(data: LabelMapDataset, number: int, num_workers: int) -> None:
-    batches = training_loader(data, BATCH, seed=0, num_workers=num_workers)
-    for _ in itertools.islice(batches, number // BATCH):
+    """(The training loader has no end: its workers would be charged for batches that nobody takes.)"""
+    indices = np.random.default_rng(0).permutation(number)[: number // BATCH * BATCH].tolist()
+    for _ in sequential_batches(data, indices, BATCH, num_workers=num_workers):
         pass
 
 
@@ -162,6 +218,46 @@ class PlainDataset(Dataset):
             picture = v2.functional.crop(picture, *place, 256, 256)
             out.append(v2.functional.pil_to_tensor(v2.functional.hflip(picture) if flip else picture))
         return tuple(out)
+
+
+def write_tars(source: FolderSource, folder: Path, count: int) -> None:
+    """The samples as ``count`` tar files, as webdataset reads them. Raises ImportError without webdataset."""
+    import webdataset
+
+    for part in range(count):
+        with webdataset.TarWriter(str(folder / f"{part:06d}.tar")) as writer:
+            for index in range(part, len(source.keys), count):
+                photo, ids = (source.read(source.keys[index], t) for t in TYPES[:2])
+                writer.write({"__key__": f"{index:08d}", "photo": photo, "ids": ids})
+
+
+def tar_loader(folder: Path, num_workers: int) -> DataLoader:
+    """The usual webdataset pipeline: tars, a shuffle buffer, OpenCV."""
+    import webdataset
+
+    tars = [str(path) for path in sorted(folder.glob("*.tar"))]
+    samples = webdataset.WebDataset(tars, shardshuffle=len(tars)).shuffle(100).map(cut)
+    return DataLoader(samples, BATCH, num_workers=num_workers)
+
+
+def cut(sample: dict[str, bytes]) -> tuple[torch.Tensor, ...]:
+    photo = cv2.imdecode(np.frombuffer(sample["photo"], np.uint8), cv2.IMREAD_COLOR)
+    ids = cv2.imdecode(np.frombuffer(sample["ids"], np.uint8), cv2.IMREAD_UNCHANGED)
+    factor = 256 * (1 + 0.2 * np.random.rand()) / min(ids.shape)
+    size = round(ids.shape[1] * factor), round(ids.shape[0] * factor)
+    photo = cv2.cvtColor(cv2.resize(photo, size), cv2.COLOR_BGR2RGB)
+    ids = cv2.resize(ids, size, interpolation=cv2.INTER_NEAREST)
+    top, left = (np.random.randint(side - 255) for side in ids.shape)
+    photo, ids = (array[top : top + 256, left : left + 256] for array in (photo, ids))
+    if np.random.rand() < 0.5:
+        photo, ids = photo[:, ::-1], ids[:, ::-1]
+    edges = np.zeros(ids.shape, np.uint8)
+    edges[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    edges[:, :-1] |= ids[:, 1:] != ids[:, :-1]
+    edges[1:] |= ids[1:] != ids[:-1]
+    edges[:-1] |= ids[1:] != ids[:-1]
+    arrays = (photo.transpose(2, 0, 1), ids, edges)
+    return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
 
 
 if __name__ == "__main__":

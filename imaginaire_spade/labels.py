@@ -42,7 +42,8 @@ class LabelSpec(BaseModel):
     names: tuple[str, ...] = ()
     """One name per class."""
     palette: tuple[tuple[int, int, int], ...] = ()
-    """One RGB colour per class (0..255): for pictures of label maps and for reading RGB label maps."""
+    """One RGB colour per class (0..255): for pictures of label maps and for reading RGB label maps (in which no colour
+    that several classes share may occur)."""
 
     @model_validator(mode="after")
     def _check(self) -> LabelSpec:
@@ -182,10 +183,19 @@ class LabelSpec(BaseModel):
         place = np.searchsorted(codes[order], code).clip(max=len(codes) - 1)
         found = order[place]
         wrong = codes[found] != code
+        distinct, uses = np.unique(codes, return_counts=True)
+        shared = np.isin(code, distinct[uses > 1])
+        if shared.any() and unknown == "error":
+            same = np.flatnonzero(codes == code[shared][0]).tolist()
+            raise LabelError(
+                f"{where}: the colour {self.palette[same[0]]} stands for several classes of data.labels.palette:"
+                f" {', '.join(f'{i} ({self.name(i)})' for i in same)}. Save the map as a single-channel PNG of ids,"
+                " or give these classes colours of their own, there and in the file"
+            )
         # Black is "no class" in colour maps that colourise() wrote, unless a class of the palette is black.
         black = wrong & (code == 0)
         if unknown == "dont_care":
-            return np.where(wrong, self.dont_care_id, found).astype(self.dtype)
+            return np.where(wrong | shared, self.dont_care_id, found).astype(self.dtype)
         if (wrong & ~black).any():
             values = np.unique(code[wrong & ~black])
             colours = ", ".join(f"({v >> 16}, {v >> 8 & 255}, {v & 255})" for v in values[:5].tolist())

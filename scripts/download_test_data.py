@@ -31,14 +31,17 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "projects", help="where MODEL/test_data/ goes")
     arguments = parser.parse_args()
     entries = read_json(arguments.manifest)
-    if arguments.model_name not in entries:
-        raise DataError(f"{arguments.manifest}: no entry {arguments.model_name!r}; there are: {', '.join(entries)}")
+    if not isinstance(entries, dict) or arguments.model_name not in entries:
+        known = ", ".join(entries) if isinstance(entries, dict) else "none"
+        raise DataError(f"{arguments.manifest}: no entry {arguments.model_name!r}; there are: {known}")
     entry = entries[arguments.model_name]
-    archives = entry["archives"]
+    archives = entry.get("archives") if isinstance(entry, dict) else None
+    if not isinstance(archives, list):
+        raise DataError(f'{arguments.manifest}: {arguments.model_name} lacks a list: {{"archives": [...]}}')
     if not archives:
-        raise DataError(f"{arguments.model_name}: {entry['note']}")
+        raise DataError(f"{arguments.model_name}: {entry.get('note', 'the manifest names no sources')}")
     for archive in archives:
-        if not {"url", "sha256"} <= set(archive):
+        if not isinstance(archive, dict) or not {"url", "sha256"} <= set(archive):
             raise DataError(f"{arguments.manifest}: an archive lacks url or sha256: {json.dumps(archive)}")
         name = PurePosixPath(urlsplit(archive["url"]).path).name
         folder = arguments.output_dir / arguments.model_name / "test_data" / archive.get("folder", "")

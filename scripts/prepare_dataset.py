@@ -6,9 +6,11 @@
 
 What --source must hold, unpacked:
     cocostuff       train2017/ val2017/ stuffthingmaps_trainval2017/{train,val}2017/
-                    [annotations/panoptic_{train,val}2017/: instance maps; then --edge_maps both for boundary maps]
+                    [annotations/panoptic_{train,val}2017/ or annotations/instances_{train,val}2017.json (extra "data"):
+                    instance maps, whose borders are the combined boundary maps (data.edges: instances)]
     ade20k          ADEChallengeData2016/{images,annotations}/{training,validation}/
-    ade20k_outdoor  the same, with --scene_list FILE
+    ade20k_outdoor  the same: the scenes of --scene_list FILE, or those that show sky, mountain or earth and no
+                    ceiling, bed or sink (a few indoor scenes stay: look through them)
     cityscapes      leftImg8bit/{train,val}/CITY/ gtFine/{train,val}/CITY/; made 512 x 256 (see --resize_h_w)
     camvid          {train,val,test}/ {train,val,test}annot/ (SegNet's split)
     facades         base/ extended/ (CMP); 106 pictures, evenly spread, become val
@@ -29,7 +31,8 @@ import yaml
 
 from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.edge_maps import SOURCES, make_edge_maps
-from imaginaire_spade.data.prepare import DATASETS, Options, prepare
+from imaginaire_spade.data.official import DATASETS, Options
+from imaginaire_spade.data.prepare import prepare
 from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.labels import LabelSpec
 
@@ -47,7 +50,11 @@ def main() -> None:
     parser.add_argument("--link", action="store_true", help="link to the downloaded files instead of copying them")
     parser.add_argument("--edge_maps", choices=list(SOURCES), help="draw edge maps too, of these borders")
     parser.add_argument("--resize_h_w", type=int, nargs=2, metavar=("H", "W"), help="resize everything to this size")
-    parser.add_argument("--scene_list", type=Path, help="ade20k_outdoor: the scenes, one per line")
+    parser.add_argument(
+        "--scene_list",
+        type=Path,
+        help="ade20k_outdoor: scenes (as in sceneCategories.txt) or names of pictures, one per line",
+    )
     parser.add_argument("--num_val", type=int, default=0, help="pictures for val, where the download has no split")
     parser.add_argument("--images", type=Path, help="custom: folder of the photos below --source")
     parser.add_argument("--labels", type=Path, help="custom: folder of the label maps below --source")

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import data as data_benchmark
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -23,3 +25,15 @@ def test_the_quick_form_runs_and_its_paths_agree(tmp_path):
     assert rows["inference", "fp32"]["difference"] < 2 / 127.5  # of rounded pixel values
     assert rows["iteration", "SPADE"]["difference"] < 1e-8  # in double precision
     assert all(row["ms"] > 0 for row in rows.values())
+
+
+def test_the_data_benchmark_runs_all_its_contestants(tiny_folder, tiny_config, monkeypatch, capsys):
+    root = tiny_folder(keys=8, size=(40, 56))
+    arguments = ["--data_root", root, "--config", tiny_config(), "--rounds", 1, "--num_workers", 1, "--samples", 8]
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments)])
+    data_benchmark.main()
+    printed = capsys.readouterr().out
+    for line in ("copy the files (cp)", "checked, 1 worker", "loader, 1 worker", "PIL + torchvision, 1 workers"):
+        assert f"\n{line}" in printed
+    assert "webdataset is not installed" in printed or "\nwebdataset + OpenCV, 1 workers" in printed
+    assert "loader, 1 worker / decode only, 1 process" in printed

@@ -4,6 +4,8 @@ import hashlib
 import http.server
 import io
 import json
+import re
+import shutil
 import sys
 import tarfile
 import threading
@@ -18,14 +20,16 @@ from PIL import Image
 from torchvision.models.segmentation import deeplabv3_resnet50
 
 from imaginaire_spade.data.build import build_dataset
-from imaginaire_spade.data.decode import decode_instances, decode_label
+from imaginaire_spade.data.decode import decode_image, decode_instances, decode_label
 from imaginaire_spade.data.download import fetch, unpack
 from imaginaire_spade.data.edge_maps import make_edge_maps
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.label_photos import label_photos
-from imaginaire_spade.data.prepare import DATASETS, Options, prepare
+from imaginaire_spade.data.official import DATASETS, Options
+from imaginaire_spade.data.prepare import prepare
 from imaginaire_spade.data.segmenters import Segmenter, deeplab_segmenter, hugging_face_segmenter
 from imaginaire_spade.data.store import open_source
+from imaginaire_spade.data.transforms import edges_from_ids
 from imaginaire_spade.errors import ConfigError, DataError
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -46,23 +50,36 @@ def ids(values, size=(24, 32)):
 def download(name, root):
     """A miniature of the unpacked official download, with its names and value ranges."""
     if name == "cocostuff":
-        for split, number in (("train", 9), ("train", 25), ("val", 139)):
-            photo(root / f"{split}2017/{number:012d}.jpg")
-            labels = root / f"stuffthingmaps_trainval2017/{split}2017/{number:012d}.png"
-            write_png(labels, ids([0, 91, 181, 255]))
-            panoptic = np.zeros((24, 32, 3), np.uint8)
-            panoptic[:, 16:] = (7, 2, 1)
-            write_png(root / f"annotations/panoptic_{split}2017/{number:012d}.png", panoptic)
+        for split, numbers in (("train", (9, 25)), ("val", (139,))):
+            for number in numbers:
+                photo(root / f"{split}2017/{number:012d}.jpg")
+                labels = root / f"stuffthingmaps_trainval2017/{split}2017/{number:012d}.png"
+                write_png(labels, ids([0, 91, 181, 255]))
+                panoptic = np.zeros((24, 32, 3), np.uint8)
+                panoptic[:, 16:] = (7, 2, 1)
+                write_png(root / f"annotations/panoptic_{split}2017/{number:012d}.png", panoptic)
+            images = [{"id": n, "file_name": f"{n:012d}.jpg", "height": 24, "width": 32} for n in numbers]
+            objects = [
+                {"id": 7, "image_id": numbers[0], "area": 16, "iscrowd": 0, "category_id": 1,
+                 "segmentation": [[2, 2, 6, 2, 6, 6, 2, 6]]},
+                {"id": 8, "image_id": numbers[0], "area": 100, "iscrowd": 0, "category_id": 90,
+                 "segmentation": [[0, 0, 10, 0, 10, 10, 0, 10], [20, 10, 30, 10, 30, 20, 20, 20]]},
+                {"id": 9, "image_id": numbers[0], "area": 48, "iscrowd": 1, "category_id": 1,
+                 "segmentation": {"size": [24, 32], "counts": [720, 48]}},
+            ]  # fmt: skip
+            instances = {"images": images, "annotations": objects, "categories": []}
+            (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(instances))
     elif name in ("ade20k", "ade20k_outdoor"):
-        for folder, split, scene in (("training", "train", "beach"), ("training", "train", "attic"),
-                                     ("validation", "val", "beach")):  # fmt: skip
-            key = f"ADE_{split}_{len(scene):08d}"
-            photo(root / f"ADEChallengeData2016/images/{folder}/{key}.jpg")
-            write_png(root / f"ADEChallengeData2016/annotations/{folder}/{key}.png", ids([0, 1, 150]))
-        photo(root / "ADEChallengeData2016/images/training/ADE_train_00000099.jpg")
-        write_png(root / "ADEChallengeData2016/annotations/training/ADE_train_00000099.png", ids([3]))
-        scenes = "ADE_train_00000005 attic\nADE_val_00000005 beach\nADE_train_00000099 beach\n"
-        (root / "ADEChallengeData2016/sceneCategories.txt").write_text(scenes)
+        scenes = (("training", "ADE_train_00000001", "attic", [0, 1, 6, 150]),  # a ceiling
+                  ("training", "ADE_train_00000002", "bedroom", [1, 3, 8]),  # sky behind a bed
+                  ("training", "ADE_train_00000003", "beach", [0, 3, 22, 150]),
+                  ("validation", "ADE_val_00000001", "beach", [17, 14]))  # fmt: skip
+        root = root / "ADEChallengeData2016"
+        for folder, key, _, values in scenes:
+            photo(root / f"images/{folder}/{key}.jpg")
+            write_png(root / f"annotations/{folder}/{key}.png", ids(values))
+        (root / "sceneCategories.txt").write_text("".join(f"{key} {scene}\n" for _, key, scene, _ in scenes))
+        root = root.parent
     elif name == "cityscapes":
         for split, city in (("train", "aachen"), ("val", "lindau")):
             stem = f"{city}/{city}_000000_000019"
@@ -93,16 +110,14 @@ def download(name, root):
     return root
 
 
-EXPECTED = {"cocostuff": (2, 1), "ade20k": (2, 1), "ade20k_outdoor": (1, 1), "cityscapes": (1, 1), "camvid": (1, 1),
+EXPECTED = {"cocostuff": (2, 1), "ade20k": (3, 1), "ade20k_outdoor": (1, 1), "cityscapes": (1, 1), "camvid": (1, 1),
             "facades": (4, 2), "landscapes": (4, 1), "custom": (2, 1)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(DATASETS))
 def test_official_download_becomes_a_data_set_that_its_table_reads(name, tmp_path):
     source, raw = download(name, tmp_path / "download"), tmp_path / "raw"
-    (tmp_path / "scenes.txt").write_text("beach\n")
-    num_val = {"facades": 2, "landscapes": 1, "custom": 1}.get(name, 0)
-    options = Options(scene_list=tmp_path / "scenes.txt", num_val=num_val)
+    options = Options(num_val={"facades": 2, "landscapes": 1, "custom": 1}.get(name, 0))
     counts = prepare(name, source, raw, options, num_workers=0)
     assert (counts["train"], counts["val"]) == EXPECTED[name]
     assert prepare(name, source, raw, options, num_workers=0, link=True) == counts  # all is there already
@@ -126,24 +141,89 @@ def test_official_download_becomes_a_data_set_that_its_table_reads(name, tmp_pat
     if name == "cocostuff":
         instances = decode_instances(store.read(store.keys[0], "inst_maps"), "x")
         assert set(np.unique(instances)) == {0, 7 + 2 * 256 + 65536}
+        assert set(np.unique(label)) == {0, 91, 181, 255}
         make_edge_maps(raw / "val", "both", num_workers=0)
         edges = cv2.imread(str(raw / "val/edge_maps/000000000139.png"), cv2.IMREAD_UNCHANGED)
         assert edges[:, 15:17].all() and edges[0, 3] and not edges[0, 1]
+    if name == "facades":
+        assert set(np.unique(label)) == {1, 5, 12}
+    if name == "ade20k":
+        assert set(np.unique(label)) == {0, 1, 6, 150}
+    if name == "ade20k_outdoor":
+        assert store.keys == ["ADE_train_00000003"]
+
+
+def test_cocos_instances_become_numbers_above_the_label_ids(tmp_path, monkeypatch):
+    pytest.importorskip("pycocotools", reason="the package pycocotools (extra data) is not installed")
+    source = download("cocostuff", tmp_path / "download")
+    for split in ("train", "val"):
+        shutil.rmtree(source / f"annotations/panoptic_{split}2017")
+    prepare("cocostuff", source, tmp_path / "raw", Options(), num_workers=0)
+    label = ids([0, 91, 181, 255]).astype(np.int32)
+    assert np.array_equal(
+        decode_instances((tmp_path / "raw/train/inst_maps/000000000025.png").read_bytes(), "x"), label
+    )
+    label[0:10, 0:10] = label[10:20, 20:30] = 257  # one object of two pieces
+    label[2:6, 2:6] = 256  # a smaller one upon it
+    columns = label.T.copy().reshape(-1)  # COCO counts down the columns
+    columns[720:] = 258
+    expected = columns.reshape(32, 24).T
+    instances = decode_instances((tmp_path / "raw/val/inst_maps/000000000139.png").read_bytes(), "x")
+    assert np.array_equal(instances, expected)
+    # Their borders are those of objects and of stuff: the combined boundary map.
+    make_edge_maps(tmp_path / "raw/val", "instances", num_workers=0)
+    edges = cv2.imread(str(tmp_path / "raw/val/edge_maps/000000000139.png"), cv2.IMREAD_UNCHANGED)
+    assert np.array_equal(edges > 0, edges_from_ids(expected) > 0) and edges[9, 5] and edges[22, 3]
+    prepare("cocostuff", source, tmp_path / "small", Options(resize_h_w=(12, 16)), num_workers=0)
+    small = decode_instances((tmp_path / "small/val/inst_maps/000000000139.png").read_bytes(), "x")
+    assert np.array_equal(small, expected[1::2, 1::2])
+
+    path = source / "annotations/instances_val2017.json"
+    tree = json.loads(path.read_text())
+    for change, message in (
+        ({"images": []}, "no instances JSON of COCO"),
+        ({"annotations": [{}]}, "no instances JSON of COCO"),
+        ({"images": [tree["images"][0] | {"file_name": "000000000140.jpg"}]}, r"lists no picture 000000000139\.jpg"),
+        ({"images": [tree["images"][0] | {"height": 25}]}, "says 8 bit, 25 x 32"),
+        ({"annotations": [tree["annotations"][0] | {"segmentation": 5}]}, "annotation 7: unreadable"),
+        ({"annotations": [tree["annotations"][2] | {"segmentation": {"size": [2, 2], "counts": [2, 2]}}]},
+         "annotation 9 is of another size"),
+    ):  # fmt: skip
+        path.write_text(json.dumps(tree | change))
+        with pytest.raises(DataError, match=message):
+            prepare("cocostuff", source, tmp_path / "wrong", Options(), num_workers=0)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(ConfigError, match=r"pip install 'imaginaire_spade\[data\]'"):
+        prepare("cocostuff", source, tmp_path / "wrong", Options(), num_workers=0)
 
 
 def test_what_is_missing_is_named(tmp_path):
     source = download("ade20k", tmp_path / "download")
     with pytest.raises(DataError, match="none of train2017/, images/train2017/ is there"):
         prepare("cocostuff", source, tmp_path / "raw", Options(), num_workers=0)
-    with pytest.raises(DataError, match="needs --scene_list"):
-        prepare("ade20k_outdoor", source, tmp_path / "raw", Options(), num_workers=0)
-    (tmp_path / "scenes.txt").write_text("beach\nbeech\n")
+    scenes = Options(scene_list=tmp_path / "scenes.txt")
+    with pytest.raises(DataError, match=r"scenes\.txt: cannot be read"):
+        prepare("ade20k_outdoor", source, tmp_path / "raw", scenes, num_workers=0)
+    scenes.scene_list.write_text("beach\nbeech\n")
     with pytest.raises(DataError, match=r"not in sceneCategories\.txt: beech"):
-        prepare("ade20k_outdoor", source, tmp_path / "raw", Options(scene_list=tmp_path / "scenes.txt"), num_workers=0)
-    (source / "ADEChallengeData2016/annotations/training/ADE_train_00000099.png").unlink()
-    with pytest.raises(DataError, match=r"(?s)1 of the files.*ADE_train_00000099\.png"):
-        prepare("ade20k", source, tmp_path / "raw", Options(), num_workers=0)
+        prepare("ade20k_outdoor", source, tmp_path / "raw", scenes, num_workers=0)
+    (source / "ADEChallengeData2016/annotations/training/ADE_train_00000003.png").unlink()
+    for name in ("ade20k", "ade20k_outdoor"):
+        with pytest.raises(DataError, match=r"(?s)1 of the files.*ADE_train_00000003\.png"):
+            prepare(name, source, tmp_path / "raw", Options(), num_workers=0)
     assert not (tmp_path / "raw").exists()
+
+
+def test_outdoor_scenes_of_a_list(tmp_path):
+    source = download("ade20k_outdoor", tmp_path / "download")
+    (tmp_path / "scenes.txt").write_text("bedroom\n\nADE_train_00000001\nADE_val_00000001\n")
+    counts = prepare(
+        "ade20k_outdoor", source, tmp_path / "raw", Options(scene_list=tmp_path / "scenes.txt"), num_workers=0
+    )
+    assert counts == {"train": 2, "val": 1}
+    assert sorted(p.stem for p in (tmp_path / "raw/train/seg_maps").iterdir()) == [
+        "ADE_train_00000001", "ADE_train_00000002"
+    ]  # fmt: skip
 
 
 def test_prepare_straight_to_lmdb(tmp_path, monkeypatch, capsys):
@@ -165,6 +245,9 @@ class Server(http.server.SimpleHTTPRequestHandler):
     requests: list[str | None]
 
     def do_GET(self):
+        if not (self.folder / self.path.lstrip("/")).is_file():
+            self.send_error(404)
+            return
         content = (self.folder / self.path.lstrip("/")).read_bytes()
         asked = self.headers["Range"]
         self.requests.append(asked)
@@ -214,6 +297,8 @@ def test_a_download_is_continued_checked_and_unpacked(server, tmp_path, monkeypa
     with pytest.raises(DataError, match=r"sha256 .* expected 00"):
         fetch(f"{server.url}/data.zip", tmp_path / "other.zip", "00")
     assert not list(tmp_path.glob("other*"))
+    with pytest.raises(DataError, match=r"absent\.zip: the server answers 404 .*--mirror URL"):
+        fetch(f"{server.url}/absent.zip", tmp_path / "absent.zip", "00")
     with pytest.raises(DataError, match="only http"):
         fetch((tmp_path / "manifest.json").as_uri(), tmp_path / "x", "00")
 
@@ -225,6 +310,18 @@ def test_without_sources_it_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--model_name", "munit"])
     with pytest.raises(DataError, match="no entry 'munit'; there are: spade"):
         download_test_data.main()
+    manifest = tmp_path / "manifest.json"
+    monkeypatch.setattr(sys, "argv", ["x", "--manifest", str(manifest), "--output_dir", str(tmp_path)])
+    for content, message in (
+        ([], "no entry 'spade'; there are: none"),
+        ({"spade": []}, 'spade lacks a list: {"archives"'),
+        ({"spade": {"archives": []}}, "names no sources"),
+        ({"spade": {"archives": [{"url": "http://127.0.0.1/a.zip"}]}}, "an archive lacks url or sha256"),
+        ({"spade": {"archives": [{"url": "http://x/a.zip", "sha256": "", "folder": "../../.."}]}}, "leads out of"),
+    ):
+        manifest.write_text(json.dumps(content))
+        with pytest.raises(DataError, match=re.escape(message)):
+            download_test_data.main()
 
 
 def tar_with(*members):
@@ -317,16 +414,31 @@ def test_ids_are_the_highest_scores_at_the_photos_size():
 
 def test_a_hugging_face_model_labels_photos(tiny_folder, tmp_path):
     transformers = pytest.importorskip("transformers", reason="the package transformers (extra eval) is not installed")
+    torch.manual_seed(0)
+    names = {0: "sky", 1: "sea", 2: "rock", 3: "sand"}
     config = transformers.SegformerConfig(
         num_labels=4, hidden_sizes=[4, 4, 8, 8], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1],
-        decoder_hidden_size=8,
+        decoder_hidden_size=8, id2label=names,
     )  # fmt: skip
-    transformers.SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "model")
-    transformers.SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "model")
+    network = transformers.SegformerForSemanticSegmentation(config).eval()
+    network.save_pretrained(tmp_path / "model")
+    processor = transformers.SegformerImageProcessor(size={"height": 64, "width": 64})
+    processor.save_pretrained(tmp_path / "model")
     segmenter = hugging_face_segmenter(str(tmp_path / "model"), torch.device("cpu"))
-    root = tiny_folder(keys=2, types=("images",))
+    root = tiny_folder(keys=["a", "s/b"], types=("images",))
     assert label_photos(segmenter, root) == (2, 0)
-    assert decode_label((root / "seg_maps/0000.png").read_bytes(), "x").shape == (40, 56)
+    image = decode_image((root / "images/s/b.jpg").read_bytes(), "x")
+    with torch.no_grad():
+        logits = network(**processor(images=image, return_tensors="pt")).logits
+    expected = torch.nn.functional.interpolate(logits, (40, 56), mode="bilinear").argmax(1)[0].numpy()
+    ids = decode_label((root / "seg_maps/s/b.png").read_bytes(), "x")
+    assert np.array_equal(ids, expected) and len(np.unique(ids)) > 1
+    labels = prepare_dataset._read_labels(root / "labels.yaml")
+    assert labels.names == tuple(names.values())
+    assert build_dataset(root, tmp_path / "out", labels, num_workers=0)["num_samples"] == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="not usable for semantic segmentation"):
+        hugging_face_segmenter(str(tmp_path / "empty"), torch.device("cpu"))
 
 
 def test_without_transformers_it_says_what_to_install(monkeypatch):

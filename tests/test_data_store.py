@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -29,15 +30,21 @@ from conftest import REPOSITORY, write_jpg, write_png
 from PIL import Image
 from safetensors.numpy import load_file
 
+from imaginaire_spade.data import build as build_module
+from imaginaire_spade.data import check as check_module
 from imaginaire_spade.data import output as output_module
 from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.decode import decode_edges, decode_image, decode_instances, decode_label, image_size
+from imaginaire_spade.data.environments import EnvironmentWriter
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.lock import owning
-from imaginaire_spade.data.store import EnvironmentWriter, open_source, store_key
+from imaginaire_spade.data.store import open_source, store_key
 from imaginaire_spade.distributed import rank_from_environment
-from imaginaire_spade.errors import EXIT_CODE, DataError, LabelError
+from imaginaire_spade.errors import EXIT_CODE, DataError, LabelError, run_command_line
 from imaginaire_spade.labels import LabelSpec
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+import build_lmdb
 
 LABELS = LabelSpec(num_classes=5)
 TYPES = ("images", "seg_maps", "edge_maps", "inst_maps")
@@ -105,7 +112,10 @@ def test_label_maps_keep_their_integers():
         (b"", "empty"),
         (b"not an image", "not readable"),
         (encoded(IDS)[:60], "not readable"),
-        (encoded(IDS)[:16] + struct.pack(">II", 1 << 14, 1 << 14) + encoded(IDS)[24:], "pixels by its header"),
+        (
+            encoded(IDS)[:16] + struct.pack(">II", 60_000, 60_000) + encoded(IDS)[24:],
+            "60000 x 60000 pixels by its header",
+        ),
     ],
     ids=range(11),
 )
@@ -330,14 +340,16 @@ def read_all(source) -> str:
     return hashlib.sha256(b"".join(source.read(key, t) for key in source.keys for t in TYPES)).hexdigest()
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_reading_in_other_processes(tiny_folder, tmp_path, method):
+def test_reading_in_other_processes(tiny_folder, tmp_path):
     build_dataset(tiny_folder(keys=4), tmp_path / "out", LABELS, num_workers=0)
     source = open_source(tmp_path / "out", TYPES)
     expected = read_all(source)  # the handle is open here when the others start
     assert read_all(pickle.loads(pickle.dumps(source))) == expected  # noqa: S301 (our own bytes)
-    with multiprocessing.get_context(method).Pool(1) as pool:
-        assert pool.apply(read_all, (source,)) == expected
+    with contextlib.ExitStack() as stack:
+        methods = ("fork", "spawn", "forkserver")
+        pools = [stack.enter_context(multiprocessing.get_context(method).Pool(1)) for method in methods]
+        results = [pool.apply_async(read_all, (source,)) for pool in pools]
+        assert [result.get() for result in results] == [expected] * 3
     assert read_all(source) == expected
 
 
@@ -371,12 +383,17 @@ def test_every_bad_file_is_named_in_one_message(tiny_folder, tmp_path):
     (root / "images/0004.jpg").write_bytes(b"")
     (root / "images/0005.jpg").write_bytes((root / "images/0006.jpg").read_bytes()[:500])
     write_png(root / "edge_maps/0007.png", good[:, :8])
+    (root / "seg_maps/0008.png").write_bytes(encoded(good, "JPEG"))
+    bomb = encoded(good)[:16] + struct.pack(">II", 60_000, 60_000) + encoded(good)[24:]
+    (root / "images/0009.jpg").write_bytes(bomb)
+    (root / "inst_maps/0010.png").write_bytes(bomb)
     with pytest.raises(DataError) as caught:
         build_dataset(root, tmp_path / "out", LABELS, num_workers=1)
     message = str(caught.value)
     for part in ("0000.png: label value(s) 77", "0001.png: an RGB", "0002.png: label value(s) 255", "remap: {255: 1}",
                  "0003.jpg is 40 x 56", "0003.png is 20 x 56", "0004.jpg: the file is empty", "0005.jpg",
-                 "0007.png is 40 x 8"):  # fmt: skip
+                 "0007.png is 40 x 8", "0008.png: a label map stored as JPEG, whose compression changes ids",
+                 "0009.jpg: 60000 x 60000 pixels by its header", "0010.png: 60000 x 60000 pixels"):  # fmt: skip
         assert part in message, part
     assert "0006" not in message and "nothing was built" in message
     assert sorted(p.name for p in tmp_path.iterdir()) == ["raw"]
@@ -475,25 +492,63 @@ def test_too_little_space(tiny_folder, tmp_path, monkeypatch):
         assert sorted(p.name for p in tmp_path.iterdir()) == ["raw"]
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, str(REPOSITORY / "scripts/build_lmdb.py"), *map(str, arguments)]
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", folder], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"a file system of its own cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
 
 
-def test_command_line(tiny_folder, tiny_config, tmp_path):
+@pytest.mark.parametrize("num_shards", [1, 4])
+def test_the_disk_fills_up_in_the_middle(tiny_folder, tmp_path, small_disk, monkeypatch, num_shards):
+    root, out, hog = tiny_folder(keys=8), small_disk / "out", small_disk / "hog"
+
+    def fill(plan: check_module.Plan, key: str) -> check_module.LoadedSample:
+        if key == "0005":
+            with hog.open("wb") as file:
+                file.write(bytes(shutil.disk_usage(small_disk).free // 4096 * 4096))
+        return check_module.load_sample(plan, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "load_sample", fill)
+        with pytest.raises(DataError) as caught:
+            build_dataset(root, out, LABELS, num_workers=0, num_shards=num_shards)
+    message = str(caught.value)
+    assert message.startswith(f"--output_root {out}: writing failed: ") and "No space left" in message
+    assert "run the same command again: finished shards are kept" in message
+    assert sorted(p.name for p in small_disk.iterdir()) == (["hog"] if num_shards == 1 else ["hog", "out"])
+    if num_shards > 1:
+        assert sorted(p.name for p in out.iterdir()) == ["shard_00000", "shard_00001"]
+    hog.unlink()
+    build_dataset(root, out, LABELS, num_workers=0, num_shards=num_shards)
+    build_dataset(root, tmp_path / "whole", LABELS, num_workers=0, num_shards=num_shards)
+    assert tree_of(out) == tree_of(tmp_path / "whole")
+    assert [p.name for p in small_disk.iterdir()] == ["out"]
+
+
+def run_here(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["build_lmdb.py", *map(str, arguments)])
+    run_command_line(build_lmdb.main)
+
+
+def test_command_line(tiny_folder, tiny_config, tmp_path, monkeypatch, capsys):
     root = tiny_folder(keys=5, num_classes=6)
     (root / "images/readme.txt").write_text("x")
-    arguments = ["--config", tiny_config(edges="instances"), "--data_root", root, "--output_root", tmp_path / "o/out"]
-    failed = subprocess.run(command(*arguments, "--paired"), capture_output=True, text=True)
-    assert failed.returncode == EXIT_CODE, failed.stderr
-    assert "label value(s) 5 outside the table" in failed.stderr and "Traceback" not in failed.stderr
+    arguments = ["--config", tiny_config(edges="instances"), "--data_root", root, "--output_root", tmp_path / "o/out",
+                 "--paired", "--num_workers", 0]  # fmt: skip
+    with pytest.raises(SystemExit) as left:
+        run_here(monkeypatch, *arguments)
+    assert left.value.code == EXIT_CODE and "label value(s) 5 outside the table" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
-    built = subprocess.run(
-        command(*arguments, "--paired", "--set", "data.labels.num_classes=6", "--num_workers", 1),
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert built.returncode == 0, built.stderr
+    run_here(monkeypatch, *arguments, "--set", "data.labels.num_classes=6")
+    printed = capsys.readouterr().out
     for part in ("5 samples of images, seg_maps, edge_maps, inst_maps", "40x56 (5)", "class 5", "readme.txt"):
-        assert part in built.stdout
+        assert part in printed
     assert len(open_source(tmp_path / "o/out", TYPES).keys) == 5
 
 
@@ -501,15 +556,21 @@ def tree_of(root) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-def test_killed_in_the_middle_then_resumed(tiny_folder, tiny_config, tmp_path):
+def test_killed_in_the_middle_then_resumed(tiny_folder, tiny_config, tmp_path, monkeypatch, capsys):
     root, out = tiny_folder(keys=40, size=(16, 16)), tmp_path / "out"
     arguments = ["--config", tiny_config(), "--data_root", root, "--output_root", out, "--num_shards", 40]
-    process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (out / "shard_00002").exists() and process.poll() is None and time.monotonic() < deadline:
+    builder = os.fork()
+    if builder == 0:
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        with contextlib.suppress(BaseException):
+            run_here(monkeypatch, *arguments)
+        os._exit(0)
+    deadline = time.monotonic() + 120
+    while not (out / "shard_00002").exists() and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(builder, signal.SIGKILL)
+    os.waitpid(builder, 0)
     finished = sorted(p for p in out.glob("shard_?????"))
     assert 3 <= len(finished) < 40 and not (out / "manifest.json").exists()
     with pytest.raises(DataError, match=r"unfinished build.*same scripts/build_lmdb"):
@@ -521,10 +582,9 @@ def test_killed_in_the_middle_then_resumed(tiny_folder, tiny_config, tmp_path):
     made_at = {p: (p / "manifest.json").stat().st_mtime_ns for p in finished}
     damaged = finished[1] / "seg_maps/data.mdb"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    resumed = subprocess.run(command(*arguments), capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
+    run_here(monkeypatch, *arguments)
     # (A worker may have finished one more shard after the list was made.)
-    kept = int(re.search(r"resuming: (\d+) of 40", resumed.stdout)[1])
+    kept = int(re.search(r"resuming: (\d+) of 40", capsys.readouterr().out)[1])
     assert kept >= len(finished) - 1
     rebuilt = [p for p, at in made_at.items() if (p / "manifest.json").stat().st_mtime_ns != at]
     assert rebuilt == [finished[1]]
@@ -584,12 +644,21 @@ def test_two_builders_on_one_output(tiny_folder, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw"]
 
 
-def test_many_processes_build_what_one_builds(tiny_folder, tiny_config, tmp_path):
+def test_many_processes_build_what_one_builds(tiny_folder, tiny_config, tmp_path, monkeypatch):
     root = tiny_folder(keys=9, size=(16, 16))
     out, whole, ranks = tmp_path / "out", tmp_path / "whole", tmp_path / "ranks"
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = ["--config", tiny_config(), "--data_root", root, "--output_root", out, "--num_shards", "5"]
-    subprocess.run([*start, *command(*arguments)[1:]], check=True, capture_output=True, timeout=120)
+    arguments = ["--config", tiny_config(), "--data_root", root, "--output_root", out, "--num_shards", 5]
+    children = []
+    for rank in range(2):  # as torchrun starts them, at the same time
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            with contextlib.suppress(BaseException):
+                run_here(monkeypatch, *arguments)
+                os._exit(0)
+            os._exit(1)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     build_dataset(root, whole, LABELS, num_shards=5, num_workers=0)
     assert tree_of(out) == tree_of(whole)
     # As a job array does, in any order, once to build and once to replace.
@@ -598,6 +667,23 @@ def test_many_processes_build_what_one_builds(tiny_folder, tiny_config, tmp_path
             options = {"num_shards": 5, "num_workers": 0, "world_size": 3, "overwrite": overwrite}
             assert (build_dataset(root, ranks, LABELS, rank=rank, **options) is None) == (rank != 1)
         assert tree_of(ranks) == tree_of(whole)
+
+
+def test_leftovers_of_another_number_of_shards(tiny_folder, tmp_path):
+    """One process clears them away with --overwrite; of several none may, since the others may be at work there."""
+    root, out = tiny_folder(keys=6, size=(16, 16)), tmp_path / "out"
+    build_dataset(root, out, LABELS, num_workers=0, num_shards=6, rank=0, world_size=2)
+    for rank in (0, 1):
+        options = {"num_workers": 0, "num_shards": 2, "rank": rank, "world_size": 2}
+        with pytest.raises(DataError, match=r"shard_00004, which is no part of this build \(another --num_shards\?\)"):
+            build_dataset(root, out, LABELS, **options)
+        with pytest.raises(DataError, match=rf"Of several processes none may .*: remove {out} yourself"):
+            build_dataset(root, out, LABELS, overwrite=True, **options)
+    assert sorted(p.name for p in out.iterdir()) == ["shard_00000", "shard_00002", "shard_00004"]
+    with pytest.raises(DataError, match="another --num_shards"):
+        build_dataset(root, out, LABELS, num_workers=0, num_shards=2)
+    assert build_dataset(root, out, LABELS, num_workers=0, num_shards=2, overwrite=True)["num_samples"] == 6
+    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "shard_00000", "shard_00001"]
 
 
 def test_rank_of_a_job_array(monkeypatch):
@@ -638,6 +724,8 @@ def test_one_bad_file_keeps_the_other_shards(tiny_folder, tmp_path):
 
 def test_shrinking_while_building(tiny_folder, tmp_path):
     root = tiny_folder(keys=["a", "b"], size=(40, 56))
+    noise = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    write_jpg(root / "images/a.jpg", noise // np.array([1, 2, 4], np.uint8))  # red, less green, little blue
     small = np.kron(np.arange(4, dtype=np.uint8).reshape(2, 2), np.ones((8, 9), np.uint8))
     for folder, array in (
         ("images", np.stack([small] * 3, 2)),
@@ -657,7 +745,9 @@ def test_shrinking_while_building(tiny_folder, tmp_path):
     assert np.array_equal(decode_label(store.read("a", "seg_maps"), "x"), ids[1::2, 1::2])
     instances = decode_instances(raw.read("a", "inst_maps"), "x")
     assert np.array_equal(decode_instances(store.read("a", "inst_maps"), "x"), instances[1::2, 1::2])
-    assert decode_image(store.read("a", "images"), "x").shape == (20, 28, 3)
+    photo, before = (decode_image(source.read("a", "images"), "x") for source in (store, raw))
+    assert photo.shape == (20, 28, 3)
+    assert np.abs(photo.mean((0, 1)) - before.mean((0, 1))).max() < 5
     assert len(store.read("a", "images")) < len(raw.read("a", "images")) / 2
     with pytest.raises(DataError, match="another --resize_smallest_side"):
         build_dataset(root, tmp_path / "out", LABELS, num_workers=0, resize_smallest_side=20, quality=90)

@@ -1,16 +1,14 @@
 """Positions within a class's regions (CLADE-ICPE): their computation, their files, their way through the pipeline."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import write_png
+from conftest import REPOSITORY, write_png
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -35,7 +33,9 @@ from imaginaire_spade.training import loop
 from imaginaire_spade.training.checkpoint import newest_checkpoint
 from imaginaire_spade.training.run import prepare
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+import make_distance_maps as make_distance_maps_script
+
 LABELS = LabelSpec(num_classes=5, ignore=(255,))
 SIDES = st.integers(1, 24)
 LABEL_MAPS = st.tuples(SIDES, SIDES).flatmap(
@@ -142,19 +142,12 @@ def test_stored_maps_are_made_once_kept_and_made_anew_where_they_do_not_fit(tiny
         make_distance_maps(root, LABELS)
 
 
-def test_the_script_makes_maps_that_build_lmdb_takes_along(tiny_folder, tiny_config, tmp_path):
+def test_the_script_makes_maps_that_build_lmdb_takes_along(tiny_folder, tiny_config, tmp_path, monkeypatch, capsys):
     root, config = tiny_folder(keys=4), tiny_config()
-    command = [
-        sys.executable,
-        "scripts/make_distance_maps.py",
-        "--config",
-        config,
-        "--data_root",
-        root,
-        "--num_workers=0",
-    ]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert result.returncode == 0 and "4 distance maps made" in result.stdout, result.stderr
+    arguments = ["--config", config, "--data_root", root, "--num_workers", 0]
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments)])
+    make_distance_maps_script.main()
+    assert "4 distance maps made" in capsys.readouterr().out
     manifest = build_dataset(root, tmp_path / "out", LABELS)
     assert "distances" in manifest["data_types"]
     folder, store = (LabelMapDataset(r, LABELS, distances=True) for r in (root, tmp_path / "out"))

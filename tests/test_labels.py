@@ -73,6 +73,17 @@ def test_rgb_maps_through_the_palette_and_back():
         spec.to_train_ids(rgb, "x")
 
 
+def test_a_colour_of_two_classes_is_refused_where_it_occurs():
+    spec = LabelSpec(num_classes=3, palette=((6, 230, 230), (9, 9, 9), (6, 230, 230)), names=("road", "sea", "tower"))
+    sea = np.full((2, 2, 3), 9, np.uint8)
+    assert spec.to_train_ids(sea, "x").tolist() == [[1, 1], [1, 1]]
+    sea[1, 1] = (6, 230, 230)
+    for method in (spec.to_train_ids, spec.count_pixels):
+        with pytest.raises(LabelError, match=r"a\.png: the colour \(6, 230, 230\) .* 0 \(road\), 2 \(tower\)"):
+            method(sea, "a.png")
+    assert spec.to_train_ids(sea, "x", unknown="dont_care").tolist() == [[1, 1], [1, 3]]
+
+
 def test_black_is_refused_where_no_pixel_may_be_without_a_class():
     spec = LabelSpec(num_classes=1, palette=((255, 0, 0),))
     with pytest.raises(LabelError, match="black"):

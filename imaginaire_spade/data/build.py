@@ -8,20 +8,13 @@ agreed on between processes: each builds the shards of its rank, and whoever fin
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import shutil
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from imaginaire_spade.data.check import LoadedSample, Plan, load_sample
-from imaginaire_spade.data.decode import IMAGE_EXTENSIONS
-from imaginaire_spade.data.folders import DISTANCES, EDGE_FILES, FolderSource
 from imaginaire_spade.data.lock import finishing, owning, writing
 from imaginaire_spade.data.output import (
     check_free_space,
@@ -32,15 +25,13 @@ from imaginaire_spade.data.output import (
     move_into_place,
     temporary,
 )
+from imaginaire_spade.data.selection import select_samples
 from imaginaire_spade.data.shard import Manifest, flush_folder, join_manifests, write_shard
 from imaginaire_spade.data.store import MANIFEST, read_json, store_key, write_json
+from imaginaire_spade.data.tally import MAX_PROBLEMS, Tally, shown
 from imaginaire_spade.data.workers import count_workers, map_in_processes
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.labels import LabelSpec
-
-OPTIONAL_TYPES = ("edge_maps", "inst_maps", DISTANCES)
-MAX_PROBLEMS = 20
-"""A build gives up after this many."""
 
 
 def build_dataset(
@@ -92,16 +83,16 @@ def build_dataset(
     if resize_smallest_side is not None and (resize_smallest_side < 1 or not check or not 1 <= quality <= 100):
         raise DataError("--resize_smallest_side takes at least 1, with --quality 1..100, and excludes --no_check")
     check_output(raw, output, overwrite, resume)
-    source, types = _open(raw, edges, data_types, drop_unpaired or input_list is not None)
-    left_out = _left_out(source, input_list is None)
-    if rank == 0:
-        _report(left_out)
-    if input_list is not None:
-        source = source.restricted_to(_read_list(Path(input_list), source))
-    if DISTANCES in types and (resize_smallest_side or not source.has(DISTANCES)):
-        reason = "does not shrink" if resize_smallest_side else "lacks some samples"
-        print(f"{raw / DISTANCES} {reason}: left out (scripts/make_distance_maps.py makes missing ones)")
-        types = tuple(t for t in types if t != DISTANCES)
+    selection = select_samples(
+        raw,
+        edges=edges,
+        data_types=data_types,
+        drop_unpaired=drop_unpaired,
+        input_list=None if input_list is None else Path(input_list),
+        shrinks=resize_smallest_side is not None,
+        silent=rank > 0,
+    )
+    source, types = selection.source, selection.data_types
     if num_shards > len(source.keys):
         raise DataError(f"--num_shards {num_shards}: more shards than samples ({len(source.keys)})")
     # In the order of the keys, so that the shards one after the other are the folder's order.
@@ -114,17 +105,25 @@ def build_dataset(
     plan = Plan(source, labels, types, check, resize_smallest_side, quality)
     own = range(num_shards)[rank::world_size]
     with owning(output, own) as lock_file:
-        build = _Build(plan, parts, _choose_root(output, num_shards, overwrite), lock_file, _Tally())
+        build = _Build(plan, parts, _choose_root(output, num_shards, overwrite), lock_file, Tally())
         # What lies in the way may go if it was to be replaced, or is a temporary folder that nobody else works in.
         may_clear = world_size == 1 and (overwrite or build.root != output)
-        kept = build.kept([names[i] for i in own], resume, may_clear, rank)
+        try:
+            kept = build.kept([names[i] for i in own], resume, may_clear, rank)
+        except DataError as error:
+            if not overwrite:
+                raise
+            raise DataError(
+                f"{error}. Of several processes none may clear it away from under the others: remove {build.root}"
+                " yourself, then start them again"
+            ) from None
         todo = [names[i] for i in own if names[i] not in kept]
         num_bytes = {name: {t: sum(source.size(key, t) for key in parts[name]) for t in types} for name in todo}
         total_bytes = sum(sum(by_type.values()) for by_type in num_bytes.values())
         check_free_space(output, total_bytes)
         with disk_errors(output, total_bytes):
             build.run(num_bytes, count_workers(num_workers, world_size), silent=rank > 0)
-            return build.join(output, left_out)
+            return build.join(output, selection.left_out)
 
 
 def _choose_root(output: Path, num_shards: int, overwrite: bool) -> Path:
@@ -132,30 +131,6 @@ def _choose_root(output: Path, num_shards: int, overwrite: bool) -> Path:
     if is_finished(output):
         return temporary(output) if overwrite else output
     return temporary(output) if num_shards == 1 or temporary(output).exists() else output
-
-
-class _Tally:
-    """What the processes of a build tell each other."""
-
-    def __init__(self) -> None:
-        self.samples = multiprocessing.Value("q", 0)
-        self.problems = multiprocessing.Value("q", 0)
-        self.stop = multiprocessing.Value("b", 0)
-
-    def add(self, num_problems: int) -> bool:
-        """Count a sample; whether to go on."""
-        with self.samples:
-            self.samples.value += 1
-        with self.problems:
-            self.problems.value += num_problems
-        return self.go_on()
-
-    def go_on(self) -> bool:
-        return not self.stop.get_obj().value and self.problems.get_obj().value < MAX_PROBLEMS
-
-    def seen(self) -> int:
-        """Samples so far. (Read without the lock, which a process that was killed may hold for ever.)"""
-        return int(self.samples.get_obj().value)
 
 
 class _Rejected(Exception):
@@ -168,7 +143,7 @@ class _Build:
     parts: Mapping[str, Sequence[str]]
     root: Path
     lock_file: Path
-    tally: _Tally
+    tally: Tally
 
     def kept(self, names: Sequence[str], resume: bool, may_clear: bool, rank: int) -> dict[str, Manifest]:
         """The finished shards among ``names``; the rest of what is in the way is removed where that is asked for."""
@@ -195,7 +170,7 @@ class _Build:
         total = sum(len(self.parts[name]) for name in todo)
         problems: list[str] = []
         try:
-            with _shown(self.tally, total, silent or not todo):
+            with shown(self.tally, total, silent or not todo):
                 if workers > len(todo):
                     load = partial(load_sample, self.plan)
                     for name in todo:
@@ -271,74 +246,3 @@ class _Build:
             if self.root != output:
                 move_into_place(self.root, output)
             return manifest
-
-
-@contextmanager
-def _shown(tally: _Tally, total: int, disable: bool) -> Iterator[None]:
-    """A progress bar that follows ``tally``."""
-    finished = threading.Event()
-    tqdm.set_lock(threading.RLock())  # its own is shared with forked processes, and one that is killed may hold it
-    with tqdm(total=total, desc="building", unit="images", disable=disable, smoothing=0.05) as bar:
-
-        def follow() -> None:
-            while not finished.wait(0.5):
-                bar.update(tally.seen() - bar.n)
-
-        follower = threading.Thread(target=follow, daemon=True)
-        follower.start()
-        try:
-            yield
-        finally:
-            finished.set()
-            follower.join()
-            bar.update(tally.seen() - bar.n)
-
-
-# ------------------------------------------------------------------------------------------------ the samples
-
-
-def _open(
-    raw: Path, edges: str, data_types: Sequence[str] | None, drop_unpaired: bool
-) -> tuple[FolderSource, tuple[str, ...]]:
-    if data_types is None:
-        optional = [t for t in OPTIONAL_TYPES if EDGE_FILES.get(edges) == t or (raw / t).is_dir()]
-        types = ("images", "seg_maps", *optional)
-    else:
-        types = tuple(dict.fromkeys(data_types))
-    return FolderSource(raw, types, drop_unpaired=drop_unpaired), types
-
-
-def _left_out(source: FolderSource, tell_unpaired: bool) -> list[str]:
-    """What is in the folders and not in the data set, one line per file."""
-    lines = [f"{path.relative_to(source.root)}: no image by its extension" for path in source.skipped]
-    for data_type, keys in source.unpaired.items():
-        lines += [f"{key}: dropped, no file in {data_type}" for key in keys if tell_unpaired]
-    return lines
-
-
-def _report(left_out: Sequence[str]) -> None:
-    if left_out:
-        print(f"left out {len(left_out)} file(s) or sample(s)" + f" (all in {MANIFEST})" * (len(left_out) > 20) + ":")
-        print("\n".join(f"  {line}" for line in left_out[:20]))
-
-
-def _read_list(path: Path, source: FolderSource) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--input_list {path}: cannot be read: {error}") from None
-    known, wanted, unknown = set(source.keys), set[str](), []
-    for line in filter(None, lines):
-        key = line.removeprefix("./")
-        stem, _, extension = key.rpartition(".")
-        if key not in known and extension.lower() in IMAGE_EXTENSIONS:
-            key = stem
-        if key in known:
-            wanted.add(key)
-        else:
-            unknown.append(line)
-    if unknown or not wanted:
-        shown = ", ".join(unknown[:10]) + (" ..." if len(unknown) > 10 else "")
-        what = f"{len(unknown)} name(s) without a file in every data type: {shown}" if unknown else "no names"
-        raise DataError(f"--input_list {path}: {what}. Write one SEQUENCE/NAME or NAME per line")
-    return list(wanted)

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from imaginaire_spade.data.decode import decode_edges, decode_image, decode_instances, decode_label
+from imaginaire_spade.data.decode import decode_bgr, decode_edges, decode_image, decode_instances, decode_label
 from imaginaire_spade.data.distances import NOT_FINITE, decode_distances
 from imaginaire_spade.data.folders import DISTANCES, FolderSource
 from imaginaire_spade.data.store import MAX_KEY_BYTES, store_key
@@ -79,7 +79,8 @@ def load_sample(plan: Plan, key: str) -> LoadedSample:
             sample.source_bytes[data_type] = len(data)
             sample.extensions[data_type] = plan.source.extension(key, data_type)
             if plan.check:
-                pixels[data_type] = DECODERS[data_type](data, where)
+                decode = decode_bgr if data_type == "images" else DECODERS[data_type]
+                pixels[data_type] = decode(data, where)
                 if data_type == "seg_maps":
                     sample.class_pixels.update(plan.labels.count_pixels(pixels[data_type], where))
                 elif data_type == DISTANCES and not np.isfinite(pixels[data_type]).all():
@@ -110,9 +111,8 @@ def _shrunk(plan: Plan, sample: LoadedSample, pixels: dict[str, NDArray[Any]], s
     for data_type, array in pixels.items():
         if data_type == "images":
             extension = sample.extensions[data_type]
-            sample.files[data_type] = _encode(
-                apply_to_image(array, geometry, any_area=True), f".{extension}", plan.quality
-            )
+            rgb = apply_to_image(array, geometry, any_area=True)[..., ::-1]
+            sample.files[data_type] = _encode(rgb, f".{extension}", plan.quality)
         else:
             stored = apply_to_map(array * np.uint8(255) if data_type == "edge_maps" else array, geometry)
             sample.files[data_type] = _encode(_integers_of_a_png(stored), ".png", 0)

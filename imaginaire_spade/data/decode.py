@@ -56,11 +56,21 @@ def is_jpeg(data: bytes) -> bool:
     return data.startswith(b"\xff\xd8")
 
 
-def decode_image(data: bytes, where: str, *, reduction: int = 1) -> NDArray[np.uint8]:
+def decode_image(data: bytes, where: str) -> NDArray[np.uint8]:
     """A photo: uint8 [H, W, 3] RGB.
 
     Pixels come as stored: an EXIF orientation is ignored, since label maps are drawn on the stored pixels. Grey,
     palette, 16-bit and RGBA pictures become 8-bit RGB.
+
+    Raises:
+        DataError: empty, truncated, huge or unreadable.
+    """
+    bgr = decode_bgr(data, where)
+    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB, dst=bgr), np.uint8)
+
+
+def decode_bgr(data: bytes, where: str, *, reduction: int = 1) -> NDArray[np.uint8]:
+    """``decode_image`` in OpenCV's order of channels.
 
     Args:
         reduction: 2, 4 or 8: decode a JPEG at that part of its size, rounded up, which is several times faster.
@@ -79,7 +89,7 @@ def decode_image(data: bytes, where: str, *, reduction: int = 1) -> NDArray[np.u
         raise DataError(f"{where}: not readable as an image: {error}") from None
     if bgr is None:
         raise DataError(f"{where}: not readable as an image (damaged, or a format that OpenCV does not know)")
-    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB, dst=bgr), np.uint8)
+    return np.asarray(bgr, np.uint8)
 
 
 def decode_label(data: bytes, where: str) -> NDArray[np.generic]:
@@ -100,7 +110,7 @@ def decode_edges(data: bytes, where: str) -> NDArray[np.uint8]:
     """An edge map: uint8 [H, W] of 0/1; whatever is not 0 in the file is an edge. Raises DataError."""
     stored = _decode_map(data, where, "edge map")
     edges = stored != 0
-    return (edges.any(2) if edges.ndim == 3 else edges).astype(np.uint8)
+    return (edges.any(2) if edges.ndim == 3 else edges).view(np.uint8)
 
 
 def decode_instances(data: bytes, where: str) -> NDArray[np.int32]:

@@ -52,7 +52,9 @@ def fetch(url: str, path: Path, sha256: str, *, timeout_s: float = 30) -> None:
             raise DataError(f"{url}: cut off after {part.stat().st_size:,} bytes: run again to continue")
     except urllib.error.HTTPError as error:
         if error.code != 416:  # "range not satisfiable": the part is the whole file
-            raise DataError(f"{url}: the server answers {error.code} {error.reason}; try --mirror URL") from None
+            raise DataError(
+                f"{url}: the server answers {error.code} {error.reason}; name one that has it: --mirror URL"
+            ) from None
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise DataError(f"{url}: {reason}. Run again to continue, or try --mirror URL") from None

@@ -17,7 +17,8 @@ import lmdb
 import numpy as np
 
 from imaginaire_spade.data.check import LoadedSample, Plan
-from imaginaire_spade.data.store import MANIFEST, EnvironmentWriter, most_common, store_key, write_index, write_json
+from imaginaire_spade.data.environments import EnvironmentWriter
+from imaginaire_spade.data.store import MANIFEST, most_common, store_key, write_index, write_json
 from imaginaire_spade.labels import LabelSpec
 
 Manifest = dict[str, Any]

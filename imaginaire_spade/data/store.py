@@ -9,34 +9,18 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import lmdb
-
+from imaginaire_spade.data.environments import forget_replaced, read_value
 from imaginaire_spade.data.folders import DATA_TYPES, LAYOUT, FolderSource, Source, holds_images, make_key, split_key
 from imaginaire_spade.errors import DataError
 
 FILENAMES, METADATA, MANIFEST = "all_filenames.json", "metadata.json", "manifest.json"
 MAX_KEY_BYTES = 511
 """LMDB's limit."""
-_CHUNK_BYTES = 16 << 20
-
-# One environment per file and process: LMDB forbids two, and training and validation may read the same file.
-# Path -> (process, (inode, size), environment).
-_environments: dict[str, tuple[int, tuple[int, int], lmdb.Environment]] = {}
-_opening = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _opening
-    _opening = threading.Lock()  # another thread may have held it when this process was forked
-
-
-os.register_at_fork(after_in_child=_renew_lock)
 
 
 def store_key(key: str) -> bytes:
@@ -45,80 +29,6 @@ def store_key(key: str) -> bytes:
 
 
 # ------------------------------------------------------------------------------------------------ writing
-
-
-class EnvironmentWriter:
-    """Writes one LMDB environment, ``folder/data.mdb``; the same items give the same file, byte for byte.
-
-    Every value is read back and compared when its chunk is committed, while the original is still at hand.
-
-    Args:
-        folder: made if missing.
-        expected_bytes, expected_items: the size of all values and their number, from which the map's first size
-            follows; it grows where they were too low.
-    """
-
-    def __init__(self, folder: Path, expected_bytes: int, expected_items: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.num_items = 0
-        self.num_bytes = 0
-        self._folder = folder
-        self._chunk: list[tuple[bytes, bytes]] = []
-        self._pending = 0
-        self._mapped = 0
-        # A value takes whole pages.
-        self._map_size = _whole_megabytes(expected_bytes + expected_items * 8192 + (1 << 20))
-        self._env = self._open()
-
-    def _open(self) -> lmdb.Environment:
-        return lmdb.open(str(self._folder), map_size=self._map_size, lock=False, sync=False)
-
-    def put(self, key: bytes, value: bytes) -> None:
-        """Add an item; keys in ascending order. Raises OSError or lmdb.Error where the disk is full, or the like."""
-        self._chunk.append((key, value))
-        self._pending += len(value)
-        if self._pending >= _CHUNK_BYTES:
-            self._commit()
-
-    def close(self) -> None:
-        """Flush to disk. Raises as ``put`` does, and DataError where the file holds other items than were put."""
-        try:
-            self._commit()
-            self._env.sync(True)
-            if self._env.stat()["entries"] != self.num_items:
-                raise DataError(f"{self._folder}: {self._env.stat()['entries']} entries of {self.num_items} written")
-        finally:
-            self._env.close()
-
-    def abort(self) -> None:
-        self._env.close()
-
-    def _commit(self) -> None:
-        while True:
-            try:
-                with self._env.begin(write=True) as transaction:
-                    for key, value in self._chunk:
-                        transaction.put(key, value, append=True)
-                break
-            except lmdb.MapFullError:
-                self._map_size = _whole_megabytes(2 * self._map_size)
-                self._env.set_mapsize(self._map_size)
-        with self._env.begin() as transaction:
-            for key, value in self._chunk:
-                if transaction.get(key) != value:
-                    raise DataError(f"{self._folder}: {key.decode()} reads back differently: is the disk failing?")
-        self.num_items += len(self._chunk)
-        self.num_bytes += self._pending
-        self._mapped += self._pending
-        self._chunk, self._pending = [], 0
-        if self._mapped >= 4 * _CHUNK_BYTES:
-            # What was read back counts as this process's memory as long as it is mapped.
-            self._env.close()
-            self._env, self._mapped = self._open(), 0
-
-
-def _whole_megabytes(size: int) -> int:
-    return -(-size // (1 << 20)) << 20
 
 
 def write_index(shard: Path, keys: Sequence[str], extensions: Mapping[str, Mapping[str, str]]) -> None:
@@ -172,11 +82,10 @@ class LmdbSource(Source):
                     raise DataError(f"{shard / FILENAMES}: {key!r} stands there twice, or in another shard as well")
                 self._shard_of[key] = number
                 self.keys.append(key)
-            with _opening:
-                for data_type in DATA_TYPES:
-                    _forget_replaced(_data_file(shard, data_type))
+            for data_type in DATA_TYPES:
+                forget_replaced(_data_file(shard, data_type))
             for data_type in data_types:
-                if not _data_file(shard, data_type).is_file():
+                if not _is_there(shard, data_type):
                     raise DataError(
                         f"{shard}: no LMDB {data_type}/ there. Build it with that data type"
                         f" (a folder {data_type}/ in --data_root of scripts/build_lmdb.py){_instead(data_type)}"
@@ -185,21 +94,18 @@ class LmdbSource(Source):
             raise DataError(f"{root}: {FILENAMES} lists no samples: build it again with scripts/build_lmdb.py")
 
     def has(self, data_type: str) -> bool:
-        return all(_data_file(Path(shard), data_type).is_file() for shard in self._shards)
+        return all(_is_there(shard, data_type) for shard in self._shards)
 
     def read(self, key: str, data_type: str) -> bytes:
         if key not in self._shard_of:
             raise DataError(f"{self.root}: no sample {key!r}")
-        with _opening:
-            environment = _environment(_data_file(Path(self._shards[self._shard_of[key]]), data_type))
-        with environment.begin() as transaction:
-            value = transaction.get(store_key(key))
+        value = read_value(_data_file(self._shards[self._shard_of[key]], data_type), store_key(key))
         if value is None:
             raise DataError(f"{self.where(key, data_type)}: the LMDB lacks this key, though {FILENAMES} lists it")
         return value
 
     def where(self, key: str, data_type: str) -> str:
-        return f"{Path(self._shards[self._shard_of.get(key, 0)]) / data_type} key {store_key(key).decode()}"
+        return f"{self._shards[self._shard_of.get(key, 0)]}{os.sep}{data_type} key {store_key(key).decode()}"
 
 
 def open_source(
@@ -227,7 +133,7 @@ def open_source(
             f"{root}: an unfinished build ({', '.join(unfinished[:5])} but no {MANIFEST}): run the same"
             " scripts/build_lmdb.py command again"
         )
-    if present := [t for t in DATA_TYPES if _data_file(root, t).is_file()]:
+    if present := [t for t in DATA_TYPES if _is_there(root, t)]:
         raise DataError(f"{root}: LMDBs {', '.join(present)} but no {FILENAMES}: copy that file too, or build again")
     if not any((root / t).is_dir() for t in DATA_TYPES):
         if bare and holds_images(root):
@@ -248,8 +154,13 @@ def _instead(data_type: str) -> str:
     return ""
 
 
-def _data_file(shard: Path, data_type: str) -> Path:
-    return shard / data_type / "data.mdb"
+def _data_file(shard: Path | str, data_type: str) -> str:
+    # (Text, not a Path: a loader asks for it with every value.)
+    return f"{shard}{os.sep}{data_type}{os.sep}data.mdb"
+
+
+def _is_there(shard: Path | str, data_type: str) -> bool:
+    return Path(_data_file(shard, data_type)).is_file()
 
 
 def read_json(path: Path) -> Any:
@@ -289,36 +200,3 @@ def _read_filenames(path: Path) -> list[str]:
     ):
         raise DataError(f"{path}: expected an object of sequence -> list of file names without extension")
     return [make_key(sequence, stem, str(path)) for sequence, stems in tree.items() for stem in stems]
-
-
-def _environment(data_file: Path) -> lmdb.Environment:
-    """The open environment of ``data_file`` in this process."""
-    path = str(data_file)
-    known = _environments.get(path)
-    if known and known[0] == os.getpid():
-        return known[2]
-    if known:
-        # Inherited through fork: LMDB counts it as open, but handles must not be shared between processes.
-        _environments.pop(path)[2].close()
-    try:
-        status = data_file.stat()
-        # Reading ahead serves a store that fits the page cache, and drowns one that does not.
-        fits = status.st_size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-        environment = lmdb.open(str(data_file.parent), readonly=True, lock=False, readahead=fits, create=False)
-    except (OSError, lmdb.Error) as error:
-        raise DataError(f"{path}: cannot be opened as an LMDB: {error}") from None
-    needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    if status.st_size < needed:
-        # Reading beyond the end of a mapped file kills the process (SIGBUS): refuse before.
-        environment.close()
-        raise DataError(f"{path}: cut off ({status.st_size} bytes of {needed}): copy it again")
-    _environments[path] = (os.getpid(), (status.st_ino, status.st_size), environment)
-    return environment
-
-
-def _forget_replaced(data_file: Path) -> None:
-    """Close the environment of a file that was removed or built anew since it was opened."""
-    known = _environments.get(str(data_file))
-    status = data_file.stat() if known and data_file.exists() else None
-    if known and (status is None or (status.st_ino, status.st_size) != known[1]):
-        _environments.pop(str(data_file))[2].close()

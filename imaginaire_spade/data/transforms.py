@@ -130,7 +130,12 @@ def apply_to_map(ids: NDArray[np.generic], geometry: Geometry) -> NDArray[np.gen
         return np.ascontiguousarray(cut[:, ::-1] if g.flip else cut)
     rows = _source_indices(ids.shape[0], g.resized_h, g.top, g.height)
     columns = _source_indices(ids.shape[1], g.resized_w, g.left, g.width)
-    return ids[rows].take(columns[::-1] if g.flip else columns, axis=1)
+    if g.flip:
+        columns = columns[::-1]
+    if ids.ndim == 2 and ids.dtype == np.uint8:
+        # Twice as fast: both steps then copy whole rows.
+        return np.asarray(cv2.transpose(cv2.transpose(ids[rows])[columns]))  # type: ignore[arg-type]
+    return ids[rows].take(columns, axis=1)
 
 
 def apply_to_distances(distances: NDArray[np.floating], geometry: Geometry) -> NDArray[np.float32]:
