@@ -2,6 +2,7 @@
 
     python evaluate.py --real DIR --fake DIR --reference_split val --metrics fid,kid --output report.json
     python evaluate.py --checkpoint P --config C.yaml --reference_split val      # pictures made on the fly
+    python evaluate.py --checkpoint P --reference_split val --metrics segmentation --segmenter MODEL --html page.html
     python evaluate.py --compare A.json B.json                                   # refused where protocols differ
 
 DIR is a folder of pictures or an LMDB root; --real also takes statistics (.npz, or a folder with m.npy and s.npy).
@@ -10,29 +11,34 @@ Under torchrun the processes share the work. Weights come from files: docs/evalu
 
 import argparse
 import itertools
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from imaginaire_spade import distributed
-from imaginaire_spade.build import build_split, import_modules
-from imaginaire_spade.config import load_config
+from imaginaire_spade.build import import_modules
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.evaluation.collection import Collection, collect, load_collection
 from imaginaire_spade.evaluation.diversity import PerceptualNetwork, perceptual_network
 from imaginaire_spade.evaluation.features import FEATURE_DIMS, RESIZES, FeatureNetwork, feature_network
+from imaginaire_spade.evaluation.label_maps import SegmentationPass, page_samples
 from imaginaire_spade.evaluation.protocol import REFERENCE_SPLITS
 from imaginaire_spade.evaluation.report import compare
+from imaginaire_spade.evaluation.report_page import write_report_page
 from imaginaire_spade.evaluation.scores import KEEP_FEATURES, METRICS, NEED_FEATURES, evaluate_pictures
-from imaginaire_spade.evaluation.sources import DatasetPhotos, FolderPictures, PictureSource
+from imaginaire_spade.evaluation.segmentation import (
+    Predictor,
+    SegmentationMetric,
+    StoredPredictions,
+    network_predictions,
+)
+from imaginaire_spade.evaluation.sources import EvaluatedPicture, PictureSource
 from imaginaire_spade.evaluation.statistics import holds_statistics
+from imaginaire_spade.inference.evaluated import Evaluated, checkpoint_pictures, stored_pictures
 from imaginaire_spade.inference.folder import Progress
-from imaginaire_spade.inference.generated import GeneratedPictures
-from imaginaire_spade.inference.weights import check_fits, find_checkpoint, load_generator, with_overrides
 
 PROCESS_GROUP_TIMEOUT_S = 3600.0
 """Shares of the work end at different times."""
@@ -56,6 +62,17 @@ def parse_arguments() -> argparse.Namespace:
     real.add_argument("--real", type=Path, metavar="DIR",
                       help="photos, or statistics of them (default with a checkpoint: its data's photos)")  # fmt: skip
     real.add_argument("--reference_split", choices=REFERENCE_SPLITS, help="what the real pictures are; required")
+    segmentation = parser.add_argument_group("segmentation: do the pictures show what their label maps say?")
+    which = segmentation.add_mutually_exclusive_group()
+    which.add_argument("--segmenter", metavar="MODEL", help="Hugging Face segmentation model: id or local folder")
+    which.add_argument("--predictions", type=Path, nargs=2, metavar=("FAKE_DIR", "REAL_DIR"),
+                       help="in place of a network: id maps predicted of the pictures and of photos")  # fmt: skip
+    segmentation.add_argument("--segmenter_labels", type=Path, metavar="FILE",
+                              help="YAML or JSON, class of our table: its label (default: by name)")  # fmt: skip
+    segmentation.add_argument("--label_maps", type=Path, metavar="DIR",
+                              help="with --fake: the label maps of the pictures, a folder or an LMDB root")  # fmt: skip
+    segmentation.add_argument("--label_table", type=Path, metavar="C.yaml",
+                              help="with --label_maps: config with data.labels (configs/labels/)")  # fmt: skip
     how = parser.add_argument_group("how")
     how.add_argument("--metrics", default="fid", help=f"comma-separated: {','.join(METRICS)} (default: fid)")
     how.add_argument("--inception_weights", metavar="FILE",
@@ -67,9 +84,14 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     how.add_argument("--skip_bad", action="store_true", help="leave out, count and name pictures that cannot be read")
     parser.add_argument("--output", type=Path, metavar="FILE", help="report to write, JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="report page to write, one HTML file with pictures")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="compare two reports")
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
     return parser.parse_args()
+
+
+def _nothing(picture: EvaluatedPicture) -> None:
+    pass
 
 
 def _positive(text: str) -> int:
@@ -95,26 +117,43 @@ def main() -> None:
         )
     if "diversity" in metrics:
         perceptual = perceptual_network(arguments.lpips_weights, device=device)
-    fake, real, subject = _sources(arguments, device)
+    sources = _evaluated(arguments, device, metrics)
+    segmentation = _segmentation(arguments, sources, device) if "segmentation" in metrics else None
 
     distributed.init_process_group(info, device, PROCESS_GROUP_TIMEOUT_S)
     try:
-        if isinstance(real, Path):
+        count_in = segmentation.add_fake if segmentation else _nothing
+        made = _collect(sources.fake, network, perceptual, metrics, arguments, info, count_in)
+        count_in = _nothing
+        if segmentation:
+            segmentation.fakes_done()
+            if sources.real is sources.photos:
+                count_in = segmentation.add_photo
+            else:
+                _collect(segmentation.photos, None, None, [], arguments, info, segmentation.add_photo)
+        if isinstance(sources.real, Path):
             assert network is not None
-            reference = load_collection(real, network, arguments.reference_split)
+            reference = load_collection(sources.real, network, arguments.reference_split)
         else:
-            reference = _collect(real, network, None, metrics, arguments, info)
-        made = _collect(fake, network, perceptual, metrics, arguments, info)
+            reference = _collect(sources.real, network, None, metrics, arguments, info, count_in)
+        if segmentation:
+            segmentation.metric.sum_over_processes(device)
     finally:
         distributed.leave_process_group()
-    if info.is_main:
-        report = evaluate_pictures(
-            reference, made, network, metrics=metrics, reference_split=arguments.reference_split,
-            perceptual=perceptual, num_samples=arguments.num_samples, subject=subject,
-        )  # fmt: skip
-        print(report.text(), flush=True)
-        if arguments.output:
-            report.save(arguments.output)
+    if not info.is_main:
+        return
+    report = evaluate_pictures(
+        reference, made, network, metrics=metrics, reference_split=arguments.reference_split,
+        perceptual=perceptual, num_samples=arguments.num_samples, subject=sources.subject,
+    )  # fmt: skip
+    if segmentation:
+        report = segmentation.metric.added_to(report)
+    print(report.text(), flush=True)
+    if arguments.output:
+        report.save(arguments.output)
+    if arguments.html:
+        grid, worst = page_samples(report, sources.fake, sources.photos, sources.maps, segmentation)
+        write_report_page(arguments.html, report, grid, worst, sources.maps.labels if sources.maps else None)
 
 
 def _check(arguments: argparse.Namespace) -> list[str]:
@@ -134,66 +173,58 @@ def _check(arguments: argparse.Namespace) -> list[str]:
             "--reference_split is missing: write train or val, whichever the real pictures are. Scores against one"
             " are no scores against the other"
         )
-    beyond = [name for name in metrics if name != "fid"]
+    by_pictures = "segmentation" in metrics and generates  # whose photos are those of data.val
+    beyond = [name for name in metrics if name != "fid" and not (name == "segmentation" and by_pictures)]
     if arguments.real and holds_statistics(arguments.real) and beyond:
         raise ConfigError(f"--real {arguments.real} holds statistics, which serve fid only: {','.join(beyond)} needs"
                           " the pictures")  # fmt: skip
     if "diversity" in metrics and arguments.num_samples < 2:
         raise ConfigError("--metrics diversity compares the samples of one label map: write --num_samples 2 or more")
+    segmented = bool(arguments.segmenter or arguments.predictions)
+    if ("segmentation" in metrics) != segmented:
+        raise ConfigError(
+            "--metrics segmentation and --segmenter MODEL (or --predictions FAKE_DIR REAL_DIR) belong together: write"
+            " both or neither"
+        )
+    if arguments.segmenter_labels and not arguments.segmenter:
+        raise ConfigError("--segmenter_labels says what the labels of --segmenter MODEL mean: that is missing")
+    if bool(arguments.label_maps) != bool(arguments.label_table) or (arguments.label_maps and generates):
+        raise ConfigError("--label_maps DIR and --label_table C.yaml belong together, and to --fake: a checkpoint has"
+                          " both from its config")  # fmt: skip
+    if "segmentation" in metrics and not generates and not arguments.label_maps:
+        raise ConfigError(
+            "--metrics segmentation needs the label maps that the pictures were made of: write --label_maps DIR"
+            " --label_table C.yaml (a config with data.labels, such as configs/labels/camvid.yaml)"
+        )
     return metrics
 
 
-def _sources(
-    arguments: argparse.Namespace, device: torch.device
-) -> tuple[PictureSource, PictureSource | Path, dict[str, str]]:
-    """(generated pictures, real ones or the place of their statistics, what the report says of them)."""
-    real = arguments.real
-    if real is not None and not holds_statistics(real):
-        real = FolderPictures(real)
+def _evaluated(arguments: argparse.Namespace, device: torch.device, metrics: Sequence[str]) -> Evaluated:
     if arguments.fake:
-        return FolderPictures(arguments.fake, arguments.num_samples), real, _names(arguments.real, arguments.fake)
+        return stored_pictures(
+            arguments.fake, arguments.real, num_samples=arguments.num_samples, label_maps=arguments.label_maps,
+            label_table=arguments.label_table,
+        )  # fmt: skip
+    return checkpoint_pictures(
+        arguments.checkpoint, arguments.logdir, arguments.config, arguments.set, weights=arguments.weights,
+        device=device, real=arguments.real, reference_split=arguments.reference_split, seed=arguments.seed,
+        num_samples=arguments.num_samples, batch_size=arguments.batch_size, with_photos="segmentation" in metrics,
+    )  # fmt: skip
 
-    given = load_config(arguments.config, arguments.set) if arguments.config else None
-    path = find_checkpoint(arguments.checkpoint, arguments.logdir, given)
-    model = load_generator(path, weights=arguments.weights, device=device)
-    config = with_overrides(model.config, arguments.set, path.name)
-    for other, where in ((given, str(arguments.config)), (config, f"--set {' '.join(arguments.set)}")):
-        if other is not None:
-            check_fits(model, other, where)
-    if given is not None and given.data.labels != config.data.labels:
-        print(f"note: data.labels of {arguments.config} differs from the checkpoint's, which is used", file=sys.stderr)
-    for note in model.notes:
-        print(f"note: {note}", file=sys.stderr, flush=True)
-    train, val = (given or config).data.train, (given or config).data.val
-    if val is None:
-        raise ConfigError(
-            f"{arguments.config or path}: no data.val to evaluate on: write data: {{val: {{roots: [DIR]}}}}"
+
+def _segmentation(arguments: argparse.Namespace, sources: Evaluated, device: torch.device) -> SegmentationPass:
+    assert sources.maps is not None and sources.photos is not None
+    labels = sources.maps.labels
+    of_fake: Predictor
+    of_real: Predictor
+    if arguments.predictions:
+        of_fake, of_real = (StoredPredictions(folder, labels) for folder in arguments.predictions)
+    else:
+        of_fake = of_real = network_predictions(
+            arguments.segmenter, arguments.segmenter_labels, labels, device, "--segmenter"
         )
-    if arguments.num_samples > 1 and not model.style_dims:
-        raise ConfigError(
-            f"--num_samples {arguments.num_samples}: this generator takes no style code, so that the samples of a label"
-            " map are equal: leave the flag out"
-        )
-    seed = config.seed if arguments.seed is None else arguments.seed
-    maps = build_split(config, val, with_images=False)
-    fake = GeneratedPictures(
-        model, maps, str(path), num_samples=arguments.num_samples, seed=seed, batch_size=arguments.batch_size
-    )
-    subject = _names(arguments.real, path) | {
-        "weights": f"{model.weights} after {model.images_seen} images", "style_seed": str(seed),
-        "label_maps": ", ".join(val.roots),
-    }  # fmt: skip
-    if real is None:
-        # Through the same geometry as the label maps, so that real and generated pictures are of one size.
-        roots = train.roots if arguments.reference_split == "train" else val.roots
-        photos = build_split(config, val.model_copy(update={"roots": roots}))
-        real = DatasetPhotos(photos, ", ".join(roots))
-        subject["real"] = real.name
-    return fake, real, subject
-
-
-def _names(real: Path | None, fake: Path) -> dict[str, str]:
-    return {"real": str(real), "fake": str(fake)}
+    metric = SegmentationMetric(labels, of_fake, of_real)
+    return SegmentationPass(metric, sources.maps, sources.fake, sources.photos)
 
 
 def _collect(
@@ -203,14 +234,19 @@ def _collect(
     metrics: Sequence[str],
     arguments: argparse.Namespace,
     info: ProcessInfo,
+    count_in: Callable[[EvaluatedPicture], None],
 ) -> Collection:
     progress, done = Progress(shown=info.is_main), itertools.count(1)
     total = len(source.keys[info.rank :: info.world_size])
+
+    def on_picture(picture: EvaluatedPicture) -> None:
+        count_in(picture)
+        progress(next(done), total)
+
     try:
         return collect(
             source, network, batch_size=arguments.batch_size, keep_features=bool(set(metrics) & set(KEEP_FEATURES)),
-            perceptual=perceptual, skip_bad=arguments.skip_bad, info=info,
-            on_picture=lambda _: progress(next(done), total),
+            perceptual=perceptual, skip_bad=arguments.skip_bad, info=info, on_picture=on_picture,
         )  # fmt: skip
     finally:
         progress.close()

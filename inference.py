@@ -1,12 +1,17 @@
 """Make pictures of label maps: ``python inference.py --checkpoint P --input_dir LABEL_MAPS --output_dir OUT``.
 
 Writes OUT/KEY.png at each label map's own size, and OUT/index.html to look at them. Needs nothing but the checkpoint
-(which carries its config and label table) and label maps. Under torchrun the processes share the work.
+(which carries its config and label table) and label maps: PNGs of class ids, palette PNGs, or RGB pictures in the
+table's colours. Under torchrun the processes share the work. Ctrl-C leaves whole files only; --skip_existing goes on.
+
+With --num_samples k (or --steps k) a label map's pictures are OUT/KEY_00.png, OUT/KEY_01.png, ...
 """
 
 import argparse
+import signal
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -15,10 +20,13 @@ from imaginaire_spade import distributed
 from imaginaire_spade.build import import_modules, layout_spec
 from imaginaire_spade.config import RunConfig, load_config
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.errors import ConfigError, run_command_line
-from imaginaire_spade.inference.folder import Progress, check_apart, generate_folder
-from imaginaire_spade.inference.synthesis import encode_style
-from imaginaire_spade.inference.weights import LoadedModel, check_fits, find_checkpoint, load_generator, with_overrides
+from imaginaire_spade.errors import ConfigError, LabelError, run_command_line
+from imaginaire_spade.inference import style
+from imaginaire_spade.inference.animation import check_animation
+from imaginaire_spade.inference.folder import MAX_PIXELS, PROBLEMS_SHOWN, Progress, RunReport, generate_folder
+from imaginaire_spade.inference.output import check_apart
+from imaginaire_spade.inference.weights import LoadedModel, check_fits, find_checkpoint, load_generator
+from imaginaire_spade.labels import LabelSpec
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,13 +41,37 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
                        help="import your module, which registers your components (repeat)")  # fmt: skip
     model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    model.add_argument("--batch_size", type=_positive, metavar="B", help="default: test_data.batch_size, else 1")
+    model.add_argument("--batch_size", type=_positive, metavar="B",
+                       help="label maps of one size at once on a GPU (default: test_data.batch_size, else 1); on a CPU"
+                       " they go one by one")  # fmt: skip
+    model.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
+                       help="arithmetic of the convolutions (default fp32)")  # fmt: skip
+    model.add_argument("--compile", action="store_true", help="torch.compile the generator: minutes, for long runs")
     inputs = parser.add_argument_group("what it generates from")
     inputs.add_argument("--input_dir", type=Path, metavar="DIR",
                         help="label maps, a data set folder or an LMDB root (default: test_data.roots)")  # fmt: skip
-    inputs.add_argument("--num_samples", type=_positive, default=1, metavar="k", help="pictures per label map")
-    inputs.add_argument("--seed", type=int, metavar="S", help="of the style codes (default: the config's)")
-    inputs.add_argument("--style_image", type=Path, metavar="PATH", help="take the style of this picture")
+    inputs.add_argument("--map", action="append", default=[], metavar="CLASS=CLASS",
+                        help="replace a class, by name or id, everywhere: --map tree=water (repeat)")  # fmt: skip
+    inputs.add_argument("--on_bad_label", choices=("fail", "skip", "ignore"), default="fail",
+                        help="fail (default): look at all label maps before the first picture; skip: leave out those"
+                        " that cannot be used; ignore: ids outside the table are don't care")  # fmt: skip
+    inputs.add_argument("--max_pixels", type=_positive, default=MAX_PIXELS, metavar="N",
+                        help=f"refuse larger label maps (default {MAX_PIXELS})")  # fmt: skip
+    looks = parser.add_argument_group("style (generators with a style code)")
+    looks.add_argument("--num_samples", type=_positive, default=1, metavar="k", help="pictures per label map")
+    looks.add_argument("--seed", type=int, metavar="S",
+                       help="of the style codes, one for each picture (default: the config's)")  # fmt: skip
+    one = looks.add_mutually_exclusive_group()
+    one.add_argument("--style_seed", type=int, metavar="S",
+                     help="one style for all label maps: sample j of each has that of seed S + j")  # fmt: skip
+    one.add_argument("--style_image", type=Path, metavar="FILE|DIR",
+                     help="the style of this picture; DIR: of the picture with the label map's name, or in turn where"
+                     " no name agrees. With --num_samples: draws around it")  # fmt: skip
+    one.add_argument("--style_interpolate", nargs=2, metavar=("A", "B"),
+                     help="from style A to style B, each a seed (digits) or a picture, in --steps frames")  # fmt: skip
+    looks.add_argument("--steps", type=_positive, default=8, metavar="k", help="frames of --style_interpolate (8)")
+    looks.add_argument("--animation", choices=("gif", "mp4", "none"), default="gif",
+                       help="what --style_interpolate writes beside its frames (default: KEY.gif)")  # fmt: skip
     outputs = parser.add_argument_group("what it writes")
     outputs.add_argument("--output_dir", type=Path, required=True, metavar="OUT")
     outputs.add_argument("--format", choices=("png", "jpg"), default="png")
@@ -49,7 +81,10 @@ def parse_arguments() -> argparse.Namespace:
     existing.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
     parser.add_argument("--single_gpu", action="store_true", help=argparse.SUPPRESS)  # imaginaire's; one is the default
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.style_interpolate and (arguments.num_samples > 1 or arguments.steps < 2):
+        parser.error("--style_interpolate makes --steps frames per label map (2 or more): leave --num_samples out")
+    return arguments
 
 
 def _positive(text: str) -> int:
@@ -65,61 +100,116 @@ def main() -> None:
     device = distributed.choose_device(arguments.device, info)
     given = load_config(arguments.config, arguments.set) if arguments.config else None
     checkpoint = find_checkpoint(arguments.checkpoint, arguments.logdir, given)
-    model = load_generator(checkpoint, weights=arguments.weights, device=device)
-    config = with_overrides(model.config, arguments.set, checkpoint.name)
-    for other, where in ((given, str(arguments.config)), (config, f"--set {' '.join(arguments.set)}")):
-        if other is not None:
-            check_fits(model, other, where)
+    model = load_generator(
+        checkpoint,
+        weights=arguments.weights, overrides=arguments.set, device=device, precision=arguments.precision,
+        compiled=arguments.compile, frozen=True,
+    )  # fmt: skip
+    config = model.config
+    if given is not None:
+        check_fits(config, given, str(arguments.config))
     test_data = (given.test_data if given else None) or config.test_data
-    notes = [*model.notes, *_notes(arguments, model, config, given)]
+    notes = [*model.notes, *_notes(arguments, model, given)]
 
     roots = (str(arguments.input_dir),) if arguments.input_dir else test_data.roots if test_data else ()
     if not roots:
         raise ConfigError("no label maps: give --input_dir DIR, or test_data: {roots: [DIR]} in the --config")
     check_apart(arguments.output_dir, roots)
+    changed: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         dataset = LabelMapDataset(
             roots, config.data.labels, edges=config.data.edges, distances=layout_spec(config).has_distances,
-            with_images=False,
+            with_images=False, replace=dict(_replacement(config.data.labels, text) for text in arguments.map),
+            on_unknown=partial(_remember, changed) if arguments.on_bad_label == "ignore" else None,
         )  # fmt: skip
     notes += [str(warning.message) for warning in caught]
-    style = encode_style(model, arguments.style_image) if arguments.style_image else None
+    seed = config.seed if arguments.seed is None else arguments.seed
+    style_of = _styles(arguments, model, dataset.keys, seed)
+    animation = f".{arguments.animation}" if arguments.style_interpolate and arguments.animation != "none" else None
+    if animation is not None:
+        check_animation(animation)
     if info.is_main:
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr, flush=True)
+        _tell(notes)
 
     progress = Progress(shown=info.is_main)
     try:
         report = generate_folder(
             model, dataset, arguments.output_dir,
             batch_size=arguments.batch_size or (test_data.batch_size if test_data else 1),
-            num_samples=arguments.num_samples,
-            seed=config.seed if arguments.seed is None else arguments.seed,
-            style=style,
+            num_samples=arguments.steps if arguments.style_interpolate else arguments.num_samples,
+            style_of=style_of,
             suffix=f".{arguments.format}",
+            animation=animation,
             existing="skip" if arguments.skip_existing else "overwrite" if arguments.overwrite else "refuse",
+            on_bad_label="skip" if arguments.on_bad_label == "skip" else "fail",
+            max_pixels=arguments.max_pixels,
             gallery=not arguments.no_gallery, info=info, on_written=progress,
         )  # fmt: skip
+    except KeyboardInterrupt:
+        print("stopped: what is written is whole; --skip_existing makes the rest", file=sys.stderr, flush=True)
+        raise
     finally:
         progress.close()
-    share = f"process {info.rank} of {info.world_size}: " if info.world_size > 1 else ""
-    rate = f", {report.pictures / report.seconds:.2f} images/s" if report.pictures else ""
-    page = f"; look at {report.gallery}" if report.gallery else ""
-    count = f"{report.pictures} of {report.total} pictures"
-    print(f"{share}wrote {count} to {arguments.output_dir}{rate}{page}", flush=True)
+    _tell([f"unknown ids taken as don't care: {text}" for text in changed])
+    _tell([f"left out: {text}" for text in report.left_out])
+    print(_summary(arguments.output_dir, report, info), flush=True)
 
 
-def _notes(arguments: argparse.Namespace, model: LoadedModel, config: RunConfig, given: RunConfig | None) -> list[str]:
+def _styles(arguments: argparse.Namespace, model: LoadedModel, keys: list[str], seed: int) -> style.StyleOf:
+    if arguments.style_interpolate:
+        start, end = (style.style_named(model, name) for name in arguments.style_interpolate)
+        return style.interpolated_styles(start, end, arguments.steps)
+    if arguments.style_image is not None:
+        return style.picture_styles(model, arguments.style_image, keys, seed, arguments.num_samples)
+    if arguments.style_seed is not None:
+        return style.shared_styles(arguments.style_seed, model.style_dims)
+    return style.drawn_styles(seed, model.style_dims, arguments.num_samples)
+
+
+def _replacement(labels: LabelSpec, text: str) -> tuple[int, int]:
+    old, equals, new = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--map {text}: write CLASS=CLASS, such as --map tree=water or --map 6=5")
+    try:
+        return labels.id_of(old), labels.id_of(new)
+    except LabelError as error:
+        raise ConfigError(f"--map {text}: {error}") from None
+
+
+def _remember(problems: list[str], error: LabelError) -> None:
+    problems.append(str(error))
+
+
+def _notes(arguments: argparse.Namespace, model: LoadedModel, given: RunConfig | None) -> list[str]:
     notes = []
-    if given is not None and given.data.labels != config.data.labels:
+    if given is not None and given.data.labels != model.config.data.labels:
         notes.append(
             f"data.labels of {arguments.config} differs from the checkpoint's, which is used (change it with --set)"
         )
-    if not model.style_dims and (arguments.num_samples > 1 or arguments.seed is not None):
-        notes.append("this generator takes no style code: --seed changes nothing, samples of a label map are equal")
+    varied = arguments.num_samples > 1 or arguments.seed is not None or arguments.style_seed is not None
+    if not model.style_dims and varied:
+        notes.append(
+            "this generator takes no style code, so its pictures do not vary: seeds change nothing, samples of a label"
+            " map are equal"
+        )
     return notes
 
 
+def _tell(notes: list[str]) -> None:
+    more = [f"{len(notes) - PROBLEMS_SHOWN} more such notes"] if len(notes) > PROBLEMS_SHOWN else []
+    for note in notes[:PROBLEMS_SHOWN] + more:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def _summary(directory: Path, report: RunReport, info: distributed.ProcessInfo) -> str:
+    share = f"process {info.rank} of {info.world_size}: " if info.world_size > 1 else ""
+    left_out = f", {len(report.left_out)} label map(s) left out" if report.left_out else ""
+    rate = f", {report.pictures / report.seconds:.2f} images/s" if report.pictures else ""
+    page = f"; look at {report.gallery}" if report.gallery else ""
+    return f"{share}wrote {report.pictures} of {report.total} pictures to {directory}{left_out}{rate}{page}"
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: whole files only
     record(run_command_line)(main)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import generator, iteration, norms
+from benchmarks import generator, inference, iteration, norms
 from benchmarks.layouts import default_folder
 from benchmarks.measure import Row, matmul_peak_tflops
 
-SECTIONS = ("norms", "generator", "iteration")
+SECTIONS = ("norms", "generator", "inference", "iteration")
 
 
 def main() -> None:
@@ -62,6 +62,8 @@ def main() -> None:
         shapes = ((1, size, size), (8, size, size), (1, size, 2 * size))
         for shape in shapes[: 1 if arguments.quick else None]:
             show(generator.measure(folder, device, repeats, filters, (shape,)))
+    if "inference" in wanted:
+        show(inference.measure(folder, device, repeats, filters, size, arguments.quick))
     if "iteration" in wanted:
         batch = 16 if device.type == "cuda" and not arguments.quick else 1
         for vgg in (False, True) if arguments.vgg else (False,):

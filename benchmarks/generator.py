@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,24 +14,25 @@ from torch import Tensor
 from benchmarks.layouts import dense, fresh, make_layout
 from benchmarks.measure import Row, largest_difference, rows_of, take_turns
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.models.frozen import freeze
 from imaginaire_spade.models.generator import Generator, SPADEGenerator
 from imaginaire_spade.models.layers import fold_spectral_norm, initialise
 from imaginaire_spade.models.norms import CLADE, CLADEICPE, SPADE, ConditionalNorm
 
 
 class NoNorm(ConditionalNorm):
-    """Costs nothing: what remains of a generator is its convolutions, activations and up-sampling."""
+    """Costs nothing: what remains of a generator is its convolutions."""
 
     def __init__(self, channels: int, spec: LayoutSpec, *, extra: int = 0) -> None:
         super().__init__()
         self.out_channels = channels + extra
-        self._ready: dict[torch.Size, Tensor] = {}
+        self._ready: dict[tuple[int, ...], Tensor] = {}
 
-    def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
-        if x.shape not in self._ready:
-            ready = torch.rand(len(x), self.out_channels, *x.shape[2:], device=x.device)
-            self._ready[x.shape] = ready.contiguous(memory_format=torch.channels_last)
-        return self._ready[x.shape]
+    def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
+        shape = len(x), self.out_channels, upsample * x.shape[2], upsample * x.shape[3]
+        if shape not in self._ready:
+            self._ready[shape] = torch.rand(shape, device=x.device).contiguous(memory_format=torch.channels_last)
+        return self._ready[shape]
 
 
 NORMS: dict[str, Any] = {
@@ -40,6 +42,7 @@ NORMS: dict[str, Any] = {
     "SPADE's convolutions": NoNorm,
     "CLADE's convolutions": partial(NoNorm, extra=1),  # the edge map is one more channel there
 }
+"""The convolutions are torch's own, as in training."""
 
 
 def make_generator(name: str, layout: SemanticLayout, num_filters: int) -> Generator:
@@ -62,8 +65,14 @@ def measure(
     rows = []
     for batch, height, width in cases:
         layout = make_layout(folder, batch, height, width, with_distances=True).to(device)
-        generators = {name: fold_spectral_norm(make_generator(name, layout, num_filters).eval()) for name in NORMS}
-        runs: dict[str, Callable[[], Tensor]] = {"SPADE dense": partial(_generate, generators["SPADE"], dense, layout)}
+        generators = {name: make_generator(name, layout, num_filters).eval() for name in NORMS}
+        plain = fold_spectral_norm(copy.deepcopy(generators["SPADE"]))
+        for name, generator in generators.items():
+            if name.endswith("convolutions"):
+                fold_spectral_norm(generator).to(memory_format=torch.channels_last)
+            else:
+                freeze(generator, winograd=device.type == "cpu")
+        runs: dict[str, Callable[[], Tensor]] = {"SPADE dense": partial(_generate, plain, dense, layout)}
         runs |= {name: partial(_generate, generator, fresh, layout) for name, generator in generators.items()}
         wanted, found = runs["SPADE dense"](), runs["SPADE"]()
         case = f"batch {batch}, {height}x{width}"

@@ -14,6 +14,7 @@ from imaginaire_spade.models import style_generator as _style_generator  # noqa:
 
 from imaginaire_spade.build import build_discriminator, build_encoder, build_generator  # isort: skip
 from imaginaire_spade.config import RunConfig, load_config
+from imaginaire_spade.inference.synthesizer import Synthesizer
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "LayoutSpec",
     "RunConfig",
     "SemanticLayout",
+    "Synthesizer",
     "build_discriminator",
     "build_encoder",
     "build_generator",

@@ -160,6 +160,11 @@ def check_run(config: RunConfig, world_size: int) -> None:
             f"data.val.augmentations gives {given}, but previews need one size, a multiple of {multiple}. Write"
             f" data.val.augmentations.resize_h_w: {list(size)}"
         )
+    if trainer.evaluation is not None and val is None:
+        raise ConfigError(
+            "trainer.evaluation measures on validation samples, and there is no data.val: write data.val.roots: [...],"
+            " or trainer.evaluation: null"
+        )
     if size[0] * size[1] == multiple**2 and train.batch_size * world_size // trainer.gradient_accumulation < 2:
         raise ConfigError(
             f"one picture of {size[0]}x{size[1]} is a single pixel at the generator's start, where batch statistics"

@@ -6,8 +6,10 @@ wording of every complaint about label values. Knows nothing of files or tensors
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -98,25 +100,42 @@ class LabelSpec(BaseModel):
             return "don't care"
         return self.names[train_id] if self.names else f"class {train_id}"
 
-    def to_train_ids(self, raw: NDArray[np.generic], where: str) -> NDArray[np.generic]:
+    def id_of(self, name: str) -> int:
+        """The train id of a class by its name, or by the id's digits. Raises LabelError with the nearest names."""
+        ids = range(self.num_classes + 1)
+        by_name = {self.name(i): i for i in reversed(ids)} | {str(i): i for i in ids}
+        if name not in by_name:
+            near = difflib.get_close_matches(name, by_name, 3) or [self.name(0), "...", self.name(self.num_classes)]
+            raise LabelError(
+                f"{name!r} is no class of the table: write a name ({', '.join(near)}) or an id (0..{self.num_classes})"
+            )
+        return by_name[name]
+
+    def to_train_ids(
+        self, raw: NDArray[np.generic], where: str, *, unknown: Literal["error", "dont_care"] = "error"
+    ) -> NDArray[np.generic]:
         """Map a raw label map to train ids.
 
         Args:
             raw: unsigned integer [H, W], or uint8 [H, W, 3] RGB where the spec has a palette.
             where: file or key, for the message.
+            unknown: what ids and colours outside the table are.
         Returns:
             ``dtype`` [H, W], values 0..num_classes (``num_classes`` = don't care).
         Raises:
             LabelError: naming the file, the values and the line to write.
         """
         if raw.ndim == 3:
-            return self._from_rgb(raw, where)
+            return self._from_rgb(raw, where, unknown)
         if raw.dtype == np.uint8:
             mapped: NDArray[np.generic] = cv2.LUT(np.ascontiguousarray(raw), self.table[:256])  # type: ignore[arg-type]
         else:
             mapped = self.table[raw.astype(np.intp, copy=False)]
-        if (mapped == self.error_id).any():
-            raise LabelError(self._complain(np.unique(raw[mapped == self.error_id]), np.unique(raw), where))
+        wrong = mapped == self.error_id
+        if unknown == "dont_care":
+            mapped[wrong] = self.dont_care_id
+        elif wrong.any():
+            raise LabelError(self._complain(np.unique(raw[wrong]), np.unique(raw), where))
         return mapped
 
     def count_pixels(self, raw: NDArray[np.generic], where: str) -> dict[int, int]:
@@ -144,7 +163,9 @@ class LabelSpec(BaseModel):
         """Train ids [...] -> RGB uint8 [..., 3]."""
         return self.colours[train_ids]
 
-    def _from_rgb(self, rgb: NDArray[np.generic], where: str) -> NDArray[np.generic]:
+    def _from_rgb(
+        self, rgb: NDArray[np.generic], where: str, unknown: Literal["error", "dont_care"] = "error"
+    ) -> NDArray[np.generic]:
         if rgb.shape[2] != 3 or rgb.dtype != np.uint8:
             raise LabelError(
                 f"{where}: a label map of {rgb.shape[2]} channels ({rgb.dtype}); it must be single-channel (8 or 16"
@@ -163,6 +184,8 @@ class LabelSpec(BaseModel):
         wrong = codes[found] != code
         # Black is "no class" in colour maps that colourise() wrote, unless a class of the palette is black.
         black = wrong & (code == 0)
+        if unknown == "dont_care":
+            return np.where(wrong, self.dont_care_id, found).astype(self.dtype)
         if (wrong & ~black).any():
             values = np.unique(code[wrong & ~black])
             colours = ", ".join(f"({v >> 16}, {v >> 8 & 255}, {v & 255})" for v in values[:5].tolist())

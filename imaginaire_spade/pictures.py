@@ -30,6 +30,8 @@ Picture = NDArray[np.uint8]
 """RGB, uint8 [H, W, 3]."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+PARTIAL = ".partial-"
+"""What the name of a file begins with while it is being written."""
 BACKGROUND = (250, 250, 249)
 INK = (38, 40, 43)
 FAINT = (120, 124, 130)
@@ -51,7 +53,7 @@ def write_image(path: Path, rgb: Picture, *, quality: int = 95) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that is whole or not there. Raises UserError naming the path where it cannot be written."""
-    partial = path.with_name(f".partial-{secrets.token_hex(8)}")
+    partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -254,6 +256,8 @@ def _grouped(course: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
         group, _, name = key.rpartition("/")
         if name.startswith("d_") and group:  # the discriminator's terms have a scale of their own
             group = f"{group}: discriminator"
+        if group == "evaluation":  # each score too, beside what belongs to it
+            group = f"evaluation: {name.removesuffix('_real').removesuffix('_std')}"
         xy = np.array(pairs, np.float64)
         groups.setdefault(group or key, {})[name] = (xy[:, 0], xy[:, 1])
     return groups

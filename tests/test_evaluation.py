@@ -114,9 +114,23 @@ def test_equal_pictures_have_distance_zero(run, real):
     assert report.scores["random_feature_distance"] == pytest.approx(0, abs=1e-9)
 
 
+def id_maps(folder: Path, like: Path, seed: int) -> Path:
+    """An id map for each picture of ``like``."""
+    for number, path in enumerate(sorted(like.rglob("*.png"))):
+        ids = np.random.default_rng((seed, number)).integers(0, 4, (40, 48), dtype=np.uint8)
+        write_png(folder / path.relative_to(like), ids)
+    return folder
+
+
 def test_neither_batch_size_nor_number_of_processes_changes_a_score(run, real, fake, tmp_path):
-    common = ("--real", real, "--fake", fake, "--metrics", "fid,kid,precision_recall", *RANDOM)
+    maps, *predicted = (
+        id_maps(tmp_path / name, fake, seed) for seed, name in enumerate(("maps", "of_fake", "of_real"))
+    )
+    (tmp_path / "table.yaml").write_text("data: {labels: {num_classes: 5}}")
+    common = ("--real", real, "--fake", fake, "--metrics", "fid,kid,precision_recall,segmentation", "--predictions",
+              *predicted, "--label_maps", maps, "--label_table", tmp_path / "table.yaml", *RANDOM)  # fmt: skip
     one = run(*common, "--batch_size", "1")
+    assert one.details["segmentation"]["pixels"] == len(list(maps.rglob("*.png"))) * 40 * 48
     for batch_size in (7, 32):
         other = run(*common, "--batch_size", batch_size)
         assert other.protocol == one.protocol
@@ -133,6 +147,7 @@ def test_neither_batch_size_nor_number_of_processes_changes_a_score(run, real, f
     assert {k: v for k, v in two.scores.items() if "distance" not in k} == {
         k: v for k, v in one.scores.items() if "distance" not in k
     }
+    assert two.details == one.details
     assert done.stdout.count("random_feature_distance") == 1  # one process reports
 
 

@@ -25,7 +25,7 @@ from imaginaire_spade.compatibility import explain_mismatch
 from imaginaire_spade.config import dump_config, load_config, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
-from imaginaire_spade.inference.folder import check_output_folder, plan_outputs
+from imaginaire_spade.inference.output import check_output_folder, plan_outputs
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, batches_of_one_size, padded_layout, synthesise
 from imaginaire_spade.inference.weights import LoadedModel, find_checkpoint, load_generator
 from imaginaire_spade.layout import SemanticLayout
@@ -403,8 +403,8 @@ def test_one_mistake_one_message(run, checkpoint, plain_checkpoint, label_maps, 
         ((*plain, "--input_dir", "nowhere", *to), DataError, "nowhere: no such folder"),
         ((*plain, "--input_dir", empty, *to), DataError, "empty: no data set there"),
         ((*plain, *inputs, *to, "--style_image", photo), CheckpointError, "trained without a style encoder"),
-        ((*styled, *inputs, *to, "--style_image", "gone.jpg"), DataError, r"--style_image gone\.jpg: cannot be read"),
-        ((*styled, *inputs, *to, "--style_image", damaged), DataError, r"--style_image .*damaged\.pt"),
+        ((*styled, *inputs, *to, "--style_image", "gone.jpg"), DataError, r"style picture gone\.jpg: cannot be read"),
+        ((*styled, *inputs, *to, "--style_image", damaged), DataError, r"style picture .*damaged\.pt"),
         ((*plain, *inputs, "--output_dir", text / "o"), UserError, "cannot be made"),
         ((*plain, *inputs, "--output_dir", label_maps), UserError, "lies among the label maps"),
         ((*plain, *inputs, "--output_dir", label_maps / "out"), UserError, "lies among the label maps"),

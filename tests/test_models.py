@@ -8,6 +8,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_layout import random_layout
 from torch import nn
 
@@ -16,6 +18,7 @@ from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.losses import GeneratorOutputs
 from imaginaire_spade.models import features
 from imaginaire_spade.models.discriminator import split_scores
+from imaginaire_spade.models.frozen import WinogradConv2d
 from imaginaire_spade.models.generator import SPADEGenerator
 from imaginaire_spade.models.layers import (
     InstanceNorm2d,
@@ -43,6 +46,23 @@ def test_every_norm_gives_the_channels_it_says_and_passes_gradients(name):
     assert y.shape == (2, norm.out_channels, 8, 10)
     y.square().sum().backward()
     assert all(p.grad is not None for p in norm.parameters())
+
+
+@pytest.mark.parametrize("name", NORMS.names())
+@pytest.mark.parametrize("training", [True, False])
+def test_every_norm_enlarges_before_and_activates_after(name, training):
+    spec = replace(SPEC, has_distances=NORMS[name].needs_distances)
+    norm = NORMS[name](6, spec).double().train(training)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    layout = random_layout(spec, 2, 16, 20)
+    x = torch.randn(2, 6, 8, 10, dtype=torch.float64, requires_grad=True)
+    plain = F.leaky_relu(copy.deepcopy(norm)(F.interpolate(x, scale_factor=2), layout), 0.2)
+    y = norm(x, layout, upsample=2, slope=0.2)
+    torch.testing.assert_close(y, plain)
+    weights = torch.randn_like(y)
+    for a, b in zip(*(torch.autograd.grad((out * weights).sum(), x) for out in (y, plain)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("name", GENERATORS.names())
@@ -305,6 +325,20 @@ def test_folded_spectral_norms_change_no_output():
         assert torch.equal(folded(layout, z), wanted)
     assert not any(name.endswith(("_u", "_v")) for name in folded.state_dict())
     assert type(folded.blocks[0].conv_0) is nn.Conv2d and not folded.training
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 5), st.sampled_from([1, 4, 300]), st.integers(1, 70), st.integers(1, 40)),
+    out=st.sampled_from([3, 256]),
+    bias=st.booleans(),
+)
+def test_a_winograd_convolution_is_the_convolution(shape, out, bias):
+    """To 1e-10 in double precision, odd sizes and pictures in several pieces included."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(shape[1], out, 3, padding=1, bias=bias).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(WinogradConv2d(conv)(x), conv(x), rtol=1e-10, atol=1e-10)
 
 
 def test_average_copies_first_then_follows():

@@ -13,10 +13,13 @@ from torch import nn
 
 from imaginaire_spade import patterns
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.models import modulation
 from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
 from imaginaire_spade.models.fpse import FPSEDiscriminator
+from imaginaire_spade.models.frozen import WinogradConv2d, freeze
 from imaginaire_spade.models.generator import SPADEGenerator
-from imaginaire_spade.models.norms import SPADE
+from imaginaire_spade.models.layers import initialise
+from imaginaire_spade.models.norms import CLADE, SPADE
 from imaginaire_spade.models.style_generator import StyleSPADEGenerator
 from imaginaire_spade.models.tables import sum_rows
 from imaginaire_spade.patterns import Lookup, find_neighbourhoods
@@ -92,10 +95,10 @@ def blocky_layout(spec: LayoutSpec, n: int, h: int, w: int, seed: int = 0) -> Se
     return SemanticLayout(spec, labels, edges)
 
 
-def results(network: nn.Module, layout: SemanticLayout, x: torch.Tensor) -> list[torch.Tensor]:
+def results(network: nn.Module, layout: SemanticLayout, x: torch.Tensor, **options) -> list[torch.Tensor]:
     """Output, gradients of x and of all parameters, buffers after the forward."""
     x = x.clone().requires_grad_()
-    y = network(x, layout)
+    y = network(x, layout, **options)
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape).cos()
     gradients = torch.autograd.grad((y * weights).sum() + y.square().mean(), [x, *network.parameters()])
     return [y.detach(), *gradients, *network.buffers()]
@@ -112,9 +115,11 @@ def results(network: nn.Module, layout: SemanticLayout, x: torch.Tensor) -> list
     training=st.booleans(),
     random=st.booleans(),
     channels_last=st.booleans(),
+    upsample=st.sampled_from([1, 2]),
+    slope=st.sampled_from([1, 0.2]),
 )
 def test_spade_by_tables_is_spade(
-    spec, size, kernel_size, normalization, affine, spectral_norm, training, random, channels_last
+    spec, size, kernel_size, normalization, affine, spectral_norm, training, random, channels_last, upsample, slope
 ):
     """To 1e-10 in double precision: output, every gradient, running statistics and spectral-norm vectors."""
     torch.manual_seed(0)
@@ -133,8 +138,73 @@ def test_spade_by_tables_is_spade(
     x = torch.randn(size[0], 3, *size[1:], dtype=torch.float64) * 2 + 1
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    for a, b in zip(results(table, layout, x), results(dense, layout, x), strict=True):
+    after = {"upsample": upsample, "slope": slope}
+    for a, b in zip(results(table, layout, x, **after), results(dense, layout, x, **after), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+PASSES = (modulation.forward_pixels, modulation.before_activation_pixels, modulation.before_upsampling_pixels)
+
+
+def passes_of(monkeypatch, compiled, layout, x, **options):
+    """``results`` of a table norm whose passes over the pixels are what a GPU runs: ``compiled(function)``."""
+    norm = SPADE(3, layout.spec, path="table", hidden_channels=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(modulation, "_compiled", compiled)
+        patch.setattr(modulation, "_in_chunks", lambda x: False)
+        whole = results(copy.deepcopy(norm).to(x.dtype), layout, x, **options)
+    return whole, results(norm.to(x.dtype), layout, x, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"upsample": 2}, {"slope": 0.2}, {"upsample": 2, "slope": 0.2}])
+def test_the_plain_twins_of_the_gpus_kernels_are_what_the_cpu_does_in_chunks(monkeypatch, options):
+    layout = blocky_layout(LayoutSpec(5, has_edges=True), 2, 16, 12)
+    x = torch.randn(2, 3, 8, 6, dtype=torch.float64)
+    whole, chunked = passes_of(monkeypatch, lambda function: function, layout, x, **options)
+    for a, b in zip(whole, chunked, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_the_compiled_kernels_are_their_plain_twins(monkeypatch):
+    """With the compiler's CPU back end where there is no GPU: minutes."""
+    layout = blocky_layout(LayoutSpec(5, has_edges=True), 2, 16, 12)
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(2, 3, 8, 6, dtype=dtype)
+        for options in ({}, {"upsample": 2, "slope": 0.2}):
+            whole, chunked = passes_of(monkeypatch, modulation._compiled, layout, x, **options)
+            assert all(modulation._compiled(function).run is not function for function in PASSES)
+            for a, b in zip(whole, chunked, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiler_that_fails_is_named_once_and_done_without():
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    kernel = modulation._Compiled(modulation.forward_pixels)
+    kernel.run = torch.compile(modulation.forward_pixels, backend=broken)
+    arguments = (torch.randn(4, 1, 3, 1, 5), torch.randn(1, 10), None, 2, 0.2)
+    with pytest.warns(RuntimeWarning, match=r"forward_pixels runs uncompiled, slower: .*no compiler here"):
+        first = kernel(*arguments)
+    torch.testing.assert_close(first, kernel(*arguments))
+    assert kernel.run is modulation.forward_pixels
+
+
+def test_under_autocast_tables_are_as_near_the_truth_as_the_dense_path():
+    torch.manual_seed(0)
+    spec = LayoutSpec(5, has_edges=True)
+    layout, options = blocky_layout(spec, 2, 32, 32), {"upsample": 2, "slope": 0.2}
+    x = torch.randn(2, 8, 16, 16).bfloat16()
+    table = SPADE(8, spec, path="table", hidden_channels=8)
+    dense = SPADE(8, spec, path="dense", hidden_channels=8)
+    dense.load_state_dict(table.state_dict())
+    truth = results(copy.deepcopy(dense).double(), layout, x.double(), **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [results(norm, layout, x, **options) for norm in (table, dense)]
+    for one, other, true in zip(*found, truth, strict=True):
+        if true.is_floating_point():
+            assert (one - true).norm() < 1.5 * (other - true).norm() + 1e-3 * true.norm()
 
 
 def test_auto_takes_tables_where_they_pay_and_only_where_they_can():
@@ -234,3 +304,23 @@ def test_under_autocast_types_are_the_dense_paths_and_statistics_stay_exact(dtyp
             assert one.dtype == other.dtype == x.dtype
             assert (one - true).norm() < 2 * (other - true).norm()
         torch.testing.assert_close(table.normalize.running_var, exact.normalize.running_var, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [SPADE, CLADE])
+def test_a_frozen_generator_makes_the_same_pictures(norm):
+    spec = LayoutSpec(5, has_dont_care=True, has_edges=True)
+    torch.manual_seed(0)
+    generator = SPADEGenerator(spec, (64, 64), num_filters=16, norm=norm)
+    initialise(generator, "xavier", 1.0)
+    layouts = [blocky_layout(spec, 2, 64, 64, seed) for seed in range(2)]
+    for layout in layouts:
+        generator(layout)  # moves the running statistics
+    frozen = freeze(copy.deepcopy(generator), winograd=True)
+    wide = [module for module in frozen.modules() if isinstance(module, WinogradConv2d)]
+    assert len(wide) == 6  # of 256 channels each
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    generator.eval()
+    for layout in layouts:
+        torch.testing.assert_close(frozen(layout), generator(layout).detach(), rtol=0, atol=1e-5)
+        moved = freeze(copy.deepcopy(generator).to(memory_format=torch.channels_last), winograd=False)
+        torch.testing.assert_close(moved(layout), generator(layout).detach(), rtol=0, atol=1e-5)

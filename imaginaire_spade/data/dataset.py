@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +40,7 @@ from imaginaire_spade.data.transforms import (
     draw_geometry,
     edges_from_ids,
 )
-from imaginaire_spade.errors import DataError
+from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.noise import generator_for
@@ -78,6 +78,9 @@ class LabelMapDataset(Dataset[Sample]):
         seed: of the augmentation.
         with_images: False for inference: only label maps (and what edges need) are read, ``root`` may be a bare
             folder of label maps, and edges come from the labels, with a warning, where their files are missing.
+        replace: train id -> train id that stands for it, in every label map; stored edges stay as they are.
+        on_unknown: called with what is wrong with a label map that holds values outside the table, which then count
+            as don't care; None: that is raised.
     Raises:
         DataError: a root that cannot be used.
     """
@@ -92,8 +95,14 @@ class LabelMapDataset(Dataset[Sample]):
         augmentations: AugmentationConfig | None = None,
         seed: int = 0,
         with_images: bool = True,
+        replace: Mapping[int, int] | None = None,
+        on_unknown: Callable[[LabelError], None] | None = None,
     ) -> None:
         self.labels = labels
+        self._replaced = np.arange(labels.num_classes + 1).astype(labels.dtype) if replace else None
+        for train_id, other in (replace or {}).items():
+            self._replaced[train_id] = other  # type: ignore[index]
+        self._on_unknown = on_unknown
         self.augmentations = augmentations or AugmentationConfig()
         self.seed = seed
         self.with_images = with_images
@@ -118,8 +127,8 @@ class LabelMapDataset(Dataset[Sample]):
                 )
             self._sources.append(source)
             self._edges.append(edges if found else "labels")
-            stored = distances and source.has(DISTANCES)
-            if distances and not stored and Path(root, DISTANCES).is_dir():
+            stored = distances and source.has(DISTANCES) and not replace
+            if distances and not stored and not replace and Path(root, DISTANCES).is_dir():
                 warnings.warn(
                     f"{root}: {DISTANCES}/ does not have every sample, so all are computed from the label maps"
                     " (scripts/make_distance_maps.py makes the missing ones)",
@@ -139,19 +148,15 @@ class LabelMapDataset(Dataset[Sample]):
             DataError, LabelError: naming the file and what is wrong with it.
         """
         index, draw = item if isinstance(item, tuple) else (item, item)
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number, key = self._place(index)
         source, edges_from = self._sources[number], self._edges[number]
-        key = source.keys[index - self._starts[number]]
-
         where = source.where(key, "seg_maps")
         raw = decode_label(source.read(key, "seg_maps"), where)
         size = raw.shape[:2]
         rng = generator_for(self.seed, draw, "augmentation")
         geometry = draw_geometry(size[0], size[1], self.augmentations, rng, where)
         # Only values that reach the network are looked at; the builder has looked at all.
-        labels = self.labels.to_train_ids(apply_to_map(raw, geometry), where)
+        labels = self._train_ids(apply_to_map(raw, geometry), where)
 
         image = None
         if self.with_images:
@@ -165,6 +170,32 @@ class LabelMapDataset(Dataset[Sample]):
             stored = self._read_distances(source, key, geometry, size) if self._stored_distances[number] else None
             distances = torch.from_numpy(class_distances(labels) if stored is None else stored)
         return Sample(image, torch.from_numpy(labels), edges, distances, self.keys[index], (size[0], size[1]), draw)
+
+    def check_label_map(self, index: int) -> tuple[int, int]:
+        """(height, width) of a stored label map. Raises DataError, LabelError where it cannot be used."""
+        number, key = self._place(index)
+        where = self._sources[number].where(key, "seg_maps")
+        raw = decode_label(self._sources[number].read(key, "seg_maps"), where)
+        if self._on_unknown is None:
+            self.labels.count_pixels(raw, where)
+        return raw.shape[0], raw.shape[1]
+
+    def _place(self, index: int) -> tuple[int, str]:
+        """The number of the source that has a sample, and its key there."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return number, self._sources[number].keys[index - self._starts[number]]
+
+    def _train_ids(self, raw: NDArray[np.generic], where: str) -> NDArray[np.generic]:
+        try:
+            labels = self.labels.to_train_ids(raw, where)
+        except LabelError as error:
+            if self._on_unknown is None:
+                raise
+            labels = self.labels.to_train_ids(raw, where, unknown="dont_care")
+            self._on_unknown(error)
+        return labels if self._replaced is None else self._replaced[labels]
 
     def _read_edges(
         self,

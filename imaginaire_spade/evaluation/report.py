@@ -92,8 +92,12 @@ def compare(paths: tuple[Path, Path]) -> str:
     )
 
 
+def higher_is_better(name: str) -> bool:
+    """Whether a larger value of a score is the better one."""
+    return any(word in name for word in HIGHER_IS_BETTER)
+
+
 def _verdict(name: str, first: float, second: float) -> str:
     if name.endswith("_std") or math.isclose(first, second, rel_tol=1e-9):
         return ""
-    higher = any(word in name for word in HIGHER_IS_BETTER)
-    return f"the {'first' if (first > second) == higher else 'second'} is better"
+    return f"the {'first' if (first > second) == higher_is_better(name) else 'second'} is better"

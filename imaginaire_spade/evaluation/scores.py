@@ -20,7 +20,7 @@ from imaginaire_spade.evaluation.protocol import Protocol
 from imaginaire_spade.evaluation.report import Report
 from imaginaire_spade.evaluation.statistics import frechet_distance
 
-METRICS = ("fid", "kid", "precision_recall", "diversity")
+METRICS = ("fid", "kid", "precision_recall", "diversity", "segmentation")
 NEED_FEATURES = ("fid", "kid", "precision_recall")
 KEEP_FEATURES = ("kid", "precision_recall")
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000

@@ -26,6 +26,8 @@ from imaginaire_spade.errors import DataError
 from imaginaire_spade.pictures import LABELS_FOLDER
 
 READ_THREADS = 4
+PIPELINE, NOT_STORED = "photo through the data pipeline", "generated, not stored"
+"""The format of pictures that come from no file of their own."""
 _GREY, _ALPHA = ("1", "L", "LA", "I", "I;16", "I;16B", "F"), ("RGBA", "LA", "PA", "RGBa", "La")
 
 
@@ -161,4 +163,4 @@ class DatasetPhotos(PictureSource):
         except DataError as error:
             return Unreadable(index, str(error))
         assert image is not None, "a data set without its photos"
-        return EvaluatedPicture(index, image, format="photo through the data pipeline")
+        return EvaluatedPicture(index, image, format=PIPELINE)

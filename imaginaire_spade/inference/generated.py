@@ -9,10 +9,10 @@ import torch
 from imaginaire_spade.data.dataset import LabelMapDataset, Sample
 from imaginaire_spade.data.workers import read_ahead
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.evaluation.sources import EvaluatedPicture, PictureSource, Unreadable
+from imaginaire_spade.evaluation.sources import NOT_STORED, EvaluatedPicture, PictureSource, Unreadable
+from imaginaire_spade.inference.style import drawn_styles
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, synthesise
 from imaginaire_spade.inference.weights import LoadedModel
-from imaginaire_spade.noise import style_noise
 
 
 class GeneratedPictures(PictureSource):
@@ -41,6 +41,7 @@ class GeneratedPictures(PictureSource):
 
     def read(self, indices: Sequence[int]) -> Iterator[EvaluatedPicture | Unreadable]:
         made: dict[str, tuple[int, int]] = {}
+        style_of = drawn_styles(self._seed, self._model.style_dims, self.num_samples)
         unreadable: list[Unreadable] = []
 
         def requests() -> Iterator[Request]:
@@ -49,17 +50,14 @@ class GeneratedPictures(PictureSource):
                     unreadable.extend([found] * self.num_samples)
                     continue
                 for j in range(self.num_samples):
-                    # The names that folder.py draws style codes by.
-                    name = found.key if self.num_samples == 1 else f"{found.key}#{j}"
-                    dims = self._model.style_dims
-                    z = style_noise(self._seed, [name], dims)[0] if dims else None
+                    name = f"{found.key}#{j}"
                     made[name] = (index, j)
-                    yield Request(name, found.labels, found.edges, z, found.distances)
+                    yield Request(name, found.labels, found.edges, style_of(found.key, j), found.distances)
 
         for name, picture in synthesise(self._model, requests(), self._batch_size):
             index, j = made.pop(name)
             pixels = torch.from_numpy(picture).permute(2, 0, 1)
-            yield EvaluatedPicture(index, pixels, j, "generated, not stored")
+            yield EvaluatedPicture(index, pixels, j, NOT_STORED)
         yield from unreadable
 
     def _read(self, index: int) -> tuple[int, Sample | Unreadable]:

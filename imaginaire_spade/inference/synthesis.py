@@ -1,28 +1,26 @@
 """Label maps -> pictures, in memory.
 
-Owns the way of a label map through the generator: batches of mixed sizes, padding and cropping, what a lack of memory
-or damaged weights look like, and the style of a picture.
+Owns the way of a label map through the generator: batches of mixed sizes, padding and cropping, and what a lack of
+memory or damaged weights look like.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import cv2
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from imaginaire_spade.build import layout_spec
-from imaginaire_spade.data.dataset import denormalise, normalise
-from imaginaire_spade.data.decode import decode_image
+from imaginaire_spade.data.dataset import denormalise
 from imaginaire_spade.data.distances import class_distances
-from imaginaire_spade.errors import CheckpointError, DataError, UserError
+from imaginaire_spade.errors import UserError
 from imaginaire_spade.inference.weights import LoadedModel
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.pictures import Picture
+from imaginaire_spade.training.step import AUTOCAST
 
 BATCHES_HELD = 8
 """Label maps waiting for others of their size: at most this many batches."""
@@ -111,13 +109,16 @@ def _distances(request: Request) -> Tensor:
 def _forward(model: LoadedModel, requests: Sequence[Request]) -> Tensor:
     """The generator's output for requests of one padded size: float [N, 3, H, W] on the device, padding included."""
     step = 1 if model.one_by_one else len(requests)
+    dtype = AUTOCAST[model.precision]
     try:
         images = []
         for start in range(0, len(requests), step):
             part = requests[start : start + step]
             codes = [request.z for request in part if request.z is not None]
             z = torch.stack(codes).to(model.device) if codes else None
-            images.append(model.generator(padded_layout(model, part).to(model.device), z))
+            layout = padded_layout(model, part).to(model.device)
+            with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+                images.append(model.generator(layout, z))
         return torch.cat(images)
     except torch.OutOfMemoryError:
         pass
@@ -142,32 +143,3 @@ def _fetched(requests: Sequence[Request], images: Tensor) -> Iterator[tuple[str,
             )
         height, width = request.labels.shape
         yield request.name, picture[:height, :width]
-
-
-@torch.inference_mode()
-def encode_style(model: LoadedModel, path: Path) -> tuple[Tensor, Tensor]:
-    """(mu, logvar) of a picture's style, float [style_dims] each, on the CPU.
-
-    Raises:
-        CheckpointError: trained without an encoder.
-        DataError: the picture cannot be read.
-    """
-    if model.encoder is None:
-        raise CheckpointError(
-            "--style_image: this checkpoint was trained without a style encoder; leave the flag out, or take a"
-            " checkpoint whose config has encoder: {type: conv}"
-        )
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"--style_image {path}: cannot be read: {error.strerror}") from None
-    picture = decode_image(content, f"--style_image {path}")
-    # Shrunk by area average to about the size of the training pictures; the encoder's own resizing would alias.
-    trained_at = model.config.data.train.augmentations.output_h_w
-    scale = min(trained_at) / min(picture.shape[:2]) if trained_at else 1
-    if scale < 1:
-        size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
-        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
-    image = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].to(model.device)
-    mu, logvar = model.encoder(normalise(image))
-    return mu[0].float().cpu(), logvar[0].float().cpu()

@@ -12,7 +12,7 @@ import urllib.error
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 import torch
@@ -22,6 +22,7 @@ from imaginaire_spade.build import build_encoder, build_generator
 from imaginaire_spade.compatibility import explain_mismatch
 from imaginaire_spade.config import RunConfig, WeightSource, dump_yaml, load_config, parse_config
 from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.models.frozen import freeze
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import fold_spectral_norm
 from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpoint
@@ -35,13 +36,15 @@ class LoadedModel:
     """In evaluation mode, without gradients, on ``device``."""
     encoder: nn.Module | None
     config: RunConfig
-    """The checkpoint's own."""
+    """The checkpoint's own, with overrides."""
     images_seen: int
     weights: str
     """"ema" or "raw": what was loaded."""
     device: torch.device
     notes: tuple[str, ...] = ()
     """What the user should know."""
+    precision: str = "fp32"
+    """Arithmetic of the convolutions: "fp32", "bf16" or "fp16"; weights and statistics are float32 in any case."""
 
     @property
     def one_by_one(self) -> bool:
@@ -58,20 +61,42 @@ class LoadedModel:
         return self.generator.style_dims
 
 
-def load_generator(path: Path, *, weights: str = "ema", device: torch.device | str = "cpu") -> LoadedModel:
+def load_generator(
+    path: Path,
+    *,
+    weights: str = "ema",
+    overrides: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    compiled: bool = False,
+    frozen: bool = False,
+) -> LoadedModel:
     """Load a checkpoint's generator, and its style encoder if it has one.
 
     Args:
         path: a checkpoint file of this package.
         weights: "ema" (moving average; "raw" where the checkpoint has none, with a note) or "raw".
+        overrides: ``KEY=VALUE`` for the checkpoint's config: of whatever its weights do not depend on.
+        precision: see ``LoadedModel``.
+        compiled: compile the generator (``torch.compile``) at its first use, which takes minutes.
+        frozen: bring the weights into the form that is fastest here (``models/frozen.py``); layers and the names of
+            weights change.
     Raises:
-        CheckpointError: absent, damaged, foreign, or not of the architecture that its own config describes.
-        ConfigError: a component of the user's own is not registered.
+        CheckpointError: absent, damaged, foreign, or not of the architecture that its own config (or ``overrides``)
+            describes.
+        ConfigError: a component of the user's own is not registered, or ``overrides`` are wrong.
     """
     content = load_checkpoint(path)
     if missing := {"config", "generator"} - set(content):
         raise CheckpointError(f"{path}: a checkpoint without {' and '.join(sorted(missing))}: not one to generate with")
-    config = parse_config(content["config"], source=str(path))
+    if not _has_label_table(content["config"]):
+        raise CheckpointError(
+            f"{path}: a checkpoint without a label table (data.labels of its config), so label maps mean nothing to it."
+            " What train.py and scripts/import_checkpoint.py write has one: take that file as it is"
+        )
+    trained = parse_config(content["config"], source=str(path))
+    config = with_overrides(trained, overrides, path.name)
+    check_fits(trained, config, f"--set {' '.join(overrides)}", parts=("gen", "encoder"))
     notes = []
     if weights == "ema" and content.get("generator_ema") is None:
         weights, notes = "raw", [f"{path} has no moving average of the weights: the raw weights are used"]
@@ -81,13 +106,17 @@ def load_generator(path: Path, *, weights: str = "ema", device: torch.device | s
     if encoder is not None:
         _load(encoder, content, "encoder", weights, path)
     device = torch.device(device)
-    channels_last = config.trainer.channels_last and device.type == "cuda"
+    winograd = device.type == "cpu" and precision == "fp32"
     for network in filter(None, (generator, encoder)):
-        network.eval().requires_grad_(False).to(
-            device, memory_format=torch.channels_last if channels_last else torch.preserve_format
-        )  # type: ignore[call-overload]
+        (freeze(network, winograd=winograd) if frozen else network.eval().requires_grad_(False)).to(device)
+    if compiled:
+        generator.compile(dynamic=True)
     images_seen = int(content.get("images_seen") or 0)
-    return LoadedModel(generator, encoder, config, images_seen, weights, device, tuple(notes))
+    return LoadedModel(generator, encoder, config, images_seen, weights, device, tuple(notes), precision)
+
+
+def _has_label_table(tree: Any) -> bool:
+    return isinstance(tree, Mapping) and isinstance(data := tree.get("data"), Mapping) and "labels" in data
 
 
 def _load(network: nn.Module, content: Mapping[str, Any], name: str, weights: str, path: Path) -> None:
@@ -169,9 +198,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_fits(model: LoadedModel, given: RunConfig, where: str) -> None:
-    """Raises CheckpointError, in words, where ``given`` describes another generator than the checkpoint holds."""
-    if differences := explain_mismatch(model.config, given, parts=("gen",)):
+def check_fits(trained: RunConfig, given: RunConfig, where: str, *, parts: Sequence[str] = ("gen",)) -> None:
+    """Raises CheckpointError, in words, where ``given`` describes other networks than the checkpoint holds."""
+    if differences := explain_mismatch(trained, given, parts=parts):
         raise CheckpointError(
             f"{where} does not fit the checkpoint:\n  " + "\n  ".join(differences) + "\nThe checkpoint carries its own"
             " config: leave that out, or give the checkpoint of this config"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.layers import conv2d
-from imaginaire_spade.models.norms import SPADE, ConditionalNorm
+from imaginaire_spade.models.norms import SPADE, ConditionalNorm, enlarged
 from imaginaire_spade.registry import GENERATORS, NORMS
 
 NormFactory = Callable[[int, LayoutSpec], ConditionalNorm]
@@ -57,11 +57,15 @@ class SPADEResidualBlock(nn.Module):
             self.norm_s = norm(in_channels, spec)
             self.conv_s = conv2d(self.norm_s.out_channels, out_channels, 1, bias=False, spectral=spectral_norm)
 
-    def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
-        """x [N, in, h, w] -> [N, out, h, w]."""
-        shortcut = self.conv_s(self.norm_s(x, layout)) if self.learned_shortcut else x
-        y = self.conv_0(F.leaky_relu(self.norm_0(x, layout), 0.2, inplace=True))
-        y = self.conv_1(F.leaky_relu(self.norm_1(y, layout), 0.2, inplace=True))
+    def forward(self, x: Tensor, layout: SemanticLayout, upsample: int = 1) -> Tensor:
+        """x [N, in, h, w], enlarged by ``upsample`` first (nearest) -> [N, out, upsample h, upsample w]."""
+        if self.learned_shortcut:  # the norms enlarge x, so that it is read small
+            shortcut = self.conv_s(self.norm_s(x, layout, upsample=upsample))
+        else:
+            x, upsample = enlarged(x, upsample), 1
+            shortcut = x
+        y = self.conv_0(self.norm_0(x, layout, upsample=upsample, slope=0.2))
+        y = self.conv_1(self.norm_1(y, layout, slope=0.2))
         return shortcut + y
 
 
@@ -126,7 +130,5 @@ class SPADEGenerator(Generator):
         else:
             x = self.fc(layout.resized(*start).one_hot(self.to_image.weight.dtype))  # [N, 16 F, h0, w0]
         for block, upsample in zip(self.blocks, self.upsample_before, strict=True):
-            if upsample:
-                x = F.interpolate(x, scale_factor=2, mode="nearest")
-            x = block(x, layout)
+            x = block(x, layout, upsample=2 if upsample else 1)
         return torch.tanh(self.to_image(F.leaky_relu(x, 0.2)).float())  # [N, 3, H, W]

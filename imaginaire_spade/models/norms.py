@@ -12,15 +12,8 @@ from torch import Tensor, nn
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.layers import InstanceNorm2d, SpectralLinear, conv2d, effective_weight
-from imaginaire_spade.models.tables import (
-    Modulation,
-    Statistics,
-    batch_moments,
-    first_convolution,
-    modulate,
-    second_convolution,
-    sum_rows,
-)
+from imaginaire_spade.models.modulation import Modulation, Statistics, batch_moments, modulate
+from imaginaire_spade.models.tables import first_convolution, second_convolution, sum_rows, weights_by_place
 from imaginaire_spade.registry import NORMS
 
 
@@ -34,8 +27,10 @@ class BatchNorm2d(nn.BatchNorm2d):
     synchronized = False
     """Set from outside (``synchronize_batch_norm``) once there is a process group."""
 
-    def forward(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
-        """x [N, C, H, W] normalised and, if asked, modulated in the same pass."""
+    def forward(
+        self, x: Tensor, modulation: Modulation | None = None, *, upsample: int = 1, slope: float = 1.0
+    ) -> Tensor:
+        """x [N, C, H, W] normalised; with a modulation enlarged, modulated and activated in the same pass."""
         if modulation is None:
             if not (self.training and self.synchronized):
                 return super().forward(x)
@@ -45,11 +40,13 @@ class BatchNorm2d(nn.BatchNorm2d):
             modulation = Modulation(self.weight * gamma, self.bias * gamma + beta, pixels)
         if not self.training:
             assert self.running_mean is not None and self.running_var is not None
-            return modulate(x, modulation, Statistics(self.running_mean, torch.rsqrt(self.running_var + self.eps)))
-        mean, variance, count = batch_moments(x, self.synchronized)
-        self._track(mean, variance, count)
-        rstd = torch.rsqrt(variance + self.eps)
-        return modulate(x, modulation, Statistics(mean, rstd, count, self.synchronized))
+            statistics = Statistics(self.running_mean, torch.rsqrt(self.running_var + self.eps))
+        else:
+            mean, variance, count = batch_moments(x, self.synchronized)
+            count = count * upsample**2
+            self._track(mean, variance, count)
+            statistics = Statistics(mean, torch.rsqrt(variance + self.eps), count, self.synchronized)
+        return modulate(x, modulation, statistics, upsample=upsample, slope=slope)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
@@ -73,22 +70,39 @@ def _normalisation(kind: str, channels: int, affine: bool = False) -> BatchNorm2
     return (BatchNorm2d if kind == "batch" else InstanceNorm2d)(channels, affine=affine)
 
 
-def _normalise_and_modulate(norm: nn.Module, x: Tensor, modulation: Modulation) -> Tensor:
+def _normalise_and_modulate(norm: nn.Module, x: Tensor, modulation: Modulation, upsample: int, slope: float) -> Tensor:
     """In one pass for a batch norm, in two for an instance norm."""
     if isinstance(norm, BatchNorm2d):
-        return norm(x, modulation)
-    return modulate(norm(x), modulation, Statistics(x.new_zeros(1), x.new_ones(1)))
+        return norm(x, modulation, upsample=upsample, slope=slope)
+    statistics = Statistics(x.new_zeros(1), x.new_ones(1))
+    return modulate(norm(x), modulation, statistics, upsample=upsample, slope=slope)
+
+
+def enlarged(x: Tensor, upsample: int) -> Tensor:
+    """Nearest up-sampling: [N, C, H, W] -> [N, C, upsample H, upsample W]."""
+    return x if upsample == 1 else F.interpolate(x, scale_factor=upsample, mode="nearest")
+
+
+def activated(x: Tensor, slope: float) -> Tensor:
+    """Leaky ReLU, in place; none where ``slope`` is 1."""
+    return x if slope == 1 else F.leaky_relu(x, slope, inplace=True)
 
 
 class ConditionalNorm(nn.Module):
-    """What generators ask of every norm: ``norm(x, layout)``, and how many channels come out.
+    """What generators ask of every norm: ``norm(x, layout, upsample=1, slope=1.0)``, and how many channels come out.
 
-    What comes out is a new tensor that the norm's own gradient does not need: the caller may change it in place.
+    ``upsample`` is the factor by which x is enlarged first (nearest), ``slope`` that of a leaky ReLU which comes last:
+    a norm that makes one pass over the pixels of all three is faster than three layers. What comes out is a new tensor.
     """
 
     out_channels: int
     needs_distances: ClassVar[bool] = False
     """Whether layouts must have distances; the pipeline then computes them."""
+
+
+def _view(layout: SemanticLayout, x: Tensor, upsample: int) -> SemanticLayout:
+    """The layout at the resolution of the enlarged x."""
+    return layout.resized(upsample * x.shape[2], upsample * x.shape[3])
 
 
 @NORMS.register("spade")
@@ -132,14 +146,19 @@ class SPADE(ConditionalNorm):
         self.shared = conv(spec.num_channels, hidden_channels)
         self.gamma = conv(hidden_channels, channels)
         self.beta = conv(hidden_channels, channels)
+        self.register_buffer("laid_out", None, persistent=False)
 
-    def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
-        """x [N, channels, H, W], layout of any resolution -> [N, channels, H, W]."""
-        view = layout.resized(*x.shape[-2:])
+    laid_out: Tensor | None
+
+    def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
+        """x [N, channels, h, w], layout of any resolution -> [N, channels, upsample h, upsample w]."""
+        view = _view(layout, x, upsample)
         if self._takes_tables(view):
-            return self._by_tables(x, view)
+            modulation = self._modulation(view)
+            return _normalise_and_modulate(self.normalize, x, modulation, upsample, slope)
         hidden = F.relu(self.shared(view.one_hot(self.shared.weight.dtype)))
-        return self.normalize(x) * (1 + self.gamma(hidden)) + self.beta(hidden)
+        y = self.normalize(enlarged(x, upsample)) * (1 + self.gamma(hidden)) + self.beta(hidden)
+        return activated(y, slope)
 
     def _takes_tables(self, view: SemanticLayout) -> bool:
         """Whether tables are possible and, for ``auto``, faster: few distinct neighbourhoods for the pixels there are.
@@ -157,14 +176,23 @@ class SPADE(ConditionalNorm):
         around = view.neighbourhoods(self.kernel_size)
         return len(around.outside) + 32 / hidden * around.pixels.num_rows + 200 < dense_rows
 
-    def _by_tables(self, x: Tensor, view: SemanticLayout) -> Tensor:
+    def _modulation(self, view: SemanticLayout) -> Modulation:
         around = view.neighbourhoods(self.kernel_size)
         hidden = F.relu(first_convolution(effective_weight(self.shared), self.shared.bias, around))  # [U, hidden]
-        weights = effective_weight(self.gamma), effective_weight(self.beta)
+        places = self._table_weights() if self.laid_out is None else self.laid_out
         assert self.gamma.bias is not None and self.beta.bias is not None
         bias = torch.cat([1 + self.gamma.bias, self.beta.bias])
-        gamma, beta = second_convolution(hidden, weights, bias, around).chunk(2, 1)  # [V, channels] each
-        return _normalise_and_modulate(self.normalize, x, Modulation(gamma, beta, around.pixels))
+        gamma, beta = second_convolution(hidden, places, bias, around).chunk(2, 1)  # [V, channels] each
+        return Modulation(gamma, beta, around.pixels)
+
+    def _table_weights(self) -> Tensor:
+        return weights_by_place([effective_weight(self.gamma), effective_weight(self.beta)])
+
+    @torch.no_grad()
+    def lay_out_tables(self) -> None:
+        """For inference alone: keep the weights in the order that tables need, which else every forward makes."""
+        if self.path != "dense":
+            self.laid_out = self._table_weights()
 
 
 @NORMS.register("concat")
@@ -186,10 +214,10 @@ class Concat(ConditionalNorm):
         self.out_channels = channels + spec.num_channels
         self.normalize = _normalisation(normalization, channels)
 
-    def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
-        """x [N, channels, H, W], layout of any resolution -> [N, channels + num_channels, H, W]."""
-        y = self.normalize(x)
-        return torch.cat([y, layout.resized(*x.shape[-2:]).one_hot(y.dtype)], 1)
+    def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
+        """x [N, channels, h, w], layout of any resolution -> [N, channels + num_channels, H, W]."""
+        y = activated(self.normalize(enlarged(x, upsample)), slope)
+        return torch.cat([y, _view(layout, x, upsample).one_hot(y.dtype)], 1)  # of 0 and 1, as the leaky ReLU of it
 
 
 @NORMS.register("clade")
@@ -215,21 +243,22 @@ class CLADE(ConditionalNorm):
         self.bias = nn.Parameter(torch.zeros(spec.num_label_channels, channels))
         self.edge = nn.Conv2d(1, 1, 1) if spec.has_edges else None
 
-    def forward(self, x: Tensor, layout: SemanticLayout) -> Tensor:
-        """x [N, channels, H, W], layout of any resolution -> [N, out_channels, H, W]."""
-        view = layout.resized(*x.shape[-2:])
-        y = self._modulated(x, view)
+    def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
+        """x [N, channels, h, w], layout of any resolution -> [N, out_channels, H, W]."""
+        view = _view(layout, x, upsample)
+        y = self._modulated(x, view, upsample, slope)
         if self.edge is None:
             return y
         assert view.edges is not None
-        edges = self.edge(view.edges.to(self.edge.weight.dtype).unsqueeze(1))  # [N, 1, H, W]
+        edges = activated(self.edge(view.edges.to(self.edge.weight.dtype).unsqueeze(1)), slope)  # [N, 1, H, W]
         # y is channels_last; on a CPU torch.cat takes eight times as long along its channels as along a last dimension.
         pixels = [part.permute(0, 2, 3, 1).to(y.dtype) for part in (y, edges)]
         return torch.cat(pixels, 3).permute(0, 3, 1, 2)
 
-    def _modulated(self, x: Tensor, view: SemanticLayout) -> Tensor:
+    def _modulated(self, x: Tensor, view: SemanticLayout, upsample: int, slope: float) -> Tensor:
         """[N, channels, H, W]."""
-        return _normalise_and_modulate(self.normalize, x, Modulation(self.weight, self.bias, view.classes))
+        modulation = Modulation(self.weight, self.bias, view.classes)
+        return _normalise_and_modulate(self.normalize, x, modulation, upsample, slope)
 
 
 @NORMS.register("clade_icpe")
@@ -267,19 +296,17 @@ class CLADEICPE(CLADE):
         self.scale_position = _Position()
         self.shift_position = _Position()
 
-    def _modulated(self, x: Tensor, view: SemanticLayout) -> Tensor:
+    def _modulated(self, x: Tensor, view: SemanticLayout, upsample: int, slope: float) -> Tensor:
         assert view.distances is not None, "clade_icpe needs layouts with distances"
         distances = view.distances.to(self.weight.dtype)
         if self.skip_ids:
             skipped = torch.isin(view.labels, view.labels.new_tensor(self.skip_ids))
             distances = distances.masked_fill(skipped.unsqueeze(1), 0)
-        y = _normalise_and_modulate(
-            self.normalize, x, Modulation(self.weight, torch.zeros_like(self.bias), view.classes)
-        )
-        shift = sum_rows(self.bias, view.classes).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2).to(y.dtype)
-        return torch.addcmul(
-            y * self.scale_position(distances).to(y.dtype), shift, self.shift_position(distances).to(y.dtype)
-        )
+        modulation = Modulation(self.weight, torch.zeros_like(self.bias), view.classes)
+        y = _normalise_and_modulate(self.normalize, x, modulation, upsample, 1.0)
+        shift = sum_rows(self.bias, view.classes).view(len(x), *y.shape[2:], -1).permute(0, 3, 1, 2).to(y.dtype)
+        scale, weight = (position(distances).to(y.dtype) for position in (self.scale_position, self.shift_position))
+        return activated(torch.addcmul(y * scale, shift, weight), slope)
 
 
 class _Position(nn.Module):

@@ -111,11 +111,11 @@ class StyleSPADEGenerator(Generator):
         x = F.leaky_relu(self.head_0(x), 0.2)  # [N, 8 F, h, w]
         x = self.cbn_head_0(x, style)  # [N, 16 F, h, w]
         x = self.head_2(self.head_1(x, layout), layout)
-        x = self.up_0a(_twice(x), layout)  # [N, 8 F, 2 h, 2 w]
+        x = self.up_0a(x, layout, upsample=2)  # [N, 8 F, 2 h, 2 w]
         x = self.up_0b(self.cbn_up_0a(x, style), layout)
-        x = self.up_1a(_twice(x), layout)  # [N, 4 F, 4 h, 4 w]
+        x = self.up_1a(x, layout, upsample=2)  # [N, 4 F, 4 h, 4 w]
         x = self.up_1b(self.cbn_up_1a(x, style), layout)
-        x = self.up_2a(_twice(x), layout)  # [N, 4 F, 8 h, 8 w]
+        x = self.up_2a(x, layout, upsample=2)  # [N, 4 F, 8 h, 8 w]
         x = _twice(self.up_2b(self.cbn_up_2a(x, style), layout))  # [N, 2 F, 16 h, 16 w]
         image = self.to_image(F.leaky_relu(x, 0.2)).float()  # [N, 3, 16 h, 16 w]
         if self.output_size >= 512:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from imaginaire_spade.data.shard import file_sha256, flush_folder
 from imaginaire_spade.errors import CheckpointError
 
 FORMAT = "imaginaire_spade.checkpoint.1"
+BEST = "best.pt"
 _NAME = re.compile(r"^checkpoint_(\d{12})\.pt$")
 
 
@@ -60,15 +62,17 @@ class CheckpointWriter:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
 
-    def save(self, images_seen: int, content: dict[str, Any], keep: bool = False) -> Path:
+    def save(self, images_seen: int, content: dict[str, Any], keep: bool = False, best: bool = False) -> Path:
         """Copy ``content`` to the host's memory, then write it in the background as ``checkpoint_<images_seen>.pt``.
 
         Args:
             keep: also keep it for good, in ``kept/``.
+            best: also keep it as ``best.pt``, until the next that is.
         """
         self.wait()
         path = checkpoint_path(self.directory, images_seen)
-        self._write = self._thread.submit(self._finish, path, _on_host(content), keep)
+        names = [self.directory / "kept" / path.name] * keep + [self.directory / BEST] * best
+        self._write = self._thread.submit(self._finish, path, _on_host(content), names)
         return path
 
     def check(self) -> None:
@@ -82,12 +86,12 @@ class CheckpointWriter:
         if write is not None:
             write.result()
 
-    def _finish(self, path: Path, content: dict[str, Any], keep: bool) -> None:
+    def _finish(self, path: Path, content: dict[str, Any], names: Sequence[Path]) -> None:
         for leftover in self.directory.glob(".checkpoint_*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink(missing_ok=True)
         write_checkpoint(path, content)
-        if keep:
-            keep_as(path, self.directory / "kept" / path.name)
+        for name in names:
+            keep_as(path, name)
         for old in checkpoints_in(self.directory)[: -self.keep_last]:
             old.unlink(missing_ok=True)
             checksum_path(old).unlink(missing_ok=True)
@@ -134,14 +138,26 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 def keep_as(path: Path, name: Path) -> None:
     """Keep a checkpoint under another name too, whatever becomes of the first: a second link, or a copy where the file
-    system has no links."""
-    name.parent.mkdir(parents=True, exist_ok=True)
-    for source, target in ((checksum_path(path), checksum_path(name)), (path, name)):
-        target.unlink(missing_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
+    system has no links. A file of that name is replaced at once or stays as it was.
+
+    Raises:
+        CheckpointError: there is no room for a copy.
+    """
+    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    try:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        checksum_path(name).unlink(missing_ok=True)  # as in write_checkpoint: never beside another file's bytes
+        for source, target in ((path, name), (checksum_path(path), checksum_path(name))):
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+            temporary.replace(target)
+    except OSError as error:
+        raise CheckpointError(f"{name}: could not be written ({error}); {path} is whole") from None
+    finally:
+        temporary.unlink(missing_ok=True)  # also where both were links to one file, which a rename leaves alone
 
 
 def checksum_path(path: Path) -> Path:

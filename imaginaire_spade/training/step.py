@@ -18,6 +18,9 @@ from imaginaire_spade.training.alarms import saturation
 from imaginaire_spade.training.model_average import update_average
 from imaginaire_spade.training.state import TrainState
 
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""``precision`` -> the dtype of autocast."""
+
 
 @dataclass(frozen=True)
 class StepSettings:

@@ -1,0 +1,132 @@
+"""Inference as inference.py does it: label maps -> pictures in memory, and a folder of files -> a folder of files.
+
+The dense reference path convolves the one-hot label maps of a batch with the weights as they were trained.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from benchmarks.layouts import SPEC, dense, make_layout
+from benchmarks.measure import Row, rows_of, take_turns
+from imaginaire_spade.build import build_generator
+from imaginaire_spade.config import RunConfig, dump_config, load_config
+from imaginaire_spade.data.dataset import LabelMapDataset, denormalise
+from imaginaire_spade.inference.folder import generate_folder
+from imaginaire_spade.inference.synthesis import Request, padded_layout, synthesise
+from imaginaire_spade.inference.weights import LoadedModel, load_generator
+from imaginaire_spade.pictures import Picture, write_image
+from imaginaire_spade.training.checkpoint import write_checkpoint
+
+RECIPE = Path(__file__).resolve().parents[1] / "configs/projects/spade/cocostuff/base256.yaml"
+PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
+
+
+def measure(
+    folder: Path | None, device: torch.device, repeats: int, num_filters: int, size: int, quick: bool
+) -> list[Row]:
+    """Batches of ``size`` squared, and a folder of label maps of mixed sizes up to that."""
+    config = load_config(RECIPE, [f"gen.num_filters={num_filters}", "trainer.init.gain=1.0"])
+    with tempfile.TemporaryDirectory() as temporary:
+        checkpoint = Path(temporary, "checkpoint.pt")
+        _save(checkpoint, config)
+        plain = load_generator(checkpoint, weights="raw", device=device)
+        models = {
+            precision: load_generator(checkpoint, weights="raw", device=device, precision=precision, frozen=True)
+            for precision in PRECISIONS[device.type]
+        }
+        rows = []
+        for batch in (1, 2) if quick else (1, 8):
+            requests = _requests(folder, [(size, size)] * batch)
+            rows += _in_memory(f"batch {batch}, {size}x{size}", plain, models, requests, repeats)
+        sizes = [(size, size), (3 * size // 4, size), (size, 3 * size // 4)]
+        requests = _requests(folder, [sizes[i % 3] for i in range(3 if quick else 24)])
+        rows += _of_files(Path(temporary), plain, models["fp32"], requests, max(1, repeats // 3))
+    return rows
+
+
+def _save(path: Path, config: RunConfig) -> None:
+    torch.manual_seed(0)
+    state = build_generator(config).state_dict()
+    write_checkpoint(path, {"config": dump_config(config), "generator": state})
+
+
+def _requests(folder: Path | None, sizes: Sequence[tuple[int, int]]) -> list[Request]:
+    layouts = {size: make_layout(folder, len(sizes), *size) for size in set(sizes)}
+    requests = []
+    for number, size in enumerate(sizes):
+        layout = layouts[size]
+        assert layout.edges is not None
+        requests.append(Request(f"{number:04d}", layout.labels[number], layout.edges[number]))
+    return requests
+
+
+@torch.inference_mode()
+def _dense(model: LoadedModel, requests: Sequence[Request]) -> list[Picture]:
+    layout = dense(padded_layout(model, requests).to(model.device))
+    pictures = denormalise(model.generator(layout)).permute(0, 2, 3, 1).cpu().numpy()
+    return [p[: r.labels.shape[0], : r.labels.shape[1]] for p, r in zip(pictures, requests, strict=True)]
+
+
+def _ours(model: LoadedModel, requests: Sequence[Request]) -> list[Picture]:
+    made = dict(synthesise(model, requests, len(requests)))
+    return [made[request.name] for request in requests]
+
+
+def _in_memory(
+    case: str, plain: LoadedModel, models: dict[str, LoadedModel], requests: Sequence[Request], repeats: int
+) -> list[Row]:
+    runs: dict[str, Callable[[], list[Picture]]] = {"dense": partial(_dense, plain, requests)}
+    runs |= {name: partial(_ours, model, requests) for name, model in models.items()}
+    expected = runs["dense"]()
+    differences = {name: _difference(run(), expected) for name, run in runs.items() if name != "dense"}
+    times = take_turns(runs, repeats, plain.device)
+    return rows_of("inference", case, times, differences, _rates(times, len(requests)))
+
+
+def _difference(ours: Sequence[Picture], reference: Sequence[Picture]) -> float:
+    """Largest difference of pixel values, in [-1, 1] as a network's."""
+    return max(float(np.abs(a.astype(int) - b).max()) for a, b in zip(ours, reference, strict=True)) / 127.5
+
+
+def _rates(times: dict[str, float], count: int) -> dict[str, str]:
+    return {name: f"{ms / count:.1f} ms per image, {1000 * count / ms:.2f} images/s" for name, ms in times.items()}
+
+
+def _of_files(
+    temporary: Path, plain: LoadedModel, model: LoadedModel, requests: Sequence[Request], repeats: int
+) -> list[Row]:
+    """A folder of label maps -> one of pictures: each read, generated and written in turn, or overlapping."""
+    source, target = temporary / "label_maps", temporary / "pictures"
+    source.mkdir()
+    for request in requests:
+        ids = request.labels.numpy()
+        (source / f"{request.name}.png").write_bytes(
+            cv2.imencode(".png", np.where(ids == SPEC.num_classes, 255, ids).astype(np.uint8))[1].tobytes()
+        )
+    dataset = LabelMapDataset(source, model.config.data.labels, edges="labels", with_images=False)
+
+    def in_turn(loaded: LoadedModel, make: Callable[[LoadedModel, Sequence[Request]], list[Picture]]) -> None:
+        for index, key in enumerate(dataset.keys):
+            sample = dataset[index]
+            write_image(target / f"{key}.png", make(loaded, [Request(key, sample.labels, sample.edges)])[0])
+
+    def run(batch_size: int) -> None:
+        generate_folder(model, dataset, target, batch_size=batch_size, existing="overwrite", gallery=False)
+
+    runs: dict[str, Callable[[], None]] = {
+        "dense, in turn": partial(in_turn, plain, _dense),
+        "fp32, in turn": partial(in_turn, model, _ours),
+        "fp32, overlapping": partial(run, 1),
+    }
+    if model.device.type == "cuda":
+        runs["fp32, batch 8"] = partial(run, 8)
+    times = take_turns(runs, repeats, model.device, warm_up=0)
+    return rows_of("inference", f"{len(requests)} files", times, {}, _rates(times, len(requests)))

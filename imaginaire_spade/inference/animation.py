@@ -1,0 +1,59 @@
+"""Pictures of one size, one after the other -> an animated GIF or an MP4 that plays there and back."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from imaginaire_spade.errors import UserError
+from imaginaire_spade.pictures import Picture, write_bytes
+
+FRAMES_PER_SECOND = 10
+
+
+def write_animation(path: Path, frames: Sequence[Picture]) -> None:
+    """Write ``frames`` and their way back as GIF or MP4, by suffix; under its final name it is whole or not there.
+
+    An MP4 of odd height or width repeats the last row or column, for its codec.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    there_and_back = [*frames, *frames[-2:0:-1]]
+    encode = _gif if path.suffix == ".gif" else _mp4
+    write_bytes(path, encode(there_and_back))
+
+
+def check_animation(suffix: str) -> None:
+    """Raises UserError where such files cannot be made here."""
+    if suffix == ".mp4":
+        _mp4([np.zeros((64, 64, 3), np.uint8)] * 2)
+
+
+def _gif(frames: Sequence[Picture]) -> bytes:
+    first, *others = (Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE) for frame in frames)
+    file = io.BytesIO()
+    first.save(file, "GIF", save_all=True, append_images=others, duration=1000 // FRAMES_PER_SECOND, loop=0)
+    return file.getvalue()
+
+
+def _mp4(frames: Sequence[Picture]) -> bytes:
+    height, width = frames[0].shape[:2]
+    to_even = ((0, height % 2), (0, width % 2), (0, 0))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "animation.mp4")
+        video = cv2.VideoWriter(
+            str(path), cv2.VideoWriter.fourcc(*"mp4v"), FRAMES_PER_SECOND, (width + width % 2, height + height % 2)
+        )
+        for frame in frames:
+            video.write(np.ascontiguousarray(np.pad(frame, to_even, "edge")[..., ::-1]))
+        video.release()
+        if not path.is_file() or not path.stat().st_size:
+            raise UserError("--animation mp4: this build of OpenCV writes no MP4; write --animation gif")
+        return path.read_bytes()

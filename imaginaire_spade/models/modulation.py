@@ -1,0 +1,304 @@
+"""Normalising and modulating pixels in one pass: enlarge, normalise, look up scale and shift, apply, activate.
+
+What SPADE by tables, CLADE and synchronized batch norm have in common. A pixel costs one row of a table and one
+multiply-add per channel. Everything runs on rows [pixels, channels], which is what memory format channels_last is. On a
+CPU the pixels are taken chunk by chunk, so that what is between the steps stays in cache; on a GPU each pass is one
+compiled kernel, whose plain twin is the function that is compiled.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from imaginaire_spade.distributed import sum_over_processes
+from imaginaire_spade.models.tables import sum_users
+from imaginaire_spade.patterns import Lookup
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What to do to normalised pixels: x^ gamma[i] + beta[i], i the pixel's neighbourhood."""
+
+    gamma: Tensor
+    """float [V, C]; the "1 +" of SPADE included."""
+    beta: Tensor
+    """float [V, C]."""
+    pixels: Lookup | None
+    """Each pixel's row; None: there is one row (V = 1), and all take it."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How to normalise: x^ = (x - mean) rstd, per channel."""
+
+    mean: Tensor
+    """float32 (float64 for such x) [C]."""
+    rstd: Tensor
+    """1 / standard deviation, [C]."""
+    count: Tensor | None = None
+    """Values per channel over which x's own statistics were taken (of all processes); None: they are constants."""
+    synchronized: bool = False
+    """Whether other processes' values are among those."""
+
+
+def modulate(
+    x: Tensor, modulation: Modulation, statistics: Statistics, *, upsample: int = 1, slope: float = 1.0
+) -> Tensor:
+    """Enlarge (nearest), normalise, modulate and activate x [N, C, h, w] in one pass.
+
+    Statistics are taken as functions of x where they have a count: their share is part of x's gradient.
+
+    Args:
+        modulation: of the enlarged pixels.
+        upsample: factor of height and width.
+        slope: of the leaky ReLU that comes last, > 0; 1: none.
+    Returns:
+        [N, C, upsample h, upsample w] in memory format channels_last.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gamma, beta = modulation.gamma.to(wide), modulation.beta.to(wide)
+    return _Modulate.apply(x, gamma, beta, modulation.pixels, statistics, upsample, slope)
+
+
+class _Modulate(torch.autograd.Function):
+    """y = leaky((x - mean) rstd gamma[i] + beta[i]), computed as y = leaky(x scale[i] + shift[i]).
+
+    Backward, dy being the gradient before the activation: with S and A the sums of dy and of dy x over each row's
+    pixels, d beta = S, d gamma = rstd (A - mean S). dx is dy scale[i]; if mean and rstd are x's own, batch norm takes
+    from dx^ its mean p / n and x^ times its mean product with x^, q / n. These are sums over the table: p = sum_i gamma
+    S, q = sum_i gamma d gamma.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        pixels: Lookup | None,
+        statistics: Statistics,
+        upsample: int,
+        slope: float,
+    ) -> Tensor:
+        scale = gamma * statistics.rstd
+        table = torch.cat([scale, beta - statistics.mean * scale], 1)
+        y = _forward(_grid(x, 1), table, _index(pixels, x, upsample), upsample, slope)
+        y = _picture(y, len(x))
+        ctx.save_for_backward(x, gamma, *([y] if slope != 1 else []))
+        ctx.pixels, ctx.statistics, ctx.upsample, ctx.slope = pixels, statistics, upsample, slope
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma, *activated = ctx.saved_tensors
+        pixels, statistics, upsample = ctx.pixels, ctx.statistics, ctx.upsample
+        mean, rstd, count = statistics.mean, statistics.rstd, statistics.count
+        few = _grid(x, 1)
+        y = _grid(activated[0], upsample) if activated else None
+        before, products = _before_activation(_grid(dy, upsample), few, y, ctx.slope, gamma.dtype)
+        d_beta = sum_users(before.view(-1, x.shape[1]), pixels)
+        d_gamma = rstd * (sum_users(products.view(-1, x.shape[1]), pixels) - mean * d_beta)
+        if not ctx.needs_input_grad[0]:
+            return None, d_gamma, d_beta, None, None, None, None
+        factor = offset = torch.zeros_like(rstd)
+        if count is not None:
+            means = torch.stack([(gamma * d_beta).sum(0), (gamma * d_gamma).sum(0)]) / count
+            if statistics.synchronized:
+                means = sum_over_processes(means)
+            factor = -rstd * rstd * means[1] * upsample**2
+            offset = -rstd * means[0] * upsample**2 - mean * factor
+        dx = _before_upsampling(before, products, few, gamma * rstd, _index(pixels, x, upsample), factor, offset)
+        return _picture(dx, len(x)).to(x.dtype), d_gamma, d_beta, None, None, None, None
+
+
+def _in_chunks(x: Tensor) -> bool:
+    """Whether pixels are taken chunk by chunk, or all by a compiled kernel."""
+    return not x.is_cuda
+
+
+# The three passes over the pixels. A grid has shape [N h, upsample, w, upsample, C]: the pixels made of each of x's.
+
+
+def _forward(few: Tensor, table: Tensor, index: Tensor | None, upsample: int, slope: float) -> Tensor:
+    """leaky(x scale[i] + shift[i]). ``table`` [V, 2 C]: scale, shift."""
+    if not _in_chunks(few):
+        return _compiled(forward_pixels)(few, table, index, upsample, slope)
+    y = few.new_empty(len(few), upsample, few.shape[2], upsample, few.shape[4])
+    for rows, found in _row_chunks(table, index, y):
+        scale, shift = found.chunk(2, -1)
+        part = torch.addcmul(shift, few[rows], scale, out=y[rows])
+        if slope != 1:
+            F.leaky_relu_(part, slope)
+    return y
+
+
+def forward_pixels(few: Tensor, table: Tensor, index: Tensor | None, upsample: int, slope: float) -> Tensor:
+    scale, shift = (table if index is None else table[index]).chunk(2, -1)
+    y = few.to(table.dtype).expand(-1, upsample, -1, upsample, -1) * scale + shift
+    return torch.where(y > 0, y, y * slope).to(few.dtype)
+
+
+def _before_activation(
+    dy: Tensor, few: Tensor, y: Tensor | None, slope: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The gradient before the activation, and its products with x. y has the sign of what was activated."""
+    if not _in_chunks(few):
+        return _compiled(before_activation_pixels)(dy, few, y, slope, dtype)
+    before = dy if y is None and dy.dtype == dtype else torch.empty_like(dy, dtype=dtype)
+    products = torch.empty_like(before)
+    for rows in _chunks(len(dy), dy[0].numel()):
+        if before is not dy:
+            part = before[rows].copy_(dy[rows])
+            if y is not None:
+                torch.ops.aten.leaky_relu_backward.grad_input(part, y[rows].to(dtype), slope, True, grad_input=part)
+        torch.mul(before[rows], few[rows], out=products[rows])
+    return before, products
+
+
+def before_activation_pixels(
+    dy: Tensor, few: Tensor, y: Tensor | None, slope: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    before = dy.to(dtype)
+    if y is not None:
+        before = torch.where(y > 0, before, before * slope)
+    return before, before * few.to(dtype)
+
+
+def _before_upsampling(
+    before: Tensor,
+    buffer: Tensor,
+    few: Tensor,
+    scale: Tensor,
+    index: Tensor | None,
+    factor: Tensor,
+    offset: Tensor,
+) -> Tensor:
+    """dx [N h, 1, w, 1, C]: the sum over each of x's pixels of before scale[i]; then x factor + offset.
+
+    ``buffer``, of the shape of ``before``, is overwritten.
+    """
+    if not _in_chunks(few):
+        return _compiled(before_upsampling_pixels)(before, few, scale, index, factor, offset)
+    enlarged = before.shape != few.shape
+    dx = torch.empty_like(few, dtype=before.dtype) if enlarged else buffer
+    for rows, found in _row_chunks(scale, index, before):
+        terms = torch.mul(before[rows], found, out=buffer[rows])
+        if enlarged:  # on a CPU torch.sum over these two dimensions takes five times as long
+            first, second, *others = (part for line in terms.unbind(1) for part in line.unbind(2))
+            total = torch.add(first, second, out=dx[rows][:, 0, :, 0])
+            for part in others:
+                total += part
+        dx[rows].addcmul_(few[rows], factor).add_(offset)
+    return dx
+
+
+def before_upsampling_pixels(
+    before: Tensor, few: Tensor, scale: Tensor, index: Tensor | None, factor: Tensor, offset: Tensor
+) -> Tensor:
+    terms = before * (scale if index is None else scale[index])
+    return terms.sum((1, 3), keepdim=True) + few.to(before.dtype) * factor + offset
+
+
+class _Compiled:
+    """A function compiled at its first use; as it is, with one warning, where the compiler cannot."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.run: Callable[..., Any] = torch.compile(function, dynamic=True)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.run is not self.function:
+            try:
+                return self.run(*arguments)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                text = f"{self.function.__name__} runs uncompiled, slower: {' '.join(str(error).split())[:300]}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+                self.run = self.function
+        return self.function(*arguments)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> _Compiled:
+    return _Compiled(function)
+
+
+@torch.no_grad()
+def batch_moments(x: Tensor, synchronized: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance of x [N, C, H, W] per channel, and the count of values; of all processes if asked.
+
+    Mean and squares about it are taken chunk by chunk, in one pass over x, and put together in double precision.
+    """
+    rows = _rows(x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = sum_over_processes if synchronized else torch.clone
+    counts, means, squares = [], [], []
+    for places in _chunks(len(rows), rows.shape[1]) if _in_chunks(x) else [slice(None)]:
+        part = rows[places].to(wide)
+        counts.append(len(part))
+        means.append(part.mean(0))
+        squares.append((part - means[-1]).square_().sum(0))
+    size = torch.tensor(counts, dtype=torch.float64, device=x.device).unsqueeze(1)  # [chunks, 1]
+    each = torch.stack(means).double()  # [chunks, C]
+    sums = total(torch.cat([(each * size).sum(0), size.sum().unsqueeze(0)]))
+    mean, count = sums[:-1] / sums[-1], sums[-1]
+    about_mean = torch.stack(squares).double() + size * (each - mean).square()
+    return mean.to(wide), (total(about_mean.sum(0)) / count).to(wide), count.to(wide)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N * H * W, C], contiguous: a view if x is channels_last, else a copy."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
+
+
+def _grid(x: Tensor, upsample: int) -> Tensor:
+    """[N, C, upsample h, upsample w] -> [N h, upsample, w, upsample, C], contiguous: a view if x is channels_last."""
+    n, channels, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    return rows.view(n * height // upsample, upsample, width // upsample, upsample, channels)
+
+
+def _picture(grid: Tensor, count: int) -> Tensor:
+    """The other way round: ``count`` pictures [N, C, H, W] in memory format channels_last."""
+    width, channels = grid.shape[2] * grid.shape[3], grid.shape[4]
+    return grid.reshape(count, -1, width, channels).permute(0, 3, 1, 2)
+
+
+def _index(pixels: Lookup | None, x: Tensor, upsample: int) -> Tensor | None:
+    """Each pixel's row of the table [N h, upsample, w, upsample], as in a grid."""
+    if pixels is None:
+        return None
+    n, _, height, width = x.shape
+    return pixels.index.view(n * height, upsample, width, upsample)
+
+
+def _chunks(count: int, values: int) -> Iterator[slice]:
+    """``count`` rows of so many values each, as many at a time as fit the processor's cache."""
+    size = max(1, 2**17 * torch.get_num_threads() // values)
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _row_chunks(table: Tensor, index: Tensor | None, grid: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of the table for some rows of a grid at a time, in its shape.
+
+    One buffer serves all: fresh memory costs more than the sums.
+    """
+    buffer = table.new_empty(0)
+    for rows in _chunks(len(grid), grid[0].numel()):
+        if index is None:
+            yield rows, table
+            continue
+        wanted = index[rows].flatten()
+        if not len(buffer):
+            buffer = table.new_empty(len(wanted), table.shape[1])
+        found = torch.index_select(table, 0, wanted, out=buffer[: len(wanted)])
+        yield rows, found.view(-1, *grid.shape[1:4], table.shape[1])
