@@ -27,6 +27,7 @@ from imaginaire_spade.evaluation.report import load_report
 from imaginaire_spade.evaluation.scores import evaluate_pictures
 from imaginaire_spade.evaluation.sources import EvaluatedPicture, FolderPictures
 from imaginaire_spade.inference.folder import generate_folder
+from imaginaire_spade.inference.style import drawn_styles
 from imaginaire_spade.inference.weights import load_generator
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.training.checkpoint import write_checkpoint
@@ -143,11 +144,11 @@ def test_neither_batch_size_nor_number_of_processes_changes_a_score(run, real, f
     assert done.returncode == 0, done.stderr
     two = load_report(tmp_path / "two.json")
     assert two.protocol == one.protocol and two.warnings == one.warnings
+    assert two.details == one.details
     assert two.scores == pytest.approx(one.scores, rel=1e-10)
     assert {k: v for k, v in two.scores.items() if "distance" not in k} == {
         k: v for k, v in one.scores.items() if "distance" not in k
     }
-    assert two.details == one.details
     assert done.stdout.count("random_feature_distance") == 1  # one process reports
 
 
@@ -236,7 +237,9 @@ def test_diversity_of_samples_made_on_the_fly_is_that_of_the_stored_ones(run, ch
     assert made.protocol.diversity is not None and made.protocol.diversity.startswith("random:0 (sha256 ")
     assert made.protocol.diversity.endswith("3 samples per label map") and made.protocol.num_fake == 5
     dataset = LabelMapDataset(tmp_path / "val", LABELS, with_images=False)
-    generate_folder(load_generator(path), dataset, tmp_path / "out", num_samples=3, seed=5)
+    generate_folder(
+        load_generator(path), dataset, tmp_path / "out", num_samples=3, style_of=drawn_styles(5, 4, num_samples=3)
+    )
     stored = run("--real", tmp_path / "val", "--fake", tmp_path / "out", *flags)
     assert stored.scores == pytest.approx(made.scores, rel=1e-6)
     with pytest.raises(DataError, match=r"not 2 samples of '0000' .found 0000_00, 0000_01, 0000_02."):
