@@ -41,7 +41,8 @@ class Kid:
     """Kernel distance of features: mean and spread over subsets, and how it was computed."""
 
     mean: float
-    std: float
+    std: float | None
+    """None for a single subset."""
     rule: str
 
 
@@ -68,7 +69,7 @@ def kernel_distance(real: Tensor, fake: Tensor, *, seed: int = 0) -> Kid:
         a, b = (side[rng.permutation(len(side))[:size]].double() for side in (real, fake))
         values.append(poly_mmd(a, b).item())
     rule = f"{subsets} subset(s) of {size}, kernel (x.y/D + 1)^3, seed {seed}"
-    return Kid(float(np.mean(values)), float(np.std(values)), rule)
+    return Kid(float(np.mean(values)), float(np.std(values)) if subsets > 1 else None, rule)
 
 
 def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
@@ -123,7 +124,8 @@ def evaluate_pictures(
             kid = kernel_distance(_features(real, "kid"), _features(fake, "kid"))
             kid_rule = kid.rule
             scores[score_name("kid", network)] = kid.mean
-            scores[score_name("kid", network) + "_std"] = kid.std
+            if kid.std is not None:
+                scores[score_name("kid", network) + "_std"] = kid.std
         if "precision_recall" in metrics:
             found = precision_recall(*(_features(side, "precision_recall") for side in (real, fake)))
             scores |= {score_name(n, network): v for n, v in zip(("precision", "recall"), found, strict=True)}

@@ -53,7 +53,8 @@ def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: b
     log.say(describe(run))
     if resumed is not None:
         log.say(resumed)
-    if calendar.iteration(state.images_seen) >= calendar.stop_iteration:
+    unscored = run.evaluation is not None and run.evaluation.due(state.images_seen, finished=True)
+    if calendar.iteration(state.images_seen) >= calendar.stop_iteration and not unscored:
         log.say(
             f"finished: iteration {calendar.iteration(state.images_seen)} of {calendar.stop_iteration}. To go on, raise"
             " trainer.max_iterations (or max_epochs) in the config or --max_iterations on the command line"
@@ -96,7 +97,7 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         done = finished or leave_on > 0
         due_picture = finished or iteration % trainer.image_every == 0
         due_checkpoint = state.images_seen > saved_at and (done or iteration % trainer.checkpoint_every == 0)
-        due_scores = run.evaluation is not None and not leave_on and run.evaluation.due(state.images_seen, finished)
+        due_scores = run.evaluation is not None and run.evaluation.due(state.images_seen, finished)
         # No checkpoint and no scores before the losses were looked at.
         due_log = due_checkpoint or due_scores or iteration % trainer.log_every == 0
         if state.images_seen > ticked_at and due_log:
@@ -115,12 +116,12 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         if estimate and state.generator_ema is not None and calibration:
             reestimate_batch_norm(state.generator_ema, calibration_inputs(run, calibration))
         is_best = False
-        if due_scores:
+        if due_scores and not leave_on:
             try:
                 is_best = _evaluate(run, log, asked)
             except LeaveAsked:
                 continue  # it is done when the run goes on
-        due_checkpoint |= is_best
+        due_checkpoint |= is_best or (finished and due_scores)  # with what is remembered of the scores
         if due_picture and preview is not None:
             sheet = preview_sheet(state, preview, run.config.data.labels, run.settings.style_dims, run.seed)
             log.add_picture(state.images_seen, sheet)
@@ -135,7 +136,7 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
             saved_at = state.images_seen
         if done:
             writer.wait()
-        if finished:
+        if finished and not (leave_on and due_scores):
             return 0
         if leave_on:
             log.say(f"leaving on {Signals(leave_on).name}; the same command continues from iteration {iteration}")
