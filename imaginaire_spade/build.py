@@ -134,6 +134,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
             f"data.train.batch_size: {train.batch_size} cannot be split into trainer.gradient_accumulation:"
             f" {trainer.gradient_accumulation} equal pieces; make the one a multiple of the other"
         )
+    if "apex" in (config.gen_opt.fused, config.dis_opt.fused):
+        _apex_adam()
     size = image_size(config)
     with torch.device("meta"):
         generator = build_generator(config)

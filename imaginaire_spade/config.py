@@ -161,7 +161,8 @@ class ModelAverageConfig(Section):
     start_iteration: int = Field(1000, ge=0)
     """Up to here the average is a plain copy."""
     batch_norm_images: int = Field(64, ge=0)
-    """Training layouts over which the average's batch statistics are re-estimated before use; 0: averaged instead."""
+    """Training layouts over which the average's batch statistics are re-estimated for previews, at the end and, at most
+    once per 20 times as many trained pictures, for checkpoints; in between, or with 0, they are averaged too."""
 
 
 class InitConfig(Section):
@@ -223,6 +224,9 @@ class TrainerConfig(Section):
     """fp16: the run ends after this many updates in a row whose gradients overflowed (each halves the loss scale)."""
     gradient_accumulation: int = Field(1, ge=1)
     """Split each process's batch into this many pieces, one after the other: less memory, same batch."""
+    activation_checkpointing: bool = False
+    """Compute the activations inside the generator's blocks a second time in the backward pass instead of keeping them:
+    less memory, about a third more time for the generator, the same numbers."""
     sync_batch_norm: bool = True
     """Batch statistics over all processes."""
     init: InitConfig = InitConfig()
@@ -245,6 +249,8 @@ class TrainerConfig(Section):
     """Iterations between two checkpoints that stay for good, in checkpoints/kept; a multiple of checkpoint_every."""
     on_failed_save: Literal["stop", "continue"] = "stop"
     """Whether a checkpoint that cannot be written (disk full) ends the run, or training goes on to the next one."""
+    bucket_cap_mb: float = Field(25.0, gt=0)
+    """Several processes: gradients are exchanged in pieces of so many MiB, each while the next is still computed."""
     process_group_timeout_s: float = Field(300.0, gt=0)
     """After this long without an answer from the other processes a process gives up."""
 

@@ -16,7 +16,7 @@ from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest
 
 if TYPE_CHECKING:
-    from imaginaire_spade.training.loop import Run
+    from imaginaire_spade.training.run import Run
 
 PARTS = {"gen": "generator", "dis": "discriminator", "encoder": "encoder"}
 """Section of the config -> its network's name in a checkpoint."""
