@@ -116,6 +116,23 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def total_over_processes(values: Tensor) -> Tensor:
+    """Sum of ``values`` over the processes (no gradient)."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every process's ``value`` (any picklable object), in the order of ranks, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def maximum_over_processes(values: Tensor) -> Tensor:
     """Element-wise maximum of ``values`` over the processes."""
     if dist.is_initialized():

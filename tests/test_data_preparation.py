@@ -22,8 +22,9 @@ from imaginaire_spade.data.decode import decode_instances, decode_label
 from imaginaire_spade.data.download import fetch, unpack
 from imaginaire_spade.data.edge_maps import make_edge_maps
 from imaginaire_spade.data.folders import FolderSource
-from imaginaire_spade.data.label_photos import Segmenter, deeplab_segmenter, hugging_face_segmenter, label_photos
+from imaginaire_spade.data.label_photos import label_photos
 from imaginaire_spade.data.prepare import DATASETS, Options, prepare
+from imaginaire_spade.data.segmenters import Segmenter, deeplab_segmenter, hugging_face_segmenter
 from imaginaire_spade.data.store import open_source
 from imaginaire_spade.errors import ConfigError, DataError
 

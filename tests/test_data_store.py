@@ -20,6 +20,7 @@ import time
 import unicodedata
 import zlib
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 
 import lmdb
 import numpy as np
@@ -338,6 +339,21 @@ def test_reading_in_other_processes(tiny_folder, tmp_path, method):
     with multiprocessing.get_context(method).Pool(1) as pool:
         assert pool.apply(read_all, (source,)) == expected
     assert read_all(source) == expected
+
+
+def test_reading_in_several_threads_at_once(tiny_folder, tmp_path, monkeypatch):
+    build_dataset(tiny_folder(keys=2), tmp_path / "out", LABELS, num_workers=0)
+    source = open_source(tmp_path / "out", TYPES)
+    opening = lmdb.open
+
+    def slowly(*arguments, **options):
+        environment = opening(*arguments, **options)
+        time.sleep(0.05)  # time for another thread to ask for the same file
+        return environment
+
+    monkeypatch.setattr(lmdb, "open", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda _: read_all(source), range(4)))) == 1
 
 
 # ------------------------------------------------------------------------------------------------ the builder

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,15 @@ _CHUNK_BYTES = 16 << 20
 # One environment per file and process: LMDB forbids two, and training and validation may read the same file.
 # Path -> (process, (inode, size), environment).
 _environments: dict[str, tuple[int, tuple[int, int], lmdb.Environment]] = {}
+_opening = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _opening
+    _opening = threading.Lock()  # another thread may have held it when this process was forked
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def store_key(key: str) -> bytes:
@@ -162,8 +172,9 @@ class LmdbSource(Source):
                     raise DataError(f"{shard / FILENAMES}: {key!r} stands there twice, or in another shard as well")
                 self._shard_of[key] = number
                 self.keys.append(key)
-            for data_type in DATA_TYPES:
-                _forget_replaced(_data_file(shard, data_type))
+            with _opening:
+                for data_type in DATA_TYPES:
+                    _forget_replaced(_data_file(shard, data_type))
             for data_type in data_types:
                 if not _data_file(shard, data_type).is_file():
                     raise DataError(
@@ -179,7 +190,8 @@ class LmdbSource(Source):
     def read(self, key: str, data_type: str) -> bytes:
         if key not in self._shard_of:
             raise DataError(f"{self.root}: no sample {key!r}")
-        environment = _environment(_data_file(Path(self._shards[self._shard_of[key]]), data_type))
+        with _opening:
+            environment = _environment(_data_file(Path(self._shards[self._shard_of[key]]), data_type))
         with environment.begin() as transaction:
             value = transaction.get(store_key(key))
         if value is None:

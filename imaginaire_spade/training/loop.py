@@ -6,8 +6,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from signal import Signals
 
@@ -21,6 +21,7 @@ from imaginaire_spade.training.faults import FiniteWatch, SkippedUpdates
 from imaginaire_spade.training.meters import LossMeter, RunLog
 from imaginaire_spade.training.model_average import reestimate_batch_norm
 from imaginaire_spade.training.preview import preview_batch, preview_sheet
+from imaginaire_spade.training.reference import LeaveAsked
 from imaginaire_spade.training.resume import content_of, resume
 from imaginaire_spade.training.run import Run, calibration_inputs, calibration_layouts, describe
 from imaginaire_spade.training.signals import LeaveRequest, exit_code
@@ -79,6 +80,13 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
     watch = FiniteWatch(state, run.settings, run.device)
     ticked_at = saved_at = state.images_seen
     any_request = distributed.LaggedMaximum(run.device)
+
+    def asked() -> bool:
+        return any_request(request.number) > 0
+
+    if run.evaluation is not None:
+        with suppress(LeaveAsked):
+            log.say(run.evaluation.find_reference(log.logdir, asked))
     preview = preview_batch(run.val_dataset, trainer.image_rows) if run.info.is_main else None
     calibration = calibration_layouts(run)
     while True:
@@ -88,7 +96,9 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         done = finished or leave_on > 0
         due_picture = finished or iteration % trainer.image_every == 0
         due_checkpoint = state.images_seen > saved_at and (done or iteration % trainer.checkpoint_every == 0)
-        due_log = due_checkpoint or iteration % trainer.log_every == 0  # no checkpoint before its losses were looked at
+        due_scores = run.evaluation is not None and not leave_on and run.evaluation.due(state.images_seen, finished)
+        # No checkpoint and no scores before the losses were looked at.
+        due_log = due_checkpoint or due_scores or iteration % trainer.log_every == 0
         if state.images_seen > ticked_at and due_log:
             means, skipped = meter.fetch(), watch.fetch()
             health = {name: means.pop(name) for name in list(means) if name.startswith("health/")}
@@ -101,12 +111,16 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
             for warning in alarms.check(health):
                 log.warn(state.images_seen, warning)
             ticked_at = state.images_seen
-        if (
-            (due_picture or (due_checkpoint and _statistics_due(run)))
-            and state.generator_ema is not None
-            and calibration
-        ):
+        due_statistics = due_picture or due_scores or (due_checkpoint and _statistics_due(run))
+        if due_statistics and state.generator_ema is not None and calibration:
             reestimate_batch_norm(state.generator_ema, calibration_inputs(run, calibration))
+        is_best = False
+        if due_scores:
+            try:
+                is_best = _evaluate(run, log, asked)
+            except LeaveAsked:
+                continue  # it is done when the run goes on
+        due_checkpoint |= is_best
         if due_picture and preview is not None:
             sheet = preview_sheet(state, preview, run.config.data.labels, run.settings.style_dims, run.seed)
             log.add_picture(state.images_seen, sheet)
@@ -116,7 +130,7 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
             writer.check()
         if due_checkpoint and run.info.is_main:
             keep = trainer.keep_every is not None and iteration % trainer.keep_every == 0
-            log.say(f"saving {writer.save(state.images_seen, content_of(run), keep)}")
+            log.say(f"saving {writer.save(state.images_seen, content_of(run), keep, is_best)}")
         if due_checkpoint:
             saved_at = state.images_seen
         if done:
@@ -140,6 +154,27 @@ def _statistics_due(run: Run) -> bool:
     average, every = trainer.model_average, trainer.checkpoint_every * run.calendar.global_batch
     interval = ESTIMATE_AT_MOST * average.batch_norm_images if average is not None else 0
     return interval > 0 and images_seen % every == 0 and images_seen // interval > (images_seen - every) // interval
+
+
+def _evaluate(run: Run, log: RunLog, leave: Callable[[], bool]) -> bool:
+    """Evaluate, and write the scores down. Whether they are the best so far, the same on every process.
+
+    Raises:
+        LeaveAsked: a process is to leave.
+    """
+    assert run.evaluation is not None
+    started_at = time.perf_counter()
+    generator, seen = run.state.generator_ema or run.state.generator, run.state.images_seen
+    name = f"iteration_{run.calendar.iteration(seen):09d}"
+    generator.eval()
+    try:
+        outcome = run.evaluation(generator, seen, log.logdir, name, leave)
+    finally:
+        generator.train(generator is run.state.generator)
+    seconds = time.perf_counter() - started_at
+    log.add_scores(seen, outcome.scores, seconds)
+    log.say(f"evaluation in {seconds:.1f} s: {run.evaluation.describe(outcome)}")
+    return outcome.is_best
 
 
 @contextmanager

@@ -130,15 +130,7 @@ class RunLog:
             "data/share_waiting": wait_s / elapsed,
             "memory/peak_gib": peak_memory_gib(),
         }
-        self._records.append(record)
-        with self._gaps_told():
-            _append(self._metrics, _line(record))
-            events = self._tensorboard()
-            for name, value in record.items():
-                if name not in ("iteration", "images_seen"):
-                    events.add_scalar(name, value, iteration)
-            events.flush()
-            self._next_step = iteration + 1
+        self._write(record)
         eta_s = (self.calendar.stop_iteration - iteration) * self.calendar.global_batch * elapsed / images
         text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
         if self._bar.disable:
@@ -150,6 +142,21 @@ class RunLog:
             )
         else:
             self._bar.set_postfix_str(text)
+
+    def add_scores(self, images_seen: int, scores: dict[str, float], seconds: float) -> None:
+        """Write the record of an evaluation; the time it took does not count as training time."""
+        self._ticked_at += seconds
+        if not self.enabled:
+            return
+        iteration = self.calendar.iteration(images_seen)
+        finite = {name: value for name, value in scores.items() if math.isfinite(value)}
+        record: dict[str, Any] = {
+            "iteration": iteration,
+            "images_seen": images_seen,
+            "epoch": round(self.calendar.epoch(images_seen), 4),
+            **{f"evaluation/{name}": value for name, value in finite.items()},
+        }
+        self._write(record)
 
     def advance(self) -> None:
         """One iteration is done."""
@@ -172,6 +179,17 @@ class RunLog:
             with self._gaps_told():
                 if self._events is not None:
                     self._events.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
+        with self._gaps_told():
+            _append(self._metrics, _line(record))
+            events = self._tensorboard()
+            for name, value in record.items():
+                if name not in ("iteration", "images_seen"):
+                    events.add_scalar(name, value, record["iteration"])
+            events.flush()
+            self._next_step = record["iteration"] + 1
 
     def _draw_curves(self) -> None:
         with self._gaps_told():

@@ -19,6 +19,7 @@ from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.norms import synchronize_batch_norm
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.activation_checkpointing import checkpoint_activations
+from imaginaire_spade.training.evaluation import Evaluation
 from imaginaire_spade.training.faults import memory_explained
 from imaginaire_spade.training.schedule import Calendar, learning_rate_factor
 from imaginaire_spade.training.state import TrainState, new_train_state
@@ -38,6 +39,7 @@ class Run:
     networks: Networks
     settings: StepSettings
     calendar: Calendar
+    evaluation: Evaluation | None
 
     @property
     def seed(self) -> int:
@@ -120,7 +122,8 @@ def prepare(
     )
     global_batch = config.data.train.batch_size * info.world_size
     calendar = Calendar.of(config.trainer, global_batch, len(dataset), stop_after)
-    return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar)
+    evaluation = None if config.trainer.evaluation is None else Evaluation(config, val_dataset, info, device)
+    return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar, evaluation)
 
 
 def describe(run: Run) -> str:
