@@ -217,6 +217,7 @@ KINDS = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("suffix", export.SUFFIXES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_generator_and_norm_can_be_exported(kind, suffix, tmp_path):

@@ -149,7 +149,7 @@ def example_inputs(network: ExportedGenerator, count: int, height: int, width: i
     """Inputs of every kind that the generator takes: blocks of labels (don't care among them), the same each time."""
     spec, rng = network.spec, np.random.default_rng((count, height, width))
     blocks = rng.integers(0, spec.num_classes + 1, (count, height // 4 + 1, width // 4 + 1), dtype=np.int32)
-    inputs = {"labels": blocks.repeat(4, 1).repeat(4, 2)[:, :height, :width].copy()}
+    inputs: dict[str, NDArray[np.generic]] = {"labels": blocks.repeat(4, 1).repeat(4, 2)[:, :height, :width].copy()}
     if spec.has_edges:
         inputs["edges"] = (rng.random((count, height, width)) < 0.1).astype(np.float32)
     if spec.has_distances:
@@ -181,10 +181,12 @@ def _to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
     assert converted is not None
     model = converted.model
     model.doc_string = __doc__
-    axes = dict(zip(map(str, model.graph.inputs[0].shape), ("batch", "height", "width"), strict=True))
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        for axis, size in enumerate(map(str, value.shape)):
-            value.shape[axis] = axes[size] if size in axes else value.shape[axis]
+    shapes = [value.shape for value in (*model.graph.inputs, *model.graph.outputs) if value.shape is not None]
+    axes = dict(zip(map(str, shapes[0]), ("batch", "height", "width"), strict=True))
+    for shape in shapes:
+        for axis, size in enumerate(map(str, shape)):
+            if size in axes:
+                shape[axis] = axes[size]
     return converted
 
 

@@ -111,8 +111,8 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
             for warning in alarms.check(health):
                 log.warn(state.images_seen, warning)
             ticked_at = state.images_seen
-        due_statistics = due_picture or due_scores or (due_checkpoint and _statistics_due(run))
-        if due_statistics and state.generator_ema is not None and calibration:
+        estimate = due_picture or due_scores or (due_checkpoint and _statistics_due(run))
+        if estimate and state.generator_ema is not None and calibration:
             reestimate_batch_norm(state.generator_ema, calibration_inputs(run, calibration))
         is_best = False
         if due_scores:
@@ -147,15 +147,6 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         log.advance()
 
 
-def _statistics_due(run: Run) -> bool:
-    """Whether the checkpoint that is due gets new statistics of the average; else they go on being averaged like the
-    weights, from the last estimate on."""
-    trainer, images_seen = run.config.trainer, run.state.images_seen
-    average, every = trainer.model_average, trainer.checkpoint_every * run.calendar.global_batch
-    interval = ESTIMATE_AT_MOST * average.batch_norm_images if average is not None else 0
-    return interval > 0 and images_seen % every == 0 and images_seen // interval > (images_seen - every) // interval
-
-
 def _evaluate(run: Run, log: RunLog, leave: Callable[[], bool]) -> bool:
     """Evaluate, and write the scores down. Whether they are the best so far, the same on every process.
 
@@ -175,6 +166,15 @@ def _evaluate(run: Run, log: RunLog, leave: Callable[[], bool]) -> bool:
     log.add_scores(seen, outcome.scores, seconds)
     log.say(f"evaluation in {seconds:.1f} s: {run.evaluation.describe(outcome)}")
     return outcome.is_best
+
+
+def _statistics_due(run: Run) -> bool:
+    """Whether the checkpoint that is due gets new statistics of the average; else they go on being averaged like the
+    weights, from the last estimate on."""
+    trainer, images_seen = run.config.trainer, run.state.images_seen
+    average, every = trainer.model_average, trainer.checkpoint_every * run.calendar.global_batch
+    interval = ESTIMATE_AT_MOST * average.batch_norm_images if average is not None else 0
+    return interval > 0 and images_seen % every == 0 and images_seen // interval > (images_seen - every) // interval
 
 
 @contextmanager
