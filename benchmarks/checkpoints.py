@@ -20,6 +20,7 @@ from imaginaire_spade.build import build_losses, check_run
 from imaginaire_spade.config import load_config
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.training.checkpoint import CheckpointWriter
+from imaginaire_spade.training.loop import ESTIMATE_AT_MOST
 from imaginaire_spade.training.model_average import reestimate_batch_norm
 from imaginaire_spade.training.resume import content_of
 from imaginaire_spade.training.run import calibration_inputs, calibration_layouts, prepare
@@ -67,14 +68,15 @@ def main() -> None:
             writer.wait()
         (path,) = Path(folder).glob("*.pt")
         size_mib = path.stat().st_size / 2**20
-    every = arguments.every * step_s
-    print(f"a step {step_s:.3f} s, a checkpoint {size_mib:.1f} MiB; once in {arguments.every} steps:")
-    for name, seconds in (
-        ("copy to the host, for which training waits", statistics.median(copies)),
-        ("the whole write, in the background", write_s),
-        ("statistics of the average (model_average.batch_norm_images)", reestimate_s),
+    images = sum(len(batch) for batch in calibration)
+    estimates = max(arguments.every, ESTIMATE_AT_MOST * images / run.calendar.global_batch)
+    print(f"a step {step_s:.3f} s, a checkpoint {size_mib:.1f} MiB")
+    for name, seconds, every in (
+        ("copy to the host, for which training waits", statistics.median(copies), arguments.every),
+        ("the whole write, copy and background", write_s, arguments.every),
+        ("statistics of the average (model_average.batch_norm_images)", reestimate_s, estimates),
     ):
-        print(f"  {name}: {seconds:.3f} s, {seconds / every:.2%} of the steps' time")
+        print(f"{name}: {seconds:.3f} s, once in {every:.0f} steps: {seconds / every / step_s:.2%} of their time")
 
 
 def measured(action: Callable[[], None], repeats: int, device: torch.device) -> float:

@@ -127,21 +127,20 @@ def test_the_best_checkpoint_stays_under_a_name_of_its_own(tmp_path, monkeypatch
     (tmp_path / ".best.pt.999.tmp").write_bytes(b"of a killed process")
     best = tmp_path / "best.pt"
     with checkpoint.CheckpointWriter(tmp_path, keep_last=1) as writer:
-        for images_seen, kept in ((4, True), (8, False), (12, True), (16, False)):
-            path = writer.save(images_seen, {"images_seen": images_seen})
-            for _ in range(2 * kept):  # the second time it is that already
-                assert writer.keep_as("best.pt", path) == best
+        for images_seen, is_best in ((4, True), (8, False), (12, True), (16, False)):
+            path = writer.save(images_seen, {"images_seen": images_seen}, best=is_best)
             writer.wait()
             assert checkpoint.load_checkpoint(best)["images_seen"] == (4 if images_seen < 12 else 12)
             assert sound(tmp_path)
-        names = [name + beside for name in ("best.pt", "checkpoint_000000000016.pt") for beside in ("", ".sha256")]
-        assert sorted(path.name for path in tmp_path.iterdir()) == names
-        assert checkpoint.newest_checkpoint(tmp_path) == path  # to continue from; the best one is older
-        writer.keep_as("best.pt", tmp_path / "lost.pt")
-        with pytest.raises(CheckpointError, match=r"lost\.pt: could not be kept as .*best\.pt"):
-            writer.wait()
-        writer.wait()  # told once
-    assert checkpoint.load_checkpoint(best)["images_seen"] == 12
+    names = [name + beside for name in ("best.pt", "checkpoint_000000000016.pt") for beside in ("", ".sha256")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert checkpoint.newest_checkpoint(tmp_path) == path  # to continue from; the best one is older
+    for _ in range(2):  # the second time it is that already
+        checkpoint.keep_as(path, best)
+        assert sound(tmp_path) and checkpoint.load_checkpoint(best)["images_seen"] == 16
+    with pytest.raises(CheckpointError, match=r"best\.pt: could not be written .*lost\.pt is whole"):
+        checkpoint.keep_as(tmp_path / "lost.pt", best)
+    assert sound(tmp_path) and len(list(tmp_path.iterdir())) == 4
 
 
 def fill(disk: Path, leave: int = 0) -> Path:

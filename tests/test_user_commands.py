@@ -1,13 +1,12 @@
 """The commands that users of imaginaire's SPADE project know, word for word, on miniature data."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 from conftest import write_jpg, write_png
+from fork_server import ForkServer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -23,12 +22,10 @@ SHRUNK = [
 ]  # fmt: skip
 
 
-def shell(command: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
-    words = [sys.executable if word == "python" else word for word in command.split()]
-    result = subprocess.run(
-        [*words, *more], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
+def shell(commands: ForkServer, command: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
+    name, *words = command.split()
+    assert name == "python"
+    result = commands.run(*words, *more, cwd=folder)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
 
@@ -46,17 +43,19 @@ def raw_cocostuff(folder: Path, count: int, seed: int) -> None:
         write_png(folder / "edge_maps" / f"{name}.png", (rng.random((72, 96)) < 0.1).astype(np.uint8) * 255)
 
 
-def test_build_train_and_generate_as_imaginaires_readme_says(tmp_path):
+def test_build_train_and_generate_as_imaginaires_readme_says(tmp_path, commands):
     for name in ("train.py", "inference.py", "scripts", "configs"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     for split, count in (("train", 4), ("val", 2)):
         raw_cocostuff(tmp_path / "dataset/cocostuff_raw" / split, count, seed=count)
         shell(
+            commands,
             "python scripts/build_lmdb.py --config configs/projects/spade/cocostuff/base128_bs4.yaml"
             f" --data_root dataset/cocostuff_raw/{split} --output_root dataset/cocostuff/{split} --overwrite --paired",
             tmp_path,
         )
     trained = shell(
+        commands,
         "python -m torch.distributed.launch --nproc_per_node=2 train.py"
         " --config configs/projects/spade/cocostuff/base128_bs4.yaml"
         " --logdir logs/projects/spade/cocostuff/base128_bs4.yaml",
@@ -67,6 +66,7 @@ def test_build_train_and_generate_as_imaginaires_readme_says(tmp_path):
     # Their test data lies where the config says, and the newest checkpoint of the log dir is taken.
     raw_cocostuff(tmp_path / "projects/spade/test_data/cocostuff", 3, seed=9)
     made = shell(
+        commands,
         "python inference.py --single_gpu --config configs/projects/spade/cocostuff/base128_bs4.yaml"
         " --output_dir projects/spade/output/cocostuff --logdir logs/projects/spade/cocostuff/base128_bs4.yaml",
         tmp_path,
@@ -77,6 +77,7 @@ def test_build_train_and_generate_as_imaginaires_readme_says(tmp_path):
     assert cv2.imread(str(output / "000000000001.png")).shape == (72, 96, 3)
     assert (output / "index.html").exists()
     sheet = shell(
+        commands,
         "python scripts/make_contact_sheet.py --config configs/projects/spade/cocostuff/base128_bs4.yaml"
         " --data_root projects/spade/test_data/cocostuff --generated projects/spade/output/cocostuff"
         " --output sheet.png --rows 2 --columns 1",
@@ -86,10 +87,8 @@ def test_build_train_and_generate_as_imaginaires_readme_says(tmp_path):
     assert cv2.imread(str(tmp_path / "sheet.png")).shape[1] > 3 * 96
 
 
-def test_inference_without_weights_says_what_to_give(tmp_path):
-    command = [sys.executable, "inference.py", "--config", "configs/projects/spade/cocostuff/base128_bs4.yaml"]
-    result = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "out")], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+def test_inference_without_weights_says_what_to_give(tmp_path, commands):
+    config = "configs/projects/spade/cocostuff/base128_bs4.yaml"
+    result = commands.run("inference.py", "--config", config, "--output_dir", tmp_path / "out")
     assert result.returncode == 2
     assert result.stderr.startswith("error: no checkpoint: give --checkpoint FILE, or --logdir DIR")

@@ -54,7 +54,7 @@ class CheckpointWriter:
     def __init__(self, directory: Path, keep_last: int) -> None:
         self.directory, self.keep_last = directory, keep_last
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: list[Future[None]] = []
+        self._write: Future[None] | None = None
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -72,32 +72,19 @@ class CheckpointWriter:
         self.wait()
         path = checkpoint_path(self.directory, images_seen)
         names = [self.directory / "kept" / path.name] * keep + [self.directory / BEST] * best
-        self._pending.append(self._thread.submit(self._finish, path, _on_host(content), names))
+        self._write = self._thread.submit(self._finish, path, _on_host(content), names)
         return path
 
-    def keep_as(self, name: str, path: Path) -> Path:
-        """Keep the checkpoint ``path``, which was just saved, under another name too, such as ``best.pt``.
-
-        It takes the place of what had that name, and ``keep_last`` does not count it. Done in the background, after
-        the writes before it.
-        """
-        kept = self.directory / name
-        self._pending.append(self._thread.submit(keep_as, path, kept))
-        return kept
-
     def check(self) -> None:
-        """Raise what went wrong with writes that are over."""
-        self._raise([write for write in self._pending if write.done()])
+        """Raise what went wrong with a write that is over."""
+        if self._write is not None and self._write.done():
+            self.wait()
 
     def wait(self) -> None:
-        """Until all writes are over; raise what went wrong."""
-        self._raise(list(self._pending))
-
-    def _raise(self, writes: list[Future[None]]) -> None:
-        self._pending = [write for write in self._pending if write not in writes]
-        failures = [write.exception() for write in writes]  # waits; all of them, so that none comes up later
-        for failure in filter(None, failures):
-            raise failure
+        """Until the last write is over; raise what went wrong."""
+        write, self._write = self._write, None
+        if write is not None:
+            write.result()
 
     def _finish(self, path: Path, content: dict[str, Any], names: Sequence[Path]) -> None:
         for leftover in self.directory.rglob(".*.tmp"):  # of a process that was killed while it wrote
@@ -165,7 +152,7 @@ def keep_as(path: Path, name: Path) -> None:
         _give_name(temporary, name, digest)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: could not be kept as {name} ({error}). Free some space") from None
+        raise CheckpointError(f"{name}: could not be written ({error}); {path} is whole") from None
 
 
 def _give_name(temporary: Path, path: Path, digest: str) -> None:
