@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
                        " they go one by one")  # fmt: skip
     model.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
                        help="arithmetic of the convolutions (default fp32)")  # fmt: skip
-    model.add_argument("--compile", action="store_true", help="torch.compile the generator: minutes, for long runs")
+    model.add_argument("--compile", action="store_true", help="torch.compile the generator, which takes minutes")
     inputs = parser.add_argument_group("what it generates from")
     inputs.add_argument("--input_dir", type=Path, metavar="DIR",
                         help="label maps, a data set folder or an LMDB root (default: test_data.roots)")  # fmt: skip

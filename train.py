@@ -49,10 +49,11 @@ def main() -> None:
         raise UserError(f"--max_iterations {arguments.max_iterations}: must be at least 1")
 
     from imaginaire_spade.training import loop, profile
+    from imaginaire_spade.training.run import prepare
 
     distributed.init_process_group(info, device, config.trainer.process_group_timeout_s)
     try:
-        run = loop.prepare(config, objective, info, device, arguments.max_iterations)
+        run = prepare(config, objective, info, device, arguments.max_iterations)
         if arguments.dry_run:
             text = profile.dry_run(run)
             if info.is_main:

@@ -113,8 +113,8 @@ def _apex_adam() -> Any:
         ) from None
 
 
-def build_split(config: RunConfig, split: SplitConfig) -> LabelMapDataset:
-    """The samples of one split, ``config.data.train`` or ``config.data.val``."""
+def build_split(config: RunConfig, split: SplitConfig, *, with_images: bool = True) -> LabelMapDataset:
+    """The samples of one split, ``config.data.train`` or ``config.data.val``; without their photos, if so asked."""
     return LabelMapDataset(
         split.roots,
         config.data.labels,
@@ -122,6 +122,7 @@ def build_split(config: RunConfig, split: SplitConfig) -> LabelMapDataset:
         distances=layout_spec(config).has_distances,
         augmentations=split.augmentations,
         seed=config.seed,
+        with_images=with_images,
     )
 
 
@@ -133,6 +134,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
             f"data.train.batch_size: {train.batch_size} cannot be split into trainer.gradient_accumulation:"
             f" {trainer.gradient_accumulation} equal pieces; make the one a multiple of the other"
         )
+    if "apex" in (config.gen_opt.fused, config.dis_opt.fused):
+        _apex_adam()
     size = image_size(config)
     with torch.device("meta"):
         generator = build_generator(config)
@@ -158,6 +161,11 @@ def check_run(config: RunConfig, world_size: int) -> None:
         raise ConfigError(
             f"data.val.augmentations gives {given}, but previews need one size, a multiple of {multiple}. Write"
             f" data.val.augmentations.resize_h_w: {list(size)}"
+        )
+    if trainer.evaluation is not None and val is None:
+        raise ConfigError(
+            "trainer.evaluation measures on validation samples, and there is no data.val: write data.val.roots: [...],"
+            " or trainer.evaluation: null"
         )
     if size[0] * size[1] == multiple**2 and train.batch_size * world_size // trainer.gradient_accumulation < 2:
         raise ConfigError(

@@ -161,7 +161,8 @@ class ModelAverageConfig(Section):
     start_iteration: int = Field(1000, ge=0)
     """Up to here the average is a plain copy."""
     batch_norm_images: int = Field(64, ge=0)
-    """Training layouts over which the average's batch statistics are re-estimated before use; 0: averaged instead."""
+    """Training layouts over which the average's batch statistics are re-estimated for previews, at the end and, at most
+    once per 20 times as many trained pictures, for checkpoints; in between, or with 0, they are averaged too."""
 
 
 class InitConfig(Section):
@@ -170,6 +171,41 @@ class InitConfig(Section):
     type: Literal["xavier", "normal", "kaiming", "orthogonal"] = "xavier"
     gain: float = Field(0.02, gt=0)
     """Gain (xavier, orthogonal) or standard deviation (normal); unused by kaiming."""
+
+
+class EvaluationConfig(Section):
+    """Scores of the (averaged) generator during training, on samples of data.val; see docs/evaluation.md."""
+
+    every_images: int = Field(ge=1)
+    """Training pictures between two evaluations; there is one at the end, too."""
+    num_images: int | None = Field(None, ge=4)
+    """Validation samples, spread evenly over data.val, the same every time; null: all."""
+    metrics: tuple[Literal["fid", "kid", "precision_recall", "segmentation"], ...] = Field(("fid",), min_length=1)
+    """What is measured."""
+    best: Literal["fid", "kid", "precision", "recall", "miou", "pixel_accuracy"] = "fid"
+    """The score whose best checkpoint is kept as checkpoints/best.pt."""
+    inception_weights: str | None = None
+    """File of Inception weights, for all metrics but segmentation; null: torch's cache; `random:SEED`: an untrained
+    network, to try things out."""
+    feature_dim: Literal[64, 192, 768, 2048] = 2048
+    """Layer of the Inception network; FID and KID proper: 2048."""
+    resize: Literal["legacy", "clean"] = "legacy"
+    """To the Inception network's size: as pytorch-fid does, or antialiased."""
+    segmenter: str | None = None
+    """Segmentation network: a Hugging Face model id or a local folder."""
+    segmenter_labels: str | None = None
+    """YAML or JSON file, class of the label table: label of the segmenter; null: matched by name."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationConfig:
+        measured_by = {"precision": "precision_recall", "recall": "precision_recall"}
+        measured_by |= {"fid": "fid", "kid": "kid", "miou": "segmentation", "pixel_accuracy": "segmentation"}
+        needed = measured_by[self.best]
+        if needed not in self.metrics:
+            raise ValueError(f"best: {self.best} is measured by {needed}, which metrics does not name: add it there")
+        if ("segmentation" in self.metrics) != (self.segmenter is not None):
+            raise ValueError("metrics: segmentation and segmenter: MODEL belong together: state both or neither")
+        return self
 
 
 class TrainerConfig(Section):
@@ -188,6 +224,9 @@ class TrainerConfig(Section):
     """fp16: the run ends after this many updates in a row whose gradients overflowed (each halves the loss scale)."""
     gradient_accumulation: int = Field(1, ge=1)
     """Split each process's batch into this many pieces, one after the other: less memory, same batch."""
+    activation_checkpointing: bool = False
+    """Compute the activations inside the generator's blocks a second time in the backward pass instead of keeping them:
+    less memory, about a third more time for the generator, the same numbers."""
     sync_batch_norm: bool = True
     """Batch statistics over all processes."""
     init: InitConfig = InitConfig()
@@ -202,12 +241,16 @@ class TrainerConfig(Section):
     """Validation samples in a preview."""
     checkpoint_every: int = Field(1000, ge=1)
     """Iterations between two checkpoints."""
+    evaluation: EvaluationConfig | None = None
+    """Scores during training; null: none."""
     keep_last: int = Field(3, ge=1)
     """Checkpoints that stay on disk."""
     keep_every: int | None = Field(None, ge=1)
     """Iterations between two checkpoints that stay for good, in checkpoints/kept; a multiple of checkpoint_every."""
     on_failed_save: Literal["stop", "continue"] = "stop"
     """Whether a checkpoint that cannot be written (disk full) ends the run, or training goes on to the next one."""
+    bucket_cap_mb: float = Field(25.0, gt=0)
+    """Several processes: gradients are exchanged in pieces of so many MiB, each while the next is still computed."""
     process_group_timeout_s: float = Field(300.0, gt=0)
     """After this long without an answer from the other processes a process gives up."""
 
@@ -310,6 +353,19 @@ def load_config(
     for key, value in (extra or {}).items():
         _assign(tree, key, value, f"--{key.rpartition('.')[2]}", origins)
     return parse_config(tree, origins, str(path))
+
+
+def load_labels(path: str | Path) -> LabelSpec:
+    """The label table, ``data.labels``, of a configuration that may lack everything else (configs/labels/). Raises
+    ConfigError."""
+    tree, origins = _read_merged(Path(path), ())
+    data = tree.get("data")
+    if not isinstance(data, dict) or "labels" not in data:
+        raise ConfigError(f"{path}: no label table (data.labels) in it or in its base")
+    try:
+        return LabelSpec.model_validate_json(json.dumps(data["labels"], default=str))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error, LabelSpec, ("data", "labels"), origins, str(path)))) from None
 
 
 def parse_config(tree: Mapping[str, Any], origins: Origins | None = None, source: str = "config") -> RunConfig:

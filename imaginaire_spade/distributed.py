@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import torch
@@ -115,6 +116,23 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def total_over_processes(values: Tensor) -> Tensor:
+    """Sum of ``values`` over the processes (no gradient)."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every process's ``value`` (any picklable object), in the order of ranks, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def maximum_over_processes(values: Tensor) -> Tensor:
     """Element-wise maximum of ``values`` over the processes."""
     if dist.is_initialized():
@@ -171,15 +189,20 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return _SumOverProcesses.apply(values)
 
 
-def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+def wrap(model: nn.Module, device: torch.device, bucket_cap_mb: float) -> nn.Module:
     """The model under DistributedDataParallel where there are several processes; else the model itself.
 
     Buffers are not broadcast: batch statistics are equal by synchronization and spectral-norm vectors by equal
     weights, and an in-place broadcast between two forwards breaks backward on some torch versions.
+
+    Args:
+        bucket_cap_mb: gradients travel in pieces of so many MiB.
     """
     if not dist.is_initialized():
         return model
-    ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(
-        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    parallel = nn.parallel.DistributedDataParallel
+    renamed = "forward_sync_buffers" in signature(parallel).parameters  # in torch 2.15
+    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    if device.type == "cuda":
+        options["device_ids"] = [device.index]
+    return parallel(model, bucket_cap_mb=bucket_cap_mb, gradient_as_bucket_view=True, **options)

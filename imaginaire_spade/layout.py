@@ -94,7 +94,7 @@ class SemanticLayout:
         self._one_hot: dict[torch.dtype, Tensor] = {}
         self._windows: dict[tuple[int, int, int], Lookup] = {}
         self._neighbourhoods: dict[int, LayoutNeighbourhoods] = {}
-        self._resized: dict[tuple[int, int], SemanticLayout] = {}
+        self._resized: list[SemanticLayout] = []
 
     @classmethod
     def from_dense(cls, spec: LayoutSpec, semantics: Tensor, distances: Tensor | None = None) -> SemanticLayout:
@@ -126,11 +126,11 @@ class SemanticLayout:
 
     def resized(self, height: int, width: int) -> SemanticLayout:
         """The layout at another resolution: nearest, by torch's floor rule (as one-hots would be resized)."""
-        if (height, width) == (self.height, self.width):
-            return self
-        if (height, width) not in self._resized:
-            self._resized[height, width] = self._resize(height, width)
-        return self._resized[height, width]
+        for view in (self, *self._resized):  # no dict: while a network is exported, sizes are symbols without a hash
+            if (view.height, view.width) == (height, width):
+                return view
+        self._resized.append(self._resize(height, width))
+        return self._resized[-1]
 
     def _resize(self, height: int, width: int) -> SemanticLayout:
         def nearest(maps: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class SemanticLayout:
         if dtype not in self._one_hot:
             spec = self.spec
             # One channel more than needed, cut off below, takes don't-care pixels that have no channel.
-            shape = (len(self), spec.num_classes + 1, self.height, self.width)
+            shape = (self.labels.shape[0], spec.num_classes + 1, self.height, self.width)
             dense = torch.zeros(shape, dtype=dtype, device=self.device)
             dense.scatter_(1, self.labels.long().unsqueeze(1), 1)
             dense = dense[:, : spec.num_label_channels]

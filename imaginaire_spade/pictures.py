@@ -256,6 +256,8 @@ def _grouped(course: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
         group, _, name = key.rpartition("/")
         if name.startswith("d_") and group:  # the discriminator's terms have a scale of their own
             group = f"{group}: discriminator"
+        if group == "evaluation":  # each score too, beside what belongs to it
+            group = f"evaluation: {name.removesuffix('_real').removesuffix('_std')}"
         xy = np.array(pairs, np.float64)
         groups.setdefault(group or key, {})[name] = (xy[:, 0], xy[:, 1])
     return groups

@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.data.label_photos import deeplab_segmenter, hugging_face_segmenter, label_photos
+from imaginaire_spade.data.label_photos import label_photos
+from imaginaire_spade.data.segmenters import deeplab_segmenter, hugging_face_segmenter
 from imaginaire_spade.distributed import (
     ProcessInfo,
     choose_device,

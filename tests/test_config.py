@@ -1,11 +1,15 @@
 """Configuration: strict, merged, overridable, and every recipe of the repository loads."""
 
+import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
-from imaginaire_spade.build import check_run
+from imaginaire_spade.build import build_optimizer, check_run
 from imaginaire_spade.config import dump_config, dump_yaml, load_config, parse_config
 from imaginaire_spade.errors import ConfigError
 
@@ -140,3 +144,21 @@ def test_nothing_writes_to_a_config():
 def test_what_would_fail_later_is_rejected_at_the_start(overrides, message):
     with pytest.raises(ConfigError, match=message):
         check_run(load_config(SAMPLE, overrides), world_size=1)
+
+
+def test_apex_is_nvidias_or_refused(monkeypatch):
+    config = load_config(SAMPLE, ["gen_opt.fused=apex"])
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))  # as PyPI's, which has no optimizers
+    with pytest.raises(ConfigError, match=r"fused: apex, .*apex on PyPI is another project.*write fused: auto"):
+        check_run(config, world_size=1)
+
+    class FusedAdam(torch.optim.Adam):
+        def __init__(self, parameters, *, adam_w_mode, **settings):
+            assert not adam_w_mode
+            super().__init__(parameters, **settings)
+
+    optimizers = types.ModuleType("apex.optimizers")
+    optimizers.FusedAdam = FusedAdam
+    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+    check_run(config, world_size=1)
+    assert isinstance(build_optimizer([nn.Parameter(torch.zeros(1))], config.gen_opt), FusedAdam)

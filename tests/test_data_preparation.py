@@ -24,9 +24,10 @@ from imaginaire_spade.data.decode import decode_image, decode_instances, decode_
 from imaginaire_spade.data.download import fetch, unpack
 from imaginaire_spade.data.edge_maps import make_edge_maps
 from imaginaire_spade.data.folders import FolderSource
-from imaginaire_spade.data.label_photos import Segmenter, deeplab_segmenter, hugging_face_segmenter, label_photos
+from imaginaire_spade.data.label_photos import label_photos
 from imaginaire_spade.data.official import DATASETS, Options
 from imaginaire_spade.data.prepare import prepare
+from imaginaire_spade.data.segmenters import Segmenter, deeplab_segmenter, hugging_face_segmenter
 from imaginaire_spade.data.store import open_source
 from imaginaire_spade.data.transforms import edges_from_ids
 from imaginaire_spade.errors import ConfigError, DataError

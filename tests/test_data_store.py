@@ -21,6 +21,7 @@ import time
 import unicodedata
 import zlib
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 
 import lmdb
 import numpy as np
@@ -350,6 +351,21 @@ def test_reading_in_other_processes(tiny_folder, tmp_path):
         results = [pool.apply_async(read_all, (source,)) for pool in pools]
         assert [result.get() for result in results] == [expected] * 3
     assert read_all(source) == expected
+
+
+def test_reading_in_several_threads_at_once(tiny_folder, tmp_path, monkeypatch):
+    build_dataset(tiny_folder(keys=2), tmp_path / "out", LABELS, num_workers=0)
+    source = open_source(tmp_path / "out", TYPES)
+    opening = lmdb.open
+
+    def slowly(*arguments, **options):
+        environment = opening(*arguments, **options)
+        time.sleep(0.05)  # time for another thread to ask for the same file
+        return environment
+
+    monkeypatch.setattr(lmdb, "open", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda _: read_all(source), range(4)))) == 1
 
 
 # ------------------------------------------------------------------------------------------------ the builder

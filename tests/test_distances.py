@@ -31,6 +31,7 @@ from imaginaire_spade.interop.configs import import_config
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.training import loop
 from imaginaire_spade.training.checkpoint import newest_checkpoint
+from imaginaire_spade.training.run import prepare
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import make_distance_maps as make_distance_maps_script
@@ -285,7 +286,7 @@ def test_training_and_inference_on_label_maps_of_one_value(icpe_config, tmp_path
     config = load_config(icpe_config)
 
     def train():
-        run = loop.prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"), None)
+        run = prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"), None)
         loop.train(run, tmp_path / "log", None)
 
     if value == 6:  # an id beyond the norms' tables never reaches them

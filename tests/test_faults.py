@@ -3,23 +3,25 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from fork_server import TORCHRUN, ForkServer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import REPOSITORY, assert_same, tiny_run  # noqa: F401
 
-from imaginaire_spade import pictures
 from imaginaire_spade.config import load_config
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.training import checkpoint, loop
+from imaginaire_spade.training import checkpoint
+from imaginaire_spade.training import run as run_module
 from imaginaire_spade.training.faults import NonFiniteLoss, OutOfMemory, memory_explained
+from imaginaire_spade.training.meters import RunLog
+from imaginaire_spade.training.schedule import Calendar
 
 SMALL = (
     "gen.num_filters=1", "trainer.image_rows=0", "trainer.model_average.batch_norm_images=4",
@@ -27,23 +29,18 @@ SMALL = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr(pictures, "curves", lambda *_: None)  # takes longer than a run does here
-
-
 @pytest.fixture
 def before_step(monkeypatch):
     """Makes ``action(state)`` happen before every iteration."""
 
     def patch(action):
-        step = loop.train_step
+        step = run_module.train_step
 
         def stepped(state, *arguments):
             action(state)
             return step(state, *arguments)
 
-        monkeypatch.setattr(loop, "train_step", stepped)
+        monkeypatch.setattr(run_module, "train_step", stepped)
 
     return patch
 
@@ -104,10 +101,7 @@ def test_checkpoints_are_verified_kept_and_swept(tiny_run, tmp_path):
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     assert names == [name + beside for name in ("checkpoint_000000000012.pt", "kept/checkpoint_000000000008.pt")
                      for beside in ("", ".sha256")]  # fmt: skip
-    for kept in (folder, folder / "kept"):
-        subprocess.run(
-            ["sha256sum", "--check", "--quiet", *(p.name for p in kept.glob("*.sha256"))], cwd=kept, check=True
-        )
+    assert sound(folder) and sound(folder / "kept")
     newest = checkpoint.newest_checkpoint(tmp_path / "log")
     damaged = bytearray(newest.read_bytes())
     damaged[len(damaged) // 2] ^= 1  # torch.load would not notice
@@ -116,21 +110,98 @@ def test_checkpoints_are_verified_kept_and_swept(tiny_run, tmp_path):
         checkpoint.load_checkpoint(newest)
 
 
-def test_training_goes_on_after_a_failed_save_where_the_config_says_so(tiny_run, tmp_path, monkeypatch, capsys):
+def sound(folder: Path) -> bool:
+    """Whether every checkpoint of a folder is the one that its sha256 says."""
+    names = [path.name for path in folder.glob("*.sha256")]
+    return not subprocess.run(["sha256sum", "--check", "--quiet", *names], cwd=folder, check=False).returncode
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_checkpoint_stays_under_a_name_of_its_own(tmp_path, monkeypatch, links):
+    if not links:  # as on some network file systems
+
+        def refused(*_):
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(checkpoint.os, "link", refused)
+    (tmp_path / ".best.pt.999.tmp").write_bytes(b"of a killed process")
+    best = tmp_path / "best.pt"
+    with checkpoint.CheckpointWriter(tmp_path, keep_last=1) as writer:
+        for images_seen, kept in ((4, True), (8, False), (12, True), (16, False)):
+            path = writer.save(images_seen, {"images_seen": images_seen})
+            for _ in range(2 * kept):  # the second time it is that already
+                assert writer.keep_as("best.pt", path) == best
+            writer.wait()
+            assert checkpoint.load_checkpoint(best)["images_seen"] == (4 if images_seen < 12 else 12)
+            assert sound(tmp_path)
+        names = [name + beside for name in ("best.pt", "checkpoint_000000000016.pt") for beside in ("", ".sha256")]
+        assert sorted(path.name for path in tmp_path.iterdir()) == names
+        assert checkpoint.newest_checkpoint(tmp_path) == path  # to continue from; the best one is older
+        writer.keep_as("best.pt", tmp_path / "lost.pt")
+        with pytest.raises(CheckpointError, match=r"lost\.pt: could not be kept as .*best\.pt"):
+            writer.wait()
+        writer.wait()  # told once
+    assert checkpoint.load_checkpoint(best)["images_seen"] == 12
+
+
+def fill(disk: Path, leave: int = 0) -> Path:
+    """A file that leaves so many bytes of a disk."""
+    status = os.statvfs(disk)
+    filler = disk / "filler"
+    filler.write_bytes(bytes(max(0, status.f_bavail * status.f_frsize - leave)))
+    return filler
+
+
+def test_a_full_disk_ends_the_run_and_the_older_checkpoints_stay(tiny_run, small_disk, before_step):
     _, run = tiny_run
-    save, failed = torch.save, []
+    settings = (*SMALL, "trainer.checkpoint_every=1", "trainer.max_iterations=3")
+    run(small_disk / "log", *settings, stop_after=1)
+    before_step(lambda state: state.images_seen == 4 and fill(small_disk, leave=20_000))
+    with pytest.raises(CheckpointError, match=r"could not be written \(.*No space left on device.*earlier checkpoints"):
+        run(small_disk / "log", *settings)
+    folder = small_disk / "log/checkpoints"
+    assert [path.name for path in sorted(folder.iterdir())] == [
+        "checkpoint_000000000004.pt", "checkpoint_000000000004.pt.sha256",
+    ]  # fmt: skip
+    assert sound(folder)
 
-    def full_once(*arguments, **options):
-        if not failed:
-            failed.append(True)
-            raise OSError(28, "No space left on device")
-        save(*arguments, **options)
 
-    monkeypatch.setattr(checkpoint.torch, "save", full_once)
-    settings = (*SMALL, "trainer.checkpoint_every=1", "trainer.max_iterations=3", "trainer.on_failed_save=continue")
-    assert run("log", *settings)["images_seen"] == 12
-    assert "No space left on device" in capsys.readouterr().out
-    assert len(list((tmp_path / "log/checkpoints").glob("*.pt"))) == 2
+def test_training_goes_on_after_a_failed_save_where_the_config_says_so(tiny_run, small_disk, before_step, capsys):
+    _, run = tiny_run
+
+    def full_for_a_while(state):
+        if state.images_seen == 4:
+            fill(small_disk)
+        if state.images_seen == 12:  # the writing of the checkpoint of 8 pictures began before the last step
+            while list(small_disk.glob("log/checkpoints/.*")):
+                time.sleep(0.01)
+            (small_disk / "filler").unlink()
+
+    before_step(full_for_a_while)
+    settings = (*SMALL, "trainer.checkpoint_every=2", "trainer.log_every=1", "trainer.max_iterations=4")
+    assert run(small_disk / "log", *settings, "trainer.on_failed_save=continue")["images_seen"] == 16
+    printed = capsys.readouterr().out
+    assert "checkpoint_000000000008.pt: could not be written" in printed and "going on" in printed
+    names = [path.name for path in (small_disk / "log/checkpoints").glob("*.pt")]
+    assert names == ["checkpoint_000000000016.pt"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
+def test_a_log_on_a_full_disk_has_a_gap_and_goes_on(small_disk, capfd):
+    log = RunLog(small_disk, Calendar(1, 10, 99, 99), images_seen=0, enabled=True)
+    for iteration in range(1, 60):
+        if iteration == 10:
+            filler = fill(small_disk)
+        if iteration == 50:
+            filler.unlink()
+        log.tick(iteration, {"gan": iteration / 8}, {"lr/gen": 1e-4}, wait_s=0.0)
+    log.close()
+    assert f"the log in {small_disk} has a gap here: [Errno 28] No space left on device" in capfd.readouterr().out
+    records = [json.loads(line) for line in (small_disk / "metrics.jsonl").read_text().splitlines()]
+    iterations = {record["iteration"] for record in records}
+    assert {*range(1, 10), *range(50, 60)} <= iterations < set(range(1, 60))
+    last = max(small_disk.glob("events.*"), key=lambda path: path.stat().st_mtime_ns)
+    assert {event.step for event in EventAccumulator(str(last)).Reload().Scalars("loss/gan")} >= set(range(50, 60))
 
 
 def test_a_checkpoint_is_a_copy_of_its_moment(tmp_path):
@@ -186,7 +257,8 @@ def test_out_of_memory_names_the_knobs(tiny_run, before_step):
     with pytest.raises(OutOfMemory) as told:
         run("log", *SMALL)
     for knob in (
-        "allocate memory", "trainer.gradient_accumulation: 2 (now 1)", "batch_size (now 4 per process)",
+        "allocate memory", "trainer.gradient_accumulation: 2 (now 1)", "trainer.activation_checkpointing: true",
+        "batch_size (now 4 per process)",
         "trainer.precision: bf16", "smaller pictures (now 32x64)", "gen.num_filters and dis.num_filters",
     ):  # fmt: skip
         assert knob in str(told.value)
@@ -194,7 +266,6 @@ def test_out_of_memory_names_the_knobs(tiny_run, before_step):
         raise RuntimeError("no memory of it")
 
 
-LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--monitor_interval=0.1")
 TWO = (
     *SMALL, "gen.norm={type: clade}", "trainer.precision=bf16", "data.train.batch_size=2", "data.num_workers=1",
     "trainer.checkpoint_every=3", "trainer.log_every=1", "trainer.image_every=1000", "trainer.max_iterations=12",
@@ -202,80 +273,59 @@ TWO = (
 )  # fmt: skip
 
 
-# Without the second, torch 2.15 gives restarted processes the store of those before, with the addresses of dead peers.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+# Without the first, torch 2.15 gives restarted processes the store of those before, with the addresses of dead peers.
+ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "NO_CURVES": "1"}
 
 
 class Job:
     """Two processes under torchrun."""
 
-    def __init__(self, path: Path, logdir: Path, *options: str, settings: tuple[str, ...] = ()) -> None:
-        arguments = ["--config", str(path), "--logdir", str(logdir), *(f"--set={item}" for item in (*TWO, *settings))]
+    def __init__(
+        self, commands: ForkServer, path: Path, logdir: Path, *options: str, settings: tuple[str, ...] = ()
+    ) -> None:
+        arguments = ["--config", path, "--logdir", logdir, *(f"--set={item}" for item in (*TWO, *settings))]
         self.metrics = logdir / "metrics.jsonl"
-        self.process = subprocess.Popen(
-            [*LAUNCHER, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *options, "train.py", *arguments],
-            cwd=REPOSITORY, env={**os.environ, **ENVIRONMENT}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        launcher = (*TORCHRUN, "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *options)
+        self.process = commands.start(*launcher, "train.py", *arguments, **ENVIRONMENT)
 
     def reaches(self, iteration: int) -> None:
         """Wait until the log has the line of ``iteration``."""
         while not (self.metrics.exists() and f'"iteration": {iteration},' in self.metrics.read_text()):
-            assert self.process.poll() is None, self.process.communicate()[0]
+            assert self.process.poll() is None, self.process.output()
             time.sleep(0.02)
 
     def reaches_next(self, iterations: int) -> None:
         """Wait until the log has so many more lines, or fewer where it was cut back by a new start."""
         lines = self._lines()
         while 0 <= self._lines() - lines < iterations:
-            assert self.process.poll() is None, self.process.communicate()[0]
+            assert self.process.poll() is None, self.process.output()
+            time.sleep(0.02)
+
+    def recovers(self) -> None:
+        """Wait until a new start has taken over the log and trained."""
+        before = self.metrics.stat().st_ino
+        while self.metrics.stat().st_ino == before:
+            assert self.process.poll() is None, self.process.output()
+            time.sleep(0.02)
+        self.reaches_next(1)
+
+    def says(self, text: str) -> None:
+        """Wait until it has printed that."""
+        while text not in self.process.stdout.read_text() + self.process.stderr.read_text():
+            assert self.process.poll() is None, self.process.output()
             time.sleep(0.02)
 
     def _lines(self) -> int:
         return self.metrics.read_text().count("\n") if self.metrics.exists() else 0
 
     def ranks(self) -> list[int]:
-        pid = self.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-    def output(self) -> str:
-        return self.process.communicate(timeout=200)[0]
+        threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(child) for thread in threads for child in thread.read_text().split()]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
-def test_two_processes_under_faults_end_where_undisturbed_ones_do(tiny_run, tmp_path):
-    path, _ = tiny_run
-    straight = Job(path, tmp_path / "straight")
-    printed = straight.output()
-    assert straight.process.returncode == 0, printed
-
-    killed = Job(path, tmp_path / "log", "--max_restarts=3")
-    killed.reaches(4)
-    os.kill(random.choice(killed.ranks()), signal.SIGKILL)
-    time.sleep(1)  # until the launcher has seen it
-    killed.reaches(8)  # by itself, from the checkpoint of iteration 3
-    killed.process.send_signal(signal.SIGTERM)
-    printed = killed.output()
-    assert "continuing from" in printed and "iteration 3" in printed
-    assert "leaving on SIGTERM; the same command continues from iteration" in printed
-    newest = checkpoint.newest_checkpoint(tmp_path / "log")
-    newest.write_bytes(newest.read_bytes()[:-100])
-
-    again = Job(path, tmp_path / "log")
-    printed = again.output()
-    assert again.process.returncode == 0, printed
-    assert f"{newest}: cannot be read as a checkpoint" in printed
-    results = [
-        checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / name)) for name in ("straight", "log")
-    ]
-    assert_same(*results)
-
-
-def test_a_mistake_is_told_once_whatever_restarts_the_launcher_may_make(tmp_path):
-    result = subprocess.run(
-        [*LAUNCHER, "--standalone", "--max_restarts=5", "train.py", "--config", "nowhere.yaml"],
-        cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-        timeout=200,
-    )  # fmt: skip
+def test_a_mistake_is_told_once_whatever_restarts_the_launcher_may_make(commands):
+    # The processes are not forked here: one that fails at once would find its launcher still forking.
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--max_restarts=5")
+    result = commands.run(*launcher, "train.py", "--config", "nowhere.yaml")
     assert result.returncode != 0
     assert result.stderr.count("error: nowhere.yaml: no such config file") == 1, result.stderr

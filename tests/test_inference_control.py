@@ -23,7 +23,7 @@ from imaginaire_spade.build import layout_spec
 from imaginaire_spade.config import dump_config, parse_config
 from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.data.transforms import edges_from_ids
-from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError
+from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
 from imaginaire_spade.inference import output
 from imaginaire_spade.inference.style import between
 from imaginaire_spade.inference.weights import load_generator
@@ -374,6 +374,26 @@ def test_half_precision_is_near(run, styled, precision):
     for path, picture in full.items():
         assert np.abs(picture.astype(int) - half[path]).mean() < 2, path
     assert any(not np.array_equal(full[path], half[path]) for path in full)
+
+
+def test_what_cannot_be_compiled_is_said(run, plain, monkeypatch):
+    compiled = []
+
+    def fail(self: torch.nn.Module, **options: object) -> None:
+        error = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+        compiled.append(options)
+
+        def forward(*_: object) -> torch.Tensor:
+            raise error("no C++ compiler found\nand what to do")
+
+        self.forward = forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", fail)
+    with pytest.raises(
+        UserError, match=r"--compile: torch cannot compile .* \(no C\+\+ compiler found\); leave it out"
+    ):
+        run(plain, "--compile")
+    assert compiled == [{"dynamic": True}]
 
 
 KINDS = {

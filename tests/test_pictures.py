@@ -107,6 +107,14 @@ def test_a_resumed_run_counts_once():
     assert list(pictures._grouped(course)) == ["loss", "eval"]
 
 
+def test_every_evaluation_score_has_a_panel_of_its_own():
+    names = ("fid", "kid", "kid_std", "miou", "miou_real")
+    groups = pictures._grouped([{"images_seen": 1} | {f"evaluation/{name}": 1.0 for name in names}])
+    assert {title: list(series) for title, series in groups.items()} == {
+        "evaluation: fid": ["fid"], "evaluation: kid": ["kid", "kid_std"], "evaluation: miou": ["miou", "miou_real"],
+    }  # fmt: skip
+
+
 def test_smoothing_leaves_out_what_is_not_finite():
     y = np.ones(400)
     y[17] = np.nan

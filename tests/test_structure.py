@@ -13,8 +13,8 @@ PACKAGE = REPOSITORY / "imaginaire_spade"
 
 ROOMS = [
     {"errors", "labels", "registry", "noise"}, {"config"}, {"compatibility"}, {"distributed"}, {"patterns"},
-    {"layout"}, {"pictures"}, {"data"}, {"models"}, {"losses"}, {"build"}, {"training"}, {"evaluation"}, {"inference"},
-    {"interop"},
+    {"layout"}, {"pictures"}, {"data"}, {"models"}, {"losses"}, {"build"}, {"evaluation"}, {"training"}, {"inference"},
+    {"interop"}, {"demo"},
 ]  # fmt: skip
 """A module imports only from its own room and those before it."""
 

@@ -6,6 +6,7 @@ Knows nothing of samples: keys and values are bytes.
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import lmdb
@@ -92,6 +93,15 @@ def _whole_megabytes(size: int) -> int:
 # One environment per file and process: LMDB forbids two, and training and validation may read the same file.
 # Path of data.mdb -> (process, (inode, size), environment).
 _environments: dict[str, tuple[int, tuple[int, int], lmdb.Environment]] = {}
+_opening = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _opening
+    _opening = threading.Lock()  # another thread may have held it when this process was forked
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def read_value(data_file: str, key: bytes) -> bytes | None:
@@ -100,8 +110,9 @@ def read_value(data_file: str, key: bytes) -> bytes | None:
     Raises:
         DataError: the file cannot be opened as an LMDB, or is cut off.
     """
-    known = _environments.get(data_file)
-    environment = known[2] if known and known[0] == os.getpid() else _open(data_file)
+    with _opening:
+        known = _environments.get(data_file)
+        environment = known[2] if known and known[0] == os.getpid() else _open(data_file)
     # (A copy: views into the map would save 6 us of a value's 1000, and be deadly where the file is replaced.)
     with environment.begin() as transaction:
         value: bytes | None = transaction.get(key)
@@ -131,12 +142,13 @@ def _open(data_file: str) -> lmdb.Environment:
 
 def forget_replaced(data_file: str) -> None:
     """Close the environment of a file that was removed or built anew since it was opened."""
-    if data_file not in _environments:
-        return
-    try:
-        status = os.stat(data_file)  # noqa: PTH116 (the key is text)
-        unchanged = (status.st_ino, status.st_size) == _environments[data_file][1]
-    except FileNotFoundError:
-        unchanged = False
-    if not unchanged:
-        _environments.pop(data_file)[2].close()
+    with _opening:
+        if data_file not in _environments:
+            return
+        try:
+            status = os.stat(data_file)  # noqa: PTH116 (the key is text)
+            unchanged = (status.st_ino, status.st_size) == _environments[data_file][1]
+        except FileNotFoundError:
+            unchanged = False
+        if not unchanged:
+            _environments.pop(data_file)[2].close()

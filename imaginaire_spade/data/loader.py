@@ -6,6 +6,7 @@ p div n, whatever the number of processes or workers and wherever the run was in
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -20,6 +21,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from imaginaire_spade.data.dataset import Batch, LabelMapDataset, collate
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.noise import generator_for
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
 
 Item = tuple[int, int]
 """(index into the data set, draw)."""
@@ -160,6 +163,9 @@ def _start_training_worker(worker: int) -> None:
     _start_worker(worker)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    if sys.platform == "linux":
+        # A worker that outlives its killed process holds that one's connections open, and its peers wait for answers.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def default_num_workers(num_processes: int = 1) -> int:

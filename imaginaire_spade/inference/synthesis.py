@@ -123,6 +123,9 @@ def _forward(model: LoadedModel, requests: Sequence[Request]) -> Tensor:
     except torch.OutOfMemoryError:
         pass
     except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"--compile: torch cannot compile this generator here ({reason}); leave it out") from error
         if "can't allocate memory" not in str(error):
             raise
     height, width = _padded_size_of(requests[0], model)

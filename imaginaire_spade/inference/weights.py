@@ -22,6 +22,7 @@ from imaginaire_spade.build import build_encoder, build_generator
 from imaginaire_spade.compatibility import explain_mismatch
 from imaginaire_spade.config import RunConfig, WeightSource, dump_yaml, load_config, parse_config
 from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.inference.published import PUBLISHED, read_published
 from imaginaire_spade.models.frozen import freeze
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import fold_spectral_norm
@@ -74,7 +75,7 @@ def load_generator(
     """Load a checkpoint's generator, and its style encoder if it has one.
 
     Args:
-        path: a checkpoint file of this package.
+        path: a checkpoint file of this package, or a generator that ``publish_generator`` wrote (``.safetensors``).
         weights: "ema" (moving average; "raw" where the checkpoint has none, with a note) or "raw".
         overrides: ``KEY=VALUE`` for the checkpoint's config: of whatever its weights do not depend on.
         precision: see ``LoadedModel``.
@@ -86,7 +87,7 @@ def load_generator(
             describes.
         ConfigError: a component of the user's own is not registered, or ``overrides`` are wrong.
     """
-    content = load_checkpoint(path)
+    content = read_published(path) if path.suffix == ".safetensors" else load_checkpoint(path)
     if missing := {"config", "generator"} - set(content):
         raise CheckpointError(f"{path}: a checkpoint without {' and '.join(sorted(missing))}: not one to generate with")
     if not _has_label_table(content["config"]):
@@ -100,9 +101,12 @@ def load_generator(
     notes = []
     if weights == "ema" and content.get("generator_ema") is None:
         weights, notes = "raw", [f"{path} has no moving average of the weights: the raw weights are used"]
+    if weights == "raw" and content["generator"] is None:
+        raise CheckpointError(f"{path} holds the moving average of the weights alone: leave --weights raw out")
     generator = build_generator(config)
     _load(generator, content, "generator", weights, path)
-    encoder = build_encoder(config) if content.get("encoder") is not None else None
+    has_encoder = any(content.get(name) is not None for name in ("encoder", "encoder_ema"))
+    encoder = build_encoder(config) if has_encoder else None
     if encoder is not None:
         _load(encoder, content, "encoder", weights, path)
     device = torch.device(device)
@@ -122,12 +126,12 @@ def _has_label_table(tree: Any) -> bool:
 def _load(network: nn.Module, content: Mapping[str, Any], name: str, weights: str, path: Path) -> None:
     """Weights into ``network``, whose spectral norms are folded: the average was stored so, raw weights become so."""
     average = content.get(f"{name}_ema") if weights == "ema" else None
+    stored = content[name] if average is None else average
     try:
-        if average is None:
-            network.load_state_dict(content[name])
+        if average is not None or content["format"] == PUBLISHED:
+            fold_spectral_norm(network)
+        network.load_state_dict(stored)
         fold_spectral_norm(network)
-        if average is not None:
-            network.load_state_dict(average)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: the weights of its {name} do not fit the architecture of its own config; it is damaged, or its"

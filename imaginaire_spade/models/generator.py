@@ -124,9 +124,8 @@ class SPADEGenerator(Generator):
         self.check_input(layout, z)
         start = (layout.height // self.size_multiple, layout.width // self.size_multiple)
         if z is not None:
-            x = self.fc(z).view(len(layout), -1, *self.start_size)  # [N, 16 F, h0, w0]
-            if start != self.start_size:
-                x = F.interpolate(x, size=start, mode="bilinear", align_corners=False)
+            x = self.fc(z).unflatten(1, (-1, *self.start_size))  # [N, 16 F, h0, w0]
+            x = F.interpolate(x, size=start, mode="bilinear", align_corners=False)  # exact where nothing changes
         else:
             x = self.fc(layout.resized(*start).one_hot(self.to_image.weight.dtype))  # [N, 16 F, h0, w0]
         for block, upsample in zip(self.blocks, self.upsample_before, strict=True):

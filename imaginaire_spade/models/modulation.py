@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from imaginaire_spade.distributed import sum_over_processes
-from imaginaire_spade.models.tables import sum_users
+from imaginaire_spade.models.tables import sum_rows, sum_users
 from imaginaire_spade.patterns import Lookup
 
 
@@ -66,7 +66,23 @@ def modulate(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     gamma, beta = modulation.gamma.to(wide), modulation.beta.to(wide)
+    if torch.compiler.is_exporting():
+        return _modulate_for_export(x, gamma, beta, modulation.pixels, statistics, upsample, slope)
     return _Modulate.apply(x, gamma, beta, modulation.pixels, statistics, upsample, slope)
+
+
+def _modulate_for_export(
+    x: Tensor, gamma: Tensor, beta: Tensor, pixels: Lookup | None, statistics: Statistics, upsample: int, slope: float
+) -> Tensor:
+    """What ``_Modulate`` computes, in operations that other runtimes have."""
+    assert pixels is not None and statistics.count is None  # evaluation mode
+    if upsample > 1:
+        x = F.interpolate(x, scale_factor=upsample, mode="nearest")
+    scale = gamma * statistics.rstd
+    rows = sum_rows(torch.cat([scale, beta - statistics.mean * scale], 1), pixels)
+    scale, shift = rows.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2).chunk(2, 1)
+    y = x * scale + shift
+    return y if slope == 1 else F.leaky_relu(y, slope)
 
 
 class _Modulate(torch.autograd.Function):

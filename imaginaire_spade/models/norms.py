@@ -167,8 +167,8 @@ class SPADE(ConditionalNorm):
         Measured on a CPU: reordering the weights costs as much as 200 rows, summing up the pieces of one outer window
         as much as 32 / hidden rows.
         """
-        if self.path == "dense" or not view.is_discrete:
-            return False
+        if self.path == "dense" or not view.is_discrete or torch.compiler.is_exporting():
+            return False  # an exported network cannot look at its data
         out, hidden, *_ = self.gamma.weight.shape
         dense_rows = view.labels.numel() * (1 + self.shared.weight.shape[1] / (2 * out))
         if self.path == "table" or dense_rows <= 200:
@@ -300,11 +300,11 @@ class CLADEICPE(CLADE):
         assert view.distances is not None, "clade_icpe needs layouts with distances"
         distances = view.distances.to(self.weight.dtype)
         if self.skip_ids:
-            skipped = torch.isin(view.labels, view.labels.new_tensor(self.skip_ids))
-            distances = distances.masked_fill(skipped.unsqueeze(1), 0)
+            skip = torch.tensor(self.skip_ids, device=view.device).view(1, -1, 1, 1)
+            distances = distances.masked_fill((view.labels.unsqueeze(1) == skip).any(1, keepdim=True), 0)
         modulation = Modulation(self.weight, torch.zeros_like(self.bias), view.classes)
         y = _normalise_and_modulate(self.normalize, x, modulation, upsample, 1.0)
-        shift = sum_rows(self.bias, view.classes).view(len(x), *y.shape[2:], -1).permute(0, 3, 1, 2).to(y.dtype)
+        shift = sum_rows(self.bias, view.classes).view(x.shape[0], *y.shape[2:], -1).permute(0, 3, 1, 2).to(y.dtype)
         scale, weight = (position(distances).to(y.dtype) for position in (self.scale_position, self.shift_position))
         return activated(torch.addcmul(y * scale, shift, weight), slope)
 

@@ -134,7 +134,7 @@ class StyleSPADEGenerator(Generator):
         line = torch.linspace(-1, 1, 16, device=x.device)
         grid = torch.stack(torch.meshgrid(line, line, indexing="ij"))  # [2, 16, 16]: row, column
         grid = F.interpolate(grid[None], size=x.shape[-2:], mode="bicubic", align_corners=False)
-        return torch.cat([x, grid.to(x.dtype).expand(len(x), -1, -1, -1)], 1)
+        return torch.cat([x, grid.to(x.dtype).expand(x.shape[0], -1, -1, -1)], 1)
 
 
 def _twice(x: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ class _SumRows(torch.autograd.Function):
 
 def sum_rows(table: Tensor, lookup: Lookup) -> Tensor:
     """``out[i] = sum_j table[index[i, j]]``: [R, C] -> [P, C]. The gradient turns the lookup round."""
+    if torch.compiler.is_exporting():
+        return F.embedding(lookup.index, table).sum(1)
     return _SumRows.apply(table, lookup)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from imaginaire_spade.data.shard import file_sha256, flush_folder
 from imaginaire_spade.errors import CheckpointError
 
 FORMAT = "imaginaire_spade.checkpoint.1"
+BEST = "best.pt"
 _NAME = re.compile(r"^checkpoint_(\d{12})\.pt$")
 
 
@@ -52,7 +54,7 @@ class CheckpointWriter:
     def __init__(self, directory: Path, keep_last: int) -> None:
         self.directory, self.keep_last = directory, keep_last
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._write: Future[None] | None = None
+        self._pending: list[Future[None]] = []
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -60,34 +62,49 @@ class CheckpointWriter:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
 
-    def save(self, images_seen: int, content: dict[str, Any], keep: bool = False) -> Path:
+    def save(self, images_seen: int, content: dict[str, Any], keep: bool = False, best: bool = False) -> Path:
         """Copy ``content`` to the host's memory, then write it in the background as ``checkpoint_<images_seen>.pt``.
 
         Args:
             keep: also keep it for good, in ``kept/``.
+            best: also keep it as ``best.pt``, until the next that is.
         """
         self.wait()
         path = checkpoint_path(self.directory, images_seen)
-        self._write = self._thread.submit(self._finish, path, _on_host(content), keep)
+        names = [self.directory / "kept" / path.name] * keep + [self.directory / BEST] * best
+        self._pending.append(self._thread.submit(self._finish, path, _on_host(content), names))
         return path
 
+    def keep_as(self, name: str, path: Path) -> Path:
+        """Keep the checkpoint ``path``, which was just saved, under another name too, such as ``best.pt``.
+
+        It takes the place of what had that name, and ``keep_last`` does not count it. Done in the background, after
+        the writes before it.
+        """
+        kept = self.directory / name
+        self._pending.append(self._thread.submit(keep_as, path, kept))
+        return kept
+
     def check(self) -> None:
-        """Raise what went wrong with a write that is over."""
-        if self._write is not None and self._write.done():
-            self.wait()
+        """Raise what went wrong with writes that are over."""
+        self._raise([write for write in self._pending if write.done()])
 
     def wait(self) -> None:
-        """Until the last write is over; raise what went wrong."""
-        write, self._write = self._write, None
-        if write is not None:
-            write.result()
+        """Until all writes are over; raise what went wrong."""
+        self._raise(list(self._pending))
 
-    def _finish(self, path: Path, content: dict[str, Any], keep: bool) -> None:
-        for leftover in self.directory.glob(".checkpoint_*.tmp"):  # of a process that was killed while it wrote
+    def _raise(self, writes: list[Future[None]]) -> None:
+        self._pending = [write for write in self._pending if write not in writes]
+        failures = [write.exception() for write in writes]  # waits; all of them, so that none comes up later
+        for failure in filter(None, failures):
+            raise failure
+
+    def _finish(self, path: Path, content: dict[str, Any], names: Sequence[Path]) -> None:
+        for leftover in self.directory.rglob(".*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink(missing_ok=True)
         write_checkpoint(path, content)
-        if keep:
-            keep_as(path, self.directory / "kept" / path.name)
+        for name in names:
+            keep_as(path, name)
         for old in checkpoints_in(self.directory)[: -self.keep_last]:
             old.unlink(missing_ok=True)
             checksum_path(old).unlink(missing_ok=True)
@@ -118,30 +135,47 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        digest = file_sha256(temporary)
-        checksum_path(path).unlink(missing_ok=True)  # at no time does a sha256 stand beside another file's bytes
-        temporary.replace(path)
-        temporary.write_text(f"{digest}  {path.name}\n")
-        temporary.replace(checksum_path(path))
-        flush_folder(path.parent)
+        _give_name(temporary, path, file_sha256(temporary))
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides it
         raise CheckpointError(
-            f"{path}: could not be written ({error}). Free some space or correct the permissions; earlier checkpoints"
+            f"{path}: could not be written ({cause}). Free some space or correct the permissions; earlier checkpoints"
             " are untouched and the same command continues from the newest"
         ) from None
 
 
 def keep_as(path: Path, name: Path) -> None:
     """Keep a checkpoint under another name too, whatever becomes of the first: a second link, or a copy where the file
-    system has no links."""
-    name.parent.mkdir(parents=True, exist_ok=True)
-    for source, target in ((checksum_path(path), checksum_path(name)), (path, name)):
-        target.unlink(missing_ok=True)
+    system has no links. What had that name is replaced at once, or stays.
+
+    Raises:
+        CheckpointError: that failed.
+    """
+    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    try:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        digest = _stated_sha256(path) or file_sha256(path)
         try:
-            os.link(source, target)
+            os.link(path, temporary)
         except OSError:
-            shutil.copyfile(source, target)
+            shutil.copyfile(path, temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        _give_name(temporary, name, digest)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: could not be kept as {name} ({error}). Free some space") from None
+
+
+def _give_name(temporary: Path, path: Path, digest: str) -> None:
+    """Give a file that is whole and flushed its name, and put its sha256 beside it."""
+    checksum_path(path).unlink(missing_ok=True)  # at no time does a sha256 stand beside another file's bytes
+    temporary.replace(path)
+    temporary.unlink(missing_ok=True)  # it is still there where both were links to one file
+    temporary.write_text(f"{digest}  {path.name}\n")
+    temporary.replace(checksum_path(path))
+    flush_folder(path.parent)
 
 
 def checksum_path(path: Path) -> Path:
@@ -149,14 +183,23 @@ def checksum_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
+def _stated_sha256(path: Path) -> str | None:
+    """The sha256 that the file beside a checkpoint states; None where there is no such file."""
+    beside = checksum_path(path)
+    return (beside.read_text(errors="replace").split() or [""])[0] if beside.is_file() else None
+
+
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint of ours. Raises CheckpointError where it is absent, damaged or foreign."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
-    beside = checksum_path(path)
-    if beside.is_file() and beside.read_text(errors="replace").split()[:1] != [file_sha256(path)]:
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path}: a generator to make pictures with; training needs the checkpoint it came from")
+    stated = _stated_sha256(path)
+    if stated is not None and stated != file_sha256(path):
         raise CheckpointError(
-            f"{path}: cannot be read as a checkpoint, it is damaged: its sha256 is not the one in {beside.name}"
+            f"{path}: cannot be read as a checkpoint, it is damaged: its sha256 is not the one in"
+            f" {checksum_path(path).name}"
         )
     try:
         content = torch.load(path, map_location=device, weights_only=True)

@@ -217,20 +217,21 @@ def memory_explained(config: RunConfig) -> Iterator[None]:
         size = train.augmentations.output_h_w
         filters = [f"{part}.num_filters" for part, component in (("gen", config.gen), ("dis", config.dis))
                    if "num_filters" in component.args]  # fmt: skip
-        knobs = [
+        knobs = {
+            "trainer.activation_checkpointing: true: the same result, the generator's backward pass takes longer":
+                not trainer.activation_checkpointing,
             f"trainer.gradient_accumulation: {_next_divisor(train.batch_size, trainer.gradient_accumulation)}"
             f" (now {trainer.gradient_accumulation}): the same batch in smaller pieces, the same result but for batch"
-            " statistics",
-            f"data.train.batch_size (now {train.batch_size} per process)",
-            "trainer.precision: bf16 (now fp32)" if trainer.precision == "fp32" else "",
-            f"data.train.augmentations, smaller pictures (now {'x'.join(map(str, size)) if size else 'of any size'})",
-            f"{' and '.join(filters)}, narrower networks" if filters else "",
-        ]
-        if train.batch_size == trainer.gradient_accumulation:
-            knobs = knobs[1:]
+            " statistics": trainer.gradient_accumulation < train.batch_size,
+            f"data.train.batch_size (now {train.batch_size} per process)": train.batch_size > 1,
+            "trainer.precision: bf16 (now fp32)": trainer.precision == "fp32",
+            f"data.train.augmentations, smaller pictures (now {'x'.join(map(str, size)) if size else 'of any size'})":
+                True,
+            f"{' and '.join(filters)}, narrower networks": bool(filters),
+        }  # fmt: skip
         raise OutOfMemory(
             f"out of memory ({str(error).splitlines()[0][:300]}). What needs less, the mildest first:\n  "
-            + "\n  ".join(filter(None, knobs))
+            + "\n  ".join(knob for knob, helps in knobs.items() if helps)
             + "\ntrain.py --dry_run measures the peak of one iteration. Other programs on the same GPU take theirs too:"
             f" see nvidia-smi (process {os.getpid()} is this one)"
         ) from None

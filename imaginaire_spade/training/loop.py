@@ -6,141 +6,34 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from signal import Signals
 
-import torch
-from torch import Tensor, nn
-
 from imaginaire_spade import distributed
-from imaginaire_spade.build import build_split
 from imaginaire_spade.config import RunConfig, dump_yaml
-from imaginaire_spade.data.dataset import Batch, LabelMapDataset
-from imaginaire_spade.data.loader import Prefetcher, default_num_workers, sequential_batches, training_loader
-from imaginaire_spade.distributed import ProcessInfo
+from imaginaire_spade.data.loader import Prefetcher
 from imaginaire_spade.errors import CheckpointError, UserError
-from imaginaire_spade.layout import SemanticLayout
-from imaginaire_spade.models.norms import synchronize_batch_norm
-from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.alarms import Alarms
 from imaginaire_spade.training.checkpoint import CheckpointWriter
-from imaginaire_spade.training.faults import (
-    FiniteWatch,
-    SkippedUpdates,
-    memory_explained,
-)
+from imaginaire_spade.training.faults import FiniteWatch, SkippedUpdates
 from imaginaire_spade.training.meters import LossMeter, RunLog
 from imaginaire_spade.training.model_average import reestimate_batch_norm
 from imaginaire_spade.training.preview import preview_batch, preview_sheet
+from imaginaire_spade.training.reference import LeaveAsked
 from imaginaire_spade.training.resume import content_of, resume
-from imaginaire_spade.training.schedule import Calendar, learning_rate_factor
+from imaginaire_spade.training.run import Run, calibration_inputs, calibration_layouts, describe
 from imaginaire_spade.training.signals import LeaveRequest, exit_code
-from imaginaire_spade.training.state import TrainState, new_train_state
-from imaginaire_spade.training.step import AUTOCAST, Networks, StepSettings, train_step
+from imaginaire_spade.training.state import TrainState
 
 LOST_NODE_S = 20.0
 """With several nodes a failed process stays so long. torchrun counts a silent node as lost after 15 s; told of the
 failure sooner, it would wait for that node in the new group, in vain, and give up."""
 
-
-@dataclass
-class Run:
-    """The parts of a run, made by ``prepare``; the loop only calls them."""
-
-    config: RunConfig
-    info: ProcessInfo
-    device: torch.device
-    dataset: LabelMapDataset
-    val_dataset: LabelMapDataset
-    state: TrainState
-    networks: Networks
-    settings: StepSettings
-    calendar: Calendar
-
-    @property
-    def seed(self) -> int:
-        return self.config.seed
-
-    @property
-    def process_batch(self) -> int:
-        return self.config.data.train.batch_size
-
-    def batches(self, num_workers: int | None = None) -> Prefetcher:
-        """This process's batches from the present position on, on the device."""
-        workers = self.config.data.num_workers if num_workers is None else num_workers
-        loader = training_loader(
-            self.dataset,
-            self.process_batch,
-            seed=self.seed,
-            images_seen=self.state.images_seen,
-            rank=self.info.rank,
-            world_size=self.info.world_size,
-            num_workers=default_num_workers(self.info.local_world_size) if workers is None else workers,
-            pin_memory=self.device.type == "cuda",
-        )
-        return Prefetcher(loader, self.device)
-
-    def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One iteration: set the learning rates, update, count."""
-        progress = self.calendar.progress(self.state.images_seen)
-        for optimizer, section in (
-            (self.state.gen_optimizer, self.config.gen_opt),
-            (self.state.dis_optimizer, self.config.dis_opt),
-        ):
-            for group in optimizer.param_groups:
-                group["lr"] = section.lr * learning_rate_factor(section.lr_policy, progress)
-        average = self.config.trainer.model_average
-        warm = average is not None and self.calendar.iteration(self.state.images_seen) >= average.start_iteration
-        beta = average.beta if average is not None and warm else 0.0
-        with memory_explained(self.config):
-            losses = train_step(self.state, self.networks, batch, self.settings, beta)
-        self.state.images_seen += self.calendar.global_batch
-        return losses
-
-
-def prepare(
-    config: RunConfig,
-    objective: tuple[nn.ModuleDict, dict[str, float]],
-    info: ProcessInfo,
-    device: torch.device,
-    stop_after: int | None = None,
-) -> Run:
-    """Open the data and make everything a run consists of, at image 0. Call after joining the process group.
-
-    Args:
-        objective: terms and weights, as ``build_losses`` makes them.
-        stop_after: end this start after so many iterations in all (``--max_iterations``).
-    """
-    seed = config.seed
-    terms, weights = objective
-    dataset = build_split(config, config.data.train)
-    val_dataset = dataset if config.data.val is None else build_split(config, config.data.val)
-    state = new_train_state(config, device, seed)
-    if config.trainer.sync_batch_norm and info.world_size > 1:
-        synchronize_batch_norm(state.generator)
-        synchronize_batch_norm(state.discriminator)
-        if state.generator_ema is not None:
-            synchronize_batch_norm(state.generator_ema)
-    settings = StepSettings(
-        terms=terms.to(device),
-        weights=weights,
-        form=config.trainer.iteration,
-        autocast_dtype=AUTOCAST[config.trainer.precision],
-        accumulation=config.trainer.gradient_accumulation,
-        style_dims=state.generator.style_dims,
-        seed=seed,
-    )
-    networks = Networks(
-        distributed.wrap(state.generator, device),
-        distributed.wrap(state.discriminator, device),
-        None if state.encoder is None else distributed.wrap(state.encoder, device),
-    )
-    global_batch = config.data.train.batch_size * info.world_size
-    calendar = Calendar.of(config.trainer, global_batch, len(dataset), stop_after)
-    return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar)
+ESTIMATE_AT_MOST = 20
+"""Checkpoints re-estimate the average's statistics at most once per so many times as many trained pictures: one forward
+of the generator then costs less than 1.5 % of the iterations, however often a checkpoint is due."""
 
 
 def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: bool = False) -> None:
@@ -187,8 +80,15 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
     watch = FiniteWatch(state, run.settings, run.device)
     ticked_at = saved_at = state.images_seen
     any_request = distributed.LaggedMaximum(run.device)
+
+    def asked() -> bool:
+        return any_request(request.number) > 0
+
+    if run.evaluation is not None:
+        with suppress(LeaveAsked):
+            log.say(run.evaluation.find_reference(log.logdir, asked))
     preview = preview_batch(run.val_dataset, trainer.image_rows) if run.info.is_main else None
-    calibration = _calibration_layouts(run)
+    calibration = calibration_layouts(run)
     while True:
         iteration = calendar.iteration(state.images_seen)
         finished = iteration >= calendar.stop_iteration
@@ -196,7 +96,9 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         done = finished or leave_on > 0
         due_picture = finished or iteration % trainer.image_every == 0
         due_checkpoint = state.images_seen > saved_at and (done or iteration % trainer.checkpoint_every == 0)
-        due_log = due_checkpoint or iteration % trainer.log_every == 0  # no checkpoint before its losses were looked at
+        due_scores = run.evaluation is not None and not leave_on and run.evaluation.due(state.images_seen, finished)
+        # No checkpoint and no scores before the losses were looked at.
+        due_log = due_checkpoint or due_scores or iteration % trainer.log_every == 0
         if state.images_seen > ticked_at and due_log:
             means, skipped = meter.fetch(), watch.fetch()
             health = {name: means.pop(name) for name in list(means) if name.startswith("health/")}
@@ -209,8 +111,16 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
             for warning in alarms.check(health):
                 log.warn(state.images_seen, warning)
             ticked_at = state.images_seen
-        if (due_picture or due_checkpoint) and state.generator_ema is not None and calibration:
-            reestimate_batch_norm(state.generator_ema, _calibration_inputs(run, calibration))
+        estimate = due_picture or due_scores or (due_checkpoint and _statistics_due(run))
+        if estimate and state.generator_ema is not None and calibration:
+            reestimate_batch_norm(state.generator_ema, calibration_inputs(run, calibration))
+        is_best = False
+        if due_scores:
+            try:
+                is_best = _evaluate(run, log, asked)
+            except LeaveAsked:
+                continue  # it is done when the run goes on
+        due_checkpoint |= is_best
         if due_picture and preview is not None:
             sheet = preview_sheet(state, preview, run.config.data.labels, run.settings.style_dims, run.seed)
             log.add_picture(state.images_seen, sheet)
@@ -220,7 +130,7 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
             writer.check()
         if due_checkpoint and run.info.is_main:
             keep = trainer.keep_every is not None and iteration % trainer.keep_every == 0
-            log.say(f"saving {writer.save(state.images_seen, content_of(run), keep)}")
+            log.say(f"saving {writer.save(state.images_seen, content_of(run), keep, is_best)}")
         if due_checkpoint:
             saved_at = state.images_seen
         if done:
@@ -235,6 +145,36 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         meter.add(losses)
         watch.add(iteration + 1, batch, losses)
         log.advance()
+
+
+def _evaluate(run: Run, log: RunLog, leave: Callable[[], bool]) -> bool:
+    """Evaluate, and write the scores down. Whether they are the best so far, the same on every process.
+
+    Raises:
+        LeaveAsked: a process is to leave.
+    """
+    assert run.evaluation is not None
+    started_at = time.perf_counter()
+    generator, seen = run.state.generator_ema or run.state.generator, run.state.images_seen
+    name = f"iteration_{run.calendar.iteration(seen):09d}"
+    generator.eval()
+    try:
+        outcome = run.evaluation(generator, seen, log.logdir, name, leave)
+    finally:
+        generator.train(generator is run.state.generator)
+    seconds = time.perf_counter() - started_at
+    log.add_scores(seen, outcome.scores, seconds)
+    log.say(f"evaluation in {seconds:.1f} s: {run.evaluation.describe(outcome)}")
+    return outcome.is_best
+
+
+def _statistics_due(run: Run) -> bool:
+    """Whether the checkpoint that is due gets new statistics of the average; else they go on being averaged like the
+    weights, from the last estimate on."""
+    trainer, images_seen = run.config.trainer, run.state.images_seen
+    average, every = trainer.model_average, trainer.checkpoint_every * run.calendar.global_batch
+    interval = ESTIMATE_AT_MOST * average.batch_norm_images if average is not None else 0
+    return interval > 0 and images_seen % every == 0 and images_seen // interval > (images_seen - every) // interval
 
 
 @contextmanager
@@ -267,30 +207,6 @@ def _failed_save(run: Run, log: RunLog) -> Iterator[None]:
         log.say(f"warning: {error}; going on (trainer.on_failed_save)")
 
 
-def describe(run: Run) -> str:
-    """Parameters, batch and schedule in a few lines."""
-    state, calendar, trainer = run.state, run.calendar, run.config.trainer
-
-    def millions(network: torch.nn.Module | None) -> str:
-        return "none" if network is None else f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
-
-    averaged, optimizers = trainer.model_average, (run.config.gen_opt, run.config.dis_opt)
-    losses = ", ".join(f"{name} x {weight:g}" for name, weight in run.settings.weights.items())
-    rates = ", ".join(f"{n} {o.lr:g} ({o.lr_policy.type})" for n, o in zip("GD", optimizers, strict=True))
-    epochs = calendar.epoch(calendar.total_iterations * calendar.global_batch)
-    lines = [
-        f"parameters: generator {millions(state.generator)}, discriminator {millions(state.discriminator)},"
-        f" encoder {millions(state.encoder)}",
-        f"data: {len(run.dataset)} training and {len(run.val_dataset)} preview samples",
-        f"losses: {losses}",
-        f"batch: {run.process_batch} per process x {run.info.world_size} process(es) ="
-        f" {calendar.global_batch} globally, on {run.device.type}, {trainer.precision}",
-        f"schedule: {calendar.total_iterations} iterations = {epochs:.1f} epochs; learning rates {rates};"
-        f" model average {'off' if averaged is None else f'beta {averaged.beta:g}'}",
-    ]
-    return "\n".join(lines)
-
-
 def _rates(state: TrainState, skipped: SkippedUpdates) -> dict[str, float]:
     rates = {
         "lr/gen": float(state.gen_optimizer.param_groups[0]["lr"]),
@@ -300,24 +216,6 @@ def _rates(state: TrainState, skipped: SkippedUpdates) -> dict[str, float]:
         rates |= {"scale/gen": state.gen_scaler.get_scale(), "scale/dis": state.dis_scaler.get_scale()}
         rates |= {"skipped/gen": float(skipped.gen), "skipped/dis": float(skipped.dis)}
     return rates
-
-
-def _calibration_layouts(run: Run) -> list[Batch]:
-    """This process's share of the first training samples: layouts over which the average's statistics are estimated."""
-    average = run.config.trainer.model_average
-    if average is None or not average.batch_norm_images:
-        return []
-    whole = max(1, average.batch_norm_images // run.calendar.global_batch) * run.calendar.global_batch
-    mine = range(run.info.rank * run.process_batch, whole, run.calendar.global_batch)
-    indices = [(start + i) % len(run.dataset) for start in mine for i in range(run.process_batch)]
-    return list(sequential_batches(run.dataset, indices, run.process_batch))
-
-
-def _calibration_inputs(run: Run, batches: list[Batch]) -> Iterator[tuple[SemanticLayout, Tensor | None]]:
-    dims = run.settings.style_dims
-    for batch in batches:
-        z = style_noise(run.seed, list(batch.keys), dims).to(run.device) if dims else None
-        yield batch.layout.to(run.device), z
 
 
 def _write_config(config: RunConfig, logdir: Path) -> None:

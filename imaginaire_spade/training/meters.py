@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from tqdm import tqdm
 
 from imaginaire_spade import pictures
 from imaginaire_spade.distributed import mean_over_processes
+from imaginaire_spade.errors import UserError
 from imaginaire_spade.training.schedule import Calendar
 
 
@@ -63,6 +68,7 @@ class RunLog:
     """TensorBoard events, ``metrics.jsonl``, ``curves.png``, pictures and lines of text of one log dir.
 
     On a terminal progress is a bar; in a log file it is one line per tick. On ranks other than 0 nothing is written.
+    What cannot be written (disk full) is said and left out: the log has a gap, the run goes on.
 
     Args:
         images_seen: where the run starts: records beyond it (of a run that died later than its last checkpoint) are
@@ -75,15 +81,17 @@ class RunLog:
         self._ticked_images = images_seen
         if not enabled:
             return
-        self._metrics = logdir / "metrics.jsonl"
-        self._records = [r for r in _read_jsonl(self._metrics) if r["images_seen"] <= images_seen]
-        self._metrics.write_text("".join(json.dumps(r) + "\n" for r in self._records), encoding="utf-8")
-        self._writer = SummaryWriter(str(logdir), purge_step=calendar.iteration(images_seen) + 1)
         terminal = sys.stderr.isatty()
         done = calendar.iteration(images_seen)
         self._bar = tqdm(
             total=calendar.stop_iteration, initial=done, unit="it", disable=not terminal, dynamic_ncols=True
         )
+        self._events: SummaryWriter | None = None
+        self._next_step = done + 1
+        self._metrics = logdir / "metrics.jsonl"
+        self._records = [r for r in _read_jsonl(self._metrics) if r["images_seen"] <= images_seen]
+        with self._gaps_told():
+            pictures.write_bytes(self._metrics, "".join(map(_line, self._records)).encode())
 
     def say(self, text: str) -> None:
         if self.enabled:
@@ -95,7 +103,8 @@ class RunLog:
         iteration = self.calendar.iteration(images_seen)
         self.say(f"warning: iteration {iteration}: {text}")
         if self.enabled:
-            self._writer.add_text("warnings", text, iteration)
+            with self._gaps_told():
+                self._tensorboard().add_text("warnings", text, iteration)
 
     def tick(self, images_seen: int, losses: dict[str, float], rates: dict[str, float], wait_s: float) -> None:
         """Write one record.
@@ -121,13 +130,7 @@ class RunLog:
             "data/share_waiting": wait_s / elapsed,
             "memory/peak_gib": peak_memory_gib(),
         }
-        self._records.append(record)
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("iteration", "images_seen"):
-                self._writer.add_scalar(name, value, iteration)
-        self._writer.flush()
+        self._write(record)
         eta_s = (self.calendar.stop_iteration - iteration) * self.calendar.global_batch * elapsed / images
         text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
         if self._bar.disable:
@@ -140,6 +143,21 @@ class RunLog:
         else:
             self._bar.set_postfix_str(text)
 
+    def add_scores(self, images_seen: int, scores: dict[str, float], seconds: float) -> None:
+        """Write the record of an evaluation; the time it took does not count as training time."""
+        self._ticked_at += seconds
+        if not self.enabled:
+            return
+        iteration = self.calendar.iteration(images_seen)
+        finite = {name: value for name, value in scores.items() if math.isfinite(value)}
+        record: dict[str, Any] = {
+            "iteration": iteration,
+            "images_seen": images_seen,
+            "epoch": round(self.calendar.epoch(images_seen), 4),
+            **{f"evaluation/{name}": value for name, value in finite.items()},
+        }
+        self._write(record)
+
     def advance(self) -> None:
         """One iteration is done."""
         if self.enabled:
@@ -149,19 +167,48 @@ class RunLog:
         """Keep a preview sheet, uint8 RGB [H, W, 3], in TensorBoard and under ``images/``."""
         if self.enabled:
             iteration = self.calendar.iteration(images_seen)
-            self._writer.add_image("preview", picture, iteration, dataformats="HWC")
-            pictures.write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", picture)
+            with self._gaps_told():
+                self._tensorboard().add_image("preview", picture, iteration, dataformats="HWC")
+                pictures.write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", picture)
             self._draw_curves()
 
     def close(self) -> None:
         if self.enabled:
             self._draw_curves()
             self._bar.close()
-            self._writer.close()
+            with self._gaps_told():
+                if self._events is not None:
+                    self._events.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
+        with self._gaps_told():
+            _append(self._metrics, _line(record))
+            events = self._tensorboard()
+            for name, value in record.items():
+                if name not in ("iteration", "images_seen"):
+                    events.add_scalar(name, value, record["iteration"])
+            events.flush()
+            self._next_step = record["iteration"] + 1
 
     def _draw_curves(self) -> None:
-        if self._records:
-            pictures.curves(self._records, self.logdir / "curves.png")
+        with self._gaps_told():
+            if self._records:
+                pictures.curves(self._records, self.logdir / "curves.png")
+
+    def _tensorboard(self) -> SummaryWriter:
+        """The writer of events; a new one, with a file of its own, after one that failed."""
+        if self._events is None:
+            self._events = SummaryWriter(str(self.logdir), purge_step=self._next_step)
+        return self._events
+
+    @contextmanager
+    def _gaps_told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, UserError) as error:
+            self._events = None
+            self.say(f"warning: the log in {self.logdir} has a gap here: {error}")
 
 
 def non_finite(losses: dict[str, float]) -> list[str]:
@@ -187,6 +234,20 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:  # the last line of a run that was killed while writing it
             continue
     return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _append(path: Path, line: str) -> None:
+    """Append the whole line, or nothing. Raises OSError."""
+    content = line.encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(content) < len(content):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _duration(seconds: float) -> str:

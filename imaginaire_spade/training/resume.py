@@ -16,7 +16,7 @@ from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest
 
 if TYPE_CHECKING:
-    from imaginaire_spade.training.loop import Run
+    from imaginaire_spade.training.run import Run
 
 PARTS = {"gen": "generator", "dis": "discriminator", "encoder": "encoder"}
 """Section of the config -> its network's name in a checkpoint."""
@@ -27,7 +27,8 @@ MEANING = ("data.labels.ignore", "data.labels.remap", "data.edges")
 
 def content_of(run: Run) -> dict[str, Any]:
     """The checkpoint of a run as it stands, tensors where they are."""
-    return {"config": dump_config(run.config), "run": _facts(run), **run.state.state_dict()}
+    content = {"config": dump_config(run.config), "run": _facts(run), **run.state.state_dict()}
+    return content if run.evaluation is None else {**content, "evaluation": run.evaluation.state_dict()}
 
 
 def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: bool = False) -> str | None:
@@ -66,6 +67,8 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
         )
     run.state.load_state_dict(content, str(chosen))
     lines = [f"continuing from {chosen}: iteration {run.calendar.iteration(run.state.images_seen)}"]
+    if run.evaluation is not None and (told := run.evaluation.load_state_dict(content.get("evaluation"))):
+        lines.append(told)
     lines += _other_processes(before, now, run)
     lines += [f"changed since: {key}: {change}" for key, change in changed.items()]
     return "\n".join(lines)

@@ -1,0 +1,256 @@
+"""Score generated pictures against real ones, and state the protocol the scores were obtained under.
+
+    python evaluate.py --real DIR --fake DIR --reference_split val --metrics fid,kid --output report.json
+    python evaluate.py --checkpoint P --config C.yaml --reference_split val      # pictures made on the fly
+    python evaluate.py --checkpoint P --reference_split val --metrics segmentation --segmenter MODEL --html page.html
+    python evaluate.py --compare A.json B.json                                   # refused where protocols differ
+
+DIR is a folder of pictures or an LMDB root; --real also takes statistics (.npz, or a folder with m.npy and s.npy).
+Under torchrun the processes share the work. Weights come from files: docs/evaluation.md.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from imaginaire_spade import distributed
+from imaginaire_spade.build import import_modules
+from imaginaire_spade.distributed import ProcessInfo
+from imaginaire_spade.errors import ConfigError, run_command_line
+from imaginaire_spade.evaluation.collection import Collection, collect, load_collection
+from imaginaire_spade.evaluation.diversity import PerceptualNetwork, perceptual_network
+from imaginaire_spade.evaluation.features import FEATURE_DIMS, RESIZES, FeatureNetwork, feature_network
+from imaginaire_spade.evaluation.label_maps import SegmentationPass, page_samples
+from imaginaire_spade.evaluation.protocol import REFERENCE_SPLITS
+from imaginaire_spade.evaluation.report import compare
+from imaginaire_spade.evaluation.report_page import write_report_page
+from imaginaire_spade.evaluation.scores import KEEP_FEATURES, METRICS, NEED_FEATURES, evaluate_pictures
+from imaginaire_spade.evaluation.segmentation import (
+    Predictor,
+    SegmentationMetric,
+    StoredPredictions,
+    network_predictions,
+)
+from imaginaire_spade.evaluation.sources import EvaluatedPicture, PictureSource
+from imaginaire_spade.evaluation.statistics import holds_statistics
+from imaginaire_spade.inference.evaluated import Evaluated, checkpoint_pictures, stored_pictures
+from imaginaire_spade.inference.folder import Progress
+
+PROCESS_GROUP_TIMEOUT_S = 3600.0
+"""Shares of the work end at different times."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    fake = parser.add_argument_group("what is evaluated")
+    fake.add_argument("--fake", type=Path, metavar="DIR", help="generated pictures: a folder or an LMDB root")
+    fake.add_argument("--checkpoint", type=Path, metavar="P", help="make the pictures of data.val with this checkpoint")
+    fake.add_argument("--logdir", type=Path, metavar="DIR", help="log dir of a training run: its newest checkpoint")
+    fake.add_argument("--config", type=Path, metavar="C.yaml", help="for its data (default: the checkpoint's own)")
+    fake.add_argument("--weights", choices=("ema", "raw"), default="ema", help="moving average (default) or raw")
+    fake.add_argument("--num_samples", type=_positive, default=1, metavar="k",
+                      help="pictures per label map; the first counts, all show diversity")  # fmt: skip
+    fake.add_argument("--seed", type=int, metavar="S", help="of the style codes (default: the config's)")
+    fake.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key (repeat)")
+    fake.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
+                      help="import your module, which registers your components (repeat)")  # fmt: skip
+    real = parser.add_argument_group("what it is compared with")
+    real.add_argument("--real", type=Path, metavar="DIR",
+                      help="photos, or statistics of them (default with a checkpoint: its data's photos)")  # fmt: skip
+    real.add_argument("--reference_split", choices=REFERENCE_SPLITS, help="what the real pictures are; required")
+    segmentation = parser.add_argument_group("segmentation: do the pictures show what their label maps say?")
+    which = segmentation.add_mutually_exclusive_group()
+    which.add_argument("--segmenter", metavar="MODEL", help="Hugging Face segmentation model: id or local folder")
+    which.add_argument("--predictions", type=Path, nargs=2, metavar=("FAKE_DIR", "REAL_DIR"),
+                       help="in place of a network: id maps predicted of the pictures and of photos")  # fmt: skip
+    segmentation.add_argument("--segmenter_labels", type=Path, metavar="FILE",
+                              help="YAML or JSON, class of our table: its label (default: by name)")  # fmt: skip
+    segmentation.add_argument("--label_maps", type=Path, metavar="DIR",
+                              help="with --fake: the label maps of the pictures, a folder or an LMDB root")  # fmt: skip
+    segmentation.add_argument("--label_table", type=Path, metavar="C.yaml",
+                              help="with --label_maps: config with data.labels (configs/labels/)")  # fmt: skip
+    how = parser.add_argument_group("how")
+    how.add_argument("--metrics", default="fid", help=f"comma-separated: {','.join(METRICS)} (default: fid)")
+    how.add_argument("--inception_weights", metavar="FILE",
+                     help="default: torch's cache; random:SEED: an untrained network, for dry runs")  # fmt: skip
+    how.add_argument("--lpips_weights", metavar="FILE", help="AlexNet of torchvision; as above")
+    how.add_argument("--feature_dim", type=int, choices=FEATURE_DIMS, default=2048, help="2048: FID proper")
+    how.add_argument("--resize", choices=RESIZES, default="legacy", help="pytorch-fid's, or antialiased")
+    how.add_argument("--batch_size", type=_positive, default=32, metavar="B")
+    how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    how.add_argument("--skip_bad", action="store_true", help="leave out, count and name pictures that cannot be read")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="report to write, JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="report page to write, one HTML file with pictures")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="compare two reports")
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
+    return parser.parse_args()
+
+
+def _nothing(picture: EvaluatedPicture) -> None:
+    pass
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.compare:
+        print(compare(tuple(arguments.compare)))
+        return
+    metrics = _check(arguments)
+    import_modules(arguments.modules)
+    info = distributed.process_info_from_environment()
+    device = distributed.choose_device(arguments.device, info)
+    # Networks first: whether their weights are there is known before any picture is made.
+    network = perceptual = None
+    if set(metrics) & set(NEED_FEATURES):
+        network = feature_network(
+            arguments.inception_weights, dim=arguments.feature_dim, resize=arguments.resize, device=device
+        )
+    if "diversity" in metrics:
+        perceptual = perceptual_network(arguments.lpips_weights, device=device)
+    sources = _evaluated(arguments, device, metrics)
+    segmentation = _segmentation(arguments, sources, device) if "segmentation" in metrics else None
+
+    distributed.init_process_group(info, device, PROCESS_GROUP_TIMEOUT_S)
+    try:
+        count_in = segmentation.add_fake if segmentation else _nothing
+        made = _collect(sources.fake, network, perceptual, metrics, arguments, info, count_in)
+        count_in = _nothing
+        if segmentation:
+            segmentation.fakes_done()
+            if sources.real is sources.photos:
+                count_in = segmentation.add_photo
+            else:
+                _collect(segmentation.photos, None, None, [], arguments, info, segmentation.add_photo)
+        if isinstance(sources.real, Path):
+            assert network is not None
+            reference = load_collection(sources.real, network, arguments.reference_split)
+        else:
+            reference = _collect(sources.real, network, None, metrics, arguments, info, count_in)
+        if segmentation:
+            segmentation.metric.sum_over_processes(device)
+    finally:
+        distributed.leave_process_group()
+    if not info.is_main:
+        return
+    report = evaluate_pictures(
+        reference, made, network, metrics=metrics, reference_split=arguments.reference_split,
+        perceptual=perceptual, num_samples=arguments.num_samples, subject=sources.subject,
+    )  # fmt: skip
+    if segmentation:
+        report = segmentation.metric.added_to(report)
+    print(report.text(), flush=True)
+    if arguments.output:
+        report.save(arguments.output)
+    if arguments.html:
+        grid, worst = page_samples(report, sources.fake, sources.photos, sources.maps, segmentation)
+        write_report_page(arguments.html, report, grid, worst, sources.maps.labels if sources.maps else None)
+
+
+def _check(arguments: argparse.Namespace) -> list[str]:
+    """The metrics. Raises ConfigError for flags that do not go together."""
+    metrics = [name for name in arguments.metrics.split(",") if name]
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise ConfigError(f"--metrics {','.join(unknown)}: unknown; choose from {','.join(METRICS)}")
+    if not metrics:
+        raise ConfigError(f"--metrics: choose from {','.join(METRICS)}")
+    generates = bool(arguments.checkpoint or arguments.logdir or arguments.config)
+    if bool(arguments.fake) == generates:
+        raise ConfigError("give --fake DIR, or --checkpoint P (or --logdir DIR) to make the pictures, one of the two")
+    if arguments.fake and not arguments.real:
+        raise ConfigError("--real is missing: the folder of real pictures, or statistics of them (.npz)")
+    if not arguments.reference_split:
+        raise ConfigError(
+            "--reference_split is missing: write train or val, whichever the real pictures are. Scores against one"
+            " are no scores against the other"
+        )
+    by_pictures = "segmentation" in metrics and generates  # whose photos are those of data.val
+    beyond = [name for name in metrics if name != "fid" and not (name == "segmentation" and by_pictures)]
+    if arguments.real and holds_statistics(arguments.real) and beyond:
+        raise ConfigError(f"--real {arguments.real} holds statistics, which serve fid only: {','.join(beyond)} needs"
+                          " the pictures")  # fmt: skip
+    if "diversity" in metrics and arguments.num_samples < 2:
+        raise ConfigError("--metrics diversity compares the samples of one label map: write --num_samples 2 or more")
+    segmented = bool(arguments.segmenter or arguments.predictions)
+    if ("segmentation" in metrics) != segmented:
+        raise ConfigError(
+            "--metrics segmentation and --segmenter MODEL (or --predictions FAKE_DIR REAL_DIR) belong together: write"
+            " both or neither"
+        )
+    if arguments.segmenter_labels and not arguments.segmenter:
+        raise ConfigError("--segmenter_labels says what the labels of --segmenter MODEL mean: that is missing")
+    if bool(arguments.label_maps) != bool(arguments.label_table) or (arguments.label_maps and generates):
+        raise ConfigError("--label_maps DIR and --label_table C.yaml belong together, and to --fake: a checkpoint has"
+                          " both from its config")  # fmt: skip
+    if "segmentation" in metrics and not generates and not arguments.label_maps:
+        raise ConfigError(
+            "--metrics segmentation needs the label maps that the pictures were made of: write --label_maps DIR"
+            " --label_table C.yaml (a config with data.labels, such as configs/labels/camvid.yaml)"
+        )
+    return metrics
+
+
+def _evaluated(arguments: argparse.Namespace, device: torch.device, metrics: Sequence[str]) -> Evaluated:
+    if arguments.fake:
+        return stored_pictures(
+            arguments.fake, arguments.real, num_samples=arguments.num_samples, label_maps=arguments.label_maps,
+            label_table=arguments.label_table,
+        )  # fmt: skip
+    return checkpoint_pictures(
+        arguments.checkpoint, arguments.logdir, arguments.config, arguments.set, weights=arguments.weights,
+        device=device, real=arguments.real, reference_split=arguments.reference_split, seed=arguments.seed,
+        num_samples=arguments.num_samples, batch_size=arguments.batch_size, with_photos="segmentation" in metrics,
+    )  # fmt: skip
+
+
+def _segmentation(arguments: argparse.Namespace, sources: Evaluated, device: torch.device) -> SegmentationPass:
+    assert sources.maps is not None and sources.photos is not None
+    labels = sources.maps.labels
+    of_fake: Predictor
+    of_real: Predictor
+    if arguments.predictions:
+        of_fake, of_real = (StoredPredictions(folder, labels) for folder in arguments.predictions)
+    else:
+        of_fake = of_real = network_predictions(
+            arguments.segmenter, arguments.segmenter_labels, labels, device, "--segmenter"
+        )
+    metric = SegmentationMetric(labels, of_fake, of_real)
+    return SegmentationPass(metric, sources.maps, sources.fake, sources.photos)
+
+
+def _collect(
+    source: PictureSource,
+    network: FeatureNetwork | None,
+    perceptual: PerceptualNetwork | None,
+    metrics: Sequence[str],
+    arguments: argparse.Namespace,
+    info: ProcessInfo,
+    count_in: Callable[[EvaluatedPicture], None],
+) -> Collection:
+    progress, done = Progress(shown=info.is_main), itertools.count(1)
+    total = len(source.keys[info.rank :: info.world_size])
+
+    def on_picture(picture: EvaluatedPicture) -> None:
+        count_in(picture)
+        progress(next(done), total)
+
+    try:
+        return collect(
+            source, network, batch_size=arguments.batch_size, keep_features=bool(set(metrics) & set(KEEP_FEATURES)),
+            perceptual=perceptual, skip_bad=arguments.skip_bad, info=info, on_picture=on_picture,
+        )  # fmt: skip
+    finally:
+        progress.close()
+
+
+if __name__ == "__main__":
+    record(run_command_line)(main)

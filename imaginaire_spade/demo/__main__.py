@@ -1,0 +1,78 @@
+"""Paint label maps in a browser, the picture beside them: ``python -m imaginaire_spade.demo --checkpoint P``.
+
+Needs nothing but the checkpoint. The page is for this machine alone unless --host says otherwise.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from imaginaire_spade.build import import_modules
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.demo.server import PaintingServer, is_loopback
+from imaginaire_spade.demo.service import PaintingService
+from imaginaire_spade.errors import DataError, run_command_line
+from imaginaire_spade.inference.synthesizer import Synthesizer
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m imaginaire_spade.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="P",
+                        help="checkpoint file, or a folder or log dir: its newest one")  # fmt: skip
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
+    parser.add_argument("--port", type=int, default=7860, help="default: 7860; 0: any free one")
+    parser.add_argument("--samples", metavar="DIR",
+                        help="label maps to start from: a folder, a data set or an LMDB root (default: the"
+                             " checkpoint's own validation data, where it is there)")  # fmt: skip
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="moving average (default) or raw")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
+                        help="import your module, which registers your components (repeat)")  # fmt: skip
+    return parser.parse_args()
+
+
+def find_samples(config: RunConfig, given: str | None) -> LabelMapDataset | None:
+    """Label maps to start from: of ``given``, else of the data set that the checkpoint was validated on.
+
+    Raises:
+        DataError: ``given`` holds no label maps. Validation data that is not there is not missed.
+    """
+    roots = (given,) if given else config.data.val.roots if config.data.val else ()
+    if not roots:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            samples = LabelMapDataset(roots, config.data.labels, with_images=False)
+    except DataError:
+        if given:
+            raise
+        return None
+    return samples if len(samples) else None
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    import_modules(arguments.modules)
+    synthesizer = Synthesizer.load(arguments.checkpoint, weights=arguments.weights, device=arguments.device)
+    config = synthesizer.model.config
+    for note in synthesizer.model.notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    service = PaintingService(synthesizer, config.data.name, find_samples(config, arguments.samples))
+    with PaintingServer(service, arguments.host, arguments.port) as server:
+        service.warm_up()
+        if not is_loopback(arguments.host):
+            print(f"note: whoever can reach {server.url} can use the page: it asks for no password", file=sys.stderr)
+        print(f"painting page: {server.url} (Ctrl-C ends it)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("ended", flush=True)
+
+
+if __name__ == "__main__":
+    run_command_line(main)

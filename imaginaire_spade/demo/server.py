@@ -1,0 +1,292 @@
+"""The painting page over HTTP: its files, and JSON requests to the service.
+
+Owns who may ask (host and origin), how much may be sent, and how answers and errors look on the wire. It is made for
+people at one machine: it has no accounts and no encryption.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import json
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from socketserver import TCPServer
+from typing import Any, ClassVar
+from urllib.parse import parse_qsl, urlsplit
+
+from imaginaire_spade.demo.service import BusyError, PaintingService
+from imaginaire_spade.errors import ConfigError, DataError, UserError
+
+MAX_JSON_BYTES = 4 * 2**20
+"""A label map of ``MAX_SIDE`` squared with two bytes per id, in base64, is 2.7 MiB."""
+MAX_UPLOAD_BYTES = 32 * 2**20
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+PAGE_FILES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/main.js": ("main.js", "text/javascript; charset=utf-8"),
+    "/easel.js": ("easel.js", "text/javascript; charset=utf-8"),
+    "/label_map.js": ("label_map.js", "text/javascript; charset=utf-8"),
+}
+"""Path -> file in ``page/`` and its type: no path that a client sends is ever opened."""
+
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self';"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+class RefusedError(Exception):
+    """A request that is not answered as asked."""
+
+    def __init__(self, status: HTTPStatus, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers or {}
+
+
+@dataclass(frozen=True)
+class _Answer:
+    content: bytes
+    content_type: str
+
+
+def _page_file(path: str) -> _Answer:
+    name, content_type = PAGE_FILES[path]
+    return _Answer((files("imaginaire_spade.demo") / "page" / name).read_bytes(), content_type)
+
+
+class PaintingServer(ThreadingHTTPServer):
+    """Serves the page at http://host:port. Raises ConfigError where that is not possible.
+
+    Args:
+        host: address to listen at. Requests to a loopback address must name it as such in their Host header: a page
+            from elsewhere whose name was pointed at this machine (DNS rebinding) is refused.
+        port: 0 takes any free one; ``server_port`` says which.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, service: PaintingService, host: str, port: int) -> None:
+        self.service = service
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.local_only = is_loopback(host)
+        try:
+            super().__init__((host, port), _Handler)
+        except OSError as error:
+            raise ConfigError(_why_not(host, port, error)) from None
+        except OverflowError:
+            raise ConfigError(f"--port {port}: ports are 0 to 65535") from None
+
+    @property
+    def url(self) -> str:
+        host = str(self.server_address[0])
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
+
+    def server_bind(self) -> None:
+        # HTTPServer's own looks up the host's full name, which can take many seconds.
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):  # a browser that went away is no event
+            super().handle_error(request, client_address)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _why_not(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"--port {port}: taken by another program, perhaps an earlier painting page. End that one, or write --port"
+            f" {port + 1 if port < 65535 else 0} (--port 0 takes any free one)"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"--port {port}: no permission; ports below 1024 belong to the system. Write --port 7860"
+    return f"--host {host}: cannot listen there ({error.strerror or error}). Write --host 127.0.0.1"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "imaginaire_spade", ""
+    timeout = 60
+    """Seconds that a connection may be silent."""
+    server: PaintingServer
+
+    def do_GET(self) -> None:
+        self._respond("GET")
+
+    def do_POST(self) -> None:
+        self._respond("POST")
+
+    def _respond(self, method: str) -> None:
+        self._body_read = "Content-Length" not in self.headers and "Transfer-Encoding" not in self.headers
+        try:
+            self._check_origin()
+            self._send(HTTPStatus.OK, self._answer(method))
+        except RefusedError as refused:
+            self._send(refused.status, _error(str(refused)), refused.headers)
+        except BusyError as error:
+            self._send(HTTPStatus.SERVICE_UNAVAILABLE, _error(str(error)), {"Retry-After": "2"})
+        except UserError as error:
+            self._send(HTTPStatus.BAD_REQUEST, _error(str(error)))
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception:
+            traceback.print_exc()
+            self._send(
+                HTTPStatus.INTERNAL_SERVER_ERROR,
+                _error("a fault of the painting page itself; the terminal it was started in says more"),
+            )
+
+    def _answer(self, method: str) -> _Answer:
+        path, _, query = self.path.partition("?")
+        if path in PAGE_FILES:
+            self._expect(method, "GET")
+            return _page_file(path)
+        if path not in self._ROUTES:
+            raise RefusedError(HTTPStatus.NOT_FOUND, "no such page")
+        wanted, function = self._ROUTES[path]
+        self._expect(method, wanted)
+        return function(self, query)
+
+    def _expect(self, method: str, wanted: str) -> None:
+        if method != wanted:
+            raise RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, f"{wanted} is wanted here", {"Allow": wanted})
+
+    def _check_origin(self) -> None:
+        """Refuse what a page from elsewhere sends through the user's browser."""
+        host, *more = self.headers.get_all("Host") or [""]
+        try:
+            name = urlsplit(f"//{host}").hostname
+        except ValueError:
+            name = None
+        if more or name is None or (self.server.local_only and name not in LOOPBACK_NAMES):
+            raise RefusedError(
+                HTTPStatus.FORBIDDEN,
+                "this page answers to localhost and 127.0.0.1 only; to reach it from elsewhere start it with --host",
+            )
+        origin = self.headers["Origin"]
+        if origin is not None and urlsplit(origin).netloc != host:
+            raise RefusedError(HTTPStatus.FORBIDDEN, "a request from a page of another origin")
+
+    # -------------------------------------------------------------------------------------------- routes
+
+    def _model(self, _: str) -> _Answer:
+        return _json(self.server.service.description())
+
+    def _sample(self, query: str) -> _Answer:
+        return _json(self.server.service.sample(**_numbers(query, "number", "height", "width")))
+
+    def _picture(self, _: str) -> _Answer:
+        return _Answer(self.server.service.picture(self._read_json()), "image/png")
+
+    def _label_map_file(self, _: str) -> _Answer:
+        return _Answer(self.server.service.label_map_file(self._read_json()), "image/png")
+
+    def _label_map(self, query: str) -> _Answer:
+        size = _numbers(query, "height", "width")
+        return _json(self.server.service.label_map_from_file(self._read_file(), **size))
+
+    def _style(self, _: str) -> _Answer:
+        return _json(self.server.service.style(self._read_file()))
+
+    _ROUTES: ClassVar[dict[str, tuple[str, Callable[[_Handler, str], _Answer]]]] = {
+        "/api/model": ("GET", _model),
+        "/api/sample": ("GET", _sample),
+        "/api/picture": ("POST", _picture),
+        "/api/label_map": ("POST", _label_map),
+        "/api/label_map_file": ("POST", _label_map_file),
+        "/api/style": ("POST", _style),
+    }
+
+    # -------------------------------------------------------------------------------------------- the wire
+
+    def _read_json(self) -> dict[str, Any]:
+        # Neither type below can be sent across origins without asking this server first, which never consents.
+        if self.headers.get_content_type() != "application/json":
+            raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "application/json is wanted here")
+        try:
+            fields = json.loads(self._read(MAX_JSON_BYTES))
+        except (ValueError, RecursionError):
+            raise DataError("the request is not JSON") from None
+        if not isinstance(fields, dict):
+            raise DataError("the request is not a JSON object")
+        return fields
+
+    def _read_file(self) -> bytes:
+        content_type = self.headers.get_content_type()
+        if content_type != "application/octet-stream" and not content_type.startswith("image/"):
+            raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"an image file is wanted here, not {content_type}")
+        return self._read(MAX_UPLOAD_BYTES)
+
+    def _read(self, most: int) -> bytes:
+        lengths = self.headers.get_all("Content-Length") or []
+        if len(lengths) != 1 or "Transfer-Encoding" in self.headers:
+            raise RefusedError(HTTPStatus.LENGTH_REQUIRED, "one Content-Length is wanted")
+        if not (lengths[0].isascii() and lengths[0].isdecimal()):
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "Content-Length is no number")
+        if len(lengths[0]) > 18 or int(lengths[0]) > most:
+            raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"too large: at most {most >> 20} MiB are taken")
+        content = self.rfile.read(int(lengths[0]))
+        if len(content) < int(lengths[0]):
+            raise ConnectionResetError("the request broke off")
+        self._body_read = True
+        return content
+
+    def _send(self, status: HTTPStatus, answer: _Answer, headers: Mapping[str, str] | None = None) -> None:
+        if not self._body_read:  # what follows on this connection is no request
+            self.close_connection = True
+        self.send_response(status)
+        for name, value in {**HEADERS, **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Type", answer.content_type)
+        self.send_header("Content-Length", str(len(answer.content)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(answer.content)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the standard library refuses by itself (methods, request lines, headers), in the same form."""
+        self._body_read = False
+        self._send(HTTPStatus(code), _error(message or HTTPStatus(code).phrase))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Requests are not logged; faults print their traceback."""
+
+
+def _json(value: Any) -> _Answer:
+    return _Answer(json.dumps(value).encode(), "application/json")
+
+
+def _error(message: str) -> _Answer:
+    return _json({"error": message})
+
+
+def _numbers(query: str, *names: str) -> dict[str, int]:
+    given = dict(parse_qsl(query, keep_blank_values=True))
+    if set(given) != set(names) or not all(v.isascii() and v.isdecimal() and len(v) < 10 for v in given.values()):
+        raise DataError(f"whole numbers {', '.join(names)} are wanted in the address")
+    return {name: int(value) for name, value in given.items()}

@@ -1,0 +1,231 @@
+"""What the painting page asks for: pictures of label maps, label maps of files, styles of photos.
+
+Owns the meaning of a request and its limits. Knows nothing of HTTP: bytes and plain values in and out. On the page and
+between page and server a label map holds train ids; files hold raw ids, as the data set's files do.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.decode import decode_image, decode_label, image_size
+from imaginaire_spade.errors import DataError, UserError
+from imaginaire_spade.inference.synthesizer import Synthesizer
+
+MAX_SIDE = 1024
+"""Pixels of the largest canvas's longer side."""
+MAX_UPLOAD_PIXELS = 50_000_000
+"""Of an uploaded photo or label map."""
+MAX_WAITING = 8
+"""Requests that wait for the generator; more are turned away."""
+MAX_SEED = 2**32 - 1
+DEFAULT_SIZE = (256, 256)
+"""Canvas of a checkpoint that was trained on pictures of many sizes."""
+
+T = TypeVar("T")
+
+
+class BusyError(UserError):
+    """Too many requests wait for the generator."""
+
+
+class PaintingService:
+    """The requests of the page. One runs at a time, in a thread of its own; others wait in order.
+
+    Args:
+        synthesizer: what generates.
+        name: of the model, shown on the page.
+        samples: label maps to start from, made with ``with_images=False``; None: there are none.
+    """
+
+    def __init__(self, synthesizer: Synthesizer, name: str, samples: LabelMapDataset | None = None) -> None:
+        self._synthesizer = synthesizer
+        self._name = name
+        self._samples = samples
+        self._labels = synthesizer.labels
+        self._raw_ids = _raw_ids(self._labels.table, self._labels.num_classes)
+        self._dtype = np.dtype(np.uint8) if self._labels.num_classes < 256 else np.dtype("<u2")
+        # One thread for all: torch keeps a team of threads for each thread that calls it.
+        self._worker = ThreadPoolExecutor(1, "generate")
+        self._waiting = threading.BoundedSemaphore(MAX_WAITING)
+
+    # -------------------------------------------------------------------------------------------- requests
+
+    def description(self) -> dict[str, Any]:
+        """What the page must know of the model."""
+        model, (height, width) = self._synthesizer.model, self._synthesizer.size or DEFAULT_SIZE
+        sizes = [(height * k, width * k) for k in (1, 2, 4, 8) if k == 1 or max(height, width) * k <= 512]
+        return {
+            "name": self._name,
+            "trained_size": self._synthesizer.size,
+            "sizes": sizes,
+            "images_seen": model.images_seen,
+            "device": model.device.type,
+            "bytes_per_id": self._dtype.itemsize,
+            "style_dims": self._synthesizer.style_dims,
+            "has_style_encoder": self._synthesizer.has_style_encoder,
+            "num_samples": 0 if self._samples is None else len(self._samples),
+            "classes": [
+                {"id": i, "name": self._labels.name(i), "colour": self._labels.colours[i].tolist()}
+                for i in np.flatnonzero(self._raw_ids >= 0).tolist()
+            ],
+        }
+
+    def picture(self, fields: Mapping[str, Any]) -> bytes:
+        """The picture of a label map as PNG.
+
+        Args:
+            fields: ``height``, ``width``, ``labels`` (base64 of the ids, row by row, ``bytes_per_id`` each, low byte
+                first) and, where the model takes a style code, ``seed`` or ``style`` (``style_dims`` numbers).
+        Raises:
+            DataError: fields that are missing, unknown or out of range.
+        """
+        style_fields = frozenset({"seed", "style"} if self._synthesizer.style_dims else ())
+        raw = self._raw_label_map(fields, optional=style_fields)
+        seed = _whole_number(fields, "seed", 0, MAX_SEED) if "seed" in fields else 0
+        style = self._style_code(fields["style"]) if "style" in fields else None
+        picture = self._run(lambda: self._synthesizer(raw, seed=seed, style=style))
+        return cv2.imencode(".png", picture[..., ::-1])[1].tobytes()
+
+    def label_map_file(self, fields: Mapping[str, Any]) -> bytes:
+        """A label map as a PNG of raw ids: with a palette of the table's colours, or 16-bit where ids exceed 255."""
+        raw = self._raw_label_map(fields)
+        stream = io.BytesIO()
+        if self._raw_ids.max() > 255:
+            Image.fromarray(raw).save(stream, "png")
+        else:
+            image = Image.fromarray(raw.astype(np.uint8)).convert("P")
+            palette = np.zeros((256, 3), np.uint8)
+            paintable = self._raw_ids >= 0
+            palette[self._raw_ids[paintable]] = self._labels.colours[paintable]
+            image.putpalette(palette.tobytes())
+            image.save(stream, "png")
+        return stream.getvalue()
+
+    def label_map_from_file(self, content: bytes, height: int, width: int) -> dict[str, Any]:
+        """A label map file's content (ids, palette, or RGB where the table has a palette), fitted to the canvas.
+
+        Raises:
+            DataError: no such file, or too many pixels; LabelError: ids or colours outside the table.
+        """
+        _check_canvas(height, width)
+        where = "the uploaded label map"
+        _check_pixels(content, where)
+        return self._to_page(self._labels.to_train_ids(decode_label(content, where), where), height, width)
+
+    def sample(self, number: int, height: int, width: int) -> dict[str, Any]:
+        """The ``number``-th (counted round) of the label maps to start from, fitted to the canvas."""
+        _check_canvas(height, width)
+        if not self._samples:
+            raise DataError("there are no label maps to start from: start the page with --samples FOLDER")
+        samples = self._samples
+        labels = self._run(lambda: samples[number % len(samples)].labels.numpy())
+        return self._to_page(labels, height, width)
+
+    def style(self, photo: bytes) -> dict[str, Any]:
+        """The style code of a photo. Raises DataError, or CheckpointError for a model without an encoder."""
+        where = "the uploaded photo"
+        _check_pixels(photo, where)
+        return {"style": self._run(lambda: self._synthesizer.encode(decode_image(photo, where))).tolist()}
+
+    def warm_up(self) -> None:
+        """Make one picture, so that the first stroke need not wait. Raises UserError for weights that cannot."""
+        height, width = self._synthesizer.size or DEFAULT_SIZE
+        raw = np.full((height, width), self._raw_ids[self._raw_ids >= 0][0], np.uint16)
+        self._run(lambda: self._synthesizer(raw, seed=0))
+
+    # -------------------------------------------------------------------------------------------- parts
+
+    def _run(self, function: Callable[[], T]) -> T:
+        if not self._waiting.acquire(blocking=False):
+            raise BusyError("too many requests wait for the generator: try again in a moment")
+        try:
+            return self._worker.submit(function).result()
+        finally:
+            self._waiting.release()
+
+    def _raw_label_map(self, fields: Mapping[str, Any], optional: frozenset[str] = frozenset()) -> NDArray[np.uint16]:
+        wanted = {"height", "width", "labels"}
+        if missing := wanted - set(fields):
+            raise DataError(f"the request lacks {', '.join(sorted(missing))}")
+        if unknown := set(fields) - wanted - optional:
+            raise DataError(f"the request has {', '.join(sorted(map(str, unknown)))}, which this model does not take")
+        height, width = (_whole_number(fields, name, 1, MAX_SIDE) for name in ("height", "width"))
+        try:
+            content = base64.b64decode(fields["labels"], validate=True)
+        except (binascii.Error, TypeError, ValueError):
+            raise DataError("labels: not base64") from None
+        if len(content) != height * width * self._dtype.itemsize:
+            raise DataError(
+                f"labels: {len(content)} bytes; {height} x {width} ids take {height * width * self._dtype.itemsize}"
+            )
+        train_ids = np.frombuffer(content, self._dtype).reshape(height, width)
+        known = np.zeros(np.iinfo(self._dtype).max + 1, np.bool_)
+        known[: len(self._raw_ids)] = self._raw_ids >= 0
+        if not known[train_ids].all():
+            wrong = np.unique(train_ids[~known[train_ids]])[:10].tolist()
+            raise DataError(f"labels: ids {', '.join(map(str, wrong))}, which are no class of this model")
+        return self._raw_ids[train_ids].astype(np.uint16)
+
+    def _style_code(self, values: Any) -> NDArray[np.float32]:
+        dims = self._synthesizer.style_dims
+        numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+        if not numbers or len(values) != dims or not all(abs(value) <= 1e3 for value in values):
+            raise DataError(f"style: {dims} numbers between -1000 and 1000 are wanted")
+        return np.array(values, np.float32)
+
+    def _to_page(self, train_ids: NDArray[np.generic], height: int, width: int) -> dict[str, Any]:
+        ids = fitted(train_ids, height, width).astype(self._dtype)
+        return {
+            "height": height, "width": width, "labels": base64.b64encode(ids.tobytes()).decode(),
+            "original_size": train_ids.shape,
+        }  # fmt: skip
+
+
+def fitted(ids: NDArray[np.generic], height: int, width: int) -> NDArray[np.generic]:
+    """A label map [h, w] scaled (nearest, aspect ratio kept) to cover [height, width], and cut in the middle."""
+    step = min(ids.shape[0] / height, ids.shape[1] / width)  # pixels of the map per pixel of the canvas
+    rows, columns = (
+        ((length - step * wanted) / 2 + (np.arange(wanted) + 0.5) * step).astype(int).clip(0, length - 1)
+        for length, wanted in zip(ids.shape, (height, width), strict=True)
+    )
+    return ids[rows[:, None], columns]
+
+
+def _raw_ids(table: NDArray[np.generic], num_classes: int) -> NDArray[np.int64]:
+    """Train id, don't-care included -> the smallest raw id that means it, or -1: int64 [num_classes + 1]."""
+    raw_ids = np.full(num_classes + 1, -1)
+    meant, smallest = np.unique(table.astype(np.int64), return_index=True)
+    valid = (meant >= 0) & (meant <= num_classes)  # not the error mark
+    raw_ids[meant[valid]] = smallest[valid]
+    return raw_ids
+
+
+def _whole_number(fields: Mapping[str, Any], name: str, least: int, most: int) -> int:
+    value = fields[name]
+    if type(value) is not int or not least <= value <= most:
+        raise DataError(f"{name}: a whole number from {least} to {most} is wanted")
+    return value
+
+
+def _check_canvas(height: int, width: int) -> None:
+    for name in ("height", "width"):
+        _whole_number({"height": height, "width": width}, name, 1, MAX_SIDE)
+
+
+def _check_pixels(content: bytes, where: str) -> None:
+    height, width = image_size(content, where)
+    if height * width > MAX_UPLOAD_PIXELS:
+        raise DataError(f"{where}: {width} x {height} pixels; at most {MAX_UPLOAD_PIXELS // 10**6} million are taken")

@@ -1,0 +1,228 @@
+"""Networks that turn pictures into features, with the resizing that belongs to them.
+
+Owns which weights are used and where they are looked for: nothing is downloaded. The Inception network itself is
+torch-fidelity's, converted from the one that FID is defined with (TensorFlow's of 2015-12-05).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imaginaire_spade.errors import ConfigError
+
+INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
+"""One and the same file as torch-fidelity (torchmetrics) and pytorch-fid call it."""
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILES[0]}"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_SIZE = 299
+FEATURE_DIMS = (64, 192, 768, 2048)
+RESIZES = ("legacy", "clean")
+RANDOM = "random:"
+"""Start of the name of an untrained network: ``random:SEED``."""
+
+_LAYERS = {
+    64: ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1"),
+    192: ("Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"),
+    768: ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
+    2048: ("Mixed_7a", "Mixed_7b", "Mixed_7c"),
+}
+"""Feature dimension -> torch-fidelity's layers up to it, after those of the dimension before."""
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A frozen network with everything that its features depend on."""
+
+    name: str
+    """``inception-v3 2015-12-05``, ``inception-v3 with other weights`` or ``random:SEED``."""
+    sha256: str
+    """Of the file of weights; of the weights themselves where they are random."""
+    dim: int
+    resize: str
+    size: int
+    """Pictures are resized to size x size pixels."""
+    layers: nn.Module
+    """float [N, 3, size, size] of 0..255 -> float [N, dim]."""
+
+    @property
+    def is_random(self) -> bool:
+        return self.name.startswith(RANDOM)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it is the network that FID and KID are defined with."""
+        return self.sha256 == INCEPTION_SHA256
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.layers.parameters()).device
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Tensor]) -> Tensor:
+        """Features, float32 [N, dim], of N pictures, uint8 [3, H, W] of any sizes (each is resized by itself)."""
+        device = self.device
+        # Whatever precision a training run around this has chosen: scores are of float32.
+        with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            resized = [resize_picture(picture.to(device), self.size, self.resize) for picture in pictures]
+            return self.layers(torch.stack(resized))
+
+
+def resize_picture(picture: Tensor, size: int, method: str) -> Tensor:
+    """uint8 [3, H, W] -> float32 [3, size, size] in 0..255, not rounded; the aspect ratio is not kept.
+
+    Args:
+        method: "legacy": bilinear between the nearest four pixels, whatever the scale, as pytorch-fid does (shrinking
+            aliases); "clean": bicubic with antialiasing as PIL does (Parmar et al. 2022, "On aliased resizing").
+    """
+    assert picture.dtype == torch.uint8 and picture.ndim == 3 and picture.shape[0] == 3, picture.shape
+    batch = picture[None].float()
+    if method == "legacy":
+        return F.interpolate(batch, (size, size), mode="bilinear", align_corners=False)[0]
+    assert method == "clean", method
+    return F.interpolate(batch, (size, size), mode="bicubic", align_corners=False, antialias=True).clamp(0, 255)[0]
+
+
+def feature_network(
+    weights: str | None = None, *, dim: int = 2048, resize: str = "legacy", device: torch.device | str = "cpu"
+) -> FeatureNetwork:
+    """The network of FID and KID, ready for use.
+
+    Args:
+        weights: file of Inception weights; None: torch's cache; ``random:SEED``: an untrained network, for tests and
+            dry runs.
+        dim: 64, 192, 768 or 2048 (FID proper).
+    Raises:
+        ConfigError: no weights there, saying where to put which file; damaged; or an unknown dim or resize.
+    """
+    if dim not in FEATURE_DIMS:
+        raise ConfigError(f"feature dimension {dim}: choose one of {', '.join(map(str, FEATURE_DIMS))}")
+    if resize not in RESIZES:
+        raise ConfigError(f"resize method {resize!r}: choose one of {', '.join(RESIZES)}")
+    layers: nn.Module
+    if weights is not None and weights.startswith(RANDOM):
+        name, size = weights, RandomFeatures.SIZE
+        layers = RandomFeatures(dim, random_seed(weights, "--inception_weights"))
+        sha256 = sha256_of_state(layers)
+    else:
+        path, size = inception_weights_file(weights), INCEPTION_SIZE
+        layers, sha256 = InceptionFeatures(dim, path, legacy=resize == "legacy"), sha256_of_file(path)
+        name = "inception-v3 2015-12-05" if sha256 == INCEPTION_SHA256 else "inception-v3 with other weights"
+    layers.eval().requires_grad_(False).to(device)
+    return FeatureNetwork(name, sha256, dim, resize, size, layers)
+
+
+class InceptionFeatures(nn.Module):
+    """torch-fidelity's Inception up to one of its feature layers, averaged over the picture.
+
+    Args:
+        legacy: pictures are scaled as in pytorch-fid, to x / 127.5 - 1; else as in the original, to (x - 128) / 128.
+    """
+
+    def __init__(self, dim: int, path: Path, *, legacy: bool) -> None:
+        super().__init__()
+        self.centre = 127.5 if legacy else 128.0
+        network = _load_inception(path)
+        needed = [name for at, names in _LAYERS.items() if at <= dim for name in names]
+        self.layers = nn.Sequential(*(getattr(network, name) for name in needed))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """float [N, 3, 299, 299] in 0..255 -> [N, dim]."""
+        return F.adaptive_avg_pool2d(self.layers((pictures - self.centre) / self.centre), 1).flatten(1)
+
+
+class RandomFeatures(nn.Module):
+    """A small untrained network: the same weights for the same seed on every machine. Its distances mean nothing."""
+
+    SIZE = 64
+
+    def __init__(self, dim: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        channels = [3, 16, 32, dim]
+        self.layers = nn.Sequential()
+        for before, after in itertools.pairwise(channels):
+            layer = nn.Conv2d(before, after, 4, stride=4, bias=False)
+            layer.weight.data = torch.randn(after, before, 4, 4, generator=generator) / (8 * before) ** 0.5
+            self.layers.extend([layer, nn.LeakyReLU(0.2)])
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """float [N, 3, 64, 64] in 0..255 -> [N, dim]."""
+        return self.layers(pictures / 127.5 - 1).flatten(1)
+
+
+def random_seed(name: str, flag: str) -> int:
+    """SEED of ``random:SEED``. Raises ConfigError."""
+    seed = name.removeprefix(RANDOM)
+    if not seed.isdecimal():
+        raise ConfigError(f"{flag} {name}: write random: and a seed, such as random:0")
+    return int(seed)
+
+
+def inception_weights_file(weights: str | None) -> Path:
+    """The file that holds the weights. Raises ConfigError saying where to put which file."""
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    return find_weights(weights, [cache / name for name in INCEPTION_FILES], "--inception_weights", INCEPTION_URL)
+
+
+def find_weights(given: str | None, cached: Sequence[Path], flag: str, url: str) -> Path:
+    """``given`` or the first of ``cached`` that is there. Raises ConfigError saying where to put which file."""
+    places = [Path(given).expanduser()] if given else list(cached)
+    if found := [place for place in places if place.is_file()]:
+        return found[0]
+    raise ConfigError(
+        f"{flag}: no weights at {' or '.join(map(str, places))}. Nothing is downloaded by itself: fetch {url} and put"
+        f" it at {cached[0]}, or write {flag} FILE. ({flag} random:0 tries everything out with an untrained network,"
+        " whose scores mean nothing)"
+    )
+
+
+def read_state(path: Path, what: str, url: str) -> dict[str, Tensor]:
+    """The tensors in a file of weights. Raises ConfigError for anything else, without running what is in it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise not_weights(path, what, url, error) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise not_weights(path, what, url, "no state dict of tensors")
+    return state
+
+
+def not_weights(path: Path, what: str, url: str, reason: object) -> ConfigError:
+    text = str(reason).strip().partition("\n")[0]
+    return ConfigError(f"{path}: not the weights of {what} ({text}). Get them from {url}")
+
+
+def _load_inception(path: Path) -> nn.Module:
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        raise ConfigError(
+            "the Inception network comes with torch-fidelity: pip install 'imaginaire_spade[eval]'"
+        ) from None
+    what = "Inception v3 (2015-12-05)"
+    read_state(path, what, INCEPTION_URL)  # torch-fidelity would run what is in the file
+    try:
+        return FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
+    except RuntimeError as error:
+        raise not_weights(path, what, INCEPTION_URL, error) from None
+
+
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_state(network: nn.Module) -> str:
+    """Of the weights' names and values."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

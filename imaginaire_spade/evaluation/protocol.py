@@ -1,0 +1,77 @@
+"""The protocol stamp: everything that two scores must share before they may be compared.
+
+One model was reported with an FID of 71.8, 63, 57.6, 51.98 and 50.38 on one data set, because nobody could see this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from imaginaire_spade.errors import DataError
+
+REFERENCE_SPLITS = ("train", "val")
+DTYPE = "uint8 pictures, float32 features, float64 statistics"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How scores were obtained. None: does not apply to what was measured (or, for the reference, is not known)."""
+
+    version: str
+    """Of imaginaire_spade."""
+    reference_split: str
+    """train or val."""
+    reference: str
+    """sha256 of the real pictures' keys, or of the file of statistics."""
+    num_real: int | None
+    num_fake: int
+    real_size: str | None
+    """HEIGHTxWIDTH, or how many sizes."""
+    fake_size: str
+    real_format: str | None
+    fake_format: str
+    feature_network: str | None = None
+    weights_sha256: str | None = None
+    feature_dim: int | None = None
+    resize: str | None = None
+    """legacy (pytorch-fid's bilinear) or clean (antialiased bicubic)."""
+    resized_to: int | None = None
+    dtype: str = DTYPE
+    kid: str | None = None
+    precision_recall: str | None = None
+    diversity: str | None = None
+    segmentation: str | None = None
+    """Network or folder of id maps, with the sha256 of what it is."""
+    ignore: str | None = None
+    """What segmentation scores leave out."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any], where: str) -> Protocol:
+        """Raises DataError for a stamp of other fields."""
+        names = {field.name for field in fields(cls)}
+        if set(tree) != names:
+            different = ", ".join(sorted(names ^ set(tree)))
+            raise DataError(
+                f"{where}: its protocol differs in what it states ({different}): written by another version"
+            )
+        return cls(**tree)
+
+    def lines(self) -> list[str]:
+        """``name: value`` of what applies, for the screen."""
+        return [f"{name}: {value}" for name, value in asdict(self).items() if value is not None]
+
+
+def differences(a: Protocol, b: Protocol) -> list[str]:
+    """What differs, one line each; what only one of the two measured is no difference."""
+    optional = ("kid", "precision_recall", "diversity", "segmentation", "ignore")
+    features = ("feature_network", "weights_sha256", "feature_dim", "resize", "resized_to")
+    ours, theirs = asdict(a), asdict(b)
+    skipped = {name for name in optional if ours[name] is None or theirs[name] is None}
+    if a.feature_network is None or b.feature_network is None:
+        skipped |= set(features)
+    return [f"{n}: {ours[n]} / {theirs[n]}" for n in ours if n not in skipped and ours[n] != theirs[n]]

@@ -1,0 +1,227 @@
+"""Generator -> a file that runs without this package: ONNX (``.onnx``) or a ``torch.export`` package (``.pt2``).
+
+Owns what such a file takes and gives, its metadata, and the check that its pictures are the generator's. A file takes,
+where the generator does, and in this order:
+
+- ``labels`` int32 [N, H, W]: train ids 0..num_classes (num_classes = don't care);
+- ``edges`` float32 [N, H, W]: 1 where there is an edge, else 0;
+- ``distances`` float32 [N, 2, H, W]: of ``data/distances.py`` (CLADE-ICPE);
+- ``z`` float32 [N, style_dims]: style codes, standard normal.
+
+It gives ``images`` float32 [N, 3, H, W], RGB in [-1, 1]. N, H and W are free; H and W must be multiples of
+``size_multiple``, and at least twice that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from imaginaire_spade.build import image_size, layout_spec
+from imaginaire_spade.errors import CheckpointError, ConfigError, UserError
+from imaginaire_spade.inference.weights import LoadedModel
+from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.models.generator import Generator
+
+SUFFIXES = (".onnx", ".pt2")
+TOLERANCE = 1e-3
+"""The largest difference between a file's pictures and the generator's, on the scale of [-1, 1]."""
+CHECKED = ((1, 2, 2), (2, 2, 3), (3, 4, 2))
+"""(pictures, height, width) of the check, sizes in multiples of ``size_multiple``; the training size comes on top."""
+
+Run = Callable[[dict[str, Tensor]], NDArray[np.float32]]
+
+
+class ExportedGenerator(nn.Module):
+    """A generator as a function of tensors: what a file computes (see the module's description)."""
+
+    def __init__(self, generator: Generator, spec: LayoutSpec) -> None:
+        super().__init__()
+        self.generator = generator
+        self.spec = spec
+
+    def forward(
+        self, labels: Tensor, edges: Tensor | None = None, distances: Tensor | None = None, z: Tensor | None = None
+    ) -> Tensor:
+        return self.generator(SemanticLayout(self.spec, labels.to(torch.int16), edges, distances), z)
+
+
+def check_output(output: Path, *, overwrite: bool = False) -> None:
+    """Raises UserError, before any work, where ``output`` cannot be written or what writes it is not installed."""
+    if output.suffix not in SUFFIXES:
+        raise ConfigError(f"--output {output}: the name says the format; write a name that ends in .onnx or .pt2")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder: give the name of a file")
+    if output.exists() and not overwrite:
+        raise UserError(f"--output {output} is there already: give another name, or --overwrite to replace it")
+    if output.suffix == ".onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                raise UserError(
+                    f"--output {output}: ONNX needs the package {package} ({error}). Write pip install"
+                    " 'imaginaire_spade[export]'; or --output with a name that ends in .pt2, which needs torch alone"
+                ) from None
+
+
+def export_model(model: LoadedModel, output: Path, on_checked: Callable[[str, float], None]) -> None:
+    """Write the generator to a file, once it is sure that the file's pictures are the generator's.
+
+    Args:
+        model: on the CPU.
+        output: ends in ``.onnx`` or ``.pt2``. Weights beyond 1.5 GB go to ``OUTPUT.data`` beside an ``.onnx`` file.
+        on_checked: called with what was compared and the largest difference.
+    Raises:
+        CheckpointError: the generator cannot be exported.
+        UserError: the file's pictures are others than the generator's; then no file is written.
+    """
+    network = ExportedGenerator(model.generator, layout_spec(model.config))
+    multiple = model.size_multiple
+    is_onnx = output.suffix == ".onnx"
+    try:
+        with _quiet(), torch.no_grad():
+            program = _traced(network, multiple)
+            converted = _to_onnx(program) if is_onnx else None
+    except Exception as error:  # whatever torch meets in a component of the user's own
+        raise CheckpointError(
+            f"gen.type: {model.config.gen.type} cannot be exported by torch {torch.__version__}: {_reason(error)}. A"
+            " network to export must not choose its operations by the values of tensors or by particular sizes"
+        ) from error
+    about = {key: json.dumps(value) for key, value in metadata(model).items()}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
+        file = Path(folder, output.name)
+        if converted is not None:
+            converted.model.metadata_props.update(about)
+            converted.save(file, external_data=False)
+            run = _load_onnx(file)
+        else:
+            torch.export.save(program, file, extra_files=about)
+            run = _load_pt2(file)
+        trained_at = [max(2, length // multiple) for length in image_size(model.config)]
+        for count, height, width in dict.fromkeys(((1, *trained_at), *CHECKED)):
+            inputs = example_inputs(network, count, height * multiple, width * multiple)
+            difference = _difference(run, network, inputs)
+            name = f"{count} of {height * multiple}x{width * multiple}"
+            on_checked(name, difference)
+            if not difference <= TOLERANCE:
+                packages = "onnxscript and onnxruntime" if output.suffix == ".onnx" else "torch"
+                raise UserError(
+                    f"{output}: not written, since its pictures are not the generator's: {name} pixels differ by up to"
+                    f" {difference:.2g}, where {TOLERANCE} is allowed. That is a fault of the exporter or the runtime:"
+                    f" try other versions of {packages}"
+                )
+        for part in sorted(Path(folder).iterdir(), key=lambda path: path == file):  # the file itself comes last
+            part.replace(output.parent / part.name)
+
+
+def metadata(model: LoadedModel) -> dict[str, Any]:
+    """What a file says of itself: in an ONNX file's metadata, one JSON value per key."""
+    config = model.config
+    return {
+        "images": "float32 [N, 3, H, W], RGB, -1 to 1",
+        "size_multiple": model.size_multiple,
+        "trained_size": image_size(config),
+        "style_dims": model.style_dims,
+        "edges": config.data.edges,
+        "label_table": config.data.labels.model_dump(),
+        "generator": config.gen.type,
+        "weights": model.weights,
+        "images_seen": model.images_seen,
+    }
+
+
+def example_inputs(network: ExportedGenerator, count: int, height: int, width: int) -> dict[str, Tensor]:
+    """Inputs of every kind that the generator takes: blocks of labels (don't care among them), the same each time."""
+    spec, rng = network.spec, np.random.default_rng((count, height, width))
+    blocks = rng.integers(0, spec.num_classes + 1, (count, height // 4 + 1, width // 4 + 1), dtype=np.int32)
+    inputs: dict[str, NDArray[np.generic]] = {"labels": blocks.repeat(4, 1).repeat(4, 2)[:, :height, :width].copy()}
+    if spec.has_edges:
+        inputs["edges"] = (rng.random((count, height, width)) < 0.1).astype(np.float32)
+    if spec.has_distances:
+        inputs["distances"] = rng.uniform(-1, 1, (count, 2, height, width)).astype(np.float32)
+    if network.generator.style_dims:
+        inputs["z"] = rng.standard_normal((count, network.generator.style_dims), dtype=np.float32)
+    return {name: torch.from_numpy(value) for name, value in inputs.items()}
+
+
+def _traced(network: ExportedGenerator, multiple: int) -> ExportedProgram:
+    """The network for any number of pictures of any size."""
+    count, height, width = Dim("batch"), multiple * Dim("height"), multiple * Dim("width")
+    sizes = {
+        "labels": (count, height, width),
+        "edges": (count, height, width),
+        "distances": (count, None, height, width),
+        "z": (count,),
+    }
+    inputs = example_inputs(network, 2, 2 * multiple, 3 * multiple)
+    shapes = {name: dict(enumerate(sizes[name])) for name in inputs}
+    program = torch.export.export(network, (), inputs, dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # source lines with this machine's paths
+    return program
+
+
+def _to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
+    converted = torch.onnx.export(program, kwargs=program.example_inputs[1], output_names=["images"], verbose=False)
+    assert converted is not None
+    model = converted.model
+    model.doc_string = __doc__
+    shapes = [value.shape for value in (*model.graph.inputs, *model.graph.outputs) if value.shape is not None]
+    axes = dict(zip(map(str, shapes[0]), ("batch", "height", "width"), strict=True))
+    for shape in shapes:
+        for axis, size in enumerate(map(str, shape)):
+            if size in axes:
+                shape[axis] = axes[size]
+    return converted
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what was raised first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _load_onnx(file: Path) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(["images"], {name: value.numpy() for name, value in inputs.items()})[0]
+
+
+def _load_pt2(file: Path) -> Run:
+    module = torch.export.load(file).module()
+    return lambda inputs: module(**inputs).numpy()
+
+
+@torch.inference_mode()
+def _difference(run: Run, network: ExportedGenerator, inputs: dict[str, Tensor]) -> float:
+    """The largest difference between the file's pictures and the generator's; NaN where one is not finite."""
+    return float(np.abs(run(inputs) - network(**inputs).numpy()).max())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' remarks on their own progress and internals."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)

@@ -1,0 +1,84 @@
+"""A trained generator as one file to give away: weights for inference in safetensors, which runs no code when read.
+
+Tensors ``generator.*`` and, where there is a style encoder, ``encoder.*``, spectral norms folded. The metadata holds
+``format``, ``version`` (of this package), ``config`` (JSON, fully resolved, label table included), ``weights`` (``ema``
+or ``raw``) and ``images_seen``. Folders of the machine it was trained on are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import imaginaire_spade
+from imaginaire_spade.config import RunConfig, dump_config
+from imaginaire_spade.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from imaginaire_spade.inference.weights import LoadedModel
+
+PUBLISHED = "imaginaire_spade.generator.1"
+
+
+def publish_generator(model: LoadedModel, path: Path) -> None:
+    """Write ``model`` (not frozen) to ``path``, whole or not at all. Raises CheckpointError."""
+    networks = {"generator": model.generator, "encoder": model.encoder}
+    tensors = {
+        f"{name}.{key}": tensor.cpu().contiguous()
+        for name, network in networks.items()
+        if network is not None
+        for key, tensor in network.state_dict().items()
+    }
+    metadata = {
+        "format": PUBLISHED,
+        "version": imaginaire_spade.__version__,
+        "config": json.dumps(_without_places(model.config)),
+        "weights": model.weights,
+        "images_seen": str(model.images_seen),
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: could not be written ({error})") from None
+
+
+def read_published(path: Path) -> dict[str, Any]:
+    """The file as a checkpoint that holds ``generator`` (and ``encoder``) or their averages, whichever it was made of.
+
+    Raises CheckpointError where it is absent, damaged or foreign.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        if metadata.get("format") != PUBLISHED:
+            raise CheckpointError(f"{path}: not written by scripts/export_generator.py, so it does not say what it is")
+        config, images_seen = json.loads(metadata["config"]), int(metadata["images_seen"])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: cannot be read as a published generator, it is damaged ({error})") from None
+    content: dict[str, Any] = {"format": PUBLISHED, "config": config, "images_seen": images_seen}
+    suffix = "_ema" if metadata.get("weights") == "ema" else ""
+    for name in ("generator", "encoder"):
+        state = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
+        content |= {name: None, f"{name}_ema": None} | ({f"{name}{suffix}": state} if state else {})
+    return content
+
+
+def _without_places(config: RunConfig) -> dict[str, Any]:
+    tree = dump_config(config)
+    for split in filter(None, (tree["data"]["train"], tree["data"]["val"])):
+        split["roots"] = [Path(root).name for root in split["roots"]]
+    return tree | {"test_data": None, "pretrained_weight": None}

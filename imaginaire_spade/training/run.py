@@ -1,0 +1,168 @@
+"""The parts of a run: made once from its configuration, before the first iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from imaginaire_spade import distributed
+from imaginaire_spade.build import build_split
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.data.dataset import Batch, LabelMapDataset
+from imaginaire_spade.data.loader import Prefetcher, default_num_workers, sequential_batches, training_loader
+from imaginaire_spade.distributed import ProcessInfo
+from imaginaire_spade.layout import SemanticLayout
+from imaginaire_spade.models.norms import synchronize_batch_norm
+from imaginaire_spade.noise import style_noise
+from imaginaire_spade.training.activation_checkpointing import checkpoint_activations
+from imaginaire_spade.training.evaluation import Evaluation
+from imaginaire_spade.training.faults import memory_explained
+from imaginaire_spade.training.schedule import Calendar, learning_rate_factor
+from imaginaire_spade.training.state import TrainState, new_train_state
+from imaginaire_spade.training.step import AUTOCAST, Networks, StepSettings, train_step
+
+
+@dataclass
+class Run:
+    """The parts of a run, made by ``prepare``; the loop only calls them."""
+
+    config: RunConfig
+    info: ProcessInfo
+    device: torch.device
+    dataset: LabelMapDataset
+    val_dataset: LabelMapDataset
+    state: TrainState
+    networks: Networks
+    settings: StepSettings
+    calendar: Calendar
+    evaluation: Evaluation | None
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def process_batch(self) -> int:
+        return self.config.data.train.batch_size
+
+    def batches(self, num_workers: int | None = None) -> Prefetcher:
+        """This process's batches from the present position on, on the device."""
+        workers = self.config.data.num_workers if num_workers is None else num_workers
+        loader = training_loader(
+            self.dataset,
+            self.process_batch,
+            seed=self.seed,
+            images_seen=self.state.images_seen,
+            rank=self.info.rank,
+            world_size=self.info.world_size,
+            num_workers=default_num_workers(self.info.local_world_size) if workers is None else workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        return Prefetcher(loader, self.device)
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One iteration: set the learning rates, update, count."""
+        progress = self.calendar.progress(self.state.images_seen)
+        for optimizer, section in (
+            (self.state.gen_optimizer, self.config.gen_opt),
+            (self.state.dis_optimizer, self.config.dis_opt),
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = section.lr * learning_rate_factor(section.lr_policy, progress)
+        average = self.config.trainer.model_average
+        warm = average is not None and self.calendar.iteration(self.state.images_seen) >= average.start_iteration
+        beta = average.beta if average is not None and warm else 0.0
+        with memory_explained(self.config):
+            losses = train_step(self.state, self.networks, batch, self.settings, beta)
+        self.state.images_seen += self.calendar.global_batch
+        return losses
+
+
+def prepare(
+    config: RunConfig,
+    objective: tuple[nn.ModuleDict, dict[str, float]],
+    info: ProcessInfo,
+    device: torch.device,
+    stop_after: int | None = None,
+) -> Run:
+    """Open the data and make everything a run consists of, at image 0. Call after joining the process group.
+
+    Args:
+        objective: terms and weights, as ``build_losses`` makes them.
+        stop_after: end this start after so many iterations in all (``--max_iterations``).
+    """
+    seed = config.seed
+    terms, weights = objective
+    dataset = build_split(config, config.data.train)
+    val_dataset = dataset if config.data.val is None else build_split(config, config.data.val)
+    state = new_train_state(config, device, seed)
+    if config.trainer.sync_batch_norm and info.world_size > 1:
+        synchronize_batch_norm(state.generator)
+        synchronize_batch_norm(state.discriminator)
+        if state.generator_ema is not None:
+            synchronize_batch_norm(state.generator_ema)
+    settings = StepSettings(
+        terms=terms.to(device),
+        weights=weights,
+        form=config.trainer.iteration,
+        autocast_dtype=AUTOCAST[config.trainer.precision],
+        accumulation=config.trainer.gradient_accumulation,
+        style_dims=state.generator.style_dims,
+        seed=seed,
+    )
+    if config.trainer.activation_checkpointing:
+        checkpoint_activations(state.generator)
+    wrap = partial(distributed.wrap, device=device, bucket_cap_mb=config.trainer.bucket_cap_mb)
+    networks = Networks(
+        wrap(state.generator), wrap(state.discriminator), None if state.encoder is None else wrap(state.encoder)
+    )
+    global_batch = config.data.train.batch_size * info.world_size
+    calendar = Calendar.of(config.trainer, global_batch, len(dataset), stop_after)
+    evaluation = None if config.trainer.evaluation is None else Evaluation(config, val_dataset, info, device)
+    return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar, evaluation)
+
+
+def describe(run: Run) -> str:
+    """Parameters, batch and schedule in a few lines."""
+    state, calendar, trainer = run.state, run.calendar, run.config.trainer
+
+    def millions(network: torch.nn.Module | None) -> str:
+        return "none" if network is None else f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
+
+    averaged, optimizers = trainer.model_average, (run.config.gen_opt, run.config.dis_opt)
+    losses = ", ".join(f"{name} x {weight:g}" for name, weight in run.settings.weights.items())
+    rates = ", ".join(f"{n} {o.lr:g} ({o.lr_policy.type})" for n, o in zip("GD", optimizers, strict=True))
+    epochs = calendar.epoch(calendar.total_iterations * calendar.global_batch)
+    lines = [
+        f"parameters: generator {millions(state.generator)}, discriminator {millions(state.discriminator)},"
+        f" encoder {millions(state.encoder)}",
+        f"data: {len(run.dataset)} training and {len(run.val_dataset)} preview samples",
+        f"losses: {losses}",
+        f"batch: {run.process_batch} per process x {run.info.world_size} process(es) ="
+        f" {calendar.global_batch} globally, on {run.device.type}, {trainer.precision}",
+        f"schedule: {calendar.total_iterations} iterations = {epochs:.1f} epochs; learning rates {rates};"
+        f" model average {'off' if averaged is None else f'beta {averaged.beta:g}'}",
+    ]
+    return "\n".join(lines)
+
+
+def calibration_layouts(run: Run) -> list[Batch]:
+    """This process's share of the first training samples: layouts over which the average's statistics are estimated."""
+    average = run.config.trainer.model_average
+    if average is None or not average.batch_norm_images:
+        return []
+    whole = max(1, average.batch_norm_images // run.calendar.global_batch) * run.calendar.global_batch
+    mine = range(run.info.rank * run.process_batch, whole, run.calendar.global_batch)
+    indices = [(start + i) % len(run.dataset) for start in mine for i in range(run.process_batch)]
+    return list(sequential_batches(run.dataset, indices, run.process_batch))
+
+
+def calibration_inputs(run: Run, batches: list[Batch]) -> Iterator[tuple[SemanticLayout, Tensor | None]]:
+    dims = run.settings.style_dims
+    for batch in batches:
+        z = style_noise(run.seed, list(batch.keys), dims).to(run.device) if dims else None
+        yield batch.layout.to(run.device), z

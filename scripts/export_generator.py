@@ -1,0 +1,43 @@
+"""Write a checkpoint's generator as one file to publish: safetensors, for inference.py --checkpoint model.safetensors.
+
+A fraction of the checkpoint's size: no optimizers, no discriminator. It carries its config with the label table;
+folders of this machine are left out. (Other systems' formats: export_checkpoint.py.)
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from imaginaire_spade.build import import_modules
+from imaginaire_spade.data.shard import file_sha256
+from imaginaire_spade.errors import ConfigError, run_command_line
+from imaginaire_spade.inference.published import publish_generator
+from imaginaire_spade.inference.weights import find_checkpoint, load_generator
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="P", help="a file, or a folder: its newest")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="moving average (default) or raw")
+    parser.add_argument("--output", required=True, type=Path, metavar="model.safetensors")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output where it exists")
+    parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
+                        help="import your module, which registers your components (repeat)")  # fmt: skip
+    arguments = parser.parse_args()
+    if arguments.output.suffix != ".safetensors":
+        raise ConfigError(f"--output {arguments.output}: give it the suffix .safetensors")
+    if arguments.output.exists() and not arguments.overwrite:
+        raise ConfigError(f"--output {arguments.output} exists: give another name, or --overwrite")
+    import_modules(arguments.modules)
+    model = load_generator(find_checkpoint(arguments.checkpoint, None, None), weights=arguments.weights)
+    publish_generator(model, arguments.output)
+    for note in model.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"wrote {arguments.output}: {model.weights} weights after {model.images_seen} pictures")
+    print(f"for pretrained_weight in a config: sha256: {file_sha256(arguments.output)}")
+
+
+if __name__ == "__main__":
+    run_command_line(main)

@@ -1,0 +1,689 @@
+"""The painting page: its requests and their limits over HTTP, and one round in a real browser."""
+
+import base64
+import http.client
+import io
+import json
+import shutil
+import socket
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import blocky_labels, write_png
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_inference import TREE, changed, save
+
+from imaginaire_spade import Synthesizer
+from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.demo import __main__ as command_line
+from imaginaire_spade.demo.server import HEADERS, MAX_JSON_BYTES, MAX_UPLOAD_BYTES, PAGE_FILES, PaintingServer
+from imaginaire_spade.demo.service import MAX_WAITING, PaintingService, _raw_ids, fitted
+from imaginaire_spade.errors import CheckpointError, ConfigError, DataError
+from imaginaire_spade.labels import LabelSpec
+
+# Raw ids are not train ids here: 7 means class 1, 255 "don't care", and no id means class 2.
+NAMES = ["sky", "<img src=x onerror=alert(1)>", "unreachable", "sea & sand", "tree"]
+PALETTE = [[250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 0], [7, 8, 9]]
+TABLE = {"num_classes": 5, "ignore": [255], "remap": {7: 1, 1: 0, 2: 0}, "names": NAMES, "palette": PALETTE}
+RAW = {0: 0, 1: 7, 3: 3, 4: 4, 5: 255}
+SIZE = (64, 64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """With style code, encoder and edges."""
+    return save(tmp_path_factory.mktemp("checkpoints") / "styled.pt", changed(TREE, data__labels=TABLE))
+
+
+@pytest.fixture(scope="module")
+def synthesizer(checkpoint) -> Synthesizer:
+    return Synthesizer.load(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Synthesizer:
+    """Without style code, encoder and edges."""
+    tree = changed(TREE, gen__style_dims=0, encoder=None, data__edges="none")
+    return Synthesizer.load(save(tmp_path_factory.mktemp("checkpoints") / "plain.pt", tree), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("samples")
+    for number in range(2):
+        labels = blocky_labels(np.random.default_rng(number), 40, 80, 4)
+        write_png(folder / f"{number}.png", np.where(labels == 2, 7, labels).astype(np.uint8))
+    return folder
+
+
+class Client:
+    """Requests to a server; the server stops when the test module is done."""
+
+    def __init__(self, service: PaintingService) -> None:
+        self.server = PaintingServer(service, "127.0.0.1", 0)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def ask(
+        self, method: str, path: str, body: bytes = b"", **headers: str
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.server_port, timeout=60)
+        try:
+            connection.putrequest(method, path, skip_host="Host" in headers)
+            given = {"Content-Length": str(len(body))} if body or method == "POST" else {}
+            for name, value in (given | {key.replace("_", "-"): value for key, value in headers.items()}).items():
+                connection.putheader(name, value)
+            connection.endheaders(body)
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+        finally:
+            connection.close()
+
+    def post(self, path: str, fields: object) -> tuple[int, bytes]:
+        status, _, content = self.ask("POST", path, json.dumps(fields).encode(), Content_Type="application/json")
+        return status, content
+
+    def send(self, path: str, content: bytes) -> tuple[int, bytes]:
+        status, _, answer = self.ask("POST", path, content, Content_Type="application/octet-stream")
+        return status, answer
+
+
+@pytest.fixture(scope="module")
+def client(synthesizer, samples):
+    client = Client(PaintingService(synthesizer, "a <name>", LabelMapDataset(str(samples), synthesizer.labels,
+                                                                             with_images=False)))  # fmt: skip
+    yield client
+    client.stop()
+
+
+@pytest.fixture(scope="module")
+def plain_client(plain):
+    client = Client(PaintingService(plain, "plain"))
+    yield client
+    client.stop()
+
+
+def fields_of(train_ids: np.ndarray, **more: object) -> dict[str, object]:
+    labels = base64.b64encode(train_ids.tobytes()).decode()
+    return {"height": train_ids.shape[0], "width": train_ids.shape[1], "labels": labels, **more}
+
+
+def map_of(answer: bytes) -> np.ndarray:
+    fields = json.loads(answer)
+    return np.frombuffer(base64.b64decode(fields["labels"]), np.uint8).reshape(fields["height"], fields["width"])
+
+
+def decoded(png: bytes) -> np.ndarray:
+    return cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)[..., ::-1]
+
+
+def file_of(array: np.ndarray, suffix: str = ".png") -> bytes:
+    return cv2.imencode(suffix, array[..., ::-1] if array.ndim == 3 else array)[1].tobytes()
+
+
+def some_map(seed: int = 0, height: int = 64, width: int = 64) -> np.ndarray:
+    """Train ids that the table has."""
+    return np.array([0, 1, 3, 4, 5], np.uint8)[blocky_labels(np.random.default_rng(seed), height, width, 5)]
+
+
+def as_raw(train_ids: np.ndarray) -> np.ndarray:
+    return np.vectorize(RAW.get)(train_ids).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------ what is promised
+
+
+def test_the_page_its_files_and_the_model(client):
+    for path, (name, content_type) in PAGE_FILES.items():
+        status, headers, content = client.ask("GET", path)
+        assert status == 200 and headers["Content-Type"] == content_type and len(content) > 500, name
+        assert HEADERS.items() <= dict(headers).items()
+    page = Path(command_line.__file__).parent / "page"
+    assert {path.name for path in page.iterdir()} == {name for name, _ in PAGE_FILES.values()}
+    status, headers, content = client.ask("GET", "/api/model")
+    model = json.loads(content)
+    assert (status, headers["Content-Type"]) == (200, "application/json")
+    assert model["sizes"] == [[64, 64], [128, 128], [256, 256], [512, 512]] and model["trained_size"] == [64, 64]
+    assert model["style_dims"] == 4 and model["has_style_encoder"] and model["num_samples"] == 2
+    # A class that no raw id means can neither be trained nor saved: it is not offered.
+    assert [one["id"] for one in model["classes"]] == [0, 1, 3, 4, 5]
+    assert model["classes"][1] == {"id": 1, "name": NAMES[1], "colour": PALETTE[1]}
+    assert model["classes"][4]["name"] == "don't care"
+
+
+def test_a_picture_is_the_synthesizers(client, plain_client, synthesizer, plain):
+    for shape in ((64, 64), (33, 50), (1, 1)):
+        train_ids = some_map(1, *shape)
+        status, content = client.post("/api/picture", fields_of(train_ids, seed=5))
+        assert status == 200
+        np.testing.assert_array_equal(decoded(content), synthesizer(as_raw(train_ids), seed=5))
+    other = client.post("/api/picture", fields_of(train_ids, seed=6))[1]
+    assert (decoded(other) != decoded(content)).any()
+    status, content = plain_client.post("/api/picture", fields_of(np.full(SIZE, 3, np.uint8)))
+    assert status == 200
+    np.testing.assert_array_equal(decoded(content), plain(np.full(SIZE, 3, np.uint8)))
+
+
+def test_the_style_of_a_photo(client, synthesizer):
+    photo = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    status, answer = client.send("/api/style", file_of(photo))
+    assert status == 200
+    np.testing.assert_allclose(json.loads(answer)["style"], synthesizer.encode(photo))
+    train_ids = some_map()
+    status, content = client.post("/api/picture", fields_of(train_ids, **json.loads(answer)))
+    np.testing.assert_array_equal(decoded(content), synthesizer(as_raw(train_ids), style=photo))
+
+
+def test_a_saved_label_map_opens_again(client):
+    train_ids = some_map(3)
+    status, content = client.post("/api/label_map_file", fields_of(train_ids))
+    image = Image.open(io.BytesIO(content))
+    assert status == 200 and image.mode == "P"
+    np.testing.assert_array_equal(np.asarray(image), as_raw(train_ids))  # ids as the data set's files have them
+    colours = np.array([*PALETTE, [0, 0, 0]], np.uint8)[train_ids]
+    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), colours)
+    for file in (content, file_of(as_raw(train_ids)), file_of(colours)):
+        status, answer = client.send("/api/label_map?height=64&width=64", file)
+        assert status == 200
+        np.testing.assert_array_equal(map_of(answer), train_ids)
+
+
+def test_ids_of_two_bytes(tmp_path):
+    tree = changed(TREE, data__labels={"num_classes": 300}, gen__style_dims=0, encoder=None, data__edges="none")
+    service = PaintingService(Synthesizer.load(save(tmp_path / "many.pt", tree), device="cpu"), "many")
+    assert service.description()["bytes_per_id"] == 2
+    train_ids = np.arange(64 * 64, dtype="<u2").reshape(SIZE) % 300
+    file = service.label_map_file(fields_of(train_ids))
+    assert np.asarray(Image.open(io.BytesIO(file))).max() == 299
+    again = service.label_map_from_file(file, *SIZE)
+    assert base64.b64decode(again["labels"]) == train_ids.tobytes()
+    assert decoded(service.picture(fields_of(train_ids))).shape == (*SIZE, 3)
+    with pytest.raises(DataError, match="ids 300, which are no class"):
+        service.picture(fields_of(np.full(SIZE, 300, "<u2")))
+
+
+def test_samples_are_fitted_to_the_canvas(client, samples):
+    for number in (0, 1, 2):  # counted round
+        status, _, answer = client.ask("GET", f"/api/sample?number={number}&height=40&width=40")
+        stored = cv2.imread(str(samples / f"{number % 2}.png"), cv2.IMREAD_UNCHANGED)
+        assert status == 200
+        np.testing.assert_array_equal(as_raw(map_of(answer)), np.where(stored == 1, 0, stored)[:, 20:60])
+        assert json.loads(answer)["original_size"] == [40, 80]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.tuples(*[st.integers(1, 40)] * 4), st.integers(0, 9))
+def test_fitting_covers_the_canvas_and_keeps_the_proportions(sizes, seed):
+    height, width, to_height, to_width = sizes
+    places = np.arange(height * width).reshape(height, width)
+    rows, columns = np.divmod(fitted(places, to_height, to_width), width)
+    assert rows.shape == (to_height, to_width)
+    assert (np.diff(rows, axis=0) >= 0).all() and (np.diff(columns, axis=1) >= 0).all()
+    assert (rows == rows[:, :1]).all() and (columns == columns[:1]).all()
+    step = min(height / to_height, width / to_width)
+    for places_along, length, wanted in ((rows[:, 0], height, to_height), (columns[0], width, to_width)):
+        assert abs((places_along[-1] - places_along[0]) - step * (wanted - 1)) <= 1
+        assert abs(places_along[0] + places_along[-1] - (length - 1)) <= 1  # the middle
+    np.testing.assert_array_equal(fitted(places, height, width), places)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_raw_ids_are_the_tables_inverse(data):
+    count = data.draw(st.integers(1, 300))
+    raw = st.integers(0, 400)
+    ignore = data.draw(st.sets(raw, max_size=5))
+    remap = data.draw(st.dictionaries(raw.filter(lambda i: i not in ignore), st.integers(0, count - 1), max_size=9))
+    spec = LabelSpec(num_classes=count, ignore=tuple(ignore), remap=remap)
+    raw_ids = _raw_ids(spec.table, count)
+    meant, smallest = np.unique(spec.table, return_index=True)
+    expected = np.full(count + 1, -1)
+    valid = (meant >= 0) & (meant <= count)
+    expected[meant[valid]] = smallest[valid]
+    np.testing.assert_array_equal(raw_ids, expected)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+PICTURE, UPLOAD = "/api/picture", "/api/label_map?height=64&width=64"
+GOOD = fields_of(np.zeros(SIZE, np.uint8), seed=1)
+JSON, FILE = {"Content_Type": "application/json"}, {"Content_Type": "application/octet-stream"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({**GOOD, "labels": "%%%"}, "labels: not base64"),
+        ({**GOOD, "labels": None}, "labels: not base64"),
+        ({**GOOD, "height": 63}, "4096 bytes; 63 x 64 ids take 4032"),
+        ({**GOOD, "height": 64.0}, "height: a whole number from 1 to 1024"),
+        ({**GOOD, "height": True}, "height: a whole number"),
+        ({**GOOD, "width": 0}, "width: a whole number from 1"),
+        ({**GOOD, "width": 10**30}, "width: a whole number"),
+        (fields_of(np.full(SIZE, 2, np.uint8)), "ids 2, which are no class"),
+        (fields_of(np.full(SIZE, 200, np.uint8)), "ids 200, which are no class"),
+        ({**GOOD, "seed": -1}, "seed: a whole number"),
+        ({**GOOD, "seed": "1"}, "seed: a whole number"),
+        ({**GOOD, "style": [0, 0, 0]}, "style: 4 numbers"),
+        ({**GOOD, "style": [0, 0, 0, "0"]}, "style: 4 numbers"),
+        ({**GOOD, "style": [0, 0, 0, float("nan")]}, "style: 4 numbers"),
+        ({**GOOD, "style": [0, 0, 0, 1e30]}, "style: 4 numbers"),
+        ({**GOOD, "style": "0000"}, "style: 4 numbers"),
+        ({**GOOD, "path": "/etc/passwd"}, "the request has path"),
+        ({"height": 64}, "the request lacks labels, width"),
+        ([GOOD], "not a JSON object"),
+        ("text", "not a JSON object"),
+    ],
+)  # fmt: skip
+def test_wrong_fields_are_named(client, fields, words):
+    status, content = client.post(PICTURE, fields)
+    assert status == 400 and words in json.loads(content)["error"]
+
+
+def test_a_model_without_style_or_samples_says_so(plain_client):
+    status, content = plain_client.post(PICTURE, GOOD)
+    assert status == 400 and "seed, which this model does not take" in json.loads(content)["error"]
+    status, content = plain_client.send("/api/style", file_of(np.zeros((8, 8, 3), np.uint8)))
+    assert status == 400 and "without a style encoder" in json.loads(content)["error"]
+    status, _, content = plain_client.ask("GET", "/api/sample?number=0&height=64&width=64")
+    assert status == 400 and "--samples" in json.loads(content)["error"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers", "status", "words"),
+    [
+        ("GET", "/nothing", b"", {}, 404, "no such page"),
+        ("GET", "/../server.py", b"", {}, 404, "no such page"),
+        ("GET", "/page.css/../../server.py", b"", {}, 404, "no such page"),
+        ("GET", PICTURE, b"", {}, 405, "POST is wanted"),
+        ("POST", "/", b"{}", JSON, 405, "GET is wanted"),
+        ("PUT", PICTURE, b"{}", JSON, 501, "Unsupported method"),
+        ("OPTIONS", PICTURE, b"", {}, 501, "Unsupported method"),  # a foreign page asking for leave
+        ("POST", PICTURE, b"{", JSON, 400, "not JSON"),
+        ("POST", PICTURE, b"\xff\xfe", JSON, 400, "not JSON"),
+        ("POST", PICTURE, b"[" * 100_000, JSON, 400, "not JSON"),
+        ("POST", PICTURE, b"{}", {"Content_Type": "text/plain"}, 415, "application/json is wanted"),
+        ("POST", PICTURE, b"{}", {}, 415, "application/json is wanted"),
+        ("POST", PICTURE, b"", {**JSON, "Content_Length": str(MAX_JSON_BYTES + 1)}, 413, "at most 4 MiB"),
+        ("POST", UPLOAD, b"", {**FILE, "Content_Length": str(MAX_UPLOAD_BYTES + 1)}, 413, "at most 32 MiB"),
+        ("POST", UPLOAD, b"", {**FILE, "Content_Length": "9" * 5000}, 413, "at most 32 MiB"),
+        ("POST", UPLOAD, b"", {**FILE, "Content_Length": "-1"}, 400, "no number"),
+        ("POST", UPLOAD, b"", {**FILE, "Content_Length": "²"}, 400, "no number"),
+        ("POST", UPLOAD, b"0\r\n\r\n", {**FILE, "Transfer_Encoding": "chunked"}, 411, "Content-Length"),
+        ("POST", UPLOAD, b"<html>", {"Content_Type": "text/html"}, 415, "not text/html"),
+        ("POST", UPLOAD, b"", FILE, 400, "empty"),
+        ("POST", UPLOAD, b"no image", FILE, 400, "not readable as an image"),
+        ("POST", UPLOAD, file_of(np.zeros((8, 8, 3), np.uint8), ".jpg"), FILE, 400, "JPEG"),
+        ("POST", UPLOAD, file_of(np.full((8, 8), 99, np.uint8)), FILE, 400, "label value(s) 99"),
+        ("POST", UPLOAD, file_of(np.full((8, 8, 3), 9, np.uint8)), FILE, 400, "colour(s)"),
+        ("POST", UPLOAD, file_of(np.zeros((8, 8), np.uint8))[:60], FILE, 400, "not readable"),
+        ("POST", "/api/label_map", b"", FILE, 400, "height, width"),
+        ("POST", "/api/label_map?height=64&width=2000", b"", FILE, 400, "width: a whole"),
+        ("POST", "/api/label_map?height=64&width=-4", b"", FILE, 400, "whole numbers height, width"),
+        ("POST", "/api/style", b"no image", FILE, 400, "not readable as an image"),
+        ("GET", "/api/sample?number=1&height=64&width=64&path=/etc", b"", {}, 400, "whole numbers"),
+        ("GET", "/api/sample?number=1e9&height=64&width=64", b"", {}, 400, "whole numbers"),
+    ],
+)  # fmt: skip
+def test_wrong_requests_are_refused_in_words(client, method, path, body, headers, status, words):
+    got, answered, content = client.ask(method, path, body, **headers)
+    assert (got, answered["Content-Type"]) == (status, "application/json")
+    assert words in json.loads(content)["error"]
+    assert HEADERS.items() <= dict(answered).items()
+
+
+def test_a_picture_that_promises_too_many_pixels_is_not_decoded(client):
+    for side, words in ((8000, "at most 50 million"), (2**30, "pixels by its header")):
+        header = bytearray(file_of(np.zeros((8, 8), np.uint8)))
+        header[16:24] = side.to_bytes(4, "big") * 2
+        status, content = client.send(UPLOAD, bytes(header))
+        assert status == 400 and words in json.loads(content)["error"]
+        assert client.send("/api/style", bytes(header))[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "localhost:9999"}, 200),  # a forwarded port
+        ({"Host": "127.0.0.1"}, 200),
+        ({"Host": "[::1]:7860"}, 200),
+        ({"Host": "LOCALHOST"}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "localhost.evil.example"}, 403),
+        ({"Host": "localhost@evil.example"}, 403),
+        ({"Host": "192.168.0.7:7860"}, 403),
+        ({"Host": ""}, 403),
+        ({"Host": "[::1"}, 403),
+        ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
+        ({"Host": "localhost:1", "Origin": "http://localhost:2"}, 403),
+        ({"Host": "localhost:1", "Origin": "https://evil.example"}, 403),
+        ({"Host": "localhost:1", "Origin": "null"}, 403),
+    ],
+)
+def test_pages_from_elsewhere_are_refused(client, headers, status):
+    assert client.ask("GET", "/", **headers)[0] == status
+    body = json.dumps(GOOD).encode()
+    assert client.ask("POST", PICTURE, body, **JSON, **headers)[0] == status
+
+
+def test_after_a_refusal_the_connection_is_closed_and_the_server_goes_on(client):
+    # The refused body is a request in itself: it must not be answered.
+    inner = b"GET /api/model HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = f"POST /api/picture HTTP/1.1\r\nHost: evil.example\r\nContent-Length: {len(inner)}\r\n\r\n".encode()
+    for request in (head + inner, b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", client.server.server_port), timeout=30) as connection:
+            connection.sendall(request)
+            connection.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda c=connection: c.recv(65536), b""))
+        assert b" 403 " in answer.partition(b"\r\n")[0]
+        assert answer.count(b"Content-Security-Policy") == 1 and b"num_samples" not in answer
+    with socket.create_connection(("127.0.0.1", client.server.server_port), timeout=30) as connection:
+        connection.sendall(b"POST /api/picture HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                           b"Content-Length: 100\r\n\r\n{")  # fmt: skip
+    assert client.ask("GET", "/")[0] == 200
+
+
+def test_a_server_for_others_answers_to_any_name_but_not_to_pages_of_other_origins(plain):
+    server = PaintingServer(PaintingService(plain, "plain"), "0.0.0.0", 0)
+    server.server_close()
+    assert not server.local_only and server.url.startswith("http://0.0.0.0:")
+    for host in ("127.0.0.1", "localhost", "127.8.8.8"):
+        server = PaintingServer(PaintingService(plain, "plain"), host, 0)
+        server.server_close()
+        assert server.local_only
+
+
+def test_an_address_that_cannot_be_had(client, plain):
+    service = PaintingService(plain, "plain")
+    taken = client.server.server_port
+    for host, port, words in (
+        ("127.0.0.1", taken, f"--port {taken}: taken by another program.*write --port {taken + 1}"),
+        ("127.0.0.1", 70000, "--port 70000: ports are 0 to 65535"),
+        ("no.such.host.invalid", 0, "--host no.such.host.invalid: cannot listen"),
+        ("192.0.2.1", 0, "--host 192.0.2.1: cannot listen"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            PaintingServer(service, host, port)
+
+
+# ------------------------------------------------------------------------------------------------ under load
+
+
+class Slow:
+    """A synthesizer that waits to be let go, and counts how many callers are in it."""
+
+    def __init__(self, synthesizer: Synthesizer) -> None:
+        self._synthesizer = synthesizer
+        self.inside, self.most = 0, 0
+        self.go = threading.Event()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._synthesizer, name)
+
+    def __call__(self, *_: object, **__: object) -> np.ndarray:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        self.go.wait(30)
+        self.inside -= 1
+        return np.zeros((*SIZE, 3), np.uint8)
+
+
+def test_one_picture_at_a_time_and_no_endless_queue(synthesizer):
+    slow = Slow(synthesizer)
+    client = Client(PaintingService(slow, "slow"))  # type: ignore[arg-type]
+    try:
+        with ThreadPoolExecutor(MAX_WAITING + 1) as pool:
+            answers = [pool.submit(client.post, PICTURE, GOOD) for _ in range(MAX_WAITING + 1)]
+            first = next(as_completed(answers, timeout=60)).result()
+            assert first[0] == 503 and "try again" in json.loads(first[1])["error"]
+            assert client.ask("GET", "/api/model")[0] == 200  # the page itself does not wait
+            slow.go.set()
+            assert sorted(answer.result()[0] for answer in answers) == [200] * MAX_WAITING + [503]
+        assert slow.most == 1 and client.post(PICTURE, GOOD)[0] == 200
+    finally:
+        slow.go.set()
+        client.stop()
+
+
+def test_a_fault_of_ours_is_not_told_in_detail(synthesizer, capsys):
+    slow = Slow(synthesizer)
+    slow.go = None  # type: ignore[assignment]
+    client = Client(PaintingService(slow, "faulty"))  # type: ignore[arg-type]
+    try:
+        status, content = client.post(PICTURE, GOOD)
+    finally:
+        client.stop()
+    assert status == 500 and "NoneType" not in content.decode() and "terminal" in content.decode()
+    assert "AttributeError" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """The command line up to the moment it waits for requests; there Ctrl-C comes."""
+
+    def interrupted(server: PaintingServer) -> None:
+        raise KeyboardInterrupt
+
+    def call(*arguments: object) -> None:
+        monkeypatch.setattr(PaintingServer, "serve_forever", interrupted)
+        monkeypatch.setattr(sys, "argv", ["demo", "--device", "cpu", *map(str, arguments)])
+        command_line.main()
+
+    return call
+
+
+def test_the_command_line(start, checkpoint, samples, client, tmp_path, capsys):
+    start("--checkpoint", checkpoint, "--port", 0, "--samples", samples)
+    out, err = capsys.readouterr()
+    assert out.startswith("painting page: http://127.0.0.1:") and out.endswith("ended\n") and not err
+    start("--checkpoint", checkpoint, "--port", 0, "--host", "0.0.0.0")
+    assert "asks for no password" in capsys.readouterr().err
+    for arguments, error, words in (
+        (("--checkpoint", tmp_path / "none.pt"), CheckpointError, "no such file or folder"),
+        (("--checkpoint", checkpoint, "--samples", tmp_path / "none"), DataError, "none"),
+        (("--checkpoint", checkpoint, "--port", client.server.server_port), ConfigError, "taken by another program"),
+    ):
+        with pytest.raises(error, match=words):
+            start(*arguments)
+
+
+# ------------------------------------------------------------------------------------------------ in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install -e .[dev])")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("no Chromium with its chromedriver (Debian: apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,800"):
+        options.add_argument(argument)
+    folder = tmp_path_factory.mktemp("downloads")
+    options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser.downloads = folder
+    yield browser
+    browser.quit()
+
+
+class Page:
+    """The page as somebody at the screen sees it."""
+
+    def __init__(self, browser, client: Client) -> None:
+        self.browser = browser
+        browser.get(f"http://127.0.0.1:{client.server.server_port}/")
+        self.wait(lambda: self.ask("return document.querySelector('#result img').naturalWidth > 0"))
+
+    def wait(self, condition) -> None:
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.browser, 60, poll_frequency=0.05).until(lambda _: condition())
+
+    def ask(self, script: str, *arguments: object):
+        return self.browser.execute_script(script, *arguments)
+
+    def element(self, selector: str):
+        return self.browser.find_element("css selector", selector)
+
+    def colours(self) -> np.ndarray:
+        """Of the canvas, uint8 [H, W, 3]."""
+        data = self.ask(
+            "const c = document.querySelector('canvas');"
+            "return [c.height, c.width, Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)]"
+        )
+        return np.array(data[2], np.uint8).reshape(data[0], data[1], 4)[..., :3]
+
+    def picture(self) -> str:
+        return self.ask("return document.querySelector('#result img').src")
+
+    def after(self, action) -> None:
+        """Do something, and wait until the picture of it is there."""
+        before = self.picture()
+        action()
+        self.wait(lambda: self.picture() != before and self.ask("return document.getElementById('busy').hidden"))
+
+    def drag(self, *moves: tuple[int, int]) -> None:
+        from selenium.webdriver import ActionChains
+
+        chain = ActionChains(self.browser, duration=20).move_to_element(self.element("canvas")).click_and_hold()
+        for x, y in moves:
+            chain.move_by_offset(x, y)
+        chain.release().perform()
+
+    def downloaded(self, button: str, name: str) -> bytes:
+        self.element(button).click()
+        path = self.browser.downloads / name
+        self.wait(path.exists)  # under its name it is whole
+        return path.read_bytes()
+
+
+def test_painting_in_a_browser(browser, client, synthesizer, tmp_path):
+    page = Page(browser, client)
+    assert page.element("#model").text.startswith("a <name>, trained on 64 × 64")
+    labels = browser.find_elements("css selector", "#list span")
+    assert [label.text for label in labels] == [NAMES[0], NAMES[1], *NAMES[3:], "don't care"]  # names are text
+    start = page.colours()  # a sample
+
+    # A stroke with the second class changes the map along it, in that class's colour alone, and the picture.
+    labels[1].click()
+    page.after(lambda: page.drag((60, 0), (0, 60)))
+    painted = page.colours()
+    changed_at = (painted != start).any(2)
+    assert (painted[changed_at] == PALETTE[1]).all() and (painted[32, 32:36] == PALETTE[1]).all()
+    assert 20 < changed_at.sum() < 600
+
+    # What the picture shows is what the library makes of the saved map.
+    saved = np.asarray(Image.open(io.BytesIO(page.downloaded("#save_map", "label_map.png"))))
+    np.testing.assert_array_equal(synthesizer.labels.colourise(synthesizer.train_ids(saved)), painted)
+    picture = decoded(page.downloaded("#save_picture", "picture.png"))
+    np.testing.assert_array_equal(picture, synthesizer(saved, seed=0))
+
+    page.after(lambda: page.element("#undo").click())
+    np.testing.assert_array_equal(page.colours(), start)
+    page.after(lambda: page.element("body").send_keys("\ue009\ue008z"))  # Ctrl+Shift+Z
+    np.testing.assert_array_equal(page.colours(), painted)
+
+    page.after(lambda: page.element("#clear").click())
+    assert (page.colours() == PALETTE[1]).all()
+    page.element("body").send_keys("f4")  # fill, with the fourth class
+    page.after(lambda: page.drag())
+    assert (page.colours() == PALETTE[4]).all()
+
+    opened = write_png(tmp_path / "opened.png", as_raw(some_map(7)))
+    page.after(lambda: page.element("#open").send_keys(str(opened)))
+    np.testing.assert_array_equal(page.colours(), synthesizer.labels.colourise(some_map(7)))
+    page.after(lambda: page.element("#dice").click())
+    photo = write_png(tmp_path / "photo.png", np.full((50, 50, 3), 200, np.uint8))
+    page.after(lambda: page.element("#photo").send_keys(str(photo)))
+    picture = page.downloaded("#save_picture", "picture (1).png")
+    np.testing.assert_array_equal(
+        decoded(picture), synthesizer(as_raw(some_map(7)), style=np.asarray(Image.open(photo)))
+    )
+
+    # A mistake is said in the page, and changes nothing.
+    page.element("#open").send_keys(str(write_png(tmp_path / "wrong.png", np.full((8, 8), 99, np.uint8))))
+    page.wait(page.element("#error").is_displayed)
+    assert "label value(s) 99" in page.element("#error").text
+    np.testing.assert_array_equal(page.colours(), synthesizer.labels.colourise(some_map(7)))
+
+    page = Page(browser, client)  # a reload keeps the map
+    np.testing.assert_array_equal(page.colours(), synthesizer.labels.colourise(some_map(7)))
+    complaints = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert all("/api/label_map" in complaint for complaint in complaints) and len(complaints) == 1
+    assert page.ask("return document.querySelectorAll('#list img').length") == 0
+
+
+def test_strokes_and_regions(browser, client):
+    """The page's own drawing code against plain references."""
+    browser.get(f"http://127.0.0.1:{client.server.server_port}/page.css")  # any page of this origin
+    rng = np.random.default_rng(0)
+    height, width = 23, 31
+    strokes = [[*rng.uniform(-5, 35, 4).round(2).tolist(), int(size)] for size in rng.integers(1, 12, 40)]
+    regions = [[rng.integers(0, 3, (height, width)).tolist(), int(rng.integers(width)), int(rng.integers(height))]
+               for _ in range(20)]  # fmt: skip
+    script = """
+        const [strokes, regions, height, width, done] = arguments;
+        import("/label_map.js").then(({ LabelMap }) => {
+          const stroked = strokes.map((stroke) => {
+            const map = new LabelMap(height, width, 1, 0);
+            map.stroke(...stroke, 1);
+            return [...map.ids];
+          });
+          const filled = regions.map(([rows, x, y]) => {
+            const map = new LabelMap(height, width, 2, 0);
+            map.ids.set(rows.flat());
+            map.fill(x + 0.5, y + 0.5, 9);
+            return [...map.ids];
+          });
+          const map = new LabelMap(4, 4, 1, 0);
+          for (const [height, width] of [[2, 2], [8, 4]]) map.resize(height, width);
+          map.undo();
+          const sizes = [map.height, map.width, map.ids.length, map.canUndo, map.canRedo];
+          map.undo(); map.redo(); map.redo();
+          done([stroked, filled, sizes, [map.height, map.width, map.ids.length]]);
+        });
+    """
+    stroked, filled, undone, redone = browser.execute_async_script(script, strokes, regions, height, width)
+    middles = np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), -1)
+    for (x0, y0, x1, y1, size), ids in zip(strokes, stroked, strict=True):
+        start, line = np.array([x0, y0]), np.array([x1 - x0, y1 - y0])
+        along = ((middles - start) @ line / (line @ line)).clip(0, 1)
+        distance = np.linalg.norm(middles - start - along[..., None] * line, axis=2)
+        painted = np.reshape(ids, (height, width)) == 1
+        if size > 1:
+            assert painted[distance <= size / 2].all()
+        assert not painted[distance > max(size / 2, np.sqrt(0.5)) + 1e-9].any()  # or the line passes through it
+        assert cv2.connectedComponents(painted.astype(np.uint8), connectivity=8)[0] <= 2  # without gaps
+    for (rows, x, y), ids in zip(regions, filled, strict=True):
+        before = np.array(rows, np.uint8)
+        region = cv2.connectedComponents((before == before[y, x]).astype(np.uint8), connectivity=4)[1]
+        np.testing.assert_array_equal(np.reshape(ids, (height, width)), np.where(region == region[y, x], 9, before))
+    assert undone == [2, 2, 4, True, True] and redone == [8, 4, 32]

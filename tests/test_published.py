@@ -1,0 +1,77 @@
+# ruff: noqa: F811 (the fixture tiny_run is imported)
+"""A generator to give away: it makes the checkpoint's pictures, knows what it is, and tells nothing of its machine."""
+
+import json
+
+import cv2
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_layout import random_layout
+from test_training import tiny_run  # noqa: F401
+
+from imaginaire_spade.build import layout_spec
+from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.inference.published import publish_generator
+from imaginaire_spade.inference.weights import load_generator
+from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpoint
+
+VAE = ("gen.style_dims=6", "encoder={type: conv, num_filters: 2, image_size: 128}", "losses.kl=0.1")
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_it_makes_the_checkpoints_pictures(tiny_run, tmp_path, weights):
+    _, run = tiny_run
+    run("log", *VAE, stop_after=1)
+    trained = load_generator(newest_checkpoint(tmp_path / "log"), weights=weights)
+    path = tmp_path / "model.safetensors"
+    publish_generator(trained, path)
+    published = load_generator(path)
+    assert (published.weights, published.images_seen) == (weights, 4)
+    assert published.config.data.labels == trained.config.data.labels and published.config.gen == trained.config.gen
+    layout, z = random_layout(layout_spec(trained.config), 2, 32, 64), torch.randn(2, 6)
+    images = torch.rand(2, 3, 32, 64)
+    assert torch.equal(published.generator(layout, z), trained.generator(layout, z))
+    assert all(map(torch.equal, published.encoder(images), trained.encoder(images)))
+    if weights == "ema":
+        with pytest.raises(CheckpointError, match="holds the moving average of the weights alone"):
+            load_generator(path, weights="raw")
+    else:
+        assert "has no moving average" in published.notes[0]
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert str(tmp_path) not in json.dumps(metadata)
+    assert json.loads(metadata["config"])["data"]["labels"]["num_classes"] == 5
+
+
+def test_the_command_lines(tiny_run, tmp_path, commands):
+    _, run = tiny_run
+    run("log", stop_after=1)
+    path, log = tmp_path / "model.safetensors", tmp_path / "log"
+    exported = commands.run("scripts/export_generator.py", "--checkpoint", log, "--output", path)
+    assert exported.returncode == 0, exported.stderr
+    assert f"wrote {path}: ema weights after 4 pictures" in exported.stdout
+    again = commands.run("scripts/export_generator.py", "--checkpoint", log, "--output", path)
+    assert again.returncode == 2 and "--overwrite" in again.stderr
+    for name, checkpoint in (("a", path), ("b", newest_checkpoint(log))):
+        made = commands.run("inference.py", "--checkpoint", checkpoint, "--input_dir", tmp_path / "raw",
+                            "--output_dir", tmp_path / name)  # fmt: skip
+        assert made.returncode == 0, made.stderr
+    for picture in (tmp_path / "a").glob("*.png"):
+        assert (cv2.imread(str(picture)) == cv2.imread(str(tmp_path / "b" / picture.name))).all()
+    assert len(list((tmp_path / "a").glob("*.png"))) == 10
+
+
+def test_other_files_are_refused_in_words(tmp_path):
+    path = tmp_path / "other.safetensors"
+    with pytest.raises(CheckpointError, match="no such checkpoint file"):
+        load_generator(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match=r"not written by scripts/export_generator\.py"):
+        load_generator(path)
+    with pytest.raises(CheckpointError, match="training needs the checkpoint it came from"):
+        load_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(CheckpointError, match="cannot be read as a published generator, it is damaged"):
+        load_generator(path)
