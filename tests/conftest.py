@@ -12,6 +12,11 @@ import numpy as np
 import pytest
 import yaml
 from fork_server import ForkServer
+from hypothesis import settings
+
+# On a busy machine any example may take long.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
