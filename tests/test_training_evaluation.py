@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fork_server import TORCHRUN
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_evaluation import RANDOM
 from test_evaluation import run as evaluate  # noqa: F401 (a fixture)
-from test_training import TINY, assert_same, command
+from test_training import TINY, assert_same
 
 from imaginaire_spade.build import build_losses, check_run
 from imaginaire_spade.config import load_config
@@ -22,6 +23,7 @@ from imaginaire_spade.evaluation.features import FeatureNetwork
 from imaginaire_spade.evaluation.protocol import differences
 from imaginaire_spade.evaluation.report import load_report
 from imaginaire_spade.training import checkpoint, loop
+from imaginaire_spade.training.run import prepare
 
 SCORES = "trainer.evaluation={every_images: 8, num_images: 7, metrics: [fid, kid], inception_weights: 'random:0',\
  feature_dim: 64}"
@@ -42,7 +44,7 @@ def tiny_run(tiny_folder, tmp_path):
     def run(logdir: str, *overrides: str, stop_after: int | None = None) -> dict:
         config = load_config(path, [*RARELY, *overrides])
         check_run(config, 1)
-        made = loop.prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"), stop_after)
+        made = prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"), stop_after)
         loop.train(made, tmp_path / logdir, None)
         return checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / logdir))
 
@@ -139,13 +141,13 @@ def test_evaluate_finds_the_scores_of_training(tiny_run, tmp_path, evaluate):  #
         assert now.scores[score] == pytest.approx(value, rel=1e-3, abs=1e-6)
 
 
-def test_two_processes_find_the_scores_of_one(tiny_run, tmp_path):
+def test_two_processes_find_the_scores_of_one(tiny_run, tmp_path, commands):
     path, run = tiny_run
     still = ("gen_opt={lr: 1.0e-12}", "dis_opt={lr: 1.0e-12}", "trainer.max_iterations=2")  # equal but for rounding
     run("one", SCORES, *still)
     overrides = [f"--set={item}" for item in (*RARELY, SCORES, *still, "data.train.batch_size=2")]
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    result = command("--config", path, "--logdir", tmp_path / "two", *overrides, launcher=launcher)
+    launcher = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
+    result = commands.run(*launcher, "train.py", "--config", path, "--logdir", tmp_path / "two", *overrides)
     assert result.returncode == 0, result.stderr
     (one,), (two,) = scores_of(tmp_path / "one"), scores_of(tmp_path / "two")
     assert one.keys() == two.keys()
