@@ -4,13 +4,13 @@ import json
 import os
 import pickle
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import blocky_labels, write_png
+from fork_server import ForkServer
 from safetensors.torch import load_file
 
 from imaginaire_spade.build import check_run, layout_spec
@@ -25,10 +25,17 @@ from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpo
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+server: ForkServer
+
+
+@pytest.fixture(autouse=True)
+def run_in_forks(commands):
+    global server
+    server = commands
+
+
 def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=environment)
+    return server.run(*map(str, arguments), NO_CURVES="1")
 
 
 def ok(*arguments: object) -> str:

@@ -3,11 +3,11 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fork_server import ForkServer
 from safetensors.torch import load_file, save_file
 from test_layout import random_layout
 
@@ -44,13 +44,12 @@ def copy_of(shared_dir: Path, name: str, to: Path) -> Path:
     return folder
 
 
-def run_script(*folders: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "scripts/verify_parity.py", *map(str, folders)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+def run_script(commands: ForkServer, *folders: Path) -> subprocess.CompletedProcess:
+    return commands.run("scripts/verify_parity.py", *folders)
 
 
-def test_the_script_names_every_tensor_and_fails_on_a_wrong_or_unknown_one(shared_dir, tmp_path):
-    good = run_script(shared_dir / "parity/spade_losses")
+def test_the_script_names_every_tensor_and_fails_on_a_wrong_or_unknown_one(shared_dir, tmp_path, commands):
+    good = run_script(commands, shared_dir / "parity/spade_losses")
     assert good.returncode == 0 and good.stdout.rstrip().endswith("tensors compared, 0 failed")
 
     folder = copy_of(shared_dir, "spade_losses", tmp_path)
@@ -58,7 +57,7 @@ def test_the_script_names_every_tensor_and_fails_on_a_wrong_or_unknown_one(share
     outputs["hinge/G/GAN"] = outputs["hinge/G/GAN"] + 1e-3
     outputs["hinge/G/SOMETHING"] = torch.zeros(1)
     save_file(outputs, folder / "outputs.safetensors")
-    bad = run_script(folder)
+    bad = run_script(commands, folder)
     assert bad.returncode == 1
     failed = [line for line in bad.stdout.splitlines() if "FAIL" in line]
     assert len(failed) == 2

@@ -257,9 +257,10 @@ def losses_in(logdir: Path) -> list[list[float]]:
 
 def test_processes_that_come_and_go_change_nothing(tiny_run, tmp_path, commands, capsys):
     # Adam divides by the root of the squared gradient: where that is zero but for rounding (a bias before a norm) it
-    # steps in a random direction. A large epsilon leaves what is compared here, the gradients.
+    # steps in a random direction. A large epsilon leaves what is compared here, the gradients. Their rounding grows
+    # tenfold and more from one iteration to the next, where an L1 or hinge term is at its kink: so there are three.
     path, run = tiny_run
-    shared = ("trainer.max_iterations=5", "gen_opt={lr: 0.01, adam_eps: 1.0}", "dis_opt={lr: 0.01, adam_eps: 1.0}",
+    shared = ("trainer.max_iterations=3", "gen_opt={lr: 0.01, adam_eps: 1.0}", "dis_opt={lr: 0.01, adam_eps: 1.0}",
               "trainer.log_every=1")  # fmt: skip
 
     def in_two(logdir: str, *more: str) -> str:
@@ -272,17 +273,17 @@ def test_processes_that_come_and_go_change_nothing(tiny_run, tmp_path, commands,
 
     one = run("one", *shared)
     assert "batch: 2 per process x 2 process(es) = 4 globally" in in_two("two")
-    in_two("two_two", "--max_iterations=2")
+    in_two("two_two", "--max_iterations=1")
     shutil.copytree(tmp_path / "two_two", tmp_path / "two_one")
     in_two("two_two")
     two, two_two = (checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / n)) for n in ("two", "two_two"))
     assert_same(two_two, two)
 
-    run("one_two", *shared, stop_after=2)
+    run("one_two", *shared, stop_after=1)
     capsys.readouterr()
     two_one, told = run("two_one", *shared), capsys.readouterr().out
     message = (
-        "then {} process(es) and 4 pictures per iteration, now {} and 4: samples go on in the same order from number 8"
+        "then {} process(es) and 4 pictures per iteration, now {} and 4: samples go on in the same order from number 4"
     )
     assert message.format(2, 1) in told
     assert message.format(1, 2) in in_two("one_two")
