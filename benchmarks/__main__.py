@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import generator, inference, iteration, norms
+from benchmarks import data, generator, inference, iteration, norms
 from benchmarks.layouts import default_folder
 from benchmarks.measure import Row, matmul_peak_tflops
 
+CAMVID = Path(__file__).resolve().parents[1] / "configs/projects/spade/camvid/base256.yaml"
 SECTIONS = ("norms", "generator", "inference", "iteration")
 
 
@@ -26,6 +27,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="narrow networks, small pictures: does everything run?")
     parser.add_argument("--vgg", action="store_true", help="the iteration with the perceptual loss too")
+    parser.add_argument("--data_root", type=Path, metavar="RAW", help="raw folder: building and loading it too")
+    parser.add_argument(
+        "--data_config", type=Path, default=CAMVID, metavar="C.yaml", help="its label table (default: CamVid's)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures")
     arguments = parser.parse_args()
     if unknown := set(arguments.sections) - set(SECTIONS):
@@ -69,8 +74,9 @@ def main() -> None:
         for vgg in (False, True) if arguments.vgg else (False,):
             case = iteration.Case(folder, device, filters, size, batch, bf16=device.type == "cuda", vgg=vgg)
             show(iteration.measure(case, repeats))
+    tables = data.compare(arguments.data_root, arguments.data_config) if arguments.data_root else {}
     if arguments.json:
-        content = {"facts": facts, "rows": [row.plain() for row in rows]}
+        content = {"facts": facts, "rows": [row.plain() for row in rows], "data": tables}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

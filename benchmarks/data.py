@@ -50,13 +50,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken (default: 5)")
     parser.add_argument("--samples", type=int, help="take so many, evenly spread, for a short run (default: all)")
     arguments = parser.parse_args()
-    labels = load_config(arguments.config, []).data.labels
-    source = FolderSource(arguments.data_root, TYPES)
+    compare(arguments.data_root, Path(arguments.config), arguments.num_workers, arguments.rounds, arguments.samples)
+
+
+def compare(
+    root: Path, config: Path, many: int = 2, rounds: int = 5, samples: int | None = None
+) -> dict[str, "Measured"]:
+    """Measure and print. Returns the tables ``build`` and ``load``."""
+    labels = load_config(config, []).data.labels
+    source = FolderSource(root, TYPES)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        if arguments.samples:
-            source = link(source, source.keys[:: -(-len(source.keys) // arguments.samples)], scratch / "raw")
-        number, many = len(source.keys), arguments.num_workers
+        if samples:
+            source = link(source, source.keys[:: -(-len(source.keys) // samples)], scratch / "raw")
+        number = len(source.keys)
         build = partial(build_dataset, source.root, scratch / "made/out", labels, data_types=TYPES)
         (scratch / "made").mkdir()
         built = measure(
@@ -70,10 +77,10 @@ def main() -> None:
                 f"checked, {many} workers": lambda: quiet(build, num_workers=many, num_shards=many),
             },
             number,
-            arguments.rounds,
+            rounds,
             scratch / "made",
         )
-        show(f"build: {number} samples, median of {arguments.rounds}", built)
+        show(f"build: {number} samples, median of {rounds}", built)
         quiet(build)
         data = LabelMapDataset(scratch / "made/out", labels, edges="labels", augmentations=AUGMENTATIONS)
         contestants: dict[str, Callable[[], object]] = {
@@ -90,8 +97,8 @@ def main() -> None:
             contestants[f"webdataset + OpenCV, {many} workers"] = lambda: list(tar_loader(scratch, many))
         except ImportError:
             print("webdataset is not installed: its pipeline is left out (pip install webdataset)")
-        loaded = measure(contestants, number, arguments.rounds)
-        show(f"load (256 x 256, edges from labels): {number} samples, median of {arguments.rounds}", loaded)
+        loaded = measure(contestants, number, rounds)
+        show(f"load (256 x 256, edges from labels): {number} samples, median of {rounds}", loaded)
     print("\nratios of samples/s, and of processor time per sample:")
     for table, name, other in (
         (built, "no check, 1 worker", "copy the files (cp)"),
@@ -107,6 +114,7 @@ def main() -> None:
         if other in table:
             rate, cpu = (table[name][0] / table[other][0], table[other][1] / table[name][1])
             print(f"{name + ' / ' + other:66s}{rate:8.2f}{cpu:8.2f}")
+    return {"build": built, "load": loaded}
 
 
 DECODE = "decode only, 1 process"
