@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from imaginaire_spade import distributed
 from imaginaire_spade.build import import_modules
 from imaginaire_spade.distributed import ProcessInfo
-from imaginaire_spade.errors import ConfigError, run_command_line
+from imaginaire_spade.errors import ConfigError, positive_integer, run_command_line
 from imaginaire_spade.evaluation.collection import Collection, collect, load_collection
 from imaginaire_spade.evaluation.diversity import PerceptualNetwork, perceptual_network
 from imaginaire_spade.evaluation.features import FEATURE_DIMS, RESIZES, FeatureNetwork, feature_network
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     fake.add_argument("--logdir", type=Path, metavar="DIR", help="log dir of a training run: its newest checkpoint")
     fake.add_argument("--config", type=Path, metavar="C.yaml", help="for its data (default: the checkpoint's own)")
     fake.add_argument("--weights", choices=("ema", "raw"), default="ema", help="moving average (default) or raw")
-    fake.add_argument("--num_samples", type=_positive, default=1, metavar="k",
+    fake.add_argument("--num_samples", type=positive_integer, default=1, metavar="k",
                       help="pictures per label map; the first counts, all show diversity")  # fmt: skip
     fake.add_argument("--seed", type=int, metavar="S", help="of the style codes (default: the config's)")
     fake.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key (repeat)")
@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--lpips_weights", metavar="FILE", help="AlexNet of torchvision; as above")
     how.add_argument("--feature_dim", type=int, choices=FEATURE_DIMS, default=2048, help="2048: FID proper")
     how.add_argument("--resize", choices=RESIZES, default="legacy", help="pytorch-fid's, or antialiased")
-    how.add_argument("--batch_size", type=_positive, default=32, metavar="B")
+    how.add_argument("--batch_size", type=positive_integer, default=32, metavar="B")
     how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     how.add_argument("--skip_bad", action="store_true", help="leave out, count and name pictures that cannot be read")
     parser.add_argument("--output", type=Path, metavar="FILE", help="report to write, JSON")
@@ -92,12 +92,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def _nothing(picture: EvaluatedPicture) -> None:
     pass
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def main() -> None:

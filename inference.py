@@ -20,7 +20,7 @@ from imaginaire_spade import distributed
 from imaginaire_spade.build import import_modules, layout_spec
 from imaginaire_spade.config import RunConfig, load_config
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.errors import ConfigError, LabelError, run_command_line
+from imaginaire_spade.errors import ConfigError, LabelError, positive_integer, run_command_line
 from imaginaire_spade.inference import style
 from imaginaire_spade.inference.animation import check_animation
 from imaginaire_spade.inference.folder import MAX_PIXELS, PROBLEMS_SHOWN, Progress, RunReport, generate_folder
@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
                        help="import your module, which registers your components (repeat)")  # fmt: skip
     model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    model.add_argument("--batch_size", type=_positive, metavar="B",
+    model.add_argument("--batch_size", type=positive_integer, metavar="B",
                        help="label maps of one size at once on a GPU (default: test_data.batch_size, else 1); on a CPU"
                        " they go one by one")  # fmt: skip
     model.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
@@ -55,10 +55,10 @@ def parse_arguments() -> argparse.Namespace:
     inputs.add_argument("--on_bad_label", choices=("fail", "skip", "ignore"), default="fail",
                         help="fail (default): look at all label maps before the first picture; skip: leave out those"
                         " that cannot be used; ignore: ids outside the table are don't care")  # fmt: skip
-    inputs.add_argument("--max_pixels", type=_positive, default=MAX_PIXELS, metavar="N",
+    inputs.add_argument("--max_pixels", type=positive_integer, default=MAX_PIXELS, metavar="N",
                         help=f"refuse larger label maps (default {MAX_PIXELS})")  # fmt: skip
     looks = parser.add_argument_group("style (generators with a style code)")
-    looks.add_argument("--num_samples", type=_positive, default=1, metavar="k", help="pictures per label map")
+    looks.add_argument("--num_samples", type=positive_integer, default=1, metavar="k", help="pictures per label map")
     looks.add_argument("--seed", type=int, metavar="S",
                        help="of the style codes, one for each picture (default: the config's)")  # fmt: skip
     one = looks.add_mutually_exclusive_group()
@@ -69,7 +69,9 @@ def parse_arguments() -> argparse.Namespace:
                      " no name agrees. With --num_samples: draws around it")  # fmt: skip
     one.add_argument("--style_interpolate", nargs=2, metavar=("A", "B"),
                      help="from style A to style B, each a seed (digits) or a picture, in --steps frames")  # fmt: skip
-    looks.add_argument("--steps", type=_positive, default=8, metavar="k", help="frames of --style_interpolate (8)")
+    looks.add_argument(
+        "--steps", type=positive_integer, default=8, metavar="k", help="frames of --style_interpolate (8)"
+    )
     looks.add_argument("--animation", choices=("gif", "mp4", "none"), default="gif",
                        help="what --style_interpolate writes beside its frames (default: KEY.gif)")  # fmt: skip
     outputs = parser.add_argument_group("what it writes")
@@ -85,12 +87,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.style_interpolate and (arguments.num_samples > 1 or arguments.steps < 2):
         parser.error("--style_interpolate makes --steps frames per label map (2 or more): leave --num_samples out")
     return arguments
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ alone and exit with ``EXIT_CODE``, which launchers can tell from a crash.
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -33,6 +34,13 @@ class LabelError(DataError):
 
 class CheckpointError(UserError):
     """A checkpoint that is damaged, foreign or of another architecture."""
+
+
+def positive_integer(text: str) -> int:
+    """A command line's number of things. Raises argparse.ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def run_command_line(main: Callable[[], None]) -> None:

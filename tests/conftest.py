@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 import yaml
 from fork_server import ForkServer
 from hypothesis import settings
@@ -28,6 +29,15 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     """Runs command lines as processes of their own, without the seconds that importing torch takes."""
     with ForkServer(tmp_path_factory.mktemp("commands")) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """The networks are tiny: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

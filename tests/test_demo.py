@@ -14,7 +14,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 from conftest import blocky_labels, write_png
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,12 +36,7 @@ RAW = {0: 0, 1: 7, 3: 3, 4: 4, 5: 255}
 SIZE = (64, 64)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -208,7 +208,7 @@ def test_inception_features_are_those_of_pytorch_fid_and_of_torchmetrics(incepti
         expected = torch.nn.functional.adaptive_avg_pool2d(expected, 1).flatten(1)
         ours = feature_network(str(inception_file), dim=dim)
         torch.testing.assert_close(ours([picture]), expected, rtol=1e-4, atol=1e-5)
-    assert ours.sha256 == features_module.sha256_of_file(inception_file) and not ours.is_random
+    assert ours.sha256 == features_module.file_sha256(inception_file) and not ours.is_random
     assert ours.name == "inception-v3 with other weights" and not ours.is_published
 
     # torchmetrics resizes in a third way: on a picture of 299 x 299 there is nothing to resize.
@@ -285,7 +285,7 @@ def test_weights_in_torchs_cache_are_found(inception_file, tmp_path, monkeypatch
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/pt_inception-2015-12-05-6726825d.pth").symlink_to(inception_file)
-    assert feature_network(dim=64).sha256 == features_module.sha256_of_file(inception_file)
+    assert feature_network(dim=64).sha256 == features_module.file_sha256(inception_file)
 
 
 def test_lpips_with_given_weights_is_that_of_torchmetrics(tmp_path):

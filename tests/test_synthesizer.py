@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from conftest import write_png
 from PIL import Image
 from test_inference import TREE, changed, save
@@ -15,12 +14,7 @@ PALETTE = [[250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 0], [7, 8, 9]]
 LABELS = np.kron(np.random.default_rng(0).integers(0, 5, (5, 7)), np.ones((8, 8))).astype(np.uint8)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

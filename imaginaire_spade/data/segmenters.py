@@ -94,7 +94,7 @@ def hugging_face_segmenter(model: str, device: torch.device, flag: str = "--mode
 
     settings = processor.to_dict()
     preprocessing = json.dumps({key: settings[key] for key in _SETTINGS if key in settings}, default=str)
-    return Segmenter(names, scores, model, _sha256(network), preprocessing)
+    return Segmenter(names, scores, model, network_sha256(network), preprocessing)
 
 
 def deeplab_segmenter(weights: Path, names: Sequence[str], device: torch.device) -> Segmenter:
@@ -123,10 +123,10 @@ def deeplab_segmenter(weights: Path, names: Sequence[str], device: torch.device)
 
     found = tuple(names) or tuple(f"class {i}" for i in range(num_classes))
     preprocessing = json.dumps({"image_mean": _MEAN, "image_std": _STD})
-    return Segmenter(found, scores, str(weights), _sha256(network), preprocessing)
+    return Segmenter(found, scores, str(weights), network_sha256(network), preprocessing)
 
 
-def _sha256(network: nn.Module) -> str:
+def network_sha256(network: nn.Module) -> str:
     """Of the tensors of a network in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaginaire_spade.data.shard import file_sha256
 from imaginaire_spade.distributed import ProcessInfo, gather_objects
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.evaluation.diversity import PerceptualNetwork
-from imaginaire_spade.evaluation.features import FeatureNetwork, sha256_of_file
+from imaginaire_spade.evaluation.features import FeatureNetwork
 from imaginaire_spade.evaluation.sources import EvaluatedPicture, PictureSource, Unreadable
 from imaginaire_spade.evaluation.statistics import FeatureStats, Gaussian, load_statistics, save_statistics
 
@@ -277,5 +278,5 @@ def _identity(network: FeatureNetwork) -> dict[str, Any]:
 
 def _digest_of(path: Path) -> str:
     if path.is_file():
-        return sha256_of_file(path)
-    return hashlib.sha256("".join(sha256_of_file(path / name) for name in ("m.npy", "s.npy")).encode()).hexdigest()
+        return file_sha256(path)
+    return hashlib.sha256("".join(file_sha256(path / name) for name in ("m.npy", "s.npy")).encode()).hexdigest()

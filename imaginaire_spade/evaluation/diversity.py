@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from imaginaire_spade.data.segmenters import network_sha256
+from imaginaire_spade.data.shard import file_sha256
 from imaginaire_spade.errors import ConfigError, DataError, UserError
 from imaginaire_spade.evaluation.features import (
     RANDOM,
@@ -21,8 +23,6 @@ from imaginaire_spade.evaluation.features import (
     not_weights,
     random_seed,
     read_state,
-    sha256_of_file,
-    sha256_of_state,
 )
 
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
@@ -98,8 +98,8 @@ def perceptual_network(weights: str | None = None, *, device: torch.device | str
             raise not_weights(path, "torchvision's AlexNet", ALEXNET_URL, error) from None
     layers.eval().requires_grad_(False).to(device)
     if path is None:
-        return PerceptualNetwork(str(weights), sha256_of_state(layers), layers)
-    return PerceptualNetwork("lpips alex", sha256_of_file(path), layers)
+        return PerceptualNetwork(str(weights), network_sha256(layers), layers)
+    return PerceptualNetwork("lpips alex", file_sha256(path), layers)
 
 
 def _untrained_lpips(seed: int) -> nn.Module:

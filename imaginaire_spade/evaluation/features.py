@@ -6,7 +6,6 @@ torch-fidelity's, converted from the one that FID is defined with (TensorFlow's 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imaginaire_spade.data.segmenters import network_sha256
+from imaginaire_spade.data.shard import file_sha256
 from imaginaire_spade.errors import ConfigError
 
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
@@ -110,10 +111,10 @@ def feature_network(
     if weights is not None and weights.startswith(RANDOM):
         name, size = weights, RandomFeatures.SIZE
         layers = RandomFeatures(dim, random_seed(weights, "--inception_weights"))
-        sha256 = sha256_of_state(layers)
+        sha256 = network_sha256(layers)
     else:
         path, size = inception_weights_file(weights), INCEPTION_SIZE
-        layers, sha256 = InceptionFeatures(dim, path, legacy=resize == "legacy"), sha256_of_file(path)
+        layers, sha256 = InceptionFeatures(dim, path, legacy=resize == "legacy"), file_sha256(path)
         name = "inception-v3 2015-12-05" if sha256 == INCEPTION_SHA256 else "inception-v3 with other weights"
     layers.eval().requires_grad_(False).to(device)
     return FeatureNetwork(name, sha256, dim, resize, size, layers)
@@ -213,16 +214,3 @@ def _load_inception(path: Path) -> nn.Module:
         return FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
     except RuntimeError as error:
         raise not_weights(path, what, INCEPTION_URL, error) from None
-
-
-def sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_of_state(network: nn.Module) -> str:
-    """Of the weights' names and values."""
-    digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -5,7 +5,6 @@ Owns which checkpoint file is meant (and its download), loading it into evaluati
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import tempfile
 import urllib.error
@@ -21,6 +20,7 @@ from torch import nn
 from imaginaire_spade.build import build_encoder, build_generator
 from imaginaire_spade.compatibility import explain_mismatch
 from imaginaire_spade.config import RunConfig, WeightSource, dump_yaml, load_config, parse_config
+from imaginaire_spade.data.shard import file_sha256
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.inference.published import PUBLISHED, read_published
 from imaginaire_spade.models.frozen import freeze
@@ -178,7 +178,7 @@ def fetch_weights(source: WeightSource) -> Path:
     assert source.url is not None and source.sha256 is not None
     name = PurePosixPath(urlparse(source.url).path).name or "checkpoint.pt"
     target = Path(torch.hub.get_dir(), "checkpoints", f"{source.sha256[:16]}-{name}")
-    if target.is_file() and _sha256(target) == source.sha256:
+    if target.is_file() and file_sha256(target) == source.sha256:
         return target
     print(f"downloading {source.url} to {target}", file=sys.stderr, flush=True)
     try:
@@ -195,11 +195,6 @@ def fetch_weights(source: WeightSource) -> Path:
             " kept; correct the url or the sha256"
         ) from None
     return target
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_fits(trained: RunConfig, given: RunConfig, where: str, *, parts: Sequence[str] = ("gen",)) -> None:
