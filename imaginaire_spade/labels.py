@@ -91,6 +91,11 @@ class LabelSpec(BaseModel):
         return table
 
     @cached_property
+    def _num_unchanged(self) -> int:
+        """Raw ids below this are their own train ids."""
+        return int(np.argmax(self.table != np.arange(len(self.table))))
+
+    @cached_property
     def colours(self) -> NDArray[np.uint8]:
         """RGB colour of every train id, don't-care (black) last: uint8 [num_classes + 1, 3]."""
         own = np.array(self.palette, np.uint8) if self.palette else distinct_colours(self.num_classes)
@@ -128,6 +133,8 @@ class LabelSpec(BaseModel):
         """
         if raw.ndim == 3:
             return self._from_rgb(raw, where, unknown)
+        if raw.dtype == self.dtype and raw.size and raw.max() < self._num_unchanged:
+            return raw
         if raw.dtype == np.uint8:
             mapped: NDArray[np.generic] = cv2.LUT(np.ascontiguousarray(raw), self.table[:256])  # type: ignore[arg-type]
         else:

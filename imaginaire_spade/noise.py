@@ -16,8 +16,18 @@ from torch import Tensor
 
 def generator_for(seed: int, sample: int | str, purpose: str) -> np.random.Generator:
     """The random generator of one sample (its position in the run, or its key) for one purpose."""
-    name = f"{seed}/{purpose}/{type(sample).__name__}/{sample}".encode()
-    return np.random.default_rng(np.frombuffer(hashlib.sha256(name).digest(), np.uint32))
+    return np.random.default_rng(np.frombuffer(_digest(seed, sample, purpose), np.uint32))
+
+
+def four_numbers(seed: int, sample: int | str, purpose: str) -> tuple[float, ...]:
+    """Four independent numbers, uniform in [0, 1), at a small part of the cost of ``generator_for``."""
+    digest = _digest(seed, sample, purpose)
+    # Of each eight bytes the 53 bits that a float holds.
+    return tuple((int.from_bytes(digest[i : i + 8], "little") >> 11) * 2.0**-53 for i in range(0, 32, 8))
+
+
+def _digest(seed: int, sample: int | str, purpose: str) -> bytes:
+    return hashlib.sha256(f"{seed}/{purpose}/{type(sample).__name__}/{sample}".encode()).digest()
 
 
 def style_noise(seed: int, samples: Sequence[int | str], dims: int) -> Tensor:

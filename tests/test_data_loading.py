@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from imaginaire_spade.config import AugmentationConfig
+from imaginaire_spade.data.batch import Batch, Parcel, denormalise, normalise
 from imaginaire_spade.data.build import build_dataset
-from imaginaire_spade.data.dataset import Batch, LabelMapDataset, collate, denormalise, normalise
+from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import (
     Prefetcher,
     ResumableSampler,
@@ -26,6 +27,7 @@ from imaginaire_spade.data.loader import (
     sequential_batches,
     training_loader,
 )
+from imaginaire_spade.data.sample import Sample
 from imaginaire_spade.data.transforms import (
     Geometry,
     apply_to_image,
@@ -36,7 +38,8 @@ from imaginaire_spade.data.transforms import (
 )
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.noise import generator_for
+from imaginaire_spade.layout import LayoutSpec
+from imaginaire_spade.noise import four_numbers
 
 LABELS = LabelSpec(num_classes=5)
 CROPPED = AugmentationConfig(
@@ -46,6 +49,10 @@ CROPPED = AugmentationConfig(
 
 def rng(*seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+def draws(seed: int) -> list[float]:
+    return rng(seed).random(4).tolist()
 
 
 # ------------------------------------------------------------------------------------------------ geometry
@@ -73,11 +80,15 @@ def augmentations(draw) -> AugmentationConfig:
 @given(augmentations(), st.integers(1, 120), st.integers(1, 120), st.integers(0, 2**20))
 def test_every_crop_lies_inside_and_maps_stay_aligned(config, height, width, seed):
     try:
-        g = draw_geometry(height, width, config, rng(seed), "a.png")
+        g = draw_geometry(height, width, config, draws(seed), "a.png")
     except DataError as error:
         assert "crop_h_w" in str(error) and "a.png" in str(error)
         resized = draw_geometry(
-            height, width, config.model_copy(update={"random_crop_h_w": None, "center_crop_h_w": None}), rng(seed), "x"
+            height,
+            width,
+            config.model_copy(update={"random_crop_h_w": None, "center_crop_h_w": None}),
+            draws(seed),
+            "x",
         )
         assert resized.height < config.crop_h_w[0] or resized.width < config.crop_h_w[1]
         return
@@ -96,9 +107,63 @@ def test_every_crop_lies_inside_and_maps_stay_aligned(config, height, width, see
     assert picture.shape == (g.height, g.width, 3) and picture.flags.c_contiguous
 
 
+@settings(max_examples=300, deadline=None)
+@given(augmentations(), st.integers(1, 120), st.integers(1, 120), st.integers(0, 2**20), st.booleans())
+def test_resizing_what_the_crop_needs_is_resizing_it_all(config, height, width, seed, any_area):
+    try:
+        g = draw_geometry(height, width, config, draws(seed), "x")
+    except DataError:
+        return
+    picture = rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    cut = apply_to_image(picture, g, any_area=any_area)
+    if g.top == int(g.top) and g.left == int(g.left):
+        size = g.resized_h, g.resized_w
+        whole = apply_to_image(picture, Geometry(*size, 0, 0, *size, False), any_area=any_area)
+        expected = whole[int(g.top) :, int(g.left) :][: g.height, : g.width]
+        expected = expected[:, ::-1] if g.flip else expected
+        assert np.abs(cut.astype(int) - expected).max() <= 1
+    swapped = apply_to_image(picture, g, any_area=any_area, swap=True)
+    assert np.array_equal(swapped[..., ::-1], cut)
+
+
+@pytest.mark.parametrize(("side", "flip"), [(90, False), (90, True), (60, False), (130, True), (37, False)])
+def test_a_crop_comes_from_where_its_geometry_says(side, flip):
+    """Two ramps of 2 per pixel: a value tells its row or column to a quarter of a pixel."""
+    height, width = 100, 127
+    rows, columns = np.mgrid[:height, :width]
+    ramp = np.stack([2 * rows, 2 * columns, 0 * rows], 2).astype(np.uint8)
+    config = AugmentationConfig(
+        resize_smallest_side=side, random_scale_limit=0.2, random_crop_h_w=(32, 32), horizontal_flip=True
+    )
+    found = 0
+    for seed in range(200):
+        g = draw_geometry(height, width, config, draws(seed), "x")
+        if g.flip != flip:
+            continue
+        found += 1
+        cut = apply_to_image(ramp, g).astype(float) / 2
+        places = np.arange(32) + 0.5
+        from_row = (g.top + places) * height / g.resized_h - 0.5
+        from_column = (g.left + (places[::-1] if flip else places)) * width / g.resized_w - 0.5
+        assert np.abs(cut[..., 0] - from_row[:, None].astype(float))[1:-1].max() <= 0.51
+        assert np.abs(cut[..., 1] - from_column[None].astype(float))[:, 1:-1].max() <= 0.51
+    assert found > 50
+
+
+def test_four_numbers_are_uniform_and_belong_to_their_sample():
+    numbers = np.array([four_numbers(1, i, "augmentation") for i in range(4000)])
+    assert numbers.min() >= 0 and numbers.max() < 1
+    assert np.abs(np.corrcoef(numbers.T) - np.eye(4)).max() < 0.08
+    for column in numbers.T:
+        shares = np.histogram(column, 10, (0, 1))[0] / 4000
+        assert np.abs(shares - 0.1).max() < 0.025
+    others = [four_numbers(*of) for of in ((1, 0, "style"), (2, 0, "augmentation"), (1, "0", "augmentation"))]
+    assert len({tuple(numbers[0]), *others}) == 4
+
+
 def test_crop_offsets_reach_both_ends():
     config = AugmentationConfig(random_crop_h_w=(4, 4))
-    offsets = {(g.top, g.left) for i in range(400) for g in [draw_geometry(6, 5, config, rng(i), "x")]}
+    offsets = {(g.top, g.left) for i in range(400) for g in [draw_geometry(6, 5, config, draws(i), "x")]}
     assert offsets == set(itertools.product(range(3), range(2)))
 
 
@@ -106,16 +171,16 @@ def test_rounding_alone_never_makes_the_picture_smaller_than_the_crop():
     # 33 x 100 at smallest side 30: the other is 90.9; 100 x 301 at 256: 770.56; a crop of ceil(...) must fit.
     for height, width, side, crop in ((33, 100, 30, 91), (100, 301, 256, 771), (300, 100, 10, 30)):
         config = AugmentationConfig(resize_smallest_side=side, center_crop_h_w=(min(side, crop), 1))
-        assert draw_geometry(height, width, config, rng(0), "x").resized_h >= min(side, crop)
+        assert draw_geometry(height, width, config, draws(0), "x").resized_h >= min(side, crop)
         wide = AugmentationConfig(resize_smallest_side=side, random_crop_h_w=(side, crop))
         if width > height:
-            assert draw_geometry(height, width, wide, rng(0), "x").resized_w == crop
+            assert draw_geometry(height, width, wide, draws(0), "x").resized_w == crop
 
 
 def test_the_crop_error_names_file_sizes_and_line():
     config = AugmentationConfig(random_crop_h_w=(64, 64))
     with pytest.raises(DataError, match=r"(?s)seg/a\.png.*\[64, 64\].*48 x 80.*resize_smallest_side: 64"):
-        draw_geometry(48, 80, config, rng(0), "seg/a.png")
+        draw_geometry(48, 80, config, draws(0), "seg/a.png")
 
 
 def test_photo_and_map_move_together():
@@ -123,7 +188,7 @@ def test_photo_and_map_move_together():
     for seed in range(20):
         g = draw_geometry(*ids.shape, AugmentationConfig(
             resize_smallest_side=64, random_scale_limit=0.5, random_crop_h_w=(48, 48), horizontal_flip=True
-        ), rng(seed), "x")  # fmt: skip
+        ), draws(seed), "x")  # fmt: skip
         photo = apply_to_image(np.stack([ids] * 3, 2), g)[..., 0]
         cut = apply_to_map(ids, g)
         inside = cv2.dilate(edges_from_ids(cut), np.ones((3, 3))) == 0  # away from borders, where interpolation mixes
@@ -255,7 +320,10 @@ def test_imaginaires_samples(shared_dir):
 
 def test_batch_round_trips(tiny_folder):
     data = LabelMapDataset(tiny_folder(keys=4), LABELS, edges="instances")
-    batch = pickle.loads(pickle.dumps(collate(data.spec)))([data[i] for i in range(4)])  # noqa: S301 (our own bytes)
+    parcel = Parcel.pack(data.spec, [data[i] for i in range(4)])
+    batch = pickle.loads(pickle.dumps(parcel)).open()  # noqa: S301 (our own bytes)
+    for i, image in enumerate(batch.images):
+        assert torch.equal(image, data[i].image) and torch.equal(batch.layout.labels[i], data[i].labels)
     assert len(batch) == 4 and batch.images.shape == (4, 3, 40, 56) and batch.images.dtype == torch.uint8
     parts = list(batch.split(2))
     assert [part.keys for part in parts] == [batch.keys[:2], batch.keys[2:]]
@@ -271,6 +339,29 @@ def test_batch_round_trips(tiny_folder):
     assert normalise(images).min() == -1 and normalise(images).max() == 1
     assert torch.equal(denormalise(normalise(images)), images)
     assert denormalise(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+
+
+def test_a_parcel_holds_wide_numbers_and_odd_sizes():
+    """int16 and float32 between bytes, of a size after which neither could begin."""
+    spec = LayoutSpec(300, has_dont_care=True, has_edges=True, has_distances=True)
+    random = rng(3)
+    samples = [
+        Sample(
+            torch.from_numpy(random.integers(0, 256, (3, 5, 7), dtype=np.uint8)),
+            torch.from_numpy(random.integers(0, 301, (5, 7), dtype=np.int16)),
+            torch.from_numpy(random.integers(0, 2, (5, 7), dtype=np.uint8)),
+            torch.from_numpy(random.random((2, 5, 7), dtype=np.float32)),
+            str(i), (5, 7), i,
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    for shared in (False, True):
+        batch = Parcel.pack(spec, samples, shared=shared).open()
+        assert all(tensor.is_shared() == shared for tensor in batch.tensors())
+        expected = [torch.stack([s[i] for s in samples]) for i in range(4)]
+        layout = batch.layout
+        for got, wanted in zip((batch.images, layout.labels, layout.edges, layout.distances), expected, strict=True):
+            assert got.dtype == wanted.dtype and torch.equal(got, wanted)
 
 
 def test_different_sizes_do_not_make_a_batch(tiny_folder):
@@ -398,7 +489,7 @@ def test_a_jpeg_decoded_small_stays_aligned(tmp_path):
     for side, factor in ((300, 1), (200, 2), (100, 4), (50, 8)):
         for flip in (False, True):
             config = AugmentationConfig(resize_smallest_side=side, random_scale_limit=0.05, horizontal_flip=flip)
-            g = draw_geometry(height, width, config, generator_for(3, 0, "augmentation"), "x")
+            g = draw_geometry(height, width, config, four_numbers(3, 0, "augmentation"), "x")
             assert choose_reduction(height, width, g) == factor
             image = LabelMapDataset(tmp_path / "raw", LABELS, augmentations=config, seed=3)[0].image.numpy()
             expected = apply_to_image(ramp, g, any_area=True).transpose(2, 0, 1)

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from imaginaire_spade.build import build_generator, build_losses, build_split, layout_spec
 from imaginaire_spade.config import AugmentationConfig, load_config
+from imaginaire_spade.data.batch import Parcel
 from imaginaire_spade.data.build import build_dataset
-from imaginaire_spade.data.dataset import LabelMapDataset, collate
+from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.distance_maps import make_distance_maps
 from imaginaire_spade.data.distances import class_distances, decode_distances, encode_distances
 from imaginaire_spade.data.loader import sequential_batches
@@ -181,7 +182,7 @@ def test_samples_have_the_distances_of_their_augmented_label_map(tiny_folder):
     samples = [data[i, draw] for i in range(6) for draw in (i, i + 6)]
     for sample in samples:
         np.testing.assert_array_equal(sample.distances, class_distances(sample.labels.numpy()))
-    batch = collate(data.spec)(samples)
+    batch = Parcel.pack(data.spec, samples).open()
     assert batch.layout.distances.shape == (12, 2, 24, 32) and batch.layout.distances.dtype == torch.float32
     assert any(t is batch.layout.distances for t in batch.tensors())
     torch.testing.assert_close(list(batch.split(2))[1].layout.distances, batch.layout.distances[6:])

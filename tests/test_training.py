@@ -143,13 +143,20 @@ def test_forms_and_precisions_differ_but_are_finite(tiny_run):
     results = {}
     for name, overrides in {
         "shared": (), "reference": ("trainer.iteration=reference",), "bf16": ("trainer.precision=bf16",),
-        "fp16": ("trainer.precision=fp16",), "channels_last": ("trainer.channels_last=true",),
+        "fp16": ("trainer.precision=fp16",),
     }.items():  # fmt: skip
         results[name] = tensors_of(run(name, *overrides)["generator"])
         assert all(t.isfinite().all() for t in results[name].values())
     key = "/to_image.weight"
     assert not torch.equal(results["shared"][key], results["reference"][key])
-    torch.testing.assert_close(results["shared"][key], results["channels_last"][key], rtol=0, atol=2e-3)
+    # Where a gradient is about 0, Adam makes a step of its rounding: not many iterations, and a larger epsilon.
+    short = ("trainer.max_iterations=2", "gen_opt.adam_eps=1e-3", "dis_opt.adam_eps=1e-3")
+    rows, channels = (
+        tensors_of(run(f"channels_last_{last}", *short, f"trainer.channels_last={last}")["generator"])
+        for last in ("false", "true")
+    )
+    for name, tensor in rows.items():
+        torch.testing.assert_close(channels[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_accumulated_pieces_equal_the_whole_batch(tiny_run):
@@ -162,7 +169,8 @@ def test_accumulated_pieces_equal_the_whole_batch(tiny_run):
     pieces = tensors_of(run("pieces", *settings, "trainer.gradient_accumulation=2"))
     for name, tensor in whole.items():
         if name.startswith(("/generator/", "/discriminator/")):
-            torch.testing.assert_close(pieces[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+            # Within half a percent of the largest step, which is the learning rate, 1e-3.
+            torch.testing.assert_close(pieces[name], tensor, rtol=1e-4, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tiny_run, tmp_path, capsys):

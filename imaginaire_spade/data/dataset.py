@@ -1,21 +1,17 @@
-"""Samples and batches: label maps with their photos, as small integers on the CPU.
+"""The samples of one or several roots: label maps with their photos, as small integers on the CPU.
 
-Owns how several roots join, and the batch that travels to the device. A sample is a function of (seed, index, draw)
-alone. Nothing here is ever one-hot, and pictures stay uint8 until ``normalise`` on the device.
+Owns how several roots join. A sample is a function of (seed, index, draw) alone. Nothing here is ever one-hot.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from imaginaire_spade.config import AugmentationConfig
@@ -25,8 +21,8 @@ from imaginaire_spade.data.sample import Root, Sample
 from imaginaire_spade.data.store import open_source
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.layout import LayoutSpec, SemanticLayout
-from imaginaire_spade.noise import generator_for
+from imaginaire_spade.layout import LayoutSpec
+from imaginaire_spade.noise import four_numbers
 
 
 class LabelMapDataset(Dataset[Sample]):
@@ -111,8 +107,8 @@ class LabelMapDataset(Dataset[Sample]):
         """
         index, draw = item if isinstance(item, tuple) else (item, item)
         root, key = self._place(index)
-        rng = generator_for(self.seed, draw, "augmentation")
-        sample = root.read(key, self._train_ids, self.augmentations, rng)
+        draws = four_numbers(self.seed, draw, "augmentation")
+        sample = root.read(key, self._train_ids, self.augmentations, draws)
         return sample._replace(key=self.keys[index], draw=draw)
 
     def check_label_map(self, index: int) -> tuple[int, int]:
@@ -153,91 +149,3 @@ def _unique_keys(sources: Sequence[Source]) -> list[str]:
             f" {repeated[0]!r}: give the folders different names"
         )
     return [f"{source.root.resolve().name}/{key}" for source in sources for key in source.keys]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one size, on one device."""
-
-    layout: SemanticLayout
-    images: Tensor | None
-    """uint8 [N, 3, H, W]."""
-    keys: tuple[str, ...]
-    original_sizes: tuple[tuple[int, int], ...]
-    draws: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        images = None if self.images is None else self.images.to(device, non_blocking=non_blocking)
-        layout = self.layout.to(device, non_blocking=non_blocking)
-        return Batch(layout, images, self.keys, self.original_sizes, self.draws)
-
-    def pin_memory(self) -> Batch:
-        images = None if self.images is None else self.images.pin_memory()
-        return Batch(self.layout.pin_memory(), images, self.keys, self.original_sizes, self.draws)
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor of the batch."""
-        layout = self.layout
-        return [t for t in (self.images, layout.labels, layout.edges, layout.distances) if t is not None]
-
-    def split(self, pieces: int) -> Iterator[Batch]:
-        """Equal parts, in order, each made when its turn comes: what a part's layout caches lives no longer than it."""
-        assert pieces > 0 and len(self) % pieces == 0, f"{len(self)} samples do not split into {pieces} equal parts"
-        if pieces == 1:
-            yield self
-            return
-        size = len(self) // pieces
-        for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            yield Batch(
-                self.layout[part],
-                None if self.images is None else self.images[part],
-                self.keys[part],
-                self.original_sizes[part],
-                self.draws[part],
-            )
-
-
-@dataclass(frozen=True)
-class collate:
-    """``collate(spec)`` turns a list of samples into a ``Batch``. Raises DataError where sizes differ."""
-
-    spec: LayoutSpec
-
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
-        first = samples[0]
-        for sample in samples:
-            if sample.labels.shape != first.labels.shape:
-                raise DataError(
-                    f"{first.key} is {list(first.labels.shape)} and {sample.key} {list(sample.labels.shape)} (height,"
-                    " width) after augmentation, but a batch holds one size. Write random_crop_h_w: [256, 256] or"
-                    " resize_h_w: [256, 256] in that split's augmentations, or batch_size: 1"
-                )
-        edges = [sample.edges for sample in samples if sample.edges is not None]
-        distances = [sample.distances for sample in samples if sample.distances is not None]
-        images = [sample.image for sample in samples if sample.image is not None]
-        return Batch(
-            SemanticLayout(
-                self.spec,
-                torch.stack([sample.labels for sample in samples]),
-                torch.stack(edges) if edges else None,
-                torch.stack(distances) if distances else None,
-            ),
-            torch.stack(images) if images else None,
-            tuple(sample.key for sample in samples),
-            tuple(sample.original_size for sample in samples),
-            tuple(sample.draw for sample in samples),
-        )
-
-
-def normalise(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 in [-1, 1], of any shape: x / 127.5 - 1."""
-    return images.float() / 127.5 - 1
-
-
-def denormalise(images: Tensor) -> Tensor:
-    """Float in [-1, 1] -> uint8 0..255, rounded and clamped: the inverse of ``normalise``."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -16,9 +16,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
-from imaginaire_spade.data.dataset import Batch, LabelMapDataset, collate
+from imaginaire_spade.data.batch import Batch, Parcel
+from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.noise import generator_for
 
@@ -98,7 +99,7 @@ def sequential_batches(
     return _load(dataset, items, min(num_workers, len(items)), pin_memory)
 
 
-class _BatchDataset(Dataset["Batch | UserError"]):
+class _ParcelDataset(Dataset["Parcel | UserError"]):
     """A data set of whole batches: item = the list of its samples' (index, draw).
 
     A user's mistake travels back as a value: raised in a worker, it would arrive wrapped in a traceback.
@@ -106,11 +107,11 @@ class _BatchDataset(Dataset["Batch | UserError"]):
 
     def __init__(self, dataset: LabelMapDataset) -> None:
         self.dataset = dataset
-        self.collate = collate(dataset.spec)
 
-    def __getitem__(self, items: Sequence[Item]) -> Batch | UserError:
+    def __getitem__(self, items: Sequence[Item]) -> Parcel | UserError:
         try:
-            return self.collate([self.dataset[item] for item in items])
+            samples = [self.dataset[item] for item in items]
+            return Parcel.pack(self.dataset.spec, samples, shared=get_worker_info() is not None)
         except UserError as error:
             return error
 
@@ -123,19 +124,19 @@ def _load(
     start_worker: Callable[[int], None] | None = None,
 ) -> Iterator[Batch]:
     loader = DataLoader(
-        _BatchDataset(dataset),
+        _ParcelDataset(dataset),
         sampler=batches,
-        batch_size=None,  # an item is a batch already
+        batch_size=None,  # an item is a whole batch already
         num_workers=num_workers,
         worker_init_fn=start_worker or _start_worker,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
     )
     try:
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        for parcel in loader:
+            if isinstance(parcel, UserError):
+                raise parcel
+            yield parcel.open()
     except RuntimeError as error:
         if "DataLoader worker" in str(error) and "Bus error" in str(error):
             raise DataError(
@@ -145,8 +146,8 @@ def _load(
         raise
 
 
-def _unchanged(batch: Any) -> Any:
-    return batch
+def _unchanged(parcel: Any) -> Any:
+    return parcel
 
 
 def _start_worker(worker: int) -> None:

@@ -7,11 +7,10 @@ the random generator alone. Nothing here is ever one-hot, and pictures stay uint
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -37,7 +36,7 @@ class Sample(NamedTuple):
     """One sample, on the CPU."""
 
     image: Tensor | None
-    """uint8 [3, H, W]."""
+    """uint8 [3, H, W], in memory channels last."""
     labels: Tensor
     """uint8 or int16 [H, W], train ids 0..num_classes (num_classes = don't care)."""
     edges: Tensor | None
@@ -68,19 +67,20 @@ class Root:
         key: str,
         to_train_ids: Callable[[NDArray[np.generic], str], NDArray[np.generic]],
         augmentations: AugmentationConfig,
-        rng: np.random.Generator,
+        draws: Sequence[float],
     ) -> Sample:
         """The sample ``key``, of draw 0.
 
         Args:
             to_train_ids: a raw label map, and what to call it -> ids.
+            draws: four numbers in [0, 1), of which the augmentation is a function.
         Raises:
             DataError, LabelError: naming the file and what is wrong with it.
         """
         where = self.source.where(key, "seg_maps")
         raw = decode_label(self.source.read(key, "seg_maps"), where)
         size = raw.shape[0], raw.shape[1]
-        geometry = draw_geometry(*size, augmentations, rng, where)
+        geometry = draw_geometry(*size, augmentations, draws, where)
         # Only values that reach the network are looked at; the builder has looked at all.
         ids = to_train_ids(apply_to_map(raw, geometry), where)
         image = self._read_photo(key, geometry, size) if self.with_images else None
@@ -101,11 +101,9 @@ class Root:
         photo = decode_bgr(data, where, reduction=factor)
         if factor == 1:
             self._check_size(photo.shape, where, size, key)
-        cut = apply_to_image(photo, geometry, reduced_from=(*size, factor) if factor > 1 else None)
-        planes = torch.empty((3, geometry.height, geometry.width), dtype=torch.uint8)
-        red, green, blue = planes.numpy()
-        cv2.split(cut, [blue, green, red])
-        return planes
+        reduced_from = (*size, factor) if factor > 1 else None
+        cut = apply_to_image(photo, geometry, reduced_from=reduced_from, swap=True)
+        return torch.from_numpy(cut).permute(2, 0, 1)
 
     def _read_edges(
         self, key: str, geometry: Geometry, size: tuple[int, int], ids: NDArray[np.generic]

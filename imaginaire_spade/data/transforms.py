@@ -8,7 +8,9 @@ state and reads no file.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import cv2
@@ -21,29 +23,33 @@ from imaginaire_spade.errors import DataError
 
 @dataclass(frozen=True)
 class Geometry:
-    """Resize to (resized_h, resized_w), cut [top: top + height, left: left + width], then mirror if ``flip``."""
+    """Resize to (resized_h, resized_w), cut [top: top + height, left: left + width], then mirror if ``flip``.
+
+    All in pixels of the resized picture. A crop may begin between two of them: where a picture shrinks, crops begin at
+    whole pixels of the original, so that nothing else of it needs to be resized.
+    """
 
     resized_h: int
     resized_w: int
-    top: int
-    left: int
+    top: int | Fraction
+    left: int | Fraction
     height: int
     width: int
     flip: bool
 
 
 def draw_geometry(
-    height: int, width: int, augmentations: AugmentationConfig, rng: np.random.Generator, where: str
+    height: int, width: int, augmentations: AugmentationConfig, draws: Sequence[float], where: str
 ) -> Geometry:
     """The geometry of one sample of (height, width) pixels.
 
-    Always takes the same four numbers from ``rng``, so that switching one augmentation on leaves the others as they
-    were. ``where`` names the sample in the message.
-
+    Args:
+        draws: four numbers in [0, 1), each for one augmentation: switching one on leaves the others as they were.
+        where: names the sample in the message.
     Raises:
         DataError: the crop is larger than the resized picture.
     """
-    scale_draw, top_draw, left_draw, flip_draw = rng.random(4).tolist()
+    scale_draw, top_draw, left_draw, flip_draw = draws
     crop = augmentations.crop_h_w
     resized_h, resized_w = _resized(height, width, augmentations)
     factor = 1 + scale_draw * augmentations.random_scale_limit
@@ -56,13 +62,24 @@ def draw_geometry(
             f" {resized_h} x {resized_w} once resized). In that split's augmentations make {name} smaller,"
             f" or enlarge first: resize_smallest_side: {max(crop_h, crop_w)} (or resize_h_w: [{crop_h}, {crop_w}])"
         )
-    room_h, room_w = resized_h - crop_h, resized_w - crop_w
+    top: int | Fraction
+    left: int | Fraction
     if augmentations.center_crop_h_w:
-        top, left = room_h // 2, room_w // 2
+        top, left = (resized_h - crop_h) // 2, (resized_w - crop_w) // 2
     else:
-        top, left = int(top_draw * (room_h + 1)), int(left_draw * (room_w + 1))  # draws are < 1: at most the room
+        step = _reduction(height, width, resized_h, resized_w)
+        top = _random_start(top_draw, height, resized_h, crop_h, step)
+        left = _random_start(left_draw, width, resized_w, crop_w, step)
     flip = augmentations.horizontal_flip and flip_draw < 0.5
     return Geometry(resized_h, resized_w, top, left, crop_h, crop_w, flip)
+
+
+def _random_start(draw: float, size: int, resized: int, crop: int, step: int) -> int | Fraction:
+    """Where the crop begins: at a whole pixel of the finer of the two grids, of the original's every ``step``-th."""
+    if resized >= size:
+        return int(draw * (resized - crop + 1))  # draws are < 1: at most the room
+    room = (resized - crop) * size // (resized * step)
+    return Fraction(int(draw * (room + 1)) * step * resized, size)
 
 
 def _resized(height: int, width: int, augmentations: AugmentationConfig) -> tuple[int, int]:
@@ -84,7 +101,11 @@ def _round_side(exact: float, crop: int) -> int:
 def choose_reduction(height: int, width: int, geometry: Geometry) -> int:
     """The factor (1, 2, 4 or 8) by which a JPEG of (height, width) may shrink in its decoder: what is left is at least
     as large as the resized picture."""
-    room = min(height / geometry.resized_h, width / geometry.resized_w)
+    return _reduction(height, width, geometry.resized_h, geometry.resized_w)
+
+
+def _reduction(height: int, width: int, resized_h: int, resized_w: int) -> int:
+    room = min(height / resized_h, width / resized_w)
     return next(factor for factor in (8, 4, 2, 1) if room >= factor or factor == 1)
 
 
@@ -94,29 +115,42 @@ def apply_to_image(
     *,
     reduced_from: tuple[int, int, int] | None = None,
     any_area: bool = False,
+    swap: bool = False,
 ) -> NDArray[np.uint8]:
-    """uint8 [H, W, C] -> uint8 [geometry.height, geometry.width, C], contiguous.
+    """uint8 [H, W, 3] -> uint8 [geometry.height, geometry.width, 3], contiguous.
 
     Shrinking to half the size or less averages areas; less, and enlarging, interpolates linearly.
 
     Args:
         reduced_from: (height, width, factor) of a picture that was decoded at 1 / factor of its size, rounded up.
         any_area: average areas for any shrinking: smoother, and five times slower.
+        swap: BGR to RGB, or the other way round.
     """
     g = geometry
     height, width, factor = reduced_from or (*image.shape[:2], 1)
     # Exact, though a picture of 427 rows has 214 at half its size.
     scale_h, scale_w = g.resized_h * factor / height, g.resized_w * factor / width
-    resized: NDArray[Any] = image
+    row, top = _whole_start(height, g.resized_h, g.top, factor)
+    column, left = _whole_start(width, g.resized_w, g.left, factor)
+    rows, columns = math.ceil((top + g.height) / scale_h) + 1, math.ceil((left + g.width) / scale_w) + 1
+    resized: NDArray[Any] = image[row : row + rows, column : column + columns]
     if (scale_h, scale_w) != (1, 1):
         shrinks = max(scale_h, scale_w) <= (1 if any_area else 0.5)
         method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        if factor == 1:
-            resized = cv2.resize(image, (g.resized_w, g.resized_h), interpolation=method)
-        else:
-            resized = cv2.resize(image, None, fx=scale_w, fy=scale_h, interpolation=method)
-    cut = resized[g.top : g.top + g.height, g.left : g.left + g.width]
-    return np.ascontiguousarray(cv2.flip(cut, 1).reshape(cut.shape) if g.flip else cut)
+        resized = cv2.resize(resized, None, fx=scale_w, fy=scale_h, interpolation=method)
+    cut = resized[top : top + g.height, left : left + g.width]
+    if g.flip:
+        cut = np.asarray(cv2.flip(cut, 1), np.uint8)
+    return np.asarray(cv2.cvtColor(cut, cv2.COLOR_BGR2RGB), np.uint8) if swap else np.ascontiguousarray(cut)
+
+
+def _whole_start(size: int, resized: int, start: int | Fraction, factor: int) -> tuple[int, int]:
+    """A pixel from which on a picture (1 / ``factor`` of ``size``) may be resized, and ``start`` counted from there."""
+    first, rest = divmod(start.numerator * size, start.denominator * resized * factor)
+    if rest == 0 and resized * factor <= size:  # (enlarging looks at the pixel before as well)
+        return first, 0
+    assert start.denominator == 1
+    return 0, start.numerator
 
 
 def apply_to_map(ids: NDArray[np.generic], geometry: Geometry) -> NDArray[np.generic]:
@@ -126,7 +160,8 @@ def apply_to_map(ids: NDArray[np.generic], geometry: Geometry) -> NDArray[np.gen
     """
     g = geometry
     if ids.shape[:2] == (g.resized_h, g.resized_w):
-        cut = ids[g.top : g.top + g.height, g.left : g.left + g.width]
+        top, left = int(g.top), int(g.left)
+        cut = ids[top : top + g.height, left : left + g.width]
         return np.ascontiguousarray(cut[:, ::-1] if g.flip else cut)
     rows = _source_indices(ids.shape[0], g.resized_h, g.top, g.height)
     columns = _source_indices(ids.shape[1], g.resized_w, g.left, g.width)
@@ -146,9 +181,10 @@ def apply_to_distances(distances: NDArray[np.floating], geometry: Geometry) -> N
     return cut
 
 
-def _source_indices(size: int, resized: int, start: int, count: int) -> NDArray[np.int64]:
-    # In integers: (i + 0.5) * size / resized without the rounding of floats.
-    return (2 * np.arange(start, start + count, dtype=np.int64) + 1) * size // (2 * resized)
+def _source_indices(size: int, resized: int, start: int | Fraction, count: int) -> NDArray[np.int64]:
+    # In integers: (start + i + 0.5) * size / resized without the rounding of floats.
+    p, q = start.numerator, start.denominator
+    return ((2 * np.arange(count, dtype=np.int64) + 1) * q + 2 * p) * size // (2 * q * resized)
 
 
 def edges_from_ids(ids: NDArray[np.generic]) -> NDArray[np.uint8]:
@@ -156,11 +192,13 @@ def edges_from_ids(ids: NDArray[np.generic]) -> NDArray[np.uint8]:
 
     Both pixels of a differing pair are marked; the picture does not wrap around.
     """
-    edges = np.zeros(ids.shape, np.bool_)
-    across = ids[:, 1:] != ids[:, :-1]
-    down = ids[1:] != ids[:-1]
-    edges[:, 1:] |= across
-    edges[:, :-1] |= across
-    edges[1:] |= down
-    edges[:-1] |= down
-    return edges.view(np.uint8)
+    # In one dimension, twice as fast; the last pixel of a row is no neighbour of the next row's first.
+    width, flat = ids.shape[1], ids.ravel()
+    edges = np.zeros(flat.size, np.bool_)
+    across, down = flat[1:] != flat[:-1], flat[width:] != flat[:-width]
+    across[width - 1 :: width] = False
+    edges[1:] = across
+    edges[:-1] |= across
+    edges[width:] |= down
+    edges[:-width] |= down
+    return edges.reshape(ids.shape).view(np.uint8)

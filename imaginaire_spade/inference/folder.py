@@ -15,7 +15,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from imaginaire_spade.data.dataset import LabelMapDataset, Sample
+from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.sample import Sample
 from imaginaire_spade.data.workers import read_ahead
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import DataError

@@ -15,7 +15,7 @@ import cv2
 import torch
 from torch import Tensor
 
-from imaginaire_spade.data.dataset import normalise
+from imaginaire_spade.data.batch import normalise
 from imaginaire_spade.data.decode import decode_image
 from imaginaire_spade.data.store import open_source
 from imaginaire_spade.errors import CheckpointError, DataError

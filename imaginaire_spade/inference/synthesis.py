@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imaginaire_spade.build import layout_spec
-from imaginaire_spade.data.dataset import denormalise
+from imaginaire_spade.data.batch import denormalise
 from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.errors import UserError
 from imaginaire_spade.inference.weights import LoadedModel

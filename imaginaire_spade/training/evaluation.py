@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from imaginaire_spade.config import EvaluationConfig, RunConfig
-from imaginaire_spade.data.dataset import Batch, LabelMapDataset, denormalise
+from imaginaire_spade.data.batch import Batch, denormalise
+from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import default_num_workers
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
 from imaginaire_spade.evaluation.collection import Collection, collect

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from imaginaire_spade import distributed
 from imaginaire_spade.config import RunConfig
-from imaginaire_spade.data.dataset import Batch, normalise
+from imaginaire_spade.data.batch import Batch, normalise
 from imaginaire_spade.errors import UserError
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.meters import non_finite

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from imaginaire_spade import pictures
-from imaginaire_spade.data.dataset import Batch, LabelMapDataset, denormalise
+from imaginaire_spade.data.batch import Batch, denormalise
+from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import sequential_batches
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.noise import style_noise

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imaginaire_spade.data.dataset import Batch, LabelMapDataset
+from imaginaire_spade.data.batch import Batch
+from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import sequential_batches
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.evaluation.collection import Collection, Description

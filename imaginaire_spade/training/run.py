@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from imaginaire_spade import distributed
 from imaginaire_spade.build import build_split
 from imaginaire_spade.config import RunConfig
-from imaginaire_spade.data.dataset import Batch, LabelMapDataset
+from imaginaire_spade.data.batch import Batch
+from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import Prefetcher, default_num_workers, sequential_batches, training_loader
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.layout import SemanticLayout

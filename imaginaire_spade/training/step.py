@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from imaginaire_spade.data.dataset import Batch, normalise
+from imaginaire_spade.data.batch import Batch, normalise
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.losses import GANLoss, GeneratorOutputs
 from imaginaire_spade.models.discriminator import Discriminator, Scores, split_scores

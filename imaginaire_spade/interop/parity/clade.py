@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade import losses
-from imaginaire_spade.data.dataset import Batch
+from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.data.transforms import edges_from_ids
 from imaginaire_spade.interop import import_discriminator, import_generator, reference_names

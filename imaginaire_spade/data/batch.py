@@ -1,0 +1,147 @@
+"""The batch that travels from a loader's worker to the device.
+
+Nothing here is ever one-hot, and pictures stay uint8 until ``normalise`` on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from imaginaire_spade.data.sample import Sample
+from imaginaire_spade.errors import DataError
+from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one size, on one device."""
+
+    layout: SemanticLayout
+    images: Tensor | None
+    """uint8 [N, 3, H, W], in memory channels last, as pictures are decoded."""
+    keys: tuple[str, ...]
+    original_sizes: tuple[tuple[int, int], ...]
+    draws: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        images = None if self.images is None else self.images.to(device, non_blocking=non_blocking)
+        layout = self.layout.to(device, non_blocking=non_blocking)
+        return Batch(layout, images, self.keys, self.original_sizes, self.draws)
+
+    def pin_memory(self) -> Batch:
+        images = None if self.images is None else self.images.pin_memory()
+        return Batch(self.layout.pin_memory(), images, self.keys, self.original_sizes, self.draws)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the batch."""
+        layout = self.layout
+        return [t for t in (self.images, layout.labels, layout.edges, layout.distances) if t is not None]
+
+    def split(self, pieces: int) -> Iterator[Batch]:
+        """Equal parts, in order, each made when its turn comes: what a part's layout caches lives no longer than it."""
+        assert pieces > 0 and len(self) % pieces == 0, f"{len(self)} samples do not split into {pieces} equal parts"
+        if pieces == 1:
+            yield self
+            return
+        size = len(self) // pieces
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            yield Batch(
+                self.layout[part],
+                None if self.images is None else self.images[part],
+                self.keys[part],
+                self.original_sizes[part],
+                self.draws[part],
+            )
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A batch whose tensors lie in one piece of memory, as which they pass from process to process at one's cost."""
+
+    memory: Tensor
+    """uint8 [bytes]."""
+    places: Mapping[str, tuple[int, torch.dtype, tuple[int, ...]]]
+    """"images" (channels last), "labels", "edges", "distances", as far as there are: first byte, dtype, shape."""
+    spec: LayoutSpec
+    keys: tuple[str, ...]
+    original_sizes: tuple[tuple[int, int], ...]
+    draws: tuple[int, ...]
+
+    @classmethod
+    def pack(cls, spec: LayoutSpec, samples: Sequence[Sample], *, shared: bool = False) -> Parcel:
+        """Samples of one size -> a parcel, in memory that processes can share if ``shared``.
+
+        Raises:
+            DataError: sizes differ.
+        """
+        first = samples[0]
+        for sample in samples:
+            if sample.labels.shape != first.labels.shape:
+                raise DataError(
+                    f"{first.key} is {list(first.labels.shape)} and {sample.key} {list(sample.labels.shape)} (height,"
+                    " width) after augmentation, but a batch holds one size. Write random_crop_h_w: [256, 256] or"
+                    " resize_h_w: [256, 256] in that split's augmentations, or batch_size: 1"
+                )
+        columns = {
+            "distances": [sample.distances for sample in samples if sample.distances is not None],
+            "labels": [sample.labels for sample in samples],
+            "edges": [sample.edges for sample in samples if sample.edges is not None],
+            "images": [sample.image.permute(1, 2, 0) for sample in samples if sample.image is not None],
+        }  # the widest numbers first, so that all begin where their dtype may
+        columns = {name: tensors for name, tensors in columns.items() if tensors}
+        places, end = {}, 0
+        for name, tensors in columns.items():
+            places[name] = end, tensors[0].dtype, (len(tensors), *tensors[0].shape)
+            end += sum(tensor.nbytes for tensor in tensors)
+        memory = _shared_memory(end) if shared else torch.empty(end, dtype=torch.uint8)
+        parcel = cls(
+            memory,
+            places,
+            spec,
+            tuple(sample.key for sample in samples),
+            tuple(sample.original_size for sample in samples),
+            tuple(sample.draw for sample in samples),
+        )
+        for name, tensors in columns.items():
+            torch.stack(tensors, out=parcel._tensor(name))
+        return parcel
+
+    def pin_memory(self) -> Parcel:
+        return replace(self, memory=self.memory.pin_memory())
+
+    def open(self) -> Batch:
+        """The batch; its tensors are views."""
+        tensors = {name: self._tensor(name) for name in self.places}
+        images = tensors["images"].permute(0, 3, 1, 2) if "images" in tensors else None
+        layout = SemanticLayout(self.spec, tensors["labels"], tensors.get("edges"), tensors.get("distances"))
+        return Batch(layout, images, self.keys, self.original_sizes, self.draws)
+
+    def _tensor(self, name: str) -> Tensor:
+        start, dtype, shape = self.places[name]
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        return self.memory[start : start + num_bytes].view(dtype).view(shape)
+
+
+def _shared_memory(num_bytes: int) -> Tensor:
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(
+        num_bytes
+    )  # as torch's own collate does in a worker
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (num_bytes,), (1,))
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [-1, 1], of any shape, contiguous: x / 127.5 - 1."""
+    return images.contiguous().float() / 127.5 - 1
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """Float in [-1, 1] -> uint8 0..255, rounded and clamped: the inverse of ``normalise``."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
