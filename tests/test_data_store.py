@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,10 +24,13 @@ import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
+import hypothesis.extra.numpy
 import lmdb
 import numpy as np
 import pytest
 from conftest import REPOSITORY, write_jpg, write_png
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -35,6 +39,7 @@ from imaginaire_spade.data import check as check_module
 from imaginaire_spade.data import output as output_module
 from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.decode import decode_edges, decode_image, decode_instances, decode_label, image_size
+from imaginaire_spade.data.encode import encode_map
 from imaginaire_spade.data.environments import EnvironmentWriter
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.lock import owning
@@ -55,6 +60,20 @@ def encoded(array: np.ndarray, image_format: str = "PNG", mode: str | None = Non
     image = Image.fromarray(array)
     (image.convert(mode) if mode else image).save(buffer, image_format, **options)
     return buffer.getvalue()
+
+
+def png_rows(data: bytes) -> list[bytes]:
+    """The rows of an 8- or 16-bit PNG as they are stored, each with its filter's number first."""
+    width, height, bits, colour = struct.unpack(">IIBB", data[16:26])
+    place, packed = 8, b""
+    while place < len(data):
+        length, kind = struct.unpack(">I4s", data[place : place + 8])
+        packed += data[place + 8 : place + 8 + length] if kind == b"IDAT" else b""
+        place += 12 + length
+    stride = 1 + width * bits // 8 * (3 if colour == 2 else 1)
+    rows = zlib.decompress(packed)
+    assert len(rows) == stride * height
+    return [rows[i : i + stride] for i in range(0, len(rows), stride)]
 
 
 def raw_png(rows: list[bytes], width: int, bits: int, colour_type: int) -> bytes:
@@ -751,6 +770,58 @@ def test_shrinking_while_building(tiny_folder, tmp_path):
     assert len(store.read("a", "images")) < len(raw.read("a", "images")) / 2
     with pytest.raises(DataError, match="another --resize_smallest_side"):
         build_dataset(root, tmp_path / "out", LABELS, num_workers=0, resize_smallest_side=20, quality=90)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 9), st.integers(1, 9))
+def test_maps_come_back_as_they_were_encoded(data, height, width):
+    def numbers(largest: int, dtype: type, *channels: int) -> np.ndarray:
+        values = st.integers(0, largest)
+        return data.draw(hypothesis.extra.numpy.arrays(dtype, (height, width, *channels), elements=values))
+
+    for ids in (numbers(255, np.uint8), numbers(65535, np.uint16), numbers(255, np.uint8, 3)):
+        back = decode_label(encode_map(ids), "x")
+        assert back.dtype == ids.dtype and np.array_equal(back, ids)
+    for largest in (65535, 2**24 - 1):
+        ids = numbers(largest, np.int32)
+        assert np.array_equal(decode_instances(encode_map(ids), "x"), ids)
+    edges = numbers(1, np.uint8)
+    assert np.array_equal(decode_edges(encode_map(edges * np.uint8(255)), "x"), edges)
+
+
+def test_recoding_maps_while_building(tiny_folder, tmp_path):
+    """The same samples, whatever kind of file a map was; photos stay the files they are."""
+    table = LabelSpec(num_classes=5, palette=tuple((i, 2 * i, 3 * i) for i in range(5)))
+    root = tiny_folder(keys=["grey", "indices", "colours", "wide", "tiff"])
+    rng = np.random.default_rng(0)
+    ids = np.kron(rng.integers(0, 5, (5, 7), dtype=np.uint8), np.ones((8, 8), np.uint8))
+    indices = Image.new("P", ids.shape[::-1])
+    indices.putdata(ids.ravel().tolist())
+    indices.putpalette(np.array(table.palette, np.uint8).ravel().tolist())
+    indices.save(root / "seg_maps/indices.png")
+    write_png(root / "seg_maps/colours.png", np.array(table.palette, np.uint8)[ids])
+    write_png(root / "seg_maps/wide.png", ids.astype(np.uint16))
+    (root / "seg_maps/tiff.png").unlink()
+    Image.fromarray(ids).save(root / "seg_maps/tiff.tif")
+    write_png(root / "inst_maps/wide.png", np.stack([ids, ids, ids], 2))  # R + 256 G + 65536 B
+    plain, recoded = tmp_path / "plain", tmp_path / "recoded"
+    build_dataset(root, plain, table, num_workers=0)
+    manifest = build_dataset(root, recoded, table, num_workers=0, recode_maps=True)
+    assert manifest["recoded_maps"] and manifest["data_types"]["seg_maps"]["other_extensions"] == {}
+    one, other = open_source(plain, TYPES), open_source(recoded, TYPES)
+    for key, data_type in itertools.product(one.keys, TYPES):
+        a, b = one.read(key, data_type), other.read(key, data_type)
+        if data_type == "images":
+            assert a == b == (root / f"images/{key}.jpg").read_bytes()
+            continue
+        assert {row[0] for row in png_rows(b)} == {0}  # no filter
+        decode = {"seg_maps": decode_label, "edge_maps": decode_edges, "inst_maps": decode_instances}[data_type]
+        assert np.array_equal(decode(a, key), decode(b, key))
+    for recode, message in ((False, "--recode_maps"), (True, "recode_maps decodes every map")):
+        with pytest.raises(DataError, match=message):
+            build_dataset(root, recoded, table, num_workers=0, recode_maps=recode, check=not recode)
+    shrunk = build_dataset(root, tmp_path / "shrunk", table, num_workers=0, recode_maps=True, resize_smallest_side=20)
+    assert shrunk["sizes_h_w"] == {"20x28": 5} and shrunk["recoded_maps"]
 
 
 def test_chosen_types_and_no_check(tiny_folder, tmp_path):

@@ -50,6 +50,7 @@ def build_dataset(
     check: bool = True,
     resize_smallest_side: int | None = None,
     quality: int = 95,
+    recode_maps: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> Manifest | None:
@@ -67,6 +68,7 @@ def build_dataset(
         input_list: file with one key per line (an extension is ignored): build from these samples only.
         check: decode every file and compare sizes and label values with the table.
         resize_smallest_side, quality: shrink what is larger; JPEGs are then written with this quality.
+        recode_maps: write label, edge and instance maps anew, with the same integers, so that they decode faster.
         rank, world_size: build every ``world_size``-th shard, from number ``rank`` on.
     Returns:
         The root's manifest; None where another process completes (or completed) the data set.
@@ -82,6 +84,8 @@ def build_dataset(
         )
     if resize_smallest_side is not None and (resize_smallest_side < 1 or not check or not 1 <= quality <= 100):
         raise DataError("--resize_smallest_side takes at least 1, with --quality 1..100, and excludes --no_check")
+    if recode_maps and not check:
+        raise DataError("--recode_maps decodes every map, which --no_check excludes: write one of the two")
     check_output(raw, output, overwrite, resume)
     selection = select_samples(
         raw,
@@ -102,7 +106,7 @@ def build_dataset(
         name: sorted(source.keys[a:b], key=store_key)
         for name, (a, b) in zip(names, itertools.pairwise(cuts), strict=True)
     }
-    plan = Plan(source, labels, types, check, resize_smallest_side, quality)
+    plan = Plan(source, labels, types, check, resize_smallest_side, quality, recode_maps)
     own = range(num_shards)[rank::world_size]
     with owning(output, own) as lock_file:
         build = _Build(plan, parts, _choose_root(output, num_shards, overwrite), lock_file, Tally())

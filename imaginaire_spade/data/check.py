@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from imaginaire_spade.data.decode import decode_bgr, decode_edges, decode_image, decode_instances, decode_label
 from imaginaire_spade.data.distances import NOT_FINITE, decode_distances
+from imaginaire_spade.data.encode import encode_map, encode_photo
 from imaginaire_spade.data.folders import DISTANCES, FolderSource
 from imaginaire_spade.data.store import MAX_KEY_BYTES, store_key
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
@@ -35,6 +35,8 @@ class Plan:
     """Photos and maps whose smaller side is longer are shrunk to it; None: every value is the original file."""
     quality: int = 95
     """Of JPEGs that are shrunk."""
+    recode_maps: bool = False
+    """Whether maps are written anew, with the same integers, so that they decode faster."""
 
 
 @dataclass(frozen=True)
@@ -99,43 +101,30 @@ def load_sample(plan: Plan, key: str) -> LoadedSample:
         return LoadedSample(key, problems=tuple(problems))
     size = sizes[first] if sizes else None
     if size and plan.smallest_side and min(size) > plan.smallest_side:
-        return _shrunk(plan, sample, pixels, size)
+        height, width = (max(1, round(side * plan.smallest_side / min(size))) for side in size)
+        return _rewritten(plan, sample, pixels, (height, width))
+    if size and plan.recode_maps:
+        return _rewritten(plan, sample, pixels, size)
     return replace(sample, size=size)
 
 
-def _shrunk(plan: Plan, sample: LoadedSample, pixels: dict[str, NDArray[Any]], size: tuple[int, int]) -> LoadedSample:
-    assert plan.smallest_side
-    height, width = (max(1, round(side * plan.smallest_side / min(size))) for side in size)
-    geometry = Geometry(height, width, 0, 0, height, width, False)
-    class_pixels = {}
+def _rewritten(
+    plan: Plan, sample: LoadedSample, pixels: dict[str, NDArray[Any]], size: tuple[int, int]
+) -> LoadedSample:
+    """The sample at ``size`` (height, width); without a change of size only its maps are written anew."""
+    class_pixels = sample.class_pixels
     for data_type, array in pixels.items():
+        shrinks = array.shape[:2] != size
+        geometry = Geometry(*size, 0, 0, *size, False)
         if data_type == "images":
-            extension = sample.extensions[data_type]
-            rgb = apply_to_image(array, geometry, any_area=True)[..., ::-1]
-            sample.files[data_type] = _encode(rgb, f".{extension}", plan.quality)
-        else:
+            if shrinks:
+                extension = sample.extensions[data_type]
+                rgb = apply_to_image(array, geometry, any_area=True)[..., ::-1]
+                sample.files[data_type] = encode_photo(rgb, extension, plan.quality)
+        elif data_type != DISTANCES:
             stored = apply_to_map(array * np.uint8(255) if data_type == "edge_maps" else array, geometry)
-            sample.files[data_type] = _encode(_integers_of_a_png(stored), ".png", 0)
+            sample.files[data_type] = encode_map(stored)
             sample.extensions[data_type] = "png"
-            if data_type == "seg_maps":
+            if data_type == "seg_maps" and shrinks:
                 class_pixels = plan.labels.count_pixels(stored, plan.source.where(sample.key, data_type))
-    return replace(sample, size=(height, width), class_pixels=class_pixels)
-
-
-def _integers_of_a_png(ids: NDArray[Any]) -> NDArray[np.generic]:
-    """uint8 or uint16 [H, W], or, for instance ids beyond 65535, R + 256 G + 65536 B as uint8 [H, W, 3]."""
-    if ids.dtype != np.int32:
-        return ids
-    if ids.max() <= 65535:
-        return ids.astype(np.uint16)
-    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], 2).astype(np.uint8)
-
-
-def _encode(stored: NDArray[np.generic], suffix: str, quality: int) -> bytes:
-    bgr = stored[..., ::-1] if stored.ndim == 3 else stored
-    options = {".jpg": cv2.IMWRITE_JPEG_QUALITY, ".jpeg": cv2.IMWRITE_JPEG_QUALITY, ".webp": cv2.IMWRITE_WEBP_QUALITY}
-    written, data = cv2.imencode(
-        suffix, np.ascontiguousarray(bgr), [options[suffix], quality] if suffix in options else []
-    )
-    assert written
-    return data.tobytes()
+    return replace(sample, size=size, class_pixels=class_pixels)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
 from imaginaire_spade.data.decode import decode_instances, decode_label
+from imaginaire_spade.data.encode import encode_map
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.transforms import edges_from_ids
 from imaginaire_spade.data.workers import map_in_processes
@@ -66,5 +66,5 @@ class _MakeMap:
         if len({edges.shape for edges in maps}) > 1:
             raise DataError(f"{self.source.where(key, 'seg_maps')}: its instance map has another size")
         edges = np.maximum.reduce(maps) * np.uint8(255)
-        write_bytes(target, cv2.imencode(".png", edges)[1].tobytes())
+        write_bytes(target, encode_map(edges))
         return True

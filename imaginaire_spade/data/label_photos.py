@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import cv2
 import yaml
 from tqdm import tqdm
 
 from imaginaire_spade.data.decode import decode_image
+from imaginaire_spade.data.encode import encode_map
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.segmenters import Segmenter
 from imaginaire_spade.pictures import write_bytes
@@ -34,7 +34,7 @@ def label_photos(
         if target.is_file() and not overwrite:
             continue
         ids = segmenter.label(decode_image(source.read(key, "images"), source.where(key, "images")))
-        write_bytes(target, cv2.imencode(".png", ids)[1].tobytes())
+        write_bytes(target, encode_map(ids))
         made += 1
     if rank == 0:
         table = {"data": {"labels": {"num_classes": len(segmenter.names), "ignore": [255] if len(segmenter.names) < 256

@@ -149,8 +149,9 @@ def _difference(manifest: Manifest, keys: Sequence[str], plan: Plan) -> str:
         return "another label table"
     if list(manifest["data_types"]) != list(plan.data_types):
         return f"other data types ({', '.join(manifest['data_types'])})"
-    if manifest["shrunk"] != shrunk or manifest["checked"] != plan.check:
-        return "another --resize_smallest_side, --quality or --no_check"
+    built = manifest["shrunk"], manifest["recoded_maps"], manifest["checked"]
+    if built != (shrunk, plan.recode_maps, plan.check):
+        return "another --resize_smallest_side, --quality, --recode_maps or --no_check"
     return "" if manifest["source_sha256"] == source_sha256(plan, keys) else "another set of samples or files"
 
 

@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from imaginaire_spade.data.coco_instances import draw_instances
 from imaginaire_spade.data.decode import decode_image, decode_instances, decode_label
+from imaginaire_spade.data.encode import encode_map, encode_photo
 from imaginaire_spade.data.official import DATASETS, Options, RawSample
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.data.workers import map_in_processes
@@ -67,7 +67,7 @@ def _write(output: Path, resize_h_w: tuple[int, int] | None, link: bool, sample:
             if data_type == "seg_maps":
                 for old, new in sample.replace_ids.items():
                     array = np.where(array == old, array.dtype.type(new), array)
-            write_bytes(target, _encoded(array, data_type, size, f".{extension}", str(path)))
+            write_bytes(target, _encoded(array, data_type, size, extension))
         elif link:
             target.symlink_to(path.resolve())
         else:
@@ -78,7 +78,7 @@ def _write(output: Path, resize_h_w: tuple[int, int] | None, link: bool, sample:
     if sample.objects and not target.exists():
         path = sample.files["seg_maps"]
         instances = draw_instances(sample.objects, decode_label(path.read_bytes(), str(path)), str(path))
-        write_bytes(target, _encoded(instances, "inst_maps", size, ".png", str(path)))
+        write_bytes(target, _encoded(instances, "inst_maps", size, "png"))
 
 
 _DECODERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {
@@ -88,16 +88,9 @@ _DECODERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {
 }
 
 
-def _encoded(array: NDArray[Any], data_type: str, size: tuple[int, int] | None, suffix: str, where: str) -> bytes:
+def _encoded(array: NDArray[Any], data_type: str, size: tuple[int, int] | None, extension: str) -> bytes:
     """The file of a photo or map, resized to ``size``."""
-    if size:
-        geometry = Geometry(*size, 0, 0, *size, False)
-        array = (
-            apply_to_image(array, geometry, any_area=True) if data_type == "images" else apply_to_map(array, geometry)
-        )
-    if data_type == "inst_maps":
-        if array.max() > 65535:
-            raise DataError(f"{where}: instance ids beyond 65535 are not resized: leave out --resize_h_w")
-        array = array.astype(np.uint16)
-    stored = array[..., ::-1] if array.ndim == 3 else array
-    return cv2.imencode(suffix, np.ascontiguousarray(stored))[1].tobytes()
+    geometry = Geometry(*size, 0, 0, *size, False) if size else None
+    if data_type == "images":
+        return encode_photo(apply_to_image(array, geometry, any_area=True) if geometry else array, extension)
+    return encode_map(apply_to_map(array, geometry) if geometry else array)

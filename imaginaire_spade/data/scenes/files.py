@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cv2
 
+from imaginaire_spade.data.encode import encode_map, encode_photo
 from imaginaire_spade.data.scenes.scene import draw_scene
 
 
@@ -49,14 +50,12 @@ def _write_scene(job: tuple[Path, int, int, int, int]) -> None:
     split, seed, index, height, width = job
     scene = draw_scene(seed, index, height, width)
     name = f"scene_{index:05d}"
-    jpeg = [cv2.IMWRITE_JPEG_QUALITY, 95]
-    for path, pixels, options in (
-        (split / "images" / f"{name}.jpg", scene.image[..., ::-1], jpeg),
-        (split / "seg_maps" / f"{name}.png", scene.labels, []),
-        (split / "inst_maps" / f"{name}.png", scene.instances, []),
-        (split / "edge_maps" / f"{name}.png", scene.edges, []),
+    for path, content in (
+        (split / "images" / f"{name}.jpg", encode_photo(scene.image, "jpg")),
+        (split / "seg_maps" / f"{name}.png", encode_map(scene.labels)),
+        (split / "inst_maps" / f"{name}.png", encode_map(scene.instances)),
+        (split / "edge_maps" / f"{name}.png", encode_map(scene.edges)),
     ):
-        _, encoded = cv2.imencode(path.suffix, pixels, options)
         partial = path.with_name(f".{path.name}.part")
-        partial.write_bytes(encoded.tobytes())
+        partial.write_bytes(content)
         partial.replace(path)
