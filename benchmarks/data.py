@@ -3,7 +3,8 @@
     python -m benchmarks.data --data_root FOLDER      # images/ seg_maps/ edge_maps/, with a config of its labels
         [--config configs/projects/spade/camvid/base256.yaml] [--num_workers 2] [--rounds 5] [--samples N]
 
-The contestants of a table take turns, so that what else the machine does falls on all of them alike. Beside the rate
+"recoded" is a data set that was built with --recode_maps: its label maps are the same, but faster to decode. The
+contestants of a table take turns, so that what else the machine does falls on all of them alike. Beside the rate
 stands the time of all processors together (user and system) per sample, which a busy machine disturbs less.
 """
 
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/projects/spade/camvid/base256.yaml", help="YAML with data.labels")
     parser.add_argument("--num_workers", type=int, default=2, help="the larger number of workers (default: 2)")
     parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken (default: 5)")
-    parser.add_argument("--samples", type=int, help="take so many, evenly spread, for a short run (default: all)")
+    parser.add_argument("--samples", type=int, help="so many instead of all: some, evenly spread, or all several times")
     arguments = parser.parse_args()
     compare(arguments.data_root, Path(arguments.config), arguments.num_workers, arguments.rounds, arguments.samples)
 
@@ -58,36 +59,45 @@ def compare(
 ) -> dict[str, "Measured"]:
     """Measure and print. Returns the tables ``build`` and ``load``."""
     labels = load_config(config, []).data.labels
+    torch.set_num_threads(1)  # as in a loader's worker
     source = FolderSource(root, TYPES)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         if samples:
-            source = link(source, source.keys[:: -(-len(source.keys) // samples)], scratch / "raw")
+            source = link(source, samples, scratch / "raw")
         number = len(source.keys)
-        build = partial(build_dataset, source.root, scratch / "made/out", labels, data_types=TYPES)
+        build = partial(build_dataset, source.root, labels=labels, data_types=TYPES)
         (scratch / "made").mkdir()
+        make = partial(build, scratch / "made/out")
         built = measure(
             {
                 "copy the files (cp)": lambda: copy(source, scratch / "made/copy"),
                 "read and put, one LMDB each": lambda: put(source, scratch / "made/put"),
-                "no check, 1 worker": lambda: quiet(build, num_workers=1, check=False),
-                f"no check, {many} workers": lambda: quiet(build, num_workers=many, num_shards=many, check=False),
+                "no check, 1 worker": lambda: quiet(make, num_workers=1, check=False),
+                f"no check, {many} workers": lambda: quiet(make, num_workers=many, num_shards=many, check=False),
                 DECODE: lambda: decode(source, TYPES),
-                "checked, 1 worker": lambda: quiet(build, num_workers=1),
-                f"checked, {many} workers": lambda: quiet(build, num_workers=many, num_shards=many),
+                "checked, 1 worker": lambda: quiet(make, num_workers=1),
+                f"checked, {many} workers": lambda: quiet(make, num_workers=many, num_shards=many),
+                "checked and recoded, 1 worker": lambda: quiet(make, num_workers=1, recode_maps=True),
             },
             number,
             rounds,
             scratch / "made",
         )
         show(f"build: {number} samples, median of {rounds}", built)
-        quiet(build)
-        data = LabelMapDataset(scratch / "made/out", labels, edges="labels", augmentations=AUGMENTATIONS)
+        for name in ("plain", "recoded"):
+            quiet(build, output_root=scratch / name, recode_maps=name == "recoded")
+        data, recoded = (
+            LabelMapDataset(scratch / name, labels, edges="labels", augmentations=AUGMENTATIONS)
+            for name in ("plain", "recoded")
+        )
         contestants: dict[str, Callable[[], object]] = {
             DECODE: lambda: decode(source, TYPES[:2]),
-            "samples in this process": lambda: [data[i, i] for i in range(number)],
+            "loader, this process": lambda: load(data, number, 0),
             "loader, 1 worker": lambda: load(data, number, 1),
             f"loader, {many} workers": lambda: load(data, number, many),
+            "recoded, this process": lambda: load(recoded, number, 0),
+            f"recoded, {many} workers": lambda: load(recoded, number, many),
             f"PIL + torchvision, {many} workers": lambda: list(
                 DataLoader(PlainDataset(source), BATCH, shuffle=True, num_workers=many, drop_last=True)
             ),
@@ -105,11 +115,13 @@ def compare(
         (built, f"no check, {many} workers", "no check, 1 worker"),
         (built, "checked, 1 worker", DECODE),
         (built, f"checked, {many} workers", "checked, 1 worker"),
-        (loaded, "samples in this process", DECODE),
+        (loaded, "loader, this process", DECODE),
         (loaded, "loader, 1 worker", DECODE),
         (loaded, f"loader, {many} workers", "loader, 1 worker"),
         (loaded, f"loader, {many} workers", f"PIL + torchvision, {many} workers"),
         (loaded, f"loader, {many} workers", f"webdataset + OpenCV, {many} workers"),
+        (loaded, "recoded, this process", DECODE),
+        (loaded, f"recoded, {many} workers", f"webdataset + OpenCV, {many} workers"),
     ):
         if other in table:
             rate, cpu = (table[name][0] / table[other][0], table[other][1] / table[name][1])
@@ -169,10 +181,12 @@ def copy(source: FolderSource, target: Path) -> None:
     subprocess.run(["cp", "-rL", *(source.root / t for t in TYPES), target], check=True)
 
 
-def link(source: FolderSource, keys: list[str], root: Path) -> FolderSource:
-    """A part of a folder, as links."""
-    for key, t in itertools.product(keys, TYPES):
-        path = root / t / f"{key}.{source.extension(key, t)}"
+def link(source: FolderSource, samples: int, root: Path) -> FolderSource:
+    """A folder of so many samples, as links: evenly spread ones, or all of them several times."""
+    number = len(source.keys)
+    for i, t in itertools.product(range(samples), TYPES):
+        key = source.keys[i * number // samples if samples < number else i % number]
+        path = root / t / f"{i // number}/{key}.{source.extension(key, t)}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(source.path(key, t).resolve())
     return FolderSource(root, TYPES)

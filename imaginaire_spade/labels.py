@@ -158,7 +158,7 @@ class LabelSpec(BaseModel):
             table = self.table
         flat = raw.ravel()
         # By runs of one id, which are some twenty times fewer than pixels.
-        starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
+        starts = _run_starts(flat)
         raw_counts = np.bincount(flat[starts], np.diff(starts, append=flat.size)).astype(np.int64)
         present = np.flatnonzero(raw_counts)
         mapped = table[present]
@@ -234,6 +234,18 @@ class LabelSpec(BaseModel):
             f' Write data.labels.ignore: [{", ".join(map(str, wrong[:10].tolist()))}] if they mean "no class",'
             " data.labels.remap: {raw id: class} to map them, or a larger num_classes"
         )
+
+
+def _run_starts(flat: NDArray[np.generic]) -> NDArray[np.intp]:
+    """Where in a flat array a value differs from the one before it; 0 is always among them."""
+    changed = np.zeros(-(-flat.size // 8) * 8, np.bool_)
+    changed[0] = True
+    np.not_equal(flat[1:], flat[:-1], out=changed[1 : flat.size])
+    # Eight at a time, since most do not; then the ones among those eight.
+    eights = changed.view(np.uint64)
+    some = np.flatnonzero(eights != 0)
+    place = np.flatnonzero(eights[some].view(np.bool_))
+    return some[place >> 3] * 8 + (place & 7)
 
 
 def distinct_colours(count: int) -> NDArray[np.uint8]:
