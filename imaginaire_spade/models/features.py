@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from imaginaire_spade.errors import ConfigError
@@ -40,6 +39,8 @@ class VGG19Features(nn.Module):
         if unknown := [name for name in layers if name not in VGG19_LAYERS]:
             raise ConfigError(f"perceptual layers {unknown} unknown; VGG19 has {', '.join(VGG19_LAYERS)}")
         self.indices = [VGG19_LAYERS[name] for name in layers]
+        import torchvision  # takes as long as torch itself, and every command line would wait for it
+
         with torch.device("meta"):
             self.network = torchvision.models.vgg19(weights=None).features[: max(self.indices) + 1]
         self._load(vgg19_weights_file(weights_path))
