@@ -118,6 +118,9 @@ class DataConfig(Section):
     """Edge channel: from edge_maps/ files, or drawn after augmentation from inst_maps/ or from the label map."""
     num_workers: int | None = Field(None, ge=0)
     """Loader workers per process; null = min(8, cores / processes)."""
+    shuffle_shards: int | None = Field(None, ge=1)
+    """Training mixes the samples of so many shards at a time, in a new order every epoch: for data sets larger than
+    memory, of which it then reads a few files at a time. null = it mixes all."""
     train: SplitConfig
     val: SplitConfig | None = None
 

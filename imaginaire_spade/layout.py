@@ -217,9 +217,6 @@ class SemanticLayout:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SemanticLayout:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> SemanticLayout:
-        return self._map(lambda t: t.pin_memory())
-
     def __getitem__(self, index: slice) -> SemanticLayout:
         return self._map(lambda t: t[index])
 

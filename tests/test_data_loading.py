@@ -376,10 +376,14 @@ def test_different_sizes_do_not_make_a_batch(tiny_folder):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 4), st.integers(0, 100))
-def test_ranks_together_are_one_process_and_resume_goes_on(num_samples, batch_size, world_size, images_seen):
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=6), st.none() | st.integers(1, 4), st.integers(1, 5),
+    st.integers(1, 4), st.integers(0, 100),
+)  # fmt: skip
+def test_ranks_together_are_one_process_and_resume_goes_on(shards, mixed, batch_size, world_size, images_seen):
     def take(count: int, batch: int, **keys: int) -> list[tuple[int, int]]:
-        return list(itertools.islice(ResumableSampler(num_samples, batch, seed=7, **keys), count))
+        order = {"shuffle_shards": mixed, "shard_sizes": shards}
+        return list(itertools.islice(ResumableSampler(sum(shards), batch, seed=7, **order, **keys), count))
 
     iterations = 5
     whole = take(images_seen + iterations * batch_size * world_size, batch_size * world_size)
@@ -400,6 +404,34 @@ def test_every_sample_once_per_epoch_in_changing_order():
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert [i for i, _ in itertools.islice(ResumableSampler(50, 8, seed=1), 50)] != epochs[0]
+
+
+def test_shards_are_taken_in_turns_and_mixed(tiny_folder, tmp_path):
+    sizes = [5, 9, 1, 7, 4]
+    shard_of = np.repeat(np.arange(5), sizes)
+    orders = []
+    for epoch in range(6):
+        sampler = ResumableSampler(26, 2, seed=3, images_seen=26 * epoch, shuffle_shards=2, shard_sizes=sizes)
+        order = [index for index, _ in itertools.islice(sampler, 26)]
+        assert sorted(order) == list(range(26))
+        for shard in range(5):  # all its samples come within a stretch of two shards' length
+            places = np.flatnonzero(shard_of[order] == shard)
+            assert places[-1] - places[0] < 9 + 7
+        orders.append(order)
+    assert len({tuple(order) for order in orders}) == 6
+    assert any(len([*itertools.groupby(shard_of[order].tolist())]) > 5 for order in orders)  # mixed, not one by one
+
+    root = tiny_folder(keys=12)
+    build_dataset(root, tmp_path / "lmdb", LABELS, num_shards=4, num_workers=0)
+    data = LabelMapDataset([tmp_path / "lmdb", tiny_folder("other", keys=["x", "y"])], LABELS)
+    assert data.shard_sizes == [3, 3, 3, 3, 2]
+    batches = itertools.islice(training_loader(data, 1, seed=0, num_workers=0, shuffle_shards=1), 14)
+    places = [data.keys.index(batch.keys[0]) for batch in batches]
+    assert sorted(places) == list(range(14)) and places != sorted(places)
+    shards = [shard for shard, _ in itertools.groupby(np.repeat(np.arange(5), data.shard_sizes)[places].tolist())]
+    assert sorted(shards) == list(range(5))  # each in one piece
+    with pytest.warns(UserWarning, match="shuffle_shards: 5 mixes all samples, since the training data has 5"):
+        next(training_loader(data, 1, seed=0, num_workers=0, shuffle_shards=5))
 
 
 def equal(a: Batch, b: Batch) -> bool:

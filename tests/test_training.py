@@ -159,6 +159,12 @@ def test_forms_and_precisions_differ_but_are_finite(tiny_run):
         torch.testing.assert_close(channels[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_shards_are_shuffled_as_the_config_says(tiny_run):
+    _, run = tiny_run
+    with pytest.warns(UserWarning, match="data.shuffle_shards: 3 mixes all samples"):
+        run("log", "trainer.max_iterations=1", "data.shuffle_shards=3")
+
+
 def test_accumulated_pieces_equal_the_whole_batch(tiny_run):
     # With instance norm no statistic spans the batch, so one step on 4 pictures equals 2 steps on 2 each, accumulated.
     _, run = tiny_run

@@ -35,10 +35,6 @@ class Batch:
         layout = self.layout.to(device, non_blocking=non_blocking)
         return Batch(layout, images, self.keys, self.original_sizes, self.draws)
 
-    def pin_memory(self) -> Batch:
-        images = None if self.images is None else self.images.pin_memory()
-        return Batch(self.layout.pin_memory(), images, self.keys, self.original_sizes, self.draws)
-
     def tensors(self) -> list[Tensor]:
         """Every tensor of the batch."""
         layout = self.layout

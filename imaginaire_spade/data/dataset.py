@@ -95,6 +95,8 @@ class LabelMapDataset(Dataset[Sample]):
         sources = [root.source for root in self._roots]
         self._starts = np.cumsum([0, *(len(source.keys) for source in sources)])
         self.keys = _unique_keys(sources)
+        self.shard_sizes = [size for source in sources for size in source.shard_sizes]
+        """Numbers of samples, in the order of ``keys``, whose files lie together."""
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -34,6 +34,11 @@ class Source(ABC):
     keys: list[str]
     """In the order of (sequence, stem)."""
 
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Numbers of samples, in the order of ``keys``, whose files lie together."""
+        return [len(self.keys)]
+
     @abstractmethod
     def has(self, data_type: str) -> bool:
         """Whether every key has this data type."""

@@ -11,11 +11,13 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
 from imaginaire_spade.data.batch import Batch, Parcel
@@ -35,11 +37,24 @@ class ResumableSampler(Sampler[Item]):
     Global position p = 0, 1, 2, ... is sample ``permutation(seed, p // n)[p % n]`` with draw p. In iteration t,
     process ``rank`` takes ``batch_size`` positions from ``images_seen + (t * world_size + rank) * batch_size`` on: the
     processes' batches in rank order are the batch of one process with ``batch_size * world_size``.
+
+    With ``shuffle_shards`` the permutation takes shard after shard, in random order, and mixes the samples of so many
+    at a time; ``shard_sizes`` are their numbers of samples.
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, *, seed: int, images_seen: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        seed: int,
+        images_seen: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle_shards: int | None = None,
+        shard_sizes: Sequence[int] = (),
     ) -> None:
+        assert shuffle_shards is None or sum(shard_sizes) == num_samples
         assert num_samples > 0 and batch_size > 0 and 0 <= rank < world_size and images_seen >= 0
         self.num_samples = num_samples
         self.batch_size = batch_size
@@ -47,6 +62,8 @@ class ResumableSampler(Sampler[Item]):
         self.images_seen = images_seen
         self.rank = rank
         self.world_size = world_size
+        self.shuffle_shards = shuffle_shards
+        self.shard_sizes = shard_sizes
 
     def __iter__(self) -> Iterator[Item]:
         epoch, order = -1, np.empty(0, np.int64)
@@ -55,9 +72,18 @@ class ResumableSampler(Sampler[Item]):
             for position in range(start, start + self.batch_size):
                 if position // self.num_samples != epoch:
                     epoch = position // self.num_samples
-                    order = generator_for(self.seed, epoch, "permutation").permutation(self.num_samples)
+                    order = self._permutation(epoch)
                 yield int(order[position % self.num_samples]), position
             start += self.batch_size * self.world_size
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        rng = generator_for(self.seed, epoch, "permutation")
+        if self.shuffle_shards is None or self.shuffle_shards >= len(self.shard_sizes):
+            return rng.permutation(self.num_samples)
+        shards = np.split(np.arange(self.num_samples), np.cumsum(self.shard_sizes)[:-1])
+        order = [shards[i] for i in rng.permutation(len(shards))]
+        mixed = (order[i : i + self.shuffle_shards] for i in range(0, len(order), self.shuffle_shards))
+        return np.concatenate([rng.permutation(np.concatenate(together)) for together in mixed])
 
 
 def training_loader(
@@ -70,14 +96,28 @@ def training_loader(
     world_size: int = 1,
     num_workers: int,
     pin_memory: bool = False,
+    shuffle_shards: int | None = None,
 ) -> Iterator[Batch]:
     """Training batches of one process, without end, in the order of ``ResumableSampler``.
 
     Raises:
         DataError: (from the iterator) a sample cannot be used; the same message from any worker.
     """
+    if shuffle_shards is not None and shuffle_shards >= len(dataset.shard_sizes):
+        warnings.warn(
+            f"data.shuffle_shards: {shuffle_shards} mixes all samples, since the training data has"
+            f" {len(dataset.shard_sizes)} shard(s); scripts/build_lmdb.py --num_shards makes more",
+            stacklevel=2,
+        )
     sampler = ResumableSampler(
-        len(dataset), batch_size, seed=seed, images_seen=images_seen, rank=rank, world_size=world_size
+        len(dataset),
+        batch_size,
+        seed=seed,
+        images_seen=images_seen,
+        rank=rank,
+        world_size=world_size,
+        shuffle_shards=shuffle_shards,
+        shard_sizes=dataset.shard_sizes,
     )
     batches: Any = BatchSampler(cast(Any, sampler), batch_size, drop_last=True)  # torch's types know only int items
     return _load(dataset, batches, num_workers, pin_memory, _start_training_worker)

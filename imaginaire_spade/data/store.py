@@ -93,6 +93,10 @@ class LmdbSource(Source):
         if not self.keys:
             raise DataError(f"{root}: {FILENAMES} lists no samples: build it again with scripts/build_lmdb.py")
 
+    @property
+    def shard_sizes(self) -> list[int]:
+        return list(Counter(self._shard_of.values()).values())
+
     def has(self, data_type: str) -> bool:
         return all(_is_there(shard, data_type) for shard in self._shards)
 

@@ -62,6 +62,7 @@ class Run:
             world_size=self.info.world_size,
             num_workers=default_num_workers(self.info.local_world_size) if workers is None else workers,
             pin_memory=self.device.type == "cuda",
+            shuffle_shards=self.config.data.shuffle_shards,
         )
         return Prefetcher(loader, self.device)
 
