@@ -8,6 +8,7 @@ import pickle
 import time
 
 import cv2
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from imaginaire_spade.config import AugmentationConfig
+from imaginaire_spade.data import dataset as dataset_module
+from imaginaire_spade.data import environments as environments_module
 from imaginaire_spade.data.batch import Batch, Parcel, denormalise, normalise
 from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.dataset import LabelMapDataset
@@ -432,6 +435,31 @@ def test_shards_are_taken_in_turns_and_mixed(tiny_folder, tmp_path):
     assert sorted(shards) == list(range(5))  # each in one piece
     with pytest.warns(UserWarning, match="shuffle_shards: 5 mixes all samples, since the training data has 5"):
         next(training_loader(data, 1, seed=0, num_workers=0, shuffle_shards=5))
+
+
+def test_files_are_read_ahead_where_that_fits_memory(tiny_folder, tmp_path, monkeypatch):
+    build_dataset(tiny_folder(keys=12), tmp_path / "lmdb", LABELS, num_shards=4, num_workers=0)
+    in_all = sum(path.stat().st_size for t in ("images", "seg_maps") for path in tmp_path.glob(f"lmdb/*/{t}/data.mdb"))
+    opened = []
+    opening = lmdb.open
+    monkeypatch.setattr(lmdb, "open", lambda *a, **keys: opened.append(keys["readahead"]) or opening(*a, **keys))
+
+    def read_ahead(memory: float, shuffle_shards: int | None) -> bool:
+        monkeypatch.setattr(dataset_module, "usable_memory", lambda: memory)
+        environments_module._environments.clear()
+        opened.clear()
+        data = LabelMapDataset(tmp_path / "lmdb", LABELS)
+        next(training_loader(data, 12, seed=0, num_workers=0, shuffle_shards=shuffle_shards))
+        assert len(opened) == 8 and len(set(opened)) == 1
+        return opened[0]
+
+    assert read_ahead(2.1 * in_all, None) and not read_ahead(1.9 * in_all, None)
+    assert read_ahead(1.1 * in_all, 2) and not read_ahead(0.9 * in_all, 2)
+    environments_module._environments.clear()
+    opened.clear()
+    monkeypatch.setattr(dataset_module, "usable_memory", lambda: 0)
+    list(sequential_batches(LabelMapDataset(tmp_path / "lmdb", LABELS), range(12), 4))
+    assert opened == [True] * 8  # in order: what comes next is always wanted
 
 
 def equal(a: Batch, b: Batch) -> bool:

@@ -40,7 +40,7 @@ from imaginaire_spade.data import output as output_module
 from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.decode import decode_edges, decode_image, decode_instances, decode_label, image_size
 from imaginaire_spade.data.encode import encode_map
-from imaginaire_spade.data.environments import EnvironmentWriter
+from imaginaire_spade.data.environments import EnvironmentWriter, usable_memory
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.lock import owning
 from imaginaire_spade.data.store import open_source, store_key
@@ -370,6 +370,29 @@ def test_reading_in_other_processes(tiny_folder, tmp_path):
         results = [pool.apply_async(read_all, (source,)) for pool in pools]
         assert [result.get() for result in results] == [expected] * 3
     assert read_all(source) == expected
+
+
+def test_usable_memory_is_what_a_container_leaves(tmp_path):
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    of, cgroups = tmp_path / "cgroup", tmp_path / "fs"
+
+    def usable(groups: str, files: dict[str, int | str]) -> int:
+        shutil.rmtree(cgroups, ignore_errors=True)
+        of.write_text(groups)
+        for name, content in files.items():
+            (cgroups / name).parent.mkdir(parents=True, exist_ok=True)
+            (cgroups / name).write_text(f"{content}\n")
+        return usable_memory(cgroups, of)
+
+    assert usable_memory(cgroups, tmp_path / "none") == machine  # not Linux
+    assert usable("0::/\n", {}) == machine
+    assert usable("0::/job\n", {"job/memory.max": "max"}) == machine
+    assert usable("0::/job\n", {"job/memory.max": 1_000_000}) == 1_000_000
+    assert usable("0::/elsewhere\n", {"memory.max": 2_000_000}) == 2_000_000  # a container's own view
+    name = "memory.limit_in_bytes"
+    old = {f"memory/job/{name}": 3_000_000, f"memory/{name}": 2**63 - 4096}
+    assert usable("5:cpu:/job\n4:memory:/job\n0::/\n", old) == 3_000_000
+    assert usable_memory() <= machine
 
 
 def test_reading_in_several_threads_at_once(tiny_folder, tmp_path, monkeypatch):

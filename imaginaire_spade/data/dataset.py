@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.data.decode import decode_label
+from imaginaire_spade.data.environments import usable_memory
 from imaginaire_spade.data.folders import DISTANCES, EDGE_FILES, Source
 from imaginaire_spade.data.sample import Root, Sample
 from imaginaire_spade.data.store import open_source
@@ -112,6 +113,17 @@ class LabelMapDataset(Dataset[Sample]):
         draws = four_numbers(self.seed, draw, "augmentation")
         sample = root.read(key, self._train_ids, self.augmentations, draws)
         return sample._replace(key=self.keys[index], draw=draw)
+
+    def expect_random_reads(self, shards_at_a_time: int | None = None) -> None:
+        """Read ahead only if what is read for some time fits memory: else pages go before they are asked for.
+
+        Args:
+            shards_at_a_time: so many are read from for some time; None: all.
+        """
+        share = 1 if shards_at_a_time is None else min(1, shards_at_a_time / len(self.shard_sizes))
+        fits = share * sum(root.source.num_bytes for root in self._roots) < usable_memory() / 2
+        for root in self._roots:
+            root.source.readahead = fits
 
     def check_label_map(self, index: int) -> tuple[int, int]:
         """(height, width) of a stored label map. Raises DataError, LabelError where it cannot be used."""

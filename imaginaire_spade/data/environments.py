@@ -5,6 +5,7 @@ Knows nothing of samples: keys and values are bytes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from pathlib import Path
@@ -104,31 +105,50 @@ def _renew_lock() -> None:
 os.register_at_fork(after_in_child=_renew_lock)
 
 
-def read_value(data_file: str, key: bytes) -> bytes | None:
+def usable_memory(cgroups: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes that this process may use: the machine's memory, or what a container or a scheduler leaves of it.
+
+    Args:
+        cgroups, of: where Linux keeps the limits, and of which groups this process is one.
+    """
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):  # not on Linux
+        for line in of.read_text().splitlines():
+            _, controllers, group = line.split(":", 2)  # "0::/job" (version 2) or "4:memory:/job"
+            folder, name = (cgroups, "memory.max") if not controllers else (cgroups / "memory", "memory.limit_in_bytes")
+            if controllers in ("", "memory"):
+                # A container may see its own group as the topmost one, whatever the file says.
+                for file in (folder / group.lstrip("/") / name, folder / name):
+                    with contextlib.suppress(OSError, ValueError):  # none there, or "max"
+                        limits.append(int(file.read_text()))
+    return min(limits)
+
+
+def read_value(data_file: str, key: bytes, *, readahead: bool = True) -> bytes | None:
     """The value of ``key``, or None. The environment is opened when it is first read, once per process.
 
+    Args:
+        readahead: whether a page that is read brings those after it (of the environment, once it is open).
     Raises:
         DataError: the file cannot be opened as an LMDB, or is cut off.
     """
     with _opening:
         known = _environments.get(data_file)
-        environment = known[2] if known and known[0] == os.getpid() else _open(data_file)
+        environment = known[2] if known and known[0] == os.getpid() else _open(data_file, readahead)
     # (A copy: views into the map would save 6 us of a value's 1000, and be deadly where the file is replaced.)
     with environment.begin() as transaction:
         value: bytes | None = transaction.get(key)
     return value
 
 
-def _open(data_file: str) -> lmdb.Environment:
+def _open(data_file: str, readahead: bool) -> lmdb.Environment:
     if data_file in _environments:
         # Inherited through fork: LMDB counts it as open, but handles must not be shared between processes.
         _environments.pop(data_file)[2].close()
     path = Path(data_file)
     try:
         status = path.stat()
-        # Reading ahead serves a store that fits the page cache, and drowns one that does not.
-        fits = status.st_size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-        environment = lmdb.open(str(path.parent), readonly=True, lock=False, readahead=fits, create=False)
+        environment = lmdb.open(str(path.parent), readonly=True, lock=False, readahead=readahead, create=False)
     except (OSError, lmdb.Error) as error:
         raise DataError(f"{path}: cannot be opened as an LMDB: {error}") from None
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]

@@ -33,6 +33,13 @@ class Source(ABC):
     root: Path
     keys: list[str]
     """In the order of (sequence, stem)."""
+    readahead = True
+    """Whether a page that is read from a large file brings those after it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the large files that samples are read from."""
+        return 0
 
     @property
     def shard_sizes(self) -> list[int]:

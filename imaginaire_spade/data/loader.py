@@ -109,6 +109,7 @@ def training_loader(
             f" {len(dataset.shard_sizes)} shard(s); scripts/build_lmdb.py --num_shards makes more",
             stacklevel=2,
         )
+    dataset.expect_random_reads(shuffle_shards)
     sampler = ResumableSampler(
         len(dataset),
         batch_size,

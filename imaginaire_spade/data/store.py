@@ -76,6 +76,7 @@ class LmdbSource(Source):
         self._shards = [str(shard) for shard in shards]
         self.keys = []
         self._shard_of: dict[str, int] = {}
+        self._data_types = tuple(data_types)
         for number, shard in enumerate(shards):
             for key in _read_filenames(shard / FILENAMES):
                 if key in self._shard_of:
@@ -97,13 +98,18 @@ class LmdbSource(Source):
     def shard_sizes(self) -> list[int]:
         return list(Counter(self._shard_of.values()).values())
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(Path(_data_file(shard, t)).stat().st_size for shard in self._shards for t in self._data_types)
+
     def has(self, data_type: str) -> bool:
         return all(_is_there(shard, data_type) for shard in self._shards)
 
     def read(self, key: str, data_type: str) -> bytes:
         if key not in self._shard_of:
             raise DataError(f"{self.root}: no sample {key!r}")
-        value = read_value(_data_file(self._shards[self._shard_of[key]], data_type), store_key(key))
+        data_file = _data_file(self._shards[self._shard_of[key]], data_type)
+        value = read_value(data_file, store_key(key), readahead=self.readahead)
         if value is None:
             raise DataError(f"{self.where(key, data_type)}: the LMDB lacks this key, though {FILENAMES} lists it")
         return value
