@@ -14,6 +14,7 @@ from torch import nn
 from imaginaire_spade import patterns
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models import modulation
+from imaginaire_spade.models import norms as norms_module
 from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
 from imaginaire_spade.models.fpse import FPSEDiscriminator
 from imaginaire_spade.models.frozen import WinogradConv2d, freeze
@@ -21,7 +22,7 @@ from imaginaire_spade.models.generator import SPADEGenerator
 from imaginaire_spade.models.layers import initialise
 from imaginaire_spade.models.norms import CLADE, SPADE
 from imaginaire_spade.models.style_generator import StyleSPADEGenerator
-from imaginaire_spade.models.tables import sum_rows
+from imaginaire_spade.models.tables import second_convolution, sum_rows
 from imaginaire_spade.patterns import Lookup, find_neighbourhoods
 
 
@@ -163,6 +164,19 @@ def test_the_plain_twins_of_the_gpus_kernels_are_what_the_cpu_does_in_chunks(mon
     whole, chunked = passes_of(monkeypatch, lambda function: function, layout, x, **options)
     for a, b in zip(whole, chunked, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_norm_that_is_compiled_as_a_whole_is_dense(monkeypatch):
+    layout = blocky_layout(LayoutSpec(5, has_edges=True), 2, 16, 12)
+    norm, x = SPADE(3, layout.spec, path="table", hidden_channels=4), torch.randn(2, 3, 8, 6)
+    expected = norm(x, layout)
+    tables = []
+    monkeypatch.setattr(norms_module, "second_convolution", lambda *_: tables.append(1) or second_convolution(*_))
+    torch.testing.assert_close(norm(x, layout), expected, rtol=0, atol=0)
+    assert tables == [1]
+    compiled = torch.compile(norm, backend="eager")(x, layout)  # traced, but not translated
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
+    assert tables == [1]
 
 
 @pytest.mark.slow

@@ -167,8 +167,8 @@ class SPADE(ConditionalNorm):
         Measured on a CPU: reordering the weights costs as much as 200 rows, summing up the pieces of one outer window
         as much as 32 / hidden rows.
         """
-        if self.path == "dense" or not view.is_discrete or torch.compiler.is_exporting():
-            return False  # an exported network cannot look at its data
+        if self.path == "dense" or not view.is_discrete or torch.compiler.is_compiling():
+            return False  # a network that is compiled or exported as a whole cannot look at its data
         out, hidden, *_ = self.gamma.weight.shape
         dense_rows = view.labels.numel() * (1 + self.shared.weight.shape[1] / (2 * out))
         if self.path == "table" or dense_rows <= 200:
