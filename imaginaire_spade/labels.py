@@ -134,7 +134,7 @@ class LabelSpec(BaseModel):
         if raw.ndim == 3:
             return self._from_rgb(raw, where, unknown)
         if raw.dtype == self.dtype and raw.size and raw.max() < self._num_unchanged:
-            return raw
+            return raw.copy()
         if raw.dtype == np.uint8:
             mapped: NDArray[np.generic] = cv2.LUT(np.ascontiguousarray(raw), self.table[:256])  # type: ignore[arg-type]
         else:

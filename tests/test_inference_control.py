@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -257,6 +258,21 @@ def test_bad_label_maps_are_left_out_or_their_unknown_ids_ignored(run, plain, ba
     assert "unknown ids taken as don't care: " in capsys.readouterr().err
     write_png(bad_maps / "unknown.png", np.where(np.arange(40)[:, None] < 8, 255, labels_of("a")).astype(np.uint8))
     assert np.array_equal(run(plain, to="again")["unknown.png"], made["unknown.png"])
+
+
+def test_the_gallery_names_no_label_map_that_another_process_leaves_out(run, plain, bad_maps, tmp_path, monkeypatch):
+    for rank in (1, 0):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        known = ["--device", "cpu", "--on_bad_label", "skip", "--skip_existing"]
+        arguments = ["inference.py", "--checkpoint", plain, "--input_dir", bad_maps, "--output_dir", tmp_path / "out"]
+        monkeypatch.setattr(sys, "argv", [*map(str, arguments), *known])
+        command_line.main()
+    page = (tmp_path / "out/index.html").read_text()
+    named = {source.removeprefix("./") for source in re.findall(r'src="([^"]+)"', page)}
+    assert all((tmp_path / "out" / name).is_file() for name in named)
+    assert {name for name in named if not name.startswith("_labels/")} == set(files(tmp_path / "out")) - {"index.html"}
+    assert not any(f"{name}.png" in page for name in ("unknown", "text", "cut", "huge"))
 
 
 def test_unknown_colours(run, plain, styled, tmp_path):

@@ -23,6 +23,14 @@ def test_identity_ignore_and_remap():
     assert spec.to_train_ids(ids(7, 1, 2, 11, 255, 0), "x").tolist() == [[0, 1, 2, 2, 3, 3]]
 
 
+def test_train_ids_are_an_array_of_their_own():
+    for values in ((0, 1, 2), (0, 1, 255)):
+        raw = ids(*values)
+        raw.flags.writeable = False  # as PIL gives it
+        mapped = LabelSpec(num_classes=3, ignore=(255,)).to_train_ids(raw, "x")
+        assert mapped.flags.writeable and not np.shares_memory(mapped, raw)
+
+
 @pytest.mark.parametrize("num_classes, dtype", [(1, np.uint8), (254, np.uint8), (255, np.int16), (3000, np.int16)])
 def test_dtype_holds_dont_care_beside_the_error_mark(num_classes, dtype):
     spec = LabelSpec(num_classes=num_classes, ignore=(65535,))

@@ -162,7 +162,12 @@ def generate_folder(
     seconds = time.perf_counter() - started_at
     page = None
     if gallery and info.is_main:
-        page = _write_gallery(model, dataset.labels, directory, [o for o in everything if o.key not in left_out])
+        named = [output for output in everything if output.key not in left_out]
+        if on_bad_label == "skip" and info.world_size > 1:
+            # What other processes leave out is found again, rather than agreed on between them.
+            problems = _problems(dataset, named, max_pixels)
+            named = [output for output, problem in zip(named, problems, strict=True) if problem is None]
+        page = _write_gallery(model, dataset.labels, directory, named)
     total = sum(len(output.pictures) for output in everything)
     return RunReport(done, total, seconds, page, tuple(left_out.values()))
 
@@ -175,8 +180,8 @@ def _wanted(output: Output, directory: Path, keep: bool, gallery: bool) -> Seque
     return missing if missing or (gallery and not (directory / output.label_map).is_file()) else None
 
 
-def _check_label_maps(dataset: LabelMapDataset, outputs: Sequence[Output], max_pixels: int) -> None:
-    """Raises DataError: what is wrong with the first label map that cannot be used, and how many more there are."""
+def _problems(dataset: LabelMapDataset, outputs: Sequence[Output], max_pixels: int) -> Iterator[DataError | None]:
+    """What is wrong with each label map, or None where it can be used."""
 
     def problem(output: Output) -> DataError | None:
         try:
@@ -186,8 +191,13 @@ def _check_label_maps(dataset: LabelMapDataset, outputs: Sequence[Output], max_p
             return error
         return None
 
+    return read_ahead(problem, outputs, 8 * READ_THREADS, num_threads=READ_THREADS)
+
+
+def _check_label_maps(dataset: LabelMapDataset, outputs: Sequence[Output], max_pixels: int) -> None:
+    """Raises DataError: what is wrong with the first label map that cannot be used, and how many more there are."""
     problems = []
-    for found in read_ahead(problem, outputs, 8 * READ_THREADS, num_threads=READ_THREADS):
+    for found in _problems(dataset, outputs, max_pixels):
         problems += [found] if found else []
         if len(problems) == PROBLEMS_SHOWN:
             break
