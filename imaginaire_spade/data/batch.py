@@ -60,7 +60,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Parcel:
-    """A batch whose tensors lie in one piece of memory, as which they pass from process to process at one's cost."""
+    """A batch whose tensors lie in one piece of memory, and so pass between processes at the cost of one."""
 
     memory: Tensor
     """uint8 [bytes]."""
@@ -127,9 +127,8 @@ class Parcel:
 
 
 def _shared_memory(num_bytes: int) -> Tensor:
-    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(
-        num_bytes
-    )  # as torch's own collate does in a worker
+    # As torch's own collate does in a worker.
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(num_bytes)
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (num_bytes,), (1,))
 
 
