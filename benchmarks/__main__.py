@@ -14,7 +14,6 @@ from benchmarks import data, generator, inference, iteration, norms
 from benchmarks.layouts import default_folder
 from benchmarks.measure import Row, matmul_peak_tflops
 
-CAMVID = Path(__file__).resolve().parents[1] / "configs/projects/spade/camvid/base256.yaml"
 SECTIONS = ("norms", "generator", "inference", "iteration")
 
 
@@ -29,7 +28,7 @@ def main() -> None:
     parser.add_argument("--vgg", action="store_true", help="the iteration with the perceptual loss too")
     parser.add_argument("--data_root", type=Path, metavar="RAW", help="raw folder: building and loading it too")
     parser.add_argument(
-        "--data_config", type=Path, default=CAMVID, metavar="C.yaml", help="its label table (default: CamVid's)"
+        "--data_config", type=Path, default=data.CAMVID, metavar="C.yaml", help="its label table (default: CamVid's)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures")
     arguments = parser.parse_args()

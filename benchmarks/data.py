@@ -36,6 +36,7 @@ from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.loader import sequential_batches
 
+CAMVID = Path(__file__).resolve().parents[1] / "configs/projects/spade/camvid/base256.yaml"
 TYPES = ("images", "seg_maps", "edge_maps")
 AUGMENTATIONS = AugmentationConfig(
     resize_smallest_side=256, random_scale_limit=0.2, random_crop_h_w=(256, 256), horizontal_flip=True
@@ -46,12 +47,12 @@ BATCH = 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_root", type=Path, required=True, help="folder of images/, seg_maps/ and edge_maps/")
-    parser.add_argument("--config", default="configs/projects/spade/camvid/base256.yaml", help="YAML with data.labels")
+    parser.add_argument("--config", type=Path, default=CAMVID, help="YAML with data.labels")
     parser.add_argument("--num_workers", type=int, default=2, help="the larger number of workers (default: 2)")
     parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken (default: 5)")
     parser.add_argument("--samples", type=int, help="so many instead of all: some, evenly spread, or all several times")
     arguments = parser.parse_args()
-    compare(arguments.data_root, Path(arguments.config), arguments.num_workers, arguments.rounds, arguments.samples)
+    compare(arguments.data_root, arguments.config, arguments.num_workers, arguments.rounds, arguments.samples)
 
 
 def compare(

@@ -47,8 +47,14 @@ def write_image(path: Path, rgb: Picture, *, quality: int = 95) -> None:
 
     Missing folders are made. Raises UserError naming the path where it cannot be written.
     """
-    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if path.suffix.lower() in (".jpg", ".jpeg") else []
-    write_bytes(path, cv2.imencode(path.suffix, rgb[..., ::-1], options)[1].tobytes())
+    write_bytes(path, encode_picture(rgb, path.suffix, quality=quality))
+
+
+def encode_picture(rgb: Picture, suffix: str, *, quality: int = 95) -> bytes:
+    """The file of a picture, in the format of ``suffix`` (".jpg"); ``quality`` of JPEG and WebP: 1..100."""
+    flags = {".jpg": cv2.IMWRITE_JPEG_QUALITY, ".jpeg": cv2.IMWRITE_JPEG_QUALITY, ".webp": cv2.IMWRITE_WEBP_QUALITY}
+    options = [flags[suffix.lower()], quality] if suffix.lower() in flags else []
+    return cv2.imencode(suffix, rgb[..., ::-1], options)[1].tobytes()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -550,7 +550,7 @@ def test_a_jpeg_decoded_small_stays_aligned(tmp_path):
         for flip in (False, True):
             config = AugmentationConfig(resize_smallest_side=side, random_scale_limit=0.05, horizontal_flip=flip)
             g = draw_geometry(height, width, config, four_numbers(3, 0, "augmentation"), "x")
-            assert choose_reduction(height, width, g) == factor
+            assert choose_reduction(height, width, g.resized_h, g.resized_w) == factor
             image = LabelMapDataset(tmp_path / "raw", LABELS, augmentations=config, seed=3)[0].image.numpy()
             expected = apply_to_image(ramp, g, any_area=True).transpose(2, 0, 1)
             inside = np.s_[:, 2:-2, 2:-2]

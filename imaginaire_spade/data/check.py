@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from imaginaire_spade.data.decode import decode_bgr, decode_edges, decode_image, decode_instances, decode_label
 from imaginaire_spade.data.distances import NOT_FINITE, decode_distances
-from imaginaire_spade.data.encode import encode_map, encode_photo
+from imaginaire_spade.data.encode import encode_map
 from imaginaire_spade.data.folders import DISTANCES, FolderSource
 from imaginaire_spade.data.store import MAX_KEY_BYTES, store_key
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.pictures import encode_picture
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Plan:
     """Of JPEGs that are shrunk."""
     recode_maps: bool = False
     """Whether maps are written anew, with the same integers, so that they decode faster."""
+
+    def treatment(self) -> dict[str, Any]:
+        """What is done to the files, as a manifest states it."""
+        shrunk = {"smallest_side": self.smallest_side, "quality": self.quality} if self.smallest_side else None
+        return {"checked": self.check, "shrunk": shrunk, "recoded_maps": self.recode_maps}
 
 
 @dataclass(frozen=True)
@@ -113,14 +119,14 @@ def _rewritten(
 ) -> LoadedSample:
     """The sample at ``size`` (height, width); without a change of size only its maps are written anew."""
     class_pixels = sample.class_pixels
+    geometry = Geometry(*size, 0, 0, *size, False)
     for data_type, array in pixels.items():
         shrinks = array.shape[:2] != size
-        geometry = Geometry(*size, 0, 0, *size, False)
         if data_type == "images":
             if shrinks:
-                extension = sample.extensions[data_type]
+                suffix = f".{sample.extensions[data_type]}"
                 rgb = apply_to_image(array, geometry, any_area=True)[..., ::-1]
-                sample.files[data_type] = encode_photo(rgb, extension, plan.quality)
+                sample.files[data_type] = encode_picture(rgb, suffix, quality=plan.quality)
         elif data_type != DISTANCES:
             stored = apply_to_map(array * np.uint8(255) if data_type == "edge_maps" else array, geometry)
             sample.files[data_type] = encode_map(stored)

@@ -1,4 +1,4 @@
-"""Arrays -> bytes of an image file: the photos and maps that this package writes into data sets."""
+"""Label, edge and instance maps -> bytes of an image file. (Pictures are encoded in ``pictures.py``.)"""
 
 from __future__ import annotations
 
@@ -23,18 +23,5 @@ def encode_map(ids: NDArray[Any]) -> bytes:
         assert ids.min() >= 0
         small = ids.max() <= 65535
         ids = ids.astype(np.uint16) if small else np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], 2)
-    return _encode(ids if ids.dtype == np.uint16 else ids.astype(np.uint8, copy=False), ".png", _MAP_OPTIONS)
-
-
-def encode_photo(rgb: NDArray[np.uint8], extension: str, quality: int = 95) -> bytes:
-    """uint8 [H, W, 3] RGB -> a file of that format; ``quality`` of JPEG and WebP: 1..100."""
-    options = {"jpg": cv2.IMWRITE_JPEG_QUALITY, "jpeg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY}
-    return _encode(rgb, f".{extension}", [options[extension], quality] if extension in options else [])
-
-
-def _encode(stored: NDArray[Any], suffix: str, options: list[int]) -> bytes:
-    written, data = cv2.imencode(
-        suffix, np.ascontiguousarray(stored[..., ::-1] if stored.ndim == 3 else stored), options
-    )
-    assert written
-    return data.tobytes()
+    stored = ids if ids.dtype == np.uint16 else ids.astype(np.uint8, copy=False)
+    return cv2.imencode(".png", stored[..., ::-1] if stored.ndim == 3 else stored, _MAP_OPTIONS)[1].tobytes()

@@ -78,7 +78,7 @@ class ResumableSampler(Sampler[Item]):
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         rng = generator_for(self.seed, epoch, "permutation")
-        if self.shuffle_shards is None or self.shuffle_shards >= len(self.shard_sizes):
+        if self.shuffle_shards is None:
             return rng.permutation(self.num_samples)
         shards = np.split(np.arange(self.num_samples), np.cumsum(self.shard_sizes)[:-1])
         order = [shards[i] for i in rng.permutation(len(shards))]
@@ -109,6 +109,7 @@ def training_loader(
             f" {len(dataset.shard_sizes)} shard(s); scripts/build_lmdb.py --num_shards makes more",
             stacklevel=2,
         )
+        shuffle_shards = None
     dataset.expect_random_reads(shuffle_shards)
     sampler = ResumableSampler(
         len(dataset),

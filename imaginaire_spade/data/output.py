@@ -144,13 +144,11 @@ def kept_shards(
 
 def _difference(manifest: Manifest, keys: Sequence[str], plan: Plan) -> str:
     """In what a shard differs from the plan, or ""."""
-    shrunk = {"smallest_side": plan.smallest_side, "quality": plan.quality} if plan.smallest_side else None
     if manifest["labels"] != plan.labels.model_dump(mode="json"):
         return "another label table"
     if list(manifest["data_types"]) != list(plan.data_types):
         return f"other data types ({', '.join(manifest['data_types'])})"
-    built = manifest["shrunk"], manifest["recoded_maps"], manifest["checked"]
-    if built != (shrunk, plan.recode_maps, plan.check):
+    if any(manifest[name] != planned for name, planned in plan.treatment().items()):
         return "another --resize_smallest_side, --quality, --recode_maps or --no_check"
     return "" if manifest["source_sha256"] == source_sha256(plan, keys) else "another set of samples or files"
 

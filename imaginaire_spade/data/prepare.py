@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from imaginaire_spade.data.coco_instances import draw_instances
 from imaginaire_spade.data.decode import decode_image, decode_instances, decode_label
-from imaginaire_spade.data.encode import encode_map, encode_photo
+from imaginaire_spade.data.encode import encode_map
 from imaginaire_spade.data.official import DATASETS, Options, RawSample
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.data.workers import map_in_processes
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.pictures import write_bytes
+from imaginaire_spade.pictures import encode_picture, write_bytes
 
 
 def prepare(
@@ -92,5 +92,5 @@ def _encoded(array: NDArray[Any], data_type: str, size: tuple[int, int] | None, 
     """The file of a photo or map, resized to ``size``."""
     geometry = Geometry(*size, 0, 0, *size, False) if size else None
     if data_type == "images":
-        return encode_photo(apply_to_image(array, geometry, any_area=True) if geometry else array, extension)
+        return encode_picture(apply_to_image(array, geometry, any_area=True) if geometry else array, f".{extension}")
     return encode_map(apply_to_map(array, geometry) if geometry else array)

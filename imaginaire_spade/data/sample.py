@@ -95,7 +95,7 @@ class Root:
         """uint8 [3, geometry.height, geometry.width] RGB; a JPEG is decoded no larger than need be."""
         where = self.source.where(key, "images")
         data = self.source.read(key, "images")
-        factor = choose_reduction(*size, geometry) if is_jpeg(data) else 1
+        factor = choose_reduction(*size, geometry.resized_h, geometry.resized_w) if is_jpeg(data) else 1
         if factor > 1:  # then its size is known from the header alone
             self._check_size(image_size(data, where), where, size, key)
         photo = decode_bgr(data, where, reduction=factor)

@@ -86,9 +86,7 @@ def write_shard(
             }
             for t in plan.data_types
         },
-        "checked": plan.check,
-        "shrunk": {"smallest_side": plan.smallest_side, "quality": plan.quality} if plan.smallest_side else None,
-        "recoded_maps": plan.recode_maps,
+        **plan.treatment(),
         "sizes_h_w": dict(sorted(sizes.items())),
         "class_pixels": [pixels[i] for i in classes] if counted else None,
         "class_samples": [holding[i] for i in classes] if counted else None,

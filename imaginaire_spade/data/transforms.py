@@ -67,7 +67,7 @@ def draw_geometry(
     if augmentations.center_crop_h_w:
         top, left = (resized_h - crop_h) // 2, (resized_w - crop_w) // 2
     else:
-        step = _reduction(height, width, resized_h, resized_w)
+        step = choose_reduction(height, width, resized_h, resized_w)
         top = _random_start(top_draw, height, resized_h, crop_h, step)
         left = _random_start(left_draw, width, resized_w, crop_w, step)
     flip = augmentations.horizontal_flip and flip_draw < 0.5
@@ -98,13 +98,9 @@ def _round_side(exact: float, crop: int) -> int:
     return crop if rounded < crop <= math.ceil(exact) else rounded
 
 
-def choose_reduction(height: int, width: int, geometry: Geometry) -> int:
+def choose_reduction(height: int, width: int, resized_h: int, resized_w: int) -> int:
     """The factor (1, 2, 4 or 8) by which a JPEG of (height, width) may shrink in its decoder: what is left is at least
     as large as the resized picture."""
-    return _reduction(height, width, geometry.resized_h, geometry.resized_w)
-
-
-def _reduction(height: int, width: int, resized_h: int, resized_w: int) -> int:
     room = min(height / resized_h, width / resized_w)
     return next(factor for factor in (8, 4, 2, 1) if room >= factor or factor == 1)
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -23,6 +22,7 @@ from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.decode import decode_image, decode_label, image_size
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.inference.synthesizer import Synthesizer
+from imaginaire_spade.pictures import encode_picture
 
 MAX_SIDE = 1024
 """Pixels of the largest canvas's longer side."""
@@ -97,7 +97,7 @@ class PaintingService:
         seed = _whole_number(fields, "seed", 0, MAX_SEED) if "seed" in fields else 0
         style = self._style_code(fields["style"]) if "style" in fields else None
         picture = self._run(lambda: self._synthesizer(raw, seed=seed, style=style))
-        return cv2.imencode(".png", picture[..., ::-1])[1].tobytes()
+        return encode_picture(picture, ".png")
 
     def label_map_file(self, fields: Mapping[str, Any]) -> bytes:
         """A label map as a PNG of raw ids: with a palette of the table's colours, or 16-bit where ids exceed 255."""

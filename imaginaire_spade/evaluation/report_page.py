@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from imaginaire_spade.evaluation.report import Report
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.pictures import Picture, write_bytes
+from imaginaire_spade.pictures import Picture, encode_picture, write_bytes
 
 MAX_WIDTH = 384
 """Pixels of a picture's width on the page; larger ones are shrunk."""
@@ -218,7 +218,7 @@ def _image(picture: Picture, name: str) -> str:
     if scale < 1:
         size = (MAX_WIDTH, max(1, round(picture.shape[0] * scale)))
         picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
-    jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
+    jpeg = encode_picture(picture, ".jpg", quality=88)
     source = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
     return f'<img alt="{html.escape(name)}" title="{html.escape(name)}" src="{source}">'
 

@@ -162,12 +162,13 @@ def generate_folder(
     seconds = time.perf_counter() - started_at
     page = None
     if gallery and info.is_main:
-        named = [output for output in everything if output.key not in left_out]
-        if on_bad_label == "skip" and info.world_size > 1:
+        absent = set(left_out)
+        if on_bad_label == "skip":
             # What other processes leave out is found again, rather than agreed on between them.
-            problems = _problems(dataset, named, max_pixels)
-            named = [output for output, problem in zip(named, problems, strict=True) if problem is None]
-        page = _write_gallery(model, dataset.labels, directory, named)
+            others = [output for output in everything if output.key not in wanted]
+            problems = _problems(dataset, others, max_pixels)
+            absent |= {output.key for output, problem in zip(others, problems, strict=True) if problem}
+        page = _write_gallery(model, dataset.labels, directory, [o for o in everything if o.key not in absent])
     total = sum(len(output.pictures) for output in everything)
     return RunReport(done, total, seconds, page, tuple(left_out.values()))
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import cv2
 
-from imaginaire_spade.data.encode import encode_map, encode_photo
+from imaginaire_spade.data.encode import encode_map
 from imaginaire_spade.data.scenes.scene import draw_scene
+from imaginaire_spade.pictures import encode_picture, write_bytes
 
 
 def write_sample_data(
@@ -51,11 +52,9 @@ def _write_scene(job: tuple[Path, int, int, int, int]) -> None:
     scene = draw_scene(seed, index, height, width)
     name = f"scene_{index:05d}"
     for path, content in (
-        (split / "images" / f"{name}.jpg", encode_photo(scene.image, "jpg")),
+        (split / "images" / f"{name}.jpg", encode_picture(scene.image, ".jpg")),
         (split / "seg_maps" / f"{name}.png", encode_map(scene.labels)),
         (split / "inst_maps" / f"{name}.png", encode_map(scene.instances)),
         (split / "edge_maps" / f"{name}.png", encode_map(scene.edges)),
     ):
-        partial = path.with_name(f".{path.name}.part")
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_bytes(path, content)
