@@ -38,7 +38,14 @@ from imaginaire_spade.data import build as build_module
 from imaginaire_spade.data import check as check_module
 from imaginaire_spade.data import output as output_module
 from imaginaire_spade.data.build import build_dataset
-from imaginaire_spade.data.decode import decode_edges, decode_image, decode_instances, decode_label, image_size
+from imaginaire_spade.data.decode import (
+    check_photo,
+    decode_edges,
+    decode_image,
+    decode_instances,
+    decode_label,
+    image_size,
+)
 from imaginaire_spade.data.encode import encode_map
 from imaginaire_spade.data.environments import EnvironmentWriter, usable_memory
 from imaginaire_spade.data.folders import FolderSource
@@ -157,6 +164,31 @@ def test_photos_become_rgb_as_stored():
     for broken in (b"", b"\xff\xd8\xff", jpeg[: len(jpeg) // 2], jpeg[:-40], encoded(rgb)[:80]):
         with pytest.raises(DataError, match="photo"):
             decode_image(broken, "photo")
+
+
+@given(st.data(), st.booleans(), st.integers(1, 40), st.integers(1, 40))
+@settings(max_examples=200, deadline=None)
+def test_a_photo_is_checked_as_if_it_were_decoded(data, progressive, height, width):
+    pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    photo = bytearray(encoded(pixels, "JPEG", progressive=progressive))
+    assert check_photo(bytes(photo), "a") == (height, width)
+    start = data.draw(st.integers(0, len(photo) - 1))
+    kind = data.draw(st.sampled_from(["cut", "flip", "hole", "cut, but with an end"]))
+    if kind == "cut":
+        del photo[start:]
+    elif kind == "flip":
+        photo[start] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "hole":
+        photo[start : start + 30] = bytes(30)
+    else:
+        photo[start:] = b"\xff\xd9"
+    try:
+        expected = decode_image(bytes(photo), "a").shape[:2]
+    except DataError as error:
+        with pytest.raises(DataError, match=f"^{re.escape(str(error))}$"):
+            check_photo(bytes(photo), "a")
+    else:
+        assert check_photo(bytes(photo), "a") == expected
 
 
 def test_edges_and_instances():
@@ -845,6 +877,8 @@ def test_recoding_maps_while_building(tiny_folder, tmp_path):
             build_dataset(root, recoded, table, num_workers=0, recode_maps=recode, check=not recode)
     shrunk = build_dataset(root, tmp_path / "shrunk", table, num_workers=0, recode_maps=True, resize_smallest_side=20)
     assert shrunk["sizes_h_w"] == {"20x28": 5} and shrunk["recoded_maps"]
+    build_dataset(root, tmp_path / "small", table, num_workers=0, recode_maps=True, resize_smallest_side=50)
+    assert open_source(tmp_path / "small", TYPES).read("wide", "images") == one.read("wide", "images")
 
 
 def test_chosen_types_and_no_check(tiny_folder, tmp_path):

@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaginaire_spade.data.decode import decode_bgr, decode_edges, decode_image, decode_instances, decode_label
+from imaginaire_spade.data.decode import (
+    check_photo,
+    decode_bgr,
+    decode_edges,
+    decode_image,
+    decode_instances,
+    decode_label,
+)
 from imaginaire_spade.data.distances import NOT_FINITE, decode_distances
 from imaginaire_spade.data.encode import encode_map
 from imaginaire_spade.data.folders import DISTANCES, FolderSource
@@ -77,6 +84,7 @@ def load_sample(plan: Plan, key: str) -> LoadedSample:
     if len(store_key(key)) > MAX_KEY_BYTES:
         problems.append(f"{key}: the name is longer than {MAX_KEY_BYTES} bytes, the most that LMDB takes: shorten it")
     pixels: dict[str, NDArray[Any]] = {}
+    sizes: dict[str, tuple[int, int]] = {}
     for data_type in plan.data_types:
         where = plan.source.where(key, data_type)
         try:
@@ -87,15 +95,18 @@ def load_sample(plan: Plan, key: str) -> LoadedSample:
             sample.source_bytes[data_type] = len(data)
             sample.extensions[data_type] = plan.source.extension(key, data_type)
             if plan.check:
-                decode = decode_bgr if data_type == "images" else DECODERS[data_type]
-                pixels[data_type] = decode(data, where)
-                if data_type == "seg_maps":
-                    sample.class_pixels.update(plan.labels.count_pixels(pixels[data_type], where))
-                elif data_type == DISTANCES and not np.isfinite(pixels[data_type]).all():
-                    raise DataError(f"{where}: {NOT_FINITE}")
+                if data_type == "images" and plan.smallest_side is None:
+                    sizes[data_type] = check_photo(data, where)
+                else:
+                    decode = decode_bgr if data_type == "images" else DECODERS[data_type]
+                    pixels[data_type] = array = decode(data, where)
+                    sizes[data_type] = array.shape[0], array.shape[1]
+                    if data_type == "seg_maps":
+                        sample.class_pixels.update(plan.labels.count_pixels(array, where))
+                    elif data_type == DISTANCES and not np.isfinite(array).all():
+                        raise DataError(f"{where}: {NOT_FINITE}")
         except DataError as error:
             problems.append(str(error))
-    sizes = {data_type: (array.shape[0], array.shape[1]) for data_type, array in pixels.items()}
     first = "seg_maps" if "seg_maps" in sizes else next(iter(sizes), "")
     for data_type, other in sizes.items():
         if other != sizes[first]:
@@ -108,20 +119,19 @@ def load_sample(plan: Plan, key: str) -> LoadedSample:
     size = sizes[first] if sizes else None
     if size and plan.smallest_side and min(size) > plan.smallest_side:
         height, width = (max(1, round(side * plan.smallest_side / min(size))) for side in size)
-        return _rewritten(plan, sample, pixels, (height, width))
+        return _rewritten(plan, sample, pixels, (height, width), shrinks=True)
     if size and plan.recode_maps:
-        return _rewritten(plan, sample, pixels, size)
+        return _rewritten(plan, sample, pixels, size, shrinks=False)
     return replace(sample, size=size)
 
 
 def _rewritten(
-    plan: Plan, sample: LoadedSample, pixels: dict[str, NDArray[Any]], size: tuple[int, int]
+    plan: Plan, sample: LoadedSample, pixels: dict[str, NDArray[Any]], size: tuple[int, int], *, shrinks: bool
 ) -> LoadedSample:
-    """The sample at ``size`` (height, width); without a change of size only its maps are written anew."""
+    """The sample at ``size`` (height, width); unless that ``shrinks`` it, only its maps are written anew."""
     class_pixels = sample.class_pixels
     geometry = Geometry(*size, 0, 0, *size, False)
     for data_type, array in pixels.items():
-        shrinks = array.shape[:2] != size
         if data_type == "images":
             if shrinks:
                 suffix = f".{sample.extensions[data_type]}"

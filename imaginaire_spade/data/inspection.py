@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from imaginaire_spade.data.check import DECODERS
+from imaginaire_spade.data.decode import check_photo
 from imaginaire_spade.data.folders import DATA_TYPES, Source
 from imaginaire_spade.data.shard import file_sha256
 from imaginaire_spade.data.store import MANIFEST, open_source, read_json
@@ -98,6 +99,9 @@ def _look_at(source: Source, types: list[str], labels: LabelSpec | None, key: st
         try:
             data = source.read(key, t)
             num_bytes[t] = len(data)
+            if t == "images":
+                sizes[t] = check_photo(data, where)
+                continue
             array = DECODERS[t](data, where)
             sizes[t] = array.shape[0], array.shape[1]
             if t == "seg_maps" and labels:
