@@ -96,7 +96,7 @@ class AugmentationConfig(Section):
     @property
     def output_h_w(self) -> tuple[int, int] | None:
         """(height, width) of every sample, or None where the samples keep sizes of their own."""
-        return self.crop_h_w or self.resize_h_w
+        return self.crop_h_w or (None if self.random_scale_limit else self.resize_h_w)
 
 
 class SplitConfig(Section):

@@ -139,11 +139,12 @@ class LabelSpec(BaseModel):
             mapped: NDArray[np.generic] = cv2.LUT(np.ascontiguousarray(raw), self.table[:256])  # type: ignore[arg-type]
         else:
             mapped = self.table[raw.astype(np.intp, copy=False)]
+        if not mapped.size or (mapped.min() if self.error_id < 0 else mapped.max()) != self.error_id:
+            return mapped
         wrong = mapped == self.error_id
-        if unknown == "dont_care":
-            mapped[wrong] = self.dont_care_id
-        elif wrong.any():
+        if unknown == "error":
             raise LabelError(self._complain(np.unique(raw[wrong]), np.unique(raw), where))
+        mapped[wrong] = self.dont_care_id
         return mapped
 
     def count_pixels(self, raw: NDArray[np.generic], where: str) -> dict[int, int]:

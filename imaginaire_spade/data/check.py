@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from imaginaire_spade.data.decode import (
     check_photo,
-    decode_bgr,
     decode_edges,
     decode_image,
     decode_instances,
@@ -98,8 +97,7 @@ def load_sample(plan: Plan, key: str) -> LoadedSample:
                 if data_type == "images" and plan.smallest_side is None:
                     sizes[data_type] = check_photo(data, where)
                 else:
-                    decode = decode_bgr if data_type == "images" else DECODERS[data_type]
-                    pixels[data_type] = array = decode(data, where)
+                    pixels[data_type] = array = DECODERS[data_type](data, where)
                     sizes[data_type] = array.shape[0], array.shape[1]
                     if data_type == "seg_maps":
                         sample.class_pixels.update(plan.labels.count_pixels(array, where))
@@ -119,28 +117,32 @@ def load_sample(plan: Plan, key: str) -> LoadedSample:
     size = sizes[first] if sizes else None
     if size and plan.smallest_side and min(size) > plan.smallest_side:
         height, width = (max(1, round(side * plan.smallest_side / min(size))) for side in size)
-        return _rewritten(plan, sample, pixels, (height, width), shrinks=True)
+        return _rewritten(plan, sample, pixels, size, (height, width))
     if size and plan.recode_maps:
-        return _rewritten(plan, sample, pixels, size, shrinks=False)
+        return _rewritten(plan, sample, pixels, size, size)
     return replace(sample, size=size)
 
 
 def _rewritten(
-    plan: Plan, sample: LoadedSample, pixels: dict[str, NDArray[Any]], size: tuple[int, int], *, shrinks: bool
+    plan: Plan,
+    sample: LoadedSample,
+    pixels: dict[str, NDArray[Any]],
+    stored: tuple[int, int],
+    size: tuple[int, int],
 ) -> LoadedSample:
-    """The sample at ``size`` (height, width); unless that ``shrinks`` it, only its maps are written anew."""
+    """The sample of (height, width) ``stored`` at ``size``; if they are the same, only its maps are written anew."""
     class_pixels = sample.class_pixels
-    geometry = Geometry(*size, 0, 0, *size, False)
+    geometry, shrinks = Geometry.whole(stored, size), stored != size
     for data_type, array in pixels.items():
         if data_type == "images":
             if shrinks:
                 suffix = f".{sample.extensions[data_type]}"
-                rgb = apply_to_image(array, geometry, any_area=True)[..., ::-1]
-                sample.files[data_type] = encode_picture(rgb, suffix, quality=plan.quality)
+                shrunk = apply_to_image(array, geometry, any_area=True)
+                sample.files[data_type] = encode_picture(shrunk, suffix, quality=plan.quality)
         elif data_type != DISTANCES:
-            stored = apply_to_map(array * np.uint8(255) if data_type == "edge_maps" else array, geometry)
-            sample.files[data_type] = encode_map(stored)
+            moved = apply_to_map(array * np.uint8(255) if data_type == "edge_maps" else array, geometry)
+            sample.files[data_type] = encode_map(moved)
             sample.extensions[data_type] = "png"
             if data_type == "seg_maps" and shrinks:
-                class_pixels = plan.labels.count_pixels(stored, plan.source.where(sample.key, data_type))
+                class_pixels = plan.labels.count_pixels(moved, plan.source.where(sample.key, data_type))
     return replace(sample, size=size, class_pixels=class_pixels)

@@ -102,6 +102,14 @@ class LabelMapDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def sample_bytes(self) -> int | None:
+        """Of a sample's tensors, if the augmentations make all samples of one size."""
+        if (size := self.augmentations.output_h_w) is None:
+            return None
+        numbers = 3 * self.with_images + np.dtype(self.labels.dtype).itemsize + self.spec.has_edges
+        return size[0] * size[1] * (numbers + 2 * 4 * self.spec.has_distances)
+
     def __getitem__(self, item: int | tuple[int, int]) -> Sample:
         """The sample ``index``, or (index, draw); without a draw, it is the index.
 

@@ -25,11 +25,12 @@ MAX_PIXELS = 2**27
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
 
-_REDUCED = {
-    1: cv2.IMREAD_COLOR,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
+# (Of scale and colour, OpenCV names the pairs in BGR only; each is a flag of its own.)
+_SCALE = {
+    1: 0,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 _PNG = b"\x89PNG\r\n\x1a\n"
 _GREY, _PALETTE = 0, 3  # PNG colour types
@@ -56,21 +57,11 @@ def is_jpeg(data: bytes) -> bool:
     return data.startswith(b"\xff\xd8")
 
 
-def decode_image(data: bytes, where: str) -> NDArray[np.uint8]:
+def decode_image(data: bytes, where: str, *, reduction: int = 1) -> NDArray[np.uint8]:
     """A photo: uint8 [H, W, 3] RGB.
 
     Pixels come as stored: an EXIF orientation is ignored, since label maps are drawn on the stored pixels. Grey,
     palette, 16-bit and RGBA pictures become 8-bit RGB.
-
-    Raises:
-        DataError: empty, truncated, huge or unreadable.
-    """
-    bgr = decode_bgr(data, where)
-    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB, dst=bgr), np.uint8)
-
-
-def decode_bgr(data: bytes, where: str, *, reduction: int = 1) -> NDArray[np.uint8]:
-    """``decode_image`` in OpenCV's order of channels.
 
     Args:
         reduction: 2, 4 or 8: decode a JPEG at that part of its size, rounded up, which is several times faster.
@@ -84,18 +75,19 @@ def decode_bgr(data: bytes, where: str, *, reduction: int = 1) -> NDArray[np.uin
         # Some decoders fill the missing rest with grey. No end marker follows the last start of a scan.
         raise DataError(f"{where}: a JPEG that is cut off: copy or download it again")
     try:
-        bgr = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION)
+        flags = _SCALE[reduction] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        rgb = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         raise DataError(f"{where}: not readable as an image: {error}") from None
-    if bgr is None:
+    if rgb is None:
         raise DataError(f"{where}: not readable as an image (damaged, or a format that OpenCV does not know)")
-    return np.asarray(bgr, np.uint8)
+    return np.asarray(rgb, np.uint8)
 
 
 def check_photo(data: bytes, where: str) -> tuple[int, int]:
     """(height, width) of a photo that can be decoded. Raises DataError as ``decode_image`` does."""
     # A decoder reads a JPEG to its end at any scale: what is wrong with one shows at an eighth too, in half the time.
-    decode_bgr(data, where, reduction=8 if is_jpeg(data) else 1)
+    decode_image(data, where, reduction=8 if is_jpeg(data) else 1)
     return image_size(data, where)
 
 

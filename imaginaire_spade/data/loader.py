@@ -20,12 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
-from imaginaire_spade.data.batch import Batch, Parcel
+from imaginaire_spade.data.batch import Batch, Buffer, BufferPool, Parcel
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.noise import generator_for
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
+
+PREFETCH = 2
+"""Batches that each worker prepares ahead."""
 
 Item = tuple[int, int]
 """(index into the data set, draw)."""
@@ -122,7 +125,7 @@ def training_loader(
         shard_sizes=dataset.shard_sizes,
     )
     batches: Any = BatchSampler(cast(Any, sampler), batch_size, drop_last=True)  # torch's types know only int items
-    return _load(dataset, batches, num_workers, pin_memory, _start_training_worker)
+    return _load(dataset, batches, batch_size, num_workers, pin_memory, _start_training_worker)
 
 
 def sequential_batches(
@@ -138,22 +141,25 @@ def sequential_batches(
         [(index, index) for index in indices[start : start + batch_size]]
         for start in range(0, len(indices), batch_size)
     ]
-    return _load(dataset, items, min(num_workers, len(items)), pin_memory)
+    return _load(dataset, items, batch_size, min(num_workers, len(items)), pin_memory)
 
 
 class _ParcelDataset(Dataset["Parcel | UserError"]):
-    """A data set of whole batches: item = the list of its samples' (index, draw).
+    """A data set of whole batches: item = a buffer for it, and the list of its samples' (index, draw).
 
     A user's mistake travels back as a value: raised in a worker, it would arrive wrapped in a traceback.
     """
 
-    def __init__(self, dataset: LabelMapDataset) -> None:
+    def __init__(self, dataset: LabelMapDataset, pool: BufferPool | None) -> None:
         self.dataset = dataset
+        self.pool = pool
 
-    def __getitem__(self, items: Sequence[Item]) -> Parcel | UserError:
+    def __getitem__(self, item: tuple[Buffer | None, Sequence[Item]]) -> Parcel | UserError:
+        buffer, items = item
         try:
             samples = [self.dataset[item] for item in items]
-            return Parcel.pack(self.dataset.spec, samples, shared=get_worker_info() is not None)
+            shared = get_worker_info() is not None
+            return Parcel.pack(self.dataset.spec, samples, shared=shared, pool=self.pool, buffer=buffer)
         except UserError as error:
             return error
 
@@ -161,15 +167,21 @@ class _ParcelDataset(Dataset["Parcel | UserError"]):
 def _load(
     dataset: LabelMapDataset,
     batches: Iterable[list[Item]],
+    batch_size: int,
     num_workers: int,
     pin_memory: bool,
     start_worker: Callable[[int], None] | None = None,
 ) -> Iterator[Batch]:
+    pool = None
+    if num_workers and dataset.sample_bytes:
+        # For what the workers prepare, and what their consumer holds while it takes the next.
+        pool = BufferPool(PREFETCH * num_workers + 2, batch_size * dataset.sample_bytes)
     loader = DataLoader(
-        _ParcelDataset(dataset),
-        sampler=batches,
+        _ParcelDataset(dataset, pool),
+        sampler=((pool.lend() if pool else None, items) for items in batches),
         batch_size=None,  # an item is a whole batch already
         num_workers=num_workers,
+        prefetch_factor=PREFETCH if num_workers else None,
         worker_init_fn=start_worker or _start_worker,
         collate_fn=_unchanged,
         pin_memory=pin_memory,

@@ -90,7 +90,7 @@ _DECODERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {
 
 def _encoded(array: NDArray[Any], data_type: str, size: tuple[int, int] | None, extension: str) -> bytes:
     """The file of a photo or map, resized to ``size``."""
-    geometry = Geometry(*size, 0, 0, *size, False) if size else None
+    geometry = Geometry.whole(array.shape, size) if size else None
     if data_type == "images":
         return encode_picture(apply_to_image(array, geometry, any_area=True) if geometry else array, f".{extension}")
     return encode_map(apply_to_map(array, geometry) if geometry else array)

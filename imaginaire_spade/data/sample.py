@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from imaginaire_spade.config import AugmentationConfig
-from imaginaire_spade.data.decode import decode_bgr, decode_edges, decode_instances, decode_label, image_size, is_jpeg
+from imaginaire_spade.data.decode import decode_edges, decode_image, decode_instances, decode_label, image_size, is_jpeg
 from imaginaire_spade.data.distances import NOT_FINITE, class_distances, decode_distances
 from imaginaire_spade.data.folders import DISTANCES, EDGE_FILES, Source
 from imaginaire_spade.data.transforms import (
@@ -25,7 +25,6 @@ from imaginaire_spade.data.transforms import (
     apply_to_distances,
     apply_to_image,
     apply_to_map,
-    choose_reduction,
     draw_geometry,
     edges_from_ids,
 )
@@ -36,7 +35,7 @@ class Sample(NamedTuple):
     """One sample, on the CPU."""
 
     image: Tensor | None
-    """uint8 [3, H, W], in memory channels last."""
+    """uint8 [3, H, W], in memory channels last; it may be a part of a larger one."""
     labels: Tensor
     """uint8 or int16 [H, W], train ids 0..num_classes (num_classes = don't care)."""
     edges: Tensor | None
@@ -95,15 +94,13 @@ class Root:
         """uint8 [3, geometry.height, geometry.width] RGB; a JPEG is decoded no larger than need be."""
         where = self.source.where(key, "images")
         data = self.source.read(key, "images")
-        factor = choose_reduction(*size, geometry.resized_h, geometry.resized_w) if is_jpeg(data) else 1
-        if factor > 1:  # then its size is known from the header alone
+        reduction = geometry.reduction if is_jpeg(data) else 1
+        if reduction > 1:  # then its size is known from the header alone
             self._check_size(image_size(data, where), where, size, key)
-        photo = decode_bgr(data, where, reduction=factor)
-        if factor == 1:
+        photo = decode_image(data, where, reduction=reduction)
+        if reduction == 1:
             self._check_size(photo.shape, where, size, key)
-        reduced_from = (*size, factor) if factor > 1 else None
-        cut = apply_to_image(photo, geometry, reduced_from=reduced_from, swap=True)
-        return torch.from_numpy(cut).permute(2, 0, 1)
+        return torch.from_numpy(apply_to_image(photo, geometry, reduction=reduction)).permute(2, 0, 1)
 
     def _read_edges(
         self, key: str, geometry: Geometry, size: tuple[int, int], ids: NDArray[np.generic]
