@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 import cv2
 import numpy as np
@@ -96,6 +96,11 @@ class LabelSpec(BaseModel):
         return int(np.argmax(self.table != np.arange(len(self.table))))
 
     @cached_property
+    def _ignores_255(self) -> bool:
+        """Whether the classes' raw ids are their own train ids, and 255 means "no class": as in most data sets."""
+        return self._num_unchanged >= self.num_classes and self.table[255] == self.dont_care_id
+
+    @cached_property
     def colours(self) -> NDArray[np.uint8]:
         """RGB colour of every train id, don't-care (black) last: uint8 [num_classes + 1, 3]."""
         own = np.array(self.palette, np.uint8) if self.palette else distinct_colours(self.num_classes)
@@ -133,8 +138,13 @@ class LabelSpec(BaseModel):
         """
         if raw.ndim == 3:
             return self._from_rgb(raw, where, unknown)
-        if raw.dtype == self.dtype and raw.size and raw.max() < self._num_unchanged:
-            return raw.copy()
+        if raw.dtype == self.dtype == np.uint8 and raw.size:
+            if raw.max() < self._num_unchanged:
+                return raw.copy()
+            # 255 + 1 is 0: nothing else is larger than the classes.
+            ids = cast(NDArray[np.uint8], raw)
+            if self._ignores_255 and (ids + np.uint8(1)).max() <= self.num_classes:
+                return np.asarray(cv2.threshold(ids, self.num_classes, 0, cv2.THRESH_TRUNC)[1])
         if raw.dtype == np.uint8:
             mapped: NDArray[np.generic] = cv2.LUT(np.ascontiguousarray(raw), self.table[:256])  # type: ignore[arg-type]
         else:

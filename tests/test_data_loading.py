@@ -24,6 +24,7 @@ from imaginaire_spade.data.batch import Batch, Parcel, denormalise, normalise
 from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import (
+    PREFETCH,
     Prefetcher,
     ResumableSampler,
     default_num_workers,
@@ -369,6 +370,20 @@ def test_a_parcel_holds_wide_numbers_and_odd_sizes():
         layout = batch.layout
         for got, wanted in zip((batch.images, layout.labels, layout.edges, layout.distances), expected, strict=True):
             assert got.dtype == wanted.dtype and torch.equal(got, wanted)
+
+
+def test_buffers_are_used_again_but_never_under_a_batch_that_lives(tiny_folder):
+    data = LabelMapDataset(tiny_folder(keys=30), LABELS, edges="labels", distances=True, augmentations=CROPPED)
+    expected = list(sequential_batches(data, range(30), 2))
+    assert 2 * data.sample_bytes == sum(tensor.nbytes for tensor in expected[0].tensors())
+    places = set()
+    for got, wanted in zip(sequential_batches(data, range(30), 2, num_workers=2), expected, strict=True):
+        assert equal(got, wanted)
+        places.add(got.images.data_ptr())
+    assert len(places) <= 2 * PREFETCH + 2 < len(expected)
+    kept = list(sequential_batches(data, range(29), 2, num_workers=2))  # more than there are buffers; the last is half
+    assert all(equal(got, wanted) for got, wanted in zip(kept[:-1], expected[:-1], strict=True))
+    assert kept[-1].keys == ("0028",) and torch.equal(kept[-1].images, expected[-1].images[:1])
 
 
 def test_different_sizes_do_not_make_a_batch(tiny_folder):

@@ -53,6 +53,23 @@ def test_table_equals_its_definition(num_classes, ignore, values):
         assert spec.to_train_ids(raw, "map.png").tolist() == [expected]
 
 
+@given(
+    st.integers(1, 256),
+    st.sampled_from([(), (255,), (255, 254), (0, 255), (7,)]),
+    st.sampled_from([{}, {3: 0}, {200: 0}]),
+    st.lists(st.sampled_from([0, 1, 2, 3, 7, 8, 200, 253, 254, 255]), min_size=1, max_size=20),
+)
+def test_bytes_map_as_the_table_says(num_classes, ignore, remap, values):
+    spec = LabelSpec(num_classes=num_classes, ignore=ignore, remap=remap)
+    expected = spec.table[values]
+    if (expected == spec.error_id).any():
+        with pytest.raises(LabelError, match=r"map\.png"):
+            spec.to_train_ids(ids(*values), "map.png")
+        expected = np.where(expected == spec.error_id, num_classes, expected)
+    mapped = spec.to_train_ids(ids(*values), "map.png", unknown="dont_care")
+    assert mapped.dtype == spec.dtype and mapped.tolist() == [expected.tolist()]
+
+
 @pytest.mark.parametrize(
     "spec, raw, advice",
     [

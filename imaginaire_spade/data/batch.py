@@ -11,10 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from imaginaire_spade.data.sample import Sample
+from imaginaire_spade.data.transforms import edges_from_ids
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 
@@ -119,21 +122,27 @@ class Parcel:
     buffer: Buffer | None = None
     """Whose memory it is, if any's. Such a parcel passes to the pool's process without it."""
 
+    @staticmethod
+    def images_in(memory: Tensor, count: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """Where ``pack`` lays the pictures of so many samples of (height, width) ``size``: uint8 [count, H, W, 3]."""
+        return memory[memory.nbytes - count * size[0] * size[1] * 3 :].view(count, *size, 3).numpy()
+
     @classmethod
     def pack(
         cls,
         spec: LayoutSpec,
         samples: Sequence[Sample],
         *,
-        shared: bool = False,
-        pool: BufferPool | None = None,
+        memory: Tensor | None = None,
         buffer: Buffer | None = None,
+        shared: bool = False,
     ) -> Parcel:
-        """Samples of one size -> a parcel.
+        """Samples of one size -> a parcel. Edges that samples lack are drawn from their labels.
 
         Args:
-            shared: in memory that processes can share.
-            pool, buffer: in this memory instead.
+            memory: what to lay it in, uint8 of just its length; pictures that are where they belong stay there.
+            buffer: whose memory that is, if any's.
+            shared: if there is none: make it so that processes can share it.
         Raises:
             DataError: sizes differ.
         """
@@ -145,22 +154,21 @@ class Parcel:
                     " width) after augmentation, but a batch holds one size. Write random_crop_h_w: [256, 256] or"
                     " resize_h_w: [256, 256] in that split's augmentations, or batch_size: 1"
                 )
-        columns = {
-            "distances": [sample.distances for sample in samples if sample.distances is not None],
-            "labels": [sample.labels for sample in samples],
-            "edges": [sample.edges for sample in samples if sample.edges is not None],
-            "images": [sample.image.permute(1, 2, 0) for sample in samples if sample.image is not None],
-        }  # the widest numbers first, so that all begin where their dtype may
-        columns = {name: tensors for name, tensors in columns.items() if tensors}
-        places, end = {}, 0
-        for name, tensors in columns.items():
-            places[name] = end, tensors[0].dtype, (len(tensors), *tensors[0].shape)
-            end += sum(tensor.nbytes for tensor in tensors)
-        if pool is not None and buffer is not None:
-            memory = pool.memory(buffer)[:end]
-            assert memory.nbytes == end, "a buffer is too small"
-        else:
-            memory = _shared_memory(end) if shared else torch.empty(end, dtype=torch.uint8)
+        height, width = first.labels.shape
+        kinds: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("labels", first.labels.dtype, (height, width))]
+        if spec.has_distances:
+            kinds.insert(0, ("distances", torch.float32, (2, height, width)))
+        if spec.has_edges:
+            kinds.append(("edges", torch.uint8, (height, width)))
+        if first.image is not None:
+            kinds.append(("images", torch.uint8, (height, width, 3)))
+        places, end = {}, 0  # the widest numbers come first, so that all begin where their dtype may
+        for name, dtype, shape in kinds:
+            places[name] = end, dtype, (len(samples), *shape)
+            end += len(samples) * torch.Size(shape).numel() * dtype.itemsize
+        if memory is None:
+            memory = shared_memory(end) if shared else torch.empty(end, dtype=torch.uint8)
+        assert memory.nbytes == end
         parcel = cls(
             memory,
             places,
@@ -170,8 +178,19 @@ class Parcel:
             tuple(sample.draw for sample in samples),
             buffer,
         )
-        for name, tensors in columns.items():
-            torch.stack(tensors, out=parcel._tensor(name))
+        tensors = {
+            "labels": [sample.labels for sample in samples],
+            "distances": [sample.distances for sample in samples if sample.distances is not None],
+            "images": [sample.image.permute(1, 2, 0) for sample in samples if sample.image is not None],
+        }
+        for name, parts in tensors.items():
+            if name in places and parts[0].data_ptr() != (whole := parcel._tensor(name)).data_ptr():
+                torch.stack(parts, out=whole)
+        for sample, place in zip(samples, parcel._tensor("edges") if spec.has_edges else (), strict=False):
+            if sample.edges is None:
+                edges_from_ids(sample.labels.numpy(), out=place.numpy())
+            else:
+                place.copy_(sample.edges)
         return parcel
 
     def __getstate__(self) -> dict[str, Any]:
@@ -199,7 +218,8 @@ class Parcel:
         return self.memory[start : start + num_bytes].view(dtype).view(shape)
 
 
-def _shared_memory(num_bytes: int) -> Tensor:
+def shared_memory(num_bytes: int) -> Tensor:
+    """uint8 [num_bytes] that processes can share."""
     # As torch's own collate does in a worker.
     storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(num_bytes)
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (num_bytes,), (1,))

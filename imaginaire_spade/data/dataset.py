@@ -117,9 +117,15 @@ class LabelMapDataset(Dataset[Sample]):
             DataError, LabelError: naming the file and what is wrong with it.
         """
         index, draw = item if isinstance(item, tuple) else (item, item)
+        return self.read(index, draw)
+
+    def read(
+        self, index: int, draw: int, *, draw_edges: bool = True, image_out: NDArray[np.uint8] | None = None
+    ) -> Sample:
+        """The sample ``index`` as its ``draw`` makes it; the rest as for ``Root.read``."""
         root, key = self._place(index)
         draws = four_numbers(self.seed, draw, "augmentation")
-        sample = root.read(key, self._train_ids, self.augmentations, draws)
+        sample = root.read(key, self._train_ids, self.augmentations, draws, draw_edges=draw_edges, image_out=image_out)
         return sample._replace(key=self.keys[index], draw=draw)
 
     def expect_random_reads(self, shards_at_a_time: int | None = None) -> None:

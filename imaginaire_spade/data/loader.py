@@ -18,9 +18,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
-from imaginaire_spade.data.batch import Batch, Buffer, BufferPool, Parcel
+from imaginaire_spade.data.batch import Batch, Buffer, BufferPool, Parcel, shared_memory
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.noise import generator_for
@@ -156,12 +157,29 @@ class _ParcelDataset(Dataset["Parcel | UserError"]):
 
     def __getitem__(self, item: tuple[Buffer | None, Sequence[Item]]) -> Parcel | UserError:
         buffer, items = item
+        in_worker = get_worker_info() is not None
+        memory = self._memory(buffer, len(items), in_worker)
+        size = self.dataset.augmentations.output_h_w
+        pictures: Sequence[NDArray[np.uint8] | None] = [None] * len(items)
+        if memory is not None and size is not None and self.dataset.with_images:
+            pictures = list(Parcel.images_in(memory, len(items), size))
         try:
-            samples = [self.dataset[item] for item in items]
-            shared = get_worker_info() is not None
-            return Parcel.pack(self.dataset.spec, samples, shared=shared, pool=self.pool, buffer=buffer)
+            samples = [
+                self.dataset.read(*item, draw_edges=False, image_out=picture)
+                for item, picture in zip(items, pictures, strict=True)
+            ]
+            return Parcel.pack(self.dataset.spec, samples, memory=memory, buffer=buffer, shared=in_worker)
         except UserError as error:
             return error
+
+    def _memory(self, buffer: Buffer | None, count: int, shared: bool) -> Tensor | None:
+        """For a batch, if its size is known beforehand."""
+        if self.dataset.sample_bytes is None:
+            return None
+        num_bytes = count * self.dataset.sample_bytes
+        if buffer is not None and self.pool is not None:
+            return self.pool.memory(buffer)[:num_bytes]
+        return shared_memory(num_bytes) if shared else torch.empty(num_bytes, dtype=torch.uint8)
 
 
 def _load(

@@ -35,7 +35,7 @@ class Sample(NamedTuple):
     """One sample, on the CPU."""
 
     image: Tensor | None
-    """uint8 [3, H, W], in memory channels last; it may be a part of a larger one."""
+    """uint8 [3, H, W], in memory channels last."""
     labels: Tensor
     """uint8 or int16 [H, W], train ids 0..num_classes (num_classes = don't care)."""
     edges: Tensor | None
@@ -67,12 +67,17 @@ class Root:
         to_train_ids: Callable[[NDArray[np.generic], str], NDArray[np.generic]],
         augmentations: AugmentationConfig,
         draws: Sequence[float],
+        *,
+        draw_edges: bool = True,
+        image_out: NDArray[np.uint8] | None = None,
     ) -> Sample:
         """The sample ``key``, of draw 0.
 
         Args:
             to_train_ids: a raw label map, and what to call it -> ids.
             draws: four numbers in [0, 1), of which the augmentation is a function.
+            draw_edges: False: edges that are borders of the labels are left to others.
+            image_out: uint8 [H, W, 3] for the picture.
         Raises:
             DataError, LabelError: naming the file and what is wrong with it.
         """
@@ -82,15 +87,16 @@ class Root:
         geometry = draw_geometry(*size, augmentations, draws, where)
         # Only values that reach the network are looked at; the builder has looked at all.
         ids = to_train_ids(apply_to_map(raw, geometry), where)
-        image = self._read_photo(key, geometry, size) if self.with_images else None
-        edges = None if self.edges == "none" else torch.from_numpy(self._read_edges(key, geometry, size, ids))
+        image = self._read_photo(key, geometry, size, image_out) if self.with_images else None
+        has_edges = self.edges != "none" and (draw_edges or self.edges != "labels")
+        edges = torch.from_numpy(self._read_edges(key, geometry, size, ids)) if has_edges else None
         distances = self._read_distances(key, geometry, size) if self.distances == "file" else None
         if self.distances != "none" and distances is None:
             distances = class_distances(ids)
         offsets = None if distances is None else torch.from_numpy(distances)
         return Sample(image, torch.from_numpy(ids), edges, offsets, key, size, 0)
 
-    def _read_photo(self, key: str, geometry: Geometry, size: tuple[int, int]) -> Tensor:
+    def _read_photo(self, key: str, geometry: Geometry, size: tuple[int, int], out: NDArray[np.uint8] | None) -> Tensor:
         """uint8 [3, geometry.height, geometry.width] RGB; a JPEG is decoded no larger than need be."""
         where = self.source.where(key, "images")
         data = self.source.read(key, "images")
@@ -100,7 +106,7 @@ class Root:
         photo = decode_image(data, where, reduction=reduction)
         if reduction == 1:
             self._check_size(photo.shape, where, size, key)
-        return torch.from_numpy(apply_to_image(photo, geometry, reduction=reduction)).permute(2, 0, 1)
+        return torch.from_numpy(apply_to_image(photo, geometry, reduction=reduction, out=out)).permute(2, 0, 1)
 
     def _read_edges(
         self, key: str, geometry: Geometry, size: tuple[int, int], ids: NDArray[np.generic]

@@ -109,9 +109,14 @@ def _round_side(exact: float, crop: int) -> int:
 
 
 def apply_to_image(
-    image: NDArray[np.uint8], geometry: Geometry, *, reduction: int = 1, any_area: bool = False
+    image: NDArray[np.uint8],
+    geometry: Geometry,
+    *,
+    reduction: int = 1,
+    any_area: bool = False,
+    out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """uint8 [H, W, 3] -> uint8 [geometry.height, geometry.width, 3], which may be a part of a larger array.
+    """uint8 [H, W, 3] -> uint8 [geometry.height, geometry.width, 3], in ``out`` if that is given.
 
     Shrinking to half the size or less averages areas; less, and enlarging, interpolates linearly.
 
@@ -127,8 +132,13 @@ def apply_to_image(
     if (scale_h, scale_w) != (1, 1):
         shrinks = max(scale_h, scale_w) <= (1 if any_area else 0.5)
         method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        cut = cv2.resize(cut, None, fx=scale_w, fy=scale_h, interpolation=method)[: g.height, : g.width]
-    return np.asarray(cv2.flip(cut, 1) if g.flip else cut, np.uint8)
+        cut = cv2.resize(cut, None, out, scale_w, scale_h, method)[: g.height, : g.width]
+    if g.flip:
+        cut = cv2.flip(cut, 1, out)
+    if out is None or np.shares_memory(cut, out):
+        return np.asarray(cut, np.uint8)
+    np.copyto(out, cut)
+    return out
 
 
 def apply_to_map(ids: NDArray[np.generic], geometry: Geometry) -> NDArray[np.generic]:
@@ -163,18 +173,20 @@ def apply_to_distances(distances: NDArray[np.floating], geometry: Geometry) -> N
     return cut
 
 
-def edges_from_ids(ids: NDArray[np.generic]) -> NDArray[np.uint8]:
+def edges_from_ids(ids: NDArray[np.generic], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
     """Borders of an id map [H, W]: uint8 [H, W], 1 where the left, right, upper or lower neighbour has another id.
 
-    Both pixels of a differing pair are marked; the picture does not wrap around.
+    Both pixels of a differing pair are marked; the picture does not wrap around. ``out``: contiguous, for the result.
     """
     # In one dimension, twice as fast; the last pixel of a row is no neighbour of the next row's first.
     width, flat = ids.shape[1], ids.ravel()
-    edges = np.zeros(flat.size, np.bool_)
     across, down = flat[1:] != flat[:-1], flat[width:] != flat[:-width]
     across[width - 1 :: width] = False
+    marked = np.empty(ids.shape, np.uint8) if out is None else out
+    edges = marked.reshape(-1).view(np.bool_)
+    edges[:1] = False
     edges[1:] = across
     edges[:-1] |= across
     edges[width:] |= down
     edges[:-width] |= down
-    return edges.reshape(ids.shape).view(np.uint8)
+    return marked
