@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from imaginaire_spade.config import AugmentationConfig
@@ -92,7 +93,7 @@ class LabelMapDataset(Dataset[Sample]):
                     stacklevel=2,
                 )
             where_from = "none" if not distances else "file" if stored else "labels"
-            self._roots.append(Root(source, edges if found else "labels", where_from, with_images))
+            self._roots.append(Root(source, edges if found else "labels", where_from))
         sources = [root.source for root in self._roots]
         self._starts = np.cumsum([0, *(len(source.keys) for source in sources)])
         self.keys = _unique_keys(sources)
@@ -117,16 +118,42 @@ class LabelMapDataset(Dataset[Sample]):
             DataError, LabelError: naming the file and what is wrong with it.
         """
         index, draw = item if isinstance(item, tuple) else (item, item)
-        return self.read(index, draw)
+        return self.read([(index, draw)])[0]
 
     def read(
-        self, index: int, draw: int, *, draw_edges: bool = True, image_out: NDArray[np.uint8] | None = None
-    ) -> Sample:
-        """The sample ``index`` as its ``draw`` makes it; the rest as for ``Root.read``."""
-        root, key = self._place(index)
-        draws = four_numbers(self.seed, draw, "augmentation")
-        sample = root.read(key, self._train_ids, self.augmentations, draws, draw_edges=draw_edges, image_out=image_out)
-        return sample._replace(key=self.keys[index], draw=draw)
+        self,
+        items: Sequence[tuple[int, int]],
+        *,
+        draw_edges: bool = True,
+        images_out: NDArray[np.uint8] | None = None,
+    ) -> list[Sample]:
+        """The samples of so many (index, draw).
+
+        Stage by stage, not sample by sample, which is a tenth faster: what a stage uses stays in the processor's cache.
+
+        Args:
+            draw_edges: False: edges that are borders of the labels are left to others.
+            images_out: uint8 [len(items), H, W, 3] to lay the photos in.
+        Raises:
+            DataError, LabelError: naming the file and what is wrong with it.
+        """
+        places = [self._place(index) for index, _ in items]
+        draws = [four_numbers(self.seed, draw, "augmentation") for _, draw in items]
+        maps = [
+            root.read_maps(key, self._train_ids, self.augmentations, numbers, draw_edges=draw_edges)
+            for (root, key), numbers in zip(places, draws, strict=True)
+        ]
+        images: Sequence[Tensor | None] = [None] * len(items)
+        if self.with_images:
+            outs: Iterable[NDArray[np.uint8] | None] = [None] * len(items) if images_out is None else images_out
+            images = [
+                root.read_photo(key, geometry, sample.original_size, out)
+                for (root, key), (sample, geometry), out in zip(places, maps, outs, strict=True)
+            ]
+        return [
+            sample._replace(image=image, key=self.keys[index], draw=draw)
+            for (index, draw), (sample, _), image in zip(items, maps, images, strict=True)
+        ]
 
     def expect_random_reads(self, shards_at_a_time: int | None = None) -> None:
         """Read ahead only if what is read for some time fits memory: else pages go before they are asked for.

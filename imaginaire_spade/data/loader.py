@@ -160,14 +160,11 @@ class _ParcelDataset(Dataset["Parcel | UserError"]):
         in_worker = get_worker_info() is not None
         memory = self._memory(buffer, len(items), in_worker)
         size = self.dataset.augmentations.output_h_w
-        pictures: Sequence[NDArray[np.uint8] | None] = [None] * len(items)
+        images = None
         if memory is not None and size is not None and self.dataset.with_images:
-            pictures = list(Parcel.images_in(memory, len(items), size))
+            images = Parcel.images_in(memory, len(items), size)
         try:
-            samples = [
-                self.dataset.read(*item, draw_edges=False, image_out=picture)
-                for item, picture in zip(items, pictures, strict=True)
-            ]
+            samples = self.dataset.read(items, draw_edges=False, images_out=images)
             return Parcel.pack(self.dataset.spec, samples, memory=memory, buffer=buffer, shared=in_worker)
         except UserError as error:
             return error

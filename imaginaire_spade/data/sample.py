@@ -58,10 +58,9 @@ class Root:
     """"none", "file", "instances" or "labels": what they are read or drawn from."""
     distances: str
     """"none", "file" or "labels"."""
-    with_images: bool
     _told_of_sizes: bool = field(default=False, init=False)
 
-    def read(
+    def read_maps(
         self,
         key: str,
         to_train_ids: Callable[[NDArray[np.generic], str], NDArray[np.generic]],
@@ -69,15 +68,13 @@ class Root:
         draws: Sequence[float],
         *,
         draw_edges: bool = True,
-        image_out: NDArray[np.uint8] | None = None,
-    ) -> Sample:
-        """The sample ``key``, of draw 0.
+    ) -> tuple[Sample, Geometry]:
+        """The sample ``key``, of draw 0, as yet without its photo, and the geometry that it has been given.
 
         Args:
             to_train_ids: a raw label map, and what to call it -> ids.
             draws: four numbers in [0, 1), of which the augmentation is a function.
             draw_edges: False: edges that are borders of the labels are left to others.
-            image_out: uint8 [H, W, 3] for the picture.
         Raises:
             DataError, LabelError: naming the file and what is wrong with it.
         """
@@ -87,20 +84,28 @@ class Root:
         geometry = draw_geometry(*size, augmentations, draws, where)
         # Only values that reach the network are looked at; the builder has looked at all.
         ids = to_train_ids(apply_to_map(raw, geometry), where)
-        image = self._read_photo(key, geometry, size, image_out) if self.with_images else None
         has_edges = self.edges != "none" and (draw_edges or self.edges != "labels")
         edges = torch.from_numpy(self._read_edges(key, geometry, size, ids)) if has_edges else None
         distances = self._read_distances(key, geometry, size) if self.distances == "file" else None
         if self.distances != "none" and distances is None:
             distances = class_distances(ids)
         offsets = None if distances is None else torch.from_numpy(distances)
-        return Sample(image, torch.from_numpy(ids), edges, offsets, key, size, 0)
+        return Sample(None, torch.from_numpy(ids), edges, offsets, key, size, 0), geometry
 
-    def _read_photo(self, key: str, geometry: Geometry, size: tuple[int, int], out: NDArray[np.uint8] | None) -> Tensor:
-        """uint8 [3, geometry.height, geometry.width] RGB; a JPEG is decoded no larger than need be."""
+    def read_photo(
+        self, key: str, geometry: Geometry, size: tuple[int, int], out: NDArray[np.uint8] | None = None
+    ) -> Tensor:
+        """The photo of ``key``: uint8 [3, geometry.height, geometry.width] RGB, in memory channels last.
+
+        Args:
+            size: (height, width) of its label map as stored.
+            out: uint8 [geometry.height, geometry.width, 3] to lay it in.
+        Raises:
+            DataError: naming the file and what is wrong with it.
+        """
         where = self.source.where(key, "images")
         data = self.source.read(key, "images")
-        reduction = geometry.reduction if is_jpeg(data) else 1
+        reduction = geometry.reduction if is_jpeg(data) else 1  # a JPEG is decoded no larger than need be
         if reduction > 1:  # then its size is known from the header alone
             self._check_size(image_size(data, where), where, size, key)
         photo = decode_image(data, where, reduction=reduction)
