@@ -189,7 +189,11 @@ def link(source: FolderSource, samples: int, root: Path) -> FolderSource:
         key = source.keys[i * number // samples if samples < number else i % number]
         path = root / t / f"{i // number}/{key}.{source.extension(key, t)}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.symlink_to(source.path(key, t).resolve())
+        original = source.path(key, t).resolve()
+        try:
+            path.hardlink_to(original)
+        except OSError:  # another file system
+            path.symlink_to(original)
     return FolderSource(root, TYPES)
 
 

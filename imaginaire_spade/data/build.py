@@ -122,7 +122,7 @@ def build_dataset(
                 " yourself, then start them again"
             ) from None
         todo = [names[i] for i in own if names[i] not in kept]
-        num_bytes = {name: {t: sum(source.size(key, t) for key in parts[name]) for t in types} for name in todo}
+        num_bytes = {name: {t: source.total_size(parts[name], t) for t in types} for name in todo}
         total_bytes = sum(sum(by_type.values()) for by_type in num_bytes.values())
         check_free_space(output, total_bytes)
         with disk_errors(output, total_bytes):

@@ -62,7 +62,8 @@ class Source(ABC):
 def make_key(sequence: str, stem: str, where: str) -> str:
     """Sequence and stem -> key. Raises DataError for names that would lead out of an output folder."""
     key = stem if sequence == ROOT_SEQUENCE else f"{sequence}/{stem}"
-    if any(part in ("", ".", "..") for part in key.split("/")) or "\\" in key or "\0" in key:
+    parts = key.split("/")
+    if "" in parts or "." in parts or ".." in parts or "\\" in key or "\0" in key:
         raise DataError(f"{where}: the name {key!r} is no plain relative path: rename the file or folder")
     return key
 
@@ -147,6 +148,14 @@ class FolderSource(Source):
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
+    def total_size(self, keys: Sequence[str], data_type: str) -> int:
+        """The bytes of all their files. Raises DataError."""
+        folder, extensions = str(self._folders[data_type]), self._extensions[data_type]
+        try:
+            return sum(os.stat(f"{folder}{os.sep}{key}.{extensions[key]}").st_size for key in keys)  # noqa: PTH116
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
     def where(self, key: str, data_type: str) -> str:
         if key not in self._extensions.get(data_type, {}):
             raise DataError(f"{self.root}: no file for {key!r} among the {data_type}")
@@ -168,12 +177,13 @@ def holds_images(folder: Path) -> bool:
 def _scan(folder: Path, extensions: Sequence[str], skipped: list[Path]) -> dict[str, str]:
     """Key -> extension as spelled, of every file below ``folder`` that has one of ``extensions``."""
     found: dict[str, str] = {}
+    place = str(folder)
     for sequence, name in _walk(folder):
         extension = _extension(name, extensions)
         if not extension:
             skipped.append(folder / sequence / name)
             continue
-        path = f"{folder}{os.sep}{sequence}{os.sep}{name}"
+        path = f"{place}{os.sep}{sequence}{os.sep}{name}"
         key = make_key(sequence, name[: -len(extension) - 1], path)
         if key in found:
             raise DataError(
