@@ -511,9 +511,16 @@ def _resolve_components(tree: dict[str, Any], problems: list[str], origins: Orig
     if isinstance(losses, dict):
         tree["losses"] = {}
         for name, entry in losses.items():
+            where = ("losses", str(name))
+            if entry is None:
+                problems.append(
+                    f"{_origin(where, origins, source)}: losses.{name}: no weight. To leave out a loss of the base"
+                    f" config, write {name}: 0"
+                )
+                tree["losses"][name] = {"component": _BROKEN, "weight": 0}
+                continue
             entry = entry if isinstance(entry, dict) else {"weight": entry}
             args = {k: v for k, v in entry.items() if k != "weight"}
-            where = ("losses", str(name))
             component = _resolve({"type": name, **args}, LOSSES, where, problems, origins, source)
             loss = {"component": component} | ({"weight": entry["weight"]} if "weight" in entry else {})
             tree["losses"][name] = loss

@@ -139,12 +139,12 @@ class LabelSpec(BaseModel):
         if raw.ndim == 3:
             return self._from_rgb(raw, where, unknown)
         if raw.dtype == self.dtype == np.uint8 and raw.size:
-            if raw.max() < self._num_unchanged:
-                return raw.copy()
-            # 255 + 1 is 0: nothing else is larger than the classes.
             ids = cast(NDArray[np.uint8], raw)
+            # 255 + 1 is 0: nothing else is larger than the classes.
             if self._ignores_255 and (ids + np.uint8(1)).max() <= self.num_classes:
                 return np.asarray(cv2.threshold(ids, self.num_classes, 0, cv2.THRESH_TRUNC)[1])
+            if ids.max() < self._num_unchanged:
+                return ids.copy()
         if raw.dtype == np.uint8:
             mapped: NDArray[np.generic] = cv2.LUT(np.ascontiguousarray(raw), self.table[:256])  # type: ignore[arg-type]
         else:

@@ -219,6 +219,20 @@ def test_edges_mark_both_sides_and_do_not_wrap():
     assert edges_from_ids(np.array([[7]])).dtype == np.uint8
 
 
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
+def test_edges_equal_their_definition(height, width, seed):
+    ids = rng(seed).integers(0, 3, (height, width))
+    expected = np.zeros(ids.shape, np.uint8)
+    for axis in (0, 1):
+        differ = (np.diff(ids, axis=axis) != 0).view(np.uint8)
+        before, after = [(0, 0), (0, 0)], [(0, 0), (0, 0)]
+        before[axis], after[axis] = (1, 0), (0, 1)
+        expected |= np.pad(differ, before) | np.pad(differ, after)
+    assert np.array_equal(edges_from_ids(ids), expected)
+    out = np.full(ids.shape, 7, np.uint8)
+    assert edges_from_ids(ids, out) is out and np.array_equal(out, expected)
+
+
 # ------------------------------------------------------------------------------------------------ data set
 
 
@@ -373,7 +387,8 @@ def test_a_parcel_holds_wide_numbers_and_odd_sizes():
 
 
 def test_buffers_are_used_again_but_never_under_a_batch_that_lives(tiny_folder):
-    data = LabelMapDataset(tiny_folder(keys=30), LABELS, edges="labels", distances=True, augmentations=CROPPED)
+    root = tiny_folder(keys=30)
+    data = LabelMapDataset(root, LABELS, edges="labels", distances=True, augmentations=CROPPED)
     expected = list(sequential_batches(data, range(30), 2))
     assert 2 * data.sample_bytes == sum(tensor.nbytes for tensor in expected[0].tensors())
     places = set()
@@ -384,6 +399,24 @@ def test_buffers_are_used_again_but_never_under_a_batch_that_lives(tiny_folder):
     kept = list(sequential_batches(data, range(29), 2, num_workers=2))  # more than there are buffers; the last is half
     assert all(equal(got, wanted) for got, wanted in zip(kept[:-1], expected[:-1], strict=True))
     assert kept[-1].keys == ("0028",) and torch.equal(kept[-1].images, expected[-1].images[:1])
+    odd = AugmentationConfig(random_crop_h_w=(31, 33))  # wide numbers begin in buffers of odd sizes
+    for table in (LABELS, LabelSpec(num_classes=300)):
+        data = LabelMapDataset(root, table, edges="labels", distances=True, augmentations=odd)
+        for got, wanted in zip(
+            sequential_batches(data, range(9), 1, num_workers=1), sequential_batches(data, range(9), 1), strict=True
+        ):
+            assert equal(got, wanted)
+
+
+def test_too_little_shared_memory(tiny_folder, monkeypatch):
+    def refuse(num_bytes):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", refuse)
+    for augmentations in (CROPPED, AugmentationConfig()):  # for all batches beforehand, and for each in its worker
+        data = LabelMapDataset(tiny_folder(keys=2), LABELS, augmentations=augmentations)
+        with pytest.raises(DataError, match=r"--shm-size=8g.*data\.num_workers: 0 \(unable to allocate"):
+            next(sequential_batches(data, range(2), 1, num_workers=1))
 
 
 def test_different_sizes_do_not_make_a_batch(tiny_folder):

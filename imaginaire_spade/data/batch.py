@@ -64,6 +64,12 @@ class Batch:
             )
 
 
+NO_SHARED_MEMORY = (
+    "the loader's workers have too little shared memory: start the container with --shm-size=8g (docker), or write"
+    " data.num_workers: 0"
+)
+
+
 class BufferPool:
     """Memory in which parcels pass from workers to the process that made the pool, used again and again.
 
@@ -76,7 +82,8 @@ class BufferPool:
     """
 
     def __init__(self, num_buffers: int, num_bytes: int) -> None:
-        self._memory = torch.empty(num_buffers, num_bytes, dtype=torch.uint8).share_memory_()
+        num_bytes = -(-num_bytes // 64) * 64  # numbers of any width may begin where a buffer does
+        self._memory = shared_memory(num_buffers * num_bytes).view(num_buffers, num_bytes)
         self._free = list(range(num_buffers))
         self._number = next(_numbers)
         _pools[self._number] = self
@@ -86,7 +93,7 @@ class BufferPool:
         return Buffer(self._number, self._free.pop()) if self._free else None
 
     def memory(self, buffer: Buffer) -> Tensor:
-        """For a worker: uint8 [num_bytes]."""
+        """For a worker: uint8, at least ``num_bytes`` long."""
         return self._memory[buffer.place]
 
     def take_back(self, buffer: Buffer, num_bytes: int) -> Tensor:
@@ -186,11 +193,12 @@ class Parcel:
         for name, parts in tensors.items():
             if name in places and parts[0].data_ptr() != (whole := parcel._tensor(name)).data_ptr():
                 torch.stack(parts, out=whole)
-        for sample, place in zip(samples, parcel._tensor("edges") if spec.has_edges else (), strict=False):
-            if sample.edges is None:
-                edges_from_ids(sample.labels.numpy(), out=place.numpy())
-            else:
-                place.copy_(sample.edges)
+        if spec.has_edges:
+            for sample, place in zip(samples, parcel._tensor("edges"), strict=True):
+                if sample.edges is None:
+                    edges_from_ids(sample.labels.numpy(), out=place.numpy())
+                else:
+                    place.copy_(sample.edges)
         return parcel
 
     def __getstate__(self) -> dict[str, Any]:
@@ -219,9 +227,11 @@ class Parcel:
 
 
 def shared_memory(num_bytes: int) -> Tensor:
-    """uint8 [num_bytes] that processes can share."""
-    # As torch's own collate does in a worker.
-    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(num_bytes)
+    """uint8 [num_bytes] that processes can share. Raises DataError where there is no room for it."""
+    try:
+        storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(num_bytes)  # as torch's own collate does
+    except RuntimeError as error:
+        raise DataError(f"{NO_SHARED_MEMORY} ({error})") from None
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (num_bytes,), (1,))
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
-from imaginaire_spade.data.batch import Batch, Buffer, BufferPool, Parcel, shared_memory
+from imaginaire_spade.data.batch import NO_SHARED_MEMORY, Batch, Buffer, BufferPool, Parcel, shared_memory
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.noise import generator_for
@@ -208,10 +208,7 @@ def _load(
             yield parcel.open()
     except RuntimeError as error:
         if "DataLoader worker" in str(error) and "Bus error" in str(error):
-            raise DataError(
-                "a loader worker ran out of shared memory: start the container with --shm-size=8g (docker), or write"
-                " data.num_workers: 0"
-            ) from error
+            raise DataError(NO_SHARED_MEMORY) from error
         raise
 
 

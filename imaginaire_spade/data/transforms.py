@@ -184,9 +184,8 @@ def edges_from_ids(ids: NDArray[np.generic], out: NDArray[np.uint8] | None = Non
     across[width - 1 :: width] = False
     marked = np.empty(ids.shape, np.uint8) if out is None else out
     edges = marked.reshape(-1).view(np.bool_)
-    edges[:1] = False
-    edges[1:] = across
-    edges[:-1] |= across
+    np.logical_or(across[1:], across[:-1], out=edges[1:-1])
+    edges[0], edges[-1] = (across[0], across[-1]) if across.size else (False, False)
     edges[width:] |= down
     edges[:-width] |= down
     return marked
