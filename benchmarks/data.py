@@ -94,6 +94,7 @@ def compare(
         )
         contestants: dict[str, Callable[[], object]] = {
             DECODE: lambda: decode(source, TYPES[:2]),
+            f"decode only, {many} processes": lambda: decode_in_processes(source, TYPES[:2], many),
             "loader, this process": lambda: load(data, number, 0),
             "loader, 1 worker": lambda: load(data, number, 1),
             f"loader, {many} workers": lambda: load(data, number, many),
@@ -118,7 +119,7 @@ def compare(
         (built, f"checked, {many} workers", "checked, 1 worker"),
         (loaded, "loader, this process", DECODE),
         (loaded, "loader, 1 worker", DECODE),
-        (loaded, f"loader, {many} workers", "loader, 1 worker"),
+        (loaded, f"loader, {many} workers", f"decode only, {many} processes"),
         (loaded, f"loader, {many} workers", f"PIL + torchvision, {many} workers"),
         (loaded, f"loader, {many} workers", f"webdataset + OpenCV, {many} workers"),
         (loaded, "recoded, this process", DECODE),
@@ -206,11 +207,21 @@ def put(source: FolderSource, target: Path) -> None:
                 transaction.put(key.encode(), source.read(key, t))
 
 
-def decode(source: FolderSource, types: tuple[str, ...]) -> None:
+def decode(source: FolderSource, types: tuple[str, ...], first: int = 0, step: int = 1) -> None:
     """The floor: OpenCV turns the bytes into pixels, and nothing else happens."""
-    for key, t in itertools.product(source.keys, types):
+    for key, t in itertools.product(source.keys[first::step], types):
         flag = cv2.IMREAD_COLOR if t == "images" else cv2.IMREAD_UNCHANGED
         cv2.imdecode(np.frombuffer(source.read(key, t), np.uint8), flag)
+
+
+def decode_in_processes(source: FolderSource, types: tuple[str, ...], number: int) -> None:
+    """The floor of so many workers: two decoders on one machine are slower than each alone."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=decode, args=(source, types, i, number)) for i in range(number)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
 
 
 def load(data: LabelMapDataset, number: int, num_workers: int) -> None:
