@@ -149,14 +149,15 @@ def test_forms_and_precisions_differ_but_are_finite(tiny_run):
         assert all(t.isfinite().all() for t in results[name].values())
     key = "/to_image.weight"
     assert not torch.equal(results["shared"][key], results["reference"][key])
-    # Where a gradient is about 0, Adam makes a step of its rounding: not many iterations, and a larger epsilon.
-    short = ("trainer.max_iterations=2", "gen_opt.adam_eps=1e-3", "dis_opt.adam_eps=1e-3")
+    # Where a gradient is about 0, Adam makes a step of its rounding, which the next iteration enlarges: one iteration,
+    # and a larger epsilon.
+    short = ("trainer.max_iterations=1", "gen_opt.adam_eps=1e-3", "dis_opt.adam_eps=1e-3")
     rows, channels = (
-        tensors_of(run(f"channels_last_{last}", *short, f"trainer.channels_last={last}")["generator"])
-        for last in ("false", "true")
+        tensors_of(run(f"channels_last_{last}", *short, f"trainer.channels_last={last}")) for last in ("false", "true")
     )
     for name, tensor in rows.items():
-        torch.testing.assert_close(channels[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+        if name.startswith(("/generator/", "/discriminator/")):
+            torch.testing.assert_close(channels[name], tensor, rtol=1e-4, atol=5e-6, msg=name)
 
 
 def test_shards_are_shuffled_as_the_config_says(tiny_run):
