@@ -4,8 +4,9 @@
         [--config configs/projects/spade/camvid/base256.yaml] [--num_workers 2] [--rounds 5] [--samples N]
 
 "recoded" is a data set that was built with --recode_maps: its label maps are the same, but faster to decode. The
-contestants of a table take turns, so that what else the machine does falls on all of them alike. Beside the rate
-stands the time of all processors together (user and system) per sample, which a busy machine disturbs less.
+contestants of a table take turns, and a ratio is the median of the rounds' ratios, so that what else the machine does
+falls on all of them alike. Beside the rate stands the time of all processors together (user and system) per sample,
+which a busy machine disturbs less.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -126,35 +127,37 @@ def compare(
         (loaded, f"recoded, {many} workers", f"webdataset + OpenCV, {many} workers"),
     ):
         if other in table:
-            rate, cpu = (table[name][0] / table[other][0], table[other][1] / table[name][1])
+            rate, cpu = ratios(table[name], table[other])
             print(f"{name + ' / ' + other:66s}{rate:8.2f}{cpu:8.2f}")
     return {"build": built, "load": loaded}
 
 
 DECODE = "decode only, 1 process"
-Measured = Mapping[str, tuple[float, float]]
-"""Contestant -> (samples/s, milliseconds of processor time per sample), medians."""
+Rounds = Sequence[tuple[float, float]]
+"""(samples/s, milliseconds of processor time per sample) in each round."""
+Measured = Mapping[str, Rounds]
+"""By contestant."""
 
 
 def measure(
     contestants: Mapping[str, Callable[[], object]], number: int, rounds: int, clean: Path | None = None
 ) -> Measured:
     """Let them take turns; ``clean`` is emptied before each."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for _, (name, run) in itertools.product(range(rounds), contestants.items()):
         for path in clean.iterdir() if clean else ():
             shutil.rmtree(path)
         started_at, cpu_before = time.perf_counter(), processor_seconds()
         run()
         wall = time.perf_counter() - started_at
-        seconds[name].append((wall, processor_seconds() - cpu_before))
-    return {
-        name: (
-            number / statistics.median(wall for wall, _ in times),
-            1000 / number * statistics.median(cpu for _, cpu in times),
-        )
-        for name, times in seconds.items()
-    }
+        measured[name].append((number / wall, 1000 / number * (processor_seconds() - cpu_before)))
+    return measured
+
+
+def ratios(one: Rounds, other: Rounds) -> tuple[float, float]:
+    """How many times as fast ``one`` is, by the clock and by processor time: medians of each round's ratio."""
+    pairs = list(zip(one, other, strict=True))
+    return statistics.median(a[0] / b[0] for a, b in pairs), statistics.median(b[1] / a[1] for a, b in pairs)
 
 
 def processor_seconds() -> float:
@@ -168,9 +171,10 @@ def processor_seconds() -> float:
 def show(title: str, measured: Measured) -> None:
     first = next(iter(measured))
     print(f"\n{title}\n{'':36s}{'samples/s':>10s}{'CPU ms/sample':>15s}{'/ ' + first:>26s}{'/ decode only':>16s}")
-    for name, (rate, cpu) in measured.items():
-        ratios = rate / measured[first][0], rate / measured[DECODE][0]
-        print(f"{name:36s}{rate:10.0f}{cpu:15.2f}{ratios[0]:26.2f}{ratios[1]:16.2f}", flush=True)
+    for name, rounds in measured.items():
+        rate, cpu = (statistics.median(column) for column in zip(*rounds, strict=True))
+        by_first, by_floor = (ratios(rounds, measured[other])[0] for other in (first, DECODE))
+        print(f"{name:36s}{rate:10.0f}{cpu:15.2f}{by_first:26.2f}{by_floor:16.2f}", flush=True)
 
 
 def quiet(build: Callable[..., object], **options: object) -> None:
