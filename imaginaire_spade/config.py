@@ -61,7 +61,7 @@ class AugmentationConfig(Section):
     random_scale_limit: float = Field(0.0, ge=0, le=10)
     """Then enlarge by a factor drawn from [1, 1 + limit]."""
     random_crop_h_w: tuple[int, int] | None = None
-    """Then cut (height, width) at a random place inside the picture."""
+    """Then cut (height, width) at a random place inside the picture. What is cut are whole pixels of the stored one."""
     center_crop_h_w: tuple[int, int] | None = None
     """Then cut (height, width) in the middle."""
     horizontal_flip: bool = False
