@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def compare(
             LabelMapDataset(scratch / name, labels, edges="labels", augmentations=AUGMENTATIONS)
             for name in ("plain", "recoded")
         )
-        contestants: dict[str, Callable[[], object]] = {
+        contestants: dict[str, Callable[[], float | None]] = {
             DECODE: lambda: decode(source, TYPES[:2]),
             f"decode only, {many} processes": lambda: decode_in_processes(source, TYPES[:2], many),
             "loader, this process": lambda: load(data, number, 0),
@@ -101,13 +101,13 @@ def compare(
             f"loader, {many} workers": lambda: load(data, number, many),
             "recoded, this process": lambda: load(recoded, number, 0),
             f"recoded, {many} workers": lambda: load(recoded, number, many),
-            f"PIL + torchvision, {many} workers": lambda: list(
+            f"PIL + torchvision, {many} workers": lambda: steady_rate(
                 DataLoader(PlainDataset(source), BATCH, shuffle=True, num_workers=many, drop_last=True)
             ),
         }
         try:
             write_tars(source, scratch, many)
-            contestants[f"webdataset + OpenCV, {many} workers"] = lambda: list(tar_loader(scratch, many))
+            contestants[f"webdataset + OpenCV, {many} workers"] = lambda: steady_rate(tar_loader(scratch, many))
         except ImportError:
             print("webdataset is not installed: its pipeline is left out (pip install webdataset)")
         loaded = measure(contestants, number, rounds)
@@ -140,17 +140,16 @@ Measured = Mapping[str, Rounds]
 
 
 def measure(
-    contestants: Mapping[str, Callable[[], object]], number: int, rounds: int, clean: Path | None = None
+    contestants: Mapping[str, Callable[[], float | None]], number: int, rounds: int, clean: Path | None = None
 ) -> Measured:
-    """Let them take turns; ``clean`` is emptied before each."""
+    """Let them take turns; ``clean`` is emptied before each. What returns a number has measured its own rate."""
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     for _, (name, run) in itertools.product(range(rounds), contestants.items()):
         for path in clean.iterdir() if clean else ():
             shutil.rmtree(path)
         started_at, cpu_before = time.perf_counter(), processor_seconds()
-        run()
-        wall = time.perf_counter() - started_at
-        measured[name].append((number / wall, 1000 / number * (processor_seconds() - cpu_before)))
+        rate = run() or number / (time.perf_counter() - started_at)
+        measured[name].append((rate, 1000 / number * (processor_seconds() - cpu_before)))
     return measured
 
 
@@ -228,11 +227,19 @@ def decode_in_processes(source: FolderSource, types: tuple[str, ...], number: in
         process.join()
 
 
-def load(data: LabelMapDataset, number: int, num_workers: int) -> None:
+def load(data: LabelMapDataset, number: int, num_workers: int) -> float:
     """(The training loader has no end: its workers would be charged for batches that nobody takes.)"""
     indices = np.random.default_rng(0).permutation(number)[: number // BATCH * BATCH].tolist()
-    for _ in sequential_batches(data, indices, BATCH, num_workers=num_workers):
-        pass
+    return steady_rate(sequential_batches(data, indices, BATCH, num_workers=num_workers))
+
+
+def steady_rate(batches: Iterable[object]) -> float:
+    """Samples/s from the first batch on: workers start once in a training run."""
+    iterator = iter(batches)
+    next(iterator)
+    started_at = time.perf_counter()
+    count = sum(1 for _ in iterator)
+    return count * BATCH / (time.perf_counter() - started_at)
 
 
 class PlainDataset(Dataset):
