@@ -83,7 +83,7 @@ class BufferPool:
 
     def __init__(self, num_buffers: int, num_bytes: int) -> None:
         num_bytes = -(-num_bytes // 64) * 64  # numbers of any width may begin where a buffer does
-        self._memory = shared_memory(num_buffers * num_bytes).view(num_buffers, num_bytes)
+        self._memory = new_memory(num_buffers * num_bytes, shared=True).view(num_buffers, num_bytes)
         self._free = list(range(num_buffers))
         self._number = next(_numbers)
         _pools[self._number] = self
@@ -174,7 +174,7 @@ class Parcel:
             places[name] = end, dtype, (len(samples), *shape)
             end += len(samples) * torch.Size(shape).numel() * dtype.itemsize
         if memory is None:
-            memory = shared_memory(end) if shared else torch.empty(end, dtype=torch.uint8)
+            memory = new_memory(end, shared)
         assert memory.nbytes == end
         parcel = cls(
             memory,
@@ -226,8 +226,10 @@ class Parcel:
         return self.memory[start : start + num_bytes].view(dtype).view(shape)
 
 
-def shared_memory(num_bytes: int) -> Tensor:
-    """uint8 [num_bytes] that processes can share. Raises DataError where there is no room for it."""
+def new_memory(num_bytes: int, shared: bool) -> Tensor:
+    """uint8 [num_bytes]; ``shared``: such that processes can share it. Raises DataError where that has no room."""
+    if not shared:
+        return torch.empty(num_bytes, dtype=torch.uint8)
     try:
         storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(num_bytes)  # as torch's own collate does
     except RuntimeError as error:

@@ -140,14 +140,6 @@ class FolderSource(Source):
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
-    def size(self, key: str, data_type: str) -> int:
-        """The file's bytes. Raises DataError."""
-        path = self.where(key, data_type)
-        try:
-            return os.stat(path).st_size  # noqa: PTH116 (text, see where)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
     def total_size(self, keys: Sequence[str], data_type: str) -> int:
         """The bytes of all their files. Raises DataError."""
         folder, extensions = str(self._folders[data_type]), self._extensions[data_type]

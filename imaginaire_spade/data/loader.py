@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
-from imaginaire_spade.data.batch import NO_SHARED_MEMORY, Batch, Buffer, BufferPool, Parcel, shared_memory
+from imaginaire_spade.data.batch import NO_SHARED_MEMORY, Batch, Buffer, BufferPool, Parcel, new_memory
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.noise import generator_for
@@ -176,7 +176,7 @@ class _ParcelDataset(Dataset["Parcel | UserError"]):
         num_bytes = count * self.dataset.sample_bytes
         if buffer is not None and self.pool is not None:
             return self.pool.memory(buffer)[:num_bytes]
-        return shared_memory(num_bytes) if shared else torch.empty(num_bytes, dtype=torch.uint8)
+        return new_memory(num_bytes, shared)
 
 
 def _load(

@@ -106,7 +106,7 @@ def source_sha256(plan: Plan, keys: Sequence[str]) -> str:
     """Of the names and sizes of all files that a shard is made of: by it a finished shard is known again."""
     digest = hashlib.sha256()
     for key in keys:
-        _add_source(digest, key, {t: plan.source.size(key, t) for t in plan.data_types})
+        _add_source(digest, key, {t: plan.source.total_size([key], t) for t in plan.data_types})
     return digest.hexdigest()
 
 

@@ -113,7 +113,7 @@ def apply_to_image(
     any_area: bool = False,
     out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """uint8 [H, W, 3] -> uint8 [geometry.height, geometry.width, 3], in ``out`` if that is given.
+    """uint8 [H, W, 3] -> uint8 [geometry.height, geometry.width, 3], contiguous; ``out`` itself if that is given.
 
     Shrinking to half the size or less averages areas; less, and enlarging, interpolates linearly.
 
@@ -135,9 +135,10 @@ def apply_to_image(
         cv2.ipp.setUseIPP_NotExact(False)
     if g.flip:
         cut = cv2.flip(cut, 1, out)
-    if out is None or np.shares_memory(cut, out):
-        return np.asarray(cut, np.uint8)
-    np.copyto(out, cut)
+    if out is None:
+        return np.ascontiguousarray(cut)
+    if not np.shares_memory(cut, out):
+        np.copyto(out, cut)
     return out
 
 
