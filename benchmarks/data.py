@@ -230,7 +230,8 @@ def decode_in_processes(source: FolderSource, types: tuple[str, ...], number: in
 def load(data: LabelMapDataset, number: int, num_workers: int) -> float:
     """(The training loader has no end: its workers would be charged for batches that nobody takes.)"""
     indices = np.random.default_rng(0).permutation(number)[: number // BATCH * BATCH].tolist()
-    return steady_rate(sequential_batches(data, indices, BATCH, num_workers=num_workers))
+    batches = sequential_batches(data, indices, BATCH, num_workers=num_workers)
+    return steady_rate(batch.layout.edges for batch in batches)  # drawn where batches are used
 
 
 def steady_rate(batches: Iterable[object]) -> float:

@@ -139,7 +139,7 @@ class LabelSpec(BaseModel):
         if raw.ndim == 3:
             return self._from_rgb(raw, where, unknown)
         if raw.dtype == self.dtype == np.uint8 and raw.size:
-            ids = cast(NDArray[np.uint8], raw)
+            ids = cast("NDArray[np.uint8]", raw)  # (text: the type would be made anew for each map)
             # 255 + 1 is 0: nothing else is larger than the classes.
             if self._ignores_255 and (ids + np.uint8(1)).max() <= self.num_classes:
                 return np.asarray(cv2.threshold(ids, self.num_classes, 0, cv2.THRESH_TRUNC)[1])

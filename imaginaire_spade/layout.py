@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -66,12 +67,17 @@ class SemanticLayout:
     Args:
         spec: what the layout holds.
         labels: uint8 or int16 [N, H, W], values 0..num_classes (num_classes = don't care).
-        edges: uint8 or bool [N, H, W] of 0/1, or float in [0, 1] (edge maps that were resized linearly), or None.
+        edges: uint8 or bool [N, H, W] of 0/1, or float in [0, 1] (edge maps that were resized linearly), or None;
+            "labels": the ``borders`` of the label maps, drawn when first asked for, on the device that they are on.
         distances: float [N, 2, H, W], row and column offsets, or None.
     """
 
     def __init__(
-        self, spec: LayoutSpec, labels: Tensor, edges: Tensor | None = None, distances: Tensor | None = None
+        self,
+        spec: LayoutSpec,
+        labels: Tensor,
+        edges: Tensor | Literal["labels"] | None = None,
+        distances: Tensor | None = None,
     ) -> None:
         if labels.dim() != 3 or labels.dtype not in (torch.uint8, torch.int16):
             raise ValueError(f"labels must be uint8 or int16 [N, H, W], not {labels.dtype} {list(labels.shape)}")
@@ -82,13 +88,13 @@ class SemanticLayout:
             if (given is not None) != wanted:
                 state = "given" if given is not None else "missing"
                 raise ValueError(f"{name} {state}, but the layout's spec has has_{name}={wanted}")
-        if edges is not None and edges.shape != labels.shape:
+        if isinstance(edges, Tensor) and edges.shape != labels.shape:
             raise ValueError(f"edges {list(edges.shape)} and labels {list(labels.shape)} differ in shape")
         if distances is not None and distances.shape != (labels.shape[0], 2, *labels.shape[1:]):
             raise ValueError(f"distances {list(distances.shape)} do not belong to labels {list(labels.shape)}")
         self.spec = spec
         self.labels = labels
-        self.edges = edges
+        self._edges = edges
         self.distances = distances
         self._dense: Tensor | None = None
         self._one_hot: dict[torch.dtype, Tensor] = {}
@@ -111,6 +117,16 @@ class SemanticLayout:
 
     def __len__(self) -> int:
         return self.labels.shape[0]
+
+    @property
+    def edges(self) -> Tensor | None:
+        if isinstance(self._edges, str):
+            self._edges = borders(self.labels)
+        return self._edges
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that it is made of; edges not yet drawn are none."""
+        return [t for t in (self.labels, self._edges, self.distances) if isinstance(t, Tensor)]
 
     @property
     def height(self) -> int:
@@ -139,7 +155,7 @@ class SemanticLayout:
             columns = nearest_indices(self.width, width, maps.device)
             return maps.index_select(-2, rows).index_select(-1, columns)
 
-        return self._map(nearest)
+        return self._map(nearest, self.edges)  # borders at this size, not at the other
 
     def one_hot(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dense view [N, num_channels, H, W] of 0/1 (edges as given): classes, don't-care, edges."""
@@ -215,17 +231,17 @@ class SemanticLayout:
         return self._neighbourhoods[kernel_size]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SemanticLayout:
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking), self._edges)
 
     def __getitem__(self, index: slice) -> SemanticLayout:
-        return self._map(lambda t: t[index])
+        return self._map(lambda t: t[index], self._edges)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> SemanticLayout:
-        """The layout with every tensor replaced; the caches start empty."""
+    def _map(self, function: Callable[[Tensor], Tensor], edges: Tensor | Literal["labels"] | None) -> SemanticLayout:
+        """The layout with every tensor, of these edges too, replaced; the caches start empty."""
         layout = SemanticLayout(
             self.spec,
             function(self.labels),
-            None if self.edges is None else function(self.edges),
+            function(edges) if isinstance(edges, Tensor) else edges,
             None if self.distances is None else function(self.distances),
         )
         if self._dense is not None:
@@ -245,6 +261,20 @@ class SemanticLayout:
         return SemanticLayout(
             first.spec, labels, join([x.edges for x in layouts]), join([x.distances for x in layouts])
         )
+
+
+def borders(ids: Tensor) -> Tensor:
+    """Borders of id maps [..., H, W]: uint8, 1 where the left, right, upper or lower neighbour has another id.
+
+    Both pixels of a differing pair are marked; the picture does not wrap around.
+    """
+    marked = torch.zeros_like(ids, dtype=torch.uint8)
+    for dim in (-1, -2):
+        pairs = ids.shape[dim] - 1
+        differ = (ids.narrow(dim, 0, pairs) != ids.narrow(dim, 1, pairs)).view(torch.uint8)
+        marked.narrow(dim, 0, pairs).bitwise_or_(differ)
+        marked.narrow(dim, 1, pairs).bitwise_or_(differ)
+    return marked
 
 
 def nearest_indices(size: int, new_size: int, device: torch.device | None = None) -> Tensor:

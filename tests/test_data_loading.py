@@ -230,9 +230,8 @@ def test_edges_equal_their_definition(height, width, seed):
         before, after = [(0, 0), (0, 0)], [(0, 0), (0, 0)]
         before[axis], after[axis] = (1, 0), (0, 1)
         expected |= np.pad(differ, before) | np.pad(differ, after)
-    assert np.array_equal(edges_from_ids(ids), expected)
-    out = np.full(ids.shape, 7, np.uint8)
-    assert edges_from_ids(ids, out) is out and np.array_equal(out, expected)
+    for dtype in (np.uint8, np.uint16, np.int16, np.int32):
+        assert np.array_equal(edges_from_ids(ids.astype(dtype)[::-1]), expected[::-1])
 
 
 # ------------------------------------------------------------------------------------------------ data set
@@ -311,6 +310,10 @@ def test_inference_reads_bare_folders_and_derives_edges(tiny_folder, tmp_path):
     bare = LabelMapDataset(root / "seg_maps", LABELS, edges="labels", with_images=False)
     assert bare.keys == ["a", "s/b"] and samples_equal(bare[1], data[1])
     full = tiny_folder("full", keys=2)
+    with pytest.warns(UserWarning, match="borders of the label maps"):
+        both = LabelMapDataset([full, root], LABELS, edges="file", with_images=False, augmentations=CROPPED)
+    mixed = next(sequential_batches(both, [0, 2], 2))
+    assert torch.equal(mixed.layout.edges, torch.stack([both[0].edges, both[2].edges]))
     for_inference = LabelMapDataset(full, LABELS, edges="file", with_images=False)
     assert torch.equal(for_inference[0].edges, LabelMapDataset(full, LABELS, edges="file")[0].edges)
     with pytest.raises(DataError, match="no data set there"):
@@ -393,6 +396,7 @@ def test_buffers_are_used_again_but_never_under_a_batch_that_lives(tiny_folder):
     data = LabelMapDataset(root, LABELS, edges="labels", distances=True, augmentations=CROPPED)
     expected = list(sequential_batches(data, range(30), 2))
     assert 2 * data.sample_bytes == sum(tensor.nbytes for tensor in expected[0].tensors())
+    assert torch.equal(expected[1].layout.edges[0], data[2].edges)
     places = set()
     for got, wanted in zip(sequential_batches(data, range(30), 2, num_workers=2), expected, strict=True):
         assert equal(got, wanted)
@@ -517,8 +521,11 @@ def test_files_are_read_ahead_where_that_fits_memory(tiny_folder, tmp_path, monk
 
 
 def equal(a: Batch, b: Batch) -> bool:
-    return (a.keys, a.draws) == (b.keys, b.draws) and all(
-        torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True)
+    drawn = (a.layout.edges is None) == (b.layout.edges is None)  # and from now on among the tensors
+    return (
+        drawn
+        and (a.keys, a.draws) == (b.keys, b.draws)
+        and all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
     )
 
 

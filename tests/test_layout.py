@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.layout import LayoutSpec, SemanticLayout, borders
 
 
 def random_layout(spec: LayoutSpec, n: int, h: int, w: int, seed: int = 0) -> SemanticLayout:
@@ -56,6 +56,29 @@ def test_slices_and_concatenation():
     assert torch.equal(joined.labels, layout.labels) and torch.equal(joined.edges, layout.edges)
     assert torch.equal(joined.distances, layout.distances)
     assert len(layout[1:4]) == 3
+
+
+def test_edges_follow_the_labels_at_their_full_size():
+    spec = LayoutSpec(4, True, True)
+    labels = random_layout(spec, 6, 12, 14).labels
+    drawn = SemanticLayout(spec, labels, borders(labels))
+    for views in (
+        lambda x: x,
+        lambda x: x[1:3],
+        lambda x: x.to("cpu"),
+        lambda x: x.resized(6, 7),
+        lambda x: x[1:3][1:],
+    ):
+        layout = SemanticLayout(spec, labels, "labels")
+        assert layout.tensors() == [labels] and layout.is_discrete
+        view, expected = views(SemanticLayout(spec, labels, "labels")), views(drawn)
+        assert torch.equal(view.edges, expected.edges) and torch.equal(view.one_hot(), expected.one_hot())
+        assert len(view.tensors()) == 2 and view.edges is view.edges  # drawn once
+    assert not torch.equal(drawn.resized(6, 7).edges, borders(drawn.resized(6, 7).labels))
+    moved = SemanticLayout(spec, labels, "labels").to("meta")
+    assert len(moved.tensors()) == 1 and moved.edges.device.type == "meta"  # drawn where they are needed
+    with pytest.raises(ValueError, match="edges given"):
+        SemanticLayout(LayoutSpec(4), labels, "labels")
 
 
 def test_distances_are_resized_as_the_labels_are():

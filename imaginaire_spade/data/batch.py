@@ -9,7 +9,7 @@ import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from imaginaire_spade.data.sample import Sample
-from imaginaire_spade.data.transforms import edges_from_ids
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 
@@ -43,8 +42,7 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the batch."""
-        layout = self.layout
-        return [t for t in (self.images, layout.labels, layout.edges, layout.distances) if t is not None]
+        return self.layout.tensors() if self.images is None else [self.images, *self.layout.tensors()]
 
     def split(self, pieces: int) -> Iterator[Batch]:
         """Equal parts, in order, each made when its turn comes: what a part's layout caches lives no longer than it."""
@@ -144,7 +142,7 @@ class Parcel:
         buffer: Buffer | None = None,
         shared: bool = False,
     ) -> Parcel:
-        """Samples of one size -> a parcel. Edges that samples lack are drawn from their labels.
+        """Samples of one size -> a parcel. Edges that the samples lack will be drawn from their labels.
 
         Args:
             memory: what to lay it in, uint8 of just its length; pictures that are where they belong stay there.
@@ -165,7 +163,7 @@ class Parcel:
         kinds: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("labels", first.labels.dtype, (height, width))]
         if spec.has_distances:
             kinds.insert(0, ("distances", torch.float32, (2, height, width)))
-        if spec.has_edges:
+        if first.edges is not None:
             kinds.append(("edges", torch.uint8, (height, width)))
         if first.image is not None:
             kinds.append(("images", torch.uint8, (height, width, 3)))
@@ -187,18 +185,14 @@ class Parcel:
         )
         tensors = {
             "labels": [sample.labels for sample in samples],
+            "edges": [sample.edges for sample in samples if sample.edges is not None],
             "distances": [sample.distances for sample in samples if sample.distances is not None],
             "images": [sample.image.permute(1, 2, 0) for sample in samples if sample.image is not None],
         }
         for name, parts in tensors.items():
-            if name in places and parts[0].data_ptr() != (whole := parcel._tensor(name)).data_ptr():
+            assert len(parts) == (len(samples) if name in places else 0)
+            if parts and parts[0].data_ptr() != (whole := parcel._tensor(name)).data_ptr():
                 torch.stack(parts, out=whole)
-        if spec.has_edges:
-            for sample, place in zip(samples, parcel._tensor("edges"), strict=True):
-                if sample.edges is None:
-                    edges_from_ids(sample.labels.numpy(), out=place.numpy())
-                else:
-                    place.copy_(sample.edges)
         return parcel
 
     def __getstate__(self) -> dict[str, Any]:
@@ -217,7 +211,8 @@ class Parcel:
         """The batch; its tensors are views."""
         tensors = {name: self._tensor(name) for name in self.places}
         images = tensors["images"].permute(0, 3, 1, 2) if "images" in tensors else None
-        layout = SemanticLayout(self.spec, tensors["labels"], tensors.get("edges"), tensors.get("distances"))
+        edges: Tensor | Literal["labels"] | None = "labels" if self.spec.has_edges else None
+        layout = SemanticLayout(self.spec, tensors["labels"], tensors.get("edges", edges), tensors.get("distances"))
         return Batch(layout, images, self.keys, self.original_sizes, self.draws)
 
     def _tensor(self, name: str) -> Tensor:

@@ -104,11 +104,17 @@ class LabelMapDataset(Dataset[Sample]):
         return len(self.keys)
 
     @property
+    def edges_follow_labels(self) -> bool:
+        """Whether every sample's edges are the borders of its labels, so that they can be drawn at any time."""
+        return all(root.edges == "labels" for root in self._roots)
+
+    @property
     def sample_bytes(self) -> int | None:
-        """Of a sample's tensors, if the augmentations make all samples of one size."""
+        """Of a sample's tensors, if the augmentations make all samples of one size; without edges that follow."""
         if (size := self.augmentations.output_h_w) is None:
             return None
-        numbers = 3 * self.with_images + np.dtype(self.labels.dtype).itemsize + self.spec.has_edges
+        has_edges = self.spec.has_edges and not self.edges_follow_labels
+        numbers = 3 * self.with_images + np.dtype(self.labels.dtype).itemsize + has_edges
         return size[0] * size[1] * (numbers + 2 * 4 * self.spec.has_distances)
 
     def __getitem__(self, item: int | tuple[int, int]) -> Sample:
@@ -132,7 +138,7 @@ class LabelMapDataset(Dataset[Sample]):
         Stage by stage, not sample by sample, which is a tenth faster: what a stage uses stays in the processor's cache.
 
         Args:
-            draw_edges: False: edges that are borders of the labels are left to others.
+            draw_edges: False: edges that follow the labels are left to others.
             images_out: uint8 [len(items), H, W, 3] to lay the photos in.
         Raises:
             DataError, LabelError: naming the file and what is wrong with it.

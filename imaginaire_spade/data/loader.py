@@ -164,7 +164,8 @@ class _ParcelDataset(Dataset["Parcel | UserError"]):
         if memory is not None and size is not None and self.dataset.with_images:
             images = Parcel.images_in(memory, len(items), size)
         try:
-            samples = self.dataset.read(items, draw_edges=False, images_out=images)
+            draw_edges = not self.dataset.edges_follow_labels  # else that is the device's work
+            samples = self.dataset.read(items, draw_edges=draw_edges, images_out=images)
             return Parcel.pack(self.dataset.spec, samples, memory=memory, buffer=buffer, shared=in_worker)
         except UserError as error:
             return error

@@ -74,7 +74,7 @@ class Root:
         Args:
             to_train_ids: a raw label map, and what to call it -> ids.
             draws: four numbers in [0, 1), of which the augmentation is a function.
-            draw_edges: False: edges that are borders of the labels are left to others.
+            draw_edges: False: edges that follow the labels are left to others.
         Raises:
             DataError, LabelError: naming the file and what is wrong with it.
         """

@@ -15,10 +15,12 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.errors import DataError
+from imaginaire_spade.layout import borders
 
 
 @dataclass(frozen=True)
@@ -174,19 +176,7 @@ def apply_to_distances(distances: NDArray[np.floating], geometry: Geometry) -> N
     return cut
 
 
-def edges_from_ids(ids: NDArray[np.generic], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-    """Borders of an id map [H, W]: uint8 [H, W], 1 where the left, right, upper or lower neighbour has another id.
-
-    Both pixels of a differing pair are marked; the picture does not wrap around. ``out``: contiguous, for the result.
-    """
-    # In one dimension, twice as fast; the last pixel of a row is no neighbour of the next row's first.
-    width, flat = ids.shape[1], ids.ravel()
-    across, down = flat[1:] != flat[:-1], flat[width:] != flat[:-width]
-    across[width - 1 :: width] = False
-    marked = np.empty(ids.shape, np.uint8) if out is None else out
-    edges = marked.reshape(-1).view(np.bool_)
-    np.logical_or(across[1:], across[:-1], out=edges[1:-1])
-    edges[0], edges[-1] = (across[0], across[-1]) if across.size else (False, False)
-    edges[width:] |= down
-    edges[:-width] |= down
-    return marked
+def edges_from_ids(ids: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """The ``borders`` of an id map [H, W], ids in 32 bits at most: uint8 [H, W] of 0/1."""
+    numbers = ids.astype(np.uint8 if ids.dtype == np.uint8 else np.int32, order="C")  # what torch knows
+    return np.asarray(borders(torch.from_numpy(numbers)).numpy())
