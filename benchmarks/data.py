@@ -1,7 +1,7 @@
 """Building and loading data, against the floors that the machine sets: medians and ratios, in one run.
 
     python -m benchmarks.data --data_root FOLDER      # images/ seg_maps/ edge_maps/, with a config of its labels
-        [--config configs/projects/spade/camvid/base256.yaml] [--num_workers 2] [--rounds 5] [--samples N]
+        [--config configs/projects/spade/camvid/base256.yaml] [--num_workers 2] [--rounds 15] [--samples N]
 
 "recoded" is a data set that was built with --recode_maps: its label maps are the same, but faster to decode. The
 contestants of a table take turns, and a ratio is the median of the rounds' ratios, so that what else the machine does
@@ -50,14 +50,14 @@ def main() -> None:
     parser.add_argument("--data_root", type=Path, required=True, help="folder of images/, seg_maps/ and edge_maps/")
     parser.add_argument("--config", type=Path, default=CAMVID, help="YAML with data.labels")
     parser.add_argument("--num_workers", type=int, default=2, help="the larger number of workers (default: 2)")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken (default: 5)")
+    parser.add_argument("--rounds", type=int, default=15, help="of which the median is taken (default: 15)")
     parser.add_argument("--samples", type=int, help="so many instead of all: some, evenly spread, or all several times")
     arguments = parser.parse_args()
     compare(arguments.data_root, arguments.config, arguments.num_workers, arguments.rounds, arguments.samples)
 
 
 def compare(
-    root: Path, config: Path, many: int = 2, rounds: int = 5, samples: int | None = None
+    root: Path, config: Path, many: int = 2, rounds: int = 15, samples: int | None = None
 ) -> dict[str, "Measured"]:
     """Measure and print. Returns the tables ``build`` and ``load``."""
     labels = load_config(config, []).data.labels
