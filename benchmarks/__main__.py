@@ -13,6 +13,7 @@ import torch
 from benchmarks import data, generator, inference, iteration, norms
 from benchmarks.layouts import default_folder
 from benchmarks.measure import Row, matmul_peak_tflops
+from imaginaire_spade.errors import positive_integer, run_command_line
 
 SECTIONS = ("norms", "generator", "inference", "iteration")
 
@@ -21,9 +22,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=positive_integer, help="CPU threads (default: torch's)")
     parser.add_argument("--label_maps", type=Path, metavar="DIR", help="label maps of COCO-Stuff (default: drawn ones)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=positive_integer, default=5)
     parser.add_argument("--quick", action="store_true", help="narrow networks, small pictures: does everything run?")
     parser.add_argument("--vgg", action="store_true", help="the iteration with the perceptual loss too")
     parser.add_argument("--data_root", type=Path, metavar="RAW", help="raw folder: building and loading it too")
@@ -34,6 +35,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.sections) - set(SECTIONS):
         parser.error(f"unknown section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    if arguments.label_maps and not any(arguments.label_maps.glob("*.png")):
+        parser.error(f"--label_maps {arguments.label_maps}: no PNG there; give the folder of label maps itself")
+    if arguments.data_root:
+        data.open_raw(arguments.data_root, arguments.data_config)  # what is wrong with it shows now
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device, folder, repeats = (
@@ -80,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command_line(main)

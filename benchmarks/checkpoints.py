@@ -19,6 +19,7 @@ from imaginaire_spade import distributed
 from imaginaire_spade.build import build_losses, check_run
 from imaginaire_spade.config import load_config
 from imaginaire_spade.distributed import ProcessInfo
+from imaginaire_spade.errors import positive_integer, run_command_line
 from imaginaire_spade.training.checkpoint import CheckpointWriter
 from imaginaire_spade.training.loop import ESTIMATE_AT_MOST
 from imaginaire_spade.training.model_average import reestimate_batch_norm
@@ -30,8 +31,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="C.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key (repeat)")
-    parser.add_argument("--every", type=int, default=100, metavar="N", help="iterations between two checkpoints")
-    parser.add_argument("--repeats", type=int, default=5, help="medians of so many steps and checkpoints")
+    parser.add_argument(
+        "--every", type=positive_integer, default=100, metavar="N", help="iterations between two checkpoints"
+    )
+    parser.add_argument("--repeats", type=positive_integer, default=5, help="medians of so many steps and checkpoints")
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.set)
     info = ProcessInfo()
@@ -92,4 +95,4 @@ def measured(action: Callable[[], None], repeats: int, device: torch.device) -> 
 
 
 if __name__ == "__main__":
-    main()
+    run_command_line(main)

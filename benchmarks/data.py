@@ -36,6 +36,8 @@ from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.loader import sequential_batches
+from imaginaire_spade.errors import positive_integer, run_command_line
+from imaginaire_spade.labels import LabelSpec
 
 CAMVID = Path(__file__).resolve().parents[1] / "configs/projects/spade/camvid/base256.yaml"
 TYPES = ("images", "seg_maps", "edge_maps")
@@ -49,20 +51,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_root", type=Path, required=True, help="folder of images/, seg_maps/ and edge_maps/")
     parser.add_argument("--config", type=Path, default=CAMVID, help="YAML with data.labels")
-    parser.add_argument("--num_workers", type=int, default=2, help="the larger number of workers (default: 2)")
-    parser.add_argument("--rounds", type=int, default=15, help="of which the median is taken (default: 15)")
-    parser.add_argument("--samples", type=int, help="so many instead of all: some, evenly spread, or all several times")
+    parser.add_argument(
+        "--num_workers", type=positive_integer, default=2, help="the larger number of workers (default: 2)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive_integer, default=15, help="of which the median is taken (default: 15)"
+    )
+    parser.add_argument(
+        "--samples", type=positive_integer, help="so many instead of all: some, evenly spread, or all several times"
+    )
     arguments = parser.parse_args()
     compare(arguments.data_root, arguments.config, arguments.num_workers, arguments.rounds, arguments.samples)
+
+
+def open_raw(root: Path, config: Path) -> tuple[LabelSpec, FolderSource]:
+    """The label table and the files. Raises UserError where they cannot be used."""
+    return load_config(config, []).data.labels, FolderSource(root, TYPES)
 
 
 def compare(
     root: Path, config: Path, many: int = 2, rounds: int = 15, samples: int | None = None
 ) -> dict[str, "Measured"]:
     """Measure and print. Returns the tables ``build`` and ``load``."""
-    labels = load_config(config, []).data.labels
+    labels, source = open_raw(root, config)
     torch.set_num_threads(1)  # as in a loader's worker
-    source = FolderSource(root, TYPES)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         if samples:
@@ -311,4 +323,4 @@ def cut(sample: dict[str, bytes]) -> tuple[torch.Tensor, ...]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command_line(main)
