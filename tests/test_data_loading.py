@@ -41,7 +41,7 @@ from imaginaire_spade.data.transforms import (
 )
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.layout import LayoutSpec
+from imaginaire_spade.layout import LayoutSpec, borders
 from imaginaire_spade.noise import four_numbers
 
 LABELS = LabelSpec(num_classes=5)
@@ -232,6 +232,8 @@ def test_edges_equal_their_definition(height, width, seed):
         expected |= np.pad(differ, before) | np.pad(differ, after)
     for dtype in (np.uint8, np.uint16, np.int16, np.int32):
         assert np.array_equal(edges_from_ids(ids.astype(dtype)[::-1]), expected[::-1])
+    assert np.array_equal(edges_from_ids(ids << 32), expected)  # ids that differ in their upper half alone
+    assert np.array_equal(borders(torch.from_numpy(np.stack([ids, ids]))), [expected, expected])  # its twin
 
 
 # ------------------------------------------------------------------------------------------------ data set
