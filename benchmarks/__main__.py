@@ -37,8 +37,7 @@ def main() -> None:
         parser.error(f"unknown section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     if arguments.label_maps and not any(arguments.label_maps.glob("*.png")):
         parser.error(f"--label_maps {arguments.label_maps}: no PNG there; give the folder of label maps itself")
-    if arguments.data_root:
-        data.open_raw(arguments.data_root, arguments.data_config)  # what is wrong with it shows now
+    raw = data.open_raw(arguments.data_root, arguments.data_config) if arguments.data_root else None
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device, folder, repeats = (
@@ -78,7 +77,7 @@ def main() -> None:
         for vgg in (False, True) if arguments.vgg else (False,):
             case = iteration.Case(folder, device, filters, size, batch, bf16=device.type == "cuda", vgg=vgg)
             show(iteration.measure(case, repeats))
-    tables = data.compare(arguments.data_root, arguments.data_config) if arguments.data_root else {}
+    tables = data.compare(*raw) if raw else {}
     if arguments.json:
         content = {"facts": facts, "rows": [row.plain() for row in rows], "data": tables}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -61,7 +61,8 @@ def main() -> None:
         "--samples", type=positive_integer, help="so many instead of all: some, evenly spread, or all several times"
     )
     arguments = parser.parse_args()
-    compare(arguments.data_root, arguments.config, arguments.num_workers, arguments.rounds, arguments.samples)
+    labels, source = open_raw(arguments.data_root, arguments.config)
+    compare(labels, source, arguments.num_workers, arguments.rounds, arguments.samples)
 
 
 def open_raw(root: Path, config: Path) -> tuple[LabelSpec, FolderSource]:
@@ -70,10 +71,9 @@ def open_raw(root: Path, config: Path) -> tuple[LabelSpec, FolderSource]:
 
 
 def compare(
-    root: Path, config: Path, many: int = 2, rounds: int = 15, samples: int | None = None
+    labels: LabelSpec, source: FolderSource, many: int = 2, rounds: int = 15, samples: int | None = None
 ) -> dict[str, "Measured"]:
     """Measure and print. Returns the tables ``build`` and ``load``."""
-    labels, source = open_raw(root, config)
     torch.set_num_threads(1)  # as in a loader's worker
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

@@ -61,6 +61,10 @@ class LayoutNeighbourhoods:
     """[N H W] from rows [V]."""
 
 
+Edges = Tensor | Literal["labels"] | None
+"""A layout's edges: as they are, or to be drawn from its labels, or none."""
+
+
 class SemanticLayout:
     """A batch of label maps.
 
@@ -72,13 +76,7 @@ class SemanticLayout:
         distances: float [N, 2, H, W], row and column offsets, or None.
     """
 
-    def __init__(
-        self,
-        spec: LayoutSpec,
-        labels: Tensor,
-        edges: Tensor | Literal["labels"] | None = None,
-        distances: Tensor | None = None,
-    ) -> None:
+    def __init__(self, spec: LayoutSpec, labels: Tensor, edges: Edges = None, distances: Tensor | None = None) -> None:
         if labels.dim() != 3 or labels.dtype not in (torch.uint8, torch.int16):
             raise ValueError(f"labels must be uint8 or int16 [N, H, W], not {labels.dtype} {list(labels.shape)}")
         for name, given, wanted in (
@@ -120,6 +118,7 @@ class SemanticLayout:
 
     @property
     def edges(self) -> Tensor | None:
+        """[N, H, W] as given, or uint8 as drawn from the labels; None where the spec has none."""
         if isinstance(self._edges, str):
             self._edges = borders(self.labels)
         return self._edges
@@ -236,7 +235,7 @@ class SemanticLayout:
     def __getitem__(self, index: slice) -> SemanticLayout:
         return self._map(lambda t: t[index], self._edges)
 
-    def _map(self, function: Callable[[Tensor], Tensor], edges: Tensor | Literal["labels"] | None) -> SemanticLayout:
+    def _map(self, function: Callable[[Tensor], Tensor], edges: Edges) -> SemanticLayout:
         """The layout with every tensor, of these edges too, replaced; the caches start empty."""
         layout = SemanticLayout(
             self.spec,

@@ -9,7 +9,7 @@ import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from imaginaire_spade.data.sample import Sample
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.layout import Edges, LayoutSpec, SemanticLayout
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class Parcel:
         """The batch; its tensors are views."""
         tensors = {name: self._tensor(name) for name in self.places}
         images = tensors["images"].permute(0, 3, 1, 2) if "images" in tensors else None
-        edges: Tensor | Literal["labels"] | None = "labels" if self.spec.has_edges else None
+        edges: Edges = "labels" if self.spec.has_edges else None
         layout = SemanticLayout(self.spec, tensors["labels"], tensors.get("edges", edges), tensors.get("distances"))
         return Batch(layout, images, self.keys, self.original_sizes, self.draws)
 

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from imaginaire_spade import losses
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.distances import class_distances
-from imaginaire_spade.data.transforms import edges_from_ids
 from imaginaire_spade.interop import import_discriminator, import_generator, reference_names
 from imaginaire_spade.interop.nvlabs_spade import layout_spec
 from imaginaire_spade.interop.parity.fixture import Check, Fixture
 from imaginaire_spade.interop.parity.nvlabs_spade import GAN_MODES, check_generator
-from imaginaire_spade.layout import SemanticLayout
+from imaginaire_spade.layout import SemanticLayout, borders
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.training.state import TrainState
@@ -64,8 +63,8 @@ def _training(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     spec = layout_spec(hyper)
     for iteration in range(1, fixture.config["iterations"] + 1):
         label, instance, image = (fixture.inputs[f"iter{iteration}/{n}"] for n in ("label", "instance", "image"))
-        edges = torch.stack([torch.from_numpy(edges_from_ids(ids.numpy())) for ids in instance[:, 0]])
-        layout = SemanticLayout(spec, label[:, 0].to(torch.int16), edges if spec.has_edges else None)
+        edges = borders(instance[:, 0]) if spec.has_edges else None
+        layout = SemanticLayout(spec, label[:, 0].to(torch.int16), edges)
         names = tuple(map(str, range(len(label))))
         # The step maps 0..255 to [-1, 1]: the float pictures are mapped back first.
         batch = Batch(
