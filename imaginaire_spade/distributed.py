@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -80,15 +80,41 @@ def choose_device(name: str, info: ProcessInfo) -> torch.device:
 def init_process_group(info: ProcessInfo, device: torch.device, timeout_s: float) -> None:
     """Join the process group (NCCL on GPUs, gloo on CPUs) where a launcher started several processes."""
     if info.world_size > 1 and not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
+        open_own_groups(timeout)
+
+
+_own_groups: dict[str, dist.ProcessGroup] = {}
+"""Purpose -> the process group for it; "default": the default group beside which they were made."""
+
+
+def open_own_groups(timeout: timedelta | None = None) -> None:
+    """Make the process groups beside the default one, if they are not there yet. All processes call it together.
+
+    "statistics" is for batch statistics: DDP sends its buckets of gradients on the default group as they fill up, so
+    that the order of the two kinds in one group would depend on what each process computes. "host" is for numbers in
+    the host's memory (gloo on any device), so that a decision does not wait for a GPU.
+    """
+    if not dist.is_initialized() or _own_groups.get("default") is dist.group.WORLD:
+        return
+    _own_groups["default"] = dist.group.WORLD
+    _own_groups["statistics"] = dist.new_group(timeout=timeout)
+    _own_groups["host"] = dist.new_group(timeout=timeout, backend="gloo")
+
+
+def _own_group(purpose: Literal["statistics", "host"]) -> dist.ProcessGroup:
+    open_own_groups()
+    return _own_groups[purpose]
 
 
 def leave_process_group() -> None:
     if dist.is_initialized():
+        _own_groups.clear()
         dist.destroy_process_group()
 
 
@@ -114,6 +140,15 @@ def mean_over_processes(values: Tensor) -> Tensor:
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
+
+
+def mean_of_host_numbers(*numbers: float) -> list[float]:
+    """Average each number over the processes, exactly the same on all of them. Works beside what a GPU computes."""
+    if not dist.is_initialized():
+        return list(numbers)
+    values = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(values, group=_own_group("host"))
+    return (values / dist.get_world_size()).tolist()
 
 
 def total_over_processes(values: Tensor) -> Tensor:
@@ -174,18 +209,18 @@ class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
         total = values.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=_own_group("statistics"))
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         total = gradients[0].clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=_own_group("statistics"))
         return total
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """Sum over the processes, with gradient: the derivative of every process's loss reaches every process."""
+    """Sum batch statistics over the processes, with gradient: every process's loss reaches every process."""
     return _SumOverProcesses.apply(values)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from imaginaire_spade.distributed import mean_of_host_numbers
 from imaginaire_spade.patterns import Lookup, find_neighbourhoods
 
 
@@ -98,6 +99,7 @@ class SemanticLayout:
         self._one_hot: dict[torch.dtype, Tensor] = {}
         self._windows: dict[tuple[int, int, int], Lookup] = {}
         self._neighbourhoods: dict[int, LayoutNeighbourhoods] = {}
+        self._counts: dict[tuple[int, bool], tuple[float, float]] = {}
         self._resized: list[SemanticLayout] = []
 
     @classmethod
@@ -228,6 +230,22 @@ class SemanticLayout:
                 pixels=Lookup(found.index.view(-1, 1), len(found.outer)),
             )
         return self._neighbourhoods[kernel_size]
+
+    def count_neighbourhoods(self, kernel_size: int, over_processes: bool = False) -> tuple[float, float]:
+        """Count the distinct inner and outer windows that ``neighbourhoods`` finds.
+
+        Args:
+            over_processes: average the counts over the processes, which all call this together with layouts of one
+                size: the same numbers on all of them.
+        """
+        key = (kernel_size, over_processes)
+        if key not in self._counts:
+            around = self.neighbourhoods(kernel_size)
+            inner, outer = len(around.outside), around.pixels.num_rows
+            if over_processes:
+                inner, outer = mean_of_host_numbers(inner, outer)
+            self._counts[key] = inner, outer
+        return self._counts[key]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SemanticLayout:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking), self._edges)

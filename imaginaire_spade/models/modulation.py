@@ -249,8 +249,10 @@ def _compiled(function: Callable[..., Any]) -> _Compiled:
 
 
 @torch.no_grad()
-def batch_moments(x: Tensor, synchronized: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance of x [N, C, H, W] per channel, and the count of values; of all processes if asked.
+def batch_moments(x: Tensor, synchronized: bool, times: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute mean and biased variance of x [N, C, H, W] per channel, and the count of values; of all processes if
+    asked. Each value counts ``times`` times: as often as x's enlargement, which has the same mean and variance, holds
+    it. So a process may take the moments of either, whichever the others take.
 
     Mean and squares about it are taken chunk by chunk, in one pass over x, and put together in double precision.
     """
@@ -260,14 +262,14 @@ def batch_moments(x: Tensor, synchronized: bool) -> tuple[Tensor, Tensor, Tensor
     counts, means, squares = [], [], []
     for places in _chunks(len(rows), rows.shape[1]) if _in_chunks(x) else [slice(None)]:
         part = rows[places].to(wide)
-        counts.append(len(part))
+        counts.append(times * len(part))
         means.append(part.mean(0))
         squares.append((part - means[-1]).square_().sum(0))
     size = torch.tensor(counts, dtype=torch.float64, device=x.device).unsqueeze(1)  # [chunks, 1]
     each = torch.stack(means).double()  # [chunks, C]
     sums = total(torch.cat([(each * size).sum(0), size.sum().unsqueeze(0)]))
     mean, count = sums[:-1] / sums[-1], sums[-1]
-    about_mean = torch.stack(squares).double() + size * (each - mean).square()
+    about_mean = times * torch.stack(squares).double() + size * (each - mean).square()
     return mean.to(wide), (total(about_mean.sum(0)) / count).to(wide), count.to(wide)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imaginaire_spade.distributed import open_own_groups
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.layers import InstanceNorm2d, SpectralLinear, conv2d, effective_weight
@@ -42,8 +43,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             assert self.running_mean is not None and self.running_var is not None
             statistics = Statistics(self.running_mean, torch.rsqrt(self.running_var + self.eps))
         else:
-            mean, variance, count = batch_moments(x, self.synchronized)
-            count = count * upsample**2
+            mean, variance, count = batch_moments(x, self.synchronized, times=upsample**2)
             self._track(mean, variance, count)
             statistics = Statistics(mean, torch.rsqrt(variance + self.eps), count, self.synchronized)
         return modulate(x, modulation, statistics, upsample=upsample, slope=slope)
@@ -59,9 +59,11 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norm(network: nn.Module) -> None:
-    """Make every batch norm of ``network`` take its statistics over all processes."""
+    """Make every batch norm of ``network`` take its statistics over all processes, and every SPADE norm the same path
+    as on all others. All processes call it together."""
+    open_own_groups()
     for module in network.modules():
-        if isinstance(module, BatchNorm2d):
+        if isinstance(module, BatchNorm2d | SPADE):
             module.synchronized = True
 
 
@@ -149,6 +151,8 @@ class SPADE(ConditionalNorm):
         self.register_buffer("laid_out", None, persistent=False)
 
     laid_out: Tensor | None
+    synchronized = False
+    """Set from outside (``synchronize_batch_norm``)."""
 
     def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
         """x [N, channels, h, w], layout of any resolution -> [N, channels, upsample h, upsample w]."""
@@ -165,7 +169,8 @@ class SPADE(ConditionalNorm):
 
         Counted in rows of the second convolution's matrix product, the unit of which both paths' main work is made.
         Measured on a CPU: reordering the weights costs as much as 200 rows, summing up the pieces of one outer window
-        as much as 32 / hidden rows.
+        as much as 32 / hidden rows. In training all processes get one answer, by the mean of their counts: the two
+        paths exchange their statistics and finish their gradients at different points of the backward pass.
         """
         if self.path == "dense" or not view.is_discrete or torch.compiler.is_compiling():
             return False  # a network that is compiled or exported as a whole cannot look at its data
@@ -173,8 +178,8 @@ class SPADE(ConditionalNorm):
         dense_rows = view.labels.numel() * (1 + self.shared.weight.shape[1] / (2 * out))
         if self.path == "table" or dense_rows <= 200:
             return self.path == "table"
-        around = view.neighbourhoods(self.kernel_size)
-        return len(around.outside) + 32 / hidden * around.pixels.num_rows + 200 < dense_rows
+        inner, outer = view.count_neighbourhoods(self.kernel_size, over_processes=self.training and self.synchronized)
+        return inner + 32 / hidden * outer + 200 < dense_rows
 
     def _modulation(self, view: SemanticLayout) -> Modulation:
         around = view.neighbourhoods(self.kernel_size)
@@ -216,7 +221,7 @@ class Concat(ConditionalNorm):
 
     def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
         """x [N, channels, h, w], layout of any resolution -> [N, channels + num_channels, H, W]."""
-        y = activated(self.normalize(enlarged(x, upsample)), slope)
+        y = F.leaky_relu(self.normalize(enlarged(x, upsample)), slope)  # not in place: a synchronized norm gives a view
         return torch.cat([y, _view(layout, x, upsample).one_hot(y.dtype)], 1)  # of 0 and 1, as the leaky ReLU of it
 
 
