@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.labels import LabelSpec
@@ -155,6 +155,11 @@ class OptimizerConfig(Section):
     """auto, torch: torch's fused kernel (on a CPU too); apex: NVIDIA's FusedAdam, if installed; off: one by one."""
     lr_policy: LearningRatePolicy = LearningRatePolicy()
 
+    @field_validator("fused", mode="before")
+    @classmethod
+    def _take_off_for_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # which is how YAML reads it where it is not quoted
+
 
 class ModelAverageConfig(Section):
     """Exponential moving average of the generator's weights (used for previews, inference and export)."""
@@ -164,8 +169,9 @@ class ModelAverageConfig(Section):
     start_iteration: int = Field(1000, ge=0)
     """Up to here the average is a plain copy."""
     batch_norm_images: int = Field(64, ge=0)
-    """Training layouts over which the average's batch statistics are re-estimated for previews, at the end and, at most
-    once per 20 times as many trained pictures, for checkpoints; in between, or with 0, they are averaged too."""
+    """Training label maps, spread evenly over the data set, over which the average's batch statistics are re-estimated
+    for previews, at the end and, at most once per 20 times as many trained pictures, for checkpoints; in between, or
+    with 0, they are averaged too."""
 
 
 class InitConfig(Section):

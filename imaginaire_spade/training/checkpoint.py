@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,29 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
             " scripts/import_checkpoint.py"
         )
     return content
+
+
+def check_tensors(stored: Mapping[str, Any], wanted: Mapping[str, torch.Tensor], where: str) -> None:
+    """Compare what is to be loaded with the places for it. Names that one of the two lacks are left to torch.
+
+    Raises:
+        CheckpointError: something is no tensor, or not of its place's shape, dtype and layout; the first few are named.
+    """
+    wrong = [
+        f"{name} is {_described(stored[name])}, not {_described(place)}"
+        for name, place in wanted.items()
+        if name in stored and _described(stored[name]) != _described(place)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{where}: {'; '.join(wrong[:3])}{more}")
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    sparse = "" if value.layout == torch.strided else f" ({str(value.layout).removeprefix('torch.')})"
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}{sparse}"
 
 
 def load_newest(directory: Path) -> tuple[Path, dict[str, Any]] | None:

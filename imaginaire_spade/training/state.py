@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from imaginaire_spade.build import build_discriminator, build_encoder, build_generator, build_optimizer
 from imaginaire_spade.config import RunConfig
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
+from imaginaire_spade.training.checkpoint import check_tensors
 from imaginaire_spade.training.model_average import new_average, update_average
 
 
@@ -43,17 +44,20 @@ class TrainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], where: str) -> None:
-        """Load every field. Raises CheckpointError where a field is missing, new, or does not fit."""
+        """Load every field, or none: raises CheckpointError where one is missing, new, or does not fit."""
         names = {field.name for field in fields(self)}
         if missing := names - set(state):
             raise CheckpointError(f"{where}: not a training checkpoint, it lacks {', '.join(sorted(missing))}")
         for field in fields(self):
             own, stored = getattr(self, field.name), state[field.name]
-            if isinstance(own, int):
-                setattr(self, field.name, stored)
-            elif (own is None) != (stored is None):
+            if (own is None) != (stored is None):
                 has, lacks = ("this config", where) if stored is None else (where, "this config")
                 raise CheckpointError(f"{has} has {field.name}, {lacks} has none")
+            _check(own, stored, field.name, where)
+        for field in fields(self):
+            own, stored = getattr(self, field.name), state[field.name]
+            if isinstance(own, int):
+                setattr(self, field.name, stored)
             elif own is not None:
                 _load(own, stored, field.name, where)
 
@@ -68,20 +72,59 @@ class TrainState:
             if network is not None and stored is None:
                 fresh.append(name)
             elif network is not None:
+                _check(network, stored, name, where)
                 _load(network, stored, name, where)
             average = getattr(self, f"{name}_ema", None)
             if average is not None:
                 update_average(average, network, 0.0)
                 if content.get(f"{name}_ema") is not None:
+                    _check(average, content[f"{name}_ema"], f"{name}_ema", where)
                     _load(average, content[f"{name}_ema"], f"{name}_ema", where)
         return fresh
 
 
+def _check(owner: Any, stored: Any, name: str, where: str) -> None:
+    """Raises CheckpointError where a tensor in ``stored`` is not what ``owner`` would load into its place."""
+    where = f"{where}: {name} does not fit this config"
+    whole = isinstance(stored, Mapping) and (isinstance(owner, nn.Module) or isinstance(stored.get("state"), Mapping))
+    if isinstance(owner, nn.Module | torch.optim.Optimizer) and not whole:
+        raise CheckpointError(f"{where}: it is no state of one, but a {type(stored).__name__}")
+    if isinstance(owner, nn.Module):
+        check_tensors(stored, owner.state_dict(), where)
+    elif isinstance(owner, torch.optim.Optimizer):
+        parameters = _parameters(owner)
+        for index, moments in stored["state"].items():
+            if index not in range(len(parameters)):
+                raise CheckpointError(f"{where}: it has a parameter {index}, and this config {len(parameters)} of them")
+            check_tensors(moments, dict.fromkeys(moments.keys() - {"step"}, parameters[index]), where)
+
+
 def _load(owner: Any, stored: Any, name: str, where: str) -> None:
+    if isinstance(owner, torch.optim.Optimizer):
+        stored = {**stored, "state": _in_the_parameters_order(stored["state"], _parameters(owner))}
     try:
         owner.load_state_dict(stored)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{where}: {name} does not fit this config: {error}") from None
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _in_the_parameters_order(state: Mapping[int, Any], parameters: Sequence[nn.Parameter]) -> dict[int, Any]:
+    """Adam's moments in the memory format of their parameters, whatever it was when they were saved: torch keeps the
+    saved one, and fused Adam then pairs weights with other weights' moments."""
+
+    def ordered(value: Any, parameter: nn.Parameter) -> Any:
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:  # "step"
+            return value
+        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+    return {
+        index: {name: ordered(value, parameters[index]) for name, value in moments.items()}
+        for index, moments in state.items()
+    }
 
 
 def new_train_state(config: RunConfig, device: torch.device, seed: int) -> TrainState:
