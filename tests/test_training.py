@@ -1,7 +1,9 @@
 """Training: the real command lines on tiny data, and the promises about processes, restarts and files."""
 
+import copy
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.pix2pixhd import Pix2pixHDGenerator
 from imaginaire_spade.training import checkpoint, loop
 from imaginaire_spade.training.profile import multiply_adds
-from imaginaire_spade.training.run import prepare
+from imaginaire_spade.training.run import calibration_layouts, prepare
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -158,6 +160,90 @@ def test_forms_and_precisions_differ_but_are_finite(tiny_run):
     for name, tensor in rows.items():
         if name.startswith(("/generator/", "/discriminator/")):
             torch.testing.assert_close(channels[name], tensor, rtol=1e-4, atol=5e-6, msg=name)
+
+
+@pytest.mark.parametrize("fused", ["auto", "off"])
+@pytest.mark.parametrize(("before", "after"), [("false", "true"), ("true", "false")])
+def test_the_memory_format_may_change_between_starts(tiny_run, before, after, fused):
+    _, run = tiny_run
+    # As above, of gradients about 0. The moments of fused Adam pair with weights by their place in memory.
+    settings = (
+        "trainer.max_iterations=2",
+        *(f"{x}_opt={{lr: 0.01, adam_eps: 1.0, fused: {fused}}}" for x in ("gen", "dis")),
+    )
+    straight = tensors_of(run("straight", *settings, f"trainer.channels_last={before}"))
+    run("turned", *settings, f"trainer.channels_last={before}", stop_after=1)
+    turned = tensors_of(run("turned", *settings, f"trainer.channels_last={after}"))
+    for name, tensor in straight.items():
+        if name.startswith(("/generator/", "/discriminator/")):
+            torch.testing.assert_close(turned[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+DAMAGE = {
+    "a weight of another shape": ("generator", "to_image.weight", lambda t: t[..., :2]),
+    "a weight of half precision": ("generator", "to_image.weight", torch.Tensor.half),
+    "a weight of whole numbers": ("generator_ema", "to_image.weight", torch.Tensor.long),
+    "a statistic of double precision": ("generator", "blocks.0.norm_0.normalize.running_mean", torch.Tensor.double),
+    "a sparse weight": ("discriminator", "discriminators.0.layers.0.0.weight", torch.Tensor.to_sparse),
+    "a moment of another shape": ("gen_optimizer", "exp_avg", lambda t: t[None]),
+    "a moment of half precision": ("dis_optimizer", "exp_avg_sq", torch.Tensor.half),
+    "a sparse moment": ("gen_optimizer", "exp_avg_sq", torch.Tensor.to_sparse),
+    "a word for a moment": ("gen_optimizer", "exp_avg", str),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_every_tensor_of_a_checkpoint_is_checked_before_any_is_loaded(tiny_run, tmp_path, damage):
+    path, run = tiny_run
+    content = run("log", "trainer.max_iterations=1")
+    field, name, change = DAMAGE[damage]
+    tensors = content[field]["state"][3] if field.endswith("optimizer") else content[field]
+    tensors[name] = change(tensors[name])
+    config = load_config(path, ())
+    state = prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu")).state
+    before = copy.deepcopy(state.state_dict())
+    with pytest.raises(CheckpointError, match=rf"here\.pt: {field} does not fit this config: .*{name}"):
+        state.load_state_dict(content, "here.pt")
+    assert_same(state.state_dict(), before)
+
+
+def test_the_averages_statistics_span_the_whole_training_set_on_any_number_of_processes(
+    tiny_run, tiny_folder, tmp_path
+):
+    """As in CamVid, whose first samples in the order of names are one sequence at dusk."""
+    path, _ = tiny_run
+    root = tiny_folder(
+        "sequences", keys=[f"{sequence}/{i:03d}" for sequence in "abcde" for i in range(20)], size=(32, 64)
+    )
+    common = (f"data.train.roots=[{root}]", "trainer.model_average.batch_norm_images=25")
+    images = sorted(root.glob("images/*/*.jpg"))
+
+    def chosen(batch_size: int, world_size: int, *more: str) -> list[list[list[str]]]:
+        """For each forward the keys of each process."""
+        config = load_config(path, (*common, f"data.train.batch_size={batch_size}", *more))
+        runs = [
+            prepare(config, build_losses(config), ProcessInfo(rank, world_size), torch.device("cpu"))
+            for rank in range(world_size)
+        ]
+        for image in images:
+            pass  # label maps alone are read
+        batches = [calibration_layouts(run) for run in runs]
+        assert all(batch.images is None for own in batches for batch in own)
+        return [[list(batch.keys) for batch in forward] for forward in zip(*batches, strict=True)]
+
+    one = chosen(8, 1)
+    keys = [key for forward in one for own in forward for key in own]
+    assert len(set(keys)) == 25 and Counter(key[0] for key in keys) == dict.fromkeys("abcde", 5)
+    for forward in one:  # and so does each forward, whose statistics are averaged
+        assert len({key[0] for own in forward for key in own}) == 5
+    for batch_size, world_size in ((4, 2), (2, 4), (1, 8), (8, 2), (16, 4)):
+        others = chosen(batch_size, world_size)
+        assert sorted(key for forward in others for own in forward for key in own) == sorted(keys)
+        if batch_size * world_size == 8:
+            assert [sorted(sum(forward, [])) for forward in others] == [sorted(sum(forward, [])) for forward in one]
+    again, other = (sorted(sum((sum(f, []) for f in chosen(8, 1, f"seed={seed}")), [])) for seed in (0, 1))
+    assert again == sorted(keys) != other
+    assert all(own for forward in chosen(1, 4, "trainer.model_average.batch_norm_images=1") for own in forward)
 
 
 def test_shards_are_shuffled_as_the_config_says(tiny_run):

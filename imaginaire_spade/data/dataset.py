@@ -5,6 +5,7 @@ Owns how several roots join. A sample is a function of (seed, index, draw) alone
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -102,6 +103,12 @@ class LabelMapDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def without_images(self) -> LabelMapDataset:
+        """The same samples, of which label maps (and what edges need) alone are read."""
+        dataset = copy.copy(self)
+        dataset.with_images = False
+        return dataset
 
     @property
     def edges_follow_labels(self) -> bool:

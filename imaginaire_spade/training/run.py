@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -153,14 +154,25 @@ def describe(run: Run) -> str:
 
 
 def calibration_layouts(run: Run) -> list[Batch]:
-    """This process's share of the first training samples: layouts over which the average's statistics are estimated."""
+    """This process's share of the label maps over which the average's statistics are estimated, a batch per forward.
+
+    They are spread evenly over the training set, each drawn by the seed from its part of it, and each forward's are
+    spread likewise: the first ones by name are often one sequence, city or kind of scene. The processes together have
+    the same label maps, whatever their number.
+    """
     average = run.config.trainer.model_average
     if average is None or not average.batch_norm_images:
         return []
-    whole = max(1, average.batch_norm_images // run.calendar.global_batch) * run.calendar.global_batch
-    mine = range(run.info.rank * run.process_batch, whole, run.calendar.global_batch)
-    indices = [(start + i) % len(run.dataset) for start in mine for i in range(run.process_batch)]
-    return list(sequential_batches(run.dataset, indices, run.process_batch))
+    count = max(average.batch_norm_images, run.info.world_size, 2)
+    within = np.random.default_rng(run.seed).random(count)
+    indices = ((np.arange(count) + within) * len(run.dataset) / count).astype(int).tolist()
+    forwards = max(1, count // run.calendar.global_batch)
+    dataset = run.dataset.without_images()
+    batches = []
+    for first in range(forwards):
+        mine = indices[first::forwards][run.info.rank :: run.info.world_size]
+        batches += sequential_batches(dataset, mine, len(mine))
+    return batches
 
 
 def calibration_inputs(run: Run, batches: list[Batch]) -> Iterator[tuple[SemanticLayout, Tensor | None]]:
