@@ -120,7 +120,7 @@ class SPADE(ConditionalNorm):
         hidden_channels: width between the two convolutions.
         kernel_size: of both convolutions, odd.
         path: ``dense`` convolves the one-hot map; ``table`` computes gamma and beta once per distinct neighbourhood of
-            labels, which gives the same numbers; ``auto`` takes the faster one.
+            labels, which gives the same numbers; ``auto`` takes the faster one, in training the same on all processes.
         affine: whether the norm has a learned scale and shift per channel (as in imaginaire; the paper has none).
         spectral_norm: spectral norm on the convolutions (as in imaginaire; the paper has none).
     """
