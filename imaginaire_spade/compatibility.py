@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imaginaire_spade.config import Component, RunConfig
+from imaginaire_spade.labels import LabelSpec
 
 RUNTIME_KEYS = {"path"}
 """Keys of components that change how numbers are computed, not which: weights fit either way."""
@@ -19,18 +20,8 @@ def explain_mismatch(
     Compares what networks are made of: the layout's channels and the components ``parts`` with each of their keys.
     How raw label maps are read (``ignore``, ``remap``), names, colours and everything about the run may differ.
     """
-    differences = []
     old, new = trained.data, given.data
-    if old.labels.num_classes != new.labels.num_classes:
-        differences.append(
-            f"trained with {old.labels.num_classes} classes, this config has {new.labels.num_classes}"
-            " (data.labels.num_classes)"
-        )
-    if old.labels.dont_care != new.labels.dont_care:
-        differences.append(
-            f"trained with{'' if old.labels.dont_care else 'out'} a don't-care channel, this config has"
-            f" {'one' if new.labels.dont_care else 'none'} (data.labels.dont_care)"
-        )
+    differences = _label_differences(old.labels, new.labels)
     if (old.edges == "none") != (new.edges == "none"):
         differences.append(
             f"trained with{'out' if old.edges == 'none' else ''} an edge channel, this config has"
@@ -47,6 +38,52 @@ def explain_mismatch(
             " gen.style_dims > 0 the generator starts from a code of that size"
         )
     return differences
+
+
+def _label_differences(old: LabelSpec, new: LabelSpec) -> list[str]:
+    if has_ade20ks_raw_ids(old) and counts_ade20k_from_0(new):
+        return [
+            "trained on ADE20K's raw ids, as the 2019 SPADE release and CLADE read them (151 classes, other first); in"
+            " this config class k is k - 1 (data.labels): write configs/labels/ade20k_release.yaml last in its base"
+        ]
+    differences = []
+    if old.num_classes != new.num_classes:
+        differences.append(
+            f"trained with {old.num_classes} classes, this config has {new.num_classes} (data.labels.num_classes)"
+        )
+    if old.dont_care != new.dont_care:
+        differences.append(
+            f"trained with{'' if old.dont_care else 'out'} a don't-care channel, this config has"
+            f" {'one' if new.dont_care else 'none'} (data.labels.dont_care)"
+        )
+    return differences
+
+
+def counts_ade20k_from_0(labels: LabelSpec) -> bool:
+    """Whether a table is that of configs/labels/ade20k.yaml: of 150 classes, k is k - 1, and raw id 0 don't care."""
+    return (labels.num_classes, labels.dont_care) == (150, True) and labels.channel_order == [150, *range(150)]
+
+
+def has_ade20ks_raw_ids(labels: LabelSpec) -> bool:
+    """Whether a table is that of configs/labels/ade20k_release.yaml: raw id r is class r, of 151."""
+    return (labels.num_classes, labels.dont_care) == (151, False) and labels.channel_order == list(range(151))
+
+
+def explain_old_import(content: Mapping[str, Any], labels: LabelSpec) -> str | None:
+    """What is wrong with a checkpoint of ADE20K that import_checkpoint.py wrote before it knew better; None: nothing.
+
+    Args:
+        content: the checkpoint.
+        labels: its label table.
+    """
+    untrained = not content.get("images_seen") and content.get("gen_optimizer") is None
+    if not untrained or content.get("imported_from") is not None or not counts_ade20k_from_0(labels):
+        return None
+    return (
+        "the weights seem imported from the 2019 SPADE release or from CLADE under a label table in which ADE20K's"
+        " class k is k - 1, but they were trained on raw ids: every class is taken for its neighbour. Import them again"
+        " with scripts/import_checkpoint.py"
+    )
 
 
 def _tree(component: Component | None) -> Mapping[str, Any] | None:

@@ -90,6 +90,13 @@ class LabelSpec(BaseModel):
             table[raw] = self.dont_care_id
         return table
 
+    @property
+    def channel_order(self) -> list[int] | None:
+        """The label channel of raw id 0, 1, ..., as many as there are channels; None unless they light each once."""
+        num_channels = self.num_classes + self.dont_care
+        order = [int(i) for i in self.table[:num_channels]]
+        return order if sorted(order) == list(range(num_channels)) else None
+
     @cached_property
     def _num_unchanged(self) -> int:
         """Raw ids below this are their own train ids."""

@@ -16,6 +16,7 @@ from imaginaire_spade.config import parse_config
 from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.interop import SOURCES
 from imaginaire_spade.interop.checkpoint import export_files
+from imaginaire_spade.interop.label_tables import export_notes
 from imaginaire_spade.training.checkpoint import load_checkpoint
 
 
@@ -25,17 +26,22 @@ def main() -> None:
     parser.add_argument("--target", required=True, choices=SOURCES, help="the system to write for")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
                         help="where the target holds one of them: moving average (default) or raw")  # fmt: skip
+    parser.add_argument("--label_order", choices=("raw", "train"), default="raw",
+                        help="label channels: in the order of raw ids, so that the target reads the same label maps"
+                        " (default), or of train ids, as they are here")  # fmt: skip
     parser.add_argument("--output_dir", required=True, type=Path, metavar="OUT")
     arguments = parser.parse_args()
     content = load_checkpoint(arguments.checkpoint)
     config = parse_config(content["config"], source=str(arguments.checkpoint))
-    files = export_files(arguments.target, content, config, arguments.weights)
+    files = export_files(arguments.target, content, config, arguments.weights, arguments.label_order)
     if existing := [name for name in files if (arguments.output_dir / name).exists()]:
         raise ConfigError(f"{arguments.output_dir} has {', '.join(existing)} already: give another --output_dir")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     for name, state in files.items():
         torch.save(state, arguments.output_dir / name)
         print(f"wrote {arguments.output_dir / name}")
+    for note in export_notes(arguments.target, config, arguments.label_order):
+        print(f"note: {note}", file=sys.stderr)
 
 
 if __name__ == "__main__":

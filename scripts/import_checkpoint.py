@@ -3,7 +3,7 @@
 The networks are described by --architecture, a JSON object of the other system's hyper-parameters, such as
   {"label_nc": 182, "contain_dontcare_label": true, "no_instance": false, "ngf": 64, "use_vae": false}
 (what is left out has the 2019 release's default), or by --config alone, a config of ours. With both, --config gives
-everything but the networks: label table, names, colours, schedule, paths.
+everything but the networks: label table (of ADE20K, as the other system reads it), names, colours, schedule, paths.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from imaginaire_spade.config import load_config
 from imaginaire_spade.errors import CheckpointError, ConfigError, run_command_line
 from imaginaire_spade.interop import SOURCES
 from imaginaire_spade.interop.checkpoint import architecture_config, import_checkpoint, networks_in, read_weights
+from imaginaire_spade.interop.label_tables import adapt_config
 from imaginaire_spade.training.checkpoint import write_checkpoint
 
 
@@ -46,7 +47,10 @@ def main() -> None:
         raise ConfigError(
             "give --architecture A.json (the other system's hyper-parameters), or --config C.yaml, or both"
         )
-    config = load_config(arguments.config, arguments.set) if arguments.config else None
+    config, notes = None, []
+    if arguments.config is not None:
+        given = load_config(arguments.config, arguments.set)
+        config, notes = adapt_config(arguments.source, given, has_networks=arguments.architecture is None)
     if arguments.architecture is not None:
         config = architecture_config(arguments.source, _hyper(arguments.architecture), config)
     assert config is not None
@@ -58,9 +62,9 @@ def main() -> None:
     if arguments.discriminator_weights is not None:
         path = arguments.discriminator_weights
         parts["discriminator"] = networks_in(read_weights(path, arguments.trust), path)["generator"]
-    content, notes = import_checkpoint(arguments.source, config, parts, encoder)
+    content, more = import_checkpoint(arguments.source, config, parts, encoder)
     write_checkpoint(arguments.output, content)
-    for note in notes:
+    for note in [*notes, *more]:
         print(f"note: {note}", file=sys.stderr)
     for name in ("generator", "generator_ema", "encoder", "discriminator"):
         if content[name] is not None:

@@ -13,6 +13,8 @@ from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.interop import SOURCES
 from imaginaire_spade.interop.configs import import_config
 
+LABELS = Path(__file__).resolve().parents[1] / "configs/labels"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -23,7 +25,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.output is not None and arguments.output.exists() and not arguments.overwrite:
         raise ConfigError(f"--output {arguments.output} exists: give another name, or --overwrite")
-    text, notes = import_config(arguments.source, arguments.file)
+    text, notes = import_config(arguments.source, arguments.file, LABELS)
     text = f"# Translated from {arguments.file.name} ({arguments.source}).\n{text}"
     if arguments.output is None:
         print(text)

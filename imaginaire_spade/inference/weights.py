@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from imaginaire_spade.build import build_encoder, build_generator
-from imaginaire_spade.compatibility import explain_mismatch
+from imaginaire_spade.compatibility import explain_mismatch, explain_old_import
 from imaginaire_spade.config import RunConfig, WeightSource, dump_yaml, load_config, parse_config
 from imaginaire_spade.data.shard import file_sha256
 from imaginaire_spade.errors import CheckpointError
@@ -99,8 +99,11 @@ def load_generator(
     config = with_overrides(trained, overrides, path.name)
     check_fits(trained, config, f"--set {' '.join(overrides)}", parts=("gen", "encoder"))
     notes = []
+    if wrong := explain_old_import(content, trained.data.labels):
+        notes.append(f"{path}: {wrong}")
     if weights == "ema" and content.get("generator_ema") is None:
-        weights, notes = "raw", [f"{path} has no moving average of the weights: the raw weights are used"]
+        weights = "raw"
+        notes.append(f"{path} has no moving average of the weights: the raw weights are used")
     if weights == "raw" and content["generator"] is None:
         raise CheckpointError(f"{path} holds the moving average of the weights alone: leave --weights raw out")
     generator = build_generator(config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from imaginaire_spade.build import build_discriminator, build_encoder, build_generator
+from imaginaire_spade.compatibility import explain_old_import
 from imaginaire_spade.config import RunConfig, dump_config, parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.interop import describe, load_reference, reference_names
+from imaginaire_spade.interop.label_tables import LabelOrder, adapt_config, exported_channels, label_table
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
 from imaginaire_spade.training.checkpoint import FORMAT
@@ -112,16 +114,19 @@ def architecture_config(source: str, hyper: Mapping[str, Any], base: RunConfig |
         source: as for ``import_generator``.
         hyper: likewise.
         base: a config of ours, such as the recipe of the same data set, whose label table, schedule and paths are
-            taken; None: a table of unnamed classes where 255 means "no class" if there is a don't-care channel.
+            taken (ADE20K's table as ``source`` reads it); None: a table of unnamed classes.
     Raises:
         CheckpointError: the hyper-parameters do not describe a network of ours, or ``base`` has other label channels.
     """
     spec = describe(source, "layout_spec", hyper)
     tree: dict[str, Any]
     if base is not None:
+        base, _ = adapt_config(source, base, has_networks=False)
         tree = dump_config(base)
         own = base.data.labels.num_classes, base.data.labels.dont_care, base.data.edges != "none"
         wanted = spec.num_classes, spec.has_dont_care, spec.has_edges
+        if spec.has_dont_care and own[:2] == (spec.num_label_channels, False):
+            wanted = *own[:2], spec.has_edges  # a table that calls the last channel a class, as ADE20K's raw ids do
         for name, ours, theirs in zip(("classes", "don't-care channel", "edge channel"), own, wanted, strict=True):
             if ours != theirs:
                 raise CheckpointError(
@@ -129,14 +134,13 @@ def architecture_config(source: str, hyper: Mapping[str, Any], base: RunConfig |
                     " data.edges of the config, or take the config of the data set that the checkpoint was trained on"
                 )
     else:
-        labels = {"num_classes": spec.num_classes, "dont_care": spec.has_dont_care}
         tree = {
             "losses": {"gan": 1.0, "feature_matching": 10.0, "perceptual": 10.0},
             "gen_opt": {"lr": 1e-4, "adam_beta2": 0.9},
             "dis_opt": {"lr": 4e-4, "adam_beta2": 0.9},
             "trainer": {"max_epochs": 50},
             "data": {
-                "labels": labels | ({"ignore": [255]} if spec.has_dont_care and spec.num_classes < 255 else {}),
+                "labels": label_table(source, spec),
                 "edges": "instances" if spec.has_edges else "none",
                 "train": {
                     "roots": ["dataset/train"],
@@ -144,9 +148,8 @@ def architecture_config(source: str, hyper: Mapping[str, Any], base: RunConfig |
                 },
             },
         }
-    if hyper.get("add_dist"):  # CLADE gave no position to 0 in the files, whatever that is in the label table
-        table = LabelSpec.model_validate(tree["data"]["labels"], strict=False).table
-        hyper = {"skip_ids": [int(table[0])], **hyper}
+    if hyper.get("add_dist"):  # CLADE gave no position to 0 in its files, which is channel 0 in every data set
+        hyper = {"skip_ids": [0], **hyper}
     tree["gen"] = describe(source, "generator", hyper)
     tree["encoder"] = describe(source, "encoder", hyper) if _has_encoder(source, hyper) else None
     if base is None:
@@ -177,7 +180,8 @@ def import_checkpoint(
     """
     notes = []
     generator = load_reference(build_generator(config), source, parts["generator"])
-    content: dict[str, Any] = {"config": dump_config(config), "images_seen": 0, "generator": generator.state_dict()}
+    content: dict[str, Any] = {"config": dump_config(config), "images_seen": 0, "imported_from": source}
+    content |= {"generator": generator.state_dict()}
     content |= {"generator_ema": None, "encoder": None, "encoder_ema": None, "discriminator": None}
     own_encoder = build_encoder(config)
     if own_encoder is not None:
@@ -203,16 +207,25 @@ def import_checkpoint(
     return content, notes
 
 
-def export_files(target: str, content: Mapping[str, Any], config: RunConfig, weights: str) -> dict[str, Any]:
+def export_files(
+    target: str, content: Mapping[str, Any], config: RunConfig, weights: str, label_order: LabelOrder = "raw"
+) -> dict[str, Any]:
     """Files that ``target`` reads, by name, under its own tensor names.
 
     Args:
         target: a source that ``import_generator`` knows.
         content: a checkpoint of ours.
         weights: ``ema`` or ``raw``: of generator and encoder, where the target keeps one of both.
+        label_order: of the label channels, see ``exported_channels``.
     Raises:
-        CheckpointError: a network has no counterpart there.
+        CheckpointError: a network has no counterpart there, or the checkpoint's label table is not that of its weights.
     """
+    if wrong := explain_old_import(content, config.data.labels):
+        raise CheckpointError(wrong)
+    norm = config.gen.args.get("norm")
+    if norm is not None and norm["type"] not in _NORMS[target]:
+        raise CheckpointError(f"gen.norm: {norm['type']}: {target} has {' and '.join(_NORMS[target])}")
+    order = exported_channels(config.data.labels, label_order)
     parts = {}
     for name, build in (
         ("generator", build_generator), ("encoder", build_encoder), ("discriminator", build_discriminator)
@@ -222,6 +235,8 @@ def export_files(target: str, content: Mapping[str, Any], config: RunConfig, wei
             network: nn.Module | None = None if state is None else build(config)
             if network is None or state is None:
                 continue
+            if order is not None:
+                state = _reordered(state, order, build, config)
             if average and target == "imaginaire":
                 fold_spectral_norm(network)  # there too, averages are kept folded
             if average and target != "imaginaire":
@@ -245,6 +260,36 @@ def export_files(target: str, content: Mapping[str, Any], config: RunConfig, wei
         for (name, average), state in parts.items()
         if average == (weights == "ema" and (name, True) in parts)
     }
+
+
+_NORMS = {"nvlabs_spade": ("spade",), "clade": ("clade", "clade_icpe"), "imaginaire": ("spade",)}
+"""The conditional norms that each system knows."""
+
+
+def _reordered(
+    state: Mapping[str, Tensor], order: Sequence[int], build: Callable[[RunConfig], nn.Module | None], config: RunConfig
+) -> State:
+    """A network's tensors with label channel ``order[i]`` at place i.
+
+    Label channels are the dimensions that one class more makes longer; in every network they come first there.
+    """
+    data = config.data
+    wider = LabelSpec(num_classes=data.labels.num_classes + 1, dont_care=data.labels.dont_care)
+    larger = config.model_copy(update={"data": data.model_copy(update={"labels": wider})})
+    with torch.device("meta"):
+        networks = build(config), build(larger)
+    own, grown = ({} if network is None else network.state_dict() for network in networks)
+    result = dict(state)
+    for key in state.keys() & own.keys():  # an average's folded weights have no vectors of spectral norms
+        for dim, size in enumerate(own[key].shape):
+            step = (
+                grown[key].shape[dim] - size
+            )  # 1, but a spectral norm's vector has as many for each place of a kernel
+            if step:
+                moved = [channel * step + place for channel in order for place in range(step)]
+                index = torch.tensor([*moved, *range(len(moved), size)])
+                result[key] = result[key].index_select(dim, index)
+    return result
 
 
 @torch.no_grad()

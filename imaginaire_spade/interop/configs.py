@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
-from imaginaire_spade.config import dump_yaml, parse_config, read_yaml
+from imaginaire_spade.config import dump_yaml, load_labels, parse_config, read_yaml
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.interop import describe
+from imaginaire_spade.interop.label_tables import ADE20K, label_table
 
 _REQUIRED = object()
 
@@ -64,12 +65,13 @@ class Keys:
         yield from leaves(self._tree, "")
 
 
-def import_config(source: str, path: Path) -> tuple[str, list[str]]:
+def import_config(source: str, path: Path, tables: Path | None = None) -> tuple[str, list[str]]:
     """A foreign config file as YAML of ours, and notes: what was chosen, and every key without a meaning here.
 
     Args:
         source: ``imaginaire`` (a YAML), ``nvlabs_spade`` or ``clade`` (opt.txt).
         path: the file.
+        tables: our folder configs/labels/, for the names of ADE20K's classes; None: they have none.
     Raises:
         ConfigError: the file cannot be read, lacks a key, or describes networks that are not known here.
     """
@@ -85,7 +87,7 @@ def import_config(source: str, path: Path) -> tuple[str, list[str]]:
         ours = _from_imaginaire(keys)
     else:
         keys = Keys(parse_options(text, path), path)
-        ours = _from_options(source, keys)
+        ours = _from_options(source, keys, tables)
     config = parse_config(ours, source=f"{path}, translated")
     return dump_yaml(config), [*keys.notes, *(f"no meaning here: {line}" for line in keys.unread())]
 
@@ -117,14 +119,14 @@ _ARCHITECTURE = (
 _GAN_MODES = {"hinge": "hinge", "ls": "least_square", "original": "non_saturated", "w": "wasserstein"}
 
 
-def _from_options(source: str, keys: Keys) -> dict[str, Any]:
+def _from_options(source: str, keys: Keys, tables: Path | None) -> dict[str, Any]:
     hyper = {name: keys.take(name, None) for name in _ARCHITECTURE} | {"label_nc": keys.take("label_nc")}
     if source == "clade":
         hyper |= {name: keys.take(name, None) for name in ("norm_mode", "add_dist")}
     hyper = {name: value for name, value in hyper.items() if value is not None}
     dataset = keys.take("dataset_mode", "coco")
-    if hyper.get("add_dist"):  # CLADE gives no position to 0 in the files: don't care in ADE20K, else a class
-        hyper["skip_ids"] = [hyper["label_nc"] if dataset == "ade20k" else 0]
+    if hyper.get("add_dist"):  # CLADE gives no position to 0 in the files, which is channel 0 in every data set
+        hyper["skip_ids"] = [0]
     if (net := keys.take("netG", "spade")) != "spade":
         raise ConfigError(f"netG: {net}: the spade generator is known here")
     spec = describe(source, "layout_spec", hyper)
@@ -150,11 +152,15 @@ def _from_options(source: str, keys: Keys) -> dict[str, Any]:
     if (steps := keys.take("D_steps_per_G", 1)) != 1:
         keys.notes.append(f"D_steps_per_G: {steps}: here one update of each per iteration")
     augmentations, final = _geometry(keys, describe(source, "image_size", hyper))
-    labels: dict[str, Any] = {"num_classes": spec.num_classes, "dont_care": spec.has_dont_care}
-    if dataset == "ade20k":
-        labels |= {"ignore": [0], "remap": {raw: raw - 1 for raw in range(1, spec.num_classes + 1)}}
-    elif spec.has_dont_care:
-        labels["ignore"] = [255]
+    labels = label_table(source, spec, dataset)
+    if dataset in ADE20K:
+        keys.notes.append(
+            "data.labels: ADE20K's raw ids are the classes, 0 (other) included: the release subtracts one from them,"
+            " but drops the result"
+        )
+        named = None if tables is None else load_labels(tables / "ade20k_release.yaml")
+        if named is not None and named.num_classes == labels["num_classes"]:
+            labels |= {"names": named.names, "palette": named.palette}
     keys.notes.append(
         f"dataroot: {keys.take('dataroot', None)}: roots here are LMDBs or folders with images/ and seg_maps/: set"
         " data.train.roots and data.val.roots"
@@ -214,6 +220,8 @@ def _from_imaginaire(keys: Keys) -> dict[str, Any]:
     types = {name: options for entry in keys.take("data.input_types") for name, options in entry.items()}
     if unknown := set(inputs) - {"seg_maps", "edge_maps"}:
         raise ConfigError(f"data.input_labels: {', '.join(sorted(unknown))}: seg_maps and edge_maps are known here")
+    if list(inputs) not in (["seg_maps"], ["seg_maps", "edge_maps"]):  # whose channels stand in another order
+        raise ConfigError(f"data.input_labels: {list(inputs)}: seg_maps, then edge_maps if any, is known here")
     hyper = {
         "num_seg_classes": keys.take("data.one_hot_num_classes.seg_maps"),
         "use_dont_care": keys.take("data.use_dont_care", False),
@@ -278,11 +286,7 @@ def _from_imaginaire(keys: Keys) -> dict[str, Any]:
         "trainer": trainer,
         "data": {
             "name": str(keys.take("data.name", "imported")),
-            "labels": {
-                "num_classes": hyper["num_seg_classes"],
-                "dont_care": hyper["use_dont_care"],
-                "ignore": [255] if hyper["use_dont_care"] else [],
-            },
+            "labels": label_table("imaginaire", describe("imaginaire", "layout_spec", hyper)),
             "edges": edges,
             "num_workers": keys.take("data.num_workers", None),
             **splits,

@@ -278,8 +278,8 @@ class CLADEICPE(CLADE):
         spec: what the layouts hold.
         normalization: parameter-free ``batch`` or ``instance`` norm of x.
         skip_ids: train ids whose pixels have no position (d = 0). None is right for training. CLADE's own checkpoints
-            saw no position where the file's label is 0: ``[0]`` for COCO-Stuff and Cityscapes, ``[150]`` (don't care)
-            for ADE20K.
+            saw no position where the file's label is 0, which is their channel 0 in every data set, ADE20K included:
+            ``[0]``.
     """
 
     needs_distances = True

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from imaginaire_spade import distributed
-from imaginaire_spade.compatibility import explain_mismatch
+from imaginaire_spade.compatibility import explain_mismatch, explain_old_import
 from imaginaire_spade.config import RunConfig, dump_config, parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest
@@ -53,7 +53,9 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
         )
     if content.get("gen_optimizer") is None:
         fresh = run.state.start_from(content, str(chosen))
-        return f"starting from the weights of {chosen}{''.join(f'; {name}: fresh' for name in fresh)}"
+        started = f"starting from the weights of {chosen}{''.join(f'; {name}: fresh' for name in fresh)}"
+        old_import = explain_old_import(content, trained.data.labels)
+        return started if old_import is None else f"{started}\nwarning: {old_import}"
     before, now = content.get("run") or {}, _facts(run)
     changed = _changes(trained, run.config)
     other_data = [f"{key}: {changed[key]}" for key in MEANING if key in changed]

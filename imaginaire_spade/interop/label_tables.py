@@ -1,0 +1,139 @@
+"""Which channel the loaders of other systems give each id of a label map, as our label tables.
+
+They read ids as channels: a pixel of raw id r lights channel r, in every data set. ADE20K is no exception in the 2019
+SPADE release and in CLADE: their loader computes the ids minus one and drops the result, so 0 ("other") lights channel
+0 and class k channel k. Don't care is the channel after the last class. In the release and in CLADE 255 and the id
+``label_nc`` light it, in imaginaire every id from the number of classes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from imaginaire_spade.compatibility import counts_ade20k_from_0
+from imaginaire_spade.config import RunConfig, dump_config, parse_config
+from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.layout import LayoutSpec
+
+ADE20K = ("ade20k", "ade20koutdoor")
+"""Values of ``dataset_mode`` (the second is CLADE's) whose don't-care channel is the last class, raw id 150."""
+
+
+def label_table(source: str, spec: LayoutSpec, dataset: str | None = None) -> dict[str, Any]:
+    """``data.labels`` of a source's networks, without names.
+
+    Args:
+        source: as for ``import_generator``.
+        spec: the label channels of the networks.
+        dataset: the release's ``dataset_mode``; None: not known.
+    """
+    labels: dict[str, Any] = {"num_classes": spec.num_classes, "dont_care": spec.has_dont_care}
+    if source == "imaginaire":
+        return labels | {"ignore": [255] if spec.has_dont_care and spec.num_classes <= 255 else []}
+    if dataset in ADE20K:
+        return {"num_classes": spec.num_label_channels, "dont_care": False}
+    if not spec.has_dont_care:
+        return labels
+    # COCO-Stuff's files have no 182, but those of who counts its classes from 1 have.
+    return labels | {"ignore": [255] if dataset == "coco" else sorted({spec.num_classes, 255})}
+
+
+def adapt_config(source: str, config: RunConfig, *, has_networks: bool = True) -> tuple[RunConfig, list[str]]:
+    """A config of ours, such as a data set's recipe, as a source's weights need it; and what was changed.
+
+    Args:
+        source: as for ``import_generator``.
+        config: with ADE20K's table in either form; any other stays as it is.
+        has_networks: whether the config describes the networks too, no architecture beside it.
+    """
+    tree, notes = dump_config(config), []
+    norm = tree["gen"].get("norm")
+    skips = isinstance(norm, dict) and norm["type"] == "clade_icpe"
+    if source != "imaginaire" and counts_ade20k_from_0(config.data.labels):
+        order = config.data.labels.channel_order
+        assert order is not None
+        tree["data"]["labels"] = _with_raw_ids(config.data.labels, order, "other")
+        if skips:
+            norm["skip_ids"] = [order.index(i) for i in norm["skip_ids"]]
+        notes.append(
+            f"weights of {source} saw ADE20K's raw ids, from which the label table of --config subtracts one: the"
+            " checkpoint's has 151 classes instead, other first, so that raw id r of a label map lights channel r. A"
+            " config to fine-tune it with needs configs/labels/ade20k_release.yaml last in its base"
+        )
+    if source == "clade" and has_networks and skips and not norm["skip_ids"]:
+        norm["skip_ids"] = [0]
+        notes.append(
+            "gen.norm.skip_ids: [0], since CLADE gives no position to pixels whose value in the file is 0. For weights"
+            ' that were trained here, with positions, give --architecture with "skip_ids": [] as well'
+        )
+    return (parse_config(tree, source="--config") if notes else config), notes
+
+
+def _with_raw_ids(labels: LabelSpec, order: Sequence[int], other: str) -> dict[str, Any]:
+    """The table in which raw id r is class r, ``labels``' don't care being a class called ``other``."""
+    known = np.flatnonzero(labels.table != labels.error_id).tolist()
+    classes = {raw: order.index(int(labels.table[raw])) for raw in known}
+    names, palette = (*labels.names, other), (*labels.palette, (0, 0, 0))
+    return {
+        "num_classes": len(order),
+        "dont_care": False,
+        "remap": {raw: index for raw, index in classes.items() if raw != index},
+        "names": [names[channel] for channel in order] if labels.names else [],
+        "palette": [list(palette[channel]) for channel in order] if labels.palette else [],
+    }
+
+
+LabelOrder = Literal["raw", "train"]
+
+
+def exported_channels(labels: LabelSpec, label_order: LabelOrder) -> list[int] | None:
+    """Which of our label channels stands at each place of an exported network; None: each stays where it is.
+
+    Args:
+        labels: the table that the network was trained with.
+        label_order: ``raw``: another system must light with raw id r what we do, which is possible where the raw ids
+            from 0 on light each channel once; ``train``: channels stay train ids.
+    """
+    order = labels.channel_order if label_order == "raw" else None
+    return None if order == sorted(order or ()) else order
+
+
+def export_notes(target: str, config: RunConfig, label_order: LabelOrder) -> list[str]:
+    """What the user of an exported network must know of its label maps."""
+    labels, notes = config.data.labels, []
+    order = exported_channels(labels, label_order)
+    num_channels = labels.num_classes + labels.dont_care
+    table = labels.table.astype(np.int64)
+    known = np.flatnonzero((labels.table != labels.error_id) & (table < num_channels)).tolist()
+    if order is not None:
+        notes.append(
+            f"label channels are in the order of raw ids, which {target}'s loader reads as channels: it takes the same"
+            " label maps as this checkpoint (--label_order train: channels in the order of data.labels, for label maps"
+            " of train ids)"
+        )
+    places = {channel: place for place, channel in enumerate(order or range(num_channels))}
+    if wrong := [raw for raw in known if _channel(target, labels, raw) != places[int(table[raw])]]:
+        ids = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
+        advice = "replace them" if order is not None else "write train ids (255: don't care)"
+        notes.append(f"raw ids {ids} light another channel in {target}, or none: {advice} in the label maps for it")
+    norm = config.gen.args.get("norm")
+    if target == "clade" and norm is not None and norm["type"] == "clade_icpe":
+        own, theirs = list(norm["args"]["skip_ids"]), [int(table[0])]
+        if own != theirs:
+            notes.append(
+                f"CLADE gives pixels of raw id 0 no position, this generator was trained with gen.norm.skip_ids: {own}:"
+                f" pictures differ there. Networks trained with {theirs} agree"
+            )
+    return notes
+
+
+def _channel(target: str, labels: LabelSpec, raw: int) -> int | None:
+    """The channel that a raw id lights in another system; None: none, or its loader fails."""
+    if target == "imaginaire":
+        return raw if raw < labels.num_classes else labels.num_classes if labels.dont_care else None
+    if raw == 255:
+        return labels.num_classes if labels.dont_care else None
+    return raw if raw < labels.num_classes + labels.dont_care else None
