@@ -290,7 +290,7 @@ def test_unknown_colours(run, plain, styled, tmp_path):
 
 
 def test_large_label_maps_are_announced(run, plain, tmp_path):
-    with pytest.raises(DataError, match=r"a: a label map of 2,240 pixels.* write --max_pixels 2240"):
+    with pytest.raises(DataError, match=r"a: a label map .* at 40x56, 2,240 pixels .* write --max_pixels 2240"):
         run(plain, "--max_pixels", 2239)
     assert len(run(plain, "--max_pixels", 2240)) == 3
 

@@ -286,9 +286,9 @@ def test_rank_zero_speaks_of_its_share(run, label_maps, monkeypatch):
 
 def test_pixels_are_those_that_are_made(run, tmp_path):
     assert run("--max_pixels", 64 * 96)[1]["1"] == TRAINED  # the label map is larger
-    with pytest.raises(DataError, match=r"1: a label map of 19,500 pixels.* --size trained .*--max_pixels 19500"):
+    with pytest.raises(DataError, match=r"1: .* at 130x150, 19,500 pixels.* --size trained .*--max_pixels 19500"):
         run("--max_pixels", 64 * 96, "--size", "own", to="own")
-    with pytest.raises(DataError, match=r"1: .* 19,500 pixels, to whose size .* back\. Leave --resize_back out"):
+    with pytest.raises(DataError, match=r"1: .* 130x150, 19,500 pixels, .* resized back\. Leave --resize_back out"):
         run("--max_pixels", 64 * 96, "--resize_back", to="back")
     with pytest.raises(ConfigError, match=r"--size 100x100: 10,000 pixels.* or --max_pixels 10000 if"):
         run("--max_pixels", 64 * 96, "--size", "100x100", to="HxW")

@@ -274,13 +274,13 @@ def _check_label_maps(
 def _check_pixels(key: str, stored: Size, read: Size, most: int, resize_back: bool) -> None:
     if (pixels := read[0] * read[1]) > most:
         raise DataError(
-            f"{key}: a label map of {pixels:,} pixels, and a picture of it would be made in one piece. Write --size"
+            f"{key}: a label map that would be generated at {shown(read)}, {pixels:,} pixels in one piece. Write --size"
             f" trained or a smaller --size HEIGHTxWIDTH, or write --max_pixels {pixels} if the memory is there"
         )
     if resize_back and (pixels := stored[0] * stored[1]) > most:
         raise DataError(
-            f"{key}: a label map of {pixels:,} pixels, to whose size its picture would be resized back. Leave"
-            f" --resize_back out, or write --max_pixels {pixels} if the memory is there"
+            f"{key}: a label map of {shown(stored)}, {pixels:,} pixels, to which its picture would be resized back."
+            f" Leave --resize_back out, or write --max_pixels {pixels} if the memory is there"
         )
 
 

@@ -29,13 +29,14 @@ MAX_PIXELS = 2**24
 """4096 squared: what is larger by mistake would take all memory."""
 
 
-def read_size(given: str | tuple[int, int] | None, name: str, *, raise_with: str | None = None,
-              max_pixels: int = MAX_PIXELS) -> Asked:  # fmt: skip
+def read_size(
+    given: str | tuple[int, int] | None, name: str, *, raise_with: str | None = None, max_pixels: int = MAX_PIXELS
+) -> Asked:
     """What a command line's text or a caller's (height, width) asks for.
 
     Args:
         name: of the flag or argument, for messages.
-        raise_with: the flag that sets ``max_pixels``, if there is one.
+        raise_with: the flag that sets ``max_pixels``, the most that an image may have, if there is one.
     Raises:
         ConfigError: no such size, or too many pixels.
     """
