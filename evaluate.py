@@ -39,6 +39,7 @@ from imaginaire_spade.evaluation.sources import EvaluatedPicture, PictureSource
 from imaginaire_spade.evaluation.statistics import holds_statistics
 from imaginaire_spade.inference.evaluated import Evaluated, checkpoint_pictures, stored_pictures
 from imaginaire_spade.inference.folder import Progress
+from imaginaire_spade.inference.sizes import SIZE_HELP, Asked, read_size
 
 PROCESS_GROUP_TIMEOUT_S = 3600.0
 """Shares of the work end at different times."""
@@ -52,6 +53,8 @@ def parse_arguments() -> argparse.Namespace:
     fake.add_argument("--logdir", type=Path, metavar="DIR", help="log dir of a training run: its newest checkpoint")
     fake.add_argument("--config", type=Path, metavar="C.yaml", help="for its data (default: the checkpoint's own)")
     fake.add_argument("--weights", choices=("ema", "raw"), default="ema", help="moving average (default) or raw")
+    fake.add_argument("--size", metavar="trained|own|HxW",
+                      help=f"{SIZE_HELP}; photos of the data likewise (default: the geometry of data.val)")  # fmt: skip
     fake.add_argument("--num_samples", type=positive_integer, default=1, metavar="k",
                       help="pictures per label map; the first counts, all show diversity")  # fmt: skip
     fake.add_argument("--seed", type=int, metavar="S", help="of the style codes (default: the config's)")
@@ -99,7 +102,7 @@ def main() -> None:
     if arguments.compare:
         print(compare(tuple(arguments.compare)))
         return
-    metrics = _check(arguments)
+    metrics, size = _check(arguments), read_size(arguments.size, "--size")
     import_modules(arguments.modules)
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
@@ -111,7 +114,7 @@ def main() -> None:
         )
     if "diversity" in metrics:
         perceptual = perceptual_network(arguments.lpips_weights, device=device)
-    sources = _evaluated(arguments, device, metrics)
+    sources = _evaluated(arguments, size, device, metrics)
     segmentation = _segmentation(arguments, sources, device) if "segmentation" in metrics else None
 
     distributed.init_process_group(info, device, PROCESS_GROUP_TIMEOUT_S)
@@ -139,6 +142,7 @@ def main() -> None:
     report = evaluate_pictures(
         reference, made, network, metrics=metrics, reference_split=arguments.reference_split,
         perceptual=perceptual, num_samples=arguments.num_samples, subject=sources.subject,
+        geometry=sources.geometry,
     )  # fmt: skip
     if segmentation:
         report = segmentation.metric.added_to(report)
@@ -160,6 +164,9 @@ def _check(arguments: argparse.Namespace) -> list[str]:
     generates = bool(arguments.checkpoint or arguments.logdir or arguments.config)
     if bool(arguments.fake) == generates:
         raise ConfigError("give --fake DIR, or --checkpoint P (or --logdir DIR) to make the pictures, one of the two")
+    if arguments.size is not None and not generates:
+        raise ConfigError("--size is that at which a checkpoint makes pictures; stored ones (--fake) have theirs: leave"
+                          " it out")  # fmt: skip
     if arguments.fake and not arguments.real:
         raise ConfigError("--real is missing: the folder of real pictures, or statistics of them (.npz)")
     if not arguments.reference_split:
@@ -193,7 +200,7 @@ def _check(arguments: argparse.Namespace) -> list[str]:
     return metrics
 
 
-def _evaluated(arguments: argparse.Namespace, device: torch.device, metrics: Sequence[str]) -> Evaluated:
+def _evaluated(arguments: argparse.Namespace, size: Asked, device: torch.device, metrics: Sequence[str]) -> Evaluated:
     if arguments.fake:
         return stored_pictures(
             arguments.fake, arguments.real, num_samples=arguments.num_samples, label_maps=arguments.label_maps,
@@ -201,7 +208,7 @@ def _evaluated(arguments: argparse.Namespace, device: torch.device, metrics: Seq
         )  # fmt: skip
     return checkpoint_pictures(
         arguments.checkpoint, arguments.logdir, arguments.config, arguments.set, weights=arguments.weights,
-        device=device, real=arguments.real, reference_split=arguments.reference_split, seed=arguments.seed,
+        size=size, device=device, real=arguments.real, reference_split=arguments.reference_split, seed=arguments.seed,
         num_samples=arguments.num_samples, batch_size=arguments.batch_size, with_photos="segmentation" in metrics,
     )  # fmt: skip
 

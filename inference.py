@@ -1,8 +1,10 @@
 """Make pictures of label maps: ``python inference.py --checkpoint P --input_dir LABEL_MAPS --output_dir OUT``.
 
-Writes OUT/KEY.png at each label map's own size, and OUT/index.html to look at them. Needs nothing but the checkpoint
-(which carries its config and label table) and label maps: PNGs of class ids, palette PNGs, or RGB pictures in the
-table's colours. Under torchrun the processes share the work. Ctrl-C leaves whole files only; --skip_existing goes on.
+Writes OUT/KEY.png, and OUT/index.html to look at them. A label map of which a side differs by more than 1.5 times from
+the size that the generator was trained at is generated at that size, any other at its own; a note says what was done,
+--size and --resize_back change it. Needs nothing but the checkpoint (which carries its config and label table) and
+label maps: PNGs of class ids, palette PNGs, or RGB pictures in the table's colours. Under torchrun the processes share
+the work. Ctrl-C leaves whole files only; --skip_existing goes on.
 
 With --num_samples k (or --steps k) a label map's pictures are OUT/KEY_00.png, OUT/KEY_01.png, ...
 """
@@ -23,8 +25,9 @@ from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError, LabelError, positive_integer, run_command_line
 from imaginaire_spade.inference import style
 from imaginaire_spade.inference.animation import check_animation
-from imaginaire_spade.inference.folder import MAX_PIXELS, PROBLEMS_SHOWN, Progress, RunReport, generate_folder
+from imaginaire_spade.inference.folder import PROBLEMS_SHOWN, Progress, RunReport, generate_folder
 from imaginaire_spade.inference.output import check_apart
+from imaginaire_spade.inference.sizes import MAX_PIXELS, SIZE_HELP, SizeRule, read_size
 from imaginaire_spade.inference.weights import LoadedModel, check_fits, find_checkpoint, load_generator
 from imaginaire_spade.labels import LabelSpec
 
@@ -56,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="fail (default): look at all label maps before the first picture; skip: leave out those"
                         " that cannot be used; ignore: ids outside the table are don't care")  # fmt: skip
     inputs.add_argument("--max_pixels", type=positive_integer, default=MAX_PIXELS, metavar="N",
-                        help=f"refuse larger label maps (default {MAX_PIXELS})")  # fmt: skip
+                        help=f"refuse to make larger pictures (default {MAX_PIXELS})")  # fmt: skip
     looks = parser.add_argument_group("style (generators with a style code)")
     looks.add_argument("--num_samples", type=positive_integer, default=1, metavar="k", help="pictures per label map")
     looks.add_argument("--seed", type=int, metavar="S",
@@ -76,6 +79,10 @@ def parse_arguments() -> argparse.Namespace:
                        help="what --style_interpolate writes beside its frames (default: KEY.gif)")  # fmt: skip
     outputs = parser.add_argument_group("what it writes")
     outputs.add_argument("--output_dir", type=Path, required=True, metavar="OUT")
+    outputs.add_argument("--size", metavar="trained|own|HxW",
+                         help=f"{SIZE_HELP} (default: trained for label maps of which a side differs from it by more"
+                         " than 1.5 times, own for others)")  # fmt: skip
+    outputs.add_argument("--resize_back", action="store_true", help="write pictures at their label maps' own size")
     outputs.add_argument("--format", choices=("png", "jpg"), default="png")
     outputs.add_argument("--no_gallery", action="store_true", help="no index.html, no coloured label maps")
     existing = outputs.add_mutually_exclusive_group()
@@ -91,6 +98,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    asked = read_size(arguments.size, "--size", raise_with="--max_pixels", max_pixels=arguments.max_pixels)
+    if arguments.resize_back and asked == "own":
+        raise ConfigError("--resize_back: with --size own pictures have their label maps' size already; leave one out")
     import_modules(arguments.modules)
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
@@ -104,6 +114,7 @@ def main() -> None:
     config = model.config
     if given is not None:
         check_fits(config, given, str(arguments.config))
+    sizes = SizeRule(asked, model.trained_size)
     test_data = (given.test_data if given else None) or config.test_data
     notes = [*model.notes, *_notes(arguments, model, given)]
 
@@ -116,7 +127,8 @@ def main() -> None:
         warnings.simplefilter("always", UserWarning)
         dataset = LabelMapDataset(
             roots, config.data.labels, edges=config.data.edges, distances=layout_spec(config).has_distances,
-            with_images=False, replace=dict(_replacement(config.data.labels, text) for text in arguments.map),
+            size_of=sizes, with_images=False,
+            replace=dict(_replacement(config.data.labels, text) for text in arguments.map),
             on_unknown=partial(_remember, changed) if arguments.on_bad_label == "ignore" else None,
         )  # fmt: skip
     notes += [str(warning.message) for warning in caught]
@@ -139,8 +151,8 @@ def main() -> None:
             animation=animation,
             existing="skip" if arguments.skip_existing else "overwrite" if arguments.overwrite else "refuse",
             on_bad_label="skip" if arguments.on_bad_label == "skip" else "fail",
-            max_pixels=arguments.max_pixels,
-            gallery=not arguments.no_gallery, info=info, on_written=progress,
+            max_pixels=arguments.max_pixels, sizes=sizes, resize_back=arguments.resize_back,
+            gallery=not arguments.no_gallery, info=info, on_written=progress, on_note=lambda note: _tell([note]),
         )  # fmt: skip
     except KeyboardInterrupt:
         print("stopped: what is written is whole; --skip_existing makes the rest", file=sys.stderr, flush=True)

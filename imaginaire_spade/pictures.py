@@ -72,6 +72,14 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+def resized(rgb: Picture, height: int, width: int) -> Picture:
+    """A picture at another size: areas averaged where it becomes smaller, bicubic where it becomes larger."""
+    if rgb.shape[:2] == (height, width):
+        return rgb
+    method = cv2.INTER_AREA if height * width < rgb.shape[0] * rgb.shape[1] else cv2.INTER_CUBIC
+    return cv2.resize(rgb, (width, height), interpolation=method)  # type: ignore[return-value]
+
+
 # ------------------------------------------------------------------------------------------------ sheets
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cv2
 
 from imaginaire_spade import pictures
 from imaginaire_spade.build import import_modules
@@ -48,8 +47,7 @@ def main() -> None:
         assert sample.image is not None
         real = sample.image.permute(1, 2, 0).numpy()
         generated = decode_image(path.read_bytes(), str(path))
-        if generated.shape != real.shape:
-            generated = cv2.resize(generated, (real.shape[1], real.shape[0]), interpolation=cv2.INTER_AREA)
+        generated = pictures.resized(generated, *real.shape[:2])
         cells.append([config.data.labels.colourise(sample.labels.numpy()), real, generated])
     columns = arguments.columns
     whole = len(cells) - len(cells) % columns if len(cells) >= columns else 0

@@ -27,6 +27,7 @@ from imaginaire_spade.demo.server import HEADERS, MAX_JSON_BYTES, MAX_UPLOAD_BYT
 from imaginaire_spade.demo.service import MAX_WAITING, PaintingService, _raw_ids, fitted
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.pictures import resized
 
 # Raw ids are not train ids here: 7 means class 1, 255 "don't care", and no id means class 2.
 NAMES = ["sky", "<img src=x onerror=alert(1)>", "unreachable", "sea & sand", "tree"]
@@ -171,12 +172,29 @@ def test_a_picture_is_the_synthesizers(client, plain_client, synthesizer, plain)
         train_ids = some_map(1, *shape)
         status, content = client.post("/api/picture", fields_of(train_ids, seed=5))
         assert status == 200
-        np.testing.assert_array_equal(decoded(content), synthesizer(as_raw(train_ids), seed=5))
+        np.testing.assert_array_equal(decoded(content), synthesizer(as_raw(train_ids), seed=5, resize_back=True))
+        assert decoded(content).shape == (*shape, 3)
     other = client.post("/api/picture", fields_of(train_ids, seed=6))[1]
     assert (decoded(other) != decoded(content)).any()
     status, content = plain_client.post("/api/picture", fields_of(np.full(SIZE, 3, np.uint8)))
     assert status == 200
     np.testing.assert_array_equal(decoded(content), plain(np.full(SIZE, 3, np.uint8)))
+
+
+def test_a_canvas_far_from_the_trained_size_is_generated_at_that_and_resized_back(client, synthesizer):
+    for shape, made in ((SIZE, SIZE), ((96, 64), (96, 64)), ((97, 64), SIZE), ((256, 256), SIZE)):
+        fields = fields_of(some_map(1, *shape), seed=5)
+        _, headers, content = client.ask("POST", "/api/picture", json.dumps(fields).encode(),
+                                         Content_Type="application/json")  # fmt: skip
+        assert headers["Generated-Size"] == f"{made[0]}x{made[1]}" and decoded(content).shape == (*shape, 3)
+    train_ids = some_map(1, 128, 128)
+    for size, made in (("own", (128, 128)), ("trained", SIZE), ("32x96", (32, 96))):
+        service = PaintingService(Synthesizer(synthesizer.model, size=size), "a model")
+        service.warm_up()
+        fields = fields_of(train_ids, seed=5)
+        assert service.generated_size(fields) == made
+        expected = resized(synthesizer(as_raw(train_ids), seed=5, size=made), 128, 128)
+        np.testing.assert_array_equal(decoded(service.picture(fields)), expected)
 
 
 def test_the_style_of_a_photo(client, synthesizer):
@@ -491,7 +509,7 @@ def start(monkeypatch):
 
 
 def test_the_command_line(start, checkpoint, samples, client, tmp_path, capsys):
-    start("--checkpoint", checkpoint, "--port", 0, "--samples", samples)
+    start("--checkpoint", checkpoint, "--port", 0, "--samples", samples, "--size", "own")
     out, err = capsys.readouterr()
     assert out.startswith("painting page: http://127.0.0.1:") and out.endswith("ended\n") and not err
     start("--checkpoint", checkpoint, "--port", 0, "--host", "0.0.0.0")
@@ -499,6 +517,7 @@ def test_the_command_line(start, checkpoint, samples, client, tmp_path, capsys):
     for arguments, error, words in (
         (("--checkpoint", tmp_path / "none.pt"), CheckpointError, "no such file or folder"),
         (("--checkpoint", checkpoint, "--samples", tmp_path / "none"), DataError, "none"),
+        (("--checkpoint", checkpoint, "--size", "big"), ConfigError, "--size big: write trained, own, or HEIGHTxWIDTH"),
         (("--checkpoint", checkpoint, "--port", client.server.server_port), ConfigError, "taken by another program"),
     ):
         with pytest.raises(error, match=words):
@@ -630,6 +649,13 @@ def test_painting_in_a_browser(browser, client, synthesizer, tmp_path):
 
     page = Page(browser, client)  # a reload keeps the map
     np.testing.assert_array_equal(page.colours(), synthesizer.labels.colourise(some_map(7)))
+    assert "made at" not in page.element("#status").text
+
+    # Far from the trained size the picture still has the canvas's size, and the page says at which it was made.
+    page.after(page.element('#canvas_size option[value="128x128"]').click)
+    assert page.element("#status").text.startswith("128 × 128 (made at 64 × 64), ")
+    size = page.ask("const i = document.querySelector('#result img'); return [i.naturalHeight, i.naturalWidth]")
+    assert size == [128, 128] == list(page.colours().shape[:2])
     complaints = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert all("/api/label_map" in complaint for complaint in complaints) and len(complaints) == 1
     assert page.ask("return document.querySelectorAll('#list img').length") == 0

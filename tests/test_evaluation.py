@@ -215,7 +215,7 @@ def test_a_checkpoint_scores_as_the_pictures_that_inference_writes(run, checkpoi
     assert made.protocol.fake_format == "generated, not stored"
     assert made.subject["weights"] == "raw after 7 images" and made.subject["real"] == str(tmp_path / "val")
     dataset = LabelMapDataset(tmp_path / "val", LABELS, with_images=False)
-    generate_folder(load_generator(path), dataset, tmp_path / "out")
+    generate_folder(load_generator(path, frozen=True), dataset, tmp_path / "out")
     stored = run("--real", tmp_path / "val", "--fake", tmp_path / "out", "--metrics", "fid,kid", *RANDOM)
     assert stored.scores == made.scores  # and the gallery's label maps were not taken for pictures
     assert stored.protocol.reference == made.protocol.reference
@@ -238,7 +238,11 @@ def test_diversity_of_samples_made_on_the_fly_is_that_of_the_stored_ones(run, ch
     assert made.protocol.diversity.endswith("3 samples per label map") and made.protocol.num_fake == 5
     dataset = LabelMapDataset(tmp_path / "val", LABELS, with_images=False)
     generate_folder(
-        load_generator(path), dataset, tmp_path / "out", num_samples=3, style_of=drawn_styles(5, 4, num_samples=3)
+        load_generator(path, frozen=True),
+        dataset,
+        tmp_path / "out",
+        num_samples=3,
+        style_of=drawn_styles(5, 4, num_samples=3),
     )
     stored = run("--real", tmp_path / "val", "--fake", tmp_path / "out", *flags)
     assert stored.scores == pytest.approx(made.scores, rel=1e-6)

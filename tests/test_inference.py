@@ -141,7 +141,8 @@ def size_of(path: Path) -> tuple[int, ...]:
 
 def test_sizes_names_and_gallery(run, checkpoint, label_maps, tmp_path, capsys):
     out = tmp_path / "out put"
-    run("--checkpoint", checkpoint, "--input_dir", label_maps, "--output_dir", out, "--single_gpu", "--local-rank=0")
+    run("--checkpoint", checkpoint, "--input_dir", label_maps, "--output_dir", out, "--size", "own", "--single_gpu",
+        "--local-rank=0")  # fmt: skip
     assert set(files(out)) == {f"{name}.png" for name in NAMES}
     for name, size in zip(NAMES, SIZES, strict=True):
         assert size_of(out / f"{name}.png") == size

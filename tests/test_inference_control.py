@@ -74,7 +74,8 @@ def run(monkeypatch, label_maps, tmp_path):
     def call(
         checkpoint: Path, *flags: object, input_dir: Path = label_maps, to: str = "out", overwrite: bool = True
     ) -> dict[str, np.ndarray]:
-        known = ["--device", "cpu", "--no_gallery", "--checkpoint", checkpoint, "--input_dir", input_dir]
+        known = ["--device", "cpu", "--size", "own", "--no_gallery", "--checkpoint", checkpoint]
+        known += ["--input_dir", input_dir]
         existing = ["--overwrite"] if overwrite else []
         arguments = ["inference.py", *known, "--output_dir", tmp_path / to, *existing, *flags]
         monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
@@ -97,7 +98,7 @@ def photo(path: Path, seed: int, mean: int) -> Path:
 
 
 def test_a_style_seed_is_one_style_for_all_label_maps(run, styled):
-    synthesizer = Synthesizer.load(styled, device="cpu")
+    synthesizer = Synthesizer.load(styled, device="cpu", size="own")
     made = run(styled, "--style_seed", 3, "--num_samples", 2)
     assert len(made) == 6
     for path, picture in made.items():
@@ -108,7 +109,7 @@ def test_a_style_seed_is_one_style_for_all_label_maps(run, styled):
 
 
 def test_a_folder_of_style_pictures_joins_by_name_or_takes_turns(run, styled, tmp_path):
-    synthesizer = Synthesizer.load(styled, device="cpu")
+    synthesizer = Synthesizer.load(styled, device="cpu", size="own")
     for number, key in enumerate(KEYS):
         photo(tmp_path / "named" / f"{key}.jpg", number, 60 * number)
     for path, picture in run(styled, "--style_image", tmp_path / "named").items():
@@ -124,7 +125,7 @@ def test_a_folder_of_style_pictures_joins_by_name_or_takes_turns(run, styled, tm
 
 
 def test_a_way_between_two_styles(run, styled, tmp_path):
-    synthesizer = Synthesizer.load(styled, device="cpu")
+    synthesizer = Synthesizer.load(styled, device="cpu", size="own")
     end = photo(tmp_path / "end.jpg", 0, 200)
     made = run(styled, "--style_interpolate", 5, end, "--steps", 4)
     assert len(made) == 12
@@ -289,7 +290,7 @@ def test_unknown_colours(run, plain, styled, tmp_path):
 
 
 def test_large_label_maps_are_announced(run, plain, tmp_path):
-    with pytest.raises(DataError, match=r"a: a label map of 2,240 pixels.* write --max_pixels 2240"):
+    with pytest.raises(DataError, match=r"a: a label map .* at 40x56, 2,240 pixels .* write --max_pixels 2240"):
         run(plain, "--max_pixels", 2239)
     assert len(run(plain, "--max_pixels", 2240)) == 3
 
@@ -358,7 +359,8 @@ def test_a_killed_run_leaves_whole_pictures_and_is_finished(run, plain, label_ma
         write_png(label_maps / f"{number}.png", blocky_labels(np.random.default_rng(number), 64, 90, 5))
     expected = run(plain, to="whole")
     out = tmp_path / "out"
-    command = ["--checkpoint", plain, "--input_dir", label_maps, "--device", "cpu", "--no_gallery", "--output_dir", out]
+    command = ["--checkpoint", plain, "--input_dir", label_maps, "--device", "cpu", "--size", "own", "--no_gallery",
+               "--output_dir", out]  # fmt: skip
     process = subprocess.run(
         [sys.executable, "-c", KILLED, *map(str, command)], cwd=REPOSITORY, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},

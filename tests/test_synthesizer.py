@@ -26,14 +26,14 @@ def folder(tmp_path_factory):
 def styled(folder) -> Synthesizer:
     """With style code, encoder and edges."""
     tree = changed(TREE, data__labels__palette=PALETTE, data__labels__names=list("abcde"))
-    return Synthesizer.load(save(folder / "checkpoint_000000002400.pt", tree), device="cpu")
+    return Synthesizer.load(save(folder / "checkpoint_000000002400.pt", tree), device="cpu", size="own")
 
 
 @pytest.fixture(scope="module")
 def plain(folder) -> Synthesizer:
     """Without style code, encoder, edges and palette."""
     tree = changed(TREE, gen__style_dims=0, encoder=None, data__edges="none")
-    return Synthesizer.load(str(save(folder / "plain.pt", tree)), device="cpu")
+    return Synthesizer.load(str(save(folder / "plain.pt", tree)), device="cpu", size="own")
 
 
 def test_every_kind_of_label_map_gives_its_kind_and_the_same_picture(styled, folder):

@@ -9,6 +9,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from imaginaire_spade.data.environments import usable_memory
 from imaginaire_spade.data.folders import DISTANCES, EDGE_FILES, Source
 from imaginaire_spade.data.sample import Root, Sample
 from imaginaire_spade.data.store import open_source
+from imaginaire_spade.data.transforms import Geometry, draw_geometry
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.layout import LayoutSpec
@@ -39,6 +41,7 @@ class LabelMapDataset(Dataset[Sample]):
         distances: whether samples have distances: read from distances/ where a root has one for every sample, else
             computed from the label map as it comes out of the augmentation.
         augmentations: joint geometry; None leaves pictures as they are.
+        size_of: (height, width) of a label map as stored -> that to which it is resized, in place of ``augmentations``.
         seed: of the augmentation.
         with_images: False for inference: only label maps (and what edges need) are read, ``root`` may be a bare
             folder of label maps, and edges come from the labels, with a warning, where their files are missing.
@@ -57,6 +60,7 @@ class LabelMapDataset(Dataset[Sample]):
         edges: str = "none",
         distances: bool = False,
         augmentations: AugmentationConfig | None = None,
+        size_of: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
         seed: int = 0,
         with_images: bool = True,
         replace: Mapping[int, int] | None = None,
@@ -67,7 +71,9 @@ class LabelMapDataset(Dataset[Sample]):
         for train_id, other in (replace or {}).items():
             self._replaced[train_id] = other  # type: ignore[index]
         self._on_unknown = on_unknown
+        assert augmentations is None or size_of is None, "one rule says how label maps are resized"
         self.augmentations = augmentations or AugmentationConfig()
+        self._size_of = size_of
         self.seed = seed
         self.with_images = with_images
         self.spec = LayoutSpec(
@@ -151,10 +157,9 @@ class LabelMapDataset(Dataset[Sample]):
             DataError, LabelError: naming the file and what is wrong with it.
         """
         places = [self._place(index) for index, _ in items]
-        draws = [four_numbers(self.seed, draw, "augmentation") for _, draw in items]
         maps = [
-            root.read_maps(key, self._train_ids, self.augmentations, numbers, draw_edges=draw_edges)
-            for (root, key), numbers in zip(places, draws, strict=True)
+            root.read_maps(key, self._train_ids, partial(self._geometry, draw=draw), draw_edges=draw_edges)
+            for (root, key), (_, draw) in zip(places, items, strict=True)
         ]
         images: Sequence[Tensor | None] = [None] * len(items)
         if self.with_images:
@@ -179,14 +184,24 @@ class LabelMapDataset(Dataset[Sample]):
         for root in self._roots:
             root.source.readahead = fits
 
-    def check_label_map(self, index: int) -> tuple[int, int]:
-        """(height, width) of a stored label map. Raises DataError, LabelError where it cannot be used."""
+    def check_label_map(self, index: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(height, width) of a label map as stored, and as ``read`` gives it (without a draw).
+
+        Raises:
+            DataError, LabelError: it cannot be used.
+        """
         root, key = self._place(index)
         where = root.source.where(key, "seg_maps")
         raw = decode_label(root.source.read(key, "seg_maps"), where)
         if self._on_unknown is None:
             self.labels.count_pixels(raw, where)
-        return raw.shape[0], raw.shape[1]
+        stored = raw.shape[0], raw.shape[1]
+        geometry = self._geometry(stored, where, index)
+        return stored, (geometry.height, geometry.width)
+
+    def _geometry(self, stored: tuple[int, int], where: str, draw: int) -> Geometry:
+        augmentations = self.augmentations if self._size_of is None else _resizing_to(self._size_of(stored))
+        return draw_geometry(*stored, augmentations, four_numbers(self.seed, draw, "augmentation"), where)
 
     def _place(self, index: int) -> tuple[Root, str]:
         """The root that has a sample, and the sample's key there."""
@@ -204,6 +219,11 @@ class LabelMapDataset(Dataset[Sample]):
             labels = self.labels.to_train_ids(raw, where, unknown="dont_care")
             self._on_unknown(error)
         return labels if self._replaced is None else self._replaced[labels]
+
+
+@lru_cache(maxsize=1024)
+def _resizing_to(size: tuple[int, int]) -> AugmentationConfig:
+    return AugmentationConfig(resize_h_w=size)
 
 
 def _unique_keys(sources: Sequence[Source]) -> list[str]:

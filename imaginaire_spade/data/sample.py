@@ -7,7 +7,7 @@ the random generator alone. Nothing here is ever one-hot, and pictures stay uint
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.data.decode import decode_edges, decode_image, decode_instances, decode_label, image_size, is_jpeg
 from imaginaire_spade.data.distances import NOT_FINITE, class_distances, decode_distances
 from imaginaire_spade.data.folders import DISTANCES, EDGE_FILES, Source
@@ -25,7 +24,6 @@ from imaginaire_spade.data.transforms import (
     apply_to_distances,
     apply_to_image,
     apply_to_map,
-    draw_geometry,
     edges_from_ids,
 )
 from imaginaire_spade.errors import DataError
@@ -64,8 +62,7 @@ class Root:
         self,
         key: str,
         to_train_ids: Callable[[NDArray[np.generic], str], NDArray[np.generic]],
-        augmentations: AugmentationConfig,
-        draws: Sequence[float],
+        geometry_of: Callable[[tuple[int, int], str], Geometry],
         *,
         draw_edges: bool = True,
     ) -> tuple[Sample, Geometry]:
@@ -73,7 +70,7 @@ class Root:
 
         Args:
             to_train_ids: a raw label map, and what to call it -> ids.
-            draws: four numbers in [0, 1), of which the augmentation is a function.
+            geometry_of: (height, width) of the label map as stored, and what to call it -> how it is cut and resized.
             draw_edges: False: edges that follow the labels are left to others.
         Raises:
             DataError, LabelError: naming the file and what is wrong with it.
@@ -81,7 +78,7 @@ class Root:
         where = self.source.where(key, "seg_maps")
         raw = decode_label(self.source.read(key, "seg_maps"), where)
         size = raw.shape[0], raw.shape[1]
-        geometry = draw_geometry(*size, augmentations, draws, where)
+        geometry = geometry_of(size, where)
         # Only values that reach the network are looked at; the builder has looked at all.
         ids = to_train_ids(apply_to_map(raw, geometry), where)
         has_edges = self.edges != "none" and (draw_edges or self.edges != "labels")

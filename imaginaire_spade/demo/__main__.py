@@ -14,6 +14,7 @@ from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.demo.server import PaintingServer, is_loopback
 from imaginaire_spade.demo.service import PaintingService
 from imaginaire_spade.errors import DataError, run_command_line
+from imaginaire_spade.inference.sizes import SIZE_HELP, read_size
 from imaginaire_spade.inference.synthesizer import Synthesizer
 
 
@@ -29,6 +30,9 @@ def parse_arguments() -> argparse.Namespace:
                         help="label maps to start from: a folder, a data set or an LMDB root (default: the"
                              " checkpoint's own validation data, where it is there)")  # fmt: skip
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="moving average (default) or raw")
+    parser.add_argument("--size", metavar="trained|own|HxW",
+                        help=f"{SIZE_HELP} (default: trained for canvases of which a side differs from it by more than"
+                             " 1.5 times, own for others); pictures are resized to the canvas")  # fmt: skip
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
                         help="import your module, which registers your components (repeat)")  # fmt: skip
@@ -57,8 +61,9 @@ def find_samples(config: RunConfig, given: str | None) -> LabelMapDataset | None
 
 def main() -> None:
     arguments = parse_arguments()
+    size = read_size(arguments.size, "--size")
     import_modules(arguments.modules)
-    synthesizer = Synthesizer.load(arguments.checkpoint, weights=arguments.weights, device=arguments.device)
+    synthesizer = Synthesizer.load(arguments.checkpoint, weights=arguments.weights, device=arguments.device, size=size)
     config = synthesizer.model.config
     for note in synthesizer.model.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -23,6 +23,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from imaginaire_spade.demo.service import BusyError, PaintingService
 from imaginaire_spade.errors import ConfigError, DataError, UserError
+from imaginaire_spade.inference.sizes import shown
 
 MAX_JSON_BYTES = 4 * 2**20
 """A label map of ``MAX_SIDE`` squared with two bytes per id, in base64, is 2.7 MiB."""
@@ -64,6 +65,7 @@ class RefusedError(Exception):
 class _Answer:
     content: bytes
     content_type: str
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 def _page_file(path: str) -> _Answer:
@@ -144,7 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._body_read = "Content-Length" not in self.headers and "Transfer-Encoding" not in self.headers
         try:
             self._check_origin()
-            self._send(HTTPStatus.OK, self._answer(method))
+            answer = self._answer(method)
+            self._send(HTTPStatus.OK, answer, answer.headers)
         except RefusedError as refused:
             self._send(refused.status, _error(str(refused)), refused.headers)
         except BusyError as error:
@@ -200,7 +203,9 @@ class _Handler(BaseHTTPRequestHandler):
         return _json(self.server.service.sample(**_numbers(query, "number", "height", "width")))
 
     def _picture(self, _: str) -> _Answer:
-        return _Answer(self.server.service.picture(self._read_json()), "image/png")
+        fields, service = self._read_json(), self.server.service
+        picture = service.picture(fields)
+        return _Answer(picture, "image/png", {"Generated-Size": shown(service.generated_size(fields))})
 
     def _label_map_file(self, _: str) -> _Answer:
         return _Answer(self.server.service.label_map_file(self._read_json()), "image/png")

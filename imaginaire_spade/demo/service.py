@@ -84,7 +84,7 @@ class PaintingService:
         }
 
     def picture(self, fields: Mapping[str, Any]) -> bytes:
-        """The picture of a label map as PNG.
+        """The picture of a label map as PNG, of the label map's size.
 
         Args:
             fields: ``height``, ``width``, ``labels`` (base64 of the ids, row by row, ``bytes_per_id`` each, low byte
@@ -96,8 +96,12 @@ class PaintingService:
         raw = self._raw_label_map(fields, optional=style_fields)
         seed = _whole_number(fields, "seed", 0, MAX_SEED) if "seed" in fields else 0
         style = self._style_code(fields["style"]) if "style" in fields else None
-        picture = self._run(lambda: self._synthesizer(raw, seed=seed, style=style))
+        picture = self._run(lambda: self._synthesizer(raw, seed=seed, style=style, resize_back=True))
         return encode_picture(picture, ".png")
+
+    def generated_size(self, fields: Mapping[str, Any]) -> tuple[int, int]:
+        """(height, width) at which ``picture`` generates what it then resizes; fields are its own."""
+        return self._synthesizer.sizes((fields["height"], fields["width"]))
 
     def label_map_file(self, fields: Mapping[str, Any]) -> bytes:
         """A label map as a PNG of raw ids: with a palette of the table's colours, or 16-bit where ids exceed 255."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -19,6 +18,7 @@ from imaginaire_spade.evaluation.report import Report
 from imaginaire_spade.evaluation.report_page import Example, worst_classes
 from imaginaire_spade.evaluation.segmentation import SegmentationMetric
 from imaginaire_spade.evaluation.sources import EvaluatedPicture, PictureSource
+from imaginaire_spade.pictures import resized
 
 SHOWN = 12
 """Samples in the grid of a report page."""
@@ -93,11 +93,7 @@ class SegmentationPass:
         if key not in self._sizes:
             return
         photo, size = _rgb(picture.pixels), self._sizes[key]
-        if photo.shape[:2] != size:
-            shrinking = size[0] * size[1] < photo.shape[0] * photo.shape[1]
-            how = cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC
-            photo = cv2.resize(photo, (size[1], size[0]), interpolation=how)  # type: ignore[assignment]
-        self.metric.add("real", key, photo, self.maps[key])
+        self.metric.add("real", key, resized(photo, *size), self.maps[key])
 
 
 def page_samples(

@@ -5,10 +5,12 @@ One model was reported with an FID of 71.8, 63, 57.6, 51.98 and 50.38 on one dat
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.errors import DataError
 
 REFERENCE_SPLITS = ("train", "val")
@@ -32,6 +34,8 @@ class Protocol:
     fake_size: str
     real_format: str | None
     fake_format: str
+    geometry: str | None = None
+    """How label maps (and photos of the same data) were cut and resized; None for stored pictures."""
     feature_network: str | None = None
     weights_sha256: str | None = None
     feature_dim: int | None = None
@@ -66,9 +70,15 @@ class Protocol:
         return [f"{name}: {value}" for name, value in asdict(self).items() if value is not None]
 
 
+def geometry_stamp(augmentations: AugmentationConfig) -> str:
+    """An augmentation in one line: its keys, as JSON, other than the defaults."""
+    changed = augmentations.model_dump(mode="json", exclude_defaults=True)
+    return json.dumps(changed) if changed else "own sizes"
+
+
 def differences(a: Protocol, b: Protocol) -> list[str]:
     """What differs, one line each; what only one of the two measured is no difference."""
-    optional = ("kid", "precision_recall", "diversity", "segmentation", "ignore")
+    optional = ("geometry", "kid", "precision_recall", "diversity", "segmentation", "ignore")
     features = ("feature_network", "weights_sha256", "feature_dim", "resize", "resized_to")
     ours, theirs = asdict(a), asdict(b)
     skipped = {name for name in optional if ours[name] is None or theirs[name] is None}

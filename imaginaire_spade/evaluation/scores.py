@@ -12,11 +12,12 @@ import numpy as np
 from torch import Tensor
 
 import imaginaire_spade
+from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation.collection import Collection
 from imaginaire_spade.evaluation.diversity import PerceptualNetwork
 from imaginaire_spade.evaluation.features import INCEPTION_SHA256, FeatureNetwork
-from imaginaire_spade.evaluation.protocol import Protocol
+from imaginaire_spade.evaluation.protocol import Protocol, geometry_stamp
 from imaginaire_spade.evaluation.report import Report
 from imaginaire_spade.evaluation.statistics import frechet_distance
 
@@ -105,9 +106,12 @@ def evaluate_pictures(
     perceptual: PerceptualNetwork | None = None,
     num_samples: int = 1,
     subject: Mapping[str, str] | None = None,
+    geometry: AugmentationConfig | None = None,
 ) -> Report:
     """Compute scores of two collections. Not a collective: one process suffices.
 
+    Args:
+        geometry: through which the label maps of generated pictures went, for the protocol; None for stored ones.
     Raises:
         ConfigError: a metric needs what statistics in a file do not have; a library is missing.
         DataError: too few pictures.
@@ -144,6 +148,7 @@ def evaluate_pictures(
         fake_size=fake.description.size,
         real_format=real.description.format,
         fake_format=fake.description.format,
+        geometry=None if geometry is None else geometry_stamp(geometry),
         feature_network=network.name if network else None,
         weights_sha256=network.sha256 if network else None,
         feature_dim=network.dim if network else None,

@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 
 from imaginaire_spade.build import build_split
-from imaginaire_spade.config import load_config, load_labels
+from imaginaire_spade.config import AugmentationConfig, load_config, load_labels
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.evaluation.label_maps import LabelMaps
 from imaginaire_spade.evaluation.sources import DatasetPhotos, FolderPictures, PictureSource
 from imaginaire_spade.evaluation.statistics import holds_statistics
 from imaginaire_spade.inference.generated import GeneratedPictures
-from imaginaire_spade.inference.weights import check_fits, find_checkpoint, load_generator, with_overrides
+from imaginaire_spade.inference.sizes import Asked, SizeRule
+from imaginaire_spade.inference.weights import check_fits, find_checkpoint, load_generator
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Evaluated:
     maps: LabelMaps | None
     subject: dict[str, str]
     """What the report says of it."""
+    geometry: AugmentationConfig | None = None
+    """How label maps, and photos of the data set, are cut and resized; None for stored pictures."""
 
 
 def stored_pictures(
@@ -67,6 +70,7 @@ def checkpoint_pictures(
     overrides: Sequence[str],
     *,
     weights: str,
+    size: Asked = None,
     device: torch.device,
     real: Path | None,
     reference_split: str,
@@ -79,6 +83,7 @@ def checkpoint_pictures(
 
     Args:
         checkpoint, logdir, config_file: which, as ``find_checkpoint`` reads them.
+        size: at which pictures are made, and photos of the data compared; None: through the geometry of data.val.
         real: photos or statistics to compare with; None: those of the data, of ``reference_split``.
         seed: of the style codes; None: the config's.
         with_photos: whether the photos of data.val are needed, whatever ``real`` is.
@@ -87,11 +92,10 @@ def checkpoint_pictures(
     """
     given = load_config(config_file, overrides) if config_file else None
     path = find_checkpoint(checkpoint, logdir, given)
-    model = load_generator(path, weights=weights, device=device)
-    config = with_overrides(model.config, overrides, path.name)
-    for other, where in ((given, str(config_file)), (config, f"--set {' '.join(overrides)}")):
-        if other is not None:
-            check_fits(model.config, other, where)
+    model = load_generator(path, weights=weights, overrides=overrides, device=device, frozen=True)
+    config = model.config
+    if given is not None:
+        check_fits(config, given, str(config_file))
     if given is not None and given.data.labels != config.data.labels:
         print(f"note: data.labels of {config_file} differs from the checkpoint's, which is used", file=sys.stderr)
     for note in model.notes:
@@ -99,6 +103,9 @@ def checkpoint_pictures(
     train, val = (given or config).data.train, (given or config).data.val
     if val is None:
         raise ConfigError(f"{config_file or path}: no data.val to evaluate on: write data: {{val: {{roots: [DIR]}}}}")
+    if size is not None:
+        resize_to = SizeRule(size, model.trained_size).one_size
+        val = val.model_copy(update={"augmentations": AugmentationConfig(resize_h_w=resize_to)})
     if num_samples > 1 and not model.style_dims:
         raise ConfigError(
             f"--num_samples {num_samples}: this generator takes no style code, so that the samples of a label map are"
@@ -123,4 +130,4 @@ def checkpoint_pictures(
         photos = compared if reference_split == "val" else None
     if photos is None and with_photos:
         photos = DatasetPhotos(build_split(config, val), of_val)
-    return Evaluated(fake, compared, photos, LabelMaps(maps, of_val), subject)
+    return Evaluated(fake, compared, photos, LabelMaps(maps, of_val), subject, val.augmentations)

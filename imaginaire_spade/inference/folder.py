@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ from typing import Literal
 from tqdm import tqdm
 
 from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.decode import image_size
 from imaginaire_spade.data.sample import Sample
 from imaginaire_spade.data.workers import read_ahead
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.inference.animation import write_animation
 from imaginaire_spade.inference.output import Output, Writer, check_output_folder, make_folder, plan_outputs
+from imaginaire_spade.inference.sizes import MAX_PIXELS, Size, SizeRule, shown
 from imaginaire_spade.inference.style import StyleOf, drawn_styles
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, synthesise
 from imaginaire_spade.inference.weights import LoadedModel
@@ -29,8 +32,6 @@ from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.pictures import GalleryEntry, Picture, write_gallery, write_image
 
 READ_THREADS = 3
-MAX_PIXELS = 2**24
-"""4096 squared: what is larger by mistake would take all memory."""
 PROBLEMS_SHOWN = 10
 
 
@@ -85,9 +86,12 @@ def generate_folder(
     existing: Literal["refuse", "skip", "overwrite"] = "refuse",
     on_bad_label: Literal["fail", "skip"] = "fail",
     max_pixels: int = MAX_PIXELS,
+    sizes: SizeRule | None = None,
+    resize_back: bool = False,
     gallery: bool = True,
     info: ProcessInfo | None = None,
     on_written: Callable[[int, int], None] = lambda done, total: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> RunReport:
     """Write the pictures of this process's share of a data set: every ``world_size``-th key, in sorted order.
 
@@ -100,9 +104,13 @@ def generate_folder(
         existing: what to do with pictures in ``directory``: "refuse", "skip" or "overwrite".
         on_bad_label: "fail": every label map is looked at before the first picture is made; "skip": those that cannot
             be used are left out.
-        max_pixels: larger label maps cannot be used.
+        max_pixels: label maps that would be generated (or resized back) at more cannot be used.
+        sizes: the rule by which ``dataset`` resizes label maps, to say what it does.
+        resize_back: resize pictures to the size of the stored label map; else they are of that at which it is read.
         gallery: write ``index.html`` (rank 0; it names every process's pictures) and coloured label maps for it.
         on_written: called with (pictures done, pictures to do) of this process.
+        on_note: called (rank 0) with what the user should know: before the first picture where all label maps are
+            looked at by then, else at the end.
     Raises:
         UserError: before the first picture, for whatever can be known by then; DataError for a label map that cannot
             be used, naming the file. Pictures written by then stay, and are whole.
@@ -117,13 +125,23 @@ def generate_folder(
     wanted = {output.key: _wanted(output, directory, existing == "skip", gallery) for output in own}
     todo = [output for output in own if wanted[output.key] is not None]
     number = sum(len(samples or ()) for samples in wanted.values())
+
+    def tell(note: str | None) -> None:
+        if note is not None and info.is_main:
+            on_note(note if info.world_size == 1 else f"process {info.rank} of {info.world_size}: {note}")
+
+    own_sizes: Counter[Size] = Counter()
+    if existing == "skip":
+        tell(_note_of_kept(dataset, directory, own, resize_back))
     if on_bad_label == "fail":
-        _check_label_maps(dataset, todo, max_pixels)
+        own_sizes = _check_label_maps(dataset, todo, max_pixels, resize_back)
+        tell(sizes.note(own_sizes, resize_back=resize_back) if sizes else None)
 
     def read(output: Output) -> tuple[Output, Sample | DataError]:
         try:
             sample = dataset[output.index]
-            _check_pixels(sample.labels.numel(), sample.key, max_pixels)
+            size = (sample.labels.shape[0], sample.labels.shape[1])
+            _check_pixels(sample.key, sample.original_size, size, max_pixels, resize_back)
         except DataError as error:
             if on_bad_label == "fail":
                 raise
@@ -141,12 +159,15 @@ def generate_folder(
                 if isinstance(sample, DataError):
                     left_out[output.key] = str(sample)
                     continue
+                if on_bad_label == "skip":  # else they are known
+                    own_sizes[sample.original_size] += 1
                 if gallery:
                     coloured = dataset.labels.colourise(sample.labels.numpy())
                     writer.put(write_image, directory / output.label_map, coloured)
                 for j in wanted[output.key] or ():
                     z = style_of(output.key, j)
-                    yield Request(output.pictures[j], sample.labels, sample.edges, z, sample.distances)
+                    back = sample.original_size if resize_back else None
+                    yield Request(output.pictures[j], sample.labels, sample.edges, z, sample.distances, back)
 
         for path, picture in synthesise(model, requests(), batch_size):
             writer.put(write_image, directory / path, picture)
@@ -160,14 +181,16 @@ def generate_folder(
             done += 1
             on_written(done, number)
     seconds = time.perf_counter() - started_at
+    if on_bad_label == "skip":
+        tell(sizes.note(own_sizes, resize_back=resize_back) if sizes else None)
     page = None
     if gallery and info.is_main:
         absent = set(left_out)
         if on_bad_label == "skip":
             # What other processes leave out is found again, rather than agreed on between them.
             others = [output for output in everything if output.key not in wanted]
-            problems = _problems(dataset, others, max_pixels)
-            absent |= {output.key for output, problem in zip(others, problems, strict=True) if problem}
+            looked_at = _looked_at(dataset, others, max_pixels, resize_back)
+            absent |= {o.key for o, found in zip(others, looked_at, strict=True) if isinstance(found, DataError)}
         page = _write_gallery(model, dataset.labels, directory, [o for o in everything if o.key not in absent])
     total = sum(len(output.pictures) for output in everything)
     return RunReport(done, total, seconds, page, tuple(left_out.values()))
@@ -181,25 +204,60 @@ def _wanted(output: Output, directory: Path, keep: bool, gallery: bool) -> Seque
     return missing if missing or (gallery and not (directory / output.label_map).is_file()) else None
 
 
-def _problems(dataset: LabelMapDataset, outputs: Sequence[Output], max_pixels: int) -> Iterator[DataError | None]:
-    """What is wrong with each label map, or None where it can be used."""
-
-    def problem(output: Output) -> DataError | None:
+def _note_of_kept(
+    dataset: LabelMapDataset, directory: Path, outputs: Sequence[Output], resize_back: bool
+) -> str | None:
+    """Says so where the first of the pictures that stay is of another size than this run would write."""
+    for output in outputs:
+        path = directory / output.pictures[0]
+        if not path.is_file():
+            continue
         try:
-            height, width = dataset.check_label_map(output.index)
-            _check_pixels(height * width, output.key, max_pixels)
+            stored, read = dataset.check_label_map(output.index)
+            kept = image_size(path.read_bytes(), str(path))
+        except DataError:
+            return None
+        size = stored if resize_back else read
+        if kept != size:
+            return (
+                f"{path} stays as it is, {shown(kept)}, where this run would write {shown(size)}: the folder will hold"
+                " pictures of several sizes (--overwrite makes all anew)"
+            )
+        return None
+    return None
+
+
+def _looked_at(
+    dataset: LabelMapDataset, outputs: Sequence[Output], max_pixels: int, resize_back: bool
+) -> Iterator[Size | DataError]:
+    """(height, width) of each label map as stored, or what is wrong with it."""
+
+    def look(output: Output) -> Size | DataError:
+        try:
+            stored, read = dataset.check_label_map(output.index)
+            _check_pixels(output.key, stored, read, max_pixels, resize_back)
         except DataError as error:
             return error
-        return None
+        return stored
 
-    return read_ahead(problem, outputs, 8 * READ_THREADS, num_threads=READ_THREADS)
+    return read_ahead(look, outputs, 8 * READ_THREADS, num_threads=READ_THREADS)
 
 
-def _check_label_maps(dataset: LabelMapDataset, outputs: Sequence[Output], max_pixels: int) -> None:
-    """Raises DataError: what is wrong with the first label map that cannot be used, and how many more there are."""
-    problems = []
-    for found in _problems(dataset, outputs, max_pixels):
-        problems += [found] if found else []
+def _check_label_maps(
+    dataset: LabelMapDataset, outputs: Sequence[Output], max_pixels: int, resize_back: bool
+) -> Counter[Size]:
+    """How many label maps are of each (height, width).
+
+    Raises:
+        DataError: what is wrong with the first label map that cannot be used, and how many more there are.
+    """
+    problems: list[DataError] = []
+    sizes: Counter[Size] = Counter()
+    for found in _looked_at(dataset, outputs, max_pixels, resize_back):
+        if isinstance(found, DataError):
+            problems.append(found)
+        else:
+            sizes[found] += 1
         if len(problems) == PROBLEMS_SHOWN:
             break
     if problems:
@@ -210,13 +268,19 @@ def _check_label_maps(dataset: LabelMapDataset, outputs: Sequence[Output], max_p
             + (f"\n{len(others)} more{' or more' * (len(problems) == PROBLEMS_SHOWN)}:{more}" if others else "")
             + "\n(--on_bad_label skip leaves such label maps out; ignore takes unknown ids as don't care)"
         )
+    return sizes
 
 
-def _check_pixels(pixels: int, key: str, most: int) -> None:
-    if pixels > most:
+def _check_pixels(key: str, stored: Size, read: Size, most: int, resize_back: bool) -> None:
+    if (pixels := read[0] * read[1]) > most:
         raise DataError(
-            f"{key}: a label map of {pixels:,} pixels, and a picture of it would be made in one piece. Shrink it"
-            f" (nearest neighbour), or write --max_pixels {pixels} if the memory is there"
+            f"{key}: a label map that would be generated at {shown(read)}, {pixels:,} pixels in one piece. Write --size"
+            f" trained or a smaller --size HEIGHTxWIDTH, or write --max_pixels {pixels} if the memory is there"
+        )
+    if resize_back and (pixels := stored[0] * stored[1]) > most:
+        raise DataError(
+            f"{key}: a label map of {shown(stored)}, {pixels:,} pixels, to which its picture would be resized back."
+            f" Leave --resize_back out, or write --max_pixels {pixels} if the memory is there"
         )
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint's pictures of a data set's label maps, for evaluation: the pixels that inference.py would write."""
+"""A checkpoint's pictures of a data set's label maps, for evaluation: the pixels that inference.py writes."""
 
 from __future__ import annotations
 

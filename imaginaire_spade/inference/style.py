@@ -131,8 +131,7 @@ def encode_style(model: LoadedModel, picture: Picture) -> tuple[Tensor, Tensor]:
     check_has_encoder(model)
     assert model.encoder is not None
     # Shrunk by area average to about the size of the training pictures; the encoder's own resizing would alias.
-    trained_at = model.config.data.train.augmentations.output_h_w
-    scale = min(trained_at) / min(picture.shape[:2]) if trained_at else 1
+    scale = min(model.trained_size) / min(picture.shape[:2]) if model.trained_size else 1
     if scale < 1:
         size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
         picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)  # type: ignore[assignment]

@@ -19,7 +19,7 @@ from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.errors import UserError
 from imaginaire_spade.inference.weights import LoadedModel
 from imaginaire_spade.layout import SemanticLayout
-from imaginaire_spade.pictures import Picture
+from imaginaire_spade.pictures import Picture, resized
 from imaginaire_spade.training.step import AUTOCAST
 
 BATCHES_HELD = 8
@@ -39,6 +39,8 @@ class Request:
     """float [style_dims]."""
     distances: Tensor | None = None
     """float32 [2, H, W]; computed where the generator needs them and they are not given."""
+    resize_to: tuple[int, int] | None = None
+    """(height, width) to which the picture is resized; None: it is of the label map's."""
 
 
 def padded_size(height: int, width: int, multiple: int) -> tuple[int, int]:
@@ -47,7 +49,8 @@ def padded_size(height: int, width: int, multiple: int) -> tuple[int, int]:
 
 
 def synthesise(model: LoadedModel, requests: Iterable[Request], batch_size: int = 1) -> Iterator[tuple[str, Picture]]:
-    """Make the pictures: (name, RGB uint8 [H, W, 3] of the label map's size), in an order of their own.
+    """Make the pictures: (name, RGB uint8 [H, W, 3] of the label map's size or ``resize_to``), in an order of
+    their own.
 
     Requests are taken lazily and wait for others of their padded size, at most ``BATCHES_HELD`` batches of them.
 
@@ -145,4 +148,4 @@ def _fetched(requests: Sequence[Request], images: Tensor) -> Iterator[tuple[str,
                 " diverged: try an earlier checkpoint, or --weights raw"
             )
         height, width = request.labels.shape
-        yield request.name, picture[:height, :width]
+        yield request.name, resized(picture[:height, :width], *(request.resize_to or (height, width)))

@@ -1,11 +1,12 @@
 """Label maps -> pictures, in Python: ``Synthesizer.load("model.pt")(label_map, seed=0)``.
 
-Owns what a caller's label map, edges and style may be. How a label map goes through the generator, sizes included, is
-``synthesis``'s.
+Owns what a caller's label map, edges and style may be. How a label map goes through the generator is ``synthesis``'s,
+and at which size is that of ``sizes``.
 """
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imaginaire_spade.build import layout_spec
-from imaginaire_spade.data.transforms import edges_from_ids
+from imaginaire_spade.data.transforms import Geometry, apply_to_map, edges_from_ids
 from imaginaire_spade.distributed import ProcessInfo, choose_device
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError
+from imaginaire_spade.inference.sizes import Size, SizeRule, read_size, shown
 from imaginaire_spade.inference.style import encode_style, read_style_picture, style_of_seed
 from imaginaire_spade.inference.synthesis import Request, synthesise
 from imaginaire_spade.inference.weights import LoadedModel, find_checkpoint, load_generator
@@ -33,8 +35,16 @@ WHERE = "the label map"
 class Synthesizer:
     """A trained generator as a function of label maps.
 
-    The picture of a label map is that of ``inference.py --style_seed SEED`` (or ``--style_image``): of the label map's
-    own size, which may be any (it is filled up with don't-care to a multiple of the generator's, and cut off again).
+    The picture of a label map is that of ``inference.py --style_seed SEED`` (or ``--style_image``), ``--size`` and
+    ``--resize_back``.
+
+    Args:
+        model: what ``load_generator`` gives.
+        size: at which label maps are generated: "trained" (the size of the training images), "own" (the label map's),
+            or (height, width) or "HEIGHTxWIDTH". None: "trained" for label maps of which a side differs from it by
+            more than 1.5 times (the first of them is warned of, as its picture has another size), "own" for others.
+            Any size can be generated; at one far from the trained, objects come out wrong.
+        resize_back: give pictures the label map's own size (bicubic; areas averaged where they become smaller).
 
     Attributes:
         labels: the checkpoint's label table: ``names``, ``palette``, ``num_classes``, ``colourise``.
@@ -42,14 +52,20 @@ class Synthesizer:
         has_style_encoder: whether ``style`` may be a picture.
         style_dims: length of a style code; 0: the generator takes none, and a label map has one picture.
         wants_edges: whether the generator sees object borders besides labels.
+        sizes: the rule of ``size``: (height, width) of a label map -> that at which it is generated.
         model: what was loaded (generator, encoder, config, ``notes`` for the user).
     """
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(
+        self, model: LoadedModel, *, size: str | tuple[int, int] | None = None, resize_back: bool = False
+    ) -> None:
         config = model.config
         self.model = model
         self.labels: LabelSpec = config.data.labels
-        self.size = config.data.train.augmentations.output_h_w
+        self.size = model.trained_size
+        self.sizes = SizeRule(read_size(size, "size"), self.size)
+        self.resize_back = resize_back
+        self._told_of_size = False
         self.has_style_encoder = model.encoder is not None
         self.style_dims = model.style_dims
         self.wants_edges = layout_spec(config).has_edges
@@ -62,6 +78,8 @@ class Synthesizer:
         weights: Literal["ema", "raw"] = "ema",
         device: Literal["auto", "cpu", "cuda"] = "auto",
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        size: str | tuple[int, int] | None = None,
+        resize_back: bool = False,
     ) -> Synthesizer:
         """The generator of a checkpoint file, or of the newest one in a folder or log dir.
 
@@ -69,12 +87,15 @@ class Synthesizer:
             weights: "ema" (moving average, where the checkpoint has one) or "raw".
             device: "auto" (a GPU where there is one), "cpu" or "cuda".
             precision: arithmetic of the convolutions.
+            size, resize_back: as above.
         Raises:
             CheckpointError: absent, damaged, foreign, or not of the architecture its config describes.
+            ConfigError: no such size.
         """
         path = find_checkpoint(Path(checkpoint), None, None)
         where = choose_device(device, ProcessInfo())
-        return cls(load_generator(path, weights=weights, device=where, precision=precision, frozen=True))
+        model = load_generator(path, weights=weights, device=where, precision=precision, frozen=True)
+        return cls(model, size=size, resize_back=resize_back)
 
     def __call__(
         self,
@@ -84,6 +105,8 @@ class Synthesizer:
         style: ImageLike | str | Path | None = None,
         edges: ImageLike | None = None,
         instances: ImageLike | None = None,
+        size: str | tuple[int, int] | None = None,
+        resize_back: bool | None = None,
     ) -> Any:
         """The picture of one label map.
 
@@ -96,15 +119,28 @@ class Synthesizer:
             edges: [H, W], not 0 where objects meet; only for a generator that wants edges. Without it they are drawn
                 from ``instances``, and without these from the label map.
             instances: object ids, integer [H, W], from whose borders edges are drawn.
+            size, resize_back: as above, for this picture; None: as the synthesizer was made.
         Returns:
-            The kind that was given: a PIL picture (RGB), or uint8 [H, W, 3].
+            The kind that was given: a PIL picture (RGB), or uint8 [H, W, 3], of the size at which it was generated, or
+            the label map's with ``resize_back``.
         Raises:
             LabelError: values or colours that are not in the table; DataError: an array or picture of the wrong kind;
-            ConfigError: edges for a generator that takes none; CheckpointError: a style for one that takes none.
+            ConfigError: edges for a generator that takes none, no such size; CheckpointError: a style for one that
+            takes none.
         """
         train_ids = self.train_ids(label_map)
+        rule = self.sizes if size is None else SizeRule(read_size(size, "size"), self.size)
+        resize_back = self.resize_back if resize_back is None else resize_back
+        own = (train_ids.shape[0], train_ids.shape[1])
+        geometry = Geometry.whole(own, rule(own))
+        if rule.asked is None and not resize_back and (geometry.height, geometry.width) != own:
+            self._tell_of_size(own, (geometry.height, geometry.width))
         request = Request(
-            WHERE, torch.from_numpy(train_ids), self._edges(train_ids, edges, instances), self._style(style, seed)
+            WHERE,
+            torch.from_numpy(apply_to_map(train_ids, geometry)),
+            self._edges(train_ids, edges, instances, geometry),
+            self._style(style, seed),
+            resize_to=own if resize_back else None,
         )
         picture: Picture = next(iter(synthesise(self.model, [request])))[1]
         return Image.fromarray(picture) if isinstance(label_map, Image.Image) else picture
@@ -143,7 +179,11 @@ class Synthesizer:
         return torch.from_numpy(self.encode(style))
 
     def _edges(
-        self, train_ids: NDArray[np.generic], edges: ImageLike | None, instances: ImageLike | None
+        self,
+        train_ids: NDArray[np.generic],
+        edges: ImageLike | None,
+        instances: ImageLike | None,
+        geometry: Geometry,
     ) -> torch.Tensor | None:
         given = instances if edges is None else edges
         name = "instances" if edges is None else "edges"
@@ -156,7 +196,18 @@ class Synthesizer:
         ids = train_ids if given is None else _array(given, name)
         if ids.shape != train_ids.shape:
             raise DataError(f"{name} {list(ids.shape)} and the label map {list(train_ids.shape)} differ in size")
-        return torch.from_numpy((ids != 0).astype(np.uint8) if edges is not None else edges_from_ids(ids))
+        cut = apply_to_map(ids, geometry)
+        return torch.from_numpy((cut != 0).astype(np.uint8) if edges is not None else edges_from_ids(cut))
+
+    def _tell_of_size(self, own: Size, made: Size) -> None:
+        if not self._told_of_size:
+            self._told_of_size = True
+            warnings.warn(
+                f"the label map is {shown(own)} (height x width); its picture is generated at {shown(made)}, the size"
+                " this generator was trained at, and has that size. Write resize_back=True to have it resized to the"
+                ' label map\'s own size, size="own" to generate at that, size="trained" to keep it so (said once)',
+                stacklevel=3,
+            )
 
 
 def _array(given: ImageLike, name: str) -> NDArray[np.generic]:

@@ -54,6 +54,11 @@ class LoadedModel:
         return self.device.type == "cpu"
 
     @property
+    def trained_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images it was trained on; None where they were of many sizes."""
+        return self.config.data.train.augmentations.output_h_w
+
+    @property
     def size_multiple(self) -> int:
         return self.generator.size_multiple
 

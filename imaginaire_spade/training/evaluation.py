@@ -250,8 +250,9 @@ class Evaluation:
         assert self._real is not None
         subject = {"images_seen": str(images_seen), "samples": f"{len(self._indices)} of data.val"}
         report = evaluate_pictures(
-            self._real, fake, self._network, metrics=self.section.metrics, reference_split="val", subject=subject
-        )
+            self._real, fake, self._network, metrics=self.section.metrics, reference_split="val", subject=subject,
+            geometry=self._dataset.augmentations,
+        )  # fmt: skip
         if metric is None:
             return report
         assert self._real_confusion is not None

@@ -104,6 +104,8 @@ async function showPicture() {
   const fields = mapFields();
   if (model.style_dims) Object.assign(fields, style ? { style } : { seed: seed() });
   const response = await askJSON("/api/picture", fields);
+  const [height, width] = response.headers.get("Generated-Size").split("x").map(Number);
+  const resized = height !== fields.height || width !== fields.width;
   pictureFile = await response.blob();
   const image = $("result").querySelector("img");
   const old = image.src;
@@ -113,7 +115,9 @@ async function showPicture() {
   image.alt = "Picture generated from the label map";
   image.hidden = false;
   $("save_picture").disabled = false;
-  $("status").textContent = `${map.width} × ${map.height}, ${((performance.now() - startedAt) / 1000).toFixed(2)} s`;
+  const seconds = ((performance.now() - startedAt) / 1000).toFixed(2);
+  const made = resized ? ` (made at ${width} × ${height})` : "";
+  $("status").textContent = `${fields.width} × ${fields.height}${made}, ${seconds} s`;
 }
 
 function seed() {

@@ -1,0 +1,167 @@
+"""At which size a label map is generated: what ``--size`` means, and what the user is told of it.
+
+Owns the rule and its words alone: label maps are resized by the data set's geometry, pictures by ``pictures.resized``.
+A generator knows objects at the scale at which it has seen them: a street learned at 96x128 and generated at 360x480
+has black walls and a white road.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Literal
+
+from imaginaire_spade.errors import ConfigError
+
+Size = tuple[int, int]
+"""(height, width)."""
+Asked = Literal["trained", "own"] | Size | None
+"""What ``--size`` says; None: it is left out."""
+
+SIZE_HELP = "size at which label maps are generated: the training images', their own, or HEIGHTxWIDTH, such as 256x512"
+FAR = 1.5
+"""Sides that differ from the trained ones by more than this factor, either way, are far from what training showed."""
+SAME_ASPECT = 1.02
+"""Aspect ratios that differ by less look the same."""
+MAX_PIXELS = 2**24
+"""4096 squared: what is larger by mistake would take all memory."""
+
+
+def read_size(
+    given: str | tuple[int, int] | None, name: str, *, raise_with: str | None = None, max_pixels: int = MAX_PIXELS
+) -> Asked:
+    """What a command line's text or a caller's (height, width) asks for.
+
+    Args:
+        name: of the flag or argument, for messages.
+        raise_with: the flag that sets ``max_pixels``, the most that an image may have, if there is one.
+    Raises:
+        ConfigError: no such size, or too many pixels.
+    """
+    if given is None or given == "trained" or given == "own":
+        return given  # type: ignore[return-value]
+    size = _two_numbers(given)
+    if size is None or min(size) < 1:
+        raise ConfigError(f"{name} {given}: write trained, own, or HEIGHTxWIDTH in pixels, such as 256x512")
+    pixels = size[0] * size[1]
+    if pixels > max_pixels:
+        more = f", or {raise_with} {pixels} if the memory is there" if raise_with else ""
+        raise ConfigError(
+            f"{name} {shown(size)}: {pixels:,} pixels, and an image is made in one piece: write a size of at most"
+            f" {max_pixels:,} pixels{more}"
+        )
+    return size
+
+
+def _two_numbers(given: str | tuple[int, int]) -> Size | None:
+    if isinstance(given, str):
+        found = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", given, re.IGNORECASE)
+        return (int(found[1]), int(found[2])) if found else None
+    if isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(side, Integral) for side in given):
+        return int(given[0]), int(given[1])
+    return None
+
+
+def shown(size: Size) -> str:
+    """HEIGHTxWIDTH."""
+    return f"{size[0]}x{size[1]}"
+
+
+@dataclass(frozen=True)
+class SizeRule:
+    """(height, width) of a label map -> that at which it is generated.
+
+    Raises:
+        ConfigError: the trained size is asked for, and there is none.
+    """
+
+    asked: Asked = None
+    """None: the trained size for label maps that are far from it (``FAR``), all others their own."""
+    trained: Size | None = None
+    """(height, width) of the training images; None: they were of many sizes."""
+
+    def __post_init__(self) -> None:
+        if self.asked == "trained" and self.trained is None:
+            raise ConfigError(
+                "size trained: this generator was trained on images of many sizes (data.train.augmentations leaves each"
+                " its own): write own, or HEIGHTxWIDTH"
+            )
+
+    @property
+    def one_size(self) -> Size | None:
+        """That of every label map, where its own does not matter."""
+        return self.trained if self.asked == "trained" else self.asked if isinstance(self.asked, tuple) else None
+
+    def __call__(self, own: Size) -> Size:
+        if self.asked is None and self.trained is not None and self.is_far(own):
+            return self.trained
+        return self.one_size or own
+
+    def is_far(self, size: Size) -> bool:
+        """Whether training saw nothing near such a size."""
+        return self.trained is not None and any(
+            max(side, trained) > FAR * min(side, trained) for side, trained in zip(size, self.trained, strict=True)
+        )
+
+    def note(self, label_maps: Mapping[Size, int], *, resize_back: bool) -> str | None:
+        """What is done to label maps, in one line; None where there is nothing to say.
+
+        Args:
+            label_maps: own size -> how many have it.
+            resize_back: whether images are resized to the label maps' own size.
+        """
+        resized = {size: number for size, number in label_maps.items() if self(size) != size}
+        if resized:
+            return self._of_resized(resized, sum(label_maps.values()), resize_back)
+        far = {size: number for size, number in label_maps.items() if self.is_far(size)}
+        if not far or self.trained is None:
+            return None
+        return (
+            f"{_counted(far, sum(label_maps.values()))} generated at their own size; this generator was trained at"
+            f" {shown(self.trained)} and has never seen such sizes (--size trained generates at that one)"
+        )
+
+    def _of_resized(self, resized: Mapping[Size, int], total: int, resize_back: bool) -> str:
+        target = self(next(iter(resized)))
+        at_trained = "the size this generator was trained at"
+        facts, hints = [f"{_counted(resized, total)} generated at {shown(target)}"], []
+        if target == self.trained:
+            facts[0] += f", {at_trained}"
+        else:
+            facts[0] += ", as --size says"
+            facts += [f"{shown(self.trained)} is {at_trained}"] if self.trained else []
+        squeezed = {size: number for size, number in resized.items() if not _same_aspect(size, target)}
+        if squeezed:
+            size = max(squeezed, key=lambda size: squeezed[size])
+            some = f" of {sum(squeezed.values())} of them" if squeezed != resized else ""
+            before, after = size[1] / size[0], target[1] / target[0]
+            facts.append(f"the aspect ratio{some} changes, width / height {before:.2f} becomes {after:.2f}")
+            hints += [f"--size {shown(_scaled(size, min(target)))} keeps it"] if len(resized) == 1 else []
+        if self.asked is None:
+            hints.append("--size own generates at their own size")
+        if resize_back:
+            facts.append("the images are resized back to the label maps' own size")
+        else:
+            hints.append("--resize_back resizes the images to the label maps' own size")
+        return "; ".join(facts) + (f" ({'; '.join(hints)})" if hints else "")
+
+
+def _scaled(size: Size, smaller_side: int) -> Size:
+    factor = smaller_side / min(size)
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def _same_aspect(a: Size, b: Size) -> bool:
+    one, other = a[0] * b[1], b[0] * a[1]
+    return max(one, other) < SAME_ASPECT * min(one, other)
+
+
+def _counted(sizes: Mapping[Size, int], total: int) -> str:
+    """``3 of 5 label maps of 33x31 to 360x480 are``."""
+    number = sum(sizes.values())
+    smallest, largest = (choose(sizes, key=lambda size: size[0] * size[1]) for choose in (min, max))
+    between = shown(smallest) if len(sizes) == 1 else f"{len(sizes)} sizes ({shown(smallest)} to {shown(largest)})"
+    several = f"{number} of {total}" if number < total else str(number)
+    return f"{several} label map{'s' * (total > 1)} of {between} {'is' if number == 1 else 'are'}"
