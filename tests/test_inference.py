@@ -514,6 +514,10 @@ def test_damaged_weights(tmp_path, label_maps, run):
     short = save(tmp_path / "short.pt", tree, generator_ema={k: v for k, v in state.items() if k != "to_image.bias"})
     with pytest.raises(CheckpointError, match=r"(?s)short\.pt: the weights of its generator .*to_image\.bias"):
         load_generator(short)
+    for name, weight in (("wide", state["to_image.weight"].double()), ("thin", state["to_image.weight"].to_sparse())):
+        path = save(tmp_path / f"{name}.pt", tree, generator_ema={**state, "to_image.weight": weight})
+        with pytest.raises(CheckpointError, match=rf"{name}\.pt: its generator does not fit .*: to_image\.weight is"):
+            load_generator(path)
     write_checkpoint(tmp_path / "other.pt", {"config": {}})
     with pytest.raises(CheckpointError, match="without generator"):
         load_generator(tmp_path / "other.pt")

@@ -26,7 +26,7 @@ from imaginaire_spade.inference.published import PUBLISHED, read_published
 from imaginaire_spade.models.frozen import freeze
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import fold_spectral_norm
-from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpoint
+from imaginaire_spade.training.checkpoint import check_tensors, load_checkpoint, newest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,7 @@ def _load(network: nn.Module, content: Mapping[str, Any], name: str, weights: st
     try:
         if average is not None or content["format"] == PUBLISHED:
             fold_spectral_norm(network)
+        check_tensors(stored, network.state_dict(), f"{path}: its {name} does not fit its own config")
         network.load_state_dict(stored)
         fold_spectral_norm(network)
     except (RuntimeError, TypeError, AttributeError) as error:
