@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-import imaginaire_spade
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation.collection import Collection
 from imaginaire_spade.evaluation.diversity import PerceptualNetwork
@@ -19,6 +18,7 @@ from imaginaire_spade.evaluation.features import INCEPTION_SHA256, FeatureNetwor
 from imaginaire_spade.evaluation.protocol import Protocol
 from imaginaire_spade.evaluation.report import Report
 from imaginaire_spade.evaluation.statistics import frechet_distance
+from imaginaire_spade.version import __version__
 
 METRICS = ("fid", "kid", "precision_recall", "diversity", "segmentation")
 NEED_FEATURES = ("fid", "kid", "precision_recall")
@@ -135,7 +135,7 @@ def evaluate_pictures(
         diversity_rule = f"{perceptual.name} (sha256 {perceptual.sha256}), {num_samples} samples per label map"
     assert fake.description.count and fake.description.size and fake.description.format
     protocol = Protocol(
-        version=imaginaire_spade.__version__,
+        version=__version__,
         reference_split=reference_split,
         reference=real.description.digest,
         num_real=real.description.count,
