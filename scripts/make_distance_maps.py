@@ -4,7 +4,8 @@
     python scripts/make_distance_maps.py --config configs/projects/clade/camvid/base256_icpe.yaml --data_root RAW
 
 They are optional: without them distances are computed while samples are loaded. Run it before scripts/build_lmdb.py,
-which takes them along. Starting it again makes what is missing. Under torchrun the processes share the work.
+which takes them along. Starting it again makes what is missing. Under torchrun or in a SLURM job array each process
+makes its share.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from imaginaire_spade.build import import_modules
 from imaginaire_spade.config import load_config
 from imaginaire_spade.data.distance_maps import make_distance_maps
 from imaginaire_spade.data.folders import DISTANCES
-from imaginaire_spade.distributed import process_info_from_environment
+from imaginaire_spade.distributed import rank_from_environment
 from imaginaire_spade.errors import run_command_line
 
 
@@ -35,11 +36,11 @@ def main() -> None:
     arguments = parser.parse_args()
     import_modules(arguments.imports)
     labels = load_config(arguments.config, arguments.set).data.labels
-    info = process_info_from_environment()
+    rank, world_size = rank_from_environment()
     started_at = time.perf_counter()
     made, kept = make_distance_maps(
         arguments.data_root, labels, num_workers=arguments.num_workers, overwrite=arguments.overwrite,
-        rank=info.rank, world_size=info.world_size,
+        rank=rank, world_size=world_size,
     )  # fmt: skip
     seconds = time.perf_counter() - started_at
     rate = f" at {made / seconds:.0f} maps/s" if made else ""

@@ -405,6 +405,33 @@ def test_deeplab_labels_photos_by_shares(tiny_folder, tmp_path):
         deeplab_segmenter(tmp_path / "weights.pt", [], torch.device("cpu"))
 
 
+@pytest.mark.parametrize("script", ["make_distance_maps", "make_edge_maps", "label_images"])
+def test_in_a_job_array_each_sample_is_made_by_one_task(script, tiny_folder, tiny_config, tmp_path, commands):
+    types = ("images",) if script == "label_images" else ("images", "seg_maps")
+    root = tiny_folder(keys=["a", "b", "c", "s/d", "s/e"], size=(16, 16), types=types)
+    if script == "label_images":
+        weights = tmp_path / "weights.pt"
+        network = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=3)
+        torch.save(network.state_dict(), weights)
+    own = {
+        "make_distance_maps": ["--config", tiny_config(), "--num_workers", "0"],
+        "make_edge_maps": ["--of", "labels", "--num_workers", "0"],
+        "label_images": ["--deeplab", tmp_path / "weights.pt", "--device", "cpu"],
+    }[script]
+    made = []
+    for task in (3, 5, 7):
+        array = {"ID": task, "MIN": 3, "MAX": 7, "STEP": 2, "COUNT": 3}
+        result = commands.run(
+            f"scripts/{script}.py", "--data_root", root, "--overwrite", *own,
+            **{f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in array.items()},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        made.append(int(re.match(r"(\d+) \w+ maps made", result.stdout)[1]))
+    assert made == [2, 2, 1]
+    folder = {"make_distance_maps": "distances", "make_edge_maps": "edge_maps", "label_images": "seg_maps"}[script]
+    assert sorted(path.stem for path in (root / folder).rglob("*.*")) == ["a", "b", "c", "d", "e"]
+
+
 def test_ids_are_the_highest_scores_at_the_photos_size():
     scores = torch.zeros(3, 2, 2)
     scores[1, 0], scores[2, 1] = 1, 1

@@ -194,6 +194,13 @@ def test_models_import_torch_and_each_other_only():
         assert {name.split(".")[1] for name in named} <= allowed, path
 
 
+def test_a_script_without_a_process_group_works_in_job_arrays_too():
+    for path in (REPOSITORY / "scripts").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if "process_info_from_environment" in text:
+            assert "init_process_group" in text or "rank_from_environment" in text, path
+
+
 def test_the_configuration_reference_is_the_schemas():
     sys.path.insert(0, str(REPOSITORY / "scripts"))
     import write_config_reference
