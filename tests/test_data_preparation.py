@@ -19,6 +19,7 @@ from conftest import REPOSITORY, write_jpg, write_png
 from PIL import Image
 from torchvision.models.segmentation import deeplabv3_resnet50
 
+from imaginaire_spade.config import load_labels
 from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.decode import decode_image, decode_instances, decode_label
 from imaginaire_spade.data.download import fetch, unpack
@@ -127,7 +128,7 @@ def test_official_download_becomes_a_data_set_that_its_table_reads(name, tmp_pat
     if name == "custom":
         assert FolderSource(raw / "train", ["images", "seg_maps"]).keys == ["1", "2"]
         return
-    labels = prepare_dataset._read_labels(REPOSITORY / f"configs/labels/{name}.yaml")
+    labels = load_labels(REPOSITORY / f"configs/labels/{name}.yaml")
     for split in ("train", "val"):
         assert build_dataset(raw / split, tmp_path / split, labels, num_workers=0)["num_samples"] == counts[split]
     store = open_source(tmp_path / "train", ["images", "seg_maps"])
@@ -395,7 +396,7 @@ def test_deeplab_labels_photos_by_shares(tiny_folder, tmp_path):
     root = tiny_folder(keys=2, size=(16, 16), types=("images",))
     assert [label_photos(segmenter, root, rank=rank, world_size=2) for rank in (0, 1)] == [(1, 0), (1, 0)]
     assert label_photos(segmenter, root) == (0, 2)
-    labels = prepare_dataset._read_labels(root / "labels.yaml")
+    labels = load_labels(root / "labels.yaml")
     assert labels.names == ("sky", "sea", "rock")
     assert build_dataset(root, tmp_path / "out", labels, num_workers=0)["num_samples"] == 2
     with pytest.raises(ConfigError, match=r"2 names; .* has 3 classes"):
@@ -460,7 +461,7 @@ def test_a_hugging_face_model_labels_photos(tiny_folder, tmp_path):
     expected = torch.nn.functional.interpolate(logits, (40, 56), mode="bilinear").argmax(1)[0].numpy()
     ids = decode_label((root / "seg_maps/s/b.png").read_bytes(), "x")
     assert np.array_equal(ids, expected) and len(np.unique(ids)) > 1
-    labels = prepare_dataset._read_labels(root / "labels.yaml")
+    labels = load_labels(root / "labels.yaml")
     assert labels.names == tuple(names.values())
     assert build_dataset(root, tmp_path / "out", labels, num_workers=0)["num_samples"] == 2
     (tmp_path / "empty").mkdir()

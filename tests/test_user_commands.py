@@ -1,10 +1,12 @@
 """The commands that users of imaginaire's SPADE project know, word for word, on miniature data."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 from conftest import write_jpg, write_png
 from fork_server import ForkServer
 
@@ -92,3 +94,71 @@ def test_inference_without_weights_says_what_to_give(tmp_path, commands):
     result = commands.run("inference.py", "--config", config, "--output_dir", tmp_path / "out")
     assert result.returncode == 2
     assert result.stderr.startswith("error: no checkpoint: give --checkpoint FILE, or --logdir DIR")
+
+
+# ------------------------------------------------------------------------------------------------ label tables
+
+LABEL_READERS = {
+    "build_lmdb.py": "--data_root raw --output_root built --num_workers 0",
+    "inspect_lmdb.py": "raw --verify --num_workers 0 --legend legend.png",
+    "make_distance_maps.py": "--data_root raw --num_workers 0",
+    "make_contact_sheet.py": "--data_root raw --generated raw/images --output sheet.png",
+    "prepare_dataset.py": "custom --source raw --labels seg_maps --output prepared --lmdb --num_workers 0",
+}
+"""The scripts that need to know what the ids of a label map mean, and nothing else of a config."""
+
+
+@pytest.mark.parametrize("script", LABEL_READERS)
+def test_a_label_table_alone_is_enough_where_only_labels_matter(script, tiny_folder, tmp_path, commands):
+    raw = tiny_folder(keys=3, num_classes=11, types=("images", "seg_maps"))
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+
+    def run(config: str) -> subprocess.CompletedProcess:
+        words = LABEL_READERS[script].split()
+        return commands.run(REPOSITORY / "scripts" / script, *words, "--config", config, cwd=tmp_path)
+
+    # 1. What it takes: a table, the config of a run, one that is based on several files. 2. What it does not.
+    (tmp_path / "based.yaml").write_text("base: [configs/labels/camvid.yaml, more.yaml]\n")
+    (tmp_path / "more.yaml").write_text("data: {edges: labels, labels: {ignore: [254, 255]}}\n")
+    for config in ("configs/labels/camvid.yaml", "configs/projects/spade/camvid/small96x128.yaml", "based.yaml"):
+        result = run(config)
+        assert result.returncode == 0, result.stderr
+        for built in ("built", "prepared"):
+            shutil.rmtree(tmp_path / built, ignore_errors=True)
+    write_png(raw / "seg_maps/0002.png", np.full((40, 56), 254, np.uint8))
+    shutil.rmtree(raw / "distances", ignore_errors=True)
+    assert run("based.yaml").returncode == 0
+    shutil.rmtree(tmp_path / "prepared", ignore_errors=True)
+
+    (tmp_path / "neither.yaml").write_text("names: [sky, road]\n")
+    (tmp_path / "misspelt.yaml").write_text("data: {edgs: labels, labels: {num_classes: 11, ignroe: [255]}}\n")
+    (tmp_path / "section.yaml").write_text("base: configs/labels/camvid.yaml\ntrainr: {log_every: 1}\n")
+    for config, *parts in (
+        ("neither.yaml", "neither.yaml: no label table, in it or in its base. Write data:", "base: configs/labels/"),
+        ("misspelt.yaml", "misspelt.yaml:1: data.edgs: unknown key; did you mean 'edges'?", "did you mean 'ignore'?"),
+        ("section.yaml", "section.yaml:2: trainr: unknown key; did you mean 'trainer'?"),
+        ("absent.yaml", "absent.yaml: no such config file"),
+    ):
+        result = run(config)
+        assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+        assert all(part in result.stderr for part in parts), result.stderr
+        assert not (tmp_path / "prepared").exists()
+
+
+def test_a_key_set_by_hand_reaches_the_label_table(tiny_folder, tmp_path, commands):
+    raw = tiny_folder(keys=2, num_classes=12, types=("images", "seg_maps"))
+    build = ["scripts/build_lmdb.py", "--config", "configs/labels/camvid.yaml", "--data_root", raw]
+    build += ["--output_root", tmp_path / "out", "--num_workers", "0"]
+    assert "label value(s) 11 outside the table" in commands.run(*build).stderr
+    assert "trainr: unknown key" in commands.run(*build, "--set", "trainr.log_every=1").stderr
+    result = commands.run(*build, "--set", "data.labels.ignore=[11, 255]")
+    assert result.returncode == 0 and "don't care" in result.stdout, result.stderr
+    result = commands.run(*build, "--set", "data.labels.ignore=[11, 255]", "--set", "data.edges=instances")
+    assert result.returncode == 2 and "no folder inst_maps/" in result.stderr
+
+
+def test_a_label_table_is_no_config_of_a_run_and_one_message_says_so(tmp_path, commands):
+    result = commands.run("train.py", "--config", "configs/labels/camvid.yaml", "--logdir", tmp_path / "log")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert "configs/labels/camvid.yaml: not the config of a run: it has no gen, dis, losses" in result.stderr
+    assert "base: [configs/projects/" in result.stderr
