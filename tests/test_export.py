@@ -184,7 +184,7 @@ def test_what_cannot_be_written_is_refused_before_work(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="--checkpoint none: no such file or folder"):
         run_script(None, "--checkpoint", "none", "--output", tmp_path / "new.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"needs the package onnxruntime .*pip install 'imaginaire_spade\[export\]'"):
+    with pytest.raises(UserError, match=r"needs the package onnxruntime .*pip install '\.\[export\]' in the folder"):
         check_output(tmp_path / "new.onnx")
     check_output(tmp_path / "new.pt2")
 

@@ -209,6 +209,22 @@ def test_the_configuration_reference_is_the_schemas():
     assert written == write_config_reference.reference(), "run python scripts/write_config_reference.py"
 
 
+def test_extras_are_installed_from_the_checkout():
+    """The package is on no index, so pip cannot find imaginaire_spade[eval]; and every extra that is named exists."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    folders = ("docs", "projects", "imaginaire_spade", "scripts", "benchmarks", "tests", "configs")
+    paths = [*REPOSITORY.glob("*"), *(path for folder in folders for path in (REPOSITORY / folder).rglob("*"))]
+    named: set[str] = set()
+    for path in paths:
+        if path.suffix in (".py", ".md", ".ipynb", ".yaml", ".html", ".sbatch", ".sh", "") and path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            assert not re.search(r"pip install (-\S+ )*\W*imaginaire_spade", text), path
+            assert not re.search(r"imaginaire_spade\\?\[[\w,]+\\?\]['\"]", text), path
+            named |= {extra for match in re.findall(r"\.\[([\w,]+)\]", text) for extra in match.split(",")}
+            named |= set(re.findall(r"how_to_install\([\"'](\w+)", text)) | set(re.findall(r"extra [\"`](\w+)", text))
+    assert {"data", "eval", "export"} <= named <= set(project["optional-dependencies"])
+
+
 def test_ruff_and_mypy_find_nothing():
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
         result = subprocess.run(
