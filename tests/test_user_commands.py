@@ -162,3 +162,68 @@ def test_a_label_table_is_no_config_of_a_run_and_one_message_says_so(tmp_path, c
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
     assert "configs/labels/camvid.yaml: not the config of a run: it has no gen, dis, losses" in result.stderr
     assert "base: [configs/projects/" in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------ modes of files
+
+WITH_UMASK = """
+import os, runpy, sys
+os.umask(int(sys.argv[1], 8))
+sys.argv = sys.argv[2:]
+sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+TINY_SAMPLE = """
+base: configs/projects/spade/sample/small64.yaml
+gen: {num_filters: 2, norm: {hidden_channels: 4}, style_dims: 4}
+dis: {num_filters: 4, num_layers: 2, num_discriminators: 1}
+encoder: {type: conv, num_filters: 2, image_size: 128}
+losses: {kl: 0.1}
+trainer:
+  max_iterations: 2
+  image_every: 2
+  checkpoint_every: 2
+  keep_every: 2
+  evaluation: {every_images: 4, metrics: [fid], inception_weights: "random:0", feature_dim: 64}
+data:
+  edges: labels
+  train: {roots: [lmdb], batch_size: 2}
+  val: {roots: [val], batch_size: 2}
+"""
+
+WRITERS = """
+scripts/make_sample_data.py --output_root drawn --num_train 6 --num_val 4 --height 64 --width 64
+scripts/prepare_dataset.py custom --source drawn/train --labels seg_maps --output raw --num_val 2 --num_workers 0
+scripts/make_distance_maps.py --config configs/labels/sample.yaml --data_root raw/train --num_workers 0
+scripts/make_edge_maps.py --data_root raw/train --of labels --num_workers 0
+scripts/build_lmdb.py --config tiny.yaml --data_root raw/train --output_root lmdb --num_shards 2 --num_workers 0
+scripts/build_lmdb.py --config tiny.yaml --data_root drawn/val --output_root val --recode_maps --num_workers 0
+scripts/inspect_lmdb.py lmdb --legend legend.png --contact_sheet sheet.jpg
+scripts/inspect_lmdb.py val --extract scene_00006 --output_dir taken
+train.py --config tiny.yaml --logdir log
+inference.py --logdir log --input_dir val --output_dir made --style_interpolate 0 1 --steps 2 --animation gif
+scripts/make_contact_sheet.py --config tiny.yaml --data_root val --generated drawn/val/images --output made.png
+scripts/export_generator.py --checkpoint log --output out/model.safetensors
+scripts/export_checkpoint.py --target nvlabs_spade --checkpoint log/checkpoints/best.pt --output_dir out/theirs
+scripts/compute_fid_stats.py --real drawn/val/images --reference_split val --output stats.npz INCEPTION
+evaluate.py --real stats.npz --fake made --reference_split val --output report.json --html report.html INCEPTION
+""".replace("INCEPTION", "--inception_weights random:0 --feature_dim 64")
+
+
+@pytest.mark.parametrize("umask", ["022", "027"])
+def test_every_file_has_the_mode_that_the_umask_leaves(umask, tmp_path, commands):
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    (tmp_path / "tiny.yaml").write_text(TINY_SAMPLE)
+    (tmp_path / "with_umask.py").write_text(WITH_UMASK)
+    before = set(tmp_path.iterdir())
+    for line in WRITERS.strip().splitlines():
+        script, *words = line.split()
+        result = commands.run("with_umask.py", umask, REPOSITORY / script, *words, cwd=tmp_path)
+        assert result.returncode == 0, f"{line}\n{result.stdout}{result.stderr}"
+    written = [path for top in set(tmp_path.iterdir()) - before for path in (top, *top.rglob("*"))]
+    kinds = {path.suffix for path in written}
+    assert kinds >= {".pt", ".sha256", ".safetensors", ".pth", ".jpg", ".png", ".gif", ".html", ".json", ".jsonl"}
+    assert kinds >= {".mdb", ".npz", ".npy", ".yaml"}
+    left = {True: 0o777 & ~int(umask, 8), False: 0o666 & ~int(umask, 8)}
+    assert not {str(p): oct(p.stat().st_mode) for p in written if p.stat().st_mode & 0o777 != left[p.is_dir()]}
