@@ -1,14 +1,25 @@
-"""The commands that users of imaginaire's SPADE project know, word for word, on miniature data."""
+"""The commands that users know, of imaginaire's SPADE project and of our README, word for word, on miniature data."""
 
+import json
+import re
+import shlex
 import shutil
+import signal
 import subprocess
+import time
+import urllib.request
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import yaml
 from conftest import write_jpg, write_png
-from fork_server import ForkServer
+from fork_server import Forked, ForkServer
+
+from imaginaire_spade.config import load_config
+from imaginaire_spade.data.transforms import Geometry, draw_geometry
+from imaginaire_spade.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -94,6 +105,102 @@ def test_inference_without_weights_says_what_to_give(tmp_path, commands):
     result = commands.run("inference.py", "--config", config, "--output_dir", tmp_path / "out")
     assert result.returncode == 2
     assert result.stderr.startswith("error: no checkpoint: give --checkpoint FILE, or --logdir DIR")
+
+
+# ------------------------------------------------------------------------------------------------ README, own data
+
+
+def section(page: str, heading: str) -> str:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    assert text.count(f"\n## {heading}\n") == 1, f"{page} has no section {heading!r}"
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def blocks_of(text: str) -> list[str]:
+    """The indented blocks of a page (below a list's items: seven spaces), without the indentation."""
+    found = re.findall(r"(?:^ {7}.*\n|^\n(?= {7}))+", text, re.MULTILINE)
+    return [re.sub(r"^ {7}", "", block, flags=re.MULTILINE).strip() for block in found]
+
+
+def test_the_readmes_own_data_is_built_trained_and_painted_as_it_says(tiny_folder, tmp_path, commands):
+    text = section("README.md", "Your own data")
+    config, *shells = blocks_of(text)
+    lines = [line for block in shells for line in block.splitlines()]
+    assert config.startswith("base: ") and len(lines) == 6
+    (tmp_path / "mine.yaml").write_text(config)
+    labels = yaml.safe_load(config)["data"]["labels"]
+    assert len(set(labels["names"])) == len(labels["palette"]) == labels["num_classes"] > 1
+    for name in ("train.py", "inference.py", "evaluate.py", "scripts", "configs"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    for split in ("train", "val"):
+        tiny_folder(f"RAW/{split}", keys=4, size=(108, 144), num_classes=labels["num_classes"],
+                    types=("images", "seg_maps"))  # fmt: skip
+
+    # What is added to the lines, by the script that they start: a short run of few filters, no weights for the scores.
+    narrow = ("gen.num_filters=4", "gen.norm.hidden_channels=8", "dis.num_filters=4", "data.num_workers=0")
+    more = {
+        "train.py": ["--max_iterations", "2", *(f"--set={item}" for item in narrow)],
+        "evaluate.py": ["--inception_weights", "random:0", "--feature_dim", "64"],
+        "imaginaire_spade.demo": ["--port", "0"],
+    }
+    assert more["evaluate.py"][0] + " random:0" in text
+    printed = {}
+    for line in lines:
+        python, *words = shlex.split(line, comments=True)
+        assert python == "python", f"one process needs no launcher: {line}"
+        script = words[1] if words[0] == "-m" else words[0]
+        if script == "imaginaire_spade.demo":
+            look_at_the_page(commands.start(*words, *more[script], cwd=tmp_path))
+            continue
+        result = commands.run(*words, *more.get(script, []), cwd=tmp_path, NO_CURVES="1")
+        assert result.returncode == 0, f"{line}\n{result.stdout[-1000:]}{result.stderr[-3000:]}"
+        printed[script] = result.stdout
+    assert set(printed) == {"scripts/build_lmdb.py", "train.py", "inference.py", "evaluate.py"}
+    assert labels["names"][0] in printed["scripts/build_lmdb.py"] and "class 0" not in printed["scripts/build_lmdb.py"]
+    assert "wrote 4 of 4 pictures" in printed["inference.py"]
+    assert labels["names"][0] in (tmp_path / "pictures/index.html").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["scores"]
+
+
+def look_at_the_page(process: Forked) -> None:
+    give_up_at = time.monotonic() + 60
+    url = None
+    while url is None:
+        assert process.poll() is None and time.monotonic() < give_up_at, process.stderr.read_text()
+        time.sleep(0.02)
+        url = re.search(r"painting page: (\S+)", process.stdout.read_text()) if process.stdout.exists() else None
+    with urllib.request.urlopen(url[1]) as answer:
+        assert answer.status == 200
+    process.send_signal(signal.SIGINT)
+    assert process.output().endswith("ended\n")
+
+
+def test_the_readmes_line_for_square_and_upright_photos_is_true(tmp_path):
+    config, *_ = blocks_of(section("README.md", "Your own data"))
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    for name, text in (("as_it_is.yaml", config), ("with_it.yaml", re.sub(r"# .*(?=augmentations: )", "", config))):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match="enlarge first: resize_smallest_side: 128"):
+        geometry_of(tmp_path / "as_it_is.yaml", 200, 200)
+    for height, width in ((200, 200), (300, 200), (90, 120), (1000, 1001)):
+        geometry = geometry_of(tmp_path / "with_it.yaml", height, width)
+        assert (geometry.height, geometry.width) == (96, 128)
+
+
+def geometry_of(config: Path, height: int, width: int) -> Geometry:
+    """Of the photo at its smallest."""
+    return draw_geometry(height, width, load_config(config).data.train.augmentations, [0, 0, 0, 0], "it")
+
+
+def test_the_readme_says_when_weights_are_needed_and_where_that_is_told():
+    text = section("README.md", "Your own data")
+    config = next(iter(blocks_of(text)))
+    without = load_config(REPOSITORY / yaml.safe_load(config)["base"])
+    assert without.losses["perceptual"].weight == 0, "this recipe needs the weights of VGG19"
+    link = re.search(r"VGG19[^.]*\[INSTALL\.md\]\(INSTALL\.md#([\w-]+)\)", text)
+    assert link, "no sentence says when VGG19 is needed and where INSTALL.md says how"
+    headings = re.findall(r"^## (.+)$", (REPOSITORY / "INSTALL.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert link[1] in [heading.lower().replace(" ", "-") for heading in headings]
 
 
 # ------------------------------------------------------------------------------------------------ label tables
