@@ -1,30 +1,43 @@
 """imaginaire_spade: label maps to photos.
 
-Importing the package registers its components, so that ``load_config`` knows them.
+The names below are loaded when they are first asked for, so that importing one small module stays cheap.
 """
 
-from imaginaire_spade import losses as _losses  # noqa: F401
-from imaginaire_spade.models import discriminator as _discriminator  # noqa: F401
-from imaginaire_spade.models import encoder as _encoder  # noqa: F401
-from imaginaire_spade.models import fpse as _fpse  # noqa: F401
-from imaginaire_spade.models import generator as _generator  # noqa: F401
-from imaginaire_spade.models import norms as _norms  # noqa: F401
-from imaginaire_spade.models import pix2pixhd as _pix2pixhd  # noqa: F401
-from imaginaire_spade.models import style_generator as _style_generator  # noqa: F401
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from imaginaire_spade.build import build_discriminator, build_encoder, build_generator  # isort: skip
-from imaginaire_spade.config import RunConfig, load_config
-from imaginaire_spade.inference.synthesizer import Synthesizer
-from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.version import __version__ as __version__
 
-__version__ = "0.1.0"
-__all__ = [
-    "LayoutSpec",
-    "RunConfig",
-    "SemanticLayout",
-    "Synthesizer",
-    "build_discriminator",
-    "build_encoder",
-    "build_generator",
-    "load_config",
-]
+if TYPE_CHECKING:
+    from imaginaire_spade.build import build_discriminator as build_discriminator
+    from imaginaire_spade.build import build_encoder as build_encoder
+    from imaginaire_spade.build import build_generator as build_generator
+    from imaginaire_spade.config import RunConfig as RunConfig
+    from imaginaire_spade.config import load_config as load_config
+    from imaginaire_spade.inference.synthesizer import Synthesizer as Synthesizer
+    from imaginaire_spade.layout import LayoutSpec as LayoutSpec
+    from imaginaire_spade.layout import SemanticLayout as SemanticLayout
+
+_MODULES = {
+    "LayoutSpec": "layout",
+    "RunConfig": "config",
+    "SemanticLayout": "layout",
+    "Synthesizer": "inference.synthesizer",
+    "build_discriminator": "build",
+    "build_encoder": "build",
+    "build_generator": "build",
+    "load_config": "config",
+}
+"""Name -> the module that has it."""
+
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

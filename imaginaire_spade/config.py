@@ -109,13 +109,18 @@ class SplitConfig(Section):
     augmentations: AugmentationConfig = AugmentationConfig()
 
 
-class DataConfig(Section):
-    """A data set: its label table and its splits."""
+class LabelledData(Section):
+    """What the files of a data set mean, wherever they lie."""
 
     name: str = "data"
     labels: LabelSpec
     edges: Literal["none", "file", "instances", "labels"] = "none"
     """Edge channel: from edge_maps/ files, or drawn after augmentation from inst_maps/ or from the label map."""
+
+
+class DataConfig(LabelledData):
+    """A data set: its label table and its splits."""
+
     num_workers: int | None = Field(None, ge=0)
     """Loader workers per process; null = min(8, cores / processes)."""
     shuffle_shards: int | None = Field(None, ge=1)
@@ -349,7 +354,59 @@ def load_config(
     Raises:
         ConfigError: naming the file and line, the key, what is allowed and the nearest valid spelling.
     """
-    tree, origins = _read_merged(Path(path), ())
+    tree, origins = _read_overridden(Path(path), overrides)
+    for key, value in (extra or {}).items():
+        _assign(tree, key, value, f"--{key.rpartition('.')[2]}", origins)
+    wanted = [key for key, field in RunConfig.model_fields.items() if field.is_required() and key != "data"]
+    if "data" in tree and not set(wanted) & set(tree):
+        raise ConfigError(
+            f"{path}: not the config of a run: it has no {', '.join(wanted)}. Start one from a recipe and this file:"
+            f" base: [configs/projects/spade/camvid/base256.yaml, {path}]"
+        )
+    return parse_config(tree, origins, str(path))
+
+
+def load_data(path: str | Path, overrides: Iterable[str] = ()) -> LabelledData:
+    """Load what a configuration says of its data set: the config of a run, or a label table alone (configs/labels/).
+
+    Of the sections beside ``data`` only the names are checked.
+
+    Args:
+        path, overrides: as of ``load_config``.
+    Raises:
+        ConfigError: like ``load_config``; or there is no label table, with what to write.
+    """
+    tree, origins = _read_overridden(Path(path), overrides)
+    data = tree.get("data")
+    if not isinstance(data, dict) or "labels" not in data:
+        raise ConfigError(
+            f"{path}: no label table, in it or in its base. Write data: {{labels: {{num_classes: N, ignore: [255],"
+            " names: [...]}}, or take one: base: configs/labels/camvid.yaml"
+        )
+    problems = [
+        f"{_origin((key,), origins, str(path))}: {key}: unknown key{did_you_mean(key, RunConfig.model_fields)}"
+        f" Allowed here: {', '.join(sorted(RunConfig.model_fields))}"
+        for key in map(str, tree)
+        if key not in RunConfig.model_fields
+    ]
+    schema = DataConfig if "train" in data else LabelledData
+    try:
+        content = schema.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        problems += _explain(error, schema, ("data",), origins, str(path))
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return content
+
+
+def load_labels(path: str | Path) -> LabelSpec:
+    """Load the label table of ``load_data``. Raises ConfigError likewise."""
+    return load_data(path).labels
+
+
+def _read_overridden(path: Path, overrides: Iterable[str]) -> tuple[dict[str, Any], Origins]:
+    """The tree of a file and its bases, with the values of ``--set``, and where each key is stated."""
+    tree, origins = _read_merged(path, ())
     for item in overrides:
         key, separator, text = item.partition("=")
         if not separator or not key:
@@ -359,22 +416,7 @@ def load_config(
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {item}: the value is not YAML: {error}") from None
         _assign(tree, key.strip(), value, f"--set {item}", origins)
-    for key, value in (extra or {}).items():
-        _assign(tree, key, value, f"--{key.rpartition('.')[2]}", origins)
-    return parse_config(tree, origins, str(path))
-
-
-def load_labels(path: str | Path) -> LabelSpec:
-    """The label table, ``data.labels``, of a configuration that may lack everything else (configs/labels/). Raises
-    ConfigError."""
-    tree, origins = _read_merged(Path(path), ())
-    data = tree.get("data")
-    if not isinstance(data, dict) or "labels" not in data:
-        raise ConfigError(f"{path}: no label table (data.labels) in it or in its base")
-    try:
-        return LabelSpec.model_validate_json(json.dumps(data["labels"], default=str))
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error, LabelSpec, ("data", "labels"), origins, str(path)))) from None
+    return tree, origins
 
 
 def parse_config(tree: Mapping[str, Any], origins: Origins | None = None, source: str = "config") -> RunConfig:

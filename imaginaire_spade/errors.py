@@ -43,6 +43,11 @@ def positive_integer(text: str) -> int:
     return int(text)
 
 
+def how_to_install(extra: str) -> str:
+    """Name the command that installs one of the extras of pyproject.toml. (The package is on no index.)"""
+    return f"pip install '.[{extra}]' in the folder of this repository"
+
+
 def run_command_line(main: Callable[[], None]) -> None:
     """Run a command line's ``main``; print a user's mistake as one message, without a traceback, and exit.
 

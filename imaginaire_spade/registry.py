@@ -2,7 +2,8 @@
 
 Owns the registries of generators, discriminators, encoders, norms and losses, and the typed schema that each
 registered class brings along: its keyword-only parameters *are* the keys that YAML may set, with their types and
-defaults. Knows nothing of files or of how a component is assembled (``build.py`` does that).
+defaults. Knows nothing of files or of how a component is assembled (``build.py`` does that). Of the modules that fill
+the registries it knows the names alone: they are imported at the first look-up, so that a config may name them.
 
 A user registers a component from their own module and names that module on the command line (``--import``)::
 
@@ -16,6 +17,7 @@ A user registers a component from their own module and names that module on the 
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, get_type_hints
@@ -38,41 +40,51 @@ class Registry:
 
     Before the ``*`` of a registered class's ``__init__`` stands what the pipeline knows (label channels, sizes);
     after it, what YAML may set.
+
+    Args:
+        modules: those of this package that register their classes here. The first look-up imports them.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, *modules: str) -> None:
+        self.kind, self.modules = kind, modules
         self._classes: dict[str, type] = {}
+
+    def _known(self) -> dict[str, type]:
+        for module in self.modules:
+            importlib.import_module(module)
+        return self._classes
 
     def register(self, name: str) -> Callable[[T], T]:
         """Class decorator. Raises ValueError where the name is taken by another class."""
 
         def add(cls: T) -> T:
-            if name in self._classes:
-                raise ValueError(f"{self.kind} {name!r} is registered twice: {self._classes[name]} and {cls}")
-            self._classes[name] = cls
+            known = self._classes if cls.__module__ in self.modules else self._known()
+            if name in known:
+                raise ValueError(f"{self.kind} {name!r} is registered twice: {known[name]} and {cls}")
+            known[name] = cls
             return cls
 
         return add
 
     def names(self) -> list[str]:
-        return sorted(self._classes)
+        return sorted(self._known())
 
     def __contains__(self, name: str) -> bool:
-        return name in self._classes
+        return name in self._known()
 
     def __getitem__(self, name: str) -> type:
         """The class registered as ``name``. Raises ConfigError that lists the known names."""
-        if name not in self._classes:
+        known = self._known()
+        if name not in known:
             raise ConfigError(
-                f"unknown {self.kind} {name!r}{did_you_mean(name, self._classes)} Known: {', '.join(self.names())}."
+                f"unknown {self.kind} {name!r}{did_you_mean(name, known)} Known: {', '.join(self.names())}."
                 " (A component of your own: name its module with --import.)"
             )
-        return self._classes[name]
+        return known[name]
 
     def name_of(self, cls: type) -> str:
         """The name that ``cls`` is registered as."""
-        return next(name for name, registered in self._classes.items() if registered is cls)
+        return next(name for name, registered in self._known().items() if registered is cls)
 
     def parts(self, name: str) -> dict[str, Registry]:
         """The keyword-only parameters of ``name`` that are themselves components, with their registries."""
@@ -107,8 +119,13 @@ def _keyword_hints(cls: type) -> dict[str, Any]:
     }
 
 
-GENERATORS = Registry("generator")
-DISCRIMINATORS = Registry("discriminator")
-ENCODERS = Registry("encoder")
-NORMS = Registry("norm")
-LOSSES = Registry("loss")
+GENERATORS = Registry(
+    "generator",
+    "imaginaire_spade.models.generator",
+    "imaginaire_spade.models.style_generator",
+    "imaginaire_spade.models.pix2pixhd",
+)
+DISCRIMINATORS = Registry("discriminator", "imaginaire_spade.models.discriminator", "imaginaire_spade.models.fpse")
+ENCODERS = Registry("encoder", "imaginaire_spade.models.encoder")
+NORMS = Registry("norm", "imaginaire_spade.models.norms")
+LOSSES = Registry("loss", "imaginaire_spade.losses")

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Build an LMDB data set from folders of photos, label maps, edge maps and instance maps.
 
-    python scripts/build_lmdb.py --config configs/my.yaml --data_root RAW --output_root datasets/my/train
+    python scripts/build_lmdb.py --config my.yaml --data_root RAW --output_root datasets/my/train
 
 RAW/images/NAME.jpg, RAW/seg_maps/NAME.png, RAW/edge_maps/NAME.png and RAW/inst_maps/NAME.png join by name; sub-folders
-are sequences. Every file is decoded and every label checked against the config's data.labels on its way into a shard.
+are sequences. Every file is decoded and every label checked against the label table on its way into a shard. --config
+is the config of a run, or a label table alone (configs/labels/).
 
 Killed and started again, it keeps the finished shards. Many machines: every process of torchrun, or every task of a
 SLURM job array, builds shards of its own; whoever finishes last joins them:
@@ -19,8 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.build import import_modules
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config import load_data
 from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.folders import DATA_TYPES
 from imaginaire_spade.data.shard import summary
@@ -30,7 +30,9 @@ from imaginaire_spade.errors import run_command_line
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML whose data.labels and data.edges hold for this data")
+    parser.add_argument(
+        "--config", required=True, help="YAML with data.labels and data.edges: a run's config, or a label table"
+    )
     parser.add_argument("--data_root", required=True, help="folder of images/, seg_maps/ (edge_maps/, inst_maps/)")
     parser.add_argument("--output_root", required=True, help="folder to make")
     # fmt: off
@@ -57,8 +59,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="decode nothing: neither sizes nor labels are checked, and there is no histogram")
     parser.add_argument("--paired", action="store_true", help="accepted and ignored: data here is always paired")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
-    parser.add_argument("--import", action="append", default=[], metavar="MODULE", dest="imports",
-                        help="import a module that registers components")
+    parser.add_argument("--import", metavar="MODULE", help="accepted and ignored: no components are used here")
     # fmt: on
     return parser.parse_args()
 
@@ -66,8 +67,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     started_at = time.perf_counter()
-    import_modules(arguments.imports)
-    data = load_config(arguments.config, arguments.set).data
+    data = load_data(arguments.config, arguments.set)
     rank, world_size = rank_from_environment()
     manifest = build_dataset(
         arguments.data_root,

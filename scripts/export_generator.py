@@ -32,7 +32,10 @@ def main() -> None:
         raise ConfigError(f"--output {arguments.output} exists: give another name, or --overwrite")
     import_modules(arguments.modules)
     model = load_generator(find_checkpoint(arguments.checkpoint, None, None), weights=arguments.weights)
-    publish_generator(model, arguments.output)
+    publish_generator(
+        arguments.output, model.generator, model.encoder, model.config,
+        weights=model.weights, images_seen=model.images_seen,
+    )  # fmt: skip
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"wrote {arguments.output}: {model.weights} weights after {model.images_seen} pictures")

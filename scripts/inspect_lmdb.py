@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""What is in a built data set (ours or imaginaire's): counts, sizes, histogram; check it, draw it, take a sample out.
+"""What is in an LMDB (ours or imaginaire's), or in raw folders: counts, sizes, shares of classes, damage.
+
+--verify refuses what build_lmdb.py refuses. It also draws samples and the legend, and takes a sample out.
 
 python scripts/inspect_lmdb.py datasets/my/train                           # from the manifest, at once
 python scripts/inspect_lmdb.py datasets/my/train --verify                  # checksums, and every value decoded
@@ -14,18 +16,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade import pictures
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config import load_labels
 from imaginaire_spade.data.check import DECODERS
-from imaginaire_spade.data.inspection import extract, look_through, stored_labels, stored_types
+from imaginaire_spade.data.inspection import extract, look_through, open_data, stored_labels, stored_types
 from imaginaire_spade.data.shard import summary
-from imaginaire_spade.data.store import MANIFEST, open_source, read_json
+from imaginaire_spade.data.store import MANIFEST, read_json
 from imaginaire_spade.errors import DataError, run_command_line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", type=Path, help="LMDB root")
-    parser.add_argument("--config", help="YAML with the label table (default: the one stored in the data set)")
+    parser.add_argument("root", type=Path, help="LMDB root, or a folder of images/, seg_maps/ ...")
+    parser.add_argument("--config", help="YAML with data.labels (default: the table that the data set was built with)")
     parser.add_argument("--verify", action="store_true", help="compare checksums, decode everything; exit 2 on damage")
     parser.add_argument("--num_workers", type=int, help="processes that read (default: min(8, cores))")
     parser.add_argument("--legend", type=Path, help="picture to write: id, colour, name and share of every class")
@@ -39,9 +41,9 @@ def main() -> None:
         for path in extract(root, arguments.extract, arguments.output_dir):
             print(path)
         return
-    labels = load_config(arguments.config, []).data.labels if arguments.config else stored_labels(root)
+    labels = load_labels(arguments.config) if arguments.config else stored_labels(root)
     known = read_json(root / MANIFEST) if (root / MANIFEST).is_file() else {}
-    source = open_source(root, [])
+    source = open_data(root)
     if "class_shares" in known and labels:
         print(summary(known, labels, root))
     else:

@@ -9,8 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 from imaginaire_spade import pictures
-from imaginaire_spade.build import import_modules
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config import load_data
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.decode import decode_image
 from imaginaire_spade.errors import DataError, run_command_line
@@ -18,7 +17,7 @@ from imaginaire_spade.errors import DataError, run_command_line
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="config with the label table")
+    parser.add_argument("--config", required=True, help="YAML with data.labels: a run's config or a label table")
     parser.add_argument("--data_root", required=True, help="folder or LMDB with images and seg_maps")
     parser.add_argument("--generated", required=True, type=Path, help="what inference.py wrote")
     parser.add_argument("--output", required=True, type=Path, help="sheet, .jpg or .png")
@@ -27,11 +26,10 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key (repeat)"
     )
-    parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE")
+    parser.add_argument("--import", metavar="MODULE", help="accepted and ignored: no components are used here")
     arguments = parser.parse_args()
-    import_modules(arguments.modules)
-    config = load_config(arguments.config, arguments.set)
-    dataset = LabelMapDataset([arguments.data_root], config.data.labels)
+    labels = load_data(arguments.config, arguments.set).labels
+    dataset = LabelMapDataset([arguments.data_root], labels)
 
     made = [(index, found) for index, key in enumerate(dataset.keys) if (found := _picture(arguments.generated, key))]
     if not made:
@@ -48,7 +46,7 @@ def main() -> None:
         real = sample.image.permute(1, 2, 0).numpy()
         generated = decode_image(path.read_bytes(), str(path))
         generated = pictures.resized(generated, *real.shape[:2])
-        cells.append([config.data.labels.colourise(sample.labels.numpy()), real, generated])
+        cells.append([labels.colourise(sample.labels.numpy()), real, generated])
     columns = arguments.columns
     whole = len(cells) - len(cells) % columns if len(cells) >= columns else 0
     rows = [list(itertools.chain(*cells[start : start + columns])) for start in range(0, whole, columns)]

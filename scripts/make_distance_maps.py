@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Write the distance maps of CLADE-ICPE next to the label maps of a data set: RAW/distances/NAME.npy.
 
-    python scripts/make_distance_maps.py --config configs/projects/clade/camvid/base256_icpe.yaml --data_root RAW
+    python scripts/make_distance_maps.py --config configs/labels/camvid.yaml --data_root RAW
 
 They are optional: without them distances are computed while samples are loaded. Run it before scripts/build_lmdb.py,
-which takes them along. Starting it again makes what is missing. Under torchrun the processes share the work.
+which takes them along. Starting it again makes what is missing. Under torchrun or in a SLURM job array each process
+makes its share.
 """
 
 import argparse
@@ -14,32 +15,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.build import import_modules
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config import load_data
 from imaginaire_spade.data.distance_maps import make_distance_maps
 from imaginaire_spade.data.folders import DISTANCES
-from imaginaire_spade.distributed import process_info_from_environment
+from imaginaire_spade.distributed import rank_from_environment
 from imaginaire_spade.errors import run_command_line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML whose data.labels hold for this data")
+    parser.add_argument("--config", required=True, help="YAML with data.labels: a run's config or a label table")
     parser.add_argument("--data_root", required=True, type=Path, help="folder of seg_maps/")
     parser.add_argument("--num_workers", type=int, help="processes (default: min(8, cores))")
     parser.add_argument("--overwrite", action="store_true", help="make all maps anew")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
-    parser.add_argument("--import", action="append", default=[], metavar="MODULE", dest="imports",
-                        help="import a module that registers components")  # fmt: skip
+    parser.add_argument("--import", metavar="MODULE", help="accepted and ignored: no components are used here")
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
     arguments = parser.parse_args()
-    import_modules(arguments.imports)
-    labels = load_config(arguments.config, arguments.set).data.labels
-    info = process_info_from_environment()
+    labels = load_data(arguments.config, arguments.set).labels
+    rank, world_size = rank_from_environment()
     started_at = time.perf_counter()
     made, kept = make_distance_maps(
         arguments.data_root, labels, num_workers=arguments.num_workers, overwrite=arguments.overwrite,
-        rank=info.rank, world_size=info.world_size,
+        rank=rank, world_size=world_size,
     )  # fmt: skip
     seconds = time.perf_counter() - started_at
     rate = f" at {made / seconds:.0f} maps/s" if made else ""

@@ -27,14 +27,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import yaml
-
+from imaginaire_spade.config import load_labels
 from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.edge_maps import SOURCES, make_edge_maps
 from imaginaire_spade.data.official import DATASETS, Options
 from imaginaire_spade.data.prepare import prepare
 from imaginaire_spade.errors import ConfigError, run_command_line
-from imaginaire_spade.labels import LabelSpec
 
 LABELS = Path(__file__).resolve().parents[1] / "configs/labels"
 
@@ -59,12 +57,17 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="custom: folder of the photos below --source")
     parser.add_argument("--labels", type=Path, help="custom: folder of the label maps below --source")
     parser.add_argument("--instances", type=Path, help="custom: folder of the instance maps below --source")
-    parser.add_argument("--config", type=Path, help="custom with --lmdb: YAML with data.labels")
+    parser.add_argument("--config", type=Path, help="--lmdb: YAML with data.labels (default: configs/labels/NAME.yaml)")
     parser.add_argument("--num_workers", type=int, help="processes (default: min(8, cores))")
     arguments = parser.parse_args()
     table = arguments.config or LABELS / f"{arguments.name}.yaml"
-    if arguments.lmdb and (arguments.name == "landscapes" or not table.is_file()):
-        raise ConfigError("--lmdb needs a label table and label maps: give --config, or prepare folders first")
+    labels = None
+    if arguments.lmdb:
+        if arguments.name == "landscapes":
+            raise ConfigError("--lmdb needs label maps: prepare folders first, then scripts/label_images.py")
+        if arguments.config is None and not table.is_file():
+            raise ConfigError("--lmdb needs a label table: give --config (YAML with data.labels), or prepare folders")
+        labels = load_labels(table)
     size = tuple(arguments.resize_h_w) if arguments.resize_h_w else None
     options = Options(
         size, arguments.scene_list, arguments.num_val, arguments.images, arguments.labels, arguments.instances
@@ -77,21 +80,11 @@ def main() -> None:
     for split, count in counts.items():
         if arguments.edge_maps:
             make_edge_maps(raw / split, arguments.edge_maps, num_workers=arguments.num_workers)
-        if arguments.lmdb:
-            labels = _read_labels(table)
+        if labels is not None:
             build_dataset(raw / split, arguments.output / split, labels, num_workers=arguments.num_workers)
         print(f"{split}: {count} samples: {arguments.output / split}")
     if arguments.lmdb:
         shutil.rmtree(raw)
-
-
-def _read_labels(table: Path) -> LabelSpec:
-    """``data.labels`` of a YAML that holds nothing else that matters here, or of the one it is based on."""
-    tree = yaml.safe_load(table.read_text(encoding="utf-8"))
-    while "labels" not in tree["data"]:
-        table = table.parent / tree["base"]
-        tree = yaml.safe_load(table.read_text(encoding="utf-8"))
-    return LabelSpec.model_validate(tree["data"]["labels"], strict=False)
 
 
 if __name__ == "__main__":

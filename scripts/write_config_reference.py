@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pydantic import BaseModel
 
-import imaginaire_spade  # noqa: F401  (registers the components)
 from imaginaire_spade.config import COMPONENT_KEYS, RunConfig
 from imaginaire_spade.registry import LOSSES, NORMS, Registry
 

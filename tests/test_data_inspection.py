@@ -1,6 +1,7 @@
 """A built data set looked at: counts, damage named, pictures, a sample taken out; edge maps drawn."""
 
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -9,8 +10,12 @@ from conftest import REPOSITORY
 
 from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.decode import decode_edges, decode_instances, decode_label
+from imaginaire_spade.data.distances import class_distances, encode_distances
 from imaginaire_spade.data.edge_maps import make_edge_maps
+from imaginaire_spade.data.environments import EnvironmentWriter
+from imaginaire_spade.data.folders import DATA_TYPES, FolderSource
 from imaginaire_spade.data.inspection import extract, look_through, stored_labels
+from imaginaire_spade.data.store import store_key, write_index
 from imaginaire_spade.data.transforms import edges_from_ids
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.labels import LabelSpec
@@ -46,6 +51,77 @@ def test_a_flipped_byte_is_found_and_named(tiny_folder, tmp_path):
     assert any("shard_00001/images/data.mdb: cut off" in problem for problem in problems)
 
 
+def store_unchecked(root: Path, output: Path) -> None:
+    """The LMDB of a raw folder, byte for byte, whatever its files hold."""
+    source = FolderSource(root, DATA_TYPES)
+    for data_type in DATA_TYPES:
+        writer = EnvironmentWriter(output / data_type, 1 << 20, len(source.keys))
+        for key in source.keys:
+            writer.put(store_key(key), source.read(key, data_type))
+        writer.close()
+    write_index(output, source.keys, {t: {key: source.extension(key, t) for key in source.keys} for t in DATA_TYPES})
+
+
+def distance_map(value: float, size: tuple[int, int] = (40, 56)) -> bytes:
+    distances = class_distances(np.zeros(size, np.uint8))
+    distances[1, 3, 4] = value
+    return encode_distances(distances)
+
+
+def written_png(array: np.ndarray) -> bytes:
+    return cv2.imencode(".png", array)[1].tobytes()
+
+
+DAMAGE = {
+    "a distance map with NaN": ("distances", distance_map(np.nan)),
+    "a distance map with infinity": ("distances", distance_map(-np.inf)),
+    "a distance map of another size": ("distances", distance_map(0, (20, 28))),
+    "a distance map cut off": ("distances", distance_map(0)[:-2]),
+    "a distance map of integers": ("distances", b"\x93NUMPY\x01\x00"),
+    "a label outside the table": ("seg_maps", written_png(np.full((40, 56), 9, np.uint8))),
+    "a label map in colour": ("seg_maps", written_png(np.zeros((40, 56, 3), np.uint8))),
+    "a label map with alpha": ("seg_maps", written_png(np.zeros((40, 56, 4), np.uint8))),
+    "a label map of another size": ("seg_maps", written_png(np.zeros((20, 28), np.uint8))),
+    "a label map as JPEG": ("seg_maps", cv2.imencode(".jpg", np.zeros((40, 56), np.uint8))[1].tobytes()),
+    "a label map that is empty": ("seg_maps", b""),
+    "a photo that is empty": ("images", b""),
+    "a photo cut off": ("images", cv2.imencode(".jpg", np.zeros((40, 56, 3), np.uint8))[1].tobytes()[:-20]),
+    "a photo of another size": ("images", cv2.imencode(".jpg", np.zeros((20, 28, 3), np.uint8))[1].tobytes()),
+    "a photo that is text": ("images", b"no photo at all"),
+    "an edge map of another size": ("edge_maps", written_png(np.zeros((56, 40), np.uint8))),
+    "an edge map that is text": ("edge_maps", b"no edges at all"),
+    "an edge map that is empty": ("edge_maps", b""),
+    "an instance map as JPEG": ("inst_maps", cv2.imencode(".jpg", np.zeros((40, 56), np.uint8))[1].tobytes()),
+    "an instance map that is empty": ("inst_maps", b""),
+    "distances that are empty": ("distances", b""),
+}
+
+
+@pytest.mark.parametrize("damage", [None, *DAMAGE])
+def test_what_the_builder_refuses_verify_refuses_in_the_same_words(damage, tiny_folder, tmp_path):
+    root = tiny_folder(keys=2)
+    for key in ("0000", "0001"):
+        path = root / "distances" / f"{key}.npy"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(distance_map(0))
+    if damage:
+        data_type, content = DAMAGE[damage]
+        next((root / data_type).glob("0001.*")).write_bytes(content)
+    store_unchecked(root, tmp_path / "stored")
+    problems = look_through(tmp_path / "stored", LABELS, 0).problems
+    if not damage:
+        assert build_dataset(root, tmp_path / "built", LABELS, num_workers=0)
+        assert problems == ()
+        return
+    with pytest.raises(DataError) as refused:
+        build_dataset(root, tmp_path / "built", LABELS, num_workers=0)
+    listed = str(refused.value).partition("\n  ")[2].split("\n  ")
+    for data_type in DATA_TYPES:  # what the two call a sample
+        path = next((root / data_type).glob("0001.*"))
+        listed = [line.replace(str(path), f"{tmp_path / 'stored'}/{data_type} key ./0001") for line in listed]
+    assert list(problems) == listed
+
+
 def test_imaginaires_is_looked_through_as_well(shared_dir):
     contents = look_through(shared_dir / "parity/imaginaire_lmdb/lmdb", LabelSpec(num_classes=183, ignore=(255,)), 0)
     assert contents.problems == () and contents.num_samples == 3 and set(contents.num_bytes) >= {"images", "seg_maps"}
@@ -72,6 +148,18 @@ def test_the_command_draws_and_verifies(tiny_folder, tmp_path, monkeypatch, caps
     legend = cv2.imread(str(tmp_path / "legend.png"))[..., ::-1]
     assert all((legend == colour).all(2).sum() > 100 for colour in LABELS.colours[:5])
     assert cv2.imread(str(tmp_path / "sheet.png")).shape[0] > 3 * 40
+
+
+def test_a_raw_folder_is_looked_through_as_well(tiny_folder, tmp_path, commands):
+    root = tiny_folder(keys=3)
+    (root / "seg_maps/0001.png").write_bytes(written_png(np.full((40, 56), 77, np.uint8)))
+    result = commands.run("scripts/inspect_lmdb.py", root, "--extract", "0002", "--output_dir", tmp_path)
+    assert result.returncode == 0 and (tmp_path / "images/0002.jpg").is_file(), result.stderr
+    config = REPOSITORY / "configs/projects/spade/sample/small64.yaml"
+    result = commands.run("scripts/inspect_lmdb.py", root, "--verify", "--config", config)
+    assert result.returncode == 2
+    assert result.stdout.startswith(f"3 samples of images, seg_maps, edge_maps, inst_maps: {root}")
+    assert "1 problem(s)" in result.stderr and "0001.png: label value(s) 77 outside the table" in result.stderr
 
 
 @pytest.mark.parametrize("of", ["instances", "labels", "both"])

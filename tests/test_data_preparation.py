@@ -19,6 +19,7 @@ from conftest import REPOSITORY, write_jpg, write_png
 from PIL import Image
 from torchvision.models.segmentation import deeplabv3_resnet50
 
+from imaginaire_spade.config import load_labels
 from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.decode import decode_image, decode_instances, decode_label
 from imaginaire_spade.data.download import fetch, unpack
@@ -127,7 +128,7 @@ def test_official_download_becomes_a_data_set_that_its_table_reads(name, tmp_pat
     if name == "custom":
         assert FolderSource(raw / "train", ["images", "seg_maps"]).keys == ["1", "2"]
         return
-    labels = prepare_dataset._read_labels(REPOSITORY / f"configs/labels/{name}.yaml")
+    labels = load_labels(REPOSITORY / f"configs/labels/{name}.yaml")
     for split in ("train", "val"):
         assert build_dataset(raw / split, tmp_path / split, labels, num_workers=0)["num_samples"] == counts[split]
     store = open_source(tmp_path / "train", ["images", "seg_maps"])
@@ -193,7 +194,7 @@ def test_cocos_instances_become_numbers_above_the_label_ids(tmp_path, monkeypatc
         with pytest.raises(DataError, match=message):
             prepare("cocostuff", source, tmp_path / "wrong", Options(), num_workers=0)
     monkeypatch.setitem(sys.modules, "pycocotools", None)
-    with pytest.raises(ConfigError, match=r"pip install 'imaginaire_spade\[data\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[data\]' in the folder"):
         prepare("cocostuff", source, tmp_path / "wrong", Options(), num_workers=0)
 
 
@@ -395,7 +396,7 @@ def test_deeplab_labels_photos_by_shares(tiny_folder, tmp_path):
     root = tiny_folder(keys=2, size=(16, 16), types=("images",))
     assert [label_photos(segmenter, root, rank=rank, world_size=2) for rank in (0, 1)] == [(1, 0), (1, 0)]
     assert label_photos(segmenter, root) == (0, 2)
-    labels = prepare_dataset._read_labels(root / "labels.yaml")
+    labels = load_labels(root / "labels.yaml")
     assert labels.names == ("sky", "sea", "rock")
     assert build_dataset(root, tmp_path / "out", labels, num_workers=0)["num_samples"] == 2
     with pytest.raises(ConfigError, match=r"2 names; .* has 3 classes"):
@@ -403,6 +404,33 @@ def test_deeplab_labels_photos_by_shares(tiny_folder, tmp_path):
     (tmp_path / "weights.pt").write_bytes(b"x")
     with pytest.raises(ConfigError, match="no weights of torchvision's"):
         deeplab_segmenter(tmp_path / "weights.pt", [], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("script", ["make_distance_maps", "make_edge_maps", "label_images"])
+def test_in_a_job_array_each_sample_is_made_by_one_task(script, tiny_folder, tiny_config, tmp_path, commands):
+    types = ("images",) if script == "label_images" else ("images", "seg_maps")
+    root = tiny_folder(keys=["a", "b", "c", "s/d", "s/e"], size=(16, 16), types=types)
+    if script == "label_images":
+        weights = tmp_path / "weights.pt"
+        network = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=3)
+        torch.save(network.state_dict(), weights)
+    own = {
+        "make_distance_maps": ["--config", tiny_config(), "--num_workers", "0"],
+        "make_edge_maps": ["--of", "labels", "--num_workers", "0"],
+        "label_images": ["--deeplab", tmp_path / "weights.pt", "--device", "cpu"],
+    }[script]
+    made = []
+    for task in (3, 5, 7):
+        array = {"ID": task, "MIN": 3, "MAX": 7, "STEP": 2, "COUNT": 3}
+        result = commands.run(
+            f"scripts/{script}.py", "--data_root", root, "--overwrite", *own,
+            **{f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in array.items()},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        made.append(int(re.match(r"(\d+) \w+ maps made", result.stdout)[1]))
+    assert made == [2, 2, 1]
+    folder = {"make_distance_maps": "distances", "make_edge_maps": "edge_maps", "label_images": "seg_maps"}[script]
+    assert sorted(path.stem for path in (root / folder).rglob("*.*")) == ["a", "b", "c", "d", "e"]
 
 
 def test_ids_are_the_highest_scores_at_the_photos_size():
@@ -433,7 +461,7 @@ def test_a_hugging_face_model_labels_photos(tiny_folder, tmp_path):
     expected = torch.nn.functional.interpolate(logits, (40, 56), mode="bilinear").argmax(1)[0].numpy()
     ids = decode_label((root / "seg_maps/s/b.png").read_bytes(), "x")
     assert np.array_equal(ids, expected) and len(np.unique(ids)) > 1
-    labels = prepare_dataset._read_labels(root / "labels.yaml")
+    labels = load_labels(root / "labels.yaml")
     assert labels.names == tuple(names.values())
     assert build_dataset(root, tmp_path / "out", labels, num_workers=0)["num_samples"] == 2
     (tmp_path / "empty").mkdir()
@@ -443,5 +471,5 @@ def test_a_hugging_face_model_labels_photos(tiny_folder, tmp_path):
 
 def test_without_transformers_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigError, match=r"pip install 'imaginaire_spade\[eval\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[eval\]' in the folder"):
         hugging_face_segmenter("x", torch.device("cpu"))

@@ -290,14 +290,19 @@ def test_imaginaire_lmdb_is_read_bit_for_bit(shared_dir):
             assert np.array_equal(decode_edges(data, name), expected > 0)
 
 
-def test_map_grows_when_it_is_full(tmp_path):
+def test_map_grows_when_it_is_full_and_has_the_umasks_mode(tmp_path):
     values = {f"{i:03d}".encode(): os.urandom(300_000) for i in range(12)}
-    writer = EnvironmentWriter(tmp_path, expected_bytes=0, expected_items=0)
+    umask = os.umask(0o002)
+    try:
+        writer = EnvironmentWriter(tmp_path, expected_bytes=0, expected_items=0)
+    finally:
+        os.umask(umask)
     for key, value in values.items():
         writer.put(key, value)
     writer.close()
     with lmdb.open(str(tmp_path), readonly=True, lock=False) as env, env.begin() as transaction:
         assert dict(transaction.cursor()) == values
+    assert (tmp_path / "data.mdb").stat().st_mode & 0o777 == 0o664  # the group of a shared folder may write it
 
 
 def test_a_shard_is_in_imaginaires_format_and_deterministic(tiny_folder, tmp_path):

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -82,14 +83,18 @@ def model(folder) -> LoadedModel:
 @pytest.fixture(scope="module")
 def written(model, folder) -> dict[str, str]:
     """What the command line says of checkpoint.onnx and checkpoint.pt2, which it writes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "_traced", functools.cache(export._traced))  # one tracing does for both
-        return {
-            suffix: run_script(
-                model, "--checkpoint", folder / "checkpoint.pt", "--output", folder / f"new/checkpoint{suffix}"
-            )
-            for suffix in export.SUFFIXES
-        }
+    umask = os.umask(0o027)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(export, "_traced", functools.cache(export._traced))  # one tracing does for both
+            return {
+                suffix: run_script(
+                    model, "--checkpoint", folder / "checkpoint.pt", "--output", folder / f"new/checkpoint{suffix}"
+                )
+                for suffix in export.SUFFIXES
+            }
+    finally:
+        os.umask(umask)
 
 
 @pytest.fixture
@@ -104,6 +109,7 @@ def test_the_command_says_how_well_the_pictures_agree(written, folder):
         assert all(float(line.split()[-1]) < 1e-4 for line in checks)
         assert last.startswith(f"wrote {folder}/new/checkpoint{suffix}, 0.")
     assert sorted(path.name for path in (folder / "new").iterdir()) == ["checkpoint.onnx", "checkpoint.pt2"]
+    assert [path.stat().st_mode & 0o777 for path in (folder / "new").iterdir()] == [0o640, 0o640]
 
 
 def test_an_onnx_file_says_what_it_takes_and_nothing_of_the_machine_it_was_made_on(exported, model):
@@ -184,7 +190,7 @@ def test_what_cannot_be_written_is_refused_before_work(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="--checkpoint none: no such file or folder"):
         run_script(None, "--checkpoint", "none", "--output", tmp_path / "new.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"needs the package onnxruntime .*pip install 'imaginaire_spade\[export\]'"):
+    with pytest.raises(UserError, match=r"needs the package onnxruntime .*pip install '\.\[export\]' in the folder"):
         check_output(tmp_path / "new.onnx")
     check_output(tmp_path / "new.pt2")
 

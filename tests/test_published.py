@@ -26,7 +26,9 @@ def test_it_makes_the_checkpoints_pictures(tiny_run, tmp_path, weights):
     run("log", *VAE, stop_after=1)
     trained = load_generator(newest_checkpoint(tmp_path / "log"), weights=weights)
     path = tmp_path / "model.safetensors"
-    publish_generator(trained, path)
+    publish_generator(
+        path, trained.generator, trained.encoder, trained.config, weights=weights, images_seen=trained.images_seen
+    )
     published = load_generator(path)
     assert (published.weights, published.images_seen) == (weights, 4)
     assert published.config.data.labels == trained.config.data.labels and published.config.gen == trained.config.gen

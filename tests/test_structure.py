@@ -1,9 +1,11 @@
 """The house rules that a machine can check."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,34 +14,168 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "imaginaire_spade"
 
 ROOMS = [
-    {"errors", "labels", "registry", "noise"}, {"config"}, {"compatibility"}, {"distributed"}, {"patterns"},
+    {"errors", "version", "labels", "registry", "noise"}, {"config"}, {"compatibility"}, {"distributed"}, {"patterns"},
     {"layout"}, {"pictures"}, {"data"}, {"models"}, {"losses"}, {"build"}, {"evaluation"}, {"training"}, {"inference"},
-    {"interop"}, {"demo"},
+    {"interop"}, {"demo"}, {"imaginaire_spade"},
 ]  # fmt: skip
-"""A module imports only from its own room and those before it."""
+"""A module imports only from its own room and those before it. The package's own names, for users, come last."""
 
-SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE)
+SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room_of(name: str) -> int:
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def room_of(module: str) -> int:
+    name = module.split(".")[1] if "." in module else module
     return next(index for index, room in enumerate(ROOMS) if name in room)
 
 
-def imported_rooms(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "imaginaire_spade":
+def imports_of(module: str, text: str) -> set[str]:
+    """The modules of the package that a module names: anywhere in it, in functions and under TYPE_CHECKING too."""
+    is_package = MODULES[module].name == "__init__.py"
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("imaginaire_spade."):
-            names.add(node.module.split(".")[1])
-    return names
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
+            source = ".".join([*parents, *filter(None, [node.module])])
+            names |= {name if (name := f"{source}.{alias.name}") in MODULES else source for alias in node.names}
+        elif isinstance(node, ast.Constant) and node.value in MODULES and "." in node.value:
+            names.add(node.value)  # importlib.import_module("imaginaire_spade.x")
+    return {name for name in names if name.split(".")[0] == "imaginaire_spade"}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_room_imports_only_rooms_before_it(path):
-    own = room_of(path.relative_to(PACKAGE).parts[0].removesuffix(".py"))
-    later = {name for name in imported_rooms(path) if room_of(name) > own}
-    assert not later
+def written_imports(module: str) -> set[str]:
+    """Those of its file. The registry alone may name modules after it: they register themselves there."""
+    named = imports_of(module, MODULES[module].read_text(encoding="utf-8"))
+    return named - REGISTERING if module == "imaginaire_spade.registry" else named
+
+
+REGISTERING = {
+    module
+    for module, path in MODULES.items()
+    if re.search(r"^@[A-Z]+\.register\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("import imaginaire_spade", {"imaginaire_spade"}),
+        ("import torch, imaginaire_spade.data.store as s", {"imaginaire_spade.data.store"}),
+        ("from imaginaire_spade import Synthesizer, losses", {"imaginaire_spade", "imaginaire_spade.losses"}),
+        ("from imaginaire_spade.data import store", {"imaginaire_spade.data.store"}),
+        ("from imaginaire_spade.config import RunConfig", {"imaginaire_spade.config"}),
+        ("from .checkpoint import BEST", {"imaginaire_spade.training.checkpoint"}),
+        ("from . import checkpoint", {"imaginaire_spade.training.checkpoint"}),
+        ("from ..data.store import FILENAMES", {"imaginaire_spade.data.store"}),
+        ("from .. import losses, LayoutSpec", {"imaginaire_spade", "imaginaire_spade.losses"}),
+        ("def f():\n    import imaginaire_spade.losses", {"imaginaire_spade.losses"}),
+        ("if TYPE_CHECKING:\n    from imaginaire_spade.training.run import Run", {"imaginaire_spade.training.run"}),
+        ('importlib.import_module("imaginaire_spade.losses")', {"imaginaire_spade.losses"}),
+        ("import json", set()),
+    ],
+)
+def test_every_kind_of_import_is_seen(text, named):
+    assert imports_of("imaginaire_spade.training.loop", text) == named
+
+
+def test_a_package_imports_relative_to_itself():
+    assert imports_of("imaginaire_spade.interop", "from . import clade") == {"imaginaire_spade.interop.clade"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_room_imports_only_rooms_before_it(module):
+    named = written_imports(module)
+    assert not {name for name in named if name not in MODULES}
+    assert not {name for name in named if room_of(name) > room_of(module)}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {module: written_imports(module) for module in MODULES}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def loaded_after(statement: str) -> set[str]:
+    """What is imported in a new interpreter after a statement: torch, and modules of the package (not its version)."""
+    script = f"{statement}\nimport sys\nprint(*(m for m in sys.modules if m == 'torch' or m.startswith('imaginaire_')))"
+    result = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return {name.removeprefix("imaginaire_spade.") for name in result.stdout.split()} - {"imaginaire_spade", "version"}
+
+
+def test_a_module_loads_what_it_needs_and_no_more():
+    assert loaded_after("from imaginaire_spade.labels import LabelSpec") == {"errors", "labels"}
+    assert loaded_after("from imaginaire_spade.config import load_labels") == {"config", "errors", "labels", "registry"}
+    assert loaded_after("import imaginaire_spade; assert imaginaire_spade.__version__") == set()
+
+
+def test_the_packages_names_are_there_when_asked_for():
+    text = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
+    (guard,) = (node for node in ast.parse(text).body if isinstance(node, ast.If))
+    for_type_checkers = {alias.asname for node in guard.body for alias in node.names}
+    loaded = loaded_after(
+        "import imaginaire_spade as package\n"
+        f"assert set(package.__all__) == {for_type_checkers} <= set(dir(package)), dir(package)\n"
+        "from imaginaire_spade import *\n"
+        "from imaginaire_spade import SemanticLayout, Synthesizer, build_discriminator, build_generator, load_config\n"
+        "assert package.load_config is load_config and callable(Synthesizer.load)\n"
+        "assert not hasattr(package, 'no_such_name')"
+    )
+    assert {"inference.synthesizer", "build", "torch"} <= loaded
+
+
+def test_each_registry_names_the_modules_that_fill_it():
+    from imaginaire_spade import registry
+
+    filled = set()
+    for module in REGISTERING:
+        names = re.findall(r"^@([A-Z]+)\.register\(", MODULES[module].read_text(encoding="utf-8"), re.MULTILINE)
+        filled |= {(name, module) for name in names}
+    found = {
+        (name, module)
+        for name, filled_one in vars(registry).items()
+        if isinstance(filled_one, registry.Registry)
+        for module in filled_one.modules
+    }
+    assert found == filled
+
+
+def test_components_are_known_without_an_import_of_theirs():
+    loaded_after(
+        "from imaginaire_spade.config import load_config\n"
+        "load_config('configs/projects/spade/cocostuff/base128_bs4.yaml')\n"
+        "load_config('configs/projects/clade/camvid/small96x128_icpe.yaml')"
+    )
+    loaded_after(
+        "from imaginaire_spade.registry import GENERATORS\n"
+        "try:\n"
+        "    GENERATORS.register('pix2pixhd')(int)\n"
+        "except ValueError as error:\n"
+        "    assert 'registered twice' in str(error)\n"
+        "else:\n"
+        "    raise AssertionError('a name of ours was taken')"
+    )
+
+
+def test_the_version_is_stated_once():
+    from imaginaire_spade.version import __version__
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["dynamic"] == ["version"] and "version" not in project["project"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "imaginaire_spade.version.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
+    stated = [path for path in SOURCES if __version__ in path.read_text(encoding="utf-8")]
+    assert stated == [PACKAGE / "version.py"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -54,7 +190,15 @@ def test_a_default_is_written_once_and_errors_are_not_swallowed(path):
 def test_models_import_torch_and_each_other_only():
     allowed = {"models", "layout", "patterns", "registry", "errors", "distributed"}
     for path in (PACKAGE / "models").glob("*.py"):
-        assert imported_rooms(path) <= allowed, path
+        named = written_imports(module_name(path))
+        assert {name.split(".")[1] for name in named} <= allowed, path
+
+
+def test_a_script_without_a_process_group_works_in_job_arrays_too():
+    for path in (REPOSITORY / "scripts").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if "process_info_from_environment" in text:
+            assert "init_process_group" in text or "rank_from_environment" in text, path
 
 
 def test_the_configuration_reference_is_the_schemas():
@@ -63,6 +207,22 @@ def test_the_configuration_reference_is_the_schemas():
 
     written = (REPOSITORY / "docs/config.md").read_text(encoding="utf-8")
     assert written == write_config_reference.reference(), "run python scripts/write_config_reference.py"
+
+
+def test_extras_are_installed_from_the_checkout():
+    """The package is on no index, so pip cannot find imaginaire_spade[eval]; and every extra that is named exists."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    folders = ("docs", "projects", "imaginaire_spade", "scripts", "benchmarks", "tests", "configs")
+    paths = [*REPOSITORY.glob("*"), *(path for folder in folders for path in (REPOSITORY / folder).rglob("*"))]
+    named: set[str] = set()
+    for path in paths:
+        if path.suffix in (".py", ".md", ".ipynb", ".yaml", ".html", ".sbatch", ".sh", "") and path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            assert not re.search(r"pip install (-\S+ )*\W*imaginaire_spade", text), path
+            assert not re.search(r"imaginaire_spade\\?\[[\w,]+\\?\]['\"]", text), path
+            named |= {extra for match in re.findall(r"\.\[([\w,]+)\]", text) for extra in match.split(",")}
+            named |= set(re.findall(r"how_to_install\([\"'](\w+)", text)) | set(re.findall(r"extra [\"`](\w+)", text))
+    assert {"data", "eval", "export"} <= named <= set(project["optional-dependencies"])
 
 
 def test_ruff_and_mypy_find_nothing():

@@ -1,12 +1,25 @@
-"""The commands that users of imaginaire's SPADE project know, word for word, on miniature data."""
+"""The commands that users know, of imaginaire's SPADE project and of our README, word for word, on miniature data."""
 
+import json
+import re
+import shlex
+import shutil
+import signal
 import subprocess
+import time
+import urllib.request
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
+import yaml
 from conftest import write_jpg, write_png
-from fork_server import ForkServer
+from fork_server import Forked, ForkServer
+
+from imaginaire_spade.config import load_config
+from imaginaire_spade.data.transforms import Geometry, draw_geometry
+from imaginaire_spade.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -94,3 +107,232 @@ def test_inference_without_weights_says_what_to_give(tmp_path, commands):
     result = commands.run("inference.py", "--config", config, "--output_dir", tmp_path / "out")
     assert result.returncode == 2
     assert result.stderr.startswith("error: no checkpoint: give --checkpoint FILE, or --logdir DIR")
+
+
+# ------------------------------------------------------------------------------------------------ README, own data
+
+
+def section(page: str, heading: str) -> str:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    assert text.count(f"\n## {heading}\n") == 1, f"{page} has no section {heading!r}"
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def blocks_of(text: str) -> list[str]:
+    """The indented blocks of a page (below a list's items: seven spaces), without the indentation."""
+    found = re.findall(r"(?:^ {7}.*\n|^\n(?= {7}))+", text, re.MULTILINE)
+    return [re.sub(r"^ {7}", "", block, flags=re.MULTILINE).strip() for block in found]
+
+
+def test_the_readmes_own_data_is_built_trained_and_painted_as_it_says(tiny_folder, tmp_path, commands):
+    text = section("README.md", "Your own data")
+    config, *shells = blocks_of(text)
+    lines = [line for block in shells for line in block.splitlines()]
+    assert config.startswith("base: ") and len(lines) == 6
+    (tmp_path / "mine.yaml").write_text(config)
+    labels = yaml.safe_load(config)["data"]["labels"]
+    assert len(set(labels["names"])) == len(labels["palette"]) == labels["num_classes"] > 1
+    for name in ("train.py", "inference.py", "evaluate.py", "scripts", "configs"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    for split in ("train", "val"):
+        tiny_folder(f"RAW/{split}", keys=4, size=(108, 144), num_classes=labels["num_classes"],
+                    types=("images", "seg_maps"))  # fmt: skip
+
+    # What is added to the lines, by the script that they start: a short run of few filters, no weights for the scores.
+    narrow = ("gen.num_filters=4", "gen.norm.hidden_channels=8", "dis.num_filters=4", "data.num_workers=0")
+    more = {
+        "train.py": ["--max_iterations", "2", *(f"--set={item}" for item in narrow)],
+        "evaluate.py": ["--inception_weights", "random:0", "--feature_dim", "64"],
+        "imaginaire_spade.demo": ["--port", "0"],
+    }
+    assert more["evaluate.py"][0] + " random:0" in text
+    printed = {}
+    for line in lines:
+        python, *words = shlex.split(line, comments=True)
+        assert python == "python", f"one process needs no launcher: {line}"
+        script = words[1] if words[0] == "-m" else words[0]
+        if script == "imaginaire_spade.demo":
+            look_at_the_page(commands.start(*words, *more[script], cwd=tmp_path))
+            continue
+        result = commands.run(*words, *more.get(script, []), cwd=tmp_path, NO_CURVES="1")
+        assert result.returncode == 0, f"{line}\n{result.stdout[-1000:]}{result.stderr[-3000:]}"
+        printed[script] = result.stdout
+    assert set(printed) == {"scripts/build_lmdb.py", "train.py", "inference.py", "evaluate.py"}
+    assert labels["names"][0] in printed["scripts/build_lmdb.py"] and "class 0" not in printed["scripts/build_lmdb.py"]
+    assert "wrote 4 of 4 pictures" in printed["inference.py"]
+    assert labels["names"][0] in (tmp_path / "pictures/index.html").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["scores"]
+
+
+def look_at_the_page(process: Forked) -> None:
+    give_up_at = time.monotonic() + 60
+    url = None
+    while url is None:
+        assert process.poll() is None and time.monotonic() < give_up_at, process.stderr.read_text()
+        time.sleep(0.02)
+        url = re.search(r"painting page: (\S+)", process.stdout.read_text()) if process.stdout.exists() else None
+    with urllib.request.urlopen(url[1]) as answer:
+        assert answer.status == 200
+    process.send_signal(signal.SIGINT)
+    assert process.output().endswith("ended\n")
+
+
+def test_the_readmes_line_for_square_and_upright_photos_is_true(tmp_path):
+    config, *_ = blocks_of(section("README.md", "Your own data"))
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    for name, text in (("as_it_is.yaml", config), ("with_it.yaml", re.sub(r"# .*(?=augmentations: )", "", config))):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match="enlarge first: resize_smallest_side: 128"):
+        geometry_of(tmp_path / "as_it_is.yaml", 200, 200)
+    for height, width in ((200, 200), (300, 200), (90, 120), (1000, 1001)):
+        geometry = geometry_of(tmp_path / "with_it.yaml", height, width)
+        assert (geometry.height, geometry.width) == (96, 128)
+
+
+def geometry_of(config: Path, height: int, width: int) -> Geometry:
+    """Of the photo at its smallest."""
+    return draw_geometry(height, width, load_config(config).data.train.augmentations, [0, 0, 0, 0], "it")
+
+
+def test_the_readme_says_when_weights_are_needed_and_where_that_is_told():
+    text = section("README.md", "Your own data")
+    config = next(iter(blocks_of(text)))
+    without = load_config(REPOSITORY / yaml.safe_load(config)["base"])
+    assert without.losses["perceptual"].weight == 0, "this recipe needs the weights of VGG19"
+    link = re.search(r"VGG19[^.]*\[INSTALL\.md\]\(INSTALL\.md#([\w-]+)\)", text)
+    assert link, "no sentence says when VGG19 is needed and where INSTALL.md says how"
+    headings = re.findall(r"^## (.+)$", (REPOSITORY / "INSTALL.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert link[1] in [heading.lower().replace(" ", "-") for heading in headings]
+
+
+# ------------------------------------------------------------------------------------------------ label tables
+
+LABEL_READERS = {
+    "build_lmdb.py": "--data_root raw --output_root built --num_workers 0",
+    "inspect_lmdb.py": "raw --verify --num_workers 0 --legend legend.png",
+    "make_distance_maps.py": "--data_root raw --num_workers 0",
+    "make_contact_sheet.py": "--data_root raw --generated raw/images --output sheet.png",
+    "prepare_dataset.py": "custom --source raw --labels seg_maps --output prepared --lmdb --num_workers 0",
+}
+"""The scripts that need to know what the ids of a label map mean, and nothing else of a config."""
+
+
+@pytest.mark.parametrize("script", LABEL_READERS)
+def test_a_label_table_alone_is_enough_where_only_labels_matter(script, tiny_folder, tmp_path, commands):
+    raw = tiny_folder(keys=3, num_classes=11, types=("images", "seg_maps"))
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+
+    def run(config: str) -> subprocess.CompletedProcess:
+        words = LABEL_READERS[script].split()
+        return commands.run(REPOSITORY / "scripts" / script, *words, "--config", config, cwd=tmp_path)
+
+    # 1. What it takes: a table, the config of a run, one that is based on several files. 2. What it does not.
+    (tmp_path / "based.yaml").write_text("base: [configs/labels/camvid.yaml, more.yaml]\n")
+    (tmp_path / "more.yaml").write_text("data: {edges: labels, labels: {ignore: [254, 255]}}\n")
+    for config in ("configs/labels/camvid.yaml", "configs/projects/spade/camvid/small96x128.yaml", "based.yaml"):
+        result = run(config)
+        assert result.returncode == 0, result.stderr
+        for built in ("built", "prepared"):
+            shutil.rmtree(tmp_path / built, ignore_errors=True)
+    write_png(raw / "seg_maps/0002.png", np.full((40, 56), 254, np.uint8))
+    shutil.rmtree(raw / "distances", ignore_errors=True)
+    assert run("based.yaml").returncode == 0
+    shutil.rmtree(tmp_path / "prepared", ignore_errors=True)
+
+    (tmp_path / "neither.yaml").write_text("names: [sky, road]\n")
+    (tmp_path / "misspelt.yaml").write_text("data: {edgs: labels, labels: {num_classes: 11, ignroe: [255]}}\n")
+    (tmp_path / "section.yaml").write_text("base: configs/labels/camvid.yaml\ntrainr: {log_every: 1}\n")
+    for config, *parts in (
+        ("neither.yaml", "neither.yaml: no label table, in it or in its base. Write data:", "base: configs/labels/"),
+        ("misspelt.yaml", "misspelt.yaml:1: data.edgs: unknown key; did you mean 'edges'?", "did you mean 'ignore'?"),
+        ("section.yaml", "section.yaml:2: trainr: unknown key; did you mean 'trainer'?"),
+        ("absent.yaml", "absent.yaml: no such config file"),
+    ):
+        result = run(config)
+        assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+        assert all(part in result.stderr for part in parts), result.stderr
+        assert not (tmp_path / "prepared").exists()
+
+
+def test_a_key_set_by_hand_reaches_the_label_table(tiny_folder, tmp_path, commands):
+    raw = tiny_folder(keys=2, num_classes=12, types=("images", "seg_maps"))
+    build = ["scripts/build_lmdb.py", "--config", "configs/labels/camvid.yaml", "--data_root", raw]
+    build += ["--output_root", tmp_path / "out", "--num_workers", "0"]
+    assert "label value(s) 11 outside the table" in commands.run(*build).stderr
+    assert "trainr: unknown key" in commands.run(*build, "--set", "trainr.log_every=1").stderr
+    result = commands.run(*build, "--set", "data.labels.ignore=[11, 255]")
+    assert result.returncode == 0 and "don't care" in result.stdout, result.stderr
+    result = commands.run(*build, "--set", "data.labels.ignore=[11, 255]", "--set", "data.edges=instances")
+    assert result.returncode == 2 and "no folder inst_maps/" in result.stderr
+
+
+def test_a_label_table_is_no_config_of_a_run_and_one_message_says_so(tmp_path, commands):
+    result = commands.run("train.py", "--config", "configs/labels/camvid.yaml", "--logdir", tmp_path / "log")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert "configs/labels/camvid.yaml: not the config of a run: it has no gen, dis, losses" in result.stderr
+    assert "base: [configs/projects/" in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------ modes of files
+
+WITH_UMASK = """
+import os, runpy, sys
+os.umask(int(sys.argv[1], 8))
+sys.argv = sys.argv[2:]
+sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+TINY_SAMPLE = """
+base: configs/projects/spade/sample/small64.yaml
+gen: {num_filters: 2, norm: {hidden_channels: 4}, style_dims: 4}
+dis: {num_filters: 4, num_layers: 2, num_discriminators: 1}
+encoder: {type: conv, num_filters: 2, image_size: 128}
+losses: {kl: 0.1}
+trainer:
+  max_iterations: 2
+  image_every: 2
+  checkpoint_every: 2
+  keep_every: 2
+  evaluation: {every_images: 4, metrics: [fid], inception_weights: "random:0", feature_dim: 64}
+data:
+  edges: labels
+  train: {roots: [lmdb], batch_size: 2}
+  val: {roots: [val], batch_size: 2}
+"""
+
+WRITERS = """
+scripts/make_sample_data.py --output_root drawn --num_train 6 --num_val 4 --height 64 --width 64
+scripts/prepare_dataset.py custom --source drawn/train --labels seg_maps --output raw --num_val 2 --num_workers 0
+scripts/make_distance_maps.py --config configs/labels/sample.yaml --data_root raw/train --num_workers 0
+scripts/make_edge_maps.py --data_root raw/train --of labels --num_workers 0
+scripts/build_lmdb.py --config tiny.yaml --data_root raw/train --output_root lmdb --num_shards 2 --num_workers 0
+scripts/build_lmdb.py --config tiny.yaml --data_root drawn/val --output_root val --recode_maps --num_workers 0
+scripts/inspect_lmdb.py lmdb --legend legend.png --contact_sheet sheet.jpg
+scripts/inspect_lmdb.py val --extract scene_00006 --output_dir taken
+train.py --config tiny.yaml --logdir log
+inference.py --logdir log --input_dir val --output_dir made --style_interpolate 0 1 --steps 2 --animation gif
+scripts/make_contact_sheet.py --config tiny.yaml --data_root val --generated drawn/val/images --output made.png
+scripts/export_generator.py --checkpoint log --output out/model.safetensors
+scripts/export_checkpoint.py --target nvlabs_spade --checkpoint log/checkpoints/best.pt --output_dir out/theirs
+scripts/compute_fid_stats.py --real drawn/val/images --reference_split val --output stats.npz INCEPTION
+evaluate.py --real stats.npz --fake made --reference_split val --output report.json --html report.html INCEPTION
+""".replace("INCEPTION", "--inception_weights random:0 --feature_dim 64")
+
+
+@pytest.mark.parametrize("umask", ["022", "027"])
+def test_every_file_has_the_mode_that_the_umask_leaves(umask, tmp_path, commands):
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    (tmp_path / "tiny.yaml").write_text(TINY_SAMPLE)
+    (tmp_path / "with_umask.py").write_text(WITH_UMASK)
+    before = set(tmp_path.iterdir())
+    for line in WRITERS.strip().splitlines():
+        script, *words = line.split()
+        result = commands.run("with_umask.py", umask, REPOSITORY / script, *words, cwd=tmp_path)
+        assert result.returncode == 0, f"{line}\n{result.stdout}{result.stderr}"
+    written = [path for top in set(tmp_path.iterdir()) - before for path in (top, *top.rglob("*"))]
+    kinds = {path.suffix for path in written}
+    assert kinds >= {".pt", ".sha256", ".safetensors", ".pth", ".jpg", ".png", ".gif", ".html", ".json", ".jsonl"}
+    assert kinds >= {".mdb", ".npz", ".npy", ".yaml"}
+    left = {True: 0o777 & ~int(umask, 8), False: 0o666 & ~int(umask, 8)}
+    assert not {str(p): oct(p.stat().st_mode) for p in written if p.stat().st_mode & 0o777 != left[p.is_dir()]}

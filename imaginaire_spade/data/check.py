@@ -1,11 +1,12 @@
-"""One sample on its way into a shard: its files read once, decoded, compared with each other and with the label table.
+"""One sample checked: its files read once, decoded, compared with each other and with the label table.
 
-Owns what a checked sample is, and how a picture shrinks on the way (``--resize_smallest_side``).
+Owns what a sound sample is, for the builder and for ``scripts/inspect_lmdb.py`` alike, and what the builder makes of it
+on its way into a shard (``--resize_smallest_side``, ``--recode_maps``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from imaginaire_spade.data.decode import (
 )
 from imaginaire_spade.data.distances import NOT_FINITE, decode_distances
 from imaginaire_spade.data.encode import encode_map
-from imaginaire_spade.data.folders import DISTANCES, FolderSource
+from imaginaire_spade.data.folders import DISTANCES, FolderSource, Source
 from imaginaire_spade.data.store import MAX_KEY_BYTES, store_key
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.errors import DataError
@@ -76,51 +77,105 @@ DECODERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {
 }
 
 
-def load_sample(plan: Plan, key: str) -> LoadedSample:
-    """Read, check and (where the plan says so) shrink all files of one sample. Problems are collected, not raised."""
-    sample = LoadedSample(key)
-    problems: list[str] = []
-    if len(store_key(key)) > MAX_KEY_BYTES:
-        problems.append(f"{key}: the name is longer than {MAX_KEY_BYTES} bytes, the most that LMDB takes: shorten it")
-    pixels: dict[str, NDArray[Any]] = {}
-    sizes: dict[str, tuple[int, int]] = {}
-    for data_type in plan.data_types:
-        where = plan.source.where(key, data_type)
+@dataclass
+class CheckedFiles:
+    """The files of one sample as they were read, and what their content says."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Data type -> content, of those that could be read."""
+    pixels: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """Data type -> what was decoded whole."""
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Data type -> (height, width)."""
+    class_pixels: dict[int, int] = field(default_factory=dict)
+    """Train id -> number of pixels, of those that occur."""
+    problems: list[str] = field(default_factory=list)
+    """Each names its file."""
+
+    @property
+    def first(self) -> str:
+        """The data type whose size the others must have; "" where nothing was decoded."""
+        return "seg_maps" if "seg_maps" in self.sizes else next(iter(self.sizes), "")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        return self.sizes.get(self.first)
+
+
+def check_files(
+    source: Source,
+    key: str,
+    data_types: Sequence[str],
+    labels: LabelSpec | None,
+    *,
+    decode: bool = True,
+    whole_photo: bool = False,
+) -> CheckedFiles:
+    """Read all files of one sample, decode them, compare their sizes and count the classes.
+
+    It is the one check of a sample: what it lets into a data set, it finds sound in one. Problems are collected, not
+    raised.
+
+    Args:
+        labels: the label table; None: label values are not looked at.
+        decode: False: the files are only read, and must not be empty.
+        whole_photo: decode the photo at full size and keep it.
+    """
+    checked = CheckedFiles()
+    for data_type in data_types:
+        where = source.where(key, data_type)
         try:
-            data = plan.source.read(key, data_type)
+            data = source.read(key, data_type)
             if not data:
                 raise DataError(f"{where}: the file is empty (0 bytes)")
-            sample.files[data_type] = data
-            sample.source_bytes[data_type] = len(data)
-            sample.extensions[data_type] = plan.source.extension(key, data_type)
-            if plan.check:
-                if data_type == "images" and plan.smallest_side is None:
-                    sizes[data_type] = check_photo(data, where)
-                else:
-                    pixels[data_type] = array = DECODERS[data_type](data, where)
-                    sizes[data_type] = array.shape[0], array.shape[1]
-                    if data_type == "seg_maps":
-                        sample.class_pixels.update(plan.labels.count_pixels(array, where))
-                    elif data_type == DISTANCES and not np.isfinite(array).all():
-                        raise DataError(f"{where}: {NOT_FINITE}")
+            checked.files[data_type] = data
+            if not decode:
+                continue
+            if data_type == "images" and not whole_photo:
+                checked.sizes[data_type] = check_photo(data, where)
+                continue
+            checked.pixels[data_type] = array = DECODERS[data_type](data, where)
+            checked.sizes[data_type] = array.shape[0], array.shape[1]
+            if data_type == "seg_maps" and labels is not None:
+                checked.class_pixels = labels.count_pixels(array, where)
+            elif data_type == DISTANCES and not np.isfinite(array).all():
+                raise DataError(f"{where}: {NOT_FINITE}")
         except DataError as error:
-            problems.append(str(error))
-    first = "seg_maps" if "seg_maps" in sizes else next(iter(sizes), "")
-    for data_type, other in sizes.items():
-        if other != sizes[first]:
-            problems.append(
-                f"{plan.source.where(key, data_type)} is {other[0]} x {other[1]} (height x width), but"
-                f" {plan.source.where(key, first)} is {sizes[first][0]} x {sizes[first][1]}: they must be of one size"
+            checked.problems.append(str(error))
+    for data_type, (height, width) in checked.sizes.items():
+        if (height, width) != checked.size:
+            expected = checked.sizes[checked.first]
+            checked.problems.append(
+                f"{source.where(key, data_type)} is {height} x {width} (height x width), but"
+                f" {source.where(key, checked.first)} is {expected[0]} x {expected[1]}: they must be of one size"
             )
+    return checked
+
+
+def load_sample(plan: Plan, key: str) -> LoadedSample:
+    """Read, check and (where the plan says so) shrink all files of one sample. Problems are collected, not raised."""
+    shrinks = plan.smallest_side is not None
+    checked = check_files(plan.source, key, plan.data_types, plan.labels, decode=plan.check, whole_photo=shrinks)
+    problems = checked.problems
+    if len(store_key(key)) > MAX_KEY_BYTES:
+        problems.append(f"{key}: the name is longer than {MAX_KEY_BYTES} bytes, the most that LMDB takes: shorten it")
     if problems:
         return LoadedSample(key, problems=tuple(problems))
-    size = sizes[first] if sizes else None
+    size = checked.size
+    sample = LoadedSample(
+        key,
+        checked.files,
+        {data_type: plan.source.extension(key, data_type) for data_type in checked.files},
+        {data_type: len(data) for data_type, data in checked.files.items()},
+        size,
+        checked.class_pixels,
+    )
     if size and plan.smallest_side and min(size) > plan.smallest_side:
         height, width = (max(1, round(side * plan.smallest_side / min(size))) for side in size)
-        return _rewritten(plan, sample, pixels, size, (height, width))
+        return _rewritten(plan, sample, checked.pixels, size, (height, width))
     if size and plan.recode_maps:
-        return _rewritten(plan, sample, pixels, size, size)
-    return replace(sample, size=size)
+        return _rewritten(plan, sample, checked.pixels, size, size)
+    return sample
 
 
 def _rewritten(

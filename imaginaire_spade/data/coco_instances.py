@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaginaire_spade.data.store import read_json
-from imaginaire_spade.errors import ConfigError, DataError
+from imaginaire_spade.errors import ConfigError, DataError, how_to_install
 
 FIRST_OBJECT = 256
 """In an instance map, smaller numbers are label ids, of pixels that belong to no object."""
@@ -34,8 +34,8 @@ def read_objects(path: Path) -> dict[str, Objects]:
         import pycocotools.mask  # noqa: F401
     except ImportError:
         raise ConfigError(
-            f"{path}: reading it needs the package pycocotools: pip install 'imaginaire_spade[data]' (or unpack the"
-            " panoptic maps, or move the file away to go without instance maps)"
+            f"{path}: reading it needs the package pycocotools: {how_to_install('data')} (or unpack the panoptic maps,"
+            " or move the file away to go without instance maps)"
         ) from None
     tree = read_json(path)
     try:

@@ -40,7 +40,8 @@ class EnvironmentWriter:
         self._env = self._open()
 
     def _open(self) -> lmdb.Environment:
-        return lmdb.open(str(self._folder), map_size=self._map_size, lock=False, sync=False)
+        # 0o777 less what the umask takes away; LMDB leaves out the right to execute.
+        return lmdb.open(str(self._folder), map_size=self._map_size, lock=False, sync=False, mode=0o777)
 
     def put(self, key: bytes, value: bytes) -> None:
         """Add an item; keys in ascending order. Raises OSError or lmdb.Error where the disk is full, or the like."""

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from imaginaire_spade.data.check import DECODERS
-from imaginaire_spade.data.decode import check_photo
+from imaginaire_spade.data.check import check_files
 from imaginaire_spade.data.folders import DATA_TYPES, Source
 from imaginaire_spade.data.shard import file_sha256
 from imaginaire_spade.data.store import MANIFEST, open_source, read_json
@@ -37,6 +36,11 @@ class Contents:
     problems: tuple[str, ...]
 
 
+def open_data(root: Path) -> Source:
+    """All that lies under ``root``: LMDB shards, or plain folders. Raises DataError."""
+    return open_source(root, [t for t in DATA_TYPES if (root / t).is_dir()])
+
+
 def stored_types(source: Source) -> list[str]:
     return [t for t in DATA_TYPES if source.has(t)]
 
@@ -54,7 +58,7 @@ def stored_labels(root: Path) -> LabelSpec | None:
 def look_through(root: Path, labels: LabelSpec | None, num_workers: int | None) -> Contents:
     """Read and decode everything, and compare every file's checksum with the manifest's. Problems are collected."""
     problems = list(_wrong_checksums(root))
-    source = open_source(root, [])
+    source = open_data(root)
     types = stored_types(source)
     num_bytes: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
@@ -90,34 +94,20 @@ def _wrong_checksums(root: Path) -> Iterator[str]:
 
 
 def _look_at(source: Source, types: list[str], labels: LabelSpec | None, key: str) -> Contents:
-    problems: list[str] = []
-    num_bytes: dict[str, int] = {}
-    sizes: dict[str, tuple[int, int]] = {}
-    pixels: dict[int, int] = {}
-    for t in types:
-        where = source.where(key, t)
-        try:
-            data = source.read(key, t)
-            num_bytes[t] = len(data)
-            if t == "images":
-                sizes[t] = check_photo(data, where)
-                continue
-            array = DECODERS[t](data, where)
-            sizes[t] = array.shape[0], array.shape[1]
-            if t == "seg_maps" and labels:
-                pixels = labels.count_pixels(array, where)
-        except DataError as error:
-            problems.append(str(error))
-    if len(set(sizes.values())) > 1:
-        problems.append(f"{source.where(key, types[0])}: sizes differ: {sizes}")
-    size = sizes["seg_maps"] if "seg_maps" in sizes else next(iter(sizes.values()), None)
-    shown = Counter({f"{size[0]}x{size[1]}": 1} if size else {})
-    return Contents(1, num_bytes, shown, Counter(pixels), Counter(pixels.keys()), tuple(problems))
+    checked = check_files(source, key, types, labels)
+    return Contents(
+        1,
+        {data_type: len(data) for data_type, data in checked.files.items()},
+        Counter({f"{checked.size[0]}x{checked.size[1]}": 1} if checked.size else {}),
+        Counter(checked.class_pixels),
+        Counter(checked.class_pixels.keys()),
+        tuple(checked.problems),
+    )
 
 
 def extract(root: Path, key: str, folder: Path) -> list[Path]:
     """Write the files of one sample as ``folder/TYPE/KEY.ext``. Raises DataError for an unknown key."""
-    source = open_source(root, [])
+    source = open_data(root)
     if key not in source.keys:
         near = ", ".join(source.keys[:3])
         raise DataError(f"{root}: no sample {key!r}; keys look like: {near}")

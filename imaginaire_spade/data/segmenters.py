@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from imaginaire_spade.errors import ConfigError
+from imaginaire_spade.errors import ConfigError, how_to_install
 
 # ImageNet's, which torchvision's segmenters were trained with.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -72,7 +72,7 @@ def hugging_face_segmenter(model: str, device: torch.device, flag: str = "--mode
         from transformers.utils.logging import disable_progress_bar
     except ImportError:
         raise ConfigError(
-            f"{flag} needs the package transformers: pip install 'imaginaire_spade[eval]'"
+            f"{flag} needs the package transformers: {how_to_install('eval')}"
             f"{' (or give --deeplab WEIGHTS)' if flag == '--model' else ''}"
         ) from None
     disable_progress_bar()

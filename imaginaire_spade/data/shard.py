@@ -9,7 +9,6 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from imaginaire_spade.data.check import LoadedSample, Plan
 from imaginaire_spade.data.environments import EnvironmentWriter
 from imaginaire_spade.data.store import MANIFEST, most_common, store_key, write_index, write_json
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.version import __version__
 
 Manifest = dict[str, Any]
 
@@ -75,7 +75,7 @@ def write_shard(
     counted = plan.check and "seg_maps" in plan.data_types
     manifest = {
         "format": 1,
-        "builder": f"imaginaire_spade {_package_version()}",
+        "builder": f"imaginaire_spade {__version__}",
         "lmdb": ".".join(map(str, lmdb.version())),
         "num_samples": len(keys),
         "data_types": {
@@ -168,13 +168,6 @@ def flush_folder(folder: Path) -> None:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _package_version() -> str:
-    try:
-        return version("imaginaire_spade")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "(not installed)"
 
 
 def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:

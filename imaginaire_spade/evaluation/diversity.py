@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from imaginaire_spade.data.segmenters import network_sha256
 from imaginaire_spade.data.shard import file_sha256
-from imaginaire_spade.errors import ConfigError, DataError, UserError
+from imaginaire_spade.errors import ConfigError, DataError, UserError, how_to_install
 from imaginaire_spade.evaluation.features import (
     RANDOM,
     find_weights,
@@ -107,7 +107,7 @@ def _untrained_lpips(seed: int) -> nn.Module:
     try:
         from torchmetrics.functional.image.lpips import _LPIPS
     except ImportError:
-        raise ConfigError("LPIPS comes with torchmetrics: pip install 'imaginaire_spade[eval]'") from None
+        raise ConfigError(f"LPIPS comes with torchmetrics: {how_to_install('eval')}") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _LPIPS(pretrained=True, net="alex", pnet_rand=True)  # the public classes would download the backbone

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from imaginaire_spade.data.segmenters import network_sha256
 from imaginaire_spade.data.shard import file_sha256
-from imaginaire_spade.errors import ConfigError
+from imaginaire_spade.errors import ConfigError, how_to_install
 
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 """One and the same file as torch-fidelity (torchmetrics) and pytorch-fid call it."""
@@ -205,9 +205,7 @@ def _load_inception(path: Path) -> nn.Module:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
-        raise ConfigError(
-            "the Inception network comes with torch-fidelity: pip install 'imaginaire_spade[eval]'"
-        ) from None
+        raise ConfigError(f"the Inception network comes with torch-fidelity: {how_to_install('eval')}") from None
     what = "Inception v3 (2015-12-05)"
     read_state(path, what, INCEPTION_URL)  # torch-fidelity would run what is in the file
     try:

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-import imaginaire_spade
 from imaginaire_spade.config import AugmentationConfig
-from imaginaire_spade.errors import ConfigError, DataError
+from imaginaire_spade.errors import ConfigError, DataError, how_to_install
 from imaginaire_spade.evaluation.collection import Collection
 from imaginaire_spade.evaluation.diversity import PerceptualNetwork
 from imaginaire_spade.evaluation.features import INCEPTION_SHA256, FeatureNetwork
 from imaginaire_spade.evaluation.protocol import Protocol, geometry_stamp
 from imaginaire_spade.evaluation.report import Report
 from imaginaire_spade.evaluation.statistics import frechet_distance
+from imaginaire_spade.version import __version__
 
 METRICS = ("fid", "kid", "precision_recall", "diversity", "segmentation")
 NEED_FEATURES = ("fid", "kid", "precision_recall")
@@ -59,7 +59,7 @@ def kernel_distance(real: Tensor, fake: Tensor, *, seed: int = 0) -> Kid:
     try:
         from torchmetrics.image.kid import poly_mmd
     except ImportError:
-        raise ConfigError("KID comes with torchmetrics: pip install 'imaginaire_spade[eval]'") from None
+        raise ConfigError(f"KID comes with torchmetrics: {how_to_install('eval')}") from None
     size = min(KID_SUBSET_SIZE, len(real), len(fake))
     if size < 2:
         raise DataError(f"KID needs at least 2 pictures on each side, not {len(real)} and {len(fake)}")
@@ -86,7 +86,7 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
         from torch_fidelity.metric_prc import calculate_precision_recall_part
     except ImportError:
         raise ConfigError(
-            "precision and recall come with torch-fidelity 0.4 or later: pip install 'imaginaire_spade[eval]'"
+            f"precision and recall come with torch-fidelity 0.4 or later: {how_to_install('eval')}"
         ) from None
     if min(len(real), len(fake)) <= NEIGHBOURS:
         raise DataError(
@@ -139,7 +139,7 @@ def evaluate_pictures(
         diversity_rule = f"{perceptual.name} (sha256 {perceptual.sha256}), {num_samples} samples per label map"
     assert fake.description.count and fake.description.size and fake.description.format
     protocol = Protocol(
-        version=imaginaire_spade.__version__,
+        version=__version__,
         reference_split=reference_split,
         reference=real.description.digest,
         num_real=real.description.count,

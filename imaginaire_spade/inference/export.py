@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from imaginaire_spade.build import image_size, layout_spec
-from imaginaire_spade.errors import CheckpointError, ConfigError, UserError
+from imaginaire_spade.errors import CheckpointError, ConfigError, UserError, how_to_install
 from imaginaire_spade.inference.weights import LoadedModel
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.generator import Generator
@@ -73,8 +73,8 @@ def check_output(output: Path, *, overwrite: bool = False) -> None:
                 importlib.import_module(package)
             except ImportError as error:
                 raise UserError(
-                    f"--output {output}: ONNX needs the package {package} ({error}). Write pip install"
-                    " 'imaginaire_spade[export]'; or --output with a name that ends in .pt2, which needs torch alone"
+                    f"--output {output}: ONNX needs the package {package} ({error}): {how_to_install('export')}; or"
+                    " write --output with a name that ends in .pt2, which needs torch alone"
                 ) from None
 
 

@@ -10,24 +10,31 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
-import imaginaire_spade
 from imaginaire_spade.config import RunConfig, dump_config
 from imaginaire_spade.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from imaginaire_spade.inference.weights import LoadedModel
+from imaginaire_spade.version import __version__
 
 PUBLISHED = "imaginaire_spade.generator.1"
 
 
-def publish_generator(model: LoadedModel, path: Path) -> None:
-    """Write ``model`` (not frozen) to ``path``, whole or not at all. Raises CheckpointError."""
-    networks = {"generator": model.generator, "encoder": model.encoder}
+def publish_generator(
+    path: Path, generator: nn.Module, encoder: nn.Module | None, config: RunConfig, *, weights: str, images_seen: int
+) -> None:
+    """Write a trained generator to ``path``, whole or not at all.
+
+    Args:
+        generator, encoder: as ``load_generator`` gives them, not frozen.
+        weights: "ema" or "raw": which they are.
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    networks = {"generator": generator, "encoder": encoder}
     tensors = {
         f"{name}.{key}": tensor.cpu().contiguous()
         for name, network in networks.items()
@@ -36,15 +43,18 @@ def publish_generator(model: LoadedModel, path: Path) -> None:
     }
     metadata = {
         "format": PUBLISHED,
-        "version": imaginaire_spade.__version__,
-        "config": json.dumps(_without_places(model.config)),
-        "weights": model.weights,
-        "images_seen": str(model.images_seen),
+        "version": __version__,
+        "config": json.dumps(_without_places(config)),
+        "weights": weights,
+        "images_seen": str(images_seen),
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask leaves; save_file makes a file for its owner alone
         save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

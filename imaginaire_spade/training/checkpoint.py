@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-import imaginaire_spade
 from imaginaire_spade.data.shard import file_sha256, flush_folder
 from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.version import __version__
 
 FORMAT = "imaginaire_spade.checkpoint.1"
 BEST = "best.pt"
@@ -115,7 +115,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         CheckpointError: nothing was written; a file of that name stays as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    content = {"format": FORMAT, "version": imaginaire_spade.__version__, **content}
+    content = {"format": FORMAT, "version": __version__, **content}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,9 +14,7 @@ from imaginaire_spade.compatibility import explain_mismatch, explain_old_import
 from imaginaire_spade.config import RunConfig, dump_config, parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest
-
-if TYPE_CHECKING:
-    from imaginaire_spade.training.run import Run
+from imaginaire_spade.training.run import Run
 
 PARTS = {"gen": "generator", "dis": "discriminator", "encoder": "encoder"}
 """Section of the config -> its network's name in a checkpoint."""
