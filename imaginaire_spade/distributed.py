@@ -102,9 +102,12 @@ def open_own_groups(timeout: timedelta | None = None) -> None:
     """
     if not dist.is_initialized() or _own_groups.get("default") is dist.group.WORLD:
         return
+    for purpose, backend in (("statistics", None), ("host", "gloo")):
+        group = dist.new_group(timeout=timeout, backend=backend)
+        assert isinstance(group, dist.ProcessGroup)  # which all processes are in
+        _own_groups[purpose] = group
+    assert dist.group.WORLD is not None
     _own_groups["default"] = dist.group.WORLD
-    _own_groups["statistics"] = dist.new_group(timeout=timeout)
-    _own_groups["host"] = dist.new_group(timeout=timeout, backend="gloo")
 
 
 def _own_group(purpose: Literal["statistics", "host"]) -> dist.ProcessGroup:
@@ -142,13 +145,14 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def mean_of_host_numbers(*numbers: float) -> list[float]:
-    """Average each number over the processes, exactly the same on all of them. Works beside what a GPU computes."""
+def mean_of_host_numbers(first: float, second: float) -> tuple[float, float]:
+    """Average two numbers over the processes, exactly the same on all of them. Does not wait for a GPU."""
     if not dist.is_initialized():
-        return list(numbers)
-    values = torch.tensor(numbers, dtype=torch.float64)
+        return first, second
+    values = torch.tensor([first, second], dtype=torch.float64)
     dist.all_reduce(values, group=_own_group("host"))
-    return (values / dist.get_world_size()).tolist()
+    first, second = (values / dist.get_world_size()).tolist()
+    return first, second
 
 
 def total_over_processes(values: Tensor) -> Tensor:

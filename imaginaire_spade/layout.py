@@ -241,10 +241,8 @@ class SemanticLayout:
         key = (kernel_size, over_processes)
         if key not in self._counts:
             around = self.neighbourhoods(kernel_size)
-            inner, outer = len(around.outside), around.pixels.num_rows
-            if over_processes:
-                inner, outer = mean_of_host_numbers(inner, outer)
-            self._counts[key] = inner, outer
+            counts = (float(len(around.outside)), float(around.pixels.num_rows))
+            self._counts[key] = mean_of_host_numbers(*counts) if over_processes else counts
         return self._counts[key]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SemanticLayout:

@@ -168,7 +168,7 @@ def calibration_layouts(run: Run) -> list[Batch]:
     indices = ((np.arange(count) + within) * len(run.dataset) / count).astype(int).tolist()
     forwards = max(1, count // run.calendar.global_batch)
     dataset = run.dataset.without_images()
-    batches = []
+    batches: list[Batch] = []
     for first in range(forwards):
         mine = indices[first::forwards][run.info.rank :: run.info.world_size]
         batches += sequential_batches(dataset, mine, len(mine))
