@@ -174,7 +174,7 @@ def test_the_version_is_stated_once():
     assert project["project"]["dynamic"] == ["version"] and "version" not in project["project"]
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "imaginaire_spade.version.__version__"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
-    stated = [path for path in SOURCES if __version__ in path.read_text(encoding="utf-8")]
+    stated = [path for path in SOURCES if f'"{__version__}"' in path.read_text(encoding="utf-8")]
     assert stated == [PACKAGE / "version.py"]
 
 
