@@ -45,12 +45,21 @@ def process_info_from_environment() -> ProcessInfo:
 
 
 def rank_from_environment() -> tuple[int, int]:
-    """(rank, number of processes) for work that needs no process group: of torchrun, or of a SLURM job array."""
+    """(rank, number of processes) for work that needs no process group: of torchrun, or of a SLURM job array.
+
+    Raises:
+        ConfigError: the array's task ids have gaps, so that they do not tell which share of the work is a task's.
+    """
     if "SLURM_ARRAY_TASK_ID" in os.environ and "RANK" not in os.environ:
         task, first, step, count = (
             int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
             for name, default in (("ID", "0"), ("MIN", "0"), ("STEP", "1"), ("COUNT", "1"))
         )
+        last = int(os.environ.get("SLURM_ARRAY_TASK_MAX", first + step * (count - 1)))
+        if (last - first) // step + 1 != count:
+            raise ConfigError(
+                f"the job array's {count} task ids from {first} to {last} have gaps: write --array=0-{count - 1}"
+            )
         return (task - first) // step, count
     info = process_info_from_environment()
     return info.rank, info.world_size

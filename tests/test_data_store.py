@@ -52,7 +52,7 @@ from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.lock import owning
 from imaginaire_spade.data.store import open_source, store_key
 from imaginaire_spade.distributed import rank_from_environment
-from imaginaire_spade.errors import EXIT_CODE, DataError, LabelError, run_command_line
+from imaginaire_spade.errors import EXIT_CODE, ConfigError, DataError, LabelError, run_command_line
 from imaginaire_spade.labels import LabelSpec
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -767,9 +767,12 @@ def test_leftovers_of_another_number_of_shards(tiny_folder, tmp_path):
 
 def test_rank_of_a_job_array(monkeypatch):
     assert rank_from_environment() == (0, 1)
-    for name, value in (("ID", "7"), ("MIN", "1"), ("STEP", "2"), ("COUNT", "8")):
+    for name, value in (("ID", "7"), ("MIN", "1"), ("MAX", "15"), ("STEP", "2"), ("COUNT", "8")):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     assert rank_from_environment() == (3, 8)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")  # --array=1,7,15
+    with pytest.raises(ConfigError, match=r"3 task ids from 1 to 15 have gaps: write --array=0-2"):
+        rank_from_environment()
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "6"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     assert rank_from_environment() == (5, 6)
