@@ -140,6 +140,7 @@ def serve(requests: Connection, events: Connection) -> list[str]:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(descriptor, number)
             os.close(descriptor)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background has it ignored
         os.chdir(cwd)
         os.environ.update(environment)
         sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)

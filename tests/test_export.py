@@ -140,7 +140,7 @@ def test_the_example_makes_the_same_picture_without_torch(exported, model, tmp_p
     arguments = [str(path) for path in (example, exported, label_map, photo)]
     subprocess.run([sys.executable, "-c", f"import sys; sys.argv = {arguments!r}; {code}"], check=True, timeout=240)
     z = np.random.default_rng(0).standard_normal((1, 4), np.float32)
-    wanted = Synthesizer(model)(ids, style=z[0])
+    wanted = Synthesizer(model)(ids, style=z[0], size="own")
     made = np.asarray(Image.open(photo))
     assert made.shape == (39, 50, 3) and wanted.std() > 5
     assert np.abs(made.astype(int) - wanted).max() <= 1

@@ -237,7 +237,7 @@ def test_ade20k_gives_the_releases_pictures(commands, tmp_path, release, route):
     said = ok(commands, "scripts/import_checkpoint.py", "--source", source, "--weights", tmp_path / "latest_net_G.pth",
               *described, "--output", tmp_path / "ade.pt")  # fmt: skip
     ok(commands, "inference.py", "--checkpoint", tmp_path / "ade.pt", "--input_dir", tmp_path / "maps",
-       "--output_dir", tmp_path / "out", "--device", "cpu", "--no_gallery")  # fmt: skip
+       "--output_dir", tmp_path / "out", "--device", "cpu", "--no_gallery", "--size", "own")  # fmt: skip
     picture = cv2.imread(str(tmp_path / "out/a.png"))[..., ::-1].astype(int)
     theirs = release_picture(source, hyper, state, raw)
     difference = np.abs(picture - theirs)

@@ -313,7 +313,10 @@ def test_one_mistake_one_message_before_anything_is_loaded(monkeypatch, run, fla
 
 def test_a_published_generator_knows_its_size(run, checkpoint, tmp_path):
     path = tmp_path / "model.safetensors"
-    publish_generator(load_generator(checkpoint), path)
+    model = load_generator(checkpoint)
+    publish_generator(
+        path, model.generator, model.encoder, model.config, weights=model.weights, images_seen=model.images_seen
+    )
     said, sizes = run(model=path)
     assert sizes["1"] == TRAINED and "3 of 4 label maps" in said
     run(to="checkpoint")

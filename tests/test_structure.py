@@ -220,7 +220,7 @@ def test_extras_are_installed_from_the_checkout():
             text = path.read_text(encoding="utf-8", errors="replace")
             assert not re.search(r"pip install (-\S+ )*\W*imaginaire_spade", text), path
             assert not re.search(r"imaginaire_spade\\?\[[\w,]+\\?\]['\"]", text), path
-            named |= {extra for match in re.findall(r"\.\[([\w,]+)\]", text) for extra in match.split(",")}
+            named |= {extra for match in re.findall(r"['\"]\.\[([\w,]+)\]['\"]", text) for extra in match.split(",")}
             named |= set(re.findall(r"how_to_install\([\"'](\w+)", text)) | set(re.findall(r"extra [\"`](\w+)", text))
     assert {"data", "eval", "export"} <= named <= set(project["optional-dependencies"])
 
