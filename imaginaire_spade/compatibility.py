@@ -69,6 +69,17 @@ def has_ade20ks_raw_ids(labels: LabelSpec) -> bool:
     return (labels.num_classes, labels.dont_care) == (151, False) and labels.channel_order == list(range(151))
 
 
+def explain_import(content: Mapping[str, Any], given: LabelSpec) -> list[str]:
+    """Why an imported checkpoint cannot be fine-tuned on a label table though the networks fit; empty where it can."""
+    if content.get("imported_from") not in ("nvlabs_spade", "clade") or not counts_ade20k_from_0(given):
+        return []
+    return [
+        "its weights saw ADE20K's raw ids, in this config class k is k - 1 (data.labels): write"
+        " configs/labels/ade20k_release.yaml last in its base, and import the weights again, with a recipe of ADE20K as"
+        " --config"
+    ]
+
+
 def explain_old_import(content: Mapping[str, Any], labels: LabelSpec) -> str | None:
     """What is wrong with a checkpoint of ADE20K that import_checkpoint.py wrote before it knew better; None: nothing.
 

@@ -1,7 +1,8 @@
 """Write a checkpoint's networks under another system's tensor names, for its tools: the way back of import_checkpoint.
 
 nvlabs_spade and clade: OUT/latest_net_G.pth, and _E and _D where the checkpoint has them. imaginaire: OUT/imaginaire.pt
-with net_G (network, average and style encoder) and net_D.
+with net_G (network, average and style encoder) and net_D. All three read the ids of label maps as channels, so label
+channels are put into the order of raw ids.
 """
 
 import argparse

@@ -282,9 +282,8 @@ def _reordered(
     result = dict(state)
     for key in state.keys() & own.keys():  # an average's folded weights have no vectors of spectral norms
         for dim, size in enumerate(own[key].shape):
-            step = (
-                grown[key].shape[dim] - size
-            )  # 1, but a spectral norm's vector has as many for each place of a kernel
+            # 1 for each class; a spectral norm's vector has as many for each place of a kernel.
+            step = grown[key].shape[dim] - size
             if step:
                 moved = [channel * step + place for channel in order for place in range(step)]
                 index = torch.tensor([*moved, *range(len(moved), size)])

@@ -298,8 +298,9 @@ def _from_imaginaire(keys: Keys) -> dict[str, Any]:
             "batch_size": keys.take("test_data.test.batch_size", 1),
         }
     if hyper["use_dont_care"]:
+        here = "255" if tree["data"]["labels"]["ignore"] else "none"
         keys.notes.append(
-            "there every id from num_classes on is don't care; here 255 is: add others to data.labels.ignore"
+            f"there every id from num_classes on is don't care; here {here} is: add others to data.labels.ignore"
         )
     return tree
 

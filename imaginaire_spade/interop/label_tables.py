@@ -37,7 +37,7 @@ def label_table(source: str, spec: LayoutSpec, dataset: str | None = None) -> di
         return {"num_classes": spec.num_label_channels, "dont_care": False}
     if not spec.has_dont_care:
         return labels
-    # COCO-Stuff's files have no 182, but those of who counts its classes from 1 have.
+    # COCO-Stuff's files hold no 182, but label maps that count its classes from 1 do: that should be noticed.
     return labels | {"ignore": [255] if dataset == "coco" else sorted({spec.num_classes, 255})}
 
 

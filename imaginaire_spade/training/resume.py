@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from imaginaire_spade import distributed
-from imaginaire_spade.compatibility import explain_mismatch, explain_old_import
+from imaginaire_spade.compatibility import explain_import, explain_mismatch, explain_old_import
 from imaginaire_spade.config import RunConfig, dump_config, parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest
@@ -43,7 +43,9 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
     content = newest[1] if newest is not None and newest[0] == chosen else load_checkpoint(chosen)
     present = [part for part, name in PARTS.items() if content.get(name) is not None]
     trained = parse_config(content["config"], source=str(chosen))
-    differences = explain_mismatch(trained, run.config, parts=present)
+    differences = explain_mismatch(trained, run.config, parts=present) or explain_import(
+        content, run.config.data.labels
+    )
     if differences:
         raise CheckpointError(
             f"{chosen} does not fit this config: {'; '.join(differences)}. Use the config it was trained with, or"
