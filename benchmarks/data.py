@@ -32,12 +32,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from imaginaire_spade.config import AugmentationConfig, load_config
-from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.loader import sequential_batches
 from imaginaire_spade.errors import positive_integer, run_command_line
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.lmdb_builder.build import build_dataset
 
 CAMVID = Path(__file__).resolve().parents[1] / "configs/projects/spade/camvid/base256.yaml"
 TYPES = ("images", "seg_maps", "edge_maps")

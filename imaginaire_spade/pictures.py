@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import math
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from imaginaire_spade.errors import UserError
+from imaginaire_spade.files import write_bytes
 from imaginaire_spade.labels import LabelSpec
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ Picture = NDArray[np.uint8]
 """RGB, uint8 [H, W, 3]."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-PARTIAL = ".partial-"
-"""What the name of a file begins with while it is being written."""
 BACKGROUND = (250, 250, 249)
 INK = (38, 40, 43)
 FAINT = (120, 124, 130)
@@ -55,21 +52,6 @@ def encode_picture(rgb: Picture, suffix: str, *, quality: int = 95) -> bytes:
     flags = {".jpg": cv2.IMWRITE_JPEG_QUALITY, ".jpeg": cv2.IMWRITE_JPEG_QUALITY, ".webp": cv2.IMWRITE_WEBP_QUALITY}
     options = [flags[suffix.lower()], quality] if suffix.lower() in flags else []
     return cv2.imencode(suffix, rgb[..., ::-1], options)[1].tobytes()
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that is whole or not there. Raises UserError naming the path where it cannot be written."""
-    partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(content)
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def resized(rgb: Picture, height: int, width: int) -> Picture:

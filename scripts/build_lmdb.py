@@ -21,11 +21,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade.config import load_data
-from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.folders import DATA_TYPES
-from imaginaire_spade.data.shard import summary
 from imaginaire_spade.distributed import rank_from_environment
 from imaginaire_spade.errors import run_command_line
+from imaginaire_spade.lmdb_builder.build import build_dataset
+from imaginaire_spade.lmdb_builder.shard import summary
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.data.download import fetch, unpack
-from imaginaire_spade.data.store import read_json
+from imaginaire_spade.dataset_prep.download import fetch, unpack
 from imaginaire_spade.errors import DataError, run_command_line
+from imaginaire_spade.files import read_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

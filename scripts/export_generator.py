@@ -11,8 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade.build import import_modules
-from imaginaire_spade.data.shard import file_sha256
 from imaginaire_spade.errors import ConfigError, run_command_line
+from imaginaire_spade.files import file_sha256
 from imaginaire_spade.inference.published import publish_generator
 from imaginaire_spade.inference.weights import find_checkpoint, load_generator
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade.build import import_modules
 from imaginaire_spade.errors import run_command_line
-from imaginaire_spade.inference.export import check_output, export_model
+from imaginaire_spade.export.generator import check_output, export_model
 from imaginaire_spade.inference.weights import find_checkpoint, load_generator
 
 

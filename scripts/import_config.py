@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade.errors import ConfigError, run_command_line
+from imaginaire_spade.files import write_bytes
 from imaginaire_spade.interop import SOURCES
 from imaginaire_spade.interop.configs import import_config
 
@@ -30,7 +31,7 @@ def main() -> None:
     if arguments.output is None:
         print(text)
     else:
-        arguments.output.write_text(text, encoding="utf-8")
+        write_bytes(arguments.output, text.encode())
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if arguments.output is not None:

@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade import pictures
 from imaginaire_spade.config import load_labels
-from imaginaire_spade.data.check import DECODERS
-from imaginaire_spade.data.inspection import extract, look_through, open_data, stored_labels, stored_types
-from imaginaire_spade.data.shard import summary
-from imaginaire_spade.data.store import MANIFEST, read_json
+from imaginaire_spade.data.store import MANIFEST
 from imaginaire_spade.errors import DataError, run_command_line
+from imaginaire_spade.files import read_json
+from imaginaire_spade.lmdb_builder.inspection import extract, look_through, open_data, stored_labels, stored_types
+from imaginaire_spade.lmdb_builder.sample import DECODERS
+from imaginaire_spade.lmdb_builder.shard import summary
 
 
 def main() -> None:

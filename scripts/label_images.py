@@ -16,8 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.data.label_photos import label_photos
-from imaginaire_spade.data.segmenters import deeplab_segmenter, hugging_face_segmenter
+from imaginaire_spade.dataset_prep.label_photos import label_photos
 from imaginaire_spade.distributed import (
     ProcessInfo,
     choose_device,
@@ -25,6 +24,7 @@ from imaginaire_spade.distributed import (
     rank_from_environment,
 )
 from imaginaire_spade.errors import run_command_line
+from imaginaire_spade.pretrained.segmenters import deeplab_segmenter, hugging_face_segmenter
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.data.edge_maps import SOURCES, make_edge_maps
+from imaginaire_spade.dataset_prep.edge_maps import SOURCES, make_edge_maps
 from imaginaire_spade.distributed import rank_from_environment
 from imaginaire_spade.errors import run_command_line
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.data.scenes import write_sample_data
 from imaginaire_spade.errors import ConfigError, DataError, run_command_line
+from projects.sample.scenes import write_sample_data
 
 
 def parse_arguments() -> argparse.Namespace:

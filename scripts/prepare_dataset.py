@@ -28,11 +28,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade.config import load_labels
-from imaginaire_spade.data.build import build_dataset
-from imaginaire_spade.data.edge_maps import SOURCES, make_edge_maps
-from imaginaire_spade.data.official import DATASETS, Options
-from imaginaire_spade.data.prepare import prepare
+from imaginaire_spade.dataset_prep.downloads import DATASETS, Options
+from imaginaire_spade.dataset_prep.edge_maps import SOURCES, make_edge_maps
+from imaginaire_spade.dataset_prep.prepare import prepare
 from imaginaire_spade.errors import ConfigError, run_command_line
+from imaginaire_spade.lmdb_builder.build import build_dataset
 
 LABELS = Path(__file__).resolve().parents[1] / "configs/labels"
 

@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from parity import verify
 
 from imaginaire_spade.errors import run_command_line
-from imaginaire_spade.interop.parity import verify
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.data import dataset as dataset_module
 from imaginaire_spade.data import environments as environments_module
 from imaginaire_spade.data.batch import Batch, Parcel, denormalise, normalise
-from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import (
     PREFETCH,
@@ -42,6 +41,7 @@ from imaginaire_spade.data.transforms import (
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.layout import LayoutSpec, borders
+from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.noise import four_numbers
 
 LABELS = LabelSpec(num_classes=5)

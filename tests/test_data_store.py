@@ -34,10 +34,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file
 
-from imaginaire_spade.data import build as build_module
-from imaginaire_spade.data import check as check_module
-from imaginaire_spade.data import output as output_module
-from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.decode import (
     check_photo,
     decode_edges,
@@ -49,11 +45,15 @@ from imaginaire_spade.data.decode import (
 from imaginaire_spade.data.encode import encode_map
 from imaginaire_spade.data.environments import EnvironmentWriter, usable_memory
 from imaginaire_spade.data.folders import FolderSource
-from imaginaire_spade.data.lock import owning
 from imaginaire_spade.data.store import open_source, store_key
 from imaginaire_spade.distributed import rank_from_environment
 from imaginaire_spade.errors import EXIT_CODE, ConfigError, DataError, LabelError, run_command_line
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.lmdb_builder import build as build_module
+from imaginaire_spade.lmdb_builder import output as output_module
+from imaginaire_spade.lmdb_builder import sample as check_module
+from imaginaire_spade.lmdb_builder.build import build_dataset
+from imaginaire_spade.lmdb_builder.lock import owning
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import build_lmdb

@@ -17,11 +17,10 @@ from safetensors.torch import load_file
 from imaginaire_spade.build import build_generator, build_losses, build_split, layout_spec
 from imaginaire_spade.config import AugmentationConfig, load_config
 from imaginaire_spade.data.batch import Parcel
-from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.distance_maps import make_distance_maps
 from imaginaire_spade.data.distances import class_distances, decode_distances, encode_distances
 from imaginaire_spade.data.loader import sequential_batches
+from imaginaire_spade.dataset_prep.distance_maps import make_distance_maps
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.inference.folder import generate_folder
@@ -30,6 +29,7 @@ from imaginaire_spade.inference.weights import LoadedModel, load_generator
 from imaginaire_spade.interop.checkpoint import architecture_config, export_files, import_checkpoint
 from imaginaire_spade.interop.configs import import_config
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.training import loop
 from imaginaire_spade.training.checkpoint import newest_checkpoint
 from imaginaire_spade.training.run import prepare

@@ -16,7 +16,6 @@ from conftest import write_jpg, write_png
 from imaginaire_spade import pictures
 from imaginaire_spade.build import build_generator
 from imaginaire_spade.config import dump_config, parse_config
-from imaginaire_spade.data.build import build_dataset
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, UserError
@@ -30,6 +29,7 @@ from imaginaire_spade.inference.folder import generate_folder
 from imaginaire_spade.inference.style import drawn_styles
 from imaginaire_spade.inference.weights import load_generator
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.training.checkpoint import write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -24,8 +24,8 @@ from torch import nn
 from imaginaire_spade import Synthesizer
 from imaginaire_spade.build import layout_spec
 from imaginaire_spade.errors import CheckpointError, UserError
-from imaginaire_spade.inference import export
-from imaginaire_spade.inference.export import ExportedGenerator, check_output, example_inputs, export_model
+from imaginaire_spade.export import generator as export
+from imaginaire_spade.export.generator import ExportedGenerator, check_output, example_inputs, export_model
 from imaginaire_spade.inference.weights import LoadedModel, load_generator
 from imaginaire_spade.models.generator import SPADEGenerator, SPADEResidualBlock
 from imaginaire_spade.models.norms import CLADE, SPADE

@@ -16,7 +16,6 @@ from torch import nn
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.losses import GeneratorOutputs
-from imaginaire_spade.models import features
 from imaginaire_spade.models.discriminator import split_scores
 from imaginaire_spade.models.frozen import WinogradConv2d
 from imaginaire_spade.models.generator import SPADEGenerator
@@ -30,6 +29,7 @@ from imaginaire_spade.models.layers import (
 from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.models.pix2pixhd import Pix2pixHDGenerator
 from imaginaire_spade.models.style_generator import StyleSPADEGenerator
+from imaginaire_spade.pretrained import vgg as features
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Registry
 from imaginaire_spade.training.model_average import reestimate_batch_norm, update_average
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from fork_server import ForkServer
+from parity import verify
 from safetensors.torch import load_file, save_file
 from test_layout import random_layout
 
@@ -21,7 +22,6 @@ from imaginaire_spade.interop import (
     import_generator,
     reference_names,
 )
-from imaginaire_spade.interop.parity import verify
 from imaginaire_spade.registry import GENERATORS
 
 REPOSITORY = Path(__file__).resolve().parents[1]

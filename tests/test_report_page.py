@@ -12,10 +12,10 @@ import yaml
 from conftest import blocky_labels, write_png
 from test_evaluation import RANDOM, checkpoint, run  # noqa: F401 (fixtures)
 
-from imaginaire_spade.data.segmenters import Segmenter
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation import segmentation
 from imaginaire_spade.evaluation.report import load_report
+from imaginaire_spade.pretrained.segmenters import Segmenter
 
 NAMES = ["sky", "<b>road</b> & path", "tree"]
 

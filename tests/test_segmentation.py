@@ -7,7 +7,6 @@ from conftest import write_png
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imaginaire_spade.data.segmenters import Segmenter, hugging_face_segmenter
 from imaginaire_spade.errors import ConfigError, DataError, LabelError
 from imaginaire_spade.evaluation.label_names import LabelMapping, match_labels, read_mapping
 from imaginaire_spade.evaluation.segmentation import (
@@ -17,6 +16,7 @@ from imaginaire_spade.evaluation.segmentation import (
     StoredPredictions,
 )
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.pretrained.segmenters import Segmenter, hugging_face_segmenter
 
 TABLE = LabelSpec(num_classes=4, ignore=(255,), names=("sky", "road", "traffic sign", "tree"))
 

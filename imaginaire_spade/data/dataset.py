@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,9 @@ from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.noise import four_numbers
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class LabelMapDataset(Dataset[Sample]):
@@ -237,3 +242,18 @@ def _unique_keys(sources: Sequence[Source]) -> list[str]:
             f" {repeated[0]!r}: give the folders different names"
         )
     return [f"{source.root.resolve().name}/{key}" for source in sources for key in source.keys]
+
+
+def read_ahead(function: Callable[[T], R], items: Iterable[T], ahead: int, *, num_threads: int = 1) -> Iterator[R]:
+    """Yield what ``map`` does, in order; threads compute up to ``ahead`` items before they are asked for."""
+    pending: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(num_threads, "read") as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

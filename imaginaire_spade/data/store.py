@@ -7,16 +7,15 @@ sorted stems; ``metadata.json``: data type -> extension. ``build.py`` adds ``man
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from imaginaire_spade.data.environments import forget_replaced, read_value
 from imaginaire_spade.data.folders import DATA_TYPES, LAYOUT, FolderSource, Source, holds_images, make_key, split_key
 from imaginaire_spade.errors import DataError
+from imaginaire_spade.files import read_json, write_json
 
 FILENAMES, METADATA, MANIFEST = "all_filenames.json", "metadata.json", "manifest.json"
 MAX_KEY_BYTES = 511
@@ -49,16 +48,6 @@ def most_common(words: Iterable[str]) -> str:
     """The most frequent word; of equally frequent ones the first in the alphabet."""
     counts = Counter(words)
     return min(counts, key=lambda word: (-counts[word], word))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write and flush to disk, under a temporary name first."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=4)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -171,14 +160,6 @@ def _data_file(shard: Path | str, data_type: str) -> str:
 
 def _is_there(shard: Path | str, data_type: str) -> bool:
     return Path(_data_file(shard, data_type)).is_file()
-
-
-def read_json(path: Path) -> Any:
-    """Raises DataError where the file is not readable as JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as JSON: {error}") from None
 
 
 def _shards(root: Path) -> list[Path]:

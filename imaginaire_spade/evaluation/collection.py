@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaginaire_spade.data.shard import file_sha256
 from imaginaire_spade.distributed import ProcessInfo, gather_objects
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.evaluation.diversity import PerceptualNetwork
 from imaginaire_spade.evaluation.features import FeatureNetwork
 from imaginaire_spade.evaluation.sources import EvaluatedPicture, PictureSource, Unreadable
 from imaginaire_spade.evaluation.statistics import FeatureStats, Gaussian, load_statistics, save_statistics
+from imaginaire_spade.files import file_sha256
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from imaginaire_spade.data.segmenters import network_sha256
-from imaginaire_spade.data.shard import file_sha256
 from imaginaire_spade.errors import ConfigError, DataError, UserError, how_to_install
 from imaginaire_spade.evaluation.features import (
     RANDOM,
@@ -24,6 +22,8 @@ from imaginaire_spade.evaluation.features import (
     random_seed,
     read_state,
 )
+from imaginaire_spade.files import file_sha256
+from imaginaire_spade.pretrained.segmenters import network_sha256
 
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 ALEXNET_URL = f"https://download.pytorch.org/models/{ALEXNET_FILE}"

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imaginaire_spade.data.segmenters import network_sha256
-from imaginaire_spade.data.shard import file_sha256
 from imaginaire_spade.errors import ConfigError, how_to_install
+from imaginaire_spade.files import file_sha256
+from imaginaire_spade.pretrained.segmenters import network_sha256
 
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 """One and the same file as torch-fidelity (torchmetrics) and pytorch-fid call it."""

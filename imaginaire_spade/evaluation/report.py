@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from imaginaire_spade.data.store import read_json
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.evaluation.protocol import Protocol, differences
-from imaginaire_spade.pictures import write_bytes
+from imaginaire_spade.files import read_json, write_bytes
 
 HIGHER_IS_BETTER = ("precision", "recall", "diversity", "accuracy", "miou", "iou")
 """A score whose name contains one of these; all others are distances."""

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaginaire_spade.evaluation.report import Report
+from imaginaire_spade.files import write_bytes
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.pictures import Picture, encode_picture, write_bytes
+from imaginaire_spade.pictures import Picture, encode_picture
 
 MAX_WIDTH = 384
 """Pixels of a picture's width on the page; larger ones are shrunk."""

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 
 from imaginaire_spade.data.decode import decode_label
 from imaginaire_spade.data.folders import FolderSource
-from imaginaire_spade.data.segmenters import Segmenter, hugging_face_segmenter
 from imaginaire_spade.distributed import total_over_processes
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.evaluation.label_names import LabelMapping, match_labels, read_mapping
 from imaginaire_spade.evaluation.report import Report
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.layout import nearest_indices
+from imaginaire_spade.pretrained.segmenters import Segmenter, hugging_face_segmenter
 
 IGNORE_POLICY = "pixels without a class, or of a class that the segmenter lacks, are left out"
 

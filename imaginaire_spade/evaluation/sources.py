@@ -17,11 +17,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.dataset import LabelMapDataset, read_ahead
 from imaginaire_spade.data.decode import IMAGE_EXTENSIONS, decode_image
 from imaginaire_spade.data.folders import Source
 from imaginaire_spade.data.store import open_source
-from imaginaire_spade.data.workers import read_ahead
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.pictures import LABELS_FOLDER
 

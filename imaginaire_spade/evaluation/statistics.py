@@ -21,7 +21,7 @@ from torch import Tensor
 
 from imaginaire_spade.distributed import total_over_processes
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.pictures import write_bytes
+from imaginaire_spade.files import write_bytes
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from imaginaire_spade.errors import UserError
-from imaginaire_spade.pictures import Picture, write_bytes
+from imaginaire_spade.files import write_bytes
+from imaginaire_spade.pictures import Picture
 
 FRAMES_PER_SECOND = 10
 

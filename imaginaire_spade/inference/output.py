@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 
 from imaginaire_spade.data.folders import DATA_TYPES
 from imaginaire_spade.errors import DataError, UserError
-from imaginaire_spade.pictures import LABELS_FOLDER, PARTIAL, SUFFIXES
+from imaginaire_spade.files import PARTIAL
+from imaginaire_spade.pictures import LABELS_FOLDER, SUFFIXES
 
 LEFTOVER_AFTER_S = 60
 """A partial file of this age belongs to a process that was killed: writing a picture takes milliseconds."""

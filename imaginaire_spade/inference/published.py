@@ -8,7 +8,6 @@ or ``raw``) and ``images_seen``. Folders of the machine it was trained on are le
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import nn
 
 from imaginaire_spade.config import RunConfig, dump_config
 from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.files import atomic_write
 from imaginaire_spade.version import __version__
 
 PUBLISHED = "imaginaire_spade.generator.1"
@@ -48,16 +48,13 @@ def publish_generator(
         "weights": weights,
         "images_seen": str(images_seen),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask leaves; save_file makes a file for its owner alone
-        save_file(tensors, temporary, metadata)
-        temporary.chmod(mode)
-        temporary.replace(path)
+        with atomic_write(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the umask leaves; save_file makes a file for its owner alone
+            save_file(tensors, temporary, metadata)
+            temporary.chmod(mode)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: could not be written ({error})") from None
 
 

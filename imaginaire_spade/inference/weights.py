@@ -20,8 +20,8 @@ from torch import nn
 from imaginaire_spade.build import build_encoder, build_generator
 from imaginaire_spade.compatibility import explain_mismatch, explain_old_import
 from imaginaire_spade.config import RunConfig, WeightSource, dump_yaml, load_config, parse_config
-from imaginaire_spade.data.shard import file_sha256
 from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.files import file_sha256
 from imaginaire_spade.inference.published import PUBLISHED, read_published
 from imaginaire_spade.models.frozen import freeze
 from imaginaire_spade.models.generator import Generator

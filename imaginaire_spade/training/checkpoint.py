@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from imaginaire_spade.data.shard import file_sha256, flush_folder
 from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.files import file_sha256, flush_folder
 from imaginaire_spade.version import __version__
 
 FORMAT = "imaginaire_spade.checkpoint.1"

@@ -17,6 +17,7 @@ from imaginaire_spade import distributed
 from imaginaire_spade.config import RunConfig
 from imaginaire_spade.data.batch import Batch, normalise
 from imaginaire_spade.errors import UserError
+from imaginaire_spade.files import write_bytes
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.meters import non_finite
 from imaginaire_spade.training.state import TrainState
@@ -107,7 +108,7 @@ class FiniteWatch:
         at = f", first in {first['iteration']}" if first else ""
         assert self._last_batch is not None
         report = {"first_iteration": first, **describe_non_finite(self.state, self._last_batch, self.settings)}
-        dump.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_bytes(dump, (json.dumps(report, indent=2) + "\n").encode())
         raise NonFiniteLoss(
             f"{what} between iterations {self._keys[0][0]} and {self._keys[-1][0]}{at}; the newest checkpoint is older"
             f" and sound. {dump} names the batch and the first weight, gradient and layer. Lower the learning rates, or"

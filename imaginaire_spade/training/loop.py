@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import time
@@ -15,6 +14,7 @@ from imaginaire_spade import distributed
 from imaginaire_spade.config import RunConfig, dump_yaml
 from imaginaire_spade.data.loader import Prefetcher
 from imaginaire_spade.errors import CheckpointError, UserError
+from imaginaire_spade.files import atomic_write
 from imaginaire_spade.training.alarms import Alarms
 from imaginaire_spade.training.checkpoint import CheckpointWriter
 from imaginaire_spade.training.faults import FiniteWatch, SkippedUpdates
@@ -220,10 +220,8 @@ def _rates(state: TrainState, skipped: SkippedUpdates) -> dict[str, float]:
 
 
 def _write_config(config: RunConfig, logdir: Path) -> None:
-    temporary = logdir / f".config.yaml.{os.getpid()}.tmp"
     try:
-        logdir.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(dump_yaml(config), encoding="utf-8")
-        temporary.replace(logdir / "config.yaml")
+        with atomic_write(logdir / "config.yaml") as temporary:
+            temporary.write_text(dump_yaml(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{logdir}: cannot be written to ({error}). Give another --logdir") from None

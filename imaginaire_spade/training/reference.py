@@ -26,7 +26,7 @@ from imaginaire_spade.evaluation.scores import NEIGHBOURS
 from imaginaire_spade.evaluation.segmentation import Confusion
 from imaginaire_spade.evaluation.sources import EvaluatedPicture, PictureSource
 from imaginaire_spade.evaluation.statistics import FeatureStats
-from imaginaire_spade.pictures import write_bytes
+from imaginaire_spade.files import write_bytes
 
 
 class LeaveAsked(Exception):

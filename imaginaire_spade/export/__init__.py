@@ -1,0 +1,1 @@
+"""Generators for other runtimes: nothing that trains or generates imports this."""

@@ -1,0 +1,86 @@
+"""Files on disk: written complete or not at all, checksums, JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from imaginaire_spade.errors import DataError, UserError
+
+PARTIAL = ".partial-"
+"""The name of a file begins with this while it is being written; a killed process may leave such a file."""
+
+
+@contextmanager
+def atomic_write(path: Path, *, flush: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``. The file written there gets the name ``path`` when the block ends, and is
+    removed if the block fails. Missing folders are made.
+
+    Args:
+        flush: wait until the file is on the disk before it gets its name.
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        if flush:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, complete or not at all. Missing folders are made.
+
+    Raises:
+        UserError: the file cannot be written; the message names it.
+    """
+    try:
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON and flush it to the disk. Raises OSError."""
+    with atomic_write(path, flush=True) as temporary:
+        temporary.write_text(json.dumps(content, indent=4), encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        DataError: the file cannot be read as JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as JSON: {error}") from None
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush the names in ``folder`` to the disk, so that new ones survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Compute the sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Networks with pretrained weights that others are measured or trained with."""
