@@ -87,14 +87,17 @@ def _iteration(name: str, case: Case) -> Callable[[], object]:
         terms["perceptual"] = _random_vgg().to(device)
     weights = {"gan": 1.0, "feature_matching": 10.0, "perceptual": 10.0}
     form, dtype = ("reference", None) if is_reference else ("shared", torch.bfloat16 if case.bf16 else None)
-    settings = StepSettings(terms, weights, form, dtype, accumulation=1, style_dims=0, seed=0)
+    settings = StepSettings(
+        terms, weights, form, dtype, accumulation=1, style_dims=0, seed=0, global_batch=batch,
+        gen_lr=lambda _: 1e-4, dis_lr=lambda _: 1e-4, ema_beta=lambda _: 0.999,
+    )  # fmt: skip
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
     networks, names = Networks(generator, discriminator, None), tuple(map(str, range(batch)))
 
     def run() -> object:
         seen: SemanticLayout = dense(layout) if is_reference else fresh(layout)
         sample = Batch(seen, images, names, ((size, size),) * batch, tuple(range(batch)))
-        return train_step(state, networks, sample, settings, 0.999)
+        return train_step(state, networks, sample, settings)
 
     return run
 

@@ -19,7 +19,7 @@ from imaginaire_spade.config import load_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training import checkpoint
 from imaginaire_spade.training import run as run_module
-from imaginaire_spade.training.faults import NonFiniteLoss, OutOfMemory, memory_explained
+from imaginaire_spade.training.faults import NonFiniteLoss, OutOfMemory, explain_out_of_memory
 from imaginaire_spade.training.meters import RunLog
 from imaginaire_spade.training.schedule import Calendar
 
@@ -261,7 +261,7 @@ def test_out_of_memory_names_the_knobs(tiny_run, before_step):
         "trainer.precision: bf16", "smaller pictures (now 32x64)", "gen.num_filters and dis.num_filters",
     ):  # fmt: skip
         assert knob in str(told.value)
-    with pytest.raises(RuntimeError, match="no memory of it"), memory_explained(load_config(path)):
+    with pytest.raises(RuntimeError, match="no memory of it"), explain_out_of_memory(load_config(path)):
         raise RuntimeError("no memory of it")
 
 

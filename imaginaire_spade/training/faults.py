@@ -207,7 +207,7 @@ def _first_output(state: TrainState, batch: Batch, settings: StepSettings) -> st
 
 
 @contextmanager
-def memory_explained(config: RunConfig) -> Iterator[None]:
+def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
     """Turns the failure of an allocation into ``OutOfMemory``, which names what can be set."""
     try:
         yield

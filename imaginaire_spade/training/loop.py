@@ -75,7 +75,7 @@ def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: b
 
 
 def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, writer: CheckpointWriter) -> int:
-    """Iterate to the end of this start, or until a process was asked to leave; the signal's number then, else 0."""
+    """Iterate to the end of this launch, or until a process was asked to leave; the signal's number then, else 0."""
     trainer, state, calendar = run.config.trainer, run.state, run.calendar
     meter, alarms, waited_s = LossMeter(finite_only=state.gen_scaler.is_enabled()), Alarms(), 0.0
     watch = FiniteWatch(state, run.settings, run.device)
@@ -90,41 +90,53 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
             log.say(run.evaluation.find_reference(log.logdir, asked))
     preview = preview_batch(run.val_dataset, trainer.image_rows) if run.info.is_main else None
     calibration = calibration_layouts(run)
+
+    def log_tick() -> None:
+        means, skipped = meter.fetch(), watch.fetch()
+        health = {name: means.pop(name) for name in list(means) if name.startswith("health/")}
+        log.tick(state.images_seen, means, _rates(state, skipped) | health, batches.wait_s - waited_s)
+        watch.check(means, skipped, trainer.max_skipped_updates, log.logdir / f"non_finite_rank{run.info.rank}.json")
+        watch.forget()
+        for warning in alarms.check(health):
+            log.warn(state.images_seen, warning)
+
     while True:
+        # What is due?
         iteration = calendar.iteration(state.images_seen)
         finished = iteration >= calendar.stop_iteration
-        leave_on = any_request(request.number)
-        done = finished or leave_on > 0
-        due_picture = finished or iteration % trainer.image_every == 0
+        stop_signal = any_request(request.number)
+        done = finished or stop_signal > 0
+        due_preview = finished or iteration % trainer.image_every == 0
         due_checkpoint = state.images_seen > saved_at and (done or iteration % trainer.checkpoint_every == 0)
         due_scores = run.evaluation is not None and run.evaluation.due(state.images_seen, finished)
         # No checkpoint and no scores before the losses were looked at.
         due_log = due_checkpoint or due_scores or iteration % trainer.log_every == 0
-        if state.images_seen > ticked_at and due_log:
-            means, skipped = meter.fetch(), watch.fetch()
-            health = {name: means.pop(name) for name in list(means) if name.startswith("health/")}
-            log.tick(state.images_seen, means, _rates(state, skipped) | health, batches.wait_s - waited_s)
-            waited_s = batches.wait_s
-            watch.check(
-                means, skipped, trainer.max_skipped_updates, log.logdir / f"non_finite_rank{run.info.rank}.json"
-            )
-            watch.forget()
-            for warning in alarms.check(health):
-                log.warn(state.images_seen, warning)
-            ticked_at = state.images_seen
-        estimate = due_picture or due_scores or (due_checkpoint and _statistics_due(run))
-        if estimate and state.generator_ema is not None and calibration:
+
+        # Log.
+        if due_log and state.images_seen > ticked_at:
+            log_tick()
+            ticked_at, waited_s = state.images_seen, batches.wait_s
+
+        # Batch statistics of the EMA.
+        due_statistics = due_preview or due_scores or (due_checkpoint and _statistics_due(run))
+        if due_statistics and state.generator_ema is not None and calibration:
             reestimate_batch_norm(state.generator_ema, calibration_inputs(run, calibration))
+
+        # Evaluate.
         is_best = False
-        if due_scores and not leave_on:
+        if due_scores and not stop_signal:
             try:
                 is_best = _evaluate(run, log, asked)
             except LeaveAsked:
-                continue  # it is done when the run goes on
+                continue  # the next launch evaluates
         due_checkpoint |= is_best or (finished and due_scores)  # with what is remembered of the scores
-        if due_picture and preview is not None:
+
+        # Preview.
+        if due_preview and preview is not None:
             sheet = preview_sheet(state, preview, run.config.data.labels, run.settings.style_dims, run.seed)
             log.add_picture(state.images_seen, sheet)
+
+        # Checkpoint.
         with _failed_save(run, log):
             if due_checkpoint:
                 writer.wait()
@@ -132,15 +144,18 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         if due_checkpoint and run.info.is_main:
             keep = trainer.keep_every is not None and iteration % trainer.keep_every == 0
             log.say(f"saving {writer.save(state.images_seen, content_of(run), keep, is_best)}")
-        if due_checkpoint:
-            saved_at = state.images_seen
+        saved_at = state.images_seen if due_checkpoint else saved_at
+
+        # Done?
         if done:
             writer.wait()
-        if finished and not (leave_on and due_scores):
+        if finished and not (stop_signal and due_scores):
             return 0
-        if leave_on:
-            log.say(f"leaving on {Signals(leave_on).name}; the same command continues from iteration {iteration}")
-            return leave_on
+        if stop_signal:
+            log.say(f"leaving on {Signals(stop_signal).name}; the same command continues from iteration {iteration}")
+            return stop_signal
+
+        # Step.
         batch = next(batches)
         losses = run.step(batch)
         meter.add(losses)

@@ -22,8 +22,8 @@ from imaginaire_spade.models.norms import synchronize_batch_norm
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.activation_checkpointing import checkpoint_activations
 from imaginaire_spade.training.evaluation import Evaluation
-from imaginaire_spade.training.faults import memory_explained
-from imaginaire_spade.training.schedule import Calendar, learning_rate_factor
+from imaginaire_spade.training.faults import explain_out_of_memory
+from imaginaire_spade.training.schedule import Calendar
 from imaginaire_spade.training.state import TrainState, new_train_state
 from imaginaire_spade.training.step import AUTOCAST, Networks, StepSettings, train_step
 
@@ -68,21 +68,9 @@ class Run:
         return Prefetcher(loader, self.device)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One iteration: set the learning rates, update, count."""
-        progress = self.calendar.progress(self.state.images_seen)
-        for optimizer, section in (
-            (self.state.gen_optimizer, self.config.gen_opt),
-            (self.state.dis_optimizer, self.config.dis_opt),
-        ):
-            for group in optimizer.param_groups:
-                group["lr"] = section.lr * learning_rate_factor(section.lr_policy, progress)
-        average = self.config.trainer.model_average
-        warm = average is not None and self.calendar.iteration(self.state.images_seen) >= average.start_iteration
-        beta = average.beta if average is not None and warm else 0.0
-        with memory_explained(self.config):
-            losses = train_step(self.state, self.networks, batch, self.settings, beta)
-        self.state.images_seen += self.calendar.global_batch
-        return losses
+        """Train for one iteration, see ``train_step``. Raises OutOfMemory, which names what to set."""
+        with explain_out_of_memory(self.config):
+            return train_step(self.state, self.networks, batch, self.settings)
 
 
 def prepare(
@@ -108,6 +96,8 @@ def prepare(
         synchronize_batch_norm(state.discriminator)
         if state.generator_ema is not None:
             synchronize_batch_norm(state.generator_ema)
+    global_batch = config.data.train.batch_size * info.world_size
+    calendar = Calendar.of(config.trainer, global_batch, len(dataset), stop_after)
     settings = StepSettings(
         terms=terms.to(device),
         weights=weights,
@@ -116,6 +106,10 @@ def prepare(
         accumulation=config.trainer.gradient_accumulation,
         style_dims=state.generator.style_dims,
         seed=seed,
+        global_batch=global_batch,
+        gen_lr=partial(calendar.learning_rate, config.gen_opt),
+        dis_lr=partial(calendar.learning_rate, config.dis_opt),
+        ema_beta=partial(calendar.ema_beta, config.trainer.model_average),
     )
     if config.trainer.activation_checkpointing:
         checkpoint_activations(state.generator)
@@ -123,8 +117,6 @@ def prepare(
     networks = Networks(
         wrap(state.generator), wrap(state.discriminator), None if state.encoder is None else wrap(state.encoder)
     )
-    global_batch = config.data.train.batch_size * info.world_size
-    calendar = Calendar.of(config.trainer, global_batch, len(dataset), stop_after)
     evaluation = None if config.trainer.evaluation is None else Evaluation(config, val_dataset, info, device)
     return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar, evaluation)
 

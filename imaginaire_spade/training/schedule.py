@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from imaginaire_spade.config import LearningRatePolicy, TrainerConfig
+from imaginaire_spade.config import ModelAverageConfig, OptimizerConfig, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,14 @@ class Calendar:
         """Share of the whole run that is done, 0 .. 1."""
         return min(1.0, images_seen / (self.total_iterations * self.global_batch))
 
+    def learning_rate(self, optimizer: OptimizerConfig, images_seen: int) -> float:
+        """Return the learning rate; under ``linear`` it falls to 0 from ``decay_start`` to the end of the run."""
+        progress, policy = self.progress(images_seen), optimizer.lr_policy
+        if policy.type == "constant" or progress <= policy.decay_start:
+            return optimizer.lr
+        return optimizer.lr * ((1.0 - progress) / (1.0 - policy.decay_start))
 
-def learning_rate_factor(policy: LearningRatePolicy, progress: float) -> float:
-    """Factor on the learning rate: 1, and under ``linear`` falling to 0 from ``decay_start`` to the end of the run."""
-    if policy.type == "constant" or progress <= policy.decay_start:
-        return 1.0
-    return (1.0 - progress) / (1.0 - policy.decay_start)
+    def ema_beta(self, average: ModelAverageConfig | None, images_seen: int) -> float:
+        """Return the weight of the old average in the next update: 0 until the average starts, so that it is a copy."""
+        warm = average is not None and self.iteration(images_seen) >= average.start_iteration
+        return average.beta if average is not None and warm else 0.0

@@ -1,7 +1,8 @@
-"""One training iteration: one update of the discriminator and one of the generator."""
+"""One training iteration, from the learning rates to the counter: see ``train_step``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What an iteration needs to know beside the state."""
+    """Everything that an iteration needs besides the training state and the batch."""
 
     terms: nn.ModuleDict
     """Terms of the generator's objective; ``gan`` states the discriminator's too."""
@@ -35,6 +36,14 @@ class StepSettings:
     accumulation: int
     style_dims: int
     seed: int
+    global_batch: int
+    """Images of one iteration, of all processes."""
+    gen_lr: Callable[[int], float]
+    """images_seen -> learning rate of the generator and the style encoder."""
+    dis_lr: Callable[[int], float]
+    """images_seen -> learning rate of the discriminator."""
+    ema_beta: Callable[[int], float]
+    """images_seen -> weight of the old average in this update."""
 
     @property
     def gan(self) -> GANLoss:
@@ -59,91 +68,76 @@ class Generated:
     logvar: Tensor | None
 
 
-def train_step(
-    state: TrainState, networks: Networks, batch: Batch, settings: StepSettings, average_beta: float
-) -> dict[str, Tensor]:
-    """One update of D and of G on this process's batch (already on the device).
+def train_step(state: TrainState, networks: Networks, batch: Batch, settings: StepSettings) -> dict[str, Tensor]:
+    """Train for one iteration: one update of D and one of G on this process's batch (already on the device).
 
-    ``shared``: D first, on pictures whose graph then trains G against the updated D. ``reference``: G first, then D on
-    pictures that the updated G makes anew. With accumulation, ``shared`` makes the pictures once for each update, since
-    the graphs of all pieces would have to be kept.
+    ``shared``: D first, on images whose graph then trains G against the updated D. ``reference``: G first, then D on
+    images that the updated G makes anew. With accumulation, ``shared`` makes the images once for each update, since the
+    graphs of all pieces would have to be kept.
 
     Returns:
         Unweighted losses by name, and the ``health/...`` measures of ``alarms.py``; detached, on the device.
     """
+    # Learning rates.
+    for optimizer, rate in ((state.gen_optimizer, settings.gen_lr), (state.dis_optimizer, settings.dis_lr)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(state.images_seen)
+
+    # Images that serve both updates.
+    shared, pieces = settings.form == "shared", settings.accumulation
+    made = _generate(networks, batch, settings) if shared and pieces == 1 else None
     losses: dict[str, Tensor] = {}
-    if settings.form == "reference":
-        _update_generator(state, networks, batch, None, settings, losses)
-        _update_discriminator(state, networks, batch, None, settings, losses)
-    else:
-        one = settings.accumulation == 1
-        made = _generate(networks, batch, _real(batch), settings) if one else None
-        _update_discriminator(state, networks, batch, made, settings, losses)
-        _update_generator(state, networks, batch, made, settings, losses)
-    if state.generator_ema is not None:
-        update_average(state.generator_ema, state.generator, average_beta)
-    if state.encoder_ema is not None and state.encoder is not None:
-        update_average(state.encoder_ema, state.encoder, average_beta)
-    return losses
 
-
-def _update_discriminator(
-    state: TrainState,
-    networks: Networks,
-    batch: Batch,
-    made: Generated | None,
-    settings: StepSettings,
-    losses: dict[str, Tensor],
-) -> None:
-    state.discriminator.requires_grad_(True)
-    state.dis_optimizer.zero_grad(set_to_none=True)
-    for index, piece in enumerate(batch.split(settings.accumulation)):
-        real, generated = _real(piece), made
-        if generated is None:
+    def update_discriminator() -> None:
+        state.discriminator.requires_grad_(True)
+        state.dis_optimizer.zero_grad(set_to_none=True)
+        for number, piece in enumerate(batch.split(pieces), 1):
             with torch.no_grad():
-                generated = _generate(networks, piece, real, settings)
-        with _synced(networks.discriminator, index == settings.accumulation - 1):
-            with _autocast(real.device, settings):
-                # Fake and real in one forward: one power iteration, and one DDP forward per backward.
-                scores = networks.discriminator(piece.layout, torch.cat([generated.fake.detach(), real]))
-                fake_scores, real_scores = split_scores(scores)
-                terms = settings.gan.discriminator(fake_scores, real_scores)
-            total = torch.stack(list(terms.values())).sum()
-            state.dis_scaler.scale(total / settings.accumulation).backward()
-        health = {"health/d_accuracy": settings.gan.accuracy(fake_scores, real_scores)}
-        _add(losses, terms | {"d_total": total} | health, settings.accumulation)
-    state.dis_scaler.step(state.dis_optimizer)
-    state.dis_scaler.update()
+                fake = (made or _generate(networks, piece, settings)).fake.detach()
+                real = _real(piece)
+            with _synced(networks.discriminator, number == pieces):
+                with _autocast(real.device, settings):
+                    # Fake and real in one forward: one power iteration, and one DDP forward per backward.
+                    scores = networks.discriminator(piece.layout, torch.cat([fake, real]))
+                    fake_scores, real_scores = split_scores(scores)
+                    terms = settings.gan.discriminator(fake_scores, real_scores)
+                total = torch.stack(list(terms.values())).sum()
+                state.dis_scaler.scale(total / pieces).backward()
+            health = {"health/d_accuracy": settings.gan.accuracy(fake_scores, real_scores)}
+            _add(losses, terms | {"d_total": total} | health, pieces)
+        state.dis_scaler.step(state.dis_optimizer)
+        state.dis_scaler.update()
 
+    def update_generator() -> None:
+        state.discriminator.requires_grad_(False)
+        state.gen_optimizer.zero_grad(set_to_none=True)
+        for number, piece in enumerate(batch.split(pieces), 1):
+            real, last = _real(piece), number == pieces
+            with _synced(networks.generator, last), _synced(networks.encoder, last):
+                generated = made or _generate(networks, piece, settings)
+                with _autocast(real.device, settings):
+                    # D has no gradients here, so the raw module serves: its wrapper would wait for some.
+                    scored = _judge(state.discriminator, piece.layout, generated.fake, real)
+                    outputs = GeneratorOutputs(generated.fake, real, *scored, generated.mu, generated.logvar)
+                    terms = {name: term(outputs) for name, term in settings.terms.items()}
+                total = torch.stack([settings.weights[name] * term for name, term in terms.items()]).sum()
+                state.gen_scaler.scale(total / pieces).backward()
+            health = {"health/fake_saturation": saturation(generated.fake), "health/real_saturation": saturation(real)}
+            _add(losses, terms | {"g_total": total} | health, pieces)
+        state.gen_scaler.step(state.gen_optimizer)
+        state.gen_scaler.update()
 
-def _update_generator(
-    state: TrainState,
-    networks: Networks,
-    batch: Batch,
-    made: Generated | None,
-    settings: StepSettings,
-    losses: dict[str, Tensor],
-) -> None:
-    state.discriminator.requires_grad_(False)
-    state.gen_optimizer.zero_grad(set_to_none=True)
-    for index, piece in enumerate(batch.split(settings.accumulation)):
-        real, generated, last = _real(piece), made, index == settings.accumulation - 1
-        with _synced(networks.generator, last), _synced(networks.encoder, last):
-            if generated is None:
-                generated = _generate(networks, piece, real, settings)
-            with _autocast(real.device, settings):
-                # D has no gradients here, so the raw module serves: its wrapper would wait for some.
-                fake_scores, real_scores = _judge(state.discriminator, piece.layout, generated.fake, real)
-                outputs = GeneratorOutputs(
-                    generated.fake, real, fake_scores, real_scores, generated.mu, generated.logvar
-                )
-                terms = {name: term(outputs) for name, term in settings.terms.items()}
-            total = torch.stack([settings.weights[name] * term for name, term in terms.items()]).sum()
-            state.gen_scaler.scale(total / settings.accumulation).backward()
-        health = {"health/fake_saturation": saturation(generated.fake), "health/real_saturation": saturation(real)}
-        _add(losses, terms | {"g_total": total} | health, settings.accumulation)
-    state.gen_scaler.step(state.gen_optimizer)
-    state.gen_scaler.update()
+    # Both updates.
+    for update in (update_discriminator, update_generator) if shared else (update_generator, update_discriminator):
+        update()
+
+    # Moving average, counter.
+    beta = settings.ema_beta(state.images_seen)
+    for average, network in ((state.generator_ema, state.generator), (state.encoder_ema, state.encoder)):
+        if average is not None and network is not None:
+            update_average(average, network, beta)
+    state.images_seen += settings.global_batch
+    return losses
 
 
 def _judge(
@@ -160,14 +154,15 @@ def _judge(
     return of_fake, of_real
 
 
-def _generate(networks: Networks, piece: Batch, real: Tensor, settings: StepSettings) -> Generated:
-    with _autocast(real.device, settings):
+def _generate(networks: Networks, piece: Batch, settings: StepSettings) -> Generated:
+    device = piece.layout.device
+    with _autocast(device, settings):
         z = mu = logvar = None
         if settings.style_dims:
-            z = style_noise(settings.seed, piece.draws, settings.style_dims).to(real.device)
+            z = style_noise(settings.seed, piece.draws, settings.style_dims).to(device)
         if networks.encoder is not None:
             assert z is not None
-            mu, logvar = networks.encoder(real)
+            mu, logvar = networks.encoder(_real(piece))
             z = sample_style(mu, logvar, z)
         return Generated(networks.generator(piece.layout, z), mu, logvar)
 

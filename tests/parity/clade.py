@@ -57,9 +57,12 @@ def _training(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     )
     terms = nn.ModuleDict({"gan": losses.GANLoss(mode=GAN_MODES[hyper["gan_mode"]])})
     terms["feature_matching"] = losses.FeatureMatchingLoss()
+    weights = {"gan": 1.0, "feature_matching": hyper["lambda_feat"]}
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in (state.gen_optimizer, state.dis_optimizer)]
     settings = StepSettings(
-        terms, {"gan": 1.0, "feature_matching": hyper["lambda_feat"]}, "reference", None, 1, style_dims=0, seed=0
-    )
+        terms, weights, "reference", None, 1, style_dims=0, seed=0, global_batch=1,
+        gen_lr=lambda _: rates[0], dis_lr=lambda _: rates[1], ema_beta=lambda _: 0.0,
+    )  # fmt: skip
     spec = layout_spec(hyper)
     for iteration in range(1, fixture.config["iterations"] + 1):
         label, instance, image = (fixture.inputs[f"iter{iteration}/{n}"] for n in ("label", "instance", "image"))
@@ -72,7 +75,7 @@ def _training(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
         )
         made: list[Tensor] = []
         hook = generator.register_forward_hook(lambda _m, _i, output, made=made: made.append(output.detach()))
-        found = train_step(state, Networks(generator, discriminator, None), batch, settings, 0.0)
+        found = train_step(state, Networks(generator, discriminator, None), batch, settings)
         hook.remove()
         yield f"iter{iteration}/generated", made[0]
         yield f"iter{iteration}/G_GAN", found["gan"]
