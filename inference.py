@@ -6,7 +6,7 @@ the size that the generator was trained at is generated at that size, any other 
 label maps: PNGs of class ids, palette PNGs, or RGB pictures in the table's colours. Under torchrun the processes share
 the work. Ctrl-C leaves whole files only; --skip_existing goes on.
 
-With --num_samples k (or --steps k) a label map's pictures are OUT/KEY_00.png, OUT/KEY_01.png, ...
+With --num_samples k (or --style_interpolate A B --steps k) a label map's pictures are OUT/KEY_00.png, OUT/KEY_01.png, ...
 """
 
 import argparse
@@ -72,10 +72,8 @@ def parse_arguments() -> argparse.Namespace:
                      " no name agrees. With --num_samples: draws around it")  # fmt: skip
     one.add_argument("--style_interpolate", nargs=2, metavar=("A", "B"),
                      help="from style A to style B, each a seed (digits) or a picture, in --steps frames")  # fmt: skip
-    looks.add_argument(
-        "--steps", type=positive_integer, default=8, metavar="k", help="frames of --style_interpolate (8)"
-    )
-    looks.add_argument("--animation", choices=("gif", "mp4", "none"), default="gif",
+    looks.add_argument("--steps", type=positive_integer, metavar="k", help="frames of --style_interpolate (8)")
+    looks.add_argument("--animation", choices=("gif", "mp4", "none"),
                        help="what --style_interpolate writes beside its frames (default: KEY.gif)")  # fmt: skip
     outputs = parser.add_argument_group("what it writes")
     outputs.add_argument("--output_dir", type=Path, required=True, metavar="OUT")
@@ -91,6 +89,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--single_gpu", action="store_true", help=argparse.SUPPRESS)  # imaginaire's; one is the default
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
     arguments = parser.parse_args()
+    if not arguments.style_interpolate and (arguments.steps or arguments.animation):
+        parser.error("--steps and --animation are for --style_interpolate A B: give that too, or leave them out")
+    arguments.steps, arguments.animation = arguments.steps or 8, arguments.animation or "gif"
     if arguments.style_interpolate and (arguments.num_samples > 1 or arguments.steps < 2):
         parser.error("--style_interpolate makes --steps frames per label map (2 or more): leave --num_samples out")
     return arguments

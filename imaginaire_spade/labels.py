@@ -243,7 +243,7 @@ class LabelSpec(BaseModel):
             return text + " A binary 0/255 mask? Write data.labels.remap: {255: 1}"
         if wrong.tolist() == [255]:
             return text + ' If 255 means "no class", write data.labels.ignore: [255]'
-        if int(wrong[0]) == self.num_classes and len(wrong) == 1:
+        if wrong.tolist() == [self.num_classes] and present[0] > 0 and not self.remap:
             return text + (
                 f" Ids counted from 1? Write data.labels.remap: {{1: 0, 2: 1, ...}}, or num_classes:"
                 f" {self.num_classes + 1}"

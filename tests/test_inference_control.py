@@ -182,6 +182,9 @@ def test_a_generator_without_style(run, plain, styled, folder, tmp_path, capsys)
         run(styled, "--style_interpolate", 1, 2, "--num_samples", 3)
     with pytest.raises(SystemExit):
         run(styled, "--style_interpolate", 1, 2, "--steps", 1)
+    for alone in (("--steps", 5), ("--animation", "gif")):
+        with pytest.raises(SystemExit):
+            run(styled, "--num_samples", 2, *alone)
     with pytest.raises(SystemExit):
         run(styled, "--style_seed", 1, "--style_image", picture)
 

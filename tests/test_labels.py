@@ -76,6 +76,7 @@ def test_bytes_map_as_the_table_says(num_classes, ignore, remap, values):
         (LabelSpec(num_classes=5), ids(0, 1, 255), r"data\.labels\.ignore: \[255\]"),
         (LabelSpec(num_classes=2), ids(0, 255), r"remap: \{255: 1\}"),
         (LabelSpec(num_classes=5), ids(1, 2, 5), r"remap: \{1: 0, 2: 1.*num_classes: 6"),
+        (LabelSpec(num_classes=5), ids(0, 1, 5), r"ignore: \[5\] if they mean .*larger num_classes"),
         (LabelSpec(num_classes=5), ids(0, 9, 200), r"9, 200 outside the table \(num_classes: 5\)"),
         (LabelSpec(num_classes=5), ids(0, 3000, dtype=np.uint16), "3000"),
         (LabelSpec(num_classes=2), np.zeros((2, 2, 3), np.uint8), r"data\.labels\.palette"),

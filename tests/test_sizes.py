@@ -209,7 +209,7 @@ def test_label_maps_far_from_the_trained_size_are_generated_at_it(run, tmp_path)
     assert sizes == {"0": (60, 90), "1": TRAINED, "2": TRAINED, "3": TRAINED}
     assert said == (
         "note: 3 of 4 label maps of 2 sizes (40x200 to 130x150) are generated at 64x96, the size this generator was"
-        " trained at; the aspect ratio changes, width / height 1.15 becomes 1.50 (--size own"
+        " trained at; the aspect ratio changes, width / height 1.15 to 5.00 becomes 1.50 (--size own"
         " generates at their own size; --resize_back resizes the images to the label maps' own size)\n"
     )
     for name, size in sizes.items():  # the gallery shows both at one size

@@ -190,6 +190,7 @@ DAMAGE = {
     "a moment of half precision": ("dis_optimizer", "exp_avg_sq", torch.Tensor.half),
     "a sparse moment": ("gen_optimizer", "exp_avg_sq", torch.Tensor.to_sparse),
     "a word for a moment": ("gen_optimizer", "exp_avg", str),
+    "two steps for one": ("gen_optimizer", "step", lambda t: torch.stack([t, t])),
 }
 
 
@@ -206,6 +207,17 @@ def test_every_tensor_of_a_checkpoint_is_checked_before_any_is_loaded(tiny_run, 
     with pytest.raises(CheckpointError, match=rf"here\.pt: {field} does not fit this config: .*{name}"):
         state.load_state_dict(content, "here.pt")
     assert_same(state.state_dict(), before)
+
+
+@pytest.mark.parametrize("seen", ["many", -3, 1.5])
+def test_a_counter_that_is_no_number_of_images_is_refused(tiny_run, seen):
+    path, run = tiny_run
+    content = run("log", "trainer.max_iterations=1")
+    config = load_config(path, ())
+    state = prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu")).state
+    with pytest.raises(CheckpointError, match=r"here\.pt: images_seen does not fit this config: it is"):
+        state.load_state_dict({**content, "images_seen": seen}, "here.pt")
+    assert state.images_seen == 0
 
 
 def test_the_averages_statistics_span_the_whole_training_set_on_any_number_of_processes(

@@ -273,8 +273,9 @@ def _check_label_maps(
 def _check_pixels(key: str, stored: Size, read: Size, most: int, resize_back: bool) -> None:
     if (pixels := read[0] * read[1]) > most:
         raise DataError(
-            f"{key}: a label map that would be generated at {shown(read)}, {pixels:,} pixels in one piece. Write --size"
-            f" trained or a smaller --size HEIGHTxWIDTH, or write --max_pixels {pixels} if the memory is there"
+            f"{key}: a label map that would be generated at {shown(read)}, {pixels:,} pixels in one piece. Write"
+            f"{' --size trained or' if read == stored else ''} a smaller --size HEIGHTxWIDTH, or write --max_pixels"
+            f" {pixels} if the memory is there"
         )
     if resize_back and (pixels := stored[0] * stored[1]) > most:
         raise DataError(

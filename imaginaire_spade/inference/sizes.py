@@ -134,11 +134,12 @@ class SizeRule:
             facts += [f"{shown(self.trained)} is {at_trained}"] if self.trained else []
         squeezed = {size: number for size, number in resized.items() if not _same_aspect(size, target)}
         if squeezed:
-            size = max(squeezed, key=lambda size: squeezed[size])
             some = f" of {sum(squeezed.values())} of them" if squeezed != resized else ""
-            before, after = size[1] / size[0], target[1] / target[0]
-            facts.append(f"the aspect ratio{some} changes, width / height {before:.2f} becomes {after:.2f}")
-            hints += [f"--size {shown(_scaled(size, min(target)))} keeps it"] if len(resized) == 1 else []
+            ratios = sorted({f"{size[1] / size[0]:.2f}" for size in squeezed}, key=float)
+            before = ratios[0] if len(ratios) == 1 else f"{ratios[0]} to {ratios[-1]}"
+            facts.append(f"the aspect ratio{some} changes, width / height {before} becomes {target[1] / target[0]:.2f}")
+            if len(resized) == 1:
+                hints.append(f"--size {shown(_scaled(next(iter(resized)), min(target)))} keeps it")
         if self.asked is None:
             hints.append("--size own generates at their own size")
         if resize_back:

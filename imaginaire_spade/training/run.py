@@ -155,7 +155,7 @@ def calibration_layouts(run: Run) -> list[Batch]:
     average = run.config.trainer.model_average
     if average is None or not average.batch_norm_images:
         return []
-    count = max(average.batch_norm_images, run.info.world_size, 2)
+    count = max(min(average.batch_norm_images, len(run.dataset)), run.info.world_size, 2)
     within = np.random.default_rng(run.seed).random(count)
     indices = ((np.arange(count) + within) * len(run.dataset) / count).astype(int).tolist()
     forwards = max(1, count // run.calendar.global_batch)

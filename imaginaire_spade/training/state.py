@@ -97,6 +97,11 @@ def _check(owner: Any, stored: Any, name: str, where: str) -> None:
             if index not in range(len(parameters)):
                 raise CheckpointError(f"{where}: it has a parameter {index}, and this config {len(parameters)} of them")
             check_tensors(moments, dict.fromkeys(moments.keys() - {"step"}, parameters[index]), where)
+            step = moments.get("step", 0)
+            if not isinstance(step, int | float) and not (isinstance(step, Tensor) and step.numel() == 1):
+                raise CheckpointError(f"{where}: step of parameter {index} is {step!r}, not one number")
+    elif isinstance(owner, int) and (not isinstance(stored, int) or stored < 0):
+        raise CheckpointError(f"{where}: it is {stored!r}, not a whole number from 0 on")
 
 
 def _load(owner: Any, stored: Any, name: str, where: str) -> None:
