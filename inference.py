@@ -6,7 +6,7 @@ the size that the generator was trained at is generated at that size, any other 
 label maps: PNGs of class ids, palette PNGs, or RGB pictures in the table's colours. Under torchrun the processes share
 the work. Ctrl-C leaves whole files only; --skip_existing goes on.
 
-With --num_samples k (or --style_interpolate A B --steps k) a label map's pictures are OUT/KEY_00.png, OUT/KEY_01.png, ...
+With --num_samples k, or --style_interpolate A B --steps k, a label map's pictures are OUT/KEY_00.png, OUT/KEY_01.png...
 """
 
 import argparse
