@@ -289,3 +289,20 @@ def test_rooms_keep_their_budget():
 
 def test_folders_are_two_deep():
     assert all(len(path.relative_to(PACKAGE).parts) <= 2 for path in SOURCES)
+
+
+def options_of(path: Path) -> list[str]:
+    """The flags of a command line, as its source names them."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    added = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
+    names = [arg.value for call in added for arg in call.args if isinstance(arg, ast.Constant)]
+    return sorted(str(name) for name in names if str(name).startswith("--"))
+
+
+def test_the_list_of_options_is_frozen():
+    """A new flag is a decision: who adds one adds it to ``options.txt``, where a reviewer asks who would set it. (The
+    keys of a config stand in docs/config.md, which the schema writes.)"""
+    paths = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("scripts/*.py"), PACKAGE / "demo/__main__.py"]
+    found = {str(p.relative_to(REPOSITORY)): options_of(p) for p in sorted(paths)}
+    lines = [f"{name}: {' '.join(options)}\n" for name, options in found.items() if options]
+    assert "".join(lines) == (REPOSITORY / "tests/options.txt").read_text(encoding="utf-8")
