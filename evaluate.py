@@ -171,8 +171,8 @@ def _check(arguments: argparse.Namespace) -> list[str]:
         raise ConfigError("--real is missing: the folder of real pictures, or statistics of them (.npz)")
     if not arguments.reference_split:
         raise ConfigError(
-            "--reference_split is missing: write train or val, whichever the real pictures are. Scores against one"
-            " are no scores against the other"
+            "--reference_split is missing: write train or val, whichever the real images are. Scores against"
+            " different splits are not comparable"
         )
     by_pictures = "segmentation" in metrics and generates  # whose photos are those of data.val
     beyond = [name for name in metrics if name != "fid" and not (name == "segmentation" and by_pictures)]

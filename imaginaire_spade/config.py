@@ -103,7 +103,7 @@ class SplitConfig(Section):
     """Where the samples of a split lie and how they are cut."""
 
     roots: tuple[str, ...] = Field(min_length=1)
-    """LMDB roots (built by scripts/build_lmdb.py or by imaginaire) or plain folders, told apart by what is there."""
+    """LMDBs (built by scripts/build_lmdb.py or by imaginaire) or plain data set folders; the kind is detected."""
     batch_size: int = Field(1, ge=1)
     """Pictures per process and iteration. The global batch is this times the number of processes."""
     augmentations: AugmentationConfig = AugmentationConfig()
@@ -124,7 +124,7 @@ class DataConfig(LabelledData):
     num_workers: int | None = Field(None, ge=0)
     """Loader workers per process; null = min(8, cores / processes)."""
     shuffle_shards: int | None = Field(None, ge=1)
-    """Training mixes the samples of so many shards at a time, in a new order every epoch: for data sets larger than
+    """Number of shards whose samples training mixes at a time, in a new order every epoch: for data sets larger than
     memory, of which it then reads a few files at a time. null = it mixes all."""
     train: SplitConfig
     val: SplitConfig | None = None
@@ -260,11 +260,11 @@ class TrainerConfig(Section):
     keep_last: int = Field(3, ge=1)
     """Checkpoints that stay on disk."""
     keep_every: int | None = Field(None, ge=1)
-    """Iterations between two checkpoints that stay for good, in checkpoints/kept; a multiple of checkpoint_every."""
+    """Keep one checkpoint permanently every N iterations, in checkpoints/kept; a multiple of checkpoint_every."""
     on_failed_save: Literal["stop", "continue"] = "stop"
     """Whether a checkpoint that cannot be written (disk full) ends the run, or training goes on to the next one."""
     bucket_cap_mb: float = Field(25.0, gt=0)
-    """Several processes: gradients are exchanged in pieces of so many MiB, each while the next is still computed."""
+    """Several processes: gradients are exchanged in pieces of this many MiB, each while the next is still computed."""
     process_group_timeout_s: float = Field(300.0, gt=0)
     """After this long without an answer from the other processes a process gives up."""
 

@@ -244,7 +244,7 @@ def wrap(model: nn.Module, device: torch.device, bucket_cap_mb: float) -> nn.Mod
     weights, and an in-place broadcast between two forwards breaks backward on some torch versions.
 
     Args:
-        bucket_cap_mb: gradients travel in pieces of so many MiB.
+        bucket_cap_mb: size in MiB of the pieces in which gradients are exchanged.
     """
     if not dist.is_initialized():
         return model

@@ -126,7 +126,7 @@ class SemanticLayout:
         return self._edges
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that it is made of; edges not yet drawn are none."""
+        """Return every tensor it consists of; edges that have not been computed are omitted."""
         return [t for t in (self.labels, self._edges, self.distances) if isinstance(t, Tensor)]
 
     @property
@@ -181,7 +181,7 @@ class SemanticLayout:
 
     @property
     def is_discrete(self) -> bool:
-        """Whether the one-hot view is made of zeros and ones, so that neighbourhoods can be told apart by codes."""
+        """Whether the one-hot view is made of zeros and ones, so that codes can distinguish neighbourhoods."""
         return self._dense is None and not (self.edges is not None and self.edges.is_floating_point())
 
     @cached_property

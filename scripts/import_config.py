@@ -1,6 +1,6 @@
 """Turn a config of another system into one of ours: imaginaire's SPADE YAML, opt.txt of the SPADE release or of CLADE.
 
-Lists what was chosen and every key that has no meaning here.
+Lists what was chosen and every key that is ignored (no equivalent).
 """
 
 import argparse

@@ -151,7 +151,7 @@ class LabelMapDataset(Dataset[Sample]):
         draw_edges: bool = True,
         images_out: NDArray[np.uint8] | None = None,
     ) -> list[Sample]:
-        """The samples of so many (index, draw).
+        """Read the samples of these (index, draw) pairs.
 
         Stage by stage, not sample by sample, which is a tenth faster: what a stage uses stays in the processor's cache.
 
@@ -179,10 +179,10 @@ class LabelMapDataset(Dataset[Sample]):
         ]
 
     def expect_random_reads(self, shards_at_a_time: int | None = None) -> None:
-        """Read ahead only if what is read for some time fits memory: else pages go before they are asked for.
+        """Enable readahead only if the working set fits in memory; otherwise pages are evicted before use.
 
         Args:
-            shards_at_a_time: so many are read from for some time; None: all.
+            shards_at_a_time: number of shards in the working set; None: all.
         """
         share = 1 if shards_at_a_time is None else min(1, shards_at_a_time / len(self.shard_sizes))
         fits = share * sum(root.source.num_bytes for root in self._roots) < usable_memory() / 2

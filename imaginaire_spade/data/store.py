@@ -1,4 +1,4 @@
-"""LMDB shards in imaginaire's format: write one, read one or many; and which kind of source a root is.
+"""LMDB shards in imaginaire's format: write one, read one or many; and detect whether a root is LMDB or folders.
 
 A shard is a folder: one LMDB environment per data type (``images/data.mdb`` ...), key ``SEQUENCE/STEM`` in UTF-8
 (``./STEM`` for files directly in the folder), value the original file's bytes; ``all_filenames.json``: sequence ->
@@ -110,7 +110,7 @@ class LmdbSource(Source):
 def open_source(
     root: str | Path, data_types: Sequence[str], *, optional: Sequence[str] = (), bare: bool = False
 ) -> Source:
-    """The samples under ``root``: LMDB shards or plain folders, told apart by what is there.
+    """Open the samples under ``root``: detect whether it holds LMDB shards or plain folders.
 
     Args:
         data_types: what every sample must have.

@@ -79,8 +79,10 @@ def draw_geometry(
 
 
 def _cut(size: int, resized: int, crop: int, draw: float | None, step: int) -> tuple[int, int]:
-    """Start and length, multiples of ``step``, of what becomes ``crop`` of ``resized`` pixels: for all of them, all
-    that there is. Without a draw, in the middle."""
+    """Return start and length, multiples of ``step``, of the part that becomes ``crop`` of ``resized`` pixels.
+
+    If the crop is the whole image, return it whole; without a random draw, crop the centre.
+    """
     if crop == resized:
         return 0, size
     steps = size // step

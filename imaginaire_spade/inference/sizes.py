@@ -1,4 +1,4 @@
-"""At which size a label map is generated: what ``--size`` means, and what the user is told of it.
+"""Choose the size at which a label map is generated (``--size``), and word the note to the user.
 
 Owns the rule and its words alone: label maps are resized by the data set's geometry, pictures by ``pictures.resized``.
 A generator knows objects at the scale at which it has seen them: a street learned at 96x128 and generated at 360x480

@@ -46,7 +46,7 @@ class CheckpointWriter:
     A context: leaving it waits for the last write. Only one process of a run may save.
 
     Args:
-        keep_last: so many newest checkpoints stay; older ones are deleted once a newer one is whole on disk.
+        keep_last: number of recent checkpoints to keep; older ones are deleted once a newer one is whole on disk.
     Raises:
         CheckpointError: (from ``save``, ``check``, ``wait``) a write failed; older checkpoints are untouched.
     """
@@ -66,7 +66,7 @@ class CheckpointWriter:
         """Copy ``content`` to the host's memory, then write it in the background as ``checkpoint_<images_seen>.pt``.
 
         Args:
-            keep: also keep it for good, in ``kept/``.
+            keep: also keep it permanently, in ``kept/``.
             best: also keep it as ``best.pt``, until the next that is.
         """
         self.wait()

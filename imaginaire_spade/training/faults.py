@@ -25,7 +25,7 @@ from imaginaire_spade.training.step import StepSettings
 
 
 class NonFiniteLoss(UserError):
-    """A loss became NaN or infinite, or an update after the other was skipped because its gradients were."""
+    """A loss became NaN or infinite, or too many consecutive updates were skipped for non-finite gradients."""
 
 
 class OutOfMemory(UserError):
@@ -39,7 +39,7 @@ class SkippedUpdates:
     gen: int
     dis: int
     in_a_row: int
-    """Of the network that is worse off, counted over the whole start."""
+    """Longest run of skipped updates of either network since launch."""
 
 
 class FiniteWatch:
@@ -95,7 +95,7 @@ class FiniteWatch:
 
         Args:
             losses: means since the last ``forget``, over all processes.
-            max_skipped: so many updates in a row are too many.
+            max_skipped: number of consecutive skipped updates that is too many.
             dump: JSON file to write for people.
         """
         if bad := non_finite(losses):

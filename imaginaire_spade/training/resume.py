@@ -77,7 +77,7 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    """What a checkpoint says of the run beside its config."""
+    """Return the run facts stored in a checkpoint besides the config."""
     return {
         "world_size": run.info.world_size,
         "global_batch": run.calendar.global_batch,

@@ -84,7 +84,7 @@ def prepare(
 
     Args:
         objective: terms and weights, as ``build_losses`` makes them.
-        stop_after: end this start after so many iterations in all (``--max_iterations``).
+        stop_after: stop this launch at this iteration, counted over the whole run (``--max_iterations``).
     """
     seed = config.seed
     terms, weights = objective
