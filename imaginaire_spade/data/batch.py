@@ -129,7 +129,7 @@ class Parcel:
 
     @staticmethod
     def images_in(memory: Tensor, count: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """Return the place for the packed images of ``count`` samples of (height, width) ``size``: uint8 [count, H, W, 3]."""
+        """Return the place for the packed images of ``count`` samples of ``size``: uint8 [count, H, W, 3]."""
         return memory[memory.nbytes - count * size[0] * size[1] * 3 :].view(count, *size, 3).numpy()
 
     @classmethod
