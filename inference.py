@@ -56,22 +56,22 @@ def parse_arguments() -> argparse.Namespace:
     inputs.add_argument("--map", action="append", default=[], metavar="CLASS=CLASS",
                         help="replace a class, by name or id, everywhere: --map tree=water (repeat)")  # fmt: skip
     inputs.add_argument("--on_bad_label", choices=("fail", "skip", "ignore"), default="fail",
-                        help="fail (default): look at all label maps before the first picture; skip: leave out those"
+                        help="fail (default): look at all label maps before the first image; skip: leave out those"
                         " that cannot be used; ignore: ids outside the table are don't care")  # fmt: skip
     inputs.add_argument("--max_pixels", type=positive_integer, default=MAX_PIXELS, metavar="N",
-                        help=f"refuse to make larger pictures (default {MAX_PIXELS})")  # fmt: skip
+                        help=f"refuse to make larger images (default {MAX_PIXELS})")  # fmt: skip
     looks = parser.add_argument_group("style (generators with a style code)")
-    looks.add_argument("--num_samples", type=positive_integer, default=1, metavar="k", help="pictures per label map")
+    looks.add_argument("--num_samples", type=positive_integer, default=1, metavar="k", help="images per label map")
     looks.add_argument("--seed", type=int, metavar="S",
-                       help="of the style codes, one for each picture (default: the config's)")  # fmt: skip
+                       help="of the style codes, one for each image (default: the config's)")  # fmt: skip
     one = looks.add_mutually_exclusive_group()
     one.add_argument("--style_seed", type=int, metavar="S",
                      help="one style for all label maps: sample j of each has that of seed S + j")  # fmt: skip
     one.add_argument("--style_image", type=Path, metavar="FILE|DIR",
-                     help="the style of this picture; DIR: of the picture with the label map's name, or in turn where"
+                     help="the style of this image; DIR: of the image with the label map's name, or in turn where"
                      " no name agrees. With --num_samples: draws around it")  # fmt: skip
     one.add_argument("--style_interpolate", nargs=2, metavar=("A", "B"),
-                     help="from style A to style B, each a seed (digits) or a picture, in --steps frames")  # fmt: skip
+                     help="from style A to style B, each a seed (digits) or an image, in --steps frames")  # fmt: skip
     looks.add_argument(
         "--steps", type=positive_integer, default=8, metavar="k", help="frames of --style_interpolate (8)"
     )
@@ -82,12 +82,12 @@ def parse_arguments() -> argparse.Namespace:
     outputs.add_argument("--size", metavar="trained|own|HxW",
                          help=f"{SIZE_HELP} (default: trained for label maps of which a side differs from it by more"
                          " than 1.5 times, own for others)")  # fmt: skip
-    outputs.add_argument("--resize_back", action="store_true", help="write pictures at their label maps' own size")
+    outputs.add_argument("--resize_back", action="store_true", help="write images at their label maps' own size")
     outputs.add_argument("--format", choices=("png", "jpg"), default="png")
     outputs.add_argument("--no_gallery", action="store_true", help="no index.html, no coloured label maps")
     existing = outputs.add_mutually_exclusive_group()
-    existing.add_argument("--skip_existing", action="store_true", help="keep pictures that are there, make the others")
-    existing.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
+    existing.add_argument("--skip_existing", action="store_true", help="keep images that are there, make the others")
+    existing.add_argument("--overwrite", action="store_true", help="replace images that are there")
     parser.add_argument("--single_gpu", action="store_true", help=argparse.SUPPRESS)  # imaginaire's; one is the default
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
     arguments = parser.parse_args()
@@ -100,7 +100,7 @@ def main() -> None:
     arguments = parse_arguments()
     asked = read_size(arguments.size, "--size", raise_with="--max_pixels", max_pixels=arguments.max_pixels)
     if arguments.resize_back and asked == "own":
-        raise ConfigError("--resize_back: with --size own pictures have their label maps' size already; leave one out")
+        raise ConfigError("--resize_back: with --size own images have their label maps' size already; leave one out")
     import_modules(arguments.modules)
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
@@ -198,7 +198,7 @@ def _notes(arguments: argparse.Namespace, model: LoadedModel, given: RunConfig |
     varied = arguments.num_samples > 1 or arguments.seed is not None or arguments.style_seed is not None
     if not model.style_dims and varied:
         notes.append(
-            "this generator takes no style code, so its pictures do not vary: seeds change nothing, samples of a label"
+            "this generator takes no style code, so its images do not vary: seeds change nothing, samples of a label"
             " map are equal"
         )
     return notes
@@ -215,7 +215,7 @@ def _summary(directory: Path, report: RunReport, info: distributed.ProcessInfo) 
     left_out = f", {len(report.left_out)} label map(s) left out" if report.left_out else ""
     rate = f", {report.pictures / report.seconds:.2f} images/s" if report.pictures else ""
     page = f"; look at {report.gallery}" if report.gallery else ""
-    return f"{share}wrote {report.pictures} of {report.total} pictures to {directory}{left_out}{rate}{page}"
+    return f"{share}wrote {report.pictures} of {report.total} images to {directory}{left_out}{rate}{page}"
 
 
 if __name__ == "__main__":

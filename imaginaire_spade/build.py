@@ -58,7 +58,7 @@ def image_size(config: RunConfig) -> tuple[int, int]:
     size = config.data.train.augmentations.output_h_w
     if size is None:
         raise ConfigError(
-            "data.train.augmentations leaves every picture its own size; networks are trained at one. Write"
+            "data.train.augmentations leaves every image its own size; networks are trained at one. Write"
             " data.train.augmentations.random_crop_h_w: [height, width] or resize_h_w: [height, width]"
         )
     return size
@@ -145,19 +145,19 @@ def check_run(config: RunConfig, world_size: int) -> None:
     if size[0] % multiple or size[1] % multiple:
         near = [max(multiple, round(length / multiple) * multiple) for length in size]
         raise ConfigError(
-            f"data.train.augmentations gives pictures of {size[0]}x{size[1]}, but gen ({config.gen.type}) needs"
+            f"data.train.augmentations gives images of {size[0]}x{size[1]}, but gen ({config.gen.type}) needs"
             f" multiples of {multiple}: such as {near}"
         )
     if min(size) < discriminator.min_size or any(length % discriminator.size_multiple for length in size):
         raise ConfigError(
-            f"data.train.augmentations gives pictures of {size[0]}x{size[1]}, but dis ({config.dis.type}) needs at"
+            f"data.train.augmentations gives images of {size[0]}x{size[1]}, but dis ({config.dis.type}) needs at"
             f" least {discriminator.min_size}, and multiples of {discriminator.size_multiple}: enlarge them, or lower"
             " dis.num_layers or dis.num_discriminators"
         )
     val = config.data.val
     val_size = None if val is None else val.augmentations.output_h_w
     if val is not None and (val_size is None or val_size[0] % multiple or val_size[1] % multiple):
-        given = "pictures of different sizes" if val_size is None else f"pictures of {val_size[0]}x{val_size[1]}"
+        given = "images of different sizes" if val_size is None else f"images of {val_size[0]}x{val_size[1]}"
         raise ConfigError(
             f"data.val.augmentations gives {given}, but previews need one size, a multiple of {multiple}. Write"
             f" data.val.augmentations.resize_h_w: {list(size)}"
@@ -169,8 +169,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
         )
     if size[0] * size[1] == multiple**2 and train.batch_size * world_size // trainer.gradient_accumulation < 2:
         raise ConfigError(
-            f"one picture of {size[0]}x{size[1]} is a single pixel at the generator's start, where batch statistics"
-            " need two: raise data.train.batch_size or the picture size"
+            f"one image of {size[0]}x{size[1]} is a single pixel at the generator's start, where batch statistics"
+            " need two: raise data.train.batch_size or the image size"
         )
     kl = config.losses.get("kl")
     if kl is not None and kl.weight > 0 and config.encoder is None:

@@ -83,7 +83,7 @@ class AugmentationConfig(Section):
             short = min(crop) if self.resize_smallest_side else None
             if (short and short > resized[0]) or (not short and (crop[0] > resized[0] or crop[1] > resized[1])):
                 raise ValueError(
-                    f"a crop of {list(crop)} is larger than the picture after"
+                    f"a crop of {list(crop)} is larger than the image after"
                     f" {'resize_smallest_side: ' + str(resized[0]) if short else 'resize_h_w: ' + str(list(resized))}:"
                     " make the crop smaller or the resize larger"
                 )

@@ -199,7 +199,7 @@ class LabelSpec(BaseModel):
             )
         if not self.palette:
             raise LabelError(
-                f"{where}: an RGB colour picture, but label maps hold class ids. Give the colours in the config, one"
+                f"{where}: an RGB colour image, but label maps hold class ids. Give the colours in the config, one"
                 " per class: data.labels.palette: [[r, g, b], ...]; or save a single-channel PNG of ids"
             )
         code = rgb.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)

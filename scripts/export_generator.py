@@ -38,7 +38,7 @@ def main() -> None:
     )  # fmt: skip
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
-    print(f"wrote {arguments.output}: {model.weights} weights after {model.images_seen} pictures")
+    print(f"wrote {arguments.output}: {model.weights} weights after {model.images_seen} images")
     print(f"for pretrained_weight in a config: sha256: {file_sha256(arguments.output)}")
 
 

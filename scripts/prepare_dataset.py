@@ -51,9 +51,9 @@ def main() -> None:
     parser.add_argument(
         "--scene_list",
         type=Path,
-        help="ade20k_outdoor: scenes (as in sceneCategories.txt) or names of pictures, one per line",
+        help="ade20k_outdoor: scenes (as in sceneCategories.txt) or names of images, one per line",
     )
-    parser.add_argument("--num_val", type=int, default=0, help="pictures for val, where the download has no split")
+    parser.add_argument("--num_val", type=int, default=0, help="images for val, where the download has no split")
     parser.add_argument("--images", type=Path, help="custom: folder of the photos below --source")
     parser.add_argument("--labels", type=Path, help="custom: folder of the label maps below --source")
     parser.add_argument("--instances", type=Path, help="custom: folder of the instance maps below --source")

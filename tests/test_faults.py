@@ -69,10 +69,8 @@ def test_another_number_of_processes_goes_on_in_the_same_order_and_says_what_cha
     run("log", *SMALL, "data.train.batch_size=2", "trainer.max_iterations=3", "gen_opt.lr=0.002")
     assert positions == [4]
     printed = capsys.readouterr().out
-    assert (
-        "then 1 process(es) and 4 pictures per iteration, now 1 and 2: samples go on in the same order from" in printed
-    )
-    assert "iterations count 2 pictures from now on: this is iteration 2 of 3, the whole run 6 pictures" in printed
+    assert "then 1 process(es) and 4 images per iteration, now 1 and 2: samples go on in the same order from" in printed
+    assert "iterations count 2 images from now on: this is iteration 2 of 3, the whole run 6 images" in printed
     assert "changed since: gen_opt.lr: 0.001 -> 0.002" in printed
 
 
@@ -258,7 +256,7 @@ def test_out_of_memory_names_the_knobs(tiny_run, before_step):
     for knob in (
         "allocate memory", "trainer.gradient_accumulation: 2 (now 1)", "trainer.activation_checkpointing: true",
         "batch_size (now 4 per process)",
-        "trainer.precision: bf16", "smaller pictures (now 32x64)", "gen.num_filters and dis.num_filters",
+        "trainer.precision: bf16", "smaller images (now 32x64)", "gen.num_filters and dis.num_filters",
     ):  # fmt: skip
         assert knob in str(told.value)
     with pytest.raises(RuntimeError, match="no memory of it"), explain_out_of_memory(load_config(path)):

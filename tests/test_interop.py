@@ -72,7 +72,7 @@ def test_import_generate_fine_tune_export_and_import_again(shared_dir, tmp_path,
         write_png(maps / f"{i}.png", blocky_labels(np.random.default_rng(i), 50, 70, 5))
     said = ok("inference.py", "--checkpoint", imported, "--input_dir", maps, "--output_dir", tmp_path / "out",
               "--device", "cpu", "--no_gallery", "--set", "data.edges=labels")  # fmt: skip
-    assert "wrote 2 of 2 pictures" in said
+    assert "wrote 2 of 2 images" in said
 
     raw = tiny_folder(keys=4, size=(64, 64))
     config = tmp_path / "fine_tune.yaml"

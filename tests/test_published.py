@@ -53,7 +53,7 @@ def test_the_command_lines(tiny_run, tmp_path, commands):
     path, log = tmp_path / "model.safetensors", tmp_path / "log"
     exported = commands.run("scripts/export_generator.py", "--checkpoint", log, "--output", path)
     assert exported.returncode == 0, exported.stderr
-    assert f"wrote {path}: ema weights after 4 pictures" in exported.stdout
+    assert f"wrote {path}: ema weights after 4 images" in exported.stdout
     again = commands.run("scripts/export_generator.py", "--checkpoint", log, "--output", path)
     assert again.returncode == 2 and "--overwrite" in again.stderr
     for name, checkpoint in (("a", path), ("b", newest_checkpoint(log))):

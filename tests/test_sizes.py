@@ -493,7 +493,7 @@ def test_evaluation_at_a_size_is_recorded(model_of, evaluate, tmp_path, monkeypa
     [
         (("--checkpoint", "x", "--size", "abc"), "--size abc: write trained, own"),
         (("--checkpoint", "x", "--size", "99999x99999"), "--size 99999x99999: 9,999,800,001 pixels"),
-        (("--fake", "x", "--real", "y", "--size", "own"), "--size is that at which a checkpoint makes pictures"),
+        (("--fake", "x", "--real", "y", "--size", "own"), "--size is that at which a checkpoint makes images"),
     ],
 )
 def test_evaluation_of_no_such_size(evaluate, flags, words):

@@ -384,7 +384,7 @@ def test_processes_that_come_and_go_change_nothing(tiny_run, tmp_path, commands,
     capsys.readouterr()
     two_one, told = run("two_one", *shared), capsys.readouterr().out
     message = (
-        "then {} process(es) and 4 pictures per iteration, now {} and 4: samples go on in the same order from number 4"
+        "then {} process(es) and 4 images per iteration, now {} and 4: samples go on in the same order from number 4"
     )
     assert message.format(2, 1) in told
     assert message.format(1, 2) in in_two("one_two")
@@ -429,7 +429,7 @@ def test_a_dry_run_measures_and_writes_nothing(tiny_run, tmp_path, commands):
     assert result.returncode == 0, result.stderr
     for part in (
         "parameters: generator 0.",
-        "G multiply-adds for a picture of 32x64",
+        "G multiply-adds for an image of 32x64",
         "schedule: 6 iterations",
         "peak memory",
         "nothing was written",

@@ -65,7 +65,7 @@ def draw_geometry(
     if crop_h > resized_h or crop_w > resized_w:
         name = "random_crop_h_w" if augmentations.random_crop_h_w else "center_crop_h_w"
         raise DataError(
-            f"{where}: {name}: [{crop_h}, {crop_w}] is larger than the picture ({height} x {width}, height x width,"
+            f"{where}: {name}: [{crop_h}, {crop_w}] is larger than the image ({height} x {width}, height x width,"
             f" {resized_h} x {resized_w} once resized). In that split's augmentations make {name} smaller,"
             f" or enlarge first: resize_smallest_side: {max(crop_h, crop_w)} (or resize_h_w: [{crop_h}, {crop_w}])"
         )

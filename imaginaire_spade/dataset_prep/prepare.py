@@ -43,7 +43,7 @@ def prepare(
         raise DataError(f"--source {source}: no such folder")
     samples = list(DATASETS[name](source, options))
     if not samples:
-        raise DataError(f"--source {source}: no pictures there")
+        raise DataError(f"--source {source}: no images there")
     missing = [path for sample in samples for path in sample.files.values() if not path.is_file()]
     if missing:
         shown = "\n  ".join(str(path) for path in missing[:10])

@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="moving average (default) or raw")
     parser.add_argument("--size", metavar="trained|own|HxW",
                         help=f"{SIZE_HELP} (default: trained for canvases of which a side differs from it by more than"
-                             " 1.5 times, own for others); pictures are resized to the canvas")  # fmt: skip
+                             " 1.5 times, own for others); images are resized to the canvas")  # fmt: skip
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
                         help="import your module, which registers your components (repeat)")  # fmt: skip

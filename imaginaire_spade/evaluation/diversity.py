@@ -58,7 +58,7 @@ class PerceptualNetwork:
         if len({picture.shape for picture in pictures}) > 1:
             raise DataError(f"{where}: its samples are of different sizes")
         if min(pictures[0].shape[1:]) < MIN_SIDE:
-            raise DataError(f"{where}: LPIPS needs pictures of at least {MIN_SIDE} x {MIN_SIDE} pixels")
+            raise DataError(f"{where}: LPIPS needs images of at least {MIN_SIDE} x {MIN_SIDE} pixels")
         device = next(self.layers.parameters()).device
         scaled = torch.stack(list(pictures)).to(device).float() / 127.5 - 1
         pairs = list(itertools.combinations(range(len(pictures)), 2))

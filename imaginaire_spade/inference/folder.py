@@ -51,7 +51,7 @@ class Progress:
         elif self._shown and time.perf_counter() - self._line_at >= self.SECONDS_BETWEEN_LINES:
             self._line_at = time.perf_counter()
             rate = done / (self._line_at - self._started_at)
-            print(f"{done} of {total} pictures, {rate:.2f} images/s", file=sys.stderr, flush=True)
+            print(f"{done} of {total} images, {rate:.2f} images/s", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -220,7 +220,7 @@ def _note_of_kept(
         if kept != size:
             return (
                 f"{path} stays as it is, {shown(kept)}, where this run would write {shown(size)}: the folder will hold"
-                " pictures of several sizes (--overwrite makes all anew)"
+                " images of several sizes (--overwrite makes all anew)"
             )
         return None
     return None
@@ -278,7 +278,7 @@ def _check_pixels(key: str, stored: Size, read: Size, most: int, resize_back: bo
         )
     if resize_back and (pixels := stored[0] * stored[1]) > most:
         raise DataError(
-            f"{key}: a label map of {shown(stored)}, {pixels:,} pixels, to which its picture would be resized back."
+            f"{key}: a label map of {shown(stored)}, {pixels:,} pixels, to which its image would be resized back."
             f" Leave --resize_back out, or write --max_pixels {pixels} if the memory is there"
         )
 

@@ -77,9 +77,9 @@ def picture_styles(model: LoadedModel, path: Path, keys: Sequence[str], seed: in
     missing = sorted(set(keys) - set(source.keys))
     if missing and len(missing) < len(set(keys)):
         raise DataError(
-            f"style pictures {path}: none for {len(missing)} label map(s): {', '.join(missing[:5])}"
+            f"style images {path}: none for {len(missing)} label map(s): {', '.join(missing[:5])}"
             f"{' ...' if len(missing) > 5 else ''}. Add them; or give one file, or a folder none of whose names is a"
-            " label map's: its pictures take turns"
+            " label map's: its images take turns"
         )
     names = {key: source.keys[i % len(source.keys)] for i, key in enumerate(sorted(keys))} if missing else None
 
@@ -105,8 +105,8 @@ def read_style_picture(path: Path) -> Picture:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"style picture {path}: cannot be read: {error.strerror}") from None
-    return decode_image(content, f"style picture {path}")
+        raise DataError(f"style image {path}: cannot be read: {error.strerror}") from None
+    return decode_image(content, f"style image {path}")
 
 
 def check_has_encoder(model: LoadedModel) -> None:
@@ -114,7 +114,7 @@ def check_has_encoder(model: LoadedModel) -> None:
     if model.encoder is None:
         instead = "a seed gives it a style (--style_seed)" if model.style_dims else "it takes no style at all"
         raise CheckpointError(
-            f"the style of a picture: this checkpoint was trained without a style encoder; {instead}. Take a checkpoint"
+            f"the style of an image: this checkpoint was trained without a style encoder; {instead}. Take a checkpoint"
             " whose config has encoder: {type: conv}"
         )
 
@@ -155,9 +155,7 @@ def style_named(model: LoadedModel, name: str) -> Tensor:
         CheckpointError: the generator takes no style code, or the checkpoint has no encoder. DataError: no picture.
     """
     if not model.style_dims:
-        raise CheckpointError(
-            "this generator takes no style code: a label map has one picture, and nothing lies between"
-        )
+        raise CheckpointError("this generator takes no style code: a label map has one image, and nothing lies between")
     if name.isdecimal():
         return style_of_seed(int(name), model.style_dims)
     check_has_encoder(model)

@@ -132,7 +132,7 @@ def _forward(model: LoadedModel, requests: Sequence[Request]) -> Tensor:
             raise
     height, width = _padded_size_of(requests[0], model)
     raise UserError(
-        f"{requests[0].name}: not enough memory on {model.device} for {step} picture(s) of {height}x{width} at once."
+        f"{requests[0].name}: not enough memory on {model.device} for {step} image(s) of {height}x{width} at once."
         f" {'Write a smaller --batch_size' if step > 1 else 'Make the label map smaller, or use a machine with more'}"
     )
 

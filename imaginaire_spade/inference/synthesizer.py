@@ -203,7 +203,7 @@ class Synthesizer:
         if not self._told_of_size:
             self._told_of_size = True
             warnings.warn(
-                f"the label map is {shown(own)} (height x width); its picture is generated at {shown(made)}, the size"
+                f"the label map is {shown(own)} (height x width); its image is generated at {shown(made)}, the size"
                 " this generator was trained at, and has that size. Write resize_back=True to have it resized to the"
                 ' label map\'s own size, size="own" to generate at that, size="trained" to keep it so (said once)',
                 stacklevel=3,
@@ -213,9 +213,9 @@ class Synthesizer:
 def _array(given: ImageLike, name: str) -> NDArray[np.generic]:
     """Integers [H, W], or [H, W, 3] of colours. Raises DataError."""
     if isinstance(given, Image.Image) and given.mode not in MODES:
-        raise DataError(f"{name}: a PIL picture of mode {given.mode}; give one of {', '.join(MODES)}")
+        raise DataError(f"{name}: a PIL image of mode {given.mode}; give one of {', '.join(MODES)}")
     if not isinstance(given, Image.Image | np.ndarray):
-        raise DataError(f"{name}: a {type(given).__name__}; give a numpy array or a PIL picture")
+        raise DataError(f"{name}: a {type(given).__name__}; give a numpy array or a PIL image")
     array = np.asarray(given)
     if array.dtype == np.bool_:
         array = array.astype(np.uint8)

@@ -186,7 +186,7 @@ def import_checkpoint(
     own_encoder = build_encoder(config)
     if own_encoder is not None:
         if source != "imaginaire" and encoder is None:
-            notes.append("no --encoder_weights: pictures in the style of another (--style_image) are not possible")
+            notes.append("no --encoder_weights: images in the style of another (--style_image) are not possible")
         else:
             load_reference(own_encoder, source, parts["generator"] if encoder is None else encoder)
             content["encoder"] = own_encoder.state_dict()

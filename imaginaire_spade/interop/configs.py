@@ -141,7 +141,7 @@ def _from_options(source: str, keys: Keys, tables: Path | None) -> dict[str, Any
         losses["perceptual"] = {"weight": float(keys.take("lambda_vgg", 10.0)), "imagenet_statistics": False}
     if hyper.get("use_vae"):
         losses["kl"] = float(keys.take("lambda_kld", 0.05)) * batch / gpus
-        keys.notes.append(f"lambda_kld sums over the {batch // gpus} pictures of a GPU: losses.kl is on their mean")
+        keys.notes.append(f"lambda_kld sums over the {batch // gpus} images of a GPU: losses.kl is on their mean")
     lr, betas = float(keys.take("lr", 2e-4)), (float(keys.take("beta1", 0.0)), float(keys.take("beta2", 0.9)))
     ttur = not keys.take("no_TTUR", False)
     constant, decaying = keys.take("niter", 50), keys.take("niter_decay", 0)
@@ -206,7 +206,7 @@ def _geometry(keys: Keys, size: tuple[int, int]) -> tuple[dict[str, Any], list[i
             f"preprocess_mode: {mode} has no counterpart: the smaller side is scaled to load_size instead"
         )
     elif mode != "crop":
-        keys.notes.append(f"preprocess_mode: {mode} has no counterpart: pictures are cropped to crop_size")
+        keys.notes.append(f"preprocess_mode: {mode} has no counterpart: images are cropped to crop_size")
     if "crop" in mode or mode == "none":
         result["random_crop_h_w"] = crop
     return result, crop
@@ -321,7 +321,7 @@ def _imaginaire_losses(keys: Keys, batch: int) -> dict[str, Any]:
                 raise ConfigError(f"trainer.perceptual_loss.mode: {network}: only vgg19 is supported")
         elif name == "kl":
             losses[name] = float(value) * batch
-            keys.notes.append(f"loss_weight.kl sums over the {batch} pictures of a GPU: losses.kl is on their mean")
+            keys.notes.append(f"loss_weight.kl sums over the {batch} images of a GPU: losses.kl is on their mean")
         elif name == "feature_matching":
             losses[name] = float(value)
         else:

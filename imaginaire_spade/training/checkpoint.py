@@ -181,7 +181,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     if path.suffix == ".safetensors":
-        raise CheckpointError(f"{path}: a generator to make pictures with; training needs the checkpoint it came from")
+        raise CheckpointError(f"{path}: a generator to make images with; training needs the checkpoint it came from")
     stated = _stated_sha256(path)
     if stated is not None and stated != file_sha256(path):
         raise CheckpointError(

@@ -226,7 +226,7 @@ def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
             " statistics": trainer.gradient_accumulation < train.batch_size,
             f"data.train.batch_size (now {train.batch_size} per process)": train.batch_size > 1,
             "trainer.precision: bf16 (now fp32)": trainer.precision == "fp32",
-            f"data.train.augmentations, smaller pictures (now {'x'.join(map(str, size)) if size else 'of any size'})":
+            f"data.train.augmentations, smaller images (now {'x'.join(map(str, size)) if size else 'of any size'})":
                 True,
             f"{' and '.join(filters)}, narrower networks": bool(filters),
         }  # fmt: skip

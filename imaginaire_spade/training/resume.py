@@ -109,14 +109,14 @@ def _other_processes(before: Mapping[str, Any], now: Mapping[str, Any], run: Run
         return []
     was, batch = before["global_batch"], now["global_batch"]
     lines = [
-        f"then {before['world_size']} process(es) and {was} pictures per iteration, now {now['world_size']} and"
+        f"then {before['world_size']} process(es) and {was} images per iteration, now {now['world_size']} and"
         f" {batch}: samples go on in the same order from number {run.state.images_seen}"
     ]
     if was != batch:
         total = run.calendar.total_iterations
         lines.append(
-            f"iterations count {batch} pictures from now on: this is iteration"
-            f" {run.calendar.iteration(run.state.images_seen)} of {total}, the whole run {total * batch} pictures, and"
+            f"iterations count {batch} images from now on: this is iteration"
+            f" {run.calendar.iteration(run.state.images_seen)} of {total}, the whole run {total * batch} images, and"
             " the learning rates are those of the config, not scaled with the batch"
         )
     return lines
