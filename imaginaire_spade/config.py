@@ -61,7 +61,7 @@ class AugmentationConfig(Section):
     random_scale_limit: float = Field(0.0, ge=0, le=10)
     """Then enlarge by a factor drawn from [1, 1 + limit]."""
     random_crop_h_w: tuple[int, int] | None = None
-    """Then cut (height, width) at a random place inside the picture. What is cut are whole pixels of the stored one."""
+    """Then cut (height, width) at a random position. The crop consists of whole pixels of the stored image."""
     center_crop_h_w: tuple[int, int] | None = None
     """Then cut (height, width) in the middle."""
     horizontal_flip: bool = False
@@ -170,12 +170,12 @@ class ModelAverageConfig(Section):
     """Exponential moving average of the generator's weights (used for previews, inference and export)."""
 
     beta: float = Field(0.9999, ge=0, lt=1)
-    """Weight of the old average in each update."""
+    """Weight of the old EMA in each update."""
     start_iteration: int = Field(1000, ge=0)
-    """Up to here the average is a plain copy."""
+    """Up to this iteration the EMA is a plain copy."""
     batch_norm_images: int = Field(64, ge=0)
-    """Training label maps, spread evenly over the data set, over which the average's batch statistics are re-estimated
-    for previews, at the end and, at most once per 20 times as many trained pictures, for checkpoints; in between, or
+    """Training label maps, spread evenly over the data set, over which the EMA's batch statistics are re-estimated
+    for previews, at the end and, at most once per 20 times as many training images, for checkpoints; in between, or
     with 0, they are averaged too."""
 
 
@@ -191,7 +191,7 @@ class EvaluationConfig(Section):
     """Scores of the (averaged) generator during training, on samples of data.val; see docs/evaluation.md."""
 
     every_images: int = Field(ge=1)
-    """Training pictures between two evaluations; there is one at the end, too."""
+    """Training images between two evaluations; there is also one at the end."""
     num_images: int | None = Field(None, ge=4)
     """Validation samples, spread evenly over data.val, the same every time; null: all."""
     metrics: tuple[Literal["fid", "kid", "precision_recall", "segmentation"], ...] = Field(("fid",), min_length=1)
@@ -230,7 +230,7 @@ class TrainerConfig(Section):
     max_epochs: float | None = Field(None, gt=0)
     """... or in passes over the training set: state one of the two."""
     iteration: Literal["shared", "reference"] = "shared"
-    """shared: one generator forward serves both updates, D first; reference: G first, then D on pictures made anew by
+    """shared: one generator forward serves both updates, D first; reference: G first, then D on new images of
     the updated G, as the published SPADE numbers were obtained."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the networks; weights, statistics and losses are float32 in any case."""
@@ -250,7 +250,7 @@ class TrainerConfig(Section):
     log_every: int = Field(100, ge=1)
     """Iterations between two lines of the log (and points of the curves)."""
     image_every: int = Field(1000, ge=1)
-    """Iterations between two rows of preview pictures."""
+    """Iterations between two rows of preview images."""
     image_rows: int = Field(4, ge=0)
     """Validation samples in a preview."""
     checkpoint_every: int = Field(1000, ge=1)

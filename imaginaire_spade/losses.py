@@ -100,7 +100,7 @@ class GANLoss(nn.Module):
 
     Args:
         mode: which one.
-        relative: judge fake pictures relative to the real ones of the same label maps, and the other way round.
+        relative: judge fake images relative to the real ones of the same label maps, and vice versa.
     """
 
     def __init__(self, *, mode: GANMode = "hinge", relative: bool = False) -> None:
@@ -149,7 +149,7 @@ class PerceptualLoss(nn.Module):
         layers: names of activations.
         layer_weights: one weight per layer.
         weights_path: file of VGG19 weights; null: torch's model cache.
-        imagenet_statistics: whether the pictures are normalised as VGG was trained.
+        imagenet_statistics: whether the images are normalised as for VGG's training.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class PerceptualLoss(nn.Module):
 class KLLoss(nn.Module):
     """KL divergence of the encoder's style codes, mean over the batch.
 
-    SPADE sums over the batch of each GPU instead: its weight 0.05 with 4 pictures per GPU is 0.2 here.
+    SPADE sums over the batch of each GPU instead: its weight 0.05 with 4 images per GPU is 0.2 here.
     """
 
     def forward(self, outputs: GeneratorOutputs) -> Tensor:
@@ -190,7 +190,7 @@ class KLLoss(nn.Module):
 
 @LOSSES.register("l1")
 class L1Loss(nn.Module):
-    """Mean absolute difference of pictures (Isola et al. 2017): quick colours for small runs, blurry ones alone."""
+    """Mean absolute difference of images (Isola et al. 2017): quick colours for small runs; blurry if used alone."""
 
     def forward(self, outputs: GeneratorOutputs) -> Tensor:
         return F.l1_loss(outputs.fake, outputs.real)

@@ -33,10 +33,12 @@ def main() -> None:
     parser.add_argument("--inception_weights", metavar="FILE",
                         help="default: torch's cache; random:SEED: an untrained network, for dry runs")  # fmt: skip
     parser.add_argument("--feature_dim", type=int, choices=FEATURE_DIMS, default=2048)
-    parser.add_argument("--resize", choices=RESIZES, default="legacy", help="pytorch-fid's, or antialiased")
+    parser.add_argument(
+        "--resize", choices=RESIZES, default="legacy", help="legacy: as pytorch-fid; clean: antialiased"
+    )
     parser.add_argument("--batch_size", type=int, default=32, metavar="B")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--skip_bad", action="store_true", help="leave out, count and name unreadable images")
+    parser.add_argument("--skip_bad", action="store_true", help="skip unreadable images; they are counted and named")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key (repeat)"
     )

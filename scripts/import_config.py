@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="the .yaml or opt.txt")
     parser.add_argument("--source", required=True, choices=SOURCES, help="the system it belongs to")
     parser.add_argument("--output", type=Path, metavar="C.yaml", help="where to write it (default: the screen)")
-    parser.add_argument("--overwrite", action="store_true", help="replace C.yaml where it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing C.yaml")
     arguments = parser.parse_args()
     if arguments.output is not None and arguments.output.exists() and not arguments.overwrite:
         raise ConfigError(f"--output {arguments.output} exists: give another name, or --overwrite")

@@ -69,7 +69,9 @@ def test_another_number_of_processes_goes_on_in_the_same_order_and_says_what_cha
     run("log", *SMALL, "data.train.batch_size=2", "trainer.max_iterations=3", "gen_opt.lr=0.002")
     assert positions == [4]
     printed = capsys.readouterr().out
-    assert "then 1 process(es) and 4 images per iteration, now 1 and 2: samples go on in the same order from" in printed
+    assert (
+        "then 1 process(es) and 4 images per iteration, now 1 and 2: samples continue in the same order from" in printed
+    )
     assert "iterations count 2 images from now on: this is iteration 2 of 3, the whole run 6 images" in printed
     assert "changed since: gen_opt.lr: 0.001 -> 0.002" in printed
 
@@ -136,7 +138,7 @@ def test_the_best_checkpoint_stays_under_a_name_of_its_own(tmp_path, monkeypatch
     for _ in range(2):  # the second time it is that already
         checkpoint.keep_as(path, best)
         assert sound(tmp_path) and checkpoint.load_checkpoint(best)["images_seen"] == 16
-    with pytest.raises(CheckpointError, match=r"best\.pt: could not be written .*lost\.pt is whole"):
+    with pytest.raises(CheckpointError, match=r"best\.pt: could not be written .*lost\.pt is complete"):
         checkpoint.keep_as(tmp_path / "lost.pt", best)
     assert sound(tmp_path) and len(list(tmp_path.iterdir())) == 4
 

@@ -298,11 +298,11 @@ def test_ema_and_raw_weights(run, checkpoint, plain_checkpoint, label_maps, tmp_
         assert state[weights].keys() == stored.keys()
         assert all(torch.equal(state[weights][key], value) for key, value in stored.items())
     model = load_generator(plain_checkpoint)
-    assert model.weights == "raw" and "no moving average" in model.notes[0]
+    assert model.weights == "raw" and "no EMA of the weights" in model.notes[0]
     assert not model.generator.training and model.style_dims == 0
     run("--checkpoint", plain_checkpoint, "--input_dir", label_maps, "--output_dir", tmp_path / "o", "--num_samples", 2)
     err = capsys.readouterr().err
-    assert "no moving average" in err and "takes no style code" in err and "edges" not in err
+    assert "no EMA of the weights" in err and "takes no style code" in err and "edges" not in err
     assert len(files(tmp_path / "o")) == 14
 
 

@@ -338,7 +338,7 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(run, plain, label_map
         patched.setattr(command_line.Progress, "__call__", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(plain)
-    assert "stopped: what is written is whole; --skip_existing makes the rest" in capsys.readouterr().err
+    assert "stopped: every written file is complete; --skip_existing generates the rest" in capsys.readouterr().err
     left = {path: read(tmp_path / "out" / path) for path in files(tmp_path / "out")}
     assert len(left) < 3 and all(np.array_equal(left[path], expected[path]) for path in left)
     made = run(plain, "--skip_existing", overwrite=False)

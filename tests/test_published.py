@@ -37,10 +37,10 @@ def test_it_makes_the_checkpoints_pictures(tiny_run, tmp_path, weights):
     assert torch.equal(published.generator(layout, z), trained.generator(layout, z))
     assert all(map(torch.equal, published.encoder(images), trained.encoder(images)))
     if weights == "ema":
-        with pytest.raises(CheckpointError, match="holds the moving average of the weights alone"):
+        with pytest.raises(CheckpointError, match="holds only the EMA of the weights"):
             load_generator(path, weights="raw")
     else:
-        assert "has no moving average" in published.notes[0]
+        assert "has no EMA of the weights" in published.notes[0]
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert str(tmp_path) not in json.dumps(metadata)

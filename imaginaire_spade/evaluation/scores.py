@@ -187,7 +187,7 @@ def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metri
         few += " depends on their number. Compare equal numbers only, and report KID (--metrics kid), which has no such"
         few += " bias"
         if min(counts) <= network.dim:
-            few += f". With features of {network.dim} dimensions their covariance is singular besides"
+            few += f". With features of {network.dim} dimensions their covariance is also singular"
         found.append(few)
     if real.description.size and real.description.size != fake.description.size:
         found.append(

@@ -121,7 +121,7 @@ def export_model(model: LoadedModel, output: Path, on_checked: Callable[[str, fl
             if not difference <= TOLERANCE:
                 packages = "onnxscript and onnxruntime" if output.suffix == ".onnx" else "torch"
                 raise UserError(
-                    f"{output}: not written, since its images are not the generator's: {name} pixels differ by up to"
+                    f"{output}: not written: its images differ from the generator's: {name} pixels differ by up to"
                     f" {difference:.2g}, where {TOLERANCE} is allowed. That is a fault of the exporter or the runtime:"
                     f" try other versions of {packages}"
                 )

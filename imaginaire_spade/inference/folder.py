@@ -219,8 +219,8 @@ def _note_of_kept(
         size = stored if resize_back else read
         if kept != size:
             return (
-                f"{path} stays as it is, {shown(kept)}, where this run would write {shown(size)}: the folder will hold"
-                " images of several sizes (--overwrite makes all anew)"
+                f"{path} is kept at {shown(kept)}, but this run would write {shown(size)}: the folder will hold"
+                " images of several sizes (--overwrite generates all again)"
             )
         return None
     return None

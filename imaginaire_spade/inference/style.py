@@ -155,7 +155,9 @@ def style_named(model: LoadedModel, name: str) -> Tensor:
         CheckpointError: the generator takes no style code, or the checkpoint has no encoder. DataError: no picture.
     """
     if not model.style_dims:
-        raise CheckpointError("this generator takes no style code: a label map has one image, and nothing lies between")
+        raise CheckpointError(
+            "this generator takes no style code: a label map has one image, so there is nothing to interpolate"
+        )
     if name.isdecimal():
         return style_of_seed(int(name), model.style_dims)
     check_has_encoder(model)

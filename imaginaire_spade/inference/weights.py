@@ -108,9 +108,9 @@ def load_generator(
         notes.append(f"{path}: {wrong}")
     if weights == "ema" and content.get("generator_ema") is None:
         weights = "raw"
-        notes.append(f"{path} has no moving average of the weights: the raw weights are used")
+        notes.append(f"{path} has no EMA of the weights: the raw (non-averaged) weights are used")
     if weights == "raw" and content["generator"] is None:
-        raise CheckpointError(f"{path} holds the moving average of the weights alone: leave --weights raw out")
+        raise CheckpointError(f"{path} holds only the EMA of the weights: leave --weights raw out")
     generator = build_generator(config)
     _load(generator, content, "generator", weights, path)
     has_encoder = any(content.get(name) is not None for name in ("encoder", "encoder_ema"))

@@ -152,7 +152,7 @@ def keep_as(path: Path, name: Path) -> None:
         _give_name(temporary, name, digest)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{name}: could not be written ({error}); {path} is whole") from None
+        raise CheckpointError(f"{name}: could not be written ({error}); {path} is complete") from None
 
 
 def _give_name(temporary: Path, path: Path, digest: str) -> None:
@@ -181,7 +181,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     if path.suffix == ".safetensors":
-        raise CheckpointError(f"{path}: a generator to make images with; training needs the checkpoint it came from")
+        raise CheckpointError(
+            f"{path}: a generator for inference only; training needs the checkpoint it was exported from"
+        )
     stated = _stated_sha256(path)
     if stated is not None and stated != file_sha256(path):
         raise CheckpointError(

@@ -149,7 +149,7 @@ class Evaluation:
             return None
         own = self.state_dict()["identity"]
         if changed := [key for key, value in own.items() if state["identity"].get(key) != value]:
-            return f"evaluation: the protocol changed ({', '.join(changed)}), so the best score starts afresh"
+            return f"evaluation: the protocol changed ({', '.join(changed)}), so the best score is reset"
         self.best = (best[0], best[1])
         return f"evaluation: the best {self._deciding} so far is {best[0]:.5g}, at {best[1]} images"
 

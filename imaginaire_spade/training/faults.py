@@ -111,7 +111,7 @@ class FiniteWatch:
         write_bytes(dump, (json.dumps(report, indent=2) + "\n").encode())
         raise NonFiniteLoss(
             f"{what} between iterations {self._keys[0][0]} and {self._keys[-1][0]}{at}; the newest checkpoint is older"
-            f" and sound. {dump} names the batch and the first weight, gradient and layer. Lower the learning rates, or"
+            f" and valid. {dump} names the batch and the first weight, gradient and layer. Lower the learning rates, or"
             " write trainer.precision: bf16 or fp32"
         )
 

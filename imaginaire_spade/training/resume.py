@@ -65,7 +65,7 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
     if other_data and not allow_changed_data:
         raise CheckpointError(
             f"{chosen} was trained on other data: {'; '.join(other_data)}. Restore the data, or give another --logdir"
-            " for a new run, or go on with the new data from here: --allow_changed_data"
+            " for a new run, or continue with the new data from here: --allow_changed_data"
         )
     run.state.load_state_dict(content, str(chosen))
     lines = [f"continuing from {chosen}: iteration {run.calendar.iteration(run.state.images_seen)}"]
@@ -110,7 +110,7 @@ def _other_processes(before: Mapping[str, Any], now: Mapping[str, Any], run: Run
     was, batch = before["global_batch"], now["global_batch"]
     lines = [
         f"then {before['world_size']} process(es) and {was} images per iteration, now {now['world_size']} and"
-        f" {batch}: samples go on in the same order from number {run.state.images_seen}"
+        f" {batch}: samples continue in the same order from number {run.state.images_seen}"
     ]
     if was != batch:
         total = run.calendar.total_iterations

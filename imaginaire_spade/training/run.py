@@ -140,7 +140,7 @@ def describe(run: Run) -> str:
         f"batch: {run.process_batch} per process x {run.info.world_size} process(es) ="
         f" {calendar.global_batch} globally, on {run.device.type}, {trainer.precision}",
         f"schedule: {calendar.total_iterations} iterations = {epochs:.1f} epochs; learning rates {rates};"
-        f" model average {'off' if averaged is None else f'beta {averaged.beta:g}'}",
+        f" EMA {'off' if averaged is None else f'beta {averaged.beta:g}'}",
     ]
     return "\n".join(lines)
 
