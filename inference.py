@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
                      help="use the style of this image; DIR: of the image with the label map's name, or in turn if"
                      " no names match. With --num_samples: sample from the encoder's distribution")  # fmt: skip
     one.add_argument("--style_interpolate", nargs=2, metavar=("A", "B"),
-                     help="interpolate from style A to B, each a seed (digits) or an image, in --steps frames")  # fmt: skip
+                     help="interpolate from A to B, each a seed (digits) or an image, in --steps frames")  # fmt: skip
     looks.add_argument(
         "--steps", type=positive_integer, default=8, metavar="k", help="frames of --style_interpolate (8)"
     )

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits a configuration, said in words instead of tensor shapes."""
+"""Explain in words, not tensor shapes, whether a checkpoint fits a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The typed configuration of a run: load, merge, override, check, dump.
+"""Load, merge, override, check and dump the typed configuration of a run.
 
 Owns every key that YAML may set outside the components (whose keys are the keyword-only parameters of the registered
 class, see ``registry.py``) and the default of each, written once, here. Builds nothing: ``build.py`` does.
@@ -95,7 +95,7 @@ class AugmentationConfig(Section):
 
     @property
     def output_h_w(self) -> tuple[int, int] | None:
-        """(height, width) of every sample, or None where the samples keep sizes of their own."""
+        """Return the (height, width) of every sample; None if samples keep their own sizes."""
         return self.crop_h_w or (None if self.random_scale_limit else self.resize_h_w)
 
 
@@ -435,7 +435,7 @@ def parse_config(tree: Mapping[str, Any], origins: Origins | None = None, source
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """A YAML document as plain types, 1e-4 being a number. Raises ConfigError."""
+    """Parse a YAML document into plain types; 1e-4 is a number. Raises ConfigError."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
@@ -454,7 +454,7 @@ def parse_component(tree: Any, registry: Registry, name: str) -> Component:
 
 
 def dump_config(config: RunConfig) -> dict[str, Any]:
-    """The fully resolved configuration as a plain tree; ``parse_config`` reads it back."""
+    """Return the fully resolved configuration as a plain tree; ``parse_config`` reads it back."""
     tree = config.model_dump(mode="json")
     for key in COMPONENT_KEYS:
         if tree[key] is not None:

@@ -1,4 +1,4 @@
-"""The batch that travels from a loader's worker to the device, and the memory that it travels in.
+"""Carry batches from a loader's worker to the device, and manage the memory for them.
 
 Nothing here is ever one-hot, and pictures stay uint8 until ``normalise`` on the device.
 """

@@ -1,4 +1,4 @@
-"""The samples of one or several roots: label maps with their photos, as small integers on the CPU.
+"""Read the samples of one or several data set folders: label maps with photos, as small integers on the CPU.
 
 Owns how several roots join. A sample is a function of (seed, index, draw) alone. Nothing here is ever one-hot.
 """
@@ -116,7 +116,7 @@ class LabelMapDataset(Dataset[Sample]):
         return len(self.keys)
 
     def without_images(self) -> LabelMapDataset:
-        """The same samples, of which label maps (and what edges need) alone are read."""
+        """Return the same samples without photos: only label maps (and the source of edges) are read."""
         dataset = copy.copy(self)
         dataset.with_images = False
         return dataset
@@ -128,7 +128,7 @@ class LabelMapDataset(Dataset[Sample]):
 
     @property
     def sample_bytes(self) -> int | None:
-        """Of a sample's tensors, if the augmentations make all samples of one size; without edges that follow."""
+        """Count the bytes of a sample's tensors if all samples have one size; without computed edges."""
         if (size := self.augmentations.output_h_w) is None:
             return None
         has_edges = self.spec.has_edges and not self.edges_follow_labels
@@ -190,7 +190,7 @@ class LabelMapDataset(Dataset[Sample]):
             root.source.readahead = fits
 
     def check_label_map(self, index: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(height, width) of a label map as stored, and as ``read`` gives it (without a draw).
+        """Return (height, width) of a label map as stored, and as ``read`` gives it (without a draw).
 
         Raises:
             DataError, LabelError: it cannot be used.

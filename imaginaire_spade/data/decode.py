@@ -1,4 +1,4 @@
-"""Bytes of an image file -> arrays, with the meaning of each data type kept exactly.
+"""Decode image files into arrays; each data type keeps its exact meaning.
 
 Owns what a photo, a label map, an edge map and an instance map may look like as a file. A photo may be anything that
 OpenCV reads; a map must be lossless, and its integers come out as they stand in the file: palette pictures give their

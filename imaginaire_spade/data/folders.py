@@ -1,4 +1,4 @@
-"""Raw folders: files of several data types, joined by name.
+"""Read raw folders: files of several data types, joined by name.
 
 Owns the layout ``ROOT/{images,seg_maps,edge_maps,inst_maps,distances}/[SEQUENCE/...]NAME.ext``, the rule for keys, and
 what ``Source`` means: keys in a fixed order, and bytes by key and data type. Decodes nothing.

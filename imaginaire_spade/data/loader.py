@@ -1,4 +1,4 @@
-"""The order of samples, the workers that load them, and their way to the device.
+"""Order samples, load them in workers, and move batches to the device.
 
 Owns the one rule of a run's order: sample number p of the run (its *draw*) is entry p mod n of the shuffle of epoch
 p div n, whatever the number of processes or workers and wherever the run was interrupted.

@@ -1,4 +1,4 @@
-"""Joint geometry of a picture and its maps: resize, scale, crop, flip.
+"""Resize, scale, crop and flip an image together with its maps.
 
 One ``Geometry`` is drawn per sample and applied to the photo (area or linear) and to every map (nearest, by pixel
 centres), so that all stay aligned. A function of the source size, the configuration and random numbers; owns no state

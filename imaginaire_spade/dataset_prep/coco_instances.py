@@ -1,4 +1,4 @@
-"""Instance maps from COCO's ``instances_*.json`` (pycocotools, extra ``data``)."""
+"""Make instance maps from COCO's ``instances_*.json`` (pycocotools, extra ``data``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the official downloads of the field's data sets keep their files."""
+"""Locate the files in the official downloads of the field's data sets."""
 
 from __future__ import annotations
 

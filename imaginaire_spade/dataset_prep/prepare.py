@@ -1,4 +1,4 @@
-"""Official downloads of the field's data sets -> raw folders (``scripts/prepare_dataset.py``).
+"""Turn official downloads of data sets into raw folders (``scripts/prepare_dataset.py``).
 
 Ids stay as they are in the download wherever the table in
 ``configs/labels/NAME.yaml`` maps them; files are copied (or linked), not decoded, wherever nothing has to change.

@@ -1,4 +1,4 @@
-"""Paint label maps in a browser, the picture beside them: ``python -m imaginaire_spade.demo --checkpoint P``.
+"""Paint label maps in a browser and see the images: ``python -m imaginaire_spade.demo --checkpoint P``.
 
 Needs nothing but the checkpoint. The page is for this machine alone unless --host says otherwise.
 """

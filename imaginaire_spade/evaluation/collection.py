@@ -1,4 +1,4 @@
-"""Pictures -> what scores are computed from: sums of features, the features themselves where needed, and a description.
+"""Collect from images what scores need: sums of features, features themselves if needed, and a description.
 
 Owns the streaming and the split over processes: every process takes every ``world_size``-th key, nothing is padded or
 dropped, and the number of pictures is asserted. The result is the same for any number of processes and, but for the

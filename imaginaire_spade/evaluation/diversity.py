@@ -1,4 +1,4 @@
-"""How different the pictures of one label map are: the mean LPIPS distance between them (Zhu et al. 2017).
+"""Measure the diversity of a label map's images: mean LPIPS distance between them (Zhu et al. 2017).
 
 The network is torchmetrics' LPIPS (AlexNet; Zhang et al. 2018), whose heads come with that package; the weights of the
 backbone are torchvision's, from a file.

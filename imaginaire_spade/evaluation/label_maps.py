@@ -1,4 +1,4 @@
-"""Pictures beside the label maps that they belong to: what segmentation scores and the report page need of both.
+"""Join images with their label maps and photos, for segmentation scores and the report page.
 
 Owns the joining by key and the rule that a photo is judged at the size of the generated picture.
 """

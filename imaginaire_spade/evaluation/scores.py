@@ -1,4 +1,4 @@
-"""Two collections of pictures -> scores under a protocol.
+"""Compute scores of two collections of images under a protocol.
 
 Scores of an untrained feature network are never called FID or KID: their names say ``random``.
 """
@@ -31,7 +31,7 @@ FEW_PICTURES = 2048
 
 
 def score_name(name: str, network: FeatureNetwork) -> str:
-    """What a feature score is called: plain only for the trained network at 2048 dimensions."""
+    """Name a feature score: plain only for the trained network at 2048 dimensions."""
     if network.is_random:
         return {"fid": "random_feature_distance", "kid": "random_feature_mmd"}.get(name, f"random_feature_{name}")
     return name if network.dim == 2048 else f"{name}_{network.dim}"
@@ -48,7 +48,7 @@ class Kid:
 
 
 def kernel_distance(real: Tensor, fake: Tensor, *, seed: int = 0) -> Kid:
-    """KID (Binkowski et al. 2018): the unbiased MMD^2 under the kernel (x.y / D + 1)^3, in float64.
+    """Compute KID (Binkowski et al. 2018): the unbiased MMD^2 under the kernel (x.y / D + 1)^3, in float64.
 
     Args:
         real, fake: float [N, D] and [M, D]; subsets of the smaller of 1000, N and M are drawn by ``seed``.
@@ -74,7 +74,7 @@ def kernel_distance(real: Tensor, fake: Tensor, *, seed: int = 0) -> Kid:
 
 
 def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
-    """Share of generated pictures among the real ones and the reverse (Kynkaanniemi et al. 2019), by torch-fidelity.
+    """Compute precision and recall of generated images (Kynkaanniemi et al. 2019), with torch-fidelity.
 
     Args:
         real, fake: float32 [N, D] and [M, D], more than ``NEIGHBOURS`` each.

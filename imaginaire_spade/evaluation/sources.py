@@ -1,4 +1,4 @@
-"""Where evaluated pictures come from: folders, LMDBs, the photos of a data set; what is generated on the fly likewise.
+"""Read the images to evaluate: from folders, LMDBs, the photos of a data set, or a generator.
 
 Owns the one form in which pictures reach the scores, and what a picture file may look like. Sources may hold several
 samples per label map: sample 0 is the picture that counts, the others show diversity.

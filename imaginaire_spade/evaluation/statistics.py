@@ -1,4 +1,4 @@
-"""Statistics of features, as sums that add up exactly, and the distance of two Gaussians.
+"""Accumulate statistics of features as exact sums, and compute the distance of two Gaussians.
 
 Owns the arithmetic and the files it is kept in: ours, pytorch-fid's ``.npz`` and CLADE's ``m.npy``/``s.npy``. Knows
 nothing of pictures or networks.

@@ -1,4 +1,4 @@
-"""Generator -> a file that runs without this package: ONNX (``.onnx``) or a ``torch.export`` package (``.pt2``).
+"""Export a generator to run without this package: ONNX (``.onnx``) or ``torch.export`` (``.pt2``).
 
 Owns what such a file takes and gives, its metadata, and the check that its pictures are the generator's. A file takes,
 where the generator does, and in this order:

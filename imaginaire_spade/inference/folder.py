@@ -1,4 +1,4 @@
-"""A data set's label maps -> a folder of picture files.
+"""Generate a folder of images from a data set's label maps.
 
 Owns the order of a run: which label maps are this process's, reading ahead, label maps that cannot be used, writing,
 progress, and the gallery page.
@@ -92,7 +92,7 @@ def generate_folder(
     on_written: Callable[[int, int], None] = lambda done, total: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> RunReport:
-    """Write the pictures of this process's share of a data set: every ``world_size``-th key, in sorted order.
+    """Write the images of this process's share of a data set: every ``world_size``-th key, in sorted order.
 
     Args:
         dataset: label maps, made with ``with_images=False``.

@@ -1,4 +1,4 @@
-"""The output folder: which files a run writes there, what may be there before, and writing in the background."""
+"""Plan and write the output folder: file names, accepted existing contents, background writing."""
 
 from __future__ import annotations
 

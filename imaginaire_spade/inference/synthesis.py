@@ -1,4 +1,4 @@
-"""Label maps -> pictures, in memory.
+"""Generate images from label maps, in memory.
 
 Owns the way of a label map through the generator: batches of mixed sizes, padding and cropping, and what a lack of
 memory or damaged weights look like.

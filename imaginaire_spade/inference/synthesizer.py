@@ -1,4 +1,4 @@
-"""Label maps -> pictures, in Python: ``Synthesizer.load("model.pt")(label_map, seed=0)``.
+"""Generate images from label maps in Python: ``Synthesizer.load("model.pt")(label_map, seed=0)``.
 
 Owns what a caller's label map, edges and style may be. How a label map goes through the generator is ``synthesis``'s,
 and at which size is that of ``sizes``.
@@ -81,7 +81,7 @@ class Synthesizer:
         size: str | tuple[int, int] | None = None,
         resize_back: bool = False,
     ) -> Synthesizer:
-        """The generator of a checkpoint file, or of the newest one in a folder or log dir.
+        """Load the generator of a checkpoint file, or of the newest one in a folder or log dir.
 
         Args:
             weights: "ema" (moving average, where the checkpoint has one) or "raw".
@@ -153,7 +153,7 @@ class Synthesizer:
         return self.labels.to_train_ids(raw, WHERE)
 
     def encode(self, picture: ImageLike | str | Path) -> NDArray[np.float32]:
-        """The style code of a picture, float32 [style_dims]: to mix, to keep, to give as ``style``.
+        """Encode the style of an image, float32 [style_dims]: to mix, to store, to pass as ``style``.
 
         Raises:
             CheckpointError: trained without an encoder. DataError: no picture.

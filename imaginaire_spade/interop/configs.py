@@ -30,7 +30,7 @@ class Keys:
         self.notes: list[str] = []
 
     def take(self, dotted: str, default: Any = _REQUIRED) -> Any:
-        """The value of a key; ``default`` where the file does not state it. Raises ConfigError where it must."""
+        """Return a key's value; ``default`` if the file does not state it. Raises ConfigError if it is required."""
         self._read.add(dotted)
         if not self.has(dotted):
             if default is _REQUIRED:
@@ -51,7 +51,7 @@ class Keys:
         return True
 
     def unread(self) -> Iterator[str]:
-        """Dotted keys (with values) that nothing read."""
+        """List the dotted keys (with values) that nothing read."""
 
         def leaves(node: Any, prefix: str) -> Iterator[str]:
             if any(prefix == key or prefix.startswith(f"{key}.") for key in self._read):
@@ -66,7 +66,7 @@ class Keys:
 
 
 def import_config(source: str, path: Path, tables: Path | None = None) -> tuple[str, list[str]]:
-    """A foreign config file as YAML of ours, and notes: what was chosen, and every key without a meaning here.
+    """Translate a config file of another system into our YAML, with notes on choices and ignored keys.
 
     Args:
         source: ``imaginaire`` (a YAML), ``nvlabs_spade`` or ``clade`` (opt.txt).
@@ -93,7 +93,7 @@ def import_config(source: str, path: Path, tables: Path | None = None) -> tuple[
 
 
 def parse_options(text: str, path: Path) -> dict[str, Any]:
-    """The lines ``name: value [default: ...]`` of an opt.txt."""
+    """Parse the lines ``name: value [default: ...]`` of an opt.txt."""
     options = {}
     for line in text.splitlines():
         if matched := re.fullmatch(r"\s*(\w+): (.*?)\s*(?:\[default: .*\])?\s*", line):

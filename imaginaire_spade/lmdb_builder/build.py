@@ -1,4 +1,4 @@
-"""Raw folders -> a verified LMDB data set (``scripts/build_lmdb.py``), in one process or in many.
+"""Build a verified LMDB data set from raw folders (``scripts/build_lmdb.py``), in one process or many.
 
 Owns the order of a build: refuse what cannot work, build shard by shard (read, check, write, read back, rename), and
 join the shards' manifests. A shard appears under its final name only when it is complete and verified. Nothing is

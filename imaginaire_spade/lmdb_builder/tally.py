@@ -1,4 +1,4 @@
-"""Progress counters shared by build processes: samples done, and whether to go on."""
+"""Share progress between build processes: samples done, and whether to go on."""
 
 from __future__ import annotations
 

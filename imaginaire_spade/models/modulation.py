@@ -1,4 +1,4 @@
-"""Normalising and modulating pixels in one pass: enlarge, normalise, look up scale and shift, apply, activate.
+"""Normalise and modulate pixels in one pass: enlarge, normalise, look up scale and shift, apply, activate.
 
 What SPADE by tables, CLADE and synchronized batch norm have in common. A pixel costs one row of a table and one
 multiply-add per channel. Everything runs on rows [pixels, channels], which is what memory format channels_last is. On a

@@ -1,4 +1,4 @@
-"""Activation checkpointing (Chen et al. 2016): less memory for a second forward of each block in the backward pass."""
+"""Save memory by recomputing blocks in the backward pass: activation checkpointing (Chen et al. 2016)."""
 
 from __future__ import annotations
 

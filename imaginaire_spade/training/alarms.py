@@ -1,4 +1,4 @@
-"""Signs of a run that collapses: measured on the device in every iteration, judged at each log tick.
+"""Detect collapsing runs: measure on the device in every iteration, judge at each log tick.
 
 It happens to small batches above all: the generator's outputs saturate (white or black pictures), or the discriminator
 has won and the generator has nothing left to learn from it.

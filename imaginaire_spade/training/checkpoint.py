@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written whole or not at all, self-describing, read without running code.
+"""Write complete, self-describing checkpoints to disk and read them without running code.
 
 A checkpoint is a dict of tensors and plain types: ``format``, ``version``, ``config`` (the fully resolved tree, label
 table included), ``run`` (batch and data it was trained with, see ``resume.py``) and the fields of ``TrainState``.

@@ -1,4 +1,4 @@
-"""Scores of a run's generator while it trains: on which samples, against which reference, and the best so far.
+"""Score a run's generator while it trains, and remember the best score so far.
 
 Owns the fixed share of the validation samples, the statistics of its photos (kept in the log dir) and what a checkpoint
 remembers of earlier scores. When it is time is asked of ``due``; what the scores are is for the room ``evaluation``.

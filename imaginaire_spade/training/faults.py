@@ -1,4 +1,4 @@
-"""Explanations of what ends a run: numbers that are not finite, and memory that does not suffice."""
+"""Explain why a run stops: numbers that are not finite, and lack of memory."""
 
 from __future__ import annotations
 

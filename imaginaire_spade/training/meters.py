@@ -1,4 +1,4 @@
-"""What a run reports: numbers kept on the device until the log tick, then written once to every place people look."""
+"""Report a run: keep numbers on the device until the log tick, then write them to every log."""
 
 from __future__ import annotations
 

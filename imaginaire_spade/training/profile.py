@@ -1,4 +1,4 @@
-"""What a run costs: ``train.py --dry_run`` measures one iteration, ``--profile`` shows where its time goes."""
+"""Measure a run: ``train.py --dry_run`` measures one iteration, ``--profile`` shows where its time goes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Continuing a run: which checkpoint, whether it fits this config and this data, and what has changed since."""
+"""Resume a run: choose the checkpoint, check that it fits config and data, and list what has changed."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ MEANING = ("data.labels.ignore", "data.labels.remap", "data.edges")
 
 
 def content_of(run: Run) -> dict[str, Any]:
-    """The checkpoint of a run as it stands, tensors where they are."""
+    """Collect the checkpoint of a run; tensors stay on their devices."""
     content = {"config": dump_config(run.config), "run": _facts(run), **run.state.state_dict()}
     return content if run.evaluation is None else {**content, "evaluation": run.evaluation.state_dict()}
 
 
 def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: bool = False) -> str | None:
-    """Load the newest sound checkpoint of the log dir, else ``start_from``. What was done; None for a fresh start.
+    """Load the newest valid checkpoint of the log dir, else ``start_from``. Return a summary; None: fresh start.
 
     Raises:
         CheckpointError: it belongs to another architecture, label table or, unless allowed, data set; said in words.

@@ -1,4 +1,4 @@
-"""The parts of a run: made once from its configuration, before the first iteration."""
+"""Set up a run from its configuration, before the first iteration."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Run:
         return self.config.data.train.batch_size
 
     def batches(self, num_workers: int | None = None) -> Prefetcher:
-        """This process's batches from the present position on, on the device."""
+        """Yield this process's batches on the device, from the current position on."""
         workers = self.config.data.num_workers if num_workers is None else num_workers
         loader = training_loader(
             self.dataset,
@@ -122,7 +122,7 @@ def prepare(
 
 
 def describe(run: Run) -> str:
-    """Parameters, batch and schedule in a few lines."""
+    """Summarise parameters, batch and schedule in a few lines."""
     state, calendar, trainer = run.state, run.calendar, run.config.trainer
 
     def millions(network: torch.nn.Module | None) -> str:
@@ -146,7 +146,7 @@ def describe(run: Run) -> str:
 
 
 def calibration_layouts(run: Run) -> list[Batch]:
-    """This process's share of the label maps over which the average's statistics are estimated, a batch per forward.
+    """Yield this process's share of the label maps that estimate the EMA's statistics, a batch per forward.
 
     They are spread evenly over the training set, each drawn by the seed from its part of it, and each forward's are
     spread likewise: the first ones by name are often one sequence, city or kind of scene. The processes together have
