@@ -1,11 +1,11 @@
-"""Score generated pictures against real ones, and state the protocol the scores were obtained under.
+"""Score generated images against real ones, and state the evaluation protocol.
 
     python evaluate.py --real DIR --fake DIR --reference_split val --metrics fid,kid --output report.json
-    python evaluate.py --checkpoint P --config C.yaml --reference_split val      # pictures made on the fly
+    python evaluate.py --checkpoint P --config C.yaml --reference_split val      # images made on the fly
     python evaluate.py --checkpoint P --reference_split val --metrics segmentation --segmenter MODEL --html page.html
-    python evaluate.py --compare A.json B.json                                   # refused where protocols differ
+    python evaluate.py --compare A.json B.json                                   # refused if protocols differ
 
-DIR is a folder of pictures or an LMDB root; --real also takes statistics (.npz, or a folder with m.npy and s.npy).
+DIR is a folder of images or an LMDB folder; --real also takes statistics (.npz, or a folder with m.npy and s.npy).
 Under torchrun the processes share the work. Weights come from files: docs/evaluation.md.
 """
 

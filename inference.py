@@ -1,12 +1,12 @@
-"""Make pictures of label maps: ``python inference.py --checkpoint P --input_dir LABEL_MAPS --output_dir OUT``.
+"""Generate images from label maps: ``python inference.py --checkpoint P --input_dir LABEL_MAPS --output_dir OUT``.
 
-Writes OUT/KEY.png, and OUT/index.html to look at them. A label map of which a side differs by more than 1.5 times from
-the size that the generator was trained at is generated at that size, any other at its own; a note says what was done,
---size and --resize_back change it. Needs nothing but the checkpoint (which carries its config and label table) and
-label maps: PNGs of class ids, palette PNGs, or RGB pictures in the table's colours. Under torchrun the processes share
-the work. Ctrl-C leaves whole files only; --skip_existing goes on.
+Writes OUT/KEY.png and a gallery OUT/index.html. If a side of a label map differs by more than a factor of 1.5 from the
+trained size, the image is generated at the trained size, otherwise at the label map's own size. A note reports the
+choice; --size and --resize_back change it. Needs only the checkpoint (which contains its config and label table) and
+label maps: PNGs of class ids, palette PNGs, or RGB images in the table's colours. Under torchrun the processes share
+the work. After Ctrl-C every written file is complete; --skip_existing resumes.
 
-With --num_samples k (or --steps k) a label map's pictures are OUT/KEY_00.png, OUT/KEY_01.png, ...
+With --num_samples k (or --steps k) a label map's images are OUT/KEY_00.png, OUT/KEY_01.png, ...
 """
 
 import argparse
