@@ -1,11 +1,11 @@
-"""Score generated pictures against real ones, and state the protocol the scores were obtained under.
+"""Score generated images against real ones, and state the evaluation protocol.
 
     python evaluate.py --real DIR --fake DIR --reference_split val --metrics fid,kid --output report.json
-    python evaluate.py --checkpoint P --config C.yaml --reference_split val      # pictures made on the fly
+    python evaluate.py --checkpoint P --config C.yaml --reference_split val      # images made on the fly
     python evaluate.py --checkpoint P --reference_split val --metrics segmentation --segmenter MODEL --html page.html
-    python evaluate.py --compare A.json B.json                                   # refused where protocols differ
+    python evaluate.py --compare A.json B.json                                   # refused if protocols differ
 
-DIR is a folder of pictures or an LMDB root; --real also takes statistics (.npz, or a folder with m.npy and s.npy).
+DIR is a folder of images or an LMDB folder; --real also takes statistics (.npz, or a folder with m.npy and s.npy).
 Under torchrun the processes share the work. Weights come from files: docs/evaluation.md.
 """
 
@@ -47,47 +47,53 @@ PROCESS_GROUP_TIMEOUT_S = 3600.0
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    fake = parser.add_argument_group("what is evaluated")
-    fake.add_argument("--fake", type=Path, metavar="DIR", help="generated pictures: a folder or an LMDB root")
-    fake.add_argument("--checkpoint", type=Path, metavar="P", help="make the pictures of data.val with this checkpoint")
+    fake = parser.add_argument_group("generated images")
+    fake.add_argument("--fake", type=Path, metavar="DIR", help="folder or LMDB folder of generated images")
+    fake.add_argument(
+        "--checkpoint", type=Path, metavar="P", help="generate the images of data.val with this checkpoint"
+    )
     fake.add_argument("--logdir", type=Path, metavar="DIR", help="log dir of a training run: its newest checkpoint")
-    fake.add_argument("--config", type=Path, metavar="C.yaml", help="for its data (default: the checkpoint's own)")
-    fake.add_argument("--weights", choices=("ema", "raw"), default="ema", help="moving average (default) or raw")
+    fake.add_argument(
+        "--config", type=Path, metavar="C.yaml", help="config whose data is used (default: the checkpoint's own)"
+    )
+    fake.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="ema (default); raw: non-averaged weights"
+    )
     fake.add_argument("--size", metavar="trained|own|HxW",
                       help=f"{SIZE_HELP}; photos of the data likewise (default: the geometry of data.val)")  # fmt: skip
     fake.add_argument("--num_samples", type=positive_integer, default=1, metavar="k",
-                      help="pictures per label map; the first counts, all show diversity")  # fmt: skip
-    fake.add_argument("--seed", type=int, metavar="S", help="of the style codes (default: the config's)")
+                      help="images per label map; diversity uses all, other scores the first")  # fmt: skip
+    fake.add_argument("--seed", type=int, metavar="S", help="seed of the style codes (default: the config's seed)")
     fake.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key (repeat)")
     fake.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
                       help="import your module, which registers your components (repeat)")  # fmt: skip
-    real = parser.add_argument_group("what it is compared with")
+    real = parser.add_argument_group("real images")
     real.add_argument("--real", type=Path, metavar="DIR",
                       help="photos, or statistics of them (default with a checkpoint: its data's photos)")  # fmt: skip
-    real.add_argument("--reference_split", choices=REFERENCE_SPLITS, help="what the real pictures are; required")
-    segmentation = parser.add_argument_group("segmentation: do the pictures show what their label maps say?")
+    real.add_argument("--reference_split", choices=REFERENCE_SPLITS, help="split of the real images; required")
+    segmentation = parser.add_argument_group("segmentation: do the images show what their label maps say?")
     which = segmentation.add_mutually_exclusive_group()
     which.add_argument("--segmenter", metavar="MODEL", help="Hugging Face segmentation model: id or local folder")
     which.add_argument("--predictions", type=Path, nargs=2, metavar=("FAKE_DIR", "REAL_DIR"),
-                       help="in place of a network: id maps predicted of the pictures and of photos")  # fmt: skip
+                       help="instead of a network: predicted id maps of the images and of the photos")  # fmt: skip
     segmentation.add_argument("--segmenter_labels", type=Path, metavar="FILE",
-                              help="YAML or JSON, class of our table: its label (default: by name)")  # fmt: skip
+                              help="YAML or JSON: class of our table -> label (default: by name)")  # fmt: skip
     segmentation.add_argument("--label_maps", type=Path, metavar="DIR",
-                              help="with --fake: the label maps of the pictures, a folder or an LMDB root")  # fmt: skip
+                              help="with --fake: the label maps of the images, a folder or an LMDB folder")  # fmt: skip
     segmentation.add_argument("--label_table", type=Path, metavar="C.yaml",
                               help="with --label_maps: config with data.labels (configs/labels/)")  # fmt: skip
-    how = parser.add_argument_group("how")
+    how = parser.add_argument_group("settings")
     how.add_argument("--metrics", default="fid", help=f"comma-separated: {','.join(METRICS)} (default: fid)")
     how.add_argument("--inception_weights", metavar="FILE",
                      help="default: torch's cache; random:SEED: an untrained network, for dry runs")  # fmt: skip
-    how.add_argument("--lpips_weights", metavar="FILE", help="AlexNet of torchvision; as above")
-    how.add_argument("--feature_dim", type=int, choices=FEATURE_DIMS, default=2048, help="2048: FID proper")
-    how.add_argument("--resize", choices=RESIZES, default="legacy", help="pytorch-fid's, or antialiased")
+    how.add_argument("--lpips_weights", metavar="FILE", help="torchvision's AlexNet; default as above")
+    how.add_argument("--feature_dim", type=int, choices=FEATURE_DIMS, default=2048, help="2048: standard FID")
+    how.add_argument("--resize", choices=RESIZES, default="legacy", help="legacy: as pytorch-fid; clean: antialiased")
     how.add_argument("--batch_size", type=positive_integer, default=32, metavar="B")
     how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    how.add_argument("--skip_bad", action="store_true", help="leave out, count and name pictures that cannot be read")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="report to write, JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="report page to write, one HTML file with pictures")
+    how.add_argument("--skip_bad", action="store_true", help="skip unreadable images; the report counts and names them")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report page, one HTML file with images")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="compare two reports")
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
     return parser.parse_args()
@@ -163,22 +169,22 @@ def _check(arguments: argparse.Namespace) -> list[str]:
         raise ConfigError(f"--metrics: choose from {','.join(METRICS)}")
     generates = bool(arguments.checkpoint or arguments.logdir or arguments.config)
     if bool(arguments.fake) == generates:
-        raise ConfigError("give --fake DIR, or --checkpoint P (or --logdir DIR) to make the pictures, one of the two")
+        raise ConfigError("give --fake DIR, or --checkpoint P (or --logdir DIR) to generate the images, one of the two")
     if arguments.size is not None and not generates:
-        raise ConfigError("--size is that at which a checkpoint makes pictures; stored ones (--fake) have theirs: leave"
-                          " it out")  # fmt: skip
+        raise ConfigError("--size is the size at which a checkpoint generates images; stored ones (--fake) have a size:"
+                          " leave it out")  # fmt: skip
     if arguments.fake and not arguments.real:
-        raise ConfigError("--real is missing: the folder of real pictures, or statistics of them (.npz)")
+        raise ConfigError("--real is missing: the folder of real images, or statistics of them (.npz)")
     if not arguments.reference_split:
         raise ConfigError(
-            "--reference_split is missing: write train or val, whichever the real pictures are. Scores against one"
-            " are no scores against the other"
+            "--reference_split is missing: write train or val, whichever the real images are. Scores against"
+            " different splits are not comparable"
         )
     by_pictures = "segmentation" in metrics and generates  # whose photos are those of data.val
     beyond = [name for name in metrics if name != "fid" and not (name == "segmentation" and by_pictures)]
     if arguments.real and holds_statistics(arguments.real) and beyond:
         raise ConfigError(f"--real {arguments.real} holds statistics, which serve fid only: {','.join(beyond)} needs"
-                          " the pictures")  # fmt: skip
+                          " the images")  # fmt: skip
     if "diversity" in metrics and arguments.num_samples < 2:
         raise ConfigError("--metrics diversity compares the samples of one label map: write --num_samples 2 or more")
     segmented = bool(arguments.segmenter or arguments.predictions)
@@ -194,7 +200,7 @@ def _check(arguments: argparse.Namespace) -> list[str]:
                           " both from its config")  # fmt: skip
     if "segmentation" in metrics and not generates and not arguments.label_maps:
         raise ConfigError(
-            "--metrics segmentation needs the label maps that the pictures were made of: write --label_maps DIR"
+            "--metrics segmentation needs the label maps that the images were generated from: write --label_maps DIR"
             " --label_table C.yaml (a config with data.labels, such as configs/labels/camvid.yaml)"
         )
     return metrics

@@ -1,12 +1,12 @@
-"""Make pictures of label maps: ``python inference.py --checkpoint P --input_dir LABEL_MAPS --output_dir OUT``.
+"""Generate images from label maps: ``python inference.py --checkpoint P --input_dir LABEL_MAPS --output_dir OUT``.
 
-Writes OUT/KEY.png, and OUT/index.html to look at them. A label map of which a side differs by more than 1.5 times from
-the size that the generator was trained at is generated at that size, any other at its own; a note says what was done,
---size and --resize_back change it. Needs nothing but the checkpoint (which carries its config and label table) and
-label maps: PNGs of class ids, palette PNGs, or RGB pictures in the table's colours. Under torchrun the processes share
-the work. Ctrl-C leaves whole files only; --skip_existing goes on.
+Writes OUT/KEY.png and a gallery OUT/index.html. If a side of a label map differs by more than a factor of 1.5 from the
+trained size, the image is generated at the trained size, otherwise at the label map's own size. A note reports the
+choice; --size and --resize_back change it. Needs only the checkpoint (which contains its config and label table) and
+label maps: PNGs of class ids, palette PNGs, or RGB images in the table's colours. Under torchrun the processes share
+the work. After Ctrl-C every written file is complete; --skip_existing resumes.
 
-With --num_samples k, or --style_interpolate A B --steps k, a label map's pictures are OUT/KEY_00.png, OUT/KEY_01.png...
+With --num_samples k, or --style_interpolate A B --steps k, a label map's images are OUT/KEY_00.png, OUT/KEY_01.png...
 """
 
 import argparse
@@ -34,58 +34,60 @@ from imaginaire_spade.labels import LabelSpec
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_argument_group("what generates")
-    model.add_argument("--checkpoint", type=Path, metavar="P", help="checkpoint file, or a folder: its newest one")
+    model = parser.add_argument_group("generator")
+    model.add_argument("--checkpoint", type=Path, metavar="P", help="checkpoint file, or a folder: its newest file")
     model.add_argument("--logdir", type=Path, metavar="DIR", help="log dir of a training run: its newest checkpoint")
     model.add_argument("--config", type=Path, metavar="C.yaml",
                        help="for test_data and pretrained_weight; the checkpoint knows its architecture")  # fmt: skip
-    model.add_argument("--weights", choices=("ema", "raw"), default="ema", help="moving average (default) or raw")
+    model.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="ema (default); raw: non-averaged weights"
+    )
     model.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key (repeat)")
     model.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
                        help="import your module, which registers your components (repeat)")  # fmt: skip
     model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     model.add_argument("--batch_size", type=positive_integer, metavar="B",
-                       help="label maps of one size at once on a GPU (default: test_data.batch_size, else 1); on a CPU"
-                       " they go one by one")  # fmt: skip
+                       help="label maps per batch on a GPU (default: test_data.batch_size, else 1); a CPU processes"
+                       " them one by one")  # fmt: skip
     model.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32",
-                       help="arithmetic of the convolutions (default fp32)")  # fmt: skip
+                       help="precision of the convolutions (default: fp32)")  # fmt: skip
     model.add_argument("--compile", action="store_true", help="torch.compile the generator, which takes minutes")
-    inputs = parser.add_argument_group("what it generates from")
+    inputs = parser.add_argument_group("input")
     inputs.add_argument("--input_dir", type=Path, metavar="DIR",
-                        help="label maps, a data set folder or an LMDB root (default: test_data.roots)")  # fmt: skip
+                        help="label maps, a data set folder or an LMDB folder (default: test_data.roots)")  # fmt: skip
     inputs.add_argument("--map", action="append", default=[], metavar="CLASS=CLASS",
                         help="replace a class, by name or id, everywhere: --map tree=water (repeat)")  # fmt: skip
     inputs.add_argument("--on_bad_label", choices=("fail", "skip", "ignore"), default="fail",
-                        help="fail (default): look at all label maps before the first picture; skip: leave out those"
-                        " that cannot be used; ignore: ids outside the table are don't care")  # fmt: skip
+                        help="fail (default): check all label maps before the first image and stop on errors; skip:"
+                        " skip unusable label maps; ignore: ids outside the table become don't-care")  # fmt: skip
     inputs.add_argument("--max_pixels", type=positive_integer, default=MAX_PIXELS, metavar="N",
-                        help=f"refuse to make larger pictures (default {MAX_PIXELS})")  # fmt: skip
+                        help=f"refuse to generate larger images (default: {MAX_PIXELS})")  # fmt: skip
     looks = parser.add_argument_group("style (generators with a style code)")
-    looks.add_argument("--num_samples", type=positive_integer, default=1, metavar="k", help="pictures per label map")
+    looks.add_argument("--num_samples", type=positive_integer, default=1, metavar="k", help="images per label map")
     looks.add_argument("--seed", type=int, metavar="S",
-                       help="of the style codes, one for each picture (default: the config's)")  # fmt: skip
+                       help="seed of the style codes, one code per image (default: the config's seed)")  # fmt: skip
     one = looks.add_mutually_exclusive_group()
     one.add_argument("--style_seed", type=int, metavar="S",
-                     help="one style for all label maps: sample j of each has that of seed S + j")  # fmt: skip
+                     help="one style for all label maps: sample j has the style of seed S + j")  # fmt: skip
     one.add_argument("--style_image", type=Path, metavar="FILE|DIR",
-                     help="the style of this picture; DIR: of the picture with the label map's name, or in turn where"
-                     " no name agrees. With --num_samples: draws around it")  # fmt: skip
+                     help="use the style of this image; DIR: of the image with the label map's name, or in turn if"
+                     " no names match. With --num_samples: sample from the encoder's distribution")  # fmt: skip
     one.add_argument("--style_interpolate", nargs=2, metavar=("A", "B"),
-                     help="from style A to style B, each a seed (digits) or a picture, in --steps frames")  # fmt: skip
+                     help="interpolate from A to B, each a seed (digits) or an image, in --steps frames")  # fmt: skip
     looks.add_argument("--steps", type=positive_integer, metavar="k", help="frames of --style_interpolate (8)")
     looks.add_argument("--animation", choices=("gif", "mp4", "none"),
-                       help="what --style_interpolate writes beside its frames (default: KEY.gif)")  # fmt: skip
-    outputs = parser.add_argument_group("what it writes")
+                       help="animation that --style_interpolate also writes (default: KEY.gif)")  # fmt: skip
+    outputs = parser.add_argument_group("output")
     outputs.add_argument("--output_dir", type=Path, required=True, metavar="OUT")
     outputs.add_argument("--size", metavar="trained|own|HxW",
-                         help=f"{SIZE_HELP} (default: trained for label maps of which a side differs from it by more"
-                         " than 1.5 times, own for others)")  # fmt: skip
-    outputs.add_argument("--resize_back", action="store_true", help="write pictures at their label maps' own size")
+                         help=f"{SIZE_HELP} (default: trained if a side of the label map differs from it by more than a"
+                         " factor of 1.5, else own)")  # fmt: skip
+    outputs.add_argument("--resize_back", action="store_true", help="write images at their label maps' own size")
     outputs.add_argument("--format", choices=("png", "jpg"), default="png")
-    outputs.add_argument("--no_gallery", action="store_true", help="no index.html, no coloured label maps")
+    outputs.add_argument("--no_gallery", action="store_true", help="write no index.html and no coloured label maps")
     existing = outputs.add_mutually_exclusive_group()
-    existing.add_argument("--skip_existing", action="store_true", help="keep pictures that are there, make the others")
-    existing.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
+    existing.add_argument("--skip_existing", action="store_true", help="keep existing images, generate the others")
+    existing.add_argument("--overwrite", action="store_true", help="replace existing images")
     parser.add_argument("--single_gpu", action="store_true", help=argparse.SUPPRESS)  # imaginaire's; one is the default
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
     arguments = parser.parse_args()
@@ -101,7 +103,7 @@ def main() -> None:
     arguments = parse_arguments()
     asked = read_size(arguments.size, "--size", raise_with="--max_pixels", max_pixels=arguments.max_pixels)
     if arguments.resize_back and asked == "own":
-        raise ConfigError("--resize_back: with --size own pictures have their label maps' size already; leave one out")
+        raise ConfigError("--resize_back: with --size own images have their label maps' size already; leave one out")
     import_modules(arguments.modules)
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
@@ -156,7 +158,9 @@ def main() -> None:
             gallery=not arguments.no_gallery, info=info, on_written=progress, on_note=lambda note: _tell([note]),
         )  # fmt: skip
     except KeyboardInterrupt:
-        print("stopped: what is written is whole; --skip_existing makes the rest", file=sys.stderr, flush=True)
+        print(
+            "stopped: every written file is complete; --skip_existing generates the rest", file=sys.stderr, flush=True
+        )
         raise
     finally:
         progress.close()
@@ -199,7 +203,7 @@ def _notes(arguments: argparse.Namespace, model: LoadedModel, given: RunConfig |
     varied = arguments.num_samples > 1 or arguments.seed is not None or arguments.style_seed is not None
     if not model.style_dims and varied:
         notes.append(
-            "this generator takes no style code, so its pictures do not vary: seeds change nothing, samples of a label"
+            "this generator takes no style code, so its images do not vary: seeds change nothing, samples of a label"
             " map are equal"
         )
     return notes
@@ -216,7 +220,7 @@ def _summary(directory: Path, report: RunReport, info: distributed.ProcessInfo) 
     left_out = f", {len(report.left_out)} label map(s) left out" if report.left_out else ""
     rate = f", {report.pictures / report.seconds:.2f} images/s" if report.pictures else ""
     page = f"; look at {report.gallery}" if report.gallery else ""
-    return f"{share}wrote {report.pictures} of {report.total} pictures to {directory}{left_out}{rate}{page}"
+    return f"{share}wrote {report.pictures} of {report.total} images to {directory}{left_out}{rate}{page}"
 
 
 if __name__ == "__main__":

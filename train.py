@@ -18,12 +18,18 @@ from imaginaire_spade.errors import UserError, run_command_line
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="C.yaml", help="configuration of the run")
-    parser.add_argument("--logdir", type=Path, help="where the run keeps everything (default: logs/NAME_OF_CONFIG)")
-    parser.add_argument("--checkpoint", type=Path, help="start from this checkpoint where the log dir has none yet")
+    parser.add_argument(
+        "--logdir", type=Path, help="folder for everything the run writes (default: logs/NAME_OF_CONFIG)"
+    )
+    parser.add_argument("--checkpoint", type=Path, help="start from this checkpoint if the log dir has none yet")
     parser.add_argument("--allow_changed_data", action="store_true",
                         help="continue a run although its data set or label table changed")  # fmt: skip
-    parser.add_argument("--seed", type=int, help="overrides the config's seed")
-    parser.add_argument("--max_iterations", type=int, help="stop after this many iterations in all; the schedule stays")
+    parser.add_argument("--seed", type=int, help="override the config's seed")
+    parser.add_argument(
+        "--max_iterations",
+        type=int,
+        help="stop at this iteration, counted over the whole run; the schedule does not change",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dry_run", action="store_true", help="check everything, measure one iteration, write nothing")
     parser.add_argument("--profile", action="store_true", help="trace iterations 6 to 10 into DIR/profile, then stop")

@@ -1,4 +1,4 @@
-"""The only module that turns configuration into objects."""
+"""Turn configuration into objects; no other module does."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def import_modules(names: Iterable[str]) -> None:
 
 
 def layout_spec(config: RunConfig) -> LayoutSpec:
-    """What the label maps of a run hold: as ``data`` says, and what the generator's norm needs."""
+    """Describe the label maps of a run: by ``data``, and by the needs of the generator's norm."""
     labels = config.data.labels
     return LayoutSpec(
         labels.num_classes,
@@ -54,18 +54,18 @@ def _needs_distances(registry: Registry, kind: str, args: Mapping[str, Any]) -> 
 
 
 def image_size(config: RunConfig) -> tuple[int, int]:
-    """(height, width) that the networks are trained at. Raises ConfigError where samples have sizes of their own."""
+    """Return the (height, width) of training. Raises ConfigError if samples keep their own sizes."""
     size = config.data.train.augmentations.output_h_w
     if size is None:
         raise ConfigError(
-            "data.train.augmentations leaves every picture its own size; networks are trained at one. Write"
+            "data.train.augmentations leaves every image its own size; networks are trained at one. Write"
             " data.train.augmentations.random_crop_h_w: [height, width] or resize_h_w: [height, width]"
         )
     return size
 
 
 def build_generator(config: RunConfig) -> Generator:
-    """The generator, initialised as ``trainer.init`` says."""
+    """Build the generator, initialised according to ``trainer.init``."""
     generator: Generator = build_component(GENERATORS, config.gen, layout_spec(config), image_size(config))
     return _initialised(generator, config)
 
@@ -76,7 +76,7 @@ def build_discriminator(config: RunConfig) -> Discriminator:
 
 
 def build_encoder(config: RunConfig) -> nn.Module | None:
-    """The style encoder, or None where the config has none."""
+    """Build the style encoder; None if the config has none."""
     if config.encoder is None:
         return None
     encoder: nn.Module = build_component(ENCODERS, config.encoder, _style_dims(config))
@@ -92,7 +92,7 @@ def build_losses(config: RunConfig) -> tuple[nn.ModuleDict, dict[str, float]]:
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Adam in the form that ``fused`` asks for. Raises ConfigError where apex is asked for and is not NVIDIA's."""
+    """Build Adam in the form of ``fused``. Raises ConfigError if apex is requested and is not NVIDIA's."""
     settings: dict[str, Any] = {
         "lr": config.lr,
         "betas": (float(config.adam_beta1), float(config.adam_beta2)),
@@ -114,7 +114,7 @@ def _apex_adam() -> Any:
 
 
 def build_split(config: RunConfig, split: SplitConfig, *, with_images: bool = True) -> LabelMapDataset:
-    """The samples of one split, ``config.data.train`` or ``config.data.val``; without their photos, if so asked."""
+    """Open one split, ``config.data.train`` or ``config.data.val``, with or without photos."""
     return LabelMapDataset(
         split.roots,
         config.data.labels,
@@ -145,19 +145,19 @@ def check_run(config: RunConfig, world_size: int) -> None:
     if size[0] % multiple or size[1] % multiple:
         near = [max(multiple, round(length / multiple) * multiple) for length in size]
         raise ConfigError(
-            f"data.train.augmentations gives pictures of {size[0]}x{size[1]}, but gen ({config.gen.type}) needs"
+            f"data.train.augmentations gives images of {size[0]}x{size[1]}, but gen ({config.gen.type}) needs"
             f" multiples of {multiple}: such as {near}"
         )
     if min(size) < discriminator.min_size or any(length % discriminator.size_multiple for length in size):
         raise ConfigError(
-            f"data.train.augmentations gives pictures of {size[0]}x{size[1]}, but dis ({config.dis.type}) needs at"
+            f"data.train.augmentations gives images of {size[0]}x{size[1]}, but dis ({config.dis.type}) needs at"
             f" least {discriminator.min_size}, and multiples of {discriminator.size_multiple}: enlarge them, or lower"
             " dis.num_layers or dis.num_discriminators"
         )
     val = config.data.val
     val_size = None if val is None else val.augmentations.output_h_w
     if val is not None and (val_size is None or val_size[0] % multiple or val_size[1] % multiple):
-        given = "pictures of different sizes" if val_size is None else f"pictures of {val_size[0]}x{val_size[1]}"
+        given = "images of different sizes" if val_size is None else f"images of {val_size[0]}x{val_size[1]}"
         raise ConfigError(
             f"data.val.augmentations gives {given}, but previews need one size, a multiple of {multiple}. Write"
             f" data.val.augmentations.resize_h_w: {list(size)}"
@@ -169,8 +169,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
         )
     if size[0] * size[1] == multiple**2 and train.batch_size * world_size // trainer.gradient_accumulation < 2:
         raise ConfigError(
-            f"one picture of {size[0]}x{size[1]} is a single pixel at the generator's start, where batch statistics"
-            " need two: raise data.train.batch_size or the picture size"
+            f"one image of {size[0]}x{size[1]} is a single pixel at the generator's start, where batch statistics"
+            " need two: raise data.train.batch_size or the image size"
         )
     kl = config.losses.get("kl")
     if kl is not None and kl.weight > 0 and config.encoder is None:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits a configuration, said in words instead of tensor shapes."""
+"""Explain in words, not tensor shapes, whether a checkpoint fits a configuration."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def explain_mismatch(
     if not differences and given.gen.args.get("style_dims") and sizes[0] != sizes[1]:
         before, now = ("x".join(map(str, size)) if size else "their own sizes" for size in sizes)
         differences.append(
-            f"trained on pictures of {before}, this config has {now} (data.train.augmentations), and with"
+            f"trained on images of {before}, this config has {now} (data.train.augmentations), and with"
             " gen.style_dims > 0 the generator starts from a code of that size"
         )
     return differences

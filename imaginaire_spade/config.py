@@ -1,4 +1,4 @@
-"""The typed configuration of a run: load, merge, override, check, dump.
+"""Load, merge, override, check and dump the typed configuration of a run.
 
 Owns every key that YAML may set outside the components (whose keys are the keyword-only parameters of the registered
 class, see ``registry.py``) and the default of each, written once, here. Builds nothing: ``build.py`` does.
@@ -61,7 +61,7 @@ class AugmentationConfig(Section):
     random_scale_limit: float = Field(0.0, ge=0, le=10)
     """Then enlarge by a factor drawn from [1, 1 + limit]."""
     random_crop_h_w: tuple[int, int] | None = None
-    """Then cut (height, width) at a random place inside the picture. What is cut are whole pixels of the stored one."""
+    """Then cut (height, width) at a random position. The crop consists of whole pixels of the stored image."""
     center_crop_h_w: tuple[int, int] | None = None
     """Then cut (height, width) in the middle."""
     horizontal_flip: bool = False
@@ -83,7 +83,7 @@ class AugmentationConfig(Section):
             short = min(crop) if self.resize_smallest_side else None
             if (short and short > resized[0]) or (not short and (crop[0] > resized[0] or crop[1] > resized[1])):
                 raise ValueError(
-                    f"a crop of {list(crop)} is larger than the picture after"
+                    f"a crop of {list(crop)} is larger than the image after"
                     f" {'resize_smallest_side: ' + str(resized[0]) if short else 'resize_h_w: ' + str(list(resized))}:"
                     " make the crop smaller or the resize larger"
                 )
@@ -95,7 +95,7 @@ class AugmentationConfig(Section):
 
     @property
     def output_h_w(self) -> tuple[int, int] | None:
-        """(height, width) of every sample, or None where the samples keep sizes of their own."""
+        """Return the (height, width) of every sample; None if samples keep their own sizes."""
         return self.crop_h_w or (None if self.random_scale_limit else self.resize_h_w)
 
 
@@ -103,7 +103,7 @@ class SplitConfig(Section):
     """Where the samples of a split lie and how they are cut."""
 
     roots: tuple[str, ...] = Field(min_length=1)
-    """LMDB roots (built by scripts/build_lmdb.py or by imaginaire) or plain folders, told apart by what is there."""
+    """LMDBs (built by scripts/build_lmdb.py or by imaginaire) or plain data set folders; the kind is detected."""
     batch_size: int = Field(1, ge=1)
     """Pictures per process and iteration. The global batch is this times the number of processes."""
     augmentations: AugmentationConfig = AugmentationConfig()
@@ -124,7 +124,7 @@ class DataConfig(LabelledData):
     num_workers: int | None = Field(None, ge=0)
     """Loader workers per process; null = min(8, cores / processes)."""
     shuffle_shards: int | None = Field(None, ge=1)
-    """Training mixes the samples of so many shards at a time, in a new order every epoch: for data sets larger than
+    """Number of shards whose samples training mixes at a time, in a new order every epoch: for data sets larger than
     memory, of which it then reads a few files at a time. null = it mixes all."""
     train: SplitConfig
     val: SplitConfig | None = None
@@ -170,12 +170,12 @@ class ModelAverageConfig(Section):
     """Exponential moving average of the generator's weights (used for previews, inference and export)."""
 
     beta: float = Field(0.9999, ge=0, lt=1)
-    """Weight of the old average in each update."""
+    """Weight of the old EMA in each update."""
     start_iteration: int = Field(1000, ge=0)
-    """Up to here the average is a plain copy."""
+    """Up to this iteration the EMA is a plain copy."""
     batch_norm_images: int = Field(64, ge=0)
-    """Training label maps, spread evenly over the data set, over which the average's batch statistics are re-estimated
-    for previews, at the end and, at most once per 20 times as many trained pictures, for checkpoints; in between, or
+    """Training label maps, spread evenly over the data set, over which the EMA's batch statistics are re-estimated
+    for previews, at the end and, at most once per 20 times as many training images, for checkpoints; in between, or
     with 0, they are averaged too."""
 
 
@@ -191,7 +191,7 @@ class EvaluationConfig(Section):
     """Scores of the (averaged) generator during training, on samples of data.val; see docs/evaluation.md."""
 
     every_images: int = Field(ge=1)
-    """Training pictures between two evaluations; there is one at the end, too."""
+    """Training images between two evaluations; there is also one at the end."""
     num_images: int | None = Field(None, ge=4)
     """Validation samples, spread evenly over data.val, the same every time; null: all."""
     metrics: tuple[Literal["fid", "kid", "precision_recall", "segmentation"], ...] = Field(("fid",), min_length=1)
@@ -230,7 +230,7 @@ class TrainerConfig(Section):
     max_epochs: float | None = Field(None, gt=0)
     """... or in passes over the training set: state one of the two."""
     iteration: Literal["shared", "reference"] = "shared"
-    """shared: one generator forward serves both updates, D first; reference: G first, then D on pictures made anew by
+    """shared: one generator forward serves both updates, D first; reference: G first, then D on new images of
     the updated G, as the published SPADE numbers were obtained."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the networks; weights, statistics and losses are float32 in any case."""
@@ -250,7 +250,7 @@ class TrainerConfig(Section):
     log_every: int = Field(100, ge=1)
     """Iterations between two lines of the log (and points of the curves)."""
     image_every: int = Field(1000, ge=1)
-    """Iterations between two rows of preview pictures."""
+    """Iterations between two rows of preview images."""
     image_rows: int = Field(4, ge=0)
     """Validation samples in a preview."""
     checkpoint_every: int = Field(1000, ge=1)
@@ -260,11 +260,11 @@ class TrainerConfig(Section):
     keep_last: int = Field(3, ge=1)
     """Checkpoints that stay on disk."""
     keep_every: int | None = Field(None, ge=1)
-    """Iterations between two checkpoints that stay for good, in checkpoints/kept; a multiple of checkpoint_every."""
+    """Keep one checkpoint permanently every N iterations, in checkpoints/kept; a multiple of checkpoint_every."""
     on_failed_save: Literal["stop", "continue"] = "stop"
     """Whether a checkpoint that cannot be written (disk full) ends the run, or training goes on to the next one."""
     bucket_cap_mb: float = Field(25.0, gt=0)
-    """Several processes: gradients are exchanged in pieces of so many MiB, each while the next is still computed."""
+    """Several processes: gradients are exchanged in pieces of this many MiB, each while the next is still computed."""
     process_group_timeout_s: float = Field(300.0, gt=0)
     """After this long without an answer from the other processes a process gives up."""
 
@@ -435,7 +435,7 @@ def parse_config(tree: Mapping[str, Any], origins: Origins | None = None, source
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """A YAML document as plain types, 1e-4 being a number. Raises ConfigError."""
+    """Parse a YAML document into plain types; 1e-4 is a number. Raises ConfigError."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
@@ -454,7 +454,7 @@ def parse_component(tree: Any, registry: Registry, name: str) -> Component:
 
 
 def dump_config(config: RunConfig) -> dict[str, Any]:
-    """The fully resolved configuration as a plain tree; ``parse_config`` reads it back."""
+    """Return the fully resolved configuration as a plain tree; ``parse_config`` reads it back."""
     tree = config.model_dump(mode="json")
     for key in COMPONENT_KEYS:
         if tree[key] is not None:

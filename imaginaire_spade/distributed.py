@@ -1,4 +1,4 @@
-"""Processes: where this one stands among them, and the collectives the package uses.
+"""Find this process's place among the processes, and provide the collectives that the package uses.
 
 Owns everything that touches ``torch.distributed``. Works alike under torchrun, the older
 ``python -m torch.distributed.launch``, SLURM through either, and without any launcher (one process).
@@ -45,7 +45,7 @@ def process_info_from_environment() -> ProcessInfo:
 
 
 def rank_from_environment() -> tuple[int, int]:
-    """(rank, number of processes) for work that needs no process group: of torchrun, or of a SLURM job array.
+    """Return (rank, number of processes) of torchrun or a SLURM job array, for work without a process group.
 
     Raises:
         ConfigError: the array's task ids have gaps, so that they do not tell which share of the work is a task's.
@@ -66,7 +66,7 @@ def rank_from_environment() -> tuple[int, int]:
 
 
 def choose_device(name: str, info: ProcessInfo) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda`` -> this process's device. Raises ConfigError for cuda where there is none."""
+    """Choose this process's device by ``auto``, ``cpu`` or ``cuda``. Raises ConfigError if there is no CUDA."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -137,7 +137,7 @@ def barrier() -> None:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's ``value`` (any picklable object) on every process."""
+    """Return rank 0's ``value`` (any picklable object) on every process."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -146,7 +146,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """Average of ``values`` over the processes (no gradient)."""
+    """Average ``values`` over the processes (no gradient)."""
     if dist.is_initialized():
         values = values.clone()
         dist.all_reduce(values)
@@ -165,7 +165,7 @@ def mean_of_host_numbers(first: float, second: float) -> tuple[float, float]:
 
 
 def total_over_processes(values: Tensor) -> Tensor:
-    """Sum of ``values`` over the processes (no gradient)."""
+    """Sum ``values`` over the processes (no gradient)."""
     if dist.is_initialized():
         values = values.clone()
         dist.all_reduce(values)
@@ -173,7 +173,7 @@ def total_over_processes(values: Tensor) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every process's ``value`` (any picklable object), in the order of ranks, on every process."""
+    """Collect every process's ``value`` (any picklable object), in the order of ranks, on every process."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -182,7 +182,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def maximum_over_processes(values: Tensor) -> Tensor:
-    """Element-wise maximum of ``values`` over the processes."""
+    """Compute the element-wise maximum of ``values`` over the processes."""
     if dist.is_initialized():
         values = values.clone()
         dist.all_reduce(values, dist.ReduceOp.MAX)
@@ -238,13 +238,13 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 def wrap(model: nn.Module, device: torch.device, bucket_cap_mb: float) -> nn.Module:
-    """The model under DistributedDataParallel where there are several processes; else the model itself.
+    """Wrap the model in DistributedDataParallel if there are several processes.
 
     Buffers are not broadcast: batch statistics are equal by synchronization and spectral-norm vectors by equal
     weights, and an in-place broadcast between two forwards breaks backward on some torch versions.
 
     Args:
-        bucket_cap_mb: gradients travel in pieces of so many MiB.
+        bucket_cap_mb: size in MiB of the pieces in which gradients are exchanged.
     """
     if not dist.is_initialized():
         return model

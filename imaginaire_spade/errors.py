@@ -1,4 +1,4 @@
-"""The user's mistakes, as exceptions. Our own broken invariants are ``assert``s.
+"""Exceptions for mistakes of the user. Our own broken invariants are ``assert``s.
 
 Every message says what is wrong, where (file, key, value), and what to write instead. Command lines print the message
 alone and exit with ``EXIT_CODE``, which launchers can tell from a crash.
@@ -37,7 +37,7 @@ class CheckpointError(UserError):
 
 
 def positive_integer(text: str) -> int:
-    """A command line's number of things. Raises argparse.ArgumentTypeError."""
+    """Parse a positive integer from the command line. Raises argparse.ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)

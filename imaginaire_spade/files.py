@@ -1,4 +1,4 @@
-"""Files on disk: written complete or not at all, checksums, JSON."""
+"""Write files complete or not at all; checksums and JSON."""
 
 from __future__ import annotations
 

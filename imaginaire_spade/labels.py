@@ -76,7 +76,7 @@ class LabelSpec(BaseModel):
 
     @property
     def error_id(self) -> int:
-        """What the table holds for raw ids that must not occur."""
+        """Return the table's mark for raw ids that must not occur."""
         return 255 if self.dtype is np.uint8 else -1
 
     @cached_property
@@ -92,7 +92,7 @@ class LabelSpec(BaseModel):
 
     @property
     def channel_order(self) -> list[int] | None:
-        """The label channel of raw id 0, 1, ..., as many as there are channels; None unless they light each once."""
+        """List the label channels of raw ids 0, 1, ...; None unless they fill every channel exactly once."""
         num_channels = self.num_classes + self.dont_care
         order = [int(i) for i in self.table[:num_channels]]
         return order if sorted(order) == list(range(num_channels)) else None
@@ -109,7 +109,7 @@ class LabelSpec(BaseModel):
 
     @cached_property
     def colours(self) -> NDArray[np.uint8]:
-        """RGB colour of every train id, don't-care (black) last: uint8 [num_classes + 1, 3]."""
+        """Return the RGB colour of every train id, don't-care (black) last: uint8 [num_classes + 1, 3]."""
         own = np.array(self.palette, np.uint8) if self.palette else distinct_colours(self.num_classes)
         return np.concatenate([own, np.zeros((1, 3), np.uint8)])
 
@@ -119,7 +119,7 @@ class LabelSpec(BaseModel):
         return self.names[train_id] if self.names else f"class {train_id}"
 
     def id_of(self, name: str) -> int:
-        """The train id of a class by its name, or by the id's digits. Raises LabelError with the nearest names."""
+        """Find a class's train id by name, or by the id's digits. Raises LabelError with the nearest names."""
         ids = range(self.num_classes + 1)
         by_name = {self.name(i): i for i in reversed(ids)} | {str(i): i for i in ids}
         if name not in by_name:
@@ -165,7 +165,7 @@ class LabelSpec(BaseModel):
         return mapped
 
     def count_pixels(self, raw: NDArray[np.generic], where: str) -> dict[int, int]:
-        """Train id (``num_classes`` = don't care) -> number of pixels, of those that occur in a raw label map.
+        """Count pixels per train id (``num_classes`` = don't care), for the ids that occur in a raw label map.
 
         What ``to_train_ids`` and a count give, at a small part of the cost. Raises LabelError likewise.
         """
@@ -186,7 +186,7 @@ class LabelSpec(BaseModel):
         return {i: int(train_counts[i]) for i in np.flatnonzero(train_counts).tolist()}
 
     def colourise(self, train_ids: NDArray[np.generic]) -> NDArray[np.uint8]:
-        """Train ids [...] -> RGB uint8 [..., 3]."""
+        """Convert train ids [...] to RGB uint8 [..., 3]."""
         return self.colours[train_ids]
 
     def _from_rgb(
@@ -199,7 +199,7 @@ class LabelSpec(BaseModel):
             )
         if not self.palette:
             raise LabelError(
-                f"{where}: an RGB colour picture, but label maps hold class ids. Give the colours in the config, one"
+                f"{where}: an RGB colour image, but label maps hold class ids. Give the colours in the config, one"
                 " per class: data.labels.palette: [[r, g, b], ...]; or save a single-channel PNG of ids"
             )
         code = rgb.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
@@ -267,7 +267,7 @@ def _run_starts(flat: NDArray[np.generic]) -> NDArray[np.intp]:
 
 
 def distinct_colours(count: int) -> NDArray[np.uint8]:
-    """``count`` RGB colours that neighbours tell apart, the same on every machine: uint8 [count, 3]."""
+    """Return ``count`` distinguishable RGB colours, the same on every machine: uint8 [count, 3]."""
     import colorsys
 
     golden = 0.61803398875

@@ -38,7 +38,7 @@ class LayoutSpec:
 
     @property
     def num_channels(self) -> int:
-        """Channels of the one-hot view: classes, don't-care, edges."""
+        """Count the channels of the one-hot view: classes, don't-care, edges."""
         return self.num_label_channels + self.has_edges
 
 
@@ -104,7 +104,7 @@ class SemanticLayout:
 
     @classmethod
     def from_dense(cls, spec: LayoutSpec, semantics: Tensor, distances: Tensor | None = None) -> SemanticLayout:
-        """A layout whose one-hot view is ``semantics`` itself: float [N, num_channels, H, W].
+        """Make a layout whose one-hot view is ``semantics`` itself: float [N, num_channels, H, W].
 
         For inputs that are not one-hot (soft labels, a gradient with respect to the semantics). Ids are the argmax.
         """
@@ -120,13 +120,13 @@ class SemanticLayout:
 
     @property
     def edges(self) -> Tensor | None:
-        """[N, H, W] as given, or uint8 as drawn from the labels; None where the spec has none."""
+        """Return edges [N, H, W]: as given, or uint8 computed from the labels; None if the spec has none."""
         if isinstance(self._edges, str):
             self._edges = borders(self.labels)
         return self._edges
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that it is made of; edges not yet drawn are none."""
+        """Return every tensor it consists of; edges that have not been computed are omitted."""
         return [t for t in (self.labels, self._edges, self.distances) if isinstance(t, Tensor)]
 
     @property
@@ -142,7 +142,7 @@ class SemanticLayout:
         return self.labels.device
 
     def resized(self, height: int, width: int) -> SemanticLayout:
-        """The layout at another resolution: nearest, by torch's floor rule (as one-hots would be resized)."""
+        """Resize to another resolution: nearest, by torch's floor rule (as one-hots would be resized)."""
         for view in (self, *self._resized):  # no dict: while a network is exported, sizes are symbols without a hash
             if (view.height, view.width) == (height, width):
                 return view
@@ -159,7 +159,7 @@ class SemanticLayout:
         return self._map(nearest, self.edges)  # borders at this size, not at the other
 
     def one_hot(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Dense view [N, num_channels, H, W] of 0/1 (edges as given): classes, don't-care, edges."""
+        """Build the dense view [N, num_channels, H, W] of 0/1 (edges as given): classes, don't-care, edges."""
         if self._dense is not None:
             return self._dense.to(dtype)
         if dtype not in self._one_hot:
@@ -176,12 +176,12 @@ class SemanticLayout:
 
     @property
     def is_dense(self) -> bool:
-        """Whether it was made by ``from_dense``, so that ``labels`` do not say all."""
+        """Whether ``from_dense`` made it, so that ``labels`` are incomplete."""
         return self._dense is not None
 
     @property
     def is_discrete(self) -> bool:
-        """Whether the one-hot view is made of zeros and ones, so that neighbourhoods can be told apart by codes."""
+        """Whether the one-hot view is made of zeros and ones, so that codes can distinguish neighbourhoods."""
         return self._dense is None and not (self.edges is not None and self.edges.is_floating_point())
 
     @cached_property
@@ -208,7 +208,7 @@ class SemanticLayout:
         return self._windows[key]
 
     def neighbourhoods(self, kernel_size: int) -> LayoutNeighbourhoods:
-        """The distinct neighbourhoods of a discrete layout under two stacked convolutions of odd ``kernel_size``."""
+        """Find the distinct neighbourhoods of a layout under two stacked convolutions of odd ``kernel_size``."""
         assert self.is_discrete
         if kernel_size not in self._neighbourhoods:
             bits = 1 + self.spec.has_edges
@@ -265,7 +265,7 @@ class SemanticLayout:
 
     @staticmethod
     def cat(layouts: Sequence[SemanticLayout]) -> SemanticLayout:
-        """Layouts of one spec and size, one after the other along the batch."""
+        """Concatenate layouts of one spec and size along the batch."""
         first = layouts[0]
 
         def join(parts: list[Tensor | None]) -> Tensor | None:
@@ -279,7 +279,7 @@ class SemanticLayout:
 
 
 def borders(ids: Tensor) -> Tensor:
-    """Borders of id maps [..., H, W]: uint8, 1 where the left, right, upper or lower neighbour has another id.
+    """Compute borders of id maps [..., H, W]: uint8, 1 where the left, right, upper or lower neighbour has another id.
 
     Both pixels of a differing pair are marked; the picture does not wrap around.
     """
@@ -293,6 +293,6 @@ def borders(ids: Tensor) -> Tensor:
 
 
 def nearest_indices(size: int, new_size: int, device: torch.device | None = None) -> Tensor:
-    """Source index of each of ``new_size`` places under torch's ``nearest`` rule: int64 [new_size]."""
+    """Return the source index of each of ``new_size`` places under torch's ``nearest`` rule: int64 [new_size]."""
     source = torch.arange(size, dtype=torch.float32, device=device).view(1, 1, size)
     return F.interpolate(source, size=new_size, mode="nearest").view(new_size).long()

@@ -46,12 +46,12 @@ def _square_factor(mode: GANMode) -> float:
 
 
 def relativistic(scores: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
-    """Each score map minus its counterpart of the other kind (Jolicoeur-Martineau 2018)."""
+    """Subtract from each score map its counterpart of the other kind (Jolicoeur-Martineau 2018)."""
     return [x - y for x, y in zip(scores, others, strict=True)]
 
 
 def generator_gan_loss(fake: Sequence[Tensor], mode: GANMode) -> Tensor:
-    """Generator's adversarial loss: mean over positions and batch, then over scales. fake: logits per scale."""
+    """Compute the generator's GAN loss: mean over positions and batch, then over scales. fake: logits per scale."""
     if mode in ("least_square", "half_least_square"):
         return _square_factor(mode) * _mean_over_scales([F.mse_loss(x, torch.ones_like(x)) for x in fake])
     if mode == "non_saturated":
@@ -60,7 +60,7 @@ def generator_gan_loss(fake: Sequence[Tensor], mode: GANMode) -> Tensor:
 
 
 def discriminator_gan_loss(fake: Sequence[Tensor], real: Sequence[Tensor], mode: GANMode) -> tuple[Tensor, Tensor]:
-    """Discriminator's adversarial losses (of fake, of real) whose sum it minimises. Logits per scale.
+    """Compute the discriminator's adversarial losses (fake, real); it minimises their sum. Logits per scale.
 
     hinge: Lim and Ye 2017; least_square: Mao et al. 2017 without the factor 1/2, half_least_square: with it;
     non_saturated: Goodfellow et al. 2014; wasserstein: Arjovsky et al. 2017, without any constraint.
@@ -78,9 +78,10 @@ def discriminator_gan_loss(fake: Sequence[Tensor], real: Sequence[Tensor], mode:
 
 
 def feature_matching_loss(fake: Sequence[Scores], real: Sequence[Scores]) -> Tensor:
-    """Mean absolute difference of D's features, summed over layers, averaged over scales (Wang et al. 2018, eq. 4,
-    without the division by the number of layers, as SPADE's published weights assume). Real features are constants.
-    Scores without features do not count as a scale.
+    """Compute the mean absolute difference of D's features, summed over layers, averaged over scales.
+
+    It is eq. 4 of Wang et al. 2018 without the division by the number of layers, as SPADE's published weights assume.
+    Real features are constants. Scores without features do not count as a scale.
     """
     total = torch.stack(
         [F.l1_loss(f.float(), r.detach().float()) for a, b in zip(fake, real, strict=True)
@@ -90,7 +91,7 @@ def feature_matching_loss(fake: Sequence[Scores], real: Sequence[Scores]) -> Ten
 
 
 def kl_loss(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL divergence of N(mu, exp(logvar)) from N(0, 1), summed over style dimensions and batch: [N, D] -> scalar."""
+    """Sum the KL divergence of N(mu, exp(logvar)) from N(0, 1) over style dimensions and batch: [N, D] -> scalar."""
     return -0.5 * torch.sum(1 + logvar - mu.square() - logvar.exp())
 
 
@@ -100,7 +101,7 @@ class GANLoss(nn.Module):
 
     Args:
         mode: which one.
-        relative: judge fake pictures relative to the real ones of the same label maps, and the other way round.
+        relative: judge fake images relative to the real ones of the same label maps, and vice versa.
     """
 
     def __init__(self, *, mode: GANMode = "hinge", relative: bool = False) -> None:
@@ -118,7 +119,7 @@ class GANLoss(nn.Module):
 
     @torch.no_grad()
     def accuracy(self, fake: list[Scores], real: list[Scores]) -> Tensor:
-        """Share of the patches that D judges rightly; 1/2 is chance.
+        """Compute the share of patches that D classifies correctly; 1/2 is chance.
 
         Where a single score means nothing (relative, wasserstein) a patch is right whose real picture scores higher.
         """
@@ -149,7 +150,7 @@ class PerceptualLoss(nn.Module):
         layers: names of activations.
         layer_weights: one weight per layer.
         weights_path: file of VGG19 weights; null: torch's model cache.
-        imagenet_statistics: whether the pictures are normalised as VGG was trained.
+        imagenet_statistics: whether the images are normalised as for VGG's training.
     """
 
     def __init__(
@@ -180,7 +181,7 @@ class PerceptualLoss(nn.Module):
 class KLLoss(nn.Module):
     """KL divergence of the encoder's style codes, mean over the batch.
 
-    SPADE sums over the batch of each GPU instead: its weight 0.05 with 4 pictures per GPU is 0.2 here.
+    SPADE sums over the batch of each GPU instead: its weight 0.05 with 4 images per GPU is 0.2 here.
     """
 
     def forward(self, outputs: GeneratorOutputs) -> Tensor:
@@ -190,7 +191,7 @@ class KLLoss(nn.Module):
 
 @LOSSES.register("l1")
 class L1Loss(nn.Module):
-    """Mean absolute difference of pictures (Isola et al. 2017): quick colours for small runs, blurry ones alone."""
+    """Mean absolute difference of images (Isola et al. 2017): quick colours for small runs; blurry if used alone."""
 
     def forward(self, outputs: GeneratorOutputs) -> Tensor:
         return F.l1_loss(outputs.fake, outputs.real)

@@ -1,4 +1,4 @@
-"""Random numbers that belong to a sample, not to a process.
+"""Draw random numbers that belong to a sample, not to a process.
 
 Every draw is a function of (seed, sample): the same numbers for any batch size, order, number of workers or of
 processes, and after a restart.

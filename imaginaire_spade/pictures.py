@@ -1,4 +1,4 @@
-"""Arrays -> pictures that people look at: files, contact sheets, legends, curves and a gallery page.
+"""Make images for people from arrays: files, contact sheets, legends, curves and a gallery page.
 
 Owns how a picture file is written (whole or not at all) and how everything is drawn. Knows nothing of networks.
 """
@@ -40,7 +40,7 @@ NARROW_CELL = 120
 
 
 def write_image(path: Path, rgb: Picture, *, quality: int = 95) -> None:
-    """Write a picture as JPEG or PNG, by suffix; under its final name it is whole or not there.
+    """Write an image as JPEG or PNG, by suffix; a file with the final name is complete.
 
     Missing folders are made. Raises UserError naming the path where it cannot be written.
     """
@@ -48,14 +48,14 @@ def write_image(path: Path, rgb: Picture, *, quality: int = 95) -> None:
 
 
 def encode_picture(rgb: Picture, suffix: str, *, quality: int = 95) -> bytes:
-    """The file of a picture, in the format of ``suffix`` (".jpg"); ``quality`` of JPEG and WebP: 1..100."""
+    """Encode an image in the format of ``suffix`` (".jpg"); ``quality`` of JPEG and WebP: 1..100."""
     flags = {".jpg": cv2.IMWRITE_JPEG_QUALITY, ".jpeg": cv2.IMWRITE_JPEG_QUALITY, ".webp": cv2.IMWRITE_WEBP_QUALITY}
     options = [flags[suffix.lower()], quality] if suffix.lower() in flags else []
     return cv2.imencode(suffix, rgb[..., ::-1], options)[1].tobytes()
 
 
 def resized(rgb: Picture, height: int, width: int) -> Picture:
-    """A picture at another size: areas averaged where it becomes smaller, bicubic where it becomes larger."""
+    """Resize an image: area averaging when shrinking, bicubic when enlarging."""
     if rgb.shape[:2] == (height, width):
         return rgb
     method = cv2.INTER_AREA if height * width < rgb.shape[0] * rgb.shape[1] else cv2.INTER_CUBIC
@@ -90,7 +90,7 @@ def contact_sheet(
     row_titles: Sequence[str] = (),
     cell_h_w: tuple[int, int] | None = None,
 ) -> Picture:
-    """Pictures in rows of equal cells under column titles, on a light ground: uint8 [H, W, 3].
+    """Lay images out in rows of equal cells under column titles, on a light ground: uint8 [H, W, 3].
 
     Args:
         rows: the pictures; a short row leaves its last cells empty.
@@ -141,7 +141,7 @@ def _fit(picture: Picture, height: int, width: int) -> Picture:
 
 
 def label_legend(spec: LabelSpec, present_ids: Iterable[int], *, width: int = 960) -> Picture:
-    """Colour swatches and names of the classes in ``present_ids``, in lines of ``width`` pixels: uint8 [H, W, 3]."""
+    """Draw colour swatches and names of the classes ``present_ids``, in lines of ``width`` pixels: uint8 [H, W, 3]."""
     size = 14
     font, line_h, swatch, gap = _font(size), round(size * 1.9), size, size
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -165,7 +165,7 @@ def label_legend(spec: LabelSpec, present_ids: Iterable[int], *, width: int = 96
 
 
 def class_chart(spec: LabelSpec, shares: Sequence[float], *, width: int = 720) -> Picture:
-    """Id, colour, name and share of pixels of every class, as rows with bars: uint8 [H, width, 3].
+    """Draw id, colour, name and share of pixels of every class, as rows with bars: uint8 [H, width, 3].
 
     Args:
         shares: of all pixels, 0..1, of each train id (don't-care last, if it is there).

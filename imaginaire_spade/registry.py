@@ -1,4 +1,4 @@
-"""Names in YAML -> classes in Python.
+"""Map names in YAML to classes in Python.
 
 Owns the registries of generators, discriminators, encoders, norms and losses, and the typed schema that each
 registered class brings along: its keyword-only parameters *are* the keys that YAML may set, with their types and
@@ -55,7 +55,7 @@ class Registry:
         return self._classes
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Class decorator. Raises ValueError where the name is taken by another class."""
+        """Register a class (decorator). Raises ValueError if another class has the name."""
 
         def add(cls: T) -> T:
             known = self._classes if cls.__module__ in self.modules else self._known()
@@ -83,11 +83,11 @@ class Registry:
         return known[name]
 
     def name_of(self, cls: type) -> str:
-        """The name that ``cls`` is registered as."""
+        """Return the name that ``cls`` is registered under."""
         return next(name for name, registered in self._known().items() if registered is cls)
 
     def parts(self, name: str) -> dict[str, Registry]:
-        """The keyword-only parameters of ``name`` that are themselves components, with their registries."""
+        """List the keyword-only parameters of ``name`` that are themselves components, with their registries."""
         return {
             key: registry
             for key, hint in _keyword_hints(self[name]).items()
@@ -96,7 +96,7 @@ class Registry:
         }
 
     def schema(self, name: str) -> type[BaseModel]:
-        """The typed model of what YAML may set on ``name``, read off the signature."""
+        """Build the typed model of the keys that YAML may set on ``name``, read off the signature."""
         cls = self[name]
         parts = self.parts(name)
         hints = _keyword_hints(cls)

@@ -49,14 +49,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data_types", nargs="+", choices=DATA_TYPES,
                         help="what to build (default: images seg_maps, and the others whose folders exist)")
     parser.add_argument("--resize_smallest_side", type=int, metavar="PIXELS",
-                        help="shrink what is larger (photos by area, maps by nearest pixel); without, values are the"
-                        " files as they are")
-    parser.add_argument("--quality", type=int, default=95, help="of JPEGs that are shrunk (default: 95)")
+                        help="shrink larger images (photos by area, maps by nearest pixel); without it, the LMDB"
+                        " holds the original files")
+    parser.add_argument("--quality", type=int, default=95, help="quality of shrunk JPEGs (default: 95)")
     parser.add_argument("--recode_maps", action="store_true",
-                        help="write label, edge and instance maps anew, as PNGs of the same integers without row"
-                        " filters: smaller, and some two times faster to decode in training; building takes longer")
+                        help="re-encode label, edge and instance maps as PNGs of the same integers without row"
+                        " filters: smaller, and about twice as fast to decode in training; building takes longer")
     parser.add_argument("--no_check", action="store_true",
-                        help="decode nothing: neither sizes nor labels are checked, and there is no histogram")
+                        help="decode nothing: check neither sizes nor labels, and count no labels")
     parser.add_argument("--paired", action="store_true", help="accepted and ignored: data here is always paired")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
     parser.add_argument("--import", metavar="MODULE", help="accepted and ignored: no components are used here")

@@ -26,17 +26,19 @@ from imaginaire_spade.evaluation.sources import DatasetPhotos, FolderPictures, P
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     pictures = parser.add_mutually_exclusive_group(required=True)
-    pictures.add_argument("--real", type=Path, metavar="DIR", help="pictures: a folder or an LMDB root")
+    pictures.add_argument("--real", type=Path, metavar="DIR", help="images: a folder or an LMDB root")
     pictures.add_argument("--config", type=Path, metavar="C.yaml", help="the photos of its data")
     parser.add_argument("--reference_split", choices=REFERENCE_SPLITS, required=True, help="which split they are")
     parser.add_argument("--output", type=Path, required=True, metavar="STATS.npz")
     parser.add_argument("--inception_weights", metavar="FILE",
                         help="default: torch's cache; random:SEED: an untrained network, for dry runs")  # fmt: skip
     parser.add_argument("--feature_dim", type=int, choices=FEATURE_DIMS, default=2048)
-    parser.add_argument("--resize", choices=RESIZES, default="legacy", help="pytorch-fid's, or antialiased")
+    parser.add_argument(
+        "--resize", choices=RESIZES, default="legacy", help="legacy: as pytorch-fid; clean: antialiased"
+    )
     parser.add_argument("--batch_size", type=int, default=32, metavar="B")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--skip_bad", action="store_true", help="leave out, count and name unreadable pictures")
+    parser.add_argument("--skip_bad", action="store_true", help="skip unreadable images; they are counted and named")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key (repeat)"
     )
@@ -60,7 +62,7 @@ def main() -> None:
             print(f"note: {message}", file=sys.stderr)
         save_collection(arguments.output, collection, network, arguments.reference_split)
         told = f"{network.name} (sha256 {network.sha256}), {network.dim} dimensions, {network.resize} resizing"
-        print(f"{arguments.output}: {collection.description.count} pictures of {source.name}; {told}")
+        print(f"{arguments.output}: {collection.description.count} images of {source.name}; {told}")
 
 
 def _source(arguments: argparse.Namespace) -> PictureSource:

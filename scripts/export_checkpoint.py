@@ -26,10 +26,10 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="P", help="a checkpoint of ours")
     parser.add_argument("--target", required=True, choices=SOURCES, help="the system to write for")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
-                        help="where the target holds one of them: moving average (default) or raw")  # fmt: skip
+                        help="if the target holds only one: ema (default), or raw: non-averaged weights")  # fmt: skip
     parser.add_argument("--label_order", choices=("raw", "train"), default="raw",
                         help="label channels: in the order of raw ids, so that the target reads the same label maps"
-                        " (default), or of train ids, as they are here")  # fmt: skip
+                        " (default), or in the order of train ids, as in the checkpoint")  # fmt: skip
     parser.add_argument("--output_dir", required=True, type=Path, metavar="OUT")
     arguments = parser.parse_args()
     content = load_checkpoint(arguments.checkpoint)

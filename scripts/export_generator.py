@@ -20,9 +20,11 @@ from imaginaire_spade.inference.weights import find_checkpoint, load_generator
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="P", help="a file, or a folder: its newest")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="moving average (default) or raw")
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="ema (default); raw: non-averaged weights"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="model.safetensors")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output where it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
                         help="import your module, which registers your components (repeat)")  # fmt: skip
     arguments = parser.parse_args()
@@ -38,7 +40,7 @@ def main() -> None:
     )  # fmt: skip
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
-    print(f"wrote {arguments.output}: {model.weights} weights after {model.images_seen} pictures")
+    print(f"wrote {arguments.output}: {model.weights} weights after {model.images_seen} images")
     print(f"for pretrained_weight in a config: sha256: {file_sha256(arguments.output)}")
 
 

@@ -20,12 +20,14 @@ from imaginaire_spade.inference.weights import find_checkpoint, load_generator
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="P",
-                        help="checkpoint file, or a folder or log dir: its newest one")  # fmt: skip
+                        help="checkpoint file, or a folder or log dir, whose newest checkpoint is used")  # fmt: skip
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="ends in .onnx or .pt2")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="moving average (default) or raw")
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="ema (default); raw: non-averaged weights"
+    )
     parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
                         help="import your module, which registers your components (repeat)")  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     arguments = parser.parse_args()
     check_output(arguments.output, overwrite=arguments.overwrite)
     import_modules(arguments.modules)

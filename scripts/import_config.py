@@ -1,6 +1,6 @@
 """Turn a config of another system into one of ours: imaginaire's SPADE YAML, opt.txt of the SPADE release or of CLADE.
 
-Lists what was chosen and every key that has no meaning here.
+Lists what was chosen and every key that is ignored (no equivalent).
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="the .yaml or opt.txt")
     parser.add_argument("--source", required=True, choices=SOURCES, help="the system it belongs to")
     parser.add_argument("--output", type=Path, metavar="C.yaml", help="where to write it (default: the screen)")
-    parser.add_argument("--overwrite", action="store_true", help="replace C.yaml where it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing C.yaml")
     arguments = parser.parse_args()
     if arguments.output is not None and arguments.output.exists() and not arguments.overwrite:
         raise ConfigError(f"--output {arguments.output} exists: give another name, or --overwrite")

@@ -35,7 +35,7 @@ def main() -> None:
     which.add_argument("--deeplab", type=Path, metavar="WEIGHTS", help="state dict of deeplabv3_resnet50")
     parser.add_argument("--names", type=Path, help="--deeplab: file of class names, one per line")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--overwrite", action="store_true", help="label anew what has a label map")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing label maps")
     arguments = parser.parse_args()
     rank, world_size = rank_from_environment()
     info = process_info_from_environment() if world_size > 1 else ProcessInfo()

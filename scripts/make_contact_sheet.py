@@ -34,7 +34,7 @@ def main() -> None:
     made = [(index, found) for index, key in enumerate(dataset.keys) if (found := _picture(arguments.generated, key))]
     if not made:
         raise DataError(
-            f"{arguments.generated}: no picture of any of the {len(dataset)} samples of {arguments.data_root}. Give the"
+            f"{arguments.generated}: no image of any of the {len(dataset)} samples of {arguments.data_root}. Give the"
             " --output_dir that inference.py was run with on the same data"
         )
     wanted = min(len(made), arguments.rows * arguments.columns)

@@ -46,14 +46,14 @@ def main() -> None:
     )
     parser.add_argument("--lmdb", action="store_true", help="write LMDBs OUTPUT/SPLIT instead of folders")
     parser.add_argument("--link", action="store_true", help="link to the downloaded files instead of copying them")
-    parser.add_argument("--edge_maps", choices=list(SOURCES), help="draw edge maps too, of these borders")
+    parser.add_argument("--edge_maps", choices=list(SOURCES), help="also write edge maps, from these borders")
     parser.add_argument("--resize_h_w", type=int, nargs=2, metavar=("H", "W"), help="resize everything to this size")
     parser.add_argument(
         "--scene_list",
         type=Path,
-        help="ade20k_outdoor: scenes (as in sceneCategories.txt) or names of pictures, one per line",
+        help="ade20k_outdoor: scenes (as in sceneCategories.txt) or names of images, one per line",
     )
-    parser.add_argument("--num_val", type=int, default=0, help="pictures for val, where the download has no split")
+    parser.add_argument("--num_val", type=int, default=0, help="number of images for val, if the download has no split")
     parser.add_argument("--images", type=Path, help="custom: folder of the photos below --source")
     parser.add_argument("--labels", type=Path, help="custom: folder of the label maps below --source")
     parser.add_argument("--instances", type=Path, help="custom: folder of the instance maps below --source")

@@ -17,9 +17,9 @@ def health(accuracy: float = 0.8, fake: float = 0.02, real: float = 0.02) -> dic
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (health(accuracy=0.995), "the discriminator has won: it judges 99.5% of the patches"),
+        (health(accuracy=0.995), "the discriminator has won: it classifies 99.5% of the patches"),
         (health(fake=0.9), "the outputs saturate: 90% of the generated values"),
-        (health(fake=0.95, real=0.8), "(real pictures: 80%)"),
+        (health(fake=0.95, real=0.8), "(real images: 80%)"),
     ],
 )
 def test_a_sign_that_lasts_is_told_once_per_episode(bad, message):

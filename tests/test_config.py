@@ -135,7 +135,7 @@ def test_nothing_writes_to_a_config():
         (["data.train.augmentations={resize_h_w: [60, 64]}"], r"60x64, but gen \(spade\) needs multiples of 32"),
         (["data.train.augmentations={resize_smallest_side: 64}"], "random_crop_h_w"),
         (["data.val.augmentations={}"], r"data\.val\.augmentations\.resize_h_w: \[64, 64\]"),
-        (["data.val.augmentations={resize_h_w: [64, 70]}"], "pictures of 64x70"),
+        (["data.val.augmentations={resize_h_w: [64, 70]}"], "images of 64x70"),
         (["gen.norm.kernel_size=4"], r"norm\.kernel_size: 4 must be odd"),
         (["dis={type: fpse, num_filters: 4}"], r"dis \(fpse\) needs at least 128.*dis\.num_layers"),
         (["losses.kl=0.2"], "losses.kl needs a style encoder"),

@@ -99,7 +99,7 @@ def test_scores_stamp_and_file(run, real, fake, capsys):
     printed = capsys.readouterr().out
     for line in stamp.lines():
         assert line in printed
-    assert "only 19 pictures" in printed and "--metrics kid" in printed and "untrained network" in printed
+    assert "only 19 images" in printed and "--metrics kid" in printed and "untrained network" in printed
     assert f"random_feature_distance: {report.scores['random_feature_distance']:.6g}" in printed
 
 
@@ -160,7 +160,7 @@ def test_shares_of_processes_are_disjoint_and_complete(fake, monkeypatch):
         "imaginaire_spade.evaluation.collection.gather_objects", lambda share: shares.append(share) or []
     )
     for rank in range(3):
-        with pytest.raises(AssertionError, match="not each of 19 pictures once"):  # a missing process is noticed
+        with pytest.raises(AssertionError, match="not each of 19 images once"):  # a missing process is noticed
             collect(source, network, keep_features=True, info=ProcessInfo(rank, 3), batch_size=2)
     assert sorted(index for share in shares for index in share.indices) == list(range(19))
     monkeypatch.setattr("imaginaire_spade.evaluation.collection.gather_objects", lambda _: shares)
@@ -260,7 +260,7 @@ def test_stored_statistics_serve_as_the_reference(run, real, fake, tmp_path):
     stats = run("--real", real, *RANDOM, module=COMPUTE)
     report = run("--real", stats, "--fake", fake, *RANDOM)
     assert report.scores == direct.scores and report.protocol == direct.protocol
-    with pytest.raises(ConfigError, match="holds statistics, which serve fid only: kid needs the pictures"):
+    with pytest.raises(ConfigError, match="holds statistics, which serve fid only: kid needs the images"):
         run("--real", stats, "--fake", fake, "--metrics", "fid,kid", *RANDOM)
     for flags, message in (
         (("--inception_weights", "random:1"), "name: random:0 there, random:1 here; sha256"),
@@ -334,8 +334,8 @@ def test_folders_that_cannot_be_evaluated(run, real, fake, tmp_path):
     write_png(tmp_path / "twice/a.png", np.zeros((4, 4, 3), np.uint8))
     write_jpg(tmp_path / "twice/a.jpg", np.zeros((4, 4, 3), np.uint8))
     for place, message in (
-        ("empty", "the folder is empty; expected pictures"), ("nowhere", "no such folder"), ("texts", "no data set"),
-        ("file.png", "a file; expected a folder of pictures"), ("twice", "have one name"),
+        ("empty", "the folder is empty; expected images"), ("nowhere", "no such folder"), ("texts", "no data set"),
+        ("file.png", "a file; expected a folder of images"), ("twice", "have one name"),
     ):  # fmt: skip
         for flags in (("--real", tmp_path / place, "--fake", fake), ("--real", real, "--fake", tmp_path / place)):
             with pytest.raises(DataError, match=f"{place}.*{message}"):
@@ -352,11 +352,11 @@ def test_corrupt_files_are_named_or_left_out_and_counted(run, real, fake, tmp_pa
     report = run("--real", real, "--fake", fake, *RANDOM, "--skip_bad")
     assert report.scores == whole.scores and report.protocol == whole.protocol
     assert len(report.problems) == 2 and "bad1.png" in report.problems[0] and "bad2.jpg" in report.problems[1]
-    assert any("2 of 21 pictures cannot be read and are left out" in warning for warning in report.warnings)
+    assert any("2 of 21 images cannot be read and are left out" in warning for warning in report.warnings)
     assert "left out: " in capsys.readouterr().out
     for path in real.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"none of its 23 pictures can be read; the first: .*000.png"):
+    with pytest.raises(DataError, match=r"none of its 23 images can be read; the first: .*000.png"):
         run("--real", real, "--fake", fake, *RANDOM, "--skip_bad")
 
 
@@ -366,8 +366,8 @@ def test_grey_and_alpha_pictures_are_made_rgb_and_named(run, real, fake):
     bgra = np.dstack([rgb, np.full((40, 48), 7, np.uint8)])
     (fake / "x_alpha.png").write_bytes(cv2.imencode(".png", bgra)[1].tobytes())
     mixed = run("--real", real, "--fake", fake, *RANDOM)
-    assert f"{fake}: alpha dropped in 1 picture(s), such as x_alpha" in mixed.warnings
-    assert f"{fake}: grey made RGB in 1 picture(s), such as x_grey" in mixed.warnings
+    assert f"{fake}: alpha dropped in 1 image(s), such as x_alpha" in mixed.warnings
+    assert f"{fake}: grey made RGB in 1 image(s), such as x_grey" in mixed.warnings
     write_png(fake / "x_grey.png", np.repeat(rgb[..., :1], 3, 2))
     write_png(fake / "x_alpha.png", rgb[..., ::-1])
     assert run("--real", real, "--fake", fake, *RANDOM).scores == mixed.scores
@@ -391,12 +391,12 @@ def test_features_that_are_not_finite_name_the_picture(fake):
 
 def test_too_few_pictures(run, real, fake, tmp_path):
     one = photos(tmp_path / "one", 1, 3)
-    with pytest.raises(DataError, match=r"one: 1 picture.*at least 2"):
+    with pytest.raises(DataError, match=r"one: 1 image.*at least 2"):
         run("--real", real, "--fake", one, *RANDOM)
-    with pytest.raises(DataError, match="more than 3 pictures on each side, not 23 and 2"):
+    with pytest.raises(DataError, match="more than 3 images on each side, not 23 and 2"):
         run("--real", real, "--fake", photos(tmp_path / "two", 2, 3), "--metrics", "precision_recall", *RANDOM)
     report = run("--real", real, "--fake", fake, *RANDOM)
-    assert any("only 19 pictures" in w and "report KID" in w and "64 dimensions" in w for w in report.warnings)
+    assert any("only 19 images" in w and "report KID" in w and "64 dimensions" in w for w in report.warnings)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_kernel_distance_equals_that_of_torchmetrics():
     assert (ours.std, ours.rule) == (None, "1 subset(s) of 90, kernel (x.y/D + 1)^3, seed 0")
     subsets = kernel_distance(real, correlated(60, 32, 2, shift=0.05))
     assert subsets.rule.startswith("100 subset(s) of 60") and (subsets.std or 0) > 0
-    with pytest.raises(DataError, match="at least 2 pictures on each side, not 90 and 1"):
+    with pytest.raises(DataError, match="at least 2 images on each side, not 90 and 1"):
         kernel_distance(real, fake[:1])
 
 
@@ -124,7 +124,7 @@ def test_precision_and_recall_of_known_sets():
     one_place = 3 + torch.linspace(0, 0.01, 20)[:, None] @ torch.ones(1, 2)  # good pictures, little variety
     precision, recall = precision_recall(spread, one_place)
     assert precision == 1 and recall < 0.2
-    with pytest.raises(DataError, match="more than 3 pictures on each side, not 3 and 20"):
+    with pytest.raises(DataError, match="more than 3 images on each side, not 3 and 20"):
         precision_recall(spread[:3], spread)
 
 

@@ -70,9 +70,9 @@ def test_another_number_of_processes_goes_on_in_the_same_order_and_says_what_cha
     assert positions == [4]
     printed = capsys.readouterr().out
     assert (
-        "then 1 process(es) and 4 pictures per iteration, now 1 and 2: samples go on in the same order from" in printed
+        "then 1 process(es) and 4 images per iteration, now 1 and 2: samples continue in the same order from" in printed
     )
-    assert "iterations count 2 pictures from now on: this is iteration 2 of 3, the whole run 6 pictures" in printed
+    assert "iterations count 2 images from now on: this is iteration 2 of 3, the whole run 6 images" in printed
     assert "changed since: gen_opt.lr: 0.001 -> 0.002" in printed
 
 
@@ -138,7 +138,7 @@ def test_the_best_checkpoint_stays_under_a_name_of_its_own(tmp_path, monkeypatch
     for _ in range(2):  # the second time it is that already
         checkpoint.keep_as(path, best)
         assert sound(tmp_path) and checkpoint.load_checkpoint(best)["images_seen"] == 16
-    with pytest.raises(CheckpointError, match=r"best\.pt: could not be written .*lost\.pt is whole"):
+    with pytest.raises(CheckpointError, match=r"best\.pt: could not be written .*lost\.pt is complete"):
         checkpoint.keep_as(tmp_path / "lost.pt", best)
     assert sound(tmp_path) and len(list(tmp_path.iterdir())) == 4
 
@@ -258,7 +258,7 @@ def test_out_of_memory_names_the_knobs(tiny_run, before_step):
     for knob in (
         "allocate memory", "trainer.gradient_accumulation: 2 (now 1)", "trainer.activation_checkpointing: true",
         "batch_size (now 4 per process)",
-        "trainer.precision: bf16", "smaller pictures (now 32x64)", "gen.num_filters and dis.num_filters",
+        "trainer.precision: bf16", "smaller images (now 32x64)", "gen.num_filters and dis.num_filters",
     ):  # fmt: skip
         assert knob in str(told.value)
     with pytest.raises(RuntimeError, match="no memory of it"), explain_out_of_memory(load_config(path)):

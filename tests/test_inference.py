@@ -152,7 +152,7 @@ def test_sizes_names_and_gallery(run, checkpoint, label_maps, tmp_path, capsys):
         assert (out / unquote(url)).is_file(), url
     assert not [p for p in out.rglob("*") if p.name.startswith(".")]
     captured = capsys.readouterr()
-    assert f"wrote 7 of 7 pictures to {out}" in captured.out and "images/s" in captured.out
+    assert f"wrote 7 of 7 images to {out}" in captured.out and "images/s" in captured.out
     assert str(out / "index.html") in captured.out
     assert "edges are drawn from the borders" in captured.err
 
@@ -298,11 +298,11 @@ def test_ema_and_raw_weights(run, checkpoint, plain_checkpoint, label_maps, tmp_
         assert state[weights].keys() == stored.keys()
         assert all(torch.equal(state[weights][key], value) for key, value in stored.items())
     model = load_generator(plain_checkpoint)
-    assert model.weights == "raw" and "no moving average" in model.notes[0]
+    assert model.weights == "raw" and "no EMA of the weights" in model.notes[0]
     assert not model.generator.training and model.style_dims == 0
     run("--checkpoint", plain_checkpoint, "--input_dir", label_maps, "--output_dir", tmp_path / "o", "--num_samples", 2)
     err = capsys.readouterr().err
-    assert "no moving average" in err and "takes no style code" in err and "edges" not in err
+    assert "no EMA of the weights" in err and "takes no style code" in err and "edges" not in err
     assert len(files(tmp_path / "o")) == 14
 
 
@@ -315,7 +315,7 @@ def test_existing_pictures_are_refused_kept_or_replaced(run, checkpoint, label_m
     (out / "_labels" / "z.png").unlink()
     write_png(out / "b c.png", np.zeros((2, 2), np.uint8))
     mine = files(out)["b c.png"]
-    with pytest.raises(UserError, match=r"already holds pictures, such as .*--skip_existing .*--overwrite"):
+    with pytest.raises(UserError, match=r"already holds images, such as .*--skip_existing .*--overwrite"):
         run(*common)
     run(*common, "--skip_existing")
     assert files(out) == fresh | {"b c.png": mine}
@@ -323,7 +323,7 @@ def test_existing_pictures_are_refused_kept_or_replaced(run, checkpoint, label_m
     run(*common, "--overwrite")
     assert files(out) == fresh
     foreign = write_png(tmp_path / "new" / "sub" / "old.PNG", np.zeros((2, 2), np.uint8))
-    with pytest.raises(UserError, match=r"already holds pictures, such as sub/old\.PNG"):
+    with pytest.raises(UserError, match=r"already holds images, such as sub/old\.PNG"):
         run(*common[:-1], foreign.parents[1])
 
 
@@ -398,8 +398,8 @@ def test_one_mistake_one_message(run, checkpoint, plain_checkpoint, label_maps, 
         ((*plain, "--input_dir", "nowhere", *to), DataError, "nowhere: no such folder"),
         ((*plain, "--input_dir", empty, *to), DataError, "empty: no data set there"),
         ((*plain, *inputs, *to, "--style_image", photo), CheckpointError, "trained without a style encoder"),
-        ((*styled, *inputs, *to, "--style_image", "gone.jpg"), DataError, r"style picture gone\.jpg: cannot be read"),
-        ((*styled, *inputs, *to, "--style_image", damaged), DataError, r"style picture .*damaged\.pt"),
+        ((*styled, *inputs, *to, "--style_image", "gone.jpg"), DataError, r"style image gone\.jpg: cannot be read"),
+        ((*styled, *inputs, *to, "--style_image", damaged), DataError, r"style image .*damaged\.pt"),
         ((*plain, *inputs, "--output_dir", text / "o"), UserError, "cannot be made"),
         ((*plain, *inputs, "--output_dir", label_maps), UserError, "lies among the label maps"),
         ((*plain, *inputs, "--output_dir", label_maps / "out"), UserError, "lies among the label maps"),
@@ -444,7 +444,7 @@ def test_a_config_of_another_architecture_is_explained(run, checkpoint, label_ma
          ["trained with gen.norm.hidden_channels: 8, this config has 16"]),
         ({"encoder": None}, ["trained with encoder: conv, this config has none"]),
         ({"dis__num_filters": 8}, ["trained with dis.num_filters: 4, this config has 8"]),
-        ({"data__train__augmentations": {"random_crop_h_w": [64, 128]}}, ["trained on pictures of 64x64, this config"]),
+        ({"data__train__augmentations": {"random_crop_h_w": [64, 128]}}, ["trained on images of 64x64, this config"]),
     ],
 )  # fmt: skip
 def test_mismatches_in_words(change, words):
@@ -531,5 +531,5 @@ def test_too_little_memory_is_said(monkeypatch):
 
     monkeypatch.setattr(model.generator, "forward", fail)
     zeros = torch.zeros(3, 5, dtype=torch.uint8)
-    with pytest.raises(UserError, match=r"x\.png: not enough memory on cpu for 2 picture\(s\) of 8x8 .*--batch_size"):
+    with pytest.raises(UserError, match=r"x\.png: not enough memory on cpu for 2 image\(s\) of 8x8 .*--batch_size"):
         list(synthesise(model, [Request(name, zeros, zeros) for name in ("x.png", "y.png")], 2))

@@ -120,7 +120,7 @@ def test_a_folder_of_style_pictures_joins_by_name_or_takes_turns(run, styled, tm
     for number, key in enumerate(KEYS):
         assert np.array_equal(made[f"{key}.png"], synthesizer(labels_of(key), style=turns[number % 2]))
     (tmp_path / "named" / "a.jpg").unlink()
-    with pytest.raises(DataError, match=r"style pictures .*named: none for 1 label map\(s\): a\. Add them; or"):
+    with pytest.raises(DataError, match=r"style images .*named: none for 1 label map\(s\): a\. Add them; or"):
         run(styled, "--style_image", tmp_path / "named")
 
 
@@ -167,9 +167,9 @@ def test_codes_between_two_are_as_long_as_their_ends(seed, dims, place):
 
 def test_a_generator_without_style(run, plain, styled, folder, tmp_path, capsys):
     made = run(plain, "--num_samples", 2, "--style_seed", 4)
-    assert "takes no style code, so its pictures do not vary" in capsys.readouterr().err
+    assert "takes no style code, so its images do not vary" in capsys.readouterr().err
     assert np.array_equal(made["a_00.png"], made["a_01.png"])
-    with pytest.raises(CheckpointError, match="takes no style code: a label map has one picture"):
+    with pytest.raises(CheckpointError, match="takes no style code: a label map has one image"):
         run(plain, "--style_interpolate", 1, 2)
     picture = photo(tmp_path / "p.jpg", 0, 99)
     with pytest.raises(CheckpointError, match="without a style encoder; it takes no style at all"):
@@ -252,7 +252,7 @@ def test_bad_label_maps_are_left_out_or_their_unknown_ids_ignored(run, plain, ba
     good = {f"{key}.png" for key in KEYS}
     assert set(run(plain, "--on_bad_label", "skip")) == good
     captured = capsys.readouterr()
-    assert "wrote 3 of 7 pictures" in captured.out and "4 label map(s) left out" in captured.out
+    assert "wrote 3 of 7 images" in captured.out and "4 label map(s) left out" in captured.out
     assert captured.err.count("note: left out: ") == 4
     with pytest.raises(DataError, match="2 more"):  # not readable is not unknown
         run(plain, "--on_bad_label", "ignore", to="ignored")
@@ -288,7 +288,7 @@ def test_unknown_colours(run, plain, styled, tmp_path):
         run(styled, input_dir=tmp_path / "rgb")
     assert set(run(styled, "--on_bad_label", "ignore", input_dir=tmp_path / "rgb")) == {"a.png"}
     for mode in ("fail", "ignore"):
-        with pytest.raises(LabelError, match=r"a\.png: an RGB colour picture, but .* data\.labels\.palette: \[\["):
+        with pytest.raises(LabelError, match=r"a\.png: an RGB colour image, but .* data\.labels\.palette: \[\["):
             run(plain, "--on_bad_label", mode, input_dir=tmp_path / "rgb", to="none")
 
 
@@ -341,7 +341,7 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(run, plain, label_map
         patched.setattr(command_line.Progress, "__call__", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(plain)
-    assert "stopped: what is written is whole; --skip_existing makes the rest" in capsys.readouterr().err
+    assert "stopped: every written file is complete; --skip_existing generates the rest" in capsys.readouterr().err
     left = {path: read(tmp_path / "out" / path) for path in files(tmp_path / "out")}
     assert len(left) < 3 and all(np.array_equal(left[path], expected[path]) for path in left)
     made = run(plain, "--skip_existing", overwrite=False)

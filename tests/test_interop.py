@@ -72,7 +72,7 @@ def test_import_generate_fine_tune_export_and_import_again(shared_dir, tmp_path,
         write_png(maps / f"{i}.png", blocky_labels(np.random.default_rng(i), 50, 70, 5))
     said = ok("inference.py", "--checkpoint", imported, "--input_dir", maps, "--output_dir", tmp_path / "out",
               "--device", "cpu", "--no_gallery", "--set", "data.edges=labels")  # fmt: skip
-    assert "wrote 2 of 2 pictures" in said
+    assert "wrote 2 of 2 images" in said
 
     raw = tiny_folder(keys=4, size=(64, 64))
     config = tmp_path / "fine_tune.yaml"
@@ -289,7 +289,8 @@ def test_options_of_the_spade_release_become_a_config(tmp_path):
     data = config.data
     assert data.train.batch_size == 4 and data.edges == "instances" and data.labels.ignore == (255,)
     assert data.train.augmentations.resize_h_w == (286, 286) and data.train.augmentations.output_h_w == (256, 256)
-    assert "no meaning here: checkpoints_dir: ./checkpoints" in said and "no meaning here: seed: None" in said
+    assert "ignored (no equivalent): checkpoints_dir: ./checkpoints" in said
+    assert "ignored (no equivalent): seed: None" in said
     assert "label_nc" not in said and "dataroot" in said
 
     again = run("scripts/import_config.py", tmp_path / "opt.txt", "--source", "nvlabs_spade",
@@ -374,13 +375,13 @@ def test_a_config_of_imaginaire_becomes_ours(tmp_path):
     assert config.losses["kl"].weight == pytest.approx(0.2) and config.trainer.precision == "fp16"
     assert config.test_data.roots == ("projects/spade/test_data",)
     for key in ("snapshot_save_epoch: 5", "cudnn.deterministic: False", "trainer.type: imaginaire.trainers.spade"):
-        assert f"no meaning here: {key}" in said
+        assert f"ignored (no equivalent): {key}" in said
     assert "style_enc" not in said and "num_filters" not in said
 
     for old, new, message in (
         ("num_filters: 24", "num_filters: many", "norm.hidden_channels"),
-        ("separate_projection: True", "separate_projection: False", "separate_projection: False is not known here"),
-        ("[seg_maps, edge_maps]", "[edge_maps, seg_maps]", "seg_maps, then edge_maps if any, is known here"),
+        ("separate_projection: True", "separate_projection: False", "separate_projection: False is not supported"),
+        ("[seg_maps, edge_maps]", "[edge_maps, seg_maps]", "only seg_maps, then edge_maps if any, is supported"),
         ("    use_dont_care: True\n    input_labels: [seg_maps, edge_maps]", "", "data.input_labels is not stated"),
     ):
         (tmp_path / "bad.yaml").write_text(IMAGINAIRE.replace(old, new))

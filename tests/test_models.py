@@ -217,7 +217,7 @@ def test_pix2pixhd_is_the_published_network_and_says_what_size_it_needs():
     plain = [name for name, m in strong.named_modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))
              and not hasattr(m, "weight_u")]  # fmt: skip
     assert plain == ["to_image"]
-    with pytest.raises(ConfigError, match=r"gen\.num_downsamplings: 4 needs pictures of 32 or more, not 16x64"):
+    with pytest.raises(ConfigError, match=r"gen\.num_downsamplings: 4 needs images of 32 or more, not 16x64"):
         Pix2pixHDGenerator(SPEC, (16, 64))
     with pytest.raises(ConfigError, match=r"gen\.num_downsamplings: -1 must be 0 or more"):
         Pix2pixHDGenerator(SPEC, (64, 64), num_downsamplings=-1)

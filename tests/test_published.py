@@ -37,10 +37,10 @@ def test_it_makes_the_checkpoints_pictures(tiny_run, tmp_path, weights):
     assert torch.equal(published.generator(layout, z), trained.generator(layout, z))
     assert all(map(torch.equal, published.encoder(images), trained.encoder(images)))
     if weights == "ema":
-        with pytest.raises(CheckpointError, match="holds the moving average of the weights alone"):
+        with pytest.raises(CheckpointError, match="holds only the EMA of the weights"):
             load_generator(path, weights="raw")
     else:
-        assert "has no moving average" in published.notes[0]
+        assert "has no EMA of the weights" in published.notes[0]
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert str(tmp_path) not in json.dumps(metadata)
@@ -53,7 +53,7 @@ def test_the_command_lines(tiny_run, tmp_path, commands):
     path, log = tmp_path / "model.safetensors", tmp_path / "log"
     exported = commands.run("scripts/export_generator.py", "--checkpoint", log, "--output", path)
     assert exported.returncode == 0, exported.stderr
-    assert f"wrote {path}: ema weights after 4 pictures" in exported.stdout
+    assert f"wrote {path}: ema weights after 4 images" in exported.stdout
     again = commands.run("scripts/export_generator.py", "--checkpoint", log, "--output", path)
     assert again.returncode == 2 and "--overwrite" in again.stderr
     for name, checkpoint in (("a", path), ("b", newest_checkpoint(log))):

@@ -132,10 +132,10 @@ def test_what_does_not_go_together_is_said(run, scene, tmp_path):  # noqa: F811
     with pytest.raises(DataError, match=r"of_real: no predicted id map for 1 of 5 samples, such as seq/003"):
         run(*given)
     (scene / "real/seq/002.png").unlink()
-    with pytest.raises(DataError, match=r"real: no photo for 1 of the 5 pictures of .*fake, such as seq/002"):
+    with pytest.raises(DataError, match=r"real: no photo for 1 of the 5 images of .*fake, such as seq/002"):
         run(*given)
     (scene / "seg_maps/seq/001.png").unlink()
-    with pytest.raises(DataError, match=r"seg_maps: no label map for 1 of the 5 pictures of .*fake, such as seq/001"):
+    with pytest.raises(DataError, match=r"seg_maps: no label map for 1 of the 5 images of .*fake, such as seq/001"):
         run(*given)
     (scene / "table.yaml").write_text("data: {labels: {num_clases: 3}}")
     with pytest.raises(ConfigError, match=r"table\.yaml:1: data\.labels\.num_clases: unknown key"):

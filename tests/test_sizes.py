@@ -262,10 +262,10 @@ def test_a_folder_of_several_sizes_is_told_of(run, label_maps, tmp_path):
     said, sizes = run("--skip_existing")
     assert sizes == {"1": OWN, "2": TRAINED, "3": (40, 200)}
     kept, made = said.splitlines()
-    assert "1.png stays as it is, 130x150, where this run would write 64x96" in kept and "--overwrite" in kept
+    assert "1.png is kept at 130x150, but this run would write 64x96" in kept and "--overwrite" in kept
     assert made.startswith("note: 1 label map of 130x150 is generated at 64x96, the size")
     said, sizes = run("--skip_existing", "--size", "own")
-    assert "stays as it is" not in said
+    assert "is kept at" not in said
 
 
 def test_sizes_of_label_maps_that_are_not_looked_at_before_are_told_at_the_end(run, label_maps):
@@ -493,7 +493,7 @@ def test_evaluation_at_a_size_is_recorded(model_of, evaluate, tmp_path, monkeypa
     [
         (("--checkpoint", "x", "--size", "abc"), "--size abc: write trained, own"),
         (("--checkpoint", "x", "--size", "99999x99999"), "--size 99999x99999: 9,999,800,001 pixels"),
-        (("--fake", "x", "--real", "y", "--size", "own"), "--size is that at which a checkpoint makes pictures"),
+        (("--fake", "x", "--real", "y", "--size", "own"), "--size is the size at which a checkpoint generates images"),
     ],
 )
 def test_evaluation_of_no_such_size(evaluate, flags, words):

@@ -341,7 +341,7 @@ def test_a_collapsing_run_is_reported_and_a_sound_one_is_not(tiny_run, tmp_path,
         "dis={type: multiscale_patch, num_filters: 16, num_layers: 3, normalization: none, spectral_norm: false}",
         "trainer.init={type: kaiming}", "losses.feature_matching=0")  # fmt: skip
     printed = capsys.readouterr().out
-    assert printed.count("the discriminator has won: it judges 9") == 1
+    assert printed.count("the discriminator has won: it classifies 9") == 1
     assert "the outputs saturate" not in printed
     run("white", *ticks, "trainer.max_iterations=12", "gen_opt.lr=1.0")
     printed = capsys.readouterr().out
@@ -396,7 +396,7 @@ def test_processes_that_come_and_go_change_nothing(tiny_run, tmp_path, commands,
     capsys.readouterr()
     two_one, told = run("two_one", *shared), capsys.readouterr().out
     message = (
-        "then {} process(es) and 4 pictures per iteration, now {} and 4: samples go on in the same order from number 4"
+        "then {} process(es) and 4 images per iteration, now {} and 4: samples continue in the same order from number 4"
     )
     assert message.format(2, 1) in told
     assert message.format(1, 2) in in_two("one_two")
@@ -441,7 +441,7 @@ def test_a_dry_run_measures_and_writes_nothing(tiny_run, tmp_path, commands):
     assert result.returncode == 0, result.stderr
     for part in (
         "parameters: generator 0.",
-        "G multiply-adds for a picture of 32x64",
+        "G multiply-adds for an image of 32x64",
         "schedule: 6 iterations",
         "peak memory",
         "nothing was written",

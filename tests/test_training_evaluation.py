@@ -125,7 +125,7 @@ def test_scores_go_on_where_they_were(tiny_run, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     run("broken", SCORES.replace("random:0", "random:1"), "trainer.evaluation.best=kid", "trainer.max_iterations=5")
     printed = capsys.readouterr().out
-    assert "the protocol changed (network, score), so the best score starts afresh" in printed
+    assert "the protocol changed (network, score), so the best score is reset" in printed
     assert "statistics of 7 real photos computed" in printed
 
 

@@ -85,7 +85,7 @@ def test_build_train_and_generate_as_imaginaires_readme_says(tmp_path, commands)
         tmp_path,
         *SHRUNK,
     )
-    assert "wrote 3 of 3 pictures" in made.stdout
+    assert "wrote 3 of 3 images" in made.stdout
     output = tmp_path / "projects/spade/output/cocostuff"
     # Label maps of 72x96 are far from 128x128, at which it was trained: they are generated at that, as imaginaire does.
     assert "3 label maps of 72x96 are generated at 128x128" in made.stderr
@@ -159,7 +159,7 @@ def test_the_readmes_own_data_is_built_trained_and_painted_as_it_says(tiny_folde
         printed[script] = result.stdout
     assert set(printed) == {"scripts/build_lmdb.py", "train.py", "inference.py", "evaluate.py"}
     assert labels["names"][0] in printed["scripts/build_lmdb.py"] and "class 0" not in printed["scripts/build_lmdb.py"]
-    assert "wrote 4 of 4 pictures" in printed["inference.py"]
+    assert "wrote 4 of 4 images" in printed["inference.py"]
     assert labels["names"][0] in (tmp_path / "pictures/index.html").read_text()
     assert json.loads((tmp_path / "report.json").read_text())["scores"]
 

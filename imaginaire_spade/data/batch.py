@@ -1,4 +1,4 @@
-"""The batch that travels from a loader's worker to the device, and the memory that it travels in.
+"""Carry batches from a loader's worker to the device, and manage the memory for them.
 
 Nothing here is ever one-hot, and pictures stay uint8 until ``normalise`` on the device.
 """
@@ -129,7 +129,7 @@ class Parcel:
 
     @staticmethod
     def images_in(memory: Tensor, count: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """Where ``pack`` lays the pictures of so many samples of (height, width) ``size``: uint8 [count, H, W, 3]."""
+        """Return the place for the packed images of ``count`` samples of ``size``: uint8 [count, H, W, 3]."""
         return memory[memory.nbytes - count * size[0] * size[1] * 3 :].view(count, *size, 3).numpy()
 
     @classmethod

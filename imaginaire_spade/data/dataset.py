@@ -1,4 +1,4 @@
-"""The samples of one or several roots: label maps with their photos, as small integers on the CPU.
+"""Read the samples of one or several data set folders: label maps with photos, as small integers on the CPU.
 
 Owns how several roots join. A sample is a function of (seed, index, draw) alone. Nothing here is ever one-hot.
 """
@@ -116,7 +116,7 @@ class LabelMapDataset(Dataset[Sample]):
         return len(self.keys)
 
     def without_images(self) -> LabelMapDataset:
-        """The same samples, of which label maps (and what edges need) alone are read."""
+        """Return the same samples without photos: only label maps (and the source of edges) are read."""
         dataset = copy.copy(self)
         dataset.with_images = False
         return dataset
@@ -128,7 +128,7 @@ class LabelMapDataset(Dataset[Sample]):
 
     @property
     def sample_bytes(self) -> int | None:
-        """Of a sample's tensors, if the augmentations make all samples of one size; without edges that follow."""
+        """Count the bytes of a sample's tensors if all samples have one size; without computed edges."""
         if (size := self.augmentations.output_h_w) is None:
             return None
         has_edges = self.spec.has_edges and not self.edges_follow_labels
@@ -151,7 +151,7 @@ class LabelMapDataset(Dataset[Sample]):
         draw_edges: bool = True,
         images_out: NDArray[np.uint8] | None = None,
     ) -> list[Sample]:
-        """The samples of so many (index, draw).
+        """Read the samples of these (index, draw) pairs.
 
         Stage by stage, not sample by sample, which is a tenth faster: what a stage uses stays in the processor's cache.
 
@@ -179,10 +179,10 @@ class LabelMapDataset(Dataset[Sample]):
         ]
 
     def expect_random_reads(self, shards_at_a_time: int | None = None) -> None:
-        """Read ahead only if what is read for some time fits memory: else pages go before they are asked for.
+        """Enable readahead only if the working set fits in memory; otherwise pages are evicted before use.
 
         Args:
-            shards_at_a_time: so many are read from for some time; None: all.
+            shards_at_a_time: number of shards in the working set; None: all.
         """
         share = 1 if shards_at_a_time is None else min(1, shards_at_a_time / len(self.shard_sizes))
         fits = share * sum(root.source.num_bytes for root in self._roots) < usable_memory() / 2
@@ -190,7 +190,7 @@ class LabelMapDataset(Dataset[Sample]):
             root.source.readahead = fits
 
     def check_label_map(self, index: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(height, width) of a label map as stored, and as ``read`` gives it (without a draw).
+        """Return (height, width) of a label map as stored, and as ``read`` gives it (without a draw).
 
         Raises:
             DataError, LabelError: it cannot be used.

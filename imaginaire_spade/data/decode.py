@@ -1,4 +1,4 @@
-"""Bytes of an image file -> arrays, with the meaning of each data type kept exactly.
+"""Decode image files into arrays; each data type keeps its exact meaning.
 
 Owns what a photo, a label map, an edge map and an instance map may look like as a file. A photo may be anything that
 OpenCV reads; a map must be lossless, and its integers come out as they stand in the file: palette pictures give their
@@ -25,7 +25,7 @@ MAX_PIXELS = 2**27
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
 
-# (Of scale and colour, OpenCV names the pairs in BGR only; each is a flag of its own.)
+# OpenCV has combined scale and colour flags for BGR only, so the individual flags are ORed.
 _SCALE = {
     1: 0,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
@@ -86,7 +86,7 @@ def decode_image(data: bytes, where: str, *, reduction: int = 1) -> NDArray[np.u
 
 def check_photo(data: bytes, where: str) -> tuple[int, int]:
     """(height, width) of a photo that can be decoded. Raises DataError as ``decode_image`` does."""
-    # A decoder reads a JPEG to its end at any scale: what is wrong with one shows at an eighth too, two fifths sooner.
+    # A decoder reads a JPEG to its end at any scale: decoding at 1/8 detects the same corruption 40 % faster.
     decode_image(data, where, reduction=8 if is_jpeg(data) else 1)
     return image_size(data, where)
 

@@ -1,4 +1,4 @@
-"""Label, edge and instance maps -> bytes of an image file. (Pictures are encoded in ``pictures.py``.)"""
+"""Encode label, edge and instance maps as image files. (``pictures.py`` encodes other images.)"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Raw folders: files of several data types, joined by name.
+"""Read raw folders: files of several data types, joined by name.
 
 Owns the layout ``ROOT/{images,seg_maps,edge_maps,inst_maps,distances}/[SEQUENCE/...]NAME.ext``, the rule for keys, and
 what ``Source`` means: keys in a fixed order, and bytes by key and data type. Decodes nothing.
@@ -151,7 +151,7 @@ class FolderSource(Source):
     def where(self, key: str, data_type: str) -> str:
         if key not in self._extensions.get(data_type, {}):
             raise DataError(f"{self.root}: no file for {key!r} among the {data_type}")
-        # (Text, not a Path: a build asks for every file some times.)
+        # (Text, not a Path: called several times per file during a build.)
         return f"{self._folders[data_type]}{os.sep}{key}.{self._extensions[data_type][key]}"
 
     def restricted_to(self, keys: Sequence[str]) -> FolderSource:

@@ -1,4 +1,4 @@
-"""The order of samples, the workers that load them, and their way to the device.
+"""Order samples, load them in workers, and move batches to the device.
 
 Owns the one rule of a run's order: sample number p of the run (its *draw*) is entry p mod n of the shuffle of epoch
 p div n, whatever the number of processes or workers and wherever the run was interrupted.
@@ -42,7 +42,7 @@ class ResumableSampler(Sampler[Item]):
     process ``rank`` takes ``batch_size`` positions from ``images_seen + (t * world_size + rank) * batch_size`` on: the
     processes' batches in rank order are the batch of one process with ``batch_size * world_size``.
 
-    With ``shuffle_shards`` the permutation takes shard after shard, in random order, and mixes the samples of so many
+    With ``shuffle_shards`` the permutation takes shard after shard, in random order, and mixes the samples of that many
     at a time; ``shard_sizes`` are their numbers of samples.
     """
 

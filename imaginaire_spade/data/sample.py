@@ -1,4 +1,4 @@
-"""One sample: its files read, decoded, moved together by one geometry, and turned into tensors on the CPU.
+"""Read one sample: decode its files, apply one geometry to all of them, and make tensors on the CPU.
 
 Owns where edges and distances of a root's samples come from. A sample is a function of its files, the label table and
 the random generator alone. Nothing here is ever one-hot, and pictures stay uint8.

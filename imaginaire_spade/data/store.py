@@ -1,4 +1,4 @@
-"""LMDB shards in imaginaire's format: write one, read one or many; and which kind of source a root is.
+"""Write and read LMDB shards in imaginaire's format; detect whether a folder holds LMDBs or plain folders.
 
 A shard is a folder: one LMDB environment per data type (``images/data.mdb`` ...), key ``SEQUENCE/STEM`` in UTF-8
 (``./STEM`` for files directly in the folder), value the original file's bytes; ``all_filenames.json``: sequence ->
@@ -23,7 +23,7 @@ MAX_KEY_BYTES = 511
 
 
 def store_key(key: str) -> bytes:
-    """A sample's key as imaginaire writes it."""
+    """Format a sample's key as imaginaire writes it."""
     return "/".join(split_key(key)).encode()
 
 
@@ -45,7 +45,7 @@ def write_index(shard: Path, keys: Sequence[str], extensions: Mapping[str, Mappi
 
 
 def most_common(words: Iterable[str]) -> str:
-    """The most frequent word; of equally frequent ones the first in the alphabet."""
+    """Return the most frequent word; of equally frequent ones the first in the alphabet."""
     counts = Counter(words)
     return min(counts, key=lambda word: (-counts[word], word))
 
@@ -110,7 +110,7 @@ class LmdbSource(Source):
 def open_source(
     root: str | Path, data_types: Sequence[str], *, optional: Sequence[str] = (), bare: bool = False
 ) -> Source:
-    """The samples under ``root``: LMDB shards or plain folders, told apart by what is there.
+    """Open the samples under ``root``: detect whether it holds LMDB shards or plain folders.
 
     Args:
         data_types: what every sample must have.

@@ -1,4 +1,4 @@
-"""Joint geometry of a picture and its maps: resize, scale, crop, flip.
+"""Resize, scale, crop and flip an image together with its maps.
 
 One ``Geometry`` is drawn per sample and applied to the photo (area or linear) and to every map (nearest, by pixel
 centres), so that all stay aligned. A function of the source size, the configuration and random numbers; owns no state
@@ -65,7 +65,7 @@ def draw_geometry(
     if crop_h > resized_h or crop_w > resized_w:
         name = "random_crop_h_w" if augmentations.random_crop_h_w else "center_crop_h_w"
         raise DataError(
-            f"{where}: {name}: [{crop_h}, {crop_w}] is larger than the picture ({height} x {width}, height x width,"
+            f"{where}: {name}: [{crop_h}, {crop_w}] is larger than the image ({height} x {width}, height x width,"
             f" {resized_h} x {resized_w} once resized). In that split's augmentations make {name} smaller,"
             f" or enlarge first: resize_smallest_side: {max(crop_h, crop_w)} (or resize_h_w: [{crop_h}, {crop_w}])"
         )
@@ -79,8 +79,10 @@ def draw_geometry(
 
 
 def _cut(size: int, resized: int, crop: int, draw: float | None, step: int) -> tuple[int, int]:
-    """Start and length, multiples of ``step``, of what becomes ``crop`` of ``resized`` pixels: for all of them, all
-    that there is. Without a draw, in the middle."""
+    """Return start and length, multiples of ``step``, of the part that becomes ``crop`` of ``resized`` pixels.
+
+    If the crop is the whole image, return it whole; without a random draw, crop the centre.
+    """
     if crop == resized:
         return 0, size
     steps = size // step

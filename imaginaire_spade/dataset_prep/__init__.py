@@ -1,1 +1,1 @@
-"""From downloads and photos to raw folders: nothing that trains or generates imports this."""
+"""Turn downloads and photos into raw folders: nothing that trains or generates imports this."""

@@ -1,4 +1,4 @@
-"""Instance maps from COCO's ``instances_*.json`` (pycocotools, extra ``data``)."""
+"""Make instance maps from COCO's ``instances_*.json`` (pycocotools, extra ``data``)."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def draw_instances(objects: Objects, label_map: NDArray[np.generic], where: str)
     if label_map.shape != (height, width) or label_map.dtype != np.uint8:
         raise DataError(
             f"{where}: {label_map.dtype} {list(label_map.shape)}, but {objects.where} says 8 bit, {height} x {width}"
-            " (height x width): they are of different pictures"
+            " (height x width): they are of different images"
         )
     instances = label_map.astype(np.uint16)
     order = sorted(range(len(objects.annotations)), key=lambda k: (-objects.annotations[k]["area"], k))
@@ -83,6 +83,6 @@ def draw_instances(objects: Objects, label_map: NDArray[np.generic], where: str)
         except Exception as error:  # pycocotools raises whatever comes
             raise DataError(f"{objects.where}: annotation {annotation['id']}: unreadable: {error!r}") from None
         if inside.shape != instances.shape:
-            raise DataError(f"{objects.where}: annotation {annotation['id']} is of another size than its picture")
+            raise DataError(f"{objects.where}: annotation {annotation['id']} is of another size than its image")
         instances[inside] = FIRST_OBJECT + k
     return instances

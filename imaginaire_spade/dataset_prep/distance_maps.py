@@ -1,4 +1,4 @@
-"""Distance maps on disk: ``ROOT/distances/NAME.npy`` for every label map (``scripts/make_distance_maps.py``)."""
+"""Write a distance map ``ROOT/distances/NAME.npy`` for every label map (``scripts/make_distance_maps.py``)."""
 
 from __future__ import annotations
 

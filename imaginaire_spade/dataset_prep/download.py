@@ -1,4 +1,4 @@
-"""Archives fetched and unpacked: resumable, checked by sha256, and never outside their folder.
+"""Fetch and unpack archives: resumable, checked by sha256, never outside the target folder.
 
 Owns nothing but the transport; what is fetched from where is a manifest's business.
 """

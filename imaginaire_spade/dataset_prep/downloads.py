@@ -1,4 +1,4 @@
-"""Where the official downloads of the field's data sets keep their files."""
+"""Locate the files in the official downloads of the field's data sets."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _cocostuff(source: Path, options: Options) -> Iterator[RawSample]:
             if panoptic:  # true colour: the id is R + 256 G + 65536 B
                 files["inst_maps"] = panoptic / f"{key}.png"
             if objects and key not in objects:
-                raise DataError(f"{instances}: lists no picture {image.name}, which {image.parent} has")
+                raise DataError(f"{instances}: lists no image {image.name}, which {image.parent} has")
             yield RawSample(split, key, files, objects=objects.get(key))
 
 
@@ -182,7 +182,7 @@ def _custom(source: Path, options: Options) -> Iterator[RawSample]:
 def _split(paths: list[Path], num_val: int) -> Iterator[tuple[str, Path]]:
     """("train" or "val", path): ``num_val`` of them, evenly spread, are for validation."""
     if num_val >= len(paths) > 0:
-        raise DataError(f"--num_val {num_val}: there are {len(paths)} pictures")
+        raise DataError(f"--num_val {num_val}: there are {len(paths)} images")
     val = {len(paths) * i // num_val for i in range(num_val)}
     for number, path in enumerate(paths):
         yield ("val" if number in val else "train"), path

@@ -1,4 +1,4 @@
-"""Edge maps on disk: ``ROOT/edge_maps/NAME.png`` from instance or label maps (``scripts/make_edge_maps.py``).
+"""Write ``ROOT/edge_maps/NAME.png`` from instance or label maps (``scripts/make_edge_maps.py``).
 
 (Edges can as well be drawn while training, after the augmentation: ``data.edges: instances`` or ``labels``.)
 """

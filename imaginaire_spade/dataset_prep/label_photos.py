@@ -1,4 +1,4 @@
-"""Label maps for the photos of a folder that have none, by a segmentation network (``scripts/label_images.py``)."""
+"""Label a folder of photos with a segmentation network (``scripts/label_images.py``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Official downloads of the field's data sets -> raw folders (``scripts/prepare_dataset.py``).
+"""Turn official downloads of data sets into raw folders (``scripts/prepare_dataset.py``).
 
 Ids stay as they are in the download wherever the table in
 ``configs/labels/NAME.yaml`` maps them; files are copied (or linked), not decoded, wherever nothing has to change.
@@ -43,7 +43,7 @@ def prepare(
         raise DataError(f"--source {source}: no such folder")
     samples = list(DATASETS[name](source, options))
     if not samples:
-        raise DataError(f"--source {source}: no pictures there")
+        raise DataError(f"--source {source}: no images there")
     missing = [path for sample in samples for path in sample.files.values() if not path.is_file()]
     if missing:
         shown = "\n  ".join(str(path) for path in missing[:10])

@@ -1,4 +1,4 @@
-"""Paint label maps in a browser, the picture beside them: ``python -m imaginaire_spade.demo --checkpoint P``.
+"""Paint label maps in a browser and see the images: ``python -m imaginaire_spade.demo --checkpoint P``.
 
 Needs nothing but the checkpoint. The page is for this machine alone unless --host says otherwise.
 """
@@ -23,16 +23,18 @@ def parse_arguments() -> argparse.Namespace:
         "python -m imaginaire_spade.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="P",
-                        help="checkpoint file, or a folder or log dir: its newest one")  # fmt: skip
+                        help="checkpoint file, or a folder or log dir, whose newest checkpoint is used")  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
-    parser.add_argument("--port", type=int, default=7860, help="default: 7860; 0: any free one")
+    parser.add_argument("--port", type=int, default=7860, help="default: 7860; 0: any free port")
     parser.add_argument("--samples", metavar="DIR",
-                        help="label maps to start from: a folder, a data set or an LMDB root (default: the"
-                             " checkpoint's own validation data, where it is there)")  # fmt: skip
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="moving average (default) or raw")
+                        help="label maps to start from: a folder, a data set or an LMDB folder (default: the"
+                             " checkpoint's own validation data, if available)")  # fmt: skip
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="ema (default); raw: non-averaged weights"
+    )
     parser.add_argument("--size", metavar="trained|own|HxW",
-                        help=f"{SIZE_HELP} (default: trained for canvases of which a side differs from it by more than"
-                             " 1.5 times, own for others); pictures are resized to the canvas")  # fmt: skip
+                        help=f"{SIZE_HELP} (default: trained if a side of the canvas differs from it by more than a"
+                             " factor of 1.5, else own); images are resized to the canvas")  # fmt: skip
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
                         help="import your module, which registers your components (repeat)")  # fmt: skip

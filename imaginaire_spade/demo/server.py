@@ -1,4 +1,4 @@
-"""The painting page over HTTP: its files, and JSON requests to the service.
+"""Serve the painting page over HTTP: its files, and JSON requests to the service.
 
 Owns who may ask (host and origin), how much may be sent, and how answers and errors look on the wire. It is made for
 people at one machine: it has no accounts and no encryption.

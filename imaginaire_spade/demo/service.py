@@ -1,4 +1,4 @@
-"""What the painting page asks for: pictures of label maps, label maps of files, styles of photos.
+"""Answer the painting page's requests: images of label maps, label maps of files, styles of photos.
 
 Owns the meaning of a request and its limits. Knows nothing of HTTP: bytes and plain values in and out. On the page and
 between page and server a label map holds train ids; files hold raw ids, as the data set's files do.

@@ -1,4 +1,4 @@
-"""How good generated pictures are: scores, the protocol they were obtained under, and reports.
+"""Score generated images, state the evaluation protocol, and write reports.
 
 Knows pictures, data sets and networks; knows neither checkpoints nor the training loop, which calls it.
 """

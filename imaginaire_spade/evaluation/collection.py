@@ -1,4 +1,4 @@
-"""Pictures -> what scores are computed from: sums of features, the features themselves where needed, and a description.
+"""Collect from images what scores need: sums of features, features themselves if needed, and a description.
 
 Owns the streaming and the split over processes: every process takes every ``world_size``-th key, nothing is padded or
 dropped, and the number of pictures is asserted. The result is the same for any number of processes and, but for the
@@ -118,7 +118,7 @@ def _usable(
         group = samples.pop(item.index)
         bad = [sample.message for sample in group if isinstance(sample, Unreadable)]
         if bad and not skip_bad:
-            raise DataError(f"{bad[0].rstrip('.')}. Repair or remove it; --skip_bad leaves such pictures out")
+            raise DataError(f"{bad[0].rstrip('.')}. Repair or remove it; --skip_bad leaves such images out")
         if bad:
             share.unreadable[item.index] = bad[0]
         else:
@@ -164,7 +164,7 @@ def _features(network: FeatureNetwork, batch: Sequence[EvaluatedPicture], source
         features = network([picture.pixels for picture in batch])
     except torch.OutOfMemoryError:
         raise UserError(
-            f"{source.name}: not enough memory on {network.device} for the features of {len(batch)} pictures at once:"
+            f"{source.name}: not enough memory on {network.device} for the features of {len(batch)} images at once:"
             " write a smaller --batch_size"
         ) from None
     finite = features.isfinite().all(1).tolist()
@@ -182,11 +182,11 @@ def _joined(
     used = sorted(index for share in shares for index in share.indices)
     unreadable = {index: message for share in shares for index, message in share.unreadable.items()}
     total = len(source.keys)
-    assert sorted([*used, *unreadable]) == list(range(total)), f"{source.name}: not each of {total} pictures once"
-    assert stats is None or stats.count == len(used), f"{source.name}: {stats} of {len(used)} pictures"
+    assert sorted([*used, *unreadable]) == list(range(total)), f"{source.name}: not each of {total} images once"
+    assert stats is None or stats.count == len(used), f"{source.name}: {stats} of {len(used)} images"
     if not used:
         raise DataError(
-            f"{source.name}: none of its {total} pictures can be read; the first: {unreadable[min(unreadable)]}"
+            f"{source.name}: none of its {total} images can be read; the first: {unreadable[min(unreadable)]}"
         )
 
     features = None
@@ -203,7 +203,7 @@ def _joined(
     description = Description(len(used), _sizes(sizes), ", ".join(sorted(formats)), digest)
     warnings = [*_remarks(source, shares)]
     if unreadable:
-        warnings.append(f"{source.name}: {len(unreadable)} of {total} pictures cannot be read and are left out")
+        warnings.append(f"{source.name}: {len(unreadable)} of {total} images cannot be read and are left out")
     problems = tuple(unreadable[index] for index in sorted(unreadable))
     gaussian = stats.gaussian(source.name) if stats else None
     return Collection(source.name, description, gaussian, stats, features, diversity, tuple(warnings), problems)
@@ -223,7 +223,7 @@ def _remarks(source: PictureSource, shares: Sequence[_Share]) -> Iterator[str]:
         for remark, indices in share.remarks.items():
             joined.setdefault(remark, []).extend(indices)
     for remark, indices in sorted(joined.items()):
-        yield f"{source.name}: {remark} in {len(indices)} picture(s), such as {source.keys[min(indices)]}"
+        yield f"{source.name}: {remark} in {len(indices)} image(s), such as {source.keys[min(indices)]}"
 
 
 # ------------------------------------------------------------------------------------------------ kept in files
@@ -252,7 +252,7 @@ def load_collection(path: Path, network: FeatureNetwork, reference_split: str) -
     if stored.origin is None:
         digest = _digest_of(path)
         warning = (
-            f"{path}: these statistics do not say what network, resizing or pictures they are of. The distance is right"
+            f"{path}: these statistics do not say what network, resizing or images they are of. The distance is right"
             " only if all that is as in this protocol (pytorch-fid's: --resize legacy)"
         )
         return Collection(str(path), Description(None, None, None, digest), gaussian, None, None, None, (warning,))

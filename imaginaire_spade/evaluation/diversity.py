@@ -1,4 +1,4 @@
-"""How different the pictures of one label map are: the mean LPIPS distance between them (Zhu et al. 2017).
+"""Measure the diversity of a label map's images: mean LPIPS distance between them (Zhu et al. 2017).
 
 The network is torchmetrics' LPIPS (AlexNet; Zhang et al. 2018), whose heads come with that package; the weights of the
 backbone are torchvision's, from a file.
@@ -58,7 +58,7 @@ class PerceptualNetwork:
         if len({picture.shape for picture in pictures}) > 1:
             raise DataError(f"{where}: its samples are of different sizes")
         if min(pictures[0].shape[1:]) < MIN_SIDE:
-            raise DataError(f"{where}: LPIPS needs pictures of at least {MIN_SIDE} x {MIN_SIDE} pixels")
+            raise DataError(f"{where}: LPIPS needs images of at least {MIN_SIDE} x {MIN_SIDE} pixels")
         device = next(self.layers.parameters()).device
         scaled = torch.stack(list(pictures)).to(device).float() / 127.5 - 1
         pairs = list(itertools.combinations(range(len(pictures)), 2))

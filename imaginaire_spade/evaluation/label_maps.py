@@ -1,4 +1,4 @@
-"""Pictures beside the label maps that they belong to: what segmentation scores and the report page need of both.
+"""Join images with their label maps and photos, for segmentation scores and the report page.
 
 Owns the joining by key and the rule that a photo is judged at the size of the generated picture.
 """
@@ -44,7 +44,7 @@ class LabelMaps:
         """Raises DataError where a picture has no label map."""
         if missing := [key for key in keys if key not in self._places]:
             raise DataError(
-                f"{self.name}: no label map for {len(missing)} of the {len(keys)} pictures of {where}, such as"
+                f"{self.name}: no label map for {len(missing)} of the {len(keys)} images of {where}, such as"
                 f" {missing[0]}: files are joined by name"
             )
 
@@ -62,7 +62,7 @@ class SegmentationPass:
         maps.check(fake.keys, fake.name)
         if missing := sorted(set(fake.keys) - set(photos.keys)):
             raise DataError(
-                f"{photos.name}: no photo for {len(missing)} of the {len(fake.keys)} pictures of {fake.name}, such as"
+                f"{photos.name}: no photo for {len(missing)} of the {len(fake.keys)} images of {fake.name}, such as"
                 f" {missing[0]}. A segmentation score means little without that of the photos of the same label maps"
             )
         metric.check(fake.keys)

@@ -1,4 +1,4 @@
-"""What the classes of a segmentation network mean in the label table.
+"""Map the classes of a segmentation network to the label table.
 
 Owns the matching by name, the file that states what names do not, and the wording of what is missing.
 """

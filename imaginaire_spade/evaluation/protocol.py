@@ -1,4 +1,4 @@
-"""The protocol stamp: everything that two scores must share before they may be compared.
+"""Describe the evaluation protocol: everything that two scores must share to be comparable.
 
 One model was reported with an FID of 71.8, 63, 57.6, 51.98 and 50.38 on one data set, because nobody could see this.
 """

@@ -1,4 +1,4 @@
-"""A report: scores, the protocol they were obtained under, and what the reader must know. One JSON file."""
+"""Write a report as one JSON file: scores, their evaluation protocol, and warnings for the reader."""
 
 from __future__ import annotations
 

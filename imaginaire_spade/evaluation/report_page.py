@@ -1,4 +1,4 @@
-"""The report page: one HTML file with scores, stamp, classes and pictures. It runs no script and loads nothing."""
+"""Write the report page: one HTML file with scores, protocol, classes and images. It loads nothing."""
 
 from __future__ import annotations
 

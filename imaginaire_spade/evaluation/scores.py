@@ -1,4 +1,4 @@
-"""Two collections of pictures -> scores under a protocol.
+"""Compute scores of two collections of images under a protocol.
 
 Scores of an untrained feature network are never called FID or KID: their names say ``random``.
 """
@@ -31,7 +31,7 @@ FEW_PICTURES = 2048
 
 
 def score_name(name: str, network: FeatureNetwork) -> str:
-    """What a feature score is called: plain only for the trained network at 2048 dimensions."""
+    """Name a feature score: plain only for the trained network at 2048 dimensions."""
     if network.is_random:
         return {"fid": "random_feature_distance", "kid": "random_feature_mmd"}.get(name, f"random_feature_{name}")
     return name if network.dim == 2048 else f"{name}_{network.dim}"
@@ -48,7 +48,7 @@ class Kid:
 
 
 def kernel_distance(real: Tensor, fake: Tensor, *, seed: int = 0) -> Kid:
-    """KID (Binkowski et al. 2018): the unbiased MMD^2 under the kernel (x.y / D + 1)^3, in float64.
+    """Compute KID (Binkowski et al. 2018): the unbiased MMD^2 under the kernel (x.y / D + 1)^3, in float64.
 
     Args:
         real, fake: float [N, D] and [M, D]; subsets of the smaller of 1000, N and M are drawn by ``seed``.
@@ -62,7 +62,7 @@ def kernel_distance(real: Tensor, fake: Tensor, *, seed: int = 0) -> Kid:
         raise ConfigError(f"KID comes with torchmetrics: {how_to_install('eval')}") from None
     size = min(KID_SUBSET_SIZE, len(real), len(fake))
     if size < 2:
-        raise DataError(f"KID needs at least 2 pictures on each side, not {len(real)} and {len(fake)}")
+        raise DataError(f"KID needs at least 2 images on each side, not {len(real)} and {len(fake)}")
     subsets = 1 if size == len(real) == len(fake) else KID_SUBSETS
     rng = np.random.default_rng(seed)
     values = []
@@ -74,7 +74,7 @@ def kernel_distance(real: Tensor, fake: Tensor, *, seed: int = 0) -> Kid:
 
 
 def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
-    """Share of generated pictures among the real ones and the reverse (Kynkaanniemi et al. 2019), by torch-fidelity.
+    """Compute precision and recall of generated images (Kynkaanniemi et al. 2019), with torch-fidelity.
 
     Args:
         real, fake: float32 [N, D] and [M, D], more than ``NEIGHBOURS`` each.
@@ -90,7 +90,7 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
         ) from None
     if min(len(real), len(fake)) <= NEIGHBOURS:
         raise DataError(
-            f"precision and recall need more than {NEIGHBOURS} pictures on each side, not {len(real)} and {len(fake)}"
+            f"precision and recall need more than {NEIGHBOURS} images on each side, not {len(real)} and {len(fake)}"
         )
     precision, recall = calculate_precision_recall_part(fake, real, NEIGHBOURS)
     return precision, recall
@@ -165,7 +165,7 @@ def evaluate_pictures(
 def _features(side: Collection, metric: str) -> Tensor:
     if side.features is None:
         raise ConfigError(
-            f"--metrics {metric} needs the pictures themselves; {side.name} holds statistics, which do for fid only"
+            f"--metrics {metric} needs the images themselves; {side.name} holds statistics, which do for fid only"
         )
     return side.features
 
@@ -174,7 +174,7 @@ def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metri
     found = []
     if network.is_random:
         found.append(
-            f"{network.name} is an untrained network: its scores say nothing about the pictures, and are no FID or KID"
+            f"{network.name} is an untrained network: its scores say nothing about the images, and are no FID or KID"
         )
     elif not network.is_published:
         found.append(
@@ -183,15 +183,15 @@ def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metri
         )
     counts = [side.gaussian.count for side in (real, fake) if side.gaussian and side.gaussian.count is not None]
     if "fid" in metrics and min(counts) < FEW_PICTURES:
-        few = f"only {min(counts)} pictures: a Frechet distance of fewer than {FEW_PICTURES} is too high, by how much"
+        few = f"only {min(counts)} images: a Frechet distance of fewer than {FEW_PICTURES} is too high, by how much"
         few += " depends on their number. Compare equal numbers only, and report KID (--metrics kid), which has no such"
         few += " bias"
         if min(counts) <= network.dim:
-            few += f". With features of {network.dim} dimensions their covariance is singular besides"
+            few += f". With features of {network.dim} dimensions their covariance is also singular"
         found.append(few)
     if real.description.size and real.description.size != fake.description.size:
         found.append(
-            f"real pictures are {real.description.size}, generated ones {fake.description.size} (height x width): part"
+            f"real images are {real.description.size}, generated ones {fake.description.size} (height x width): part"
             " of the distance is that of the sizes"
         )
     return found

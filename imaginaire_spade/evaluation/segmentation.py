@@ -238,7 +238,7 @@ class SegmentationMetric:
     def added_to(self, report: Report) -> Report:
         """A report with these scores, their stamp and their details."""
         fakes, photos = (self.confusions[kind].pictures for kind in ("generated", "real"))
-        warning = f"segmentation: {fakes} generated pictures, but {photos} of their photos could be read"
+        warning = f"segmentation: {fakes} generated images, but {photos} of their photos could be read"
         return replace(
             report,
             warnings=report.warnings if fakes == photos else (*report.warnings, warning),

@@ -1,4 +1,4 @@
-"""Where evaluated pictures come from: folders, LMDBs, the photos of a data set; what is generated on the fly likewise.
+"""Read the images to evaluate: from folders, LMDBs, the photos of a data set, or a generator.
 
 Owns the one form in which pictures reach the scores, and what a picture file may look like. Sources may hold several
 samples per label map: sample 0 is the picture that counts, the others show diversity.
@@ -86,7 +86,7 @@ class FolderPictures(PictureSource):
         self._source = _open(Path(root))
         files = sorted(key for key in self._source.keys if not key.startswith(f"{LABELS_FOLDER}/"))
         if not files:
-            raise DataError(f"{root}: no pictures there")
+            raise DataError(f"{root}: no images there")
         self._files = [[key] for key in files] if num_samples == 1 else _grouped(files, num_samples, self.name)
         self.keys = files if num_samples == 1 else [group[0].rpartition("_")[0] for group in self._files]
 
@@ -108,13 +108,13 @@ class FolderPictures(PictureSource):
 
 def _open(root: Path) -> Source:
     if root.is_file():
-        raise DataError(f"{root}: a file; expected a folder of pictures, an LMDB root, or statistics (.npz)")
+        raise DataError(f"{root}: a file; expected a folder of images, an LMDB root, or statistics (.npz)")
     try:
         return open_source(root, ["images"], bare=True)
     except DataError as error:
         if not root.is_dir() or any(root.iterdir()):
             raise
-        raise DataError(f"{root}: the folder is empty; expected pictures ({' '.join(IMAGE_EXTENSIONS)})") from error
+        raise DataError(f"{root}: the folder is empty; expected images ({' '.join(IMAGE_EXTENSIONS)})") from error
 
 
 def _grouped(files: Sequence[str], num_samples: int, where: str) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Statistics of features, as sums that add up exactly, and the distance of two Gaussians.
+"""Accumulate statistics of features as exact sums, and compute the distance of two Gaussians.
 
 Owns the arithmetic and the files it is kept in: ours, pytorch-fid's ``.npz`` and CLADE's ``m.npy``/``s.npy``. Knows
 nothing of pictures or networks.
@@ -75,7 +75,7 @@ class FeatureStats:
     def gaussian(self, where: str = "features") -> Gaussian:
         """Raises DataError, beginning with ``where``, for fewer than two pictures: they have no covariance."""
         if self.count < 2:
-            raise DataError(f"{where}: {self.count} picture(s); a covariance needs at least 2")
+            raise DataError(f"{where}: {self.count} image(s); a covariance needs at least 2")
         mean = self.sum.cpu() / self.count
         scatter = self.outer.cpu() - self.count * torch.outer(mean, mean)
         return Gaussian(mean, scatter / (self.count - 1), self.count)

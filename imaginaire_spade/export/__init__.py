@@ -1,1 +1,1 @@
-"""Generators for other runtimes: nothing that trains or generates imports this."""
+"""Export generators for other runtimes: nothing that trains or generates imports this."""

@@ -1,4 +1,4 @@
-"""Generator -> a file that runs without this package: ONNX (``.onnx``) or a ``torch.export`` package (``.pt2``).
+"""Export a generator to run without this package: ONNX (``.onnx``) or ``torch.export`` (``.pt2``).
 
 Owns what such a file takes and gives, its metadata, and the check that its pictures are the generator's. A file takes,
 where the generator does, and in this order:
@@ -121,7 +121,7 @@ def export_model(model: LoadedModel, output: Path, on_checked: Callable[[str, fl
             if not difference <= TOLERANCE:
                 packages = "onnxscript and onnxruntime" if output.suffix == ".onnx" else "torch"
                 raise UserError(
-                    f"{output}: not written, since its pictures are not the generator's: {name} pixels differ by up to"
+                    f"{output}: not written: its images differ from the generator's: {name} pixels differ by up to"
                     f" {difference:.2g}, where {TOLERANCE} is allowed. That is a fault of the exporter or the runtime:"
                     f" try other versions of {packages}"
                 )

@@ -1,4 +1,4 @@
-"""Checkpoint + label maps -> picture files.
+"""Generate image files from a checkpoint and label maps.
 
 Owns the way of a label map through a trained generator: padding and cropping, style codes, batches of mixed sizes,
 writing, the split over processes, and the gallery page. Needs no photos, no discriminator and no loss network.

@@ -1,4 +1,4 @@
-"""Pictures of one size, one after the other -> an animated GIF or an MP4 that plays there and back."""
+"""Write images of one size as an animated GIF or an MP4 that plays forwards and backwards."""
 
 from __future__ import annotations
 

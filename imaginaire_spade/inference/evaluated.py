@@ -1,4 +1,4 @@
-"""What evaluate.py looks at: stored pictures, or those that a checkpoint makes, with their photos and label maps."""
+"""Collect what evaluate.py scores: stored or generated images, with their photos and label maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A data set's label maps -> a folder of picture files.
+"""Generate a folder of images from a data set's label maps.
 
 Owns the order of a run: which label maps are this process's, reading ahead, label maps that cannot be used, writing,
 progress, and the gallery page.
@@ -51,7 +51,7 @@ class Progress:
         elif self._shown and time.perf_counter() - self._line_at >= self.SECONDS_BETWEEN_LINES:
             self._line_at = time.perf_counter()
             rate = done / (self._line_at - self._started_at)
-            print(f"{done} of {total} pictures, {rate:.2f} images/s", file=sys.stderr, flush=True)
+            print(f"{done} of {total} images, {rate:.2f} images/s", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -92,7 +92,7 @@ def generate_folder(
     on_written: Callable[[int, int], None] = lambda done, total: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> RunReport:
-    """Write the pictures of this process's share of a data set: every ``world_size``-th key, in sorted order.
+    """Write the images of this process's share of a data set: every ``world_size``-th key, in sorted order.
 
     Args:
         dataset: label maps, made with ``with_images=False``.
@@ -219,8 +219,8 @@ def _note_of_kept(
         size = stored if resize_back else read
         if kept != size:
             return (
-                f"{path} stays as it is, {shown(kept)}, where this run would write {shown(size)}: the folder will hold"
-                " pictures of several sizes (--overwrite makes all anew)"
+                f"{path} is kept at {shown(kept)}, but this run would write {shown(size)}: the folder will hold"
+                " images of several sizes (--overwrite generates all again)"
             )
         return None
     return None
@@ -279,7 +279,7 @@ def _check_pixels(key: str, stored: Size, read: Size, most: int, resize_back: bo
         )
     if resize_back and (pixels := stored[0] * stored[1]) > most:
         raise DataError(
-            f"{key}: a label map of {shown(stored)}, {pixels:,} pixels, to which its picture would be resized back."
+            f"{key}: a label map of {shown(stored)}, {pixels:,} pixels, to which its image would be resized back."
             f" Leave --resize_back out, or write --max_pixels {pixels} if the memory is there"
         )
 

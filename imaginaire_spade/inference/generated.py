@@ -1,4 +1,4 @@
-"""A checkpoint's pictures of a data set's label maps, for evaluation: the pixels that inference.py writes."""
+"""Generate a checkpoint's images for evaluation: the pixels that inference.py writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The output folder: which files a run writes there, what may be there before, and writing in the background."""
+"""Plan and write the output folder: file names, accepted existing contents, background writing."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def plan_outputs(
         for parent in itertools.takewhile(lambda p: p.name, PurePosixPath(path).parents):
             if str(parent) in taken:
                 raise DataError(
-                    f"label map {key!r} needs a folder {parent}, but that is a picture of"
+                    f"label map {key!r} needs a folder {parent}, but that is an image of"
                     f" {taken[str(parent)]!r}: rename one"
                 )
     return outputs
@@ -102,7 +102,7 @@ def check_output_folder(directory: Path, own: Sequence[Output], everything: Sequ
             is_picture = name.lower().endswith(SUFFIXES) and not name.startswith(".")
             if is_picture and (path in mine or path not in planned):
                 raise UserError(
-                    f"--output_dir {directory} already holds pictures, such as {path}. Write --skip_existing to keep"
+                    f"--output_dir {directory} already holds images, such as {path}. Write --skip_existing to keep"
                     " them and make the missing ones, --overwrite to replace those of the same name, or another folder"
                 )
 
@@ -117,7 +117,7 @@ def check_apart(directory: Path, roots: Iterable[str | Path]) -> None:
         below = target.relative_to(source).parts
         if not below or below[0] in DATA_TYPES or not any((source / name).is_dir() for name in DATA_TYPES):
             raise UserError(
-                f"--output_dir {directory} lies among the label maps of {root}: pictures would replace them or be taken"
+                f"--output_dir {directory} lies among the label maps of {root}: images would replace them or be taken"
                 " for label maps. Give a folder elsewhere"
             )
 

@@ -1,4 +1,4 @@
-"""A trained generator as one file to give away: weights for inference in safetensors, which runs no code when read.
+"""Publish a trained generator as one file: weights for inference in safetensors, which runs no code when read.
 
 Tensors ``generator.*`` and, where there is a style encoder, ``encoder.*``, spectral norms folded. The metadata holds
 ``format``, ``version`` (of this package), ``config`` (JSON, fully resolved, label table included), ``weights`` (``ema``

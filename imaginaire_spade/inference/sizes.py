@@ -1,4 +1,4 @@
-"""At which size a label map is generated: what ``--size`` means, and what the user is told of it.
+"""Choose the size at which a label map is generated (``--size``), and word the note to the user.
 
 Owns the rule and its words alone: label maps are resized by the data set's geometry, pictures by ``pictures.resized``.
 A generator knows objects at the scale at which it has seen them: a street learned at 96x128 and generated at 360x480
@@ -32,7 +32,7 @@ MAX_PIXELS = 2**24
 def read_size(
     given: str | tuple[int, int] | None, name: str, *, raise_with: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> Asked:
-    """What a command line's text or a caller's (height, width) asks for.
+    """Parse a size from the command line's text or a caller's (height, width).
 
     Args:
         name: of the flag or argument, for messages.
@@ -65,7 +65,7 @@ def _two_numbers(given: str | tuple[int, int]) -> Size | None:
 
 
 def shown(size: Size) -> str:
-    """HEIGHTxWIDTH."""
+    """Format a size as HEIGHTxWIDTH."""
     return f"{size[0]}x{size[1]}"
 
 
@@ -100,13 +100,13 @@ class SizeRule:
         return self.one_size or own
 
     def is_far(self, size: Size) -> bool:
-        """Whether training saw nothing near such a size."""
+        """Check whether a size is far from the trained one."""
         return self.trained is not None and any(
             max(side, trained) > FAR * min(side, trained) for side, trained in zip(size, self.trained, strict=True)
         )
 
     def note(self, label_maps: Mapping[Size, int], *, resize_back: bool) -> str | None:
-        """What is done to label maps, in one line; None where there is nothing to say.
+        """Describe in one line how label maps are resized; None if they are not.
 
         Args:
             label_maps: own size -> how many have it.

@@ -1,4 +1,4 @@
-"""Style codes: which one a picture gets. Of a seed, of a picture, or between two.
+"""Choose each image's style code: from a seed, from an image, or between two.
 
 A ``StyleOf`` is a function of a label map's key and the number of the sample, so that neither order nor the number of
 processes changes a picture.
@@ -35,17 +35,17 @@ EVERY_LABEL_MAP = ""
 
 
 def drawn_styles(seed: int, style_dims: int, num_samples: int = 1) -> StyleOf:
-    """Each picture its own style code, drawn for (seed, key, sample); none where ``style_dims`` is 0."""
+    """Give each image a random style code for (seed, key, sample); none where ``style_dims`` is 0."""
     return lambda key, sample: _noise(seed, key, sample, style_dims, num_samples) if style_dims else None
 
 
 def shared_styles(seed: int, style_dims: int) -> StyleOf:
-    """One style code for all label maps: sample j of each has that of ``seed + j``; none where ``style_dims`` is 0."""
+    """Use one style code for all label maps: sample j has that of ``seed + j``; none where ``style_dims`` is 0."""
     return lambda key, sample: style_of_seed(seed + sample, style_dims) if style_dims else None
 
 
 def style_of_seed(seed: int, style_dims: int) -> Tensor:
-    """The style code of a seed, the same for every label map: float32 [style_dims]."""
+    """Return the style code of a seed, the same for every label map: float32 [style_dims]."""
     return style_noise(seed, [EVERY_LABEL_MAP], style_dims)[0]
 
 
@@ -57,7 +57,7 @@ def _noise(seed: int, key: str, sample: int, style_dims: int, num_samples: int) 
 
 
 def picture_styles(model: LoadedModel, path: Path, keys: Sequence[str], seed: int = 0, num_samples: int = 1) -> StyleOf:
-    """The styles of one picture file, or of a folder's (data set's) pictures.
+    """Encode the styles of one image file, or of a folder's (data set's) images.
 
     A folder's pictures join the label maps by name (SEQUENCE/STEM). Where no name agrees, they take turns: the i-th
     label map, sorted by key, gets the i-th picture, and after the last one the first again.
@@ -77,9 +77,9 @@ def picture_styles(model: LoadedModel, path: Path, keys: Sequence[str], seed: in
     missing = sorted(set(keys) - set(source.keys))
     if missing and len(missing) < len(set(keys)):
         raise DataError(
-            f"style pictures {path}: none for {len(missing)} label map(s): {', '.join(missing[:5])}"
+            f"style images {path}: none for {len(missing)} label map(s): {', '.join(missing[:5])}"
             f"{' ...' if len(missing) > 5 else ''}. Add them; or give one file, or a folder none of whose names is a"
-            " label map's: its pictures take turns"
+            " label map's: its images take turns"
         )
     names = {key: source.keys[i % len(source.keys)] for i, key in enumerate(sorted(keys))} if missing else None
 
@@ -101,27 +101,27 @@ def _around(style_of: Callable[[str], tuple[Tensor, Tensor]], seed: int, num_sam
 
 
 def read_style_picture(path: Path) -> Picture:
-    """A picture's file: RGB uint8 [H, W, 3]. Raises DataError."""
+    """Read an image file: RGB uint8 [H, W, 3]. Raises DataError."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"style picture {path}: cannot be read: {error.strerror}") from None
-    return decode_image(content, f"style picture {path}")
+        raise DataError(f"style image {path}: cannot be read: {error.strerror}") from None
+    return decode_image(content, f"style image {path}")
 
 
 def check_has_encoder(model: LoadedModel) -> None:
-    """Raises CheckpointError where the checkpoint was trained without a style encoder."""
+    """Raise CheckpointError if the checkpoint was trained without a style encoder."""
     if model.encoder is None:
         instead = "a seed gives it a style (--style_seed)" if model.style_dims else "it takes no style at all"
         raise CheckpointError(
-            f"the style of a picture: this checkpoint was trained without a style encoder; {instead}. Take a checkpoint"
+            f"the style of an image: this checkpoint was trained without a style encoder; {instead}. Take a checkpoint"
             " whose config has encoder: {type: conv}"
         )
 
 
 @torch.inference_mode()
 def encode_style(model: LoadedModel, picture: Picture) -> tuple[Tensor, Tensor]:
-    """(mu, logvar) of a picture's style, float32 [style_dims] each, on the CPU.
+    """Encode (mu, logvar) of an image's style, float32 [style_dims] each, on the CPU.
 
     Args:
         picture: RGB uint8 [H, W, 3] of any size.
@@ -144,19 +144,19 @@ def encode_style(model: LoadedModel, picture: Picture) -> tuple[Tensor, Tensor]:
 
 
 def interpolated_styles(start: Tensor, end: Tensor, steps: int) -> StyleOf:
-    """The way from one style code to another in ``steps`` samples, both ends included, the same for every label map."""
+    """Interpolate between two style codes in ``steps`` samples, ends included, the same for every label map."""
     return lambda key, sample: between(start, end, sample / (steps - 1))
 
 
 def style_named(model: LoadedModel, name: str) -> Tensor:
-    """The style code that ``name`` stands for, float32 [style_dims]: digits are a seed, all else is a picture's file.
+    """Return the style code of ``name``, float32 [style_dims]: digits are a seed, all else is an image file.
 
     Raises:
         CheckpointError: the generator takes no style code, or the checkpoint has no encoder. DataError: no picture.
     """
     if not model.style_dims:
         raise CheckpointError(
-            "this generator takes no style code: a label map has one picture, and nothing lies between"
+            "this generator takes no style code: a label map has one image, so there is nothing to interpolate"
         )
     if name.isdecimal():
         return style_of_seed(int(name), model.style_dims)

@@ -1,4 +1,4 @@
-"""Label maps -> pictures, in memory.
+"""Generate images from label maps, in memory.
 
 Owns the way of a label map through the generator: batches of mixed sizes, padding and cropping, and what a lack of
 memory or damaged weights look like.
@@ -49,8 +49,7 @@ def padded_size(height: int, width: int, multiple: int) -> tuple[int, int]:
 
 
 def synthesise(model: LoadedModel, requests: Iterable[Request], batch_size: int = 1) -> Iterator[tuple[str, Picture]]:
-    """Make the pictures: (name, RGB uint8 [H, W, 3] of the label map's size or ``resize_to``), in an order of
-    their own.
+    """Generate images: yield (name, RGB uint8 [H, W, 3] of the label map's size or ``resize_to``) in arbitrary order.
 
     Requests are taken lazily and wait for others of their padded size, at most ``BATCHES_HELD`` batches of them.
 
@@ -68,7 +67,7 @@ def synthesise(model: LoadedModel, requests: Iterable[Request], batch_size: int 
 
 
 def batches_of_one_size(requests: Iterable[Request], multiple: int, batch_size: int) -> Iterator[list[Request]]:
-    """Requests that have one padded size, ``batch_size`` of them where so many are at hand."""
+    """Group requests of one padded size into batches of up to ``batch_size``."""
     waiting: dict[tuple[int, int], list[Request]] = {}
     for request in requests:
         height, width = request.labels.shape
@@ -133,7 +132,7 @@ def _forward(model: LoadedModel, requests: Sequence[Request]) -> Tensor:
             raise
     height, width = _padded_size_of(requests[0], model)
     raise UserError(
-        f"{requests[0].name}: not enough memory on {model.device} for {step} picture(s) of {height}x{width} at once."
+        f"{requests[0].name}: not enough memory on {model.device} for {step} image(s) of {height}x{width} at once."
         f" {'Write a smaller --batch_size' if step > 1 else 'Make the label map smaller, or use a machine with more'}"
     )
 

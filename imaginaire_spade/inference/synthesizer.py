@@ -1,4 +1,4 @@
-"""Label maps -> pictures, in Python: ``Synthesizer.load("model.pt")(label_map, seed=0)``.
+"""Generate images from label maps in Python: ``Synthesizer.load("model.pt")(label_map, seed=0)``.
 
 Owns what a caller's label map, edges and style may be. How a label map goes through the generator is ``synthesis``'s,
 and at which size is that of ``sizes``.
@@ -81,7 +81,7 @@ class Synthesizer:
         size: str | tuple[int, int] | None = None,
         resize_back: bool = False,
     ) -> Synthesizer:
-        """The generator of a checkpoint file, or of the newest one in a folder or log dir.
+        """Load the generator of a checkpoint file, or of the newest one in a folder or log dir.
 
         Args:
             weights: "ema" (moving average, where the checkpoint has one) or "raw".
@@ -153,7 +153,7 @@ class Synthesizer:
         return self.labels.to_train_ids(raw, WHERE)
 
     def encode(self, picture: ImageLike | str | Path) -> NDArray[np.float32]:
-        """The style code of a picture, float32 [style_dims]: to mix, to keep, to give as ``style``.
+        """Encode the style of an image, float32 [style_dims]: to mix, to store, to pass as ``style``.
 
         Raises:
             CheckpointError: trained without an encoder. DataError: no picture.
@@ -203,7 +203,7 @@ class Synthesizer:
         if not self._told_of_size:
             self._told_of_size = True
             warnings.warn(
-                f"the label map is {shown(own)} (height x width); its picture is generated at {shown(made)}, the size"
+                f"the label map is {shown(own)} (height x width); its image is generated at {shown(made)}, the size"
                 " this generator was trained at, and has that size. Write resize_back=True to have it resized to the"
                 ' label map\'s own size, size="own" to generate at that, size="trained" to keep it so (said once)',
                 stacklevel=3,
@@ -213,9 +213,9 @@ class Synthesizer:
 def _array(given: ImageLike, name: str) -> NDArray[np.generic]:
     """Integers [H, W], or [H, W, 3] of colours. Raises DataError."""
     if isinstance(given, Image.Image) and given.mode not in MODES:
-        raise DataError(f"{name}: a PIL picture of mode {given.mode}; give one of {', '.join(MODES)}")
+        raise DataError(f"{name}: a PIL image of mode {given.mode}; give one of {', '.join(MODES)}")
     if not isinstance(given, Image.Image | np.ndarray):
-        raise DataError(f"{name}: a {type(given).__name__}; give a numpy array or a PIL picture")
+        raise DataError(f"{name}: a {type(given).__name__}; give a numpy array or a PIL image")
     array = np.asarray(given)
     if array.dtype == np.bool_:
         array = array.astype(np.uint8)

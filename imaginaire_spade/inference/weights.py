@@ -1,4 +1,4 @@
-"""Checkpoint -> generator, ready for use.
+"""Load a generator from a checkpoint, ready for use.
 
 Owns which checkpoint file is meant (and its download), loading it into evaluation mode, and whether a config fits it.
 """
@@ -108,9 +108,9 @@ def load_generator(
         notes.append(f"{path}: {wrong}")
     if weights == "ema" and content.get("generator_ema") is None:
         weights = "raw"
-        notes.append(f"{path} has no moving average of the weights: the raw weights are used")
+        notes.append(f"{path} has no EMA of the weights: the raw (non-averaged) weights are used")
     if weights == "raw" and content["generator"] is None:
-        raise CheckpointError(f"{path} holds the moving average of the weights alone: leave --weights raw out")
+        raise CheckpointError(f"{path} holds only the EMA of the weights: leave --weights raw out")
     generator = build_generator(config)
     _load(generator, content, "generator", weights, path)
     has_encoder = any(content.get(name) is not None for name in ("encoder", "encoder_ema"))
@@ -149,7 +149,7 @@ def _load(network: nn.Module, content: Mapping[str, Any], name: str, weights: st
 
 
 def find_checkpoint(checkpoint: Path | None, logdir: Path | None, config: RunConfig | None) -> Path:
-    """The checkpoint file that the command line means: --checkpoint, else --logdir, else pretrained_weight.
+    """Find the checkpoint file of the command line: --checkpoint, else --logdir, else pretrained_weight.
 
     Raises:
         CheckpointError: nothing is given, or nothing is there.
@@ -175,7 +175,7 @@ def find_checkpoint(checkpoint: Path | None, logdir: Path | None, config: RunCon
 
 
 def fetch_weights(source: WeightSource) -> Path:
-    """The file that a config's ``pretrained_weight`` names, downloaded into torch's hub cache at the first use.
+    """Return the file of a config's ``pretrained_weight``; download it into torch's hub cache on first use.
 
     Raises:
         CheckpointError: no such file, no connection, or other bytes than its sha256 says.
@@ -207,7 +207,7 @@ def fetch_weights(source: WeightSource) -> Path:
 
 
 def check_fits(trained: RunConfig, given: RunConfig, where: str, *, parts: Sequence[str] = ("gen",)) -> None:
-    """Raises CheckpointError, in words, where ``given`` describes other networks than the checkpoint holds."""
+    """Raise CheckpointError with an explanation if ``given`` describes other networks than the checkpoint."""
     if differences := explain_mismatch(trained, given, parts=parts):
         raise CheckpointError(
             f"{where} does not fit the checkpoint:\n  " + "\n  ".join(differences) + "\nThe checkpoint carries its own"
@@ -216,7 +216,7 @@ def check_fits(trained: RunConfig, given: RunConfig, where: str, *, parts: Seque
 
 
 def with_overrides(config: RunConfig, overrides: Sequence[str], name: str) -> RunConfig:
-    """``config`` with ``--set`` values. Raises ConfigError."""
+    """Apply ``--set`` values to ``config``. Raises ConfigError."""
     if not overrides:
         return config
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Other systems' checkpoints -> ours.
+"""Convert other systems' checkpoints to ours.
 
 ``import_generator(source, state_dict, hyper)`` and its siblings build one of our networks from the hyper-parameters
 that fix the architecture and load the reference's state dict into it. Every tensor must find its place.
@@ -27,7 +27,7 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def import_generator(source: str, state_dict: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> nn.Module:
-    """A generator of ours with the weights of a reference checkpoint.
+    """Build our generator with the weights of another system's checkpoint.
 
     Args:
         source: ``nvlabs_spade``, ``clade`` or ``imaginaire``.
@@ -56,7 +56,7 @@ def import_encoder(source: str, state_dict: Mapping[str, Tensor], hyper: Mapping
 
 
 def describe(source: str, part: str, hyper: Mapping[str, Any]) -> Any:
-    """What a reference's hyper-parameters say about one part of our networks.
+    """Translate another system's hyper-parameters for one part of our networks.
 
     Args:
         part: ``generator``, ``discriminator``, ``encoder`` (trees as YAML has them), ``layout_spec``, ``image_size``
@@ -75,7 +75,7 @@ def describe(source: str, part: str, hyper: Mapping[str, Any]) -> Any:
 
 
 def reference_names(source: str, network: nn.Module) -> dict[str, str]:
-    """Our state-dict key -> the reference's, for every tensor of ``network``."""
+    """Map our state-dict keys to the other system's, for every tensor of ``network``."""
     return {key: _source(source).reference_key(network, key) for key in network.state_dict()}
 
 
@@ -86,7 +86,7 @@ def _source(name: str) -> Any:
 
 
 def load_reference(network: N, source: str, state_dict: Mapping[str, Tensor]) -> N:
-    """Load a reference's state dict into ``network``. Raises CheckpointError like ``import_generator``."""
+    """Load another system's state dict into ``network``. Raises CheckpointError like ``import_generator``."""
     scope = _source(source).scope(network)
     theirs = {key.removeprefix("module."): value for key, value in state_dict.items()}
     theirs = {key: value for key, value in theirs.items() if key.startswith(scope)}

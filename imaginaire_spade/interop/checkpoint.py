@@ -1,4 +1,4 @@
-"""Checkpoint files of other systems -> checkpoints of ours, and back.
+"""Convert checkpoint files of other systems to ours, and back.
 
 Owns reading foreign files without running what they hold, finding the networks inside them, and the files that
 ``scripts/import_checkpoint.py`` and ``scripts/export_checkpoint.py`` write.
@@ -32,7 +32,7 @@ State = dict[str, Tensor]
 
 
 def read_weights(path: Path, trust: bool = False) -> dict[str, Any]:
-    """What a checkpoint file holds, on the CPU. Nothing in the file is executed unless ``trust``.
+    """Read a checkpoint file, on the CPU. Nothing in the file is executed unless ``trust``.
 
     Args:
         path: a file that torch.save wrote, or a .safetensors file.
@@ -78,7 +78,7 @@ def _first_line(error: Exception) -> str:
 
 
 def networks_in(content: Mapping[str, Any], path: Path) -> dict[str, State]:
-    """State dicts of a foreign file by part: ``generator``, ``generator_ema``, ``discriminator``.
+    """Split another system's file into state dicts by part: ``generator``, ``generator_ema``, ``discriminator``.
 
     A file of the 2019 SPADE release or of CLADE is one network's state dict and comes out as ``generator``. A file of
     imaginaire holds ``net_G`` (the network and its average, style encoder included) and ``net_D``.
@@ -108,7 +108,7 @@ def _tensors(content: Any, path: Path) -> State:
 
 
 def architecture_config(source: str, hyper: Mapping[str, Any], base: RunConfig | None) -> RunConfig:
-    """The config of an imported checkpoint: networks and label channels from ``hyper``, everything else from ``base``.
+    """Build the config of an imported checkpoint: networks and label channels from ``hyper``, the rest from ``base``.
 
     Args:
         source: as for ``import_generator``.
@@ -168,7 +168,7 @@ def _has_encoder(source: str, hyper: Mapping[str, Any]) -> bool:
 def import_checkpoint(
     source: str, config: RunConfig, parts: Mapping[str, State], encoder: State | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The content of a checkpoint of ours, and what the user should know.
+    """Build the content of our checkpoint, and notes for the user.
 
     Args:
         source: as for ``import_generator``.
@@ -186,7 +186,7 @@ def import_checkpoint(
     own_encoder = build_encoder(config)
     if own_encoder is not None:
         if source != "imaginaire" and encoder is None:
-            notes.append("no --encoder_weights: pictures in the style of another (--style_image) are not possible")
+            notes.append("no --encoder_weights: images in the style of another (--style_image) are not possible")
         else:
             load_reference(own_encoder, source, parts["generator"] if encoder is None else encoder)
             content["encoder"] = own_encoder.state_dict()
@@ -210,7 +210,7 @@ def import_checkpoint(
 def export_files(
     target: str, content: Mapping[str, Any], config: RunConfig, weights: str, label_order: LabelOrder = "raw"
 ) -> dict[str, Any]:
-    """Files that ``target`` reads, by name, under its own tensor names.
+    """Build the files that ``target`` reads, by name, under its own tensor names.
 
     Args:
         target: a source that ``import_generator`` knows.

@@ -29,7 +29,7 @@ def layout_spec(hyper: Mapping[str, Any]) -> LayoutSpec:
 
 def generator(hyper: Mapping[str, Any]) -> dict[str, Any]:
     if hyper["norm_mode"] != "clade":
-        raise CheckpointError(f"norm_mode {hyper['norm_mode']!r}: clade is known here")
+        raise CheckpointError(f"norm_mode {hyper['norm_mode']!r}: only clade is supported")
     tree = nvlabs_spade.generator(hyper)
     norm = {"type": "clade", "normalization": tree["norm"]["normalization"]}
     if hyper["add_dist"]:

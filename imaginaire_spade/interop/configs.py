@@ -1,6 +1,6 @@
 """Configs of other systems -> ours: imaginaire's SPADE YAML, the ``opt.txt`` of the 2019 SPADE release and of CLADE.
 
-Every key is either translated or listed as having no meaning here.
+Every key is either translated or listed as ignored (no equivalent).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Keys:
         self.notes: list[str] = []
 
     def take(self, dotted: str, default: Any = _REQUIRED) -> Any:
-        """The value of a key; ``default`` where the file does not state it. Raises ConfigError where it must."""
+        """Return a key's value; ``default`` if the file does not state it. Raises ConfigError if it is required."""
         self._read.add(dotted)
         if not self.has(dotted):
             if default is _REQUIRED:
@@ -51,7 +51,7 @@ class Keys:
         return True
 
     def unread(self) -> Iterator[str]:
-        """Dotted keys (with values) that nothing read."""
+        """List the dotted keys (with values) that nothing read."""
 
         def leaves(node: Any, prefix: str) -> Iterator[str]:
             if any(prefix == key or prefix.startswith(f"{key}.") for key in self._read):
@@ -66,14 +66,14 @@ class Keys:
 
 
 def import_config(source: str, path: Path, tables: Path | None = None) -> tuple[str, list[str]]:
-    """A foreign config file as YAML of ours, and notes: what was chosen, and every key without a meaning here.
+    """Translate a config file of another system into our YAML, with notes on choices and ignored keys.
 
     Args:
         source: ``imaginaire`` (a YAML), ``nvlabs_spade`` or ``clade`` (opt.txt).
         path: the file.
         tables: our folder configs/labels/, for the names of ADE20K's classes; None: they have none.
     Raises:
-        ConfigError: the file cannot be read, lacks a key, or describes networks that are not known here.
+        ConfigError: the file cannot be read, lacks a key, or describes networks that are not supported.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -89,11 +89,11 @@ def import_config(source: str, path: Path, tables: Path | None = None) -> tuple[
         keys = Keys(parse_options(text, path), path)
         ours = _from_options(source, keys, tables)
     config = parse_config(ours, source=f"{path}, translated")
-    return dump_yaml(config), [*keys.notes, *(f"no meaning here: {line}" for line in keys.unread())]
+    return dump_yaml(config), [*keys.notes, *(f"ignored (no equivalent): {line}" for line in keys.unread())]
 
 
 def parse_options(text: str, path: Path) -> dict[str, Any]:
-    """The lines ``name: value [default: ...]`` of an opt.txt."""
+    """Parse the lines ``name: value [default: ...]`` of an opt.txt."""
     options = {}
     for line in text.splitlines():
         if matched := re.fullmatch(r"\s*(\w+): (.*?)\s*(?:\[default: .*\])?\s*", line):
@@ -128,7 +128,7 @@ def _from_options(source: str, keys: Keys, tables: Path | None) -> dict[str, Any
     if hyper.get("add_dist"):  # CLADE gives no position to 0 in the files, which is channel 0 in every data set
         hyper["skip_ids"] = [0]
     if (net := keys.take("netG", "spade")) != "spade":
-        raise ConfigError(f"netG: {net}: the spade generator is known here")
+        raise ConfigError(f"netG: {net}: only netG: spade is supported")
     spec = describe(source, "layout_spec", hyper)
     gpus = max(1, len([gpu for gpu in str(keys.take("gpu_ids", "0")).split(",") if gpu.strip() not in ("", "-1")]))
     batch = keys.take("batchSize")
@@ -141,14 +141,14 @@ def _from_options(source: str, keys: Keys, tables: Path | None) -> dict[str, Any
         losses["perceptual"] = {"weight": float(keys.take("lambda_vgg", 10.0)), "imagenet_statistics": False}
     if hyper.get("use_vae"):
         losses["kl"] = float(keys.take("lambda_kld", 0.05)) * batch / gpus
-        keys.notes.append(f"lambda_kld sums over the {batch // gpus} pictures of a GPU: losses.kl is on their mean")
+        keys.notes.append(f"lambda_kld sums over the {batch // gpus} images of a GPU: losses.kl is on their mean")
     lr, betas = float(keys.take("lr", 2e-4)), (float(keys.take("beta1", 0.0)), float(keys.take("beta2", 0.9)))
     ttur = not keys.take("no_TTUR", False)
     constant, decaying = keys.take("niter", 50), keys.take("niter_decay", 0)
     policy = {"type": "linear", "decay_start": constant / (constant + decaying)} if decaying else {"type": "constant"}
     adam = dict(zip(("adam_beta1", "adam_beta2"), (0.0, 0.9) if ttur else betas, strict=True)) | {"lr_policy": policy}
     if (optimizer := keys.take("optimizer", "adam")) != "adam":
-        raise ConfigError(f"optimizer: {optimizer}: adam is known here")
+        raise ConfigError(f"optimizer: {optimizer}: only adam is supported")
     if (steps := keys.take("D_steps_per_G", 1)) != 1:
         keys.notes.append(f"D_steps_per_G: {steps}: here one update of each per iteration")
     augmentations, final = _geometry(keys, describe(source, "image_size", hyper))
@@ -206,7 +206,7 @@ def _geometry(keys: Keys, size: tuple[int, int]) -> tuple[dict[str, Any], list[i
             f"preprocess_mode: {mode} has no counterpart: the smaller side is scaled to load_size instead"
         )
     elif mode != "crop":
-        keys.notes.append(f"preprocess_mode: {mode} has no counterpart: pictures are cropped to crop_size")
+        keys.notes.append(f"preprocess_mode: {mode} has no counterpart: images are cropped to crop_size")
     if "crop" in mode or mode == "none":
         result["random_crop_h_w"] = crop
     return result, crop
@@ -219,9 +219,9 @@ def _from_imaginaire(keys: Keys) -> dict[str, Any]:
     inputs = keys.take("data.input_labels")
     types = {name: options for entry in keys.take("data.input_types") for name, options in entry.items()}
     if unknown := set(inputs) - {"seg_maps", "edge_maps"}:
-        raise ConfigError(f"data.input_labels: {', '.join(sorted(unknown))}: seg_maps and edge_maps are known here")
+        raise ConfigError(f"data.input_labels: {', '.join(sorted(unknown))}: only seg_maps and edge_maps are supported")
     if list(inputs) not in (["seg_maps"], ["seg_maps", "edge_maps"]):  # whose channels stand in another order
-        raise ConfigError(f"data.input_labels: {list(inputs)}: seg_maps, then edge_maps if any, is known here")
+        raise ConfigError(f"data.input_labels: {list(inputs)}: only seg_maps, then edge_maps if any, is supported")
     hyper = {
         "num_seg_classes": keys.take("data.one_hot_num_classes.seg_maps"),
         "use_dont_care": keys.take("data.use_dont_care", False),
@@ -242,7 +242,7 @@ def _from_imaginaire(keys: Keys) -> dict[str, Any]:
     ):  # fmt: skip
         hyper[name] = keys.take(f"gen.{dotted}", default)
     if (kernel := keys.take("gen.style_enc.kernel_size", 3)) != 3:
-        raise ConfigError(f"gen.style_enc.kernel_size: {kernel}: 3 is known here")
+        raise ConfigError(f"gen.style_enc.kernel_size: {kernel}: only 3 is supported")
     dis = {
         name: keys.take(f"dis.{name}", default)
         for name, default in (
@@ -318,20 +318,20 @@ def _imaginaire_losses(keys: Keys, batch: int) -> dict[str, Any]:
                 if (stated := keys.take(f"trainer.perceptual_loss.{theirs}", None)) is not None:
                     losses[name][ours] = stated
             if (network := keys.take("trainer.perceptual_loss.mode", "vgg19")) != "vgg19":
-                raise ConfigError(f"trainer.perceptual_loss.mode: {network}: vgg19 is known here")
+                raise ConfigError(f"trainer.perceptual_loss.mode: {network}: only vgg19 is supported")
         elif name == "kl":
             losses[name] = float(value) * batch
-            keys.notes.append(f"loss_weight.kl sums over the {batch} pictures of a GPU: losses.kl is on their mean")
+            keys.notes.append(f"loss_weight.kl sums over the {batch} images of a GPU: losses.kl is on their mean")
         elif name == "feature_matching":
             losses[name] = float(value)
         else:
-            keys.notes.append(f"no meaning here: trainer.loss_weight.{name}: {value}")
+            keys.notes.append(f"ignored (no equivalent): trainer.loss_weight.{name}: {value}")
     return losses
 
 
 def _adam(keys: Keys, section: str) -> dict[str, Any]:
     if (kind := keys.take(f"{section}.type", "adam")) != "adam":
-        raise ConfigError(f"{section}.type: {kind}: adam is known here")
+        raise ConfigError(f"{section}.type: {kind}: only adam is supported")
     policy, step = keys.take(f"{section}.lr_policy.type", "step"), keys.take(f"{section}.lr_policy.step_size", 10**9)
     if policy != "step" or step < 10**6:
         keys.notes.append(f"{section}.lr_policy: {policy} has no counterpart: the learning rate is constant")

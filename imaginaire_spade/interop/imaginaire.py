@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {}
 
 def layout_spec(hyper: Mapping[str, Any]) -> LayoutSpec:
     if hyper["edge_channels"] > 1:
-        raise CheckpointError(f"edge_channels {hyper['edge_channels']}: one edge channel is known here")
+        raise CheckpointError(f"edge_channels {hyper['edge_channels']}: only one edge channel is supported")
     return LayoutSpec(
         hyper["num_seg_classes"], has_dont_care=hyper["use_dont_care"], has_edges=hyper["edge_channels"] > 0
     )
@@ -79,7 +79,7 @@ def style_dims(hyper: Mapping[str, Any]) -> int:
 
 def _check(hyper: Mapping[str, Any], what: str, known: Mapping[str, Any]) -> None:
     if other := [f"{key}: {hyper[key]}" for key, value in known.items() if hyper[key] != value]:
-        raise CheckpointError(f"an imaginaire {what} with {', '.join(other)} is not known here")
+        raise CheckpointError(f"an imaginaire {what} with {', '.join(other)} is not supported")
 
 
 def scope(network: nn.Module) -> str:

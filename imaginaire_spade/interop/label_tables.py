@@ -125,7 +125,7 @@ def export_notes(target: str, config: RunConfig, label_order: LabelOrder) -> lis
         if own != theirs:
             notes.append(
                 f"CLADE gives pixels of raw id 0 no position, this generator was trained with gen.norm.skip_ids: {own}:"
-                f" pictures differ there. Networks trained with {theirs} agree"
+                f" images differ there. Networks trained with {theirs} agree"
             )
     return notes
 

@@ -76,7 +76,7 @@ def discriminator(hyper: Mapping[str, Any]) -> dict[str, Any]:
 def encoder(hyper: Mapping[str, Any]) -> dict[str, Any]:
     """Its width is the generator's ``ngf``, its pictures are always 256x256."""
     if hyper["norm_E"] != "spectralinstance":
-        raise CheckpointError(f"norm_E {hyper['norm_E']!r}: spectralinstance is known here")
+        raise CheckpointError(f"norm_E {hyper['norm_E']!r}: only spectralinstance is supported")
     return {"type": "conv", "num_filters": hyper["ngf"], "image_size": 256, "normalization": "instance"}
 
 

@@ -1,1 +1,1 @@
-"""Building LMDB data sets: nothing that trains or generates imports this."""
+"""Build LMDB data sets: nothing that trains or generates imports this."""

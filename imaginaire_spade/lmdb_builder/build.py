@@ -1,4 +1,4 @@
-"""Raw folders -> a verified LMDB data set (``scripts/build_lmdb.py``), in one process or in many.
+"""Build a verified LMDB data set from raw folders (``scripts/build_lmdb.py``), in one process or many.
 
 Owns the order of a build: refuse what cannot work, build shard by shard (read, check, write, read back, rename), and
 join the shards' manifests. A shard appears under its final name only when it is complete and verified. Nothing is
@@ -111,7 +111,7 @@ def build_dataset(
     own = range(num_shards)[rank::world_size]
     with owning(output, own) as lock_file:
         build = _Build(plan, parts, _choose_root(output, num_shards, overwrite), lock_file, Tally())
-        # What lies in the way may go if it was to be replaced, or is a temporary folder that nobody else works in.
+        # Existing output may be deleted if ``overwrite`` is set or it is our own temporary folder.
         may_clear = world_size == 1 and (overwrite or build.root != output)
         try:
             kept = build.kept([names[i] for i in own], resume, may_clear, rank)
@@ -151,7 +151,7 @@ class _Build:
     tally: Tally
 
     def kept(self, names: Sequence[str], resume: bool, may_clear: bool, rank: int) -> dict[str, Manifest]:
-        """The finished shards among ``names``; the rest of what is in the way is removed where that is asked for."""
+        """Return the finished shards among ``names``; remove other existing output if that is requested."""
         kept: dict[str, Manifest] = {}
         try:
             if resume:

@@ -1,4 +1,4 @@
-"""What a built data set holds, and whether it is still what was built (``scripts/inspect_lmdb.py``)."""
+"""Summarise a built data set and verify that it is unchanged (``scripts/inspect_lmdb.py``)."""
 
 from __future__ import annotations
 

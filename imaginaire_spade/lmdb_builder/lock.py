@@ -1,4 +1,4 @@
-"""A lock per shard, which dies with its owner.
+"""Lock a shard; the lock ends with its owner.
 
 Record locks (fcntl) on the bytes of one small file beside the output: the kernel drops them when their process ends,
 however it ends, and they hold across machines on file systems that support them.

@@ -1,4 +1,4 @@
-"""The folder that a data set is built into: what may be there before, what an interrupted build left, how it appears.
+"""The output folder of a build: which existing contents are accepted, resuming, and the final rename.
 
 A data set of one shard, and one that replaces another, grow beside the output and are renamed; the shards of another
 grow inside it, under temporary names.

@@ -1,4 +1,4 @@
-"""One sample checked: its files read once, decoded, compared with each other and with the label table.
+"""Read and validate one sample for a shard: files against each other and against the label table.
 
 Owns what a sound sample is, for the builder and for ``scripts/inspect_lmdb.py`` alike, and what the builder makes of it
 on its way into a shard (``--resize_smallest_side``, ``--recode_maps``).

@@ -1,4 +1,4 @@
-"""Which samples and data types of a raw folder are built, and what is left out."""
+"""Select the samples and data types of a raw folder to build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One shard of a data set: written, read back, flushed to disk and described by its ``manifest.json``.
+"""Write one shard, read it back, flush it to disk and describe it in its ``manifest.json``.
 
 Owns the manifest: its content, the sum over several shards, and its summary for people.
 """

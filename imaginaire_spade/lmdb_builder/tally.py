@@ -1,4 +1,4 @@
-"""What the processes of a build tell each other: how many samples are done, and whether to go on."""
+"""Share progress between build processes: samples done, and whether to go on."""
 
 from __future__ import annotations
 

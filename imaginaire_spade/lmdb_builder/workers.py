@@ -1,4 +1,4 @@
-"""``map`` in several processes, for work over the files of a data set."""
+"""Run ``map`` in several processes, for work on the files of a data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Style encoder: picture -> mean and log-variance of its style code."""
+"""Style encoder: image -> mean and log-variance of its style code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks for inference alone: weights brought into the form in which a forward pass needs them."""
+"""Convert networks for inference only: bring weights into the form that a forward pass needs."""
 
 from __future__ import annotations
 

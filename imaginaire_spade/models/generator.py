@@ -59,7 +59,7 @@ class SPADEResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, layout: SemanticLayout, upsample: int = 1) -> Tensor:
         """x [N, in, h, w], enlarged by ``upsample`` first (nearest) -> [N, out, upsample h, upsample w]."""
-        if self.learned_shortcut:  # the norms enlarge x, so that it is read small
+        if self.learned_shortcut:  # upsampling is fused into the norms, so x is read at low resolution
             shortcut = self.conv_s(self.norm_s(x, layout, upsample=upsample))
         else:
             x, upsample = enlarged(x, upsample), 1

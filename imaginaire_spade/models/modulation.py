@@ -1,4 +1,4 @@
-"""Normalising and modulating pixels in one pass: enlarge, normalise, look up scale and shift, apply, activate.
+"""Normalise and modulate pixels in one pass: enlarge, normalise, look up scale and shift, apply, activate.
 
 What SPADE by tables, CLADE and synchronized batch norm have in common. A pixel costs one row of a table and one
 multiply-add per channel. Everything runs on rows [pixels, channels], which is what memory format channels_last is. On a
@@ -55,7 +55,7 @@ def modulate(
 ) -> Tensor:
     """Enlarge (nearest), normalise, modulate and activate x [N, C, h, w] in one pass.
 
-    Statistics are taken as functions of x where they have a count: their share is part of x's gradient.
+    If ``statistics`` have a ``count``, they depend on x, and gradients flow through them.
 
     Args:
         modulation: of the enlarged pixels.
@@ -286,7 +286,7 @@ def _grid(x: Tensor, upsample: int) -> Tensor:
 
 
 def _picture(grid: Tensor, count: int) -> Tensor:
-    """The other way round: ``count`` pictures [N, C, H, W] in memory format channels_last."""
+    """Inverse of ``_grid``: ``count`` images [N, C, H, W] in memory format channels_last."""
     width, channels = grid.shape[2] * grid.shape[3], grid.shape[4]
     return grid.reshape(count, -1, width, channels).permute(0, 3, 1, 2)
 
@@ -300,7 +300,7 @@ def _index(pixels: Lookup | None, x: Tensor, upsample: int) -> Tensor | None:
 
 
 def _chunks(count: int, values: int) -> Iterator[slice]:
-    """``count`` rows of so many values each, as many at a time as fit the processor's cache."""
+    """Split ``count`` rows of ``values`` values each into slices that fit the processor's cache."""
     size = max(1, 2**17 * torch.get_num_threads() // values)
     return (slice(start, start + size) for start in range(0, count, size))
 

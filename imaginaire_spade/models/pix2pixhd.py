@@ -65,7 +65,7 @@ class Pix2pixHDGenerator(Generator):
         self.min_size = 2 * self.size_multiple  # reflection at the blocks' resolution needs two pixels
         if min(image_size) < self.min_size:
             raise ConfigError(
-                f"gen.num_downsamplings: {num_downsamplings} needs pictures of {self.min_size} or more, not"
+                f"gen.num_downsamplings: {num_downsamplings} needs images of {self.min_size} or more, not"
                 f" {image_size[0]}x{image_size[1]}"
             )
         channels = [num_filters * 2**i for i in range(num_downsamplings + 1)]

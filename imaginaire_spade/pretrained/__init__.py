@@ -1,1 +1,1 @@
-"""Networks with pretrained weights that others are measured or trained with."""
+"""Load networks with pretrained weights, for losses and evaluation."""

@@ -1,4 +1,4 @@
-"""Activation checkpointing (Chen et al. 2016): less memory for a second forward of each block in the backward pass."""
+"""Save memory by recomputing blocks in the backward pass: activation checkpointing (Chen et al. 2016)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ def checkpoint_activations(generator: Generator) -> None:
     """Make each block of ``generator``, in place, keep its inputs for the backward pass, and nothing in between.
 
     Raises:
-        ConfigError: it has no block of a kind known here.
+        ConfigError: it has no block of a supported kind.
     """
     blocks: list[nn.Module] = [module for module in generator.modules() if isinstance(module, BLOCKS)]
     if not blocks:
-        raise ConfigError("trainer.activation_checkpointing: this generator has no block of a kind known; write false")
+        raise ConfigError(
+            "trainer.activation_checkpointing: this generator has no block of a supported kind; write false"
+        )
     for block in blocks:
         again = partial(_contexts, block)
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=again)

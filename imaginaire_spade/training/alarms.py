@@ -1,4 +1,4 @@
-"""Signs of a run that collapses: measured on the device in every iteration, judged at each log tick.
+"""Detect collapsing runs: measure on the device in every iteration, judge at each log tick.
 
 It happens to small batches above all: the generator's outputs saturate (white or black pictures), or the discriminator
 has won and the generator has nothing left to learn from it.
@@ -22,7 +22,7 @@ PATIENCE = 5
 """Log ticks in a row that a sign must last."""
 
 _MORE_PICTURES = (
-    "train on more pictures at a time (more processes, or a larger data.train.batch_size; where memory is short, raise"
+    "train on more images at a time (more processes, or a larger data.train.batch_size; if memory is short, raise"
     " trainer.gradient_accumulation with it)"
 )
 
@@ -53,14 +53,14 @@ class Alarms:
         warnings = []
         if self._d_won_ticks == PATIENCE:
             warnings.append(
-                f"the discriminator has won: it judges {accuracy:.1%} of the patches rightly, and the generator learns"
-                f" little from it. What to do: {_MORE_PICTURES}, lower dis_opt.lr to gen_opt.lr or"
-                " less, or dis.num_filters; few training pictures need horizontal_flip and random crops"
+                f"the discriminator has won: it classifies {accuracy:.1%} of the patches correctly, and the generator"
+                f" learns little from it. What to do: {_MORE_PICTURES}, lower dis_opt.lr to gen_opt.lr or"
+                " less, or dis.num_filters; few training images need horizontal_flip and random crops"
             )
         if self._saturated_ticks == PATIENCE:
             warnings.append(
-                f"the outputs saturate: {fake:.0%} of the generated values are black or white (real pictures:"
-                f" {real:.0%}). What to do: start again from a checkpoint before that, {_MORE_PICTURES}, lower"
-                " gen_opt.lr, or gen.output_multiplier where the generator has one"
+                f"the outputs saturate: {fake:.0%} of the generated values are black or white (real images:"
+                f" {real:.0%}). What to do: restart from an earlier checkpoint, {_MORE_PICTURES}, lower"
+                " gen_opt.lr, or gen.output_multiplier if the generator has one"
             )
         return warnings

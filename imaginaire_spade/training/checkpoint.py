@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written whole or not at all, self-describing, read without running code.
+"""Write complete, self-describing checkpoints to disk and read them without running code.
 
 A checkpoint is a dict of tensors and plain types: ``format``, ``version``, ``config`` (the fully resolved tree, label
 table included), ``run`` (batch and data it was trained with, see ``resume.py``) and the fields of ``TrainState``.
@@ -46,7 +46,7 @@ class CheckpointWriter:
     A context: leaving it waits for the last write. Only one process of a run may save.
 
     Args:
-        keep_last: so many newest checkpoints stay; older ones are deleted once a newer one is whole on disk.
+        keep_last: number of recent checkpoints to keep; older ones are deleted once a newer one is whole on disk.
     Raises:
         CheckpointError: (from ``save``, ``check``, ``wait``) a write failed; older checkpoints are untouched.
     """
@@ -66,7 +66,7 @@ class CheckpointWriter:
         """Copy ``content`` to the host's memory, then write it in the background as ``checkpoint_<images_seen>.pt``.
 
         Args:
-            keep: also keep it for good, in ``kept/``.
+            keep: also keep it permanently, in ``kept/``.
             best: also keep it as ``best.pt``, until the next that is.
         """
         self.wait()
@@ -152,7 +152,7 @@ def keep_as(path: Path, name: Path) -> None:
         _give_name(temporary, name, digest)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{name}: could not be written ({error}); {path} is whole") from None
+        raise CheckpointError(f"{name}: could not be written ({error}); {path} is complete") from None
 
 
 def _give_name(temporary: Path, path: Path, digest: str) -> None:
@@ -181,7 +181,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     if path.suffix == ".safetensors":
-        raise CheckpointError(f"{path}: a generator to make pictures with; training needs the checkpoint it came from")
+        raise CheckpointError(
+            f"{path}: a generator for inference only; training needs the checkpoint it was exported from"
+        )
     stated = _stated_sha256(path)
     if stated is not None and stated != file_sha256(path):
         raise CheckpointError(

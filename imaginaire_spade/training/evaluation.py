@@ -1,4 +1,4 @@
-"""Scores of a run's generator while it trains: on which samples, against which reference, and the best so far.
+"""Score a run's generator while it trains, and remember the best score so far.
 
 Owns the fixed share of the validation samples, the statistics of its photos (kept in the log dir) and what a checkpoint
 remembers of earlier scores. When it is time is asked of ``due``; what the scores are is for the room ``evaluation``.
@@ -149,7 +149,7 @@ class Evaluation:
             return None
         own = self.state_dict()["identity"]
         if changed := [key for key, value in own.items() if state["identity"].get(key) != value]:
-            return f"evaluation: the protocol changed ({', '.join(changed)}), so the best score starts afresh"
+            return f"evaluation: the protocol changed ({', '.join(changed)}), so the best score is reset"
         self.best = (best[0], best[1])
         return f"evaluation: the best {self._deciding} so far is {best[0]:.5g}, at {best[1]} images"
 

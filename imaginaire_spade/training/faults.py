@@ -1,4 +1,4 @@
-"""Explanations of what ends a run: numbers that are not finite, and memory that does not suffice."""
+"""Explain why a run stops: numbers that are not finite, and lack of memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from imaginaire_spade.training.step import StepSettings
 
 
 class NonFiniteLoss(UserError):
-    """A loss became NaN or infinite, or an update after the other was skipped because its gradients were."""
+    """A loss became NaN or infinite, or too many consecutive updates were skipped for non-finite gradients."""
 
 
 class OutOfMemory(UserError):
@@ -39,7 +39,7 @@ class SkippedUpdates:
     gen: int
     dis: int
     in_a_row: int
-    """Of the network that is worse off, counted over the whole start."""
+    """Longest run of skipped updates of either network since launch."""
 
 
 class FiniteWatch:
@@ -95,7 +95,7 @@ class FiniteWatch:
 
         Args:
             losses: means since the last ``forget``, over all processes.
-            max_skipped: so many updates in a row are too many.
+            max_skipped: number of consecutive skipped updates that is too many.
             dump: JSON file to write for people.
         """
         if bad := non_finite(losses):
@@ -111,7 +111,7 @@ class FiniteWatch:
         write_bytes(dump, (json.dumps(report, indent=2) + "\n").encode())
         raise NonFiniteLoss(
             f"{what} between iterations {self._keys[0][0]} and {self._keys[-1][0]}{at}; the newest checkpoint is older"
-            f" and sound. {dump} names the batch and the first weight, gradient and layer. Lower the learning rates, or"
+            f" and valid. {dump} names the batch and the first weight, gradient and layer. Lower the learning rates, or"
             " write trainer.precision: bf16 or fp32"
         )
 
@@ -226,7 +226,7 @@ def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
             " statistics": trainer.gradient_accumulation < train.batch_size,
             f"data.train.batch_size (now {train.batch_size} per process)": train.batch_size > 1,
             "trainer.precision: bf16 (now fp32)": trainer.precision == "fp32",
-            f"data.train.augmentations, smaller pictures (now {'x'.join(map(str, size)) if size else 'of any size'})":
+            f"data.train.augmentations, smaller images (now {'x'.join(map(str, size)) if size else 'of any size'})":
                 True,
             f"{' and '.join(filters)}, narrower networks": bool(filters),
         }  # fmt: skip

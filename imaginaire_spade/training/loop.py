@@ -28,12 +28,13 @@ from imaginaire_spade.training.signals import LeaveRequest, exit_code
 from imaginaire_spade.training.state import TrainState
 
 LOST_NODE_S = 20.0
-"""With several nodes a failed process stays so long. torchrun counts a silent node as lost after 15 s; told of the
-failure sooner, it would wait for that node in the new group, in vain, and give up."""
+"""Seconds that a failed process waits before it exits, with several nodes. torchrun counts a silent node as lost after
+15 s; if it learned of the failure sooner, it would wait in vain for that node in the new group, and give up."""
 
 ESTIMATE_AT_MOST = 20
-"""Checkpoints re-estimate the average's statistics at most once per so many times as many trained pictures: one forward
-of the generator then costs less than 1.5 % of the iterations, however often a checkpoint is due."""
+"""Checkpoints re-estimate the EMA's batch statistics at most once every ``ESTIMATE_AT_MOST * batch_norm_images``
+training images: one forward of the generator then costs less than 1.5 % of the iterations, however often a checkpoint
+is due."""
 
 
 def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: bool = False) -> None:
@@ -195,7 +196,7 @@ def _statistics_due(run: Run) -> bool:
 
 @contextmanager
 def _last_step_told(run: Run, request: LeaveRequest) -> Iterator[None]:
-    """Where one of several processes fails or vanishes, each of the others says how far it came."""
+    """If one of several processes fails, the surviving ranks report their last completed iteration."""
     info = run.info
     try:
         yield
@@ -214,7 +215,7 @@ def _last_step_told(run: Run, request: LeaveRequest) -> Iterator[None]:
 
 @contextmanager
 def _failed_save(run: Run, log: RunLog) -> Iterator[None]:
-    """A checkpoint that cannot be written ends the run, or is said and tried again at its next time."""
+    """A failed checkpoint write stops the run, or is logged and retried at the next checkpoint."""
     try:
         yield
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""What a run reports: numbers kept on the device until the log tick, then written once to every place people look."""
+"""Report a run: keep numbers on the device until the log tick, then write them to every log."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class RunLog:
     """TensorBoard events, ``metrics.jsonl``, ``curves.png``, pictures and lines of text of one log dir.
 
     On a terminal progress is a bar; in a log file it is one line per tick. On ranks other than 0 nothing is written.
-    What cannot be written (disk full) is said and left out: the log has a gap, the run goes on.
+    A failed write (disk full) is reported and skipped: the log has a gap, the run continues.
 
     Args:
         images_seen: where the run starts: records beyond it (of a run that died later than its last checkpoint) are

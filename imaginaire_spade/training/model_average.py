@@ -1,4 +1,4 @@
-"""Moving average of the generator's weights, and its batch statistics."""
+"""Keep the EMA of the generator's weights, and its batch statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preview sheets: label map, edges, real picture, generated ones, for a few fixed samples."""
+"""Draw preview sheets: label map, edges, real image, generated ones, for a few fixed samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run costs: ``train.py --dry_run`` measures one iteration, ``--profile`` shows where its time goes."""
+"""Measure a run: ``train.py --dry_run`` measures one iteration, ``--profile`` shows where its time goes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def dry_run(run: Run) -> str:
     billions = multiply_adds(run.state.generator.eval(), layout) / 1e9
     return (
         f"{describe(run)}\n"
-        f"generator: {billions:.3g} G multiply-adds for a picture of {layout.height}x{layout.width}\n"
+        f"generator: {billions:.3g} G multiply-adds for an image of {layout.height}x{layout.width}\n"
         f"one iteration: {seconds:.3f} s ({run.process_batch / seconds:.1f} images/s per process), peak memory"
         f" {memory_gib:.2f} GiB; the whole run about {hours:.1f} h at that rate\n"
         "dry run: nothing was written"

@@ -34,7 +34,7 @@ class LeaveAsked(Exception):
 
 
 def spread(count: int, wanted: int | None) -> list[int]:
-    """``wanted`` places out of ``count``, evenly spread. Raises ConfigError where there are not so many."""
+    """Return ``wanted`` evenly spread positions out of ``count``. Raises ConfigError if ``count`` is too small."""
     if count <= NEIGHBOURS:
         raise ConfigError(
             f"trainer.evaluation: data.val has {count} samples, and scores need {NEIGHBOURS + 1} at least"

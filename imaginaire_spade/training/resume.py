@@ -1,4 +1,4 @@
-"""Continuing a run: which checkpoint, whether it fits this config and this data, and what has changed since."""
+"""Resume a run: choose the checkpoint, check that it fits config and data, and list what has changed."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ MEANING = ("data.labels.ignore", "data.labels.remap", "data.edges")
 
 
 def content_of(run: Run) -> dict[str, Any]:
-    """The checkpoint of a run as it stands, tensors where they are."""
+    """Collect the checkpoint of a run; tensors stay on their devices."""
     content = {"config": dump_config(run.config), "run": _facts(run), **run.state.state_dict()}
     return content if run.evaluation is None else {**content, "evaluation": run.evaluation.state_dict()}
 
 
 def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: bool = False) -> str | None:
-    """Load the newest sound checkpoint of the log dir, else ``start_from``. What was done; None for a fresh start.
+    """Load the newest valid checkpoint of the log dir, else ``start_from``. Return a summary; None: fresh start.
 
     Raises:
         CheckpointError: it belongs to another architecture, label table or, unless allowed, data set; said in words.
@@ -65,7 +65,7 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
     if other_data and not allow_changed_data:
         raise CheckpointError(
             f"{chosen} was trained on other data: {'; '.join(other_data)}. Restore the data, or give another --logdir"
-            " for a new run, or go on with the new data from here: --allow_changed_data"
+            " for a new run, or continue with the new data from here: --allow_changed_data"
         )
     run.state.load_state_dict(content, str(chosen))
     lines = [f"continuing from {chosen}: iteration {run.calendar.iteration(run.state.images_seen)}"]
@@ -77,7 +77,7 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    """What a checkpoint says of the run beside its config."""
+    """Return the run facts stored in a checkpoint besides the config."""
     return {
         "world_size": run.info.world_size,
         "global_batch": run.calendar.global_batch,
@@ -109,14 +109,14 @@ def _other_processes(before: Mapping[str, Any], now: Mapping[str, Any], run: Run
         return []
     was, batch = before["global_batch"], now["global_batch"]
     lines = [
-        f"then {before['world_size']} process(es) and {was} pictures per iteration, now {now['world_size']} and"
-        f" {batch}: samples go on in the same order from number {run.state.images_seen}"
+        f"then {before['world_size']} process(es) and {was} images per iteration, now {now['world_size']} and"
+        f" {batch}: samples continue in the same order from number {run.state.images_seen}"
     ]
     if was != batch:
         total = run.calendar.total_iterations
         lines.append(
-            f"iterations count {batch} pictures from now on: this is iteration"
-            f" {run.calendar.iteration(run.state.images_seen)} of {total}, the whole run {total * batch} pictures, and"
+            f"iterations count {batch} images from now on: this is iteration"
+            f" {run.calendar.iteration(run.state.images_seen)} of {total}, the whole run {total * batch} images, and"
             " the learning rates are those of the config, not scaled with the batch"
         )
     return lines

@@ -1,4 +1,4 @@
-"""The parts of a run: made once from its configuration, before the first iteration."""
+"""Set up a run from its configuration, before the first iteration."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Run:
         return self.config.data.train.batch_size
 
     def batches(self, num_workers: int | None = None) -> Prefetcher:
-        """This process's batches from the present position on, on the device."""
+        """Yield this process's batches on the device, from the current position on."""
         workers = self.config.data.num_workers if num_workers is None else num_workers
         loader = training_loader(
             self.dataset,
@@ -84,7 +84,7 @@ def prepare(
 
     Args:
         objective: terms and weights, as ``build_losses`` makes them.
-        stop_after: end this start after so many iterations in all (``--max_iterations``).
+        stop_after: stop this launch at this iteration, counted over the whole run (``--max_iterations``).
     """
     seed = config.seed
     terms, weights = objective
@@ -122,7 +122,7 @@ def prepare(
 
 
 def describe(run: Run) -> str:
-    """Parameters, batch and schedule in a few lines."""
+    """Summarise parameters, batch and schedule in a few lines."""
     state, calendar, trainer = run.state, run.calendar, run.config.trainer
 
     def millions(network: torch.nn.Module | None) -> str:
@@ -140,13 +140,13 @@ def describe(run: Run) -> str:
         f"batch: {run.process_batch} per process x {run.info.world_size} process(es) ="
         f" {calendar.global_batch} globally, on {run.device.type}, {trainer.precision}",
         f"schedule: {calendar.total_iterations} iterations = {epochs:.1f} epochs; learning rates {rates};"
-        f" model average {'off' if averaged is None else f'beta {averaged.beta:g}'}",
+        f" EMA {'off' if averaged is None else f'beta {averaged.beta:g}'}",
     ]
     return "\n".join(lines)
 
 
 def calibration_layouts(run: Run) -> list[Batch]:
-    """This process's share of the label maps over which the average's statistics are estimated, a batch per forward.
+    """Yield this process's share of the label maps that estimate the EMA's statistics, a batch per forward.
 
     They are spread evenly over the training set, each drawn by the seed from its part of it, and each forward's are
     spread likewise: the first ones by name are often one sequence, city or kind of scene. The processes together have

@@ -1,4 +1,4 @@
-"""Signals that ask a run to leave: noted here, obeyed by the loop between two iterations."""
+"""Note signals that ask a run to stop; the loop obeys them between two iterations."""
 
 from __future__ import annotations
 
