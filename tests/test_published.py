@@ -72,7 +72,7 @@ def test_other_files_are_refused_in_words(tmp_path):
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match=r"not written by scripts/export_generator\.py"):
         load_generator(path)
-    with pytest.raises(CheckpointError, match="training needs the checkpoint it came from"):
+    with pytest.raises(CheckpointError, match="training needs the checkpoint it was exported from"):
         load_checkpoint(path)
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(CheckpointError, match="cannot be read as a published generator, it is damaged"):
