@@ -103,7 +103,8 @@ _own_groups: dict[str, dist.ProcessGroup] = {}
 
 
 def open_own_groups(timeout: timedelta | None = None) -> None:
-    """Make the process groups beside the default one, if they are not there yet. All processes call it together.
+    """Make the process groups beside the default one, if they are not there yet. All processes call it together, at the
+    latest by their first exchange of batch statistics or of a decision.
 
     "statistics" is for batch statistics: DDP sends its buckets of gradients on the default group as they fill up, so
     that the order of the two kinds in one group would depend on what each process computes. "host" is for numbers in

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imaginaire_spade.distributed import open_own_groups
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.layers import InstanceNorm2d, SpectralLinear, conv2d, effective_weight
@@ -60,8 +59,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 def synchronize_batch_norm(network: nn.Module) -> None:
     """Make every batch norm of ``network`` take its statistics over all processes, and every SPADE norm the same path
-    as on all others. All processes call it together."""
-    open_own_groups()
+    as on all others."""
     for module in network.modules():
         if isinstance(module, BatchNorm2d | SPADE):
             module.synchronized = True
