@@ -518,6 +518,10 @@ def test_damaged_weights(tmp_path, label_maps, run):
         path = save(tmp_path / f"{name}.pt", tree, generator_ema={**state, "to_image.weight": weight})
         with pytest.raises(CheckpointError, match=rf"{name}\.pt: its generator does not fit .*: to_image\.weight is"):
             load_generator(path)
+    for seen in ("many", (1, 2), float("inf"), -1):
+        path = save(tmp_path / "seen.pt", tree, generator_ema=state, images_seen=seen)
+        with pytest.raises(CheckpointError, match=r"seen\.pt: images_seen does not fit: it is"):
+            load_generator(path)
     write_checkpoint(tmp_path / "other.pt", {"config": {}})
     with pytest.raises(CheckpointError, match="without generator"):
         load_generator(tmp_path / "other.pt")

@@ -209,7 +209,7 @@ def test_every_tensor_of_a_checkpoint_is_checked_before_any_is_loaded(tiny_run, 
     assert_same(state.state_dict(), before)
 
 
-@pytest.mark.parametrize("seen", ["many", -3, 1.5])
+@pytest.mark.parametrize("seen", ["many", -3, 1.5, True])
 def test_a_counter_that_is_no_number_of_images_is_refused(tiny_run, seen):
     path, run = tiny_run
     content = run("log", "trainer.max_iterations=1")

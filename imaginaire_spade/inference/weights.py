@@ -26,7 +26,7 @@ from imaginaire_spade.inference.published import PUBLISHED, read_published
 from imaginaire_spade.models.frozen import freeze
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import fold_spectral_norm
-from imaginaire_spade.training.checkpoint import check_tensors, load_checkpoint, newest_checkpoint
+from imaginaire_spade.training.checkpoint import check_counter, check_tensors, load_checkpoint, newest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ def load_generator(
         (freeze(network, winograd=winograd) if frozen else network.eval().requires_grad_(False)).to(device)
     if compiled:
         generator.compile(dynamic=True)
-    images_seen = int(content.get("images_seen") or 0)
+    seen = content.get("images_seen")
+    images_seen = 0 if seen is None else check_counter(seen, f"{path}: images_seen does not fit")
     return LoadedModel(generator, encoder, config, images_seen, weights, device, tuple(notes), precision)
 
 

@@ -219,6 +219,13 @@ def check_tensors(stored: Mapping[str, Any], wanted: Mapping[str, torch.Tensor],
         raise CheckpointError(f"{where}: {'; '.join(wrong[:3])}{more}")
 
 
+def check_counter(value: Any, where: str) -> int:
+    """Return ``value`` if it can be a number of images. Raises CheckpointError if not."""
+    if type(value) is not int or value < 0:
+        raise CheckpointError(f"{where}: it is {value!r}, not a whole number from 0 on")
+    return value
+
+
 def _described(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__name__}"

@@ -14,7 +14,7 @@ from imaginaire_spade.config import RunConfig
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
-from imaginaire_spade.training.checkpoint import check_tensors
+from imaginaire_spade.training.checkpoint import check_counter, check_tensors
 from imaginaire_spade.training.model_average import new_average, update_average
 
 
@@ -100,8 +100,8 @@ def _check(owner: Any, stored: Any, name: str, where: str) -> None:
             step = moments.get("step", 0)
             if not isinstance(step, int | float) and not (isinstance(step, Tensor) and step.numel() == 1):
                 raise CheckpointError(f"{where}: step of parameter {index} is {step!r}, not one number")
-    elif isinstance(owner, int) and (not isinstance(stored, int) or stored < 0):
-        raise CheckpointError(f"{where}: it is {stored!r}, not a whole number from 0 on")
+    elif isinstance(owner, int):
+        check_counter(stored, where)
 
 
 def _load(owner: Any, stored: Any, name: str, where: str) -> None:
