@@ -12,6 +12,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 EXIT_CODE = 2
 
@@ -34,6 +38,18 @@ class LabelError(DataError):
 
 class CheckpointError(UserError):
     """A checkpoint that is damaged, foreign or of another architecture."""
+
+
+def catch_data_error(function: Callable[[T], R]) -> Callable[[T], R | DataError]:
+    """Make a function return the DataError that it raises, so that whoever reads ahead goes on with the next item."""
+
+    def call(item: T) -> R | DataError:
+        try:
+            return function(item)
+        except DataError as error:
+            return error
+
+    return call
 
 
 def positive_integer(text: str) -> int:
