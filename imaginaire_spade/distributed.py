@@ -86,11 +86,6 @@ def choose_device(name: str, info: ProcessInfo) -> torch.device:
     return torch.device("cuda", info.local_rank)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Recognise a failed allocation, of a GPU or of the CPU (which torch reports as a plain RuntimeError)."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def init_process_group(info: ProcessInfo, device: torch.device, timeout_s: float) -> None:
     """Join the process group (NCCL on GPUs, gloo on CPUs) where a launcher started several processes."""
     if info.world_size > 1 and not dist.is_initialized():

@@ -16,8 +16,7 @@ from torch import Tensor
 from imaginaire_spade.build import layout_spec
 from imaginaire_spade.data.batch import denormalise
 from imaginaire_spade.data.distances import class_distances
-from imaginaire_spade.distributed import is_out_of_memory
-from imaginaire_spade.errors import UserError
+from imaginaire_spade.errors import UserError, is_out_of_memory
 from imaginaire_spade.files import RgbImage, resize_image
 from imaginaire_spade.inference.weights import LoadedModel
 from imaginaire_spade.layout import SemanticLayout
