@@ -89,9 +89,9 @@ def resize_image(rgb: RgbImage, height: int, width: int) -> RgbImage:
 
 
 def is_plain_path(path: str) -> bool:
-    """Check that a key or name is a relative path of plain parts: below any folder, its file is in that folder.
+    """Check that a key or name, joined to a folder, stays inside it on every system.
 
-    No empty part, ``.`` or ``..``, and on no system a root, a drive letter, a backslash or a zero byte.
+    It has no empty part, ``.`` or ``..``, no drive letter, backslash or zero byte.
     """
     return not (
         any(part in ("", ".", "..") for part in path.split("/"))
@@ -101,7 +101,11 @@ def is_plain_path(path: str) -> bool:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON and flush it to the disk. Raises OSError."""
+    """Write JSON and flush it to the disk.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     with atomic_write(path, flush=True) as temporary:
         temporary.write_text(json.dumps(content, indent=4), encoding="utf-8")
 

@@ -56,6 +56,7 @@ def draw_contact_sheet(
         cell_h_w: size of a cell; default: the largest height and width, times a whole number where that is narrower
             than ``NARROW_CELL``. Images fit in, aspect ratio kept.
     """
+    # Measures, from the size of a cell.
     cells = [cell for row in rows for cell in row]
     if cell_h_w is None:
         widest = max((c.shape[1] for c in cells), default=64)
@@ -67,27 +68,31 @@ def draw_contact_sheet(
     gap, margin = max(size // 2, 6), max(size, 12)
     title_h, row_title_h = round(size * 1.9), round(size * 1.7) if row_titles else 0
     row_h = row_title_h + height + gap
-
     sheet_w = 2 * margin + len(column_titles) * (width + gap) - gap
     sheet = Image.new("RGB", (sheet_w, 2 * margin + title_h + len(rows) * row_h - gap), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
+
+    # Column titles.
     for column, title in enumerate(column_titles):
         middle = margin + column * (width + gap) + width / 2
         text = _shorten(draw, title, width, title_font)
         draw.text((middle, margin + title_h * 0.4), text, INK, title_font, anchor="mm")
+
+    # Rows: a title, and cells in the middle of their places.
     for number, row in enumerate(rows):
         top = margin + title_h + number * row_h
         if number < len(row_titles):
             text = _shorten(draw, row_titles[number], sheet_w - 2 * margin, row_font)
             draw.text((margin, top + row_title_h * 0.5), text, FAINT, row_font, anchor="lm")
         for column, cell in enumerate(row):
-            fitted = _fit(cell, height, width)
-            left = margin + column * (width + gap) + (width - fitted.shape[1]) // 2
-            sheet.paste(Image.fromarray(fitted), (left, top + row_title_h + (height - fitted.shape[0]) // 2))
+            image = _fit(cell, height, width)
+            left = margin + column * (width + gap) + (width - image.shape[1]) // 2
+            sheet.paste(Image.fromarray(image), (left, top + row_title_h + (height - image.shape[0]) // 2))
     return np.asarray(sheet)
 
 
 def _fit(image: RgbImage, height: int, width: int) -> RgbImage:
+    """Resize an image to fit into a cell, aspect ratio kept."""
     scale = min(height / image.shape[0], width / image.shape[1])
     if scale == 1:
         return np.ascontiguousarray(image)

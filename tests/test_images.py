@@ -94,15 +94,15 @@ def test_curves_are_drawn_from_any_number_of_records(tmp_path, count):
 
 
 def test_a_resumed_run_counts_once():
-    course = curves._last_course([{"images_seen": s, "x": 0} for s in (1, 2, 3)] + [{"images_seen": 2, "x": 1}])
+    course = curves._drop_repeated([{"images_seen": s, "x": 0} for s in (1, 2, 3)] + [{"images_seen": 2, "x": 1}])
     assert [(r["images_seen"], r["x"]) for r in course] == [(1, 0), (2, 1)]
-    course = curves._last_course([{"images_seen": 1, "loss/a": 0.0}, {"images_seen": 1, "eval/fid": 9.0}])
-    assert list(curves._grouped(course)) == ["loss", "eval"]
+    course = curves._drop_repeated([{"images_seen": 1, "loss/a": 0.0}, {"images_seen": 1, "eval/fid": 9.0}])
+    assert list(curves._group(course)) == ["loss", "eval"]
 
 
 def test_every_evaluation_score_has_a_panel_of_its_own():
     names = ("fid", "kid", "kid_std", "miou", "miou_real")
-    groups = curves._grouped([{"images_seen": 1} | {f"evaluation/{name}": 1.0 for name in names}])
+    groups = curves._group([{"images_seen": 1} | {f"evaluation/{name}": 1.0 for name in names}])
     assert {title: list(series) for title, series in groups.items()} == {
         "evaluation: fid": ["fid"], "evaluation: kid": ["kid", "kid_std"], "evaluation: miou": ["miou", "miou_real"],
     }  # fmt: skip
@@ -111,7 +111,7 @@ def test_every_evaluation_score_has_a_panel_of_its_own():
 def test_smoothing_leaves_out_what_is_not_finite():
     y = np.ones(400)
     y[17] = np.nan
-    assert np.array_equal(curves._smoothed(y), np.ones(400))
+    assert np.array_equal(curves._smooth(y), np.ones(400))
 
 
 class Page(HTMLParser):

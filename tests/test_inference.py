@@ -526,11 +526,18 @@ def test_damaged_weights(tmp_path, label_maps, run):
         load_generator(tmp_path / "other.pt")
 
 
-def test_too_little_memory_is_said(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_is_said(monkeypatch, error):
     model = echo_model(8)
 
     def fail(*_: object) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(model.generator, "forward", fail)
     zeros = torch.zeros(3, 5, dtype=torch.uint8)

@@ -208,15 +208,14 @@ class _Share:
 
     def _look_at(self, outputs: Iterable[Output]) -> Iterator[tuple[Output, Size | DataError]]:
         """Yield (height, width) of each label map as stored, or what is wrong with it."""
-
-        def look(output: Output) -> Size:
-            stored, read = self.dataset.check_label_map(output.index)
-            self._check_pixels(output.key, stored, read)
-            return stored
-
         outputs = list(outputs)
-        found = read_ahead(catch_data_error(look), outputs, 8 * READ_THREADS, num_threads=READ_THREADS)
+        found = read_ahead(catch_data_error(self._stored_size), outputs, 8 * READ_THREADS, num_threads=READ_THREADS)
         return zip(outputs, found, strict=True)
+
+    def _stored_size(self, output: Output) -> Size:
+        stored, read = self.dataset.check_label_map(output.index)
+        self._check_pixels(output.key, stored, read)
+        return stored
 
     def read(self, jobs: Mapping[Output, Sequence[int]], writer: Writer) -> Iterator[Request]:
         """Read label maps ahead and yield the images to make; write the label maps that the gallery shows."""

@@ -32,7 +32,7 @@ def write_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    groups = _grouped(_last_course(metrics))
+    groups = _group(_drop_repeated(metrics))
     columns = min(max(len(groups), 1), 3)
     lines = max(math.ceil(len(groups) / columns), 1)
     background = "#fafaf9"
@@ -54,7 +54,7 @@ Series = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 """Name -> (images seen, values)."""
 
 
-def _last_course(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _drop_repeated(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Drop the records that a resumed run repeated."""
     course: list[Mapping[str, Any]] = []
     for record in metrics:
@@ -66,7 +66,7 @@ def _last_course(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
     return course
 
 
-def _grouped(course: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
+def _group(course: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     """Collect the points of each number, by panel."""
     points: dict[str, list[tuple[float, float]]] = {}
     for record in course:
@@ -88,14 +88,16 @@ def _grouped(course: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
 
 
 def _draw_panel(panel: Axes, title: str, series: Series) -> None:
+    """Draw one group: each number as it is, pale, and smoothed."""
     from matplotlib.ticker import EngFormatter, FuncFormatter
 
+    # Curves.
     panel.set_title(title.replace("_", " "), loc="left", fontsize=11, fontweight="bold", color="#26282b")
     panel.set_facecolor("white")
     levels = []
     for number, (name, (x, y)) in enumerate(series.items()):
         colour = SERIES_COLOURS[number % len(SERIES_COLOURS)]
-        smooth = _smoothed(y)
+        smooth = _smooth(y)
         step = max(1, len(x) // MAX_POINTS)
         if not np.array_equal(smooth, y, equal_nan=True):
             panel.plot(x[::step], y[::step], color=colour, alpha=0.22, linewidth=0.9)
@@ -105,9 +107,13 @@ def _draw_panel(panel: Axes, title: str, series: Series) -> None:
         label = last if name == title else f"{name}  {last}"
         panel.plot(x[::step], smooth[::step], dashes, color=colour, linewidth=1.8, label=label, **style)  # type: ignore[arg-type]
         levels += [np.median(y[np.isfinite(y)])] if np.isfinite(y).any() else []
+
+    # A logarithmic scale if the curves lie far apart.
     everything = np.concatenate([y[np.isfinite(y)] for _, y in series.values()])
     if len(levels) > 1 and everything.min() > 0 and max(levels) > 30 * min(levels):
         panel.set_yscale("log")
+
+    # Axes and legend.
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     panel.tick_params(which="both", labelsize=8.5, colors="#5c6066", length=0)
@@ -122,7 +128,7 @@ def _draw_panel(panel: Axes, title: str, series: Series) -> None:
     panel.legend(fontsize=8, framealpha=0.85, edgecolor="none", labelcolor="#26282b", ncols=columns)
 
 
-def _smoothed(y: NDArray[np.float64]) -> NDArray[np.float64]:
+def _smooth(y: NDArray[np.float64]) -> NDArray[np.float64]:
     """Average over a moving window of about 1/40 of the points, without values that are not finite."""
     reach = min(len(y) // 80, 250)
     if reach == 0:
