@@ -36,7 +36,7 @@ PROBLEMS_SHOWN = 10
 
 
 class Progress:
-    """Progress on stderr: a bar on a terminal, else a line now and then; nothing if ``shown`` is False."""
+    """Report progress on stderr: a bar on a terminal, else a line now and then; nothing if ``shown`` is False."""
 
     SECONDS_BETWEEN_LINES = 10.0
 
@@ -131,7 +131,7 @@ def generate_folder(
     if options.existing == "refuse":
         check_output_folder(directory, own, everything)
     make_folder(directory)
-    jobs = {output: samples for output in own if (samples := _missing(output, directory, options)) is not None}
+    jobs = {output: samples for output in own if (samples := _find_missing(output, directory, options)) is not None}
     share = _Share(dataset, directory, options, style_of or drawn_styles(0, model.style_dims, options.num_samples))
 
     # Check all label maps before the first image, unless unusable ones are left out as they come.
@@ -220,7 +220,7 @@ class _Share:
     def read(self, jobs: Mapping[Output, Sequence[int]], writer: Writer) -> Iterator[Request]:
         """Read label maps ahead and yield the images to make; write the label maps that the gallery shows."""
         self._animated = {path: output for output in jobs if output.animation for path in output.images}
-        samples = read_ahead(catch_data_error(self._sample), jobs, BATCHES_HELD, num_threads=READ_THREADS)
+        samples = read_ahead(catch_data_error(self._read_sample), jobs, BATCHES_HELD, num_threads=READ_THREADS)
         for (output, numbers), sample in zip(jobs.items(), samples, strict=True):
             if isinstance(sample, DataError):
                 if self.options.on_bad_label == "fail":
@@ -236,7 +236,7 @@ class _Share:
                 z = self.style_of(output.key, j)
                 yield Request(output.images[j], sample.labels, sample.edges, z, sample.distances, back)
 
-    def _sample(self, output: Output) -> Sample:
+    def _read_sample(self, output: Output) -> Sample:
         sample = self.dataset[output.index]
         self._check_pixels(sample.key, sample.original_size, (sample.labels.shape[0], sample.labels.shape[1]))
         return sample
@@ -273,11 +273,12 @@ class _Share:
 
 
 def _tell(on_note: Callable[[str], None], info: ProcessInfo, note: str | None) -> None:
+    """Pass a note on, if there is one and this is rank 0."""
     if note is not None and info.is_main:
         on_note(note if info.world_size == 1 else f"process {info.rank} of {info.world_size}: {note}")
 
 
-def _missing(output: Output, directory: Path, options: FolderOptions) -> Sequence[int] | None:
+def _find_missing(output: Output, directory: Path, options: FolderOptions) -> Sequence[int] | None:
     """Return the numbers of the samples to make; None if not even the gallery lacks anything."""
     keep = options.existing == "skip"
     missing = [j for j, path in enumerate(output.images) if not (keep and (directory / path).is_file())]

@@ -92,11 +92,11 @@ def pad_to_layout(model: LoadedModel, requests: Sequence[Request]) -> SemanticLa
     edges = [request.edges for request in requests if request.edges is not None]
     distances = None
     if spec.has_distances:  # of the label map itself, not of its padding
-        distances = stack([_distances(request) for request in requests], 0)
+        distances = stack([_distances_of(request) for request in requests], 0)
     return SemanticLayout(spec, labels, stack(edges, 0) if edges else None, distances)
 
 
-def _distances(request: Request) -> Tensor:
+def _distances_of(request: Request) -> Tensor:
     given = request.distances
     return torch.from_numpy(class_distances(request.labels.numpy())) if given is None else given
 

@@ -153,7 +153,7 @@ class Synthesizer:
             LabelError: values or colours that are not in the table.
             DataError: an array or image of the wrong kind.
         """
-        raw = _array(label_map, WHERE)
+        raw = _to_array(label_map, WHERE)
         if raw.ndim == 2 and raw.dtype != np.uint8 and not 0 <= raw.min() <= raw.max() <= MAX_RAW_ID:
             raise LabelError(f"{WHERE}: label values {raw.min()}..{raw.max()}; ids are 0..{MAX_RAW_ID}")
         return self.labels.to_train_ids(raw, WHERE)
@@ -200,7 +200,7 @@ class Synthesizer:
             raise ConfigError("edges and instances are both given: edges are drawn from instances; leave one out")
         if not self.wants_edges:
             return None
-        ids = train_ids if given is None else _array(given, name)
+        ids = train_ids if given is None else _to_array(given, name)
         if ids.shape != train_ids.shape:
             raise DataError(f"{name} {list(ids.shape)} and the label map {list(train_ids.shape)} differ in size")
         cut = apply_to_map(ids, geometry)
@@ -218,7 +218,7 @@ class Synthesizer:
             )
 
 
-def _array(given: ImageLike, name: str) -> NDArray[np.generic]:
+def _to_array(given: ImageLike, name: str) -> NDArray[np.generic]:
     """Return integers [H, W], or [H, W, 3] of colours.
 
     Raises:

@@ -15,16 +15,16 @@ def render(template: str, **values: object) -> str:
     environment = Environment(
         loader=pages, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"url": _url, "number": _number}
+    environment.filters |= {"url": _quote_url, "number": _format_number}
     return environment.get_template(template).render(values)
 
 
-def _url(path: str) -> str:
+def _quote_url(path: str) -> str:
     """Quote a relative path. "./" keeps a first folder with a colon ("a:b/c.png") from being read as a scheme."""
     return "./" + quote(path)
 
 
-def _number(value: float, digits: int | None = None) -> str:
+def _format_number(value: float, digits: int | None = None) -> str:
     if math.isnan(value):
         return "–"
     return f"{value:.4g}" if digits is None else f"{value:.{digits}f}"
