@@ -25,7 +25,13 @@ from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError, LabelError, positive_integer, run_command_line
 from imaginaire_spade.inference import style
 from imaginaire_spade.inference.animation import check_animation
-from imaginaire_spade.inference.folder import PROBLEMS_SHOWN, Progress, RunReport, generate_folder
+from imaginaire_spade.inference.folder import (
+    PROBLEMS_SHOWN,
+    FolderOptions,
+    Progress,
+    RunReport,
+    generate_folder,
+)
 from imaginaire_spade.inference.output import check_apart
 from imaginaire_spade.inference.sizes import MAX_PIXELS, SIZE_HELP, SizeRule, read_size
 from imaginaire_spade.inference.weights import LoadedModel, check_fits, find_checkpoint, load_generator
@@ -145,17 +151,18 @@ def main() -> None:
 
     progress = Progress(shown=info.is_main)
     try:
-        report = generate_folder(
-            model, dataset, arguments.output_dir,
+        options = FolderOptions(
             batch_size=arguments.batch_size or (test_data.batch_size if test_data else 1),
             num_samples=arguments.steps if arguments.style_interpolate else arguments.num_samples,
-            style_of=style_of,
             suffix=f".{arguments.format}",
             animation=animation,
             existing="skip" if arguments.skip_existing else "overwrite" if arguments.overwrite else "refuse",
             on_bad_label="skip" if arguments.on_bad_label == "skip" else "fail",
-            max_pixels=arguments.max_pixels, sizes=sizes, resize_back=arguments.resize_back,
-            gallery=not arguments.no_gallery, info=info, on_written=progress, on_note=lambda note: _tell([note]),
+            max_pixels=arguments.max_pixels, resize_back=arguments.resize_back, gallery=not arguments.no_gallery,
+        )  # fmt: skip
+        report = generate_folder(
+            model, dataset, arguments.output_dir, options,
+            style_of=style_of, sizes=sizes, info=info, on_written=progress, on_note=lambda note: _tell([note]),
         )  # fmt: skip
     except KeyboardInterrupt:
         print(
@@ -174,7 +181,7 @@ def _styles(arguments: argparse.Namespace, model: LoadedModel, keys: list[str], 
         start, end = (style.style_named(model, name) for name in arguments.style_interpolate)
         return style.interpolated_styles(start, end, arguments.steps)
     if arguments.style_image is not None:
-        return style.picture_styles(model, arguments.style_image, keys, seed, arguments.num_samples)
+        return style.image_styles(model, arguments.style_image, keys, seed, arguments.num_samples)
     if arguments.style_seed is not None:
         return style.shared_styles(arguments.style_seed, model.style_dims)
     return style.drawn_styles(seed, model.style_dims, arguments.num_samples)
@@ -218,9 +225,9 @@ def _tell(notes: list[str]) -> None:
 def _summary(directory: Path, report: RunReport, info: distributed.ProcessInfo) -> str:
     share = f"process {info.rank} of {info.world_size}: " if info.world_size > 1 else ""
     left_out = f", {len(report.left_out)} label map(s) left out" if report.left_out else ""
-    rate = f", {report.pictures / report.seconds:.2f} images/s" if report.pictures else ""
+    rate = f", {report.images / report.seconds:.2f} images/s" if report.images else ""
     page = f"; look at {report.gallery}" if report.gallery else ""
-    return f"{share}wrote {report.pictures} of {report.total} images to {directory}{left_out}{rate}{page}"
+    return f"{share}wrote {report.images} of {report.total} images to {directory}{left_out}{rate}{page}"
 
 
 if __name__ == "__main__":

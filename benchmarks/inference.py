@@ -20,10 +20,10 @@ from imaginaire_spade.build import build_generator
 from imaginaire_spade.config import RunConfig, dump_config, load_config
 from imaginaire_spade.data.batch import denormalise
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.inference.folder import generate_folder
-from imaginaire_spade.inference.synthesis import Request, padded_layout, synthesise
+from imaginaire_spade.files import RgbImage, write_image
+from imaginaire_spade.inference.folder import FolderOptions, generate_folder
+from imaginaire_spade.inference.synthesis import Request, pad_to_layout, synthesise
 from imaginaire_spade.inference.weights import LoadedModel, load_generator
-from imaginaire_spade.pictures import Picture, write_image
 from imaginaire_spade.training.checkpoint import write_checkpoint
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs/projects/spade/cocostuff/base256.yaml"
@@ -70,13 +70,13 @@ def _requests(folder: Path | None, sizes: Sequence[tuple[int, int]]) -> list[Req
 
 
 @torch.inference_mode()
-def _dense(model: LoadedModel, requests: Sequence[Request]) -> list[Picture]:
-    layout = dense(padded_layout(model, requests).to(model.device))
+def _dense(model: LoadedModel, requests: Sequence[Request]) -> list[RgbImage]:
+    layout = dense(pad_to_layout(model, requests).to(model.device))
     pictures = denormalise(model.generator(layout)).permute(0, 2, 3, 1).cpu().numpy()
     return [p[: r.labels.shape[0], : r.labels.shape[1]] for p, r in zip(pictures, requests, strict=True)]
 
 
-def _ours(model: LoadedModel, requests: Sequence[Request]) -> list[Picture]:
+def _ours(model: LoadedModel, requests: Sequence[Request]) -> list[RgbImage]:
     made = dict(synthesise(model, requests, len(requests)))
     return [made[request.name] for request in requests]
 
@@ -84,7 +84,7 @@ def _ours(model: LoadedModel, requests: Sequence[Request]) -> list[Picture]:
 def _in_memory(
     case: str, plain: LoadedModel, models: dict[str, LoadedModel], requests: Sequence[Request], repeats: int
 ) -> list[Row]:
-    runs: dict[str, Callable[[], list[Picture]]] = {"dense": partial(_dense, plain, requests)}
+    runs: dict[str, Callable[[], list[RgbImage]]] = {"dense": partial(_dense, plain, requests)}
     runs |= {name: partial(_ours, model, requests) for name, model in models.items()}
     expected = runs["dense"]()
     differences = {name: _difference(run(), expected) for name, run in runs.items() if name != "dense"}
@@ -92,7 +92,7 @@ def _in_memory(
     return rows_of("inference", case, times, differences, _rates(times, len(requests)))
 
 
-def _difference(ours: Sequence[Picture], reference: Sequence[Picture]) -> float:
+def _difference(ours: Sequence[RgbImage], reference: Sequence[RgbImage]) -> float:
     """Largest difference of pixel values, in [-1, 1] as a network's."""
     return max(float(np.abs(a.astype(int) - b).max()) for a, b in zip(ours, reference, strict=True)) / 127.5
 
@@ -114,13 +114,13 @@ def _of_files(
         )
     dataset = LabelMapDataset(source, model.config.data.labels, edges="labels", with_images=False)
 
-    def in_turn(loaded: LoadedModel, make: Callable[[LoadedModel, Sequence[Request]], list[Picture]]) -> None:
+    def in_turn(loaded: LoadedModel, make: Callable[[LoadedModel, Sequence[Request]], list[RgbImage]]) -> None:
         for index, key in enumerate(dataset.keys):
             sample = dataset[index]
             write_image(target / f"{key}.png", make(loaded, [Request(key, sample.labels, sample.edges)])[0])
 
     def run(batch_size: int) -> None:
-        generate_folder(model, dataset, target, batch_size=batch_size, existing="overwrite", gallery=False)
+        generate_folder(model, dataset, target, FolderOptions(batch_size, existing="overwrite", gallery=False))
 
     runs: dict[str, Callable[[], None]] = {
         "dense, in turn": partial(in_turn, plain, _dense),

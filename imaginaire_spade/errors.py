@@ -12,6 +12,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 EXIT_CODE = 2
 
@@ -36,11 +40,30 @@ class CheckpointError(UserError):
     """A checkpoint that is damaged, foreign or of another architecture."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch failed to allocate memory, on a GPU or on the CPU (which only the message tells)."""
+    import torch  # here, because this module is loaded without it
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def positive_integer(text: str) -> int:
     """Parse a positive integer from the command line. Raises argparse.ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def catch_data_error(function: Callable[[T], R]) -> Callable[[T], R | DataError]:
+    """Make a function return the DataError that it raises, so that whoever reads ahead goes on with the next item."""
+
+    def call(item: T) -> R | DataError:
+        try:
+            return function(item)
+        except DataError as error:
+            return error
+
+    return call
 
 
 def how_to_install(extra: str) -> str:

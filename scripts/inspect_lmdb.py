@@ -15,14 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade import pictures
 from imaginaire_spade.config import load_labels
 from imaginaire_spade.data.store import MANIFEST
 from imaginaire_spade.errors import DataError, run_command_line
-from imaginaire_spade.files import read_json
+from imaginaire_spade.files import read_json, write_image
 from imaginaire_spade.lmdb_builder.inspection import extract, look_through, open_data, stored_labels, stored_types
 from imaginaire_spade.lmdb_builder.sample import DECODERS
 from imaginaire_spade.lmdb_builder.shard import summary
+from imaginaire_spade.sheets import draw_class_chart, draw_contact_sheet
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
     if (arguments.legend or arguments.contact_sheet) and not labels:
         raise DataError(f"{root}: no label table is stored there: give --config")
     if arguments.legend:
-        pictures.write_image(arguments.legend, pictures.class_chart(labels, shares))
+        write_image(arguments.legend, draw_class_chart(labels, shares))
         print(f"legend: {arguments.legend}")
     if arguments.contact_sheet:
         step = max(1, len(source.keys) // arguments.rows)
@@ -78,7 +78,7 @@ def main() -> None:
                 ids = labels.to_train_ids(cells["seg_maps"], source.where(key, "seg_maps"))
                 cells["seg_maps"] = labels.colourise(ids)
             rows.append(list(cells.values()))
-        pictures.write_image(arguments.contact_sheet, pictures.contact_sheet(rows, types))
+        write_image(arguments.contact_sheet, draw_contact_sheet(rows, types))
         print(f"contact sheet: {arguments.contact_sheet}")
 
 

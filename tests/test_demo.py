@@ -26,8 +26,8 @@ from imaginaire_spade.demo import __main__ as command_line
 from imaginaire_spade.demo.server import HEADERS, MAX_JSON_BYTES, MAX_UPLOAD_BYTES, PAGE_FILES, PaintingServer
 from imaginaire_spade.demo.service import MAX_WAITING, PaintingService, _raw_ids, fitted
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError
+from imaginaire_spade.files import resize_image
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.pictures import resized
 
 # Raw ids are not train ids here: 7 means class 1, 255 "don't care", and no id means class 2.
 NAMES = ["sky", "<img src=x onerror=alert(1)>", "unreachable", "sea & sand", "tree"]
@@ -193,7 +193,7 @@ def test_a_canvas_far_from_the_trained_size_is_generated_at_that_and_resized_bac
         service.warm_up()
         fields = fields_of(train_ids, seed=5)
         assert service.generated_size(fields) == made
-        expected = resized(synthesizer(as_raw(train_ids), seed=5, size=made), 128, 128)
+        expected = resize_image(synthesizer(as_raw(train_ids), seed=5, size=made), 128, 128)
         np.testing.assert_array_equal(decoded(service.picture(fields)), expected)
 
 

@@ -23,8 +23,8 @@ from imaginaire_spade.data.loader import sequential_batches
 from imaginaire_spade.dataset_prep.distance_maps import make_distance_maps
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import DataError, LabelError
-from imaginaire_spade.inference.folder import generate_folder
-from imaginaire_spade.inference.synthesis import Request, padded_layout
+from imaginaire_spade.inference.folder import FolderOptions, generate_folder
+from imaginaire_spade.inference.synthesis import Request, pad_to_layout
 from imaginaire_spade.inference.weights import LoadedModel, load_generator
 from imaginaire_spade.interop.checkpoint import architecture_config, export_files, import_checkpoint
 from imaginaire_spade.interop.configs import import_config
@@ -272,7 +272,7 @@ def test_label_maps_of_any_size_are_padded_after_their_distances_are_known(icpe_
     model = LoadedModel(generator, None, config, 0, "raw", torch.device("cpu"))
     labels = torch.from_numpy(np.random.default_rng(1).integers(0, 6, (40, 50), dtype=np.uint8))
     given = torch.rand(2, 40, 50)
-    layout = padded_layout(model, [Request("a", labels), Request("b", labels, distances=given)])
+    layout = pad_to_layout(model, [Request("a", labels), Request("b", labels, distances=given)])
     assert layout.distances.shape == (2, 2, 64, 64)
     np.testing.assert_array_equal(layout.distances[0, :, :40, :50], class_distances(labels.numpy()))
     assert torch.equal(layout.distances[1, :, :40, :50], given)
@@ -297,8 +297,8 @@ def test_training_and_inference_on_label_maps_of_one_value(icpe_config, tmp_path
     train()
     model = load_generator(newest_checkpoint(tmp_path / "log"))
     data = LabelMapDataset(label_maps, config.data.labels, distances=True, with_images=False)
-    report = generate_folder(model, data, tmp_path / "images", gallery=False)
-    assert report.pictures == 6
+    report = generate_folder(model, data, tmp_path / "images", FolderOptions(gallery=False))
+    assert report.images == 6
     assert cv2.imread(str(tmp_path / "images/0000.png")).shape == (70, 70, 3)
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import write_jpg, write_png
 
-from imaginaire_spade import pictures
 from imaginaire_spade.build import build_generator
 from imaginaire_spade.config import dump_config, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
@@ -25,7 +24,8 @@ from imaginaire_spade.evaluation.protocol import Protocol, differences
 from imaginaire_spade.evaluation.report import load_report
 from imaginaire_spade.evaluation.scores import evaluate_pictures
 from imaginaire_spade.evaluation.sources import EvaluatedPicture, FolderPictures
-from imaginaire_spade.inference.folder import generate_folder
+from imaginaire_spade.files import write_image
+from imaginaire_spade.inference.folder import FolderOptions, generate_folder
 from imaginaire_spade.inference.style import drawn_styles
 from imaginaire_spade.inference.weights import load_generator
 from imaginaire_spade.labels import LabelSpec
@@ -68,7 +68,7 @@ def photos(folder: Path, count: int, seed: int, size: tuple[int, int] = (40, 48)
         rng = np.random.default_rng((seed, number))
         small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
         name = f"deep/er/{number:03}" if number % 3 == 2 else f"{number:03}"
-        pictures.write_image(folder / f"{name}{suffix}", cv2.resize(small, size[::-1]))
+        write_image(folder / f"{name}{suffix}", cv2.resize(small, size[::-1]))
     return folder
 
 
@@ -241,7 +241,7 @@ def test_diversity_of_samples_made_on_the_fly_is_that_of_the_stored_ones(run, ch
         load_generator(path, frozen=True),
         dataset,
         tmp_path / "out",
-        num_samples=3,
+        FolderOptions(num_samples=3),
         style_of=drawn_styles(5, 4, num_samples=3),
     )
     stored = run("--real", tmp_path / "val", "--fake", tmp_path / "out", *flags)

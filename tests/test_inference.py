@@ -19,14 +19,13 @@ from conftest import blocky_labels, write_jpg, write_png
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imaginaire_spade import pictures
 from imaginaire_spade.build import build_encoder, build_generator
 from imaginaire_spade.compatibility import explain_mismatch
 from imaginaire_spade.config import dump_config, load_config, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
 from imaginaire_spade.inference.output import check_output_folder, plan_outputs
-from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, batches_of_one_size, padded_layout, synthesise
+from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, group_by_size, pad_to_layout, synthesise
 from imaginaire_spade.inference.weights import LoadedModel, find_checkpoint, load_generator
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.layers import fold_spectral_norm
@@ -249,7 +248,7 @@ def test_padding_and_cropping_keep_every_pixel(sizes, multiple, batch_size):
 
 def test_padding_is_dont_care_without_edges_at_the_bottom_and_right():
     request = Request("a", torch.zeros(3, 5, dtype=torch.uint8), torch.ones(3, 5, dtype=torch.uint8))
-    layout = padded_layout(echo_model(8), [request])
+    layout = pad_to_layout(echo_model(8), [request])
     assert layout.labels.shape == (1, 8, 8) and layout.labels.dtype == torch.uint8
     assert (layout.labels[0, :3, :5] == 0).all() and (layout.labels == 5).sum() == 64 - 15
     assert layout.edges is not None and layout.edges.sum() == 15 and (layout.edges[0, :3, :5] == 1).all()
@@ -265,12 +264,12 @@ def test_batches_are_of_one_size_and_few_wait():
             size = 8 * (1 + i % 100)
             yield Request(str(i), torch.zeros(size, 8, dtype=torch.uint8))
 
-    for number, batch in enumerate(batches_of_one_size(endless(), 8, 4)):
+    for number, batch in enumerate(group_by_size(endless(), 8, 4)):
         assert len({r.labels.shape for r in batch}) == 1 and 1 <= len(batch) <= 4
         if number == 20:
             break
     assert taken <= 21 * 4 + BATCHES_HELD * 4
-    sizes = [len(b) for b in batches_of_one_size(
+    sizes = [len(b) for b in group_by_size(
         (Request(str(i), torch.zeros(8 * (1 + i % 3), 8, dtype=torch.uint8)) for i in range(48)), 8, 4)]  # fmt: skip
     assert sizes == [4] * 12
 
@@ -469,9 +468,9 @@ def test_a_key_never_leads_out(key):
 
 
 def test_outputs_never_collide():
-    assert [o.pictures for o in plan_outputs(["b", "a"], 2, ".jpg")] == [
+    assert [o.images for o in plan_outputs(["b", "a"], 2, ".jpg")] == [
         ("a_00.jpg", "a_01.jpg"), ("b_00.jpg", "b_01.jpg")]  # fmt: skip
-    assert plan_outputs(["a"], 101)[0].pictures[100] == "a_100.png"
+    assert plan_outputs(["a"], 101)[0].images[100] == "a_100.png"
     with pytest.raises(DataError, match=r"'a' and 'a' would both be written to a\.png"):
         plan_outputs(["a", "a"])
     with pytest.raises(DataError, match=r"would both be written to _labels/a\.png"):
@@ -492,7 +491,7 @@ def test_a_full_disk_is_named(run, plain_checkpoint, label_maps, tmp_path, monke
     def fail(self: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pictures.Path, "replace", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(UserError, match=r"\.png: cannot be written: No space left on device"):
         run("--checkpoint", plain_checkpoint, "--input_dir", label_maps, "--output_dir", tmp_path / "o")
     assert not [p for p in (tmp_path / "o").rglob("*") if p.is_file()]
@@ -527,11 +526,18 @@ def test_damaged_weights(tmp_path, label_maps, run):
         load_generator(tmp_path / "other.pt")
 
 
-def test_too_little_memory_is_said(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_is_said(monkeypatch, error):
     model = echo_model(8)
 
     def fail(*_: object) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(model.generator, "forward", fail)
     zeros = torch.zeros(3, 5, dtype=torch.uint8)

@@ -26,7 +26,7 @@ from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.data.transforms import edges_from_ids
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
 from imaginaire_spade.inference import output
-from imaginaire_spade.inference.style import between
+from imaginaire_spade.inference.style import slerp
 from imaginaire_spade.inference.weights import load_generator
 from imaginaire_spade.models.frozen import WinogradConv2d
 from imaginaire_spade.training.checkpoint import write_checkpoint
@@ -158,11 +158,11 @@ def test_an_mp4(run, styled, label_maps, tmp_path):
 def test_codes_between_two_are_as_long_as_their_ends(seed, dims, place):
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(2, dims, generator=generator)
-    assert torch.allclose(between(a, b, 0.0), a, atol=1e-4) and torch.allclose(between(a, b, 1.0), b, atol=1e-4)
-    unit = between(a / a.norm(), b / b.norm(), place)
+    assert torch.allclose(slerp(a, b, 0.0), a, atol=1e-4) and torch.allclose(slerp(a, b, 1.0), b, atol=1e-4)
+    unit = slerp(a / a.norm(), b / b.norm(), place)
     if abs(torch.dot(a / a.norm(), b / b.norm())) < 0.999:
         assert abs(float(unit.norm()) - 1) < 1e-3
-    assert torch.isfinite(between(a, -a, place)).all() and torch.allclose(between(a, a, place), a, atol=1e-4)
+    assert torch.isfinite(slerp(a, -a, place)).all() and torch.allclose(slerp(a, a, place), a, atol=1e-4)
 
 
 def test_a_generator_without_style(run, plain, styled, folder, tmp_path, capsys):

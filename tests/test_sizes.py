@@ -23,6 +23,7 @@ from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.distances import class_distances, encode_distances
 from imaginaire_spade.errors import ConfigError, DataError, UserError
 from imaginaire_spade.evaluation.report import load_report
+from imaginaire_spade.files import resize_image
 from imaginaire_spade.inference.evaluated import checkpoint_pictures
 from imaginaire_spade.inference.published import publish_generator
 from imaginaire_spade.inference.sizes import MAX_PIXELS, SizeRule, read_size
@@ -30,7 +31,6 @@ from imaginaire_spade.inference.weights import load_generator
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.models.frozen import WinogradConv2d
 from imaginaire_spade.models.norms import SPADE
-from imaginaire_spade.pictures import resized
 
 EVALUATE = module_of("evaluate.py")
 CPU = torch.device("cpu")
@@ -162,7 +162,7 @@ def test_photos_follow_their_label_maps(tiny_folder):
 @given(st.tuples(*[st.integers(1, 30)] * 2), st.tuples(*[st.integers(1, 30)] * 2), st.integers(0, 255))
 def test_a_resized_picture_has_the_size_and_keeps_a_plain_colour(size, to, value):
     picture = np.full((*size, 3), value, np.uint8)
-    assert np.array_equal(resized(picture, *to), np.full((*to, 3), value, np.uint8))
+    assert np.array_equal(resize_image(picture, *to), np.full((*to, 3), value, np.uint8))
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -241,7 +241,9 @@ def test_pictures_are_resized_back(run, tmp_path):
     assert "; the images are resized back to the label maps' own size" in said and "--resize_back" not in said
     for name, size in sizes.items():
         made = read(tmp_path / "as made" / f"{name}.png")
-        assert np.array_equal(read(tmp_path / "back" / f"{name}.png"), made if name == "0" else resized(made, *size))
+        assert np.array_equal(
+            read(tmp_path / "back" / f"{name}.png"), made if name == "0" else resize_image(made, *size)
+        )
     assert size_of(tmp_path / "back" / "_labels" / "1.png") == TRAINED
 
 
@@ -336,7 +338,7 @@ def test_the_synthesizer_follows_the_rule(checkpoint, run, label_maps, tmp_path)
         warnings.simplefilter("error")
         assert np.array_equal(synthesizer(ids), made)  # said once
         other = Synthesizer.load(checkpoint, device="cpu", resize_back=True)
-        assert np.array_equal(other(ids), resized(made, *OWN))
+        assert np.array_equal(other(ids), resize_image(made, *OWN))
         assert np.array_equal(other(Image.fromarray(ids)), other(ids))
         assert np.array_equal(other(ids, resize_back=False, size="trained"), made)
         assert other(ids, size="own").shape == (*OWN, 3) and synthesizer(ids, size=(50, 70)).shape == (50, 70, 3)

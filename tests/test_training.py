@@ -15,7 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_layout import random_layout
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from imaginaire_spade import pictures
 from imaginaire_spade.build import build_generator, build_losses, layout_spec
 from imaginaire_spade.config import load_config, parse_config
 from imaginaire_spade.distributed import ProcessInfo
@@ -66,7 +65,7 @@ def tiny_run(tiny_folder, tmp_path):
         made = prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"), stop_after)
         with pytest.MonkeyPatch.context() as patch:
             if not curves:  # they take longer to draw than a run does here
-                patch.setattr(pictures, "curves", lambda *_: None)
+                patch.setattr("imaginaire_spade.training.curves.write_curves", lambda *_: None)
             loop.train(made, tmp_path / logdir, start_from, **how)
         return checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / logdir))
 

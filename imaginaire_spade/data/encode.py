@@ -1,4 +1,4 @@
-"""Encode label, edge and instance maps as image files. (``pictures.py`` encodes other images.)"""
+"""Encode label, edge and instance maps as image files. (``files.py`` encodes other images.)"""
 
 from __future__ import annotations
 

@@ -22,9 +22,8 @@ from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_
 from imaginaire_spade.dataset_prep.coco_instances import draw_instances
 from imaginaire_spade.dataset_prep.downloads import DATASETS, Options, RawSample
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.files import atomic_write, write_bytes
+from imaginaire_spade.files import atomic_write, encode_image, write_bytes
 from imaginaire_spade.lmdb_builder.workers import map_in_processes
-from imaginaire_spade.pictures import encode_picture
 
 
 def prepare(
@@ -92,5 +91,5 @@ def _encoded(array: NDArray[Any], data_type: str, size: tuple[int, int] | None, 
     """The file of a photo or map, resized to ``size``."""
     geometry = Geometry.whole(array.shape, size) if size else None
     if data_type == "images":
-        return encode_picture(apply_to_image(array, geometry, any_area=True) if geometry else array, f".{extension}")
+        return encode_image(apply_to_image(array, geometry, any_area=True) if geometry else array, f".{extension}")
     return encode_map(apply_to_map(array, geometry) if geometry else array)

@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from imaginaire_spade.demo.service import BusyError, PaintingService
 from imaginaire_spade.errors import ConfigError, DataError, UserError
-from imaginaire_spade.inference.sizes import shown
+from imaginaire_spade.inference.sizes import format_size
 
 MAX_JSON_BYTES = 4 * 2**20
 """A label map of ``MAX_SIDE`` squared with two bytes per id, in base64, is 2.7 MiB."""
@@ -205,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _picture(self, _: str) -> _Answer:
         fields, service = self._read_json(), self.server.service
         picture = service.picture(fields)
-        return _Answer(picture, "image/png", {"Generated-Size": shown(service.generated_size(fields))})
+        return _Answer(picture, "image/png", {"Generated-Size": format_size(service.generated_size(fields))})
 
     def _label_map_file(self, _: str) -> _Answer:
         return _Answer(self.server.service.label_map_file(self._read_json()), "image/png")

@@ -21,8 +21,8 @@ from PIL import Image
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.decode import decode_image, decode_label, image_size
 from imaginaire_spade.errors import DataError, UserError
+from imaginaire_spade.files import encode_image
 from imaginaire_spade.inference.synthesizer import Synthesizer
-from imaginaire_spade.pictures import encode_picture
 
 MAX_SIDE = 1024
 """Pixels of the largest canvas's longer side."""
@@ -97,7 +97,7 @@ class PaintingService:
         seed = _whole_number(fields, "seed", 0, MAX_SEED) if "seed" in fields else 0
         style = self._style_code(fields["style"]) if "style" in fields else None
         picture = self._run(lambda: self._synthesizer(raw, seed=seed, style=style, resize_back=True))
-        return encode_picture(picture, ".png")
+        return encode_image(picture, ".png")
 
     def generated_size(self, fields: Mapping[str, Any]) -> tuple[int, int]:
         """(height, width) at which ``picture`` generates what it then resizes; fields are its own."""

@@ -18,7 +18,7 @@ from imaginaire_spade.evaluation.report import Report
 from imaginaire_spade.evaluation.report_page import Example, worst_classes
 from imaginaire_spade.evaluation.segmentation import SegmentationMetric
 from imaginaire_spade.evaluation.sources import EvaluatedPicture, PictureSource
-from imaginaire_spade.pictures import resized
+from imaginaire_spade.files import resize_image
 
 SHOWN = 12
 """Samples in the grid of a report page."""
@@ -93,7 +93,7 @@ class SegmentationPass:
         if key not in self._sizes:
             return
         photo, size = _rgb(picture.pixels), self._sizes[key]
-        self.metric.add("real", key, resized(photo, *size), self.maps[key])
+        self.metric.add("real", key, resize_image(photo, *size), self.maps[key])
 
 
 def page_samples(

@@ -22,7 +22,7 @@ from imaginaire_spade.data.decode import IMAGE_EXTENSIONS, decode_image
 from imaginaire_spade.data.folders import Source
 from imaginaire_spade.data.store import open_source
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.pictures import LABELS_FOLDER
+from imaginaire_spade.files import LABELS_FOLDER
 
 READ_THREADS = 4
 PIPELINE, NOT_STORED = "photo through the data pipeline", "generated, not stored"

@@ -26,8 +26,8 @@ from imaginaire_spade.data.folders import DISTANCES, FolderSource, Source
 from imaginaire_spade.data.store import MAX_KEY_BYTES, store_key
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.errors import DataError
+from imaginaire_spade.files import encode_image
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.pictures import encode_picture
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _rewritten(
             if shrinks:
                 suffix = f".{sample.extensions[data_type]}"
                 shrunk = apply_to_image(array, geometry, any_area=True)
-                sample.files[data_type] = encode_picture(shrunk, suffix, quality=plan.quality)
+                sample.files[data_type] = encode_image(shrunk, suffix, quality=plan.quality)
         elif data_type != DISTANCES:
             moved = apply_to_map(array * np.uint8(255) if data_type == "edge_maps" else array, geometry)
             sample.files[data_type] = encode_map(moved)

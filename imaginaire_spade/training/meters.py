@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from imaginaire_spade import pictures
 from imaginaire_spade.distributed import mean_over_processes
 from imaginaire_spade.errors import UserError
+from imaginaire_spade.files import write_bytes, write_image
+from imaginaire_spade.training import curves
 from imaginaire_spade.training.schedule import Calendar
 
 
@@ -91,7 +92,7 @@ class RunLog:
         self._metrics = logdir / "metrics.jsonl"
         self._records = [r for r in _read_jsonl(self._metrics) if r["images_seen"] <= images_seen]
         with self._gaps_told():
-            pictures.write_bytes(self._metrics, "".join(map(_line, self._records)).encode())
+            write_bytes(self._metrics, "".join(map(_line, self._records)).encode())
 
     def say(self, text: str) -> None:
         if self.enabled:
@@ -169,7 +170,7 @@ class RunLog:
             iteration = self.calendar.iteration(images_seen)
             with self._gaps_told():
                 self._tensorboard().add_image("preview", picture, iteration, dataformats="HWC")
-                pictures.write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", picture)
+                write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", picture)
             self._draw_curves()
 
     def close(self) -> None:
@@ -194,7 +195,7 @@ class RunLog:
     def _draw_curves(self) -> None:
         with self._gaps_told():
             if self._records:
-                pictures.curves(self._records, self.logdir / "curves.png")
+                curves.write_curves(self._records, self.logdir / "curves.png")
 
     def _tensorboard(self) -> SummaryWriter:
         """The writer of events; a new one, with a file of its own, after one that failed."""

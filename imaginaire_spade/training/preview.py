@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from imaginaire_spade import pictures
+from imaginaire_spade import sheets
 from imaginaire_spade.data.batch import Batch, denormalise
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import sequential_batches
@@ -42,7 +42,7 @@ def preview_sheet(state: TrainState, batch: Batch, labels: LabelSpec, style_dims
     if state.generator_ema is not None:
         columns["average"] = _rows(denormalise(state.generator_ema(layout, z)))
     rows = [[column[i] for column in columns.values()] for i in range(len(batch))]
-    return pictures.contact_sheet(rows, list(columns))
+    return sheets.draw_contact_sheet(rows, list(columns))
 
 
 def _rows(images: Tensor) -> NDArray[np.uint8]:
