@@ -18,9 +18,9 @@ from test_training import REPOSITORY, assert_same, tiny_run  # noqa: F401
 from imaginaire_spade.config import load_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training import checkpoint
-from imaginaire_spade.training import run as run_module
-from imaginaire_spade.training.faults import NonFiniteLoss, OutOfMemory, explain_out_of_memory
-from imaginaire_spade.training.meters import RunLog
+from imaginaire_spade.training import setup as run_module
+from imaginaire_spade.training.health import NonFiniteLoss, OutOfMemory, explain_out_of_memory
+from imaginaire_spade.training.run_log import RunLog
 from imaginaire_spade.training.schedule import Calendar
 
 SMALL = (

@@ -24,7 +24,7 @@ from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.pix2pixhd import Pix2pixHDGenerator
 from imaginaire_spade.training import checkpoint, loop
 from imaginaire_spade.training.profile import multiply_adds
-from imaginaire_spade.training.run import calibration_layouts, prepare
+from imaginaire_spade.training.setup import calibration_layouts, prepare
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

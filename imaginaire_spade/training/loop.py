@@ -17,14 +17,13 @@ from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.files import atomic_write
 from imaginaire_spade.training.alarms import Alarms
 from imaginaire_spade.training.checkpoint import CheckpointWriter
-from imaginaire_spade.training.faults import FiniteWatch, SkippedUpdates
-from imaginaire_spade.training.meters import LossMeter, RunLog
-from imaginaire_spade.training.model_average import reestimate_batch_norm
+from imaginaire_spade.training.ema import reestimate_batch_norm
+from imaginaire_spade.training.health import FiniteWatch, SkippedUpdates
 from imaginaire_spade.training.preview import preview_batch, preview_sheet
-from imaginaire_spade.training.reference import LeaveAsked
 from imaginaire_spade.training.resume import content_of, resume
-from imaginaire_spade.training.run import Run, calibration_inputs, calibration_layouts, describe
-from imaginaire_spade.training.signals import LeaveRequest, exit_code
+from imaginaire_spade.training.run_log import LossMeter, RunLog
+from imaginaire_spade.training.setup import Run, calibration_inputs, calibration_layouts, describe
+from imaginaire_spade.training.signals import StopRequest, StopRequested, exit_code
 from imaginaire_spade.training.state import TrainState
 
 LOST_NODE_S = 20.0
@@ -63,19 +62,19 @@ def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: b
         log.close()
         return
     with (
-        LeaveRequest() as request,
+        StopRequest() as request,
         closing(run.batches()) as batches,
         CheckpointWriter(logdir / "checkpoints", run.config.trainer.keep_last) as writer,
-        _last_step_told(run, request),
+        report_progress_on_failure(run, request),
     ):
-        left_on = _iterate(run, log, batches, request, writer)
+        stop_signal = _iterate(run, log, batches, request, writer)
     log.close()
     distributed.barrier()  # nobody leaves the group while rank 0 still writes
-    if left_on:
-        raise SystemExit(exit_code(left_on))
+    if stop_signal:
+        raise SystemExit(exit_code(stop_signal))
 
 
-def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, writer: CheckpointWriter) -> int:
+def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, writer: CheckpointWriter) -> int:
     """Iterate to the end of this launch, or until a process was asked to leave; the signal's number then, else 0."""
     trainer, state, calendar = run.config.trainer, run.state, run.calendar
     meter, alarms, waited_s = LossMeter(finite_only=state.gen_scaler.is_enabled()), Alarms(), 0.0
@@ -87,7 +86,7 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         return any_request(request.number) > 0
 
     if run.evaluation is not None:
-        with suppress(LeaveAsked):
+        with suppress(StopRequested):
             log.say(run.evaluation.find_reference(log.logdir, asked))
     preview = preview_batch(run.val_dataset, trainer.image_rows) if run.info.is_main else None
     calibration = calibration_layouts(run)
@@ -128,7 +127,7 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         if due_scores and not stop_signal:
             try:
                 is_best = _evaluate(run, log, asked)
-            except LeaveAsked:
+            except StopRequested:
                 continue  # the next launch evaluates
         due_checkpoint |= is_best or (finished and due_scores)  # with what is remembered of the scores
 
@@ -168,7 +167,7 @@ def _evaluate(run: Run, log: RunLog, leave: Callable[[], bool]) -> bool:
     """Evaluate, and write the scores down. Whether they are the best so far, the same on every process.
 
     Raises:
-        LeaveAsked: a process is to leave.
+        StopRequested: a process is to leave.
     """
     assert run.evaluation is not None
     started_at = time.perf_counter()
@@ -195,7 +194,7 @@ def _statistics_due(run: Run) -> bool:
 
 
 @contextmanager
-def _last_step_told(run: Run, request: LeaveRequest) -> Iterator[None]:
+def report_progress_on_failure(run: Run, request: StopRequest) -> Iterator[None]:
     """If one of several processes fails, the surviving ranks report their last completed iteration."""
     info = run.info
     try:

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.generator import Generator
-from imaginaire_spade.training.meters import peak_memory_gib
-from imaginaire_spade.training.run import Run, describe
+from imaginaire_spade.training.run_log import peak_memory_gib
+from imaginaire_spade.training.setup import Run, describe
 
 WARM_UP, MEASURED = 5, 5
 

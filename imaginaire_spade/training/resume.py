@@ -14,7 +14,7 @@ from imaginaire_spade.compatibility import explain_import, explain_mismatch, exp
 from imaginaire_spade.config import RunConfig, dump_config, parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest
-from imaginaire_spade.training.run import Run
+from imaginaire_spade.training.setup import Run
 
 PARTS = {"gen": "generator", "dis": "discriminator", "encoder": "encoder"}
 """Section of the config -> its network's name in a checkpoint."""

@@ -15,7 +15,7 @@ from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.training.checkpoint import check_counter, check_tensors
-from imaginaire_spade.training.model_average import new_average, update_average
+from imaginaire_spade.training.ema import new_average, update_average
 
 
 @dataclass

@@ -16,7 +16,7 @@ from imaginaire_spade.models.discriminator import Discriminator, Scores, split_s
 from imaginaire_spade.models.encoder import sample_style
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.alarms import saturation
-from imaginaire_spade.training.model_average import update_average
+from imaginaire_spade.training.ema import update_average
 from imaginaire_spade.training.state import TrainState
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

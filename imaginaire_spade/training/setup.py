@@ -22,7 +22,7 @@ from imaginaire_spade.models.norms import synchronize_batch_norm
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.activation_checkpointing import checkpoint_activations
 from imaginaire_spade.training.evaluation import Evaluation
-from imaginaire_spade.training.faults import explain_out_of_memory
+from imaginaire_spade.training.health import explain_out_of_memory
 from imaginaire_spade.training.schedule import Calendar
 from imaginaire_spade.training.state import TrainState, new_train_state
 from imaginaire_spade.training.step import AUTOCAST, Networks, StepSettings, train_step

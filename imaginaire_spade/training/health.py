@@ -19,7 +19,7 @@ from imaginaire_spade.data.batch import Batch, normalise
 from imaginaire_spade.errors import UserError
 from imaginaire_spade.files import write_bytes
 from imaginaire_spade.noise import style_noise
-from imaginaire_spade.training.meters import non_finite
+from imaginaire_spade.training.run_log import non_finite
 from imaginaire_spade.training.state import TrainState
 from imaginaire_spade.training.step import StepSettings
 
