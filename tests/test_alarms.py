@@ -5,7 +5,8 @@ import torch
 
 from imaginaire_spade.losses import GANLoss
 from imaginaire_spade.models.discriminator import Scores
-from imaginaire_spade.training.alarms import PATIENCE, Alarms, saturation
+from imaginaire_spade.training.health import PATIENCE, Alarms
+from imaginaire_spade.training.step import saturation
 
 THRESHOLD_MODES = ("hinge", "non_saturated", "least_square", "half_least_square")
 

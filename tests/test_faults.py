@@ -17,8 +17,7 @@ from test_training import REPOSITORY, assert_same, tiny_run  # noqa: F401
 
 from imaginaire_spade.config import load_config
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.training import checkpoint
-from imaginaire_spade.training import setup as run_module
+from imaginaire_spade.training import checkpoint, loop
 from imaginaire_spade.training.health import NonFiniteLoss, OutOfMemory, explain_out_of_memory
 from imaginaire_spade.training.run_log import RunLog
 from imaginaire_spade.training.schedule import Calendar
@@ -34,13 +33,13 @@ def before_step(monkeypatch):
     """Makes ``action(state)`` happen before every iteration."""
 
     def patch(action):
-        step = run_module.train_step
+        step = loop.train_step
 
         def stepped(state, *arguments):
             action(state)
             return step(state, *arguments)
 
-        monkeypatch.setattr(run_module, "train_step", stepped)
+        monkeypatch.setattr(loop, "train_step", stepped)
 
     return patch
 

@@ -15,16 +15,16 @@ from imaginaire_spade.config import RunConfig, dump_yaml
 from imaginaire_spade.data.loader import Prefetcher
 from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.files import atomic_write
-from imaginaire_spade.training.alarms import Alarms
 from imaginaire_spade.training.checkpoint import CheckpointWriter
 from imaginaire_spade.training.ema import reestimate_batch_norm
-from imaginaire_spade.training.health import FiniteWatch, SkippedUpdates
+from imaginaire_spade.training.health import Alarms, check_finite, explain_out_of_memory
+from imaginaire_spade.training.meter import LossMeter
 from imaginaire_spade.training.preview import preview_batch, preview_sheet
 from imaginaire_spade.training.resume import content_of, resume
-from imaginaire_spade.training.run_log import LossMeter, RunLog
+from imaginaire_spade.training.run_log import RunLog
 from imaginaire_spade.training.setup import Run, calibration_inputs, calibration_layouts, describe
 from imaginaire_spade.training.signals import StopRequest, StopRequested, exit_code
-from imaginaire_spade.training.state import TrainState
+from imaginaire_spade.training.step import train_step
 
 LOST_NODE_S = 20.0
 """Seconds that a failed process waits before it exits, with several nodes. torchrun counts a silent node as lost after
@@ -77,8 +77,8 @@ def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: b
 def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, writer: CheckpointWriter) -> int:
     """Iterate to the end of this launch, or until a process was asked to leave; the signal's number then, else 0."""
     trainer, state, calendar = run.config.trainer, run.state, run.calendar
-    meter, alarms, waited_s = LossMeter(finite_only=state.gen_scaler.is_enabled()), Alarms(), 0.0
-    watch = FiniteWatch(state, run.settings, run.device)
+    meter, alarms = LossMeter((state.gen_scaler, state.dis_scaler), run.device), Alarms()
+    batch, waited_s = None, 0.0
     ticked_at = saved_at = state.images_seen
     any_request = distributed.LaggedMaximum(run.device)
 
@@ -90,15 +90,6 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
             log.say(run.evaluation.find_reference(log.logdir, asked))
     preview = preview_batch(run.val_dataset, trainer.image_rows) if run.info.is_main else None
     calibration = calibration_layouts(run)
-
-    def log_tick() -> None:
-        means, skipped = meter.fetch(), watch.fetch()
-        health = {name: means.pop(name) for name in list(means) if name.startswith("health/")}
-        log.tick(state.images_seen, means, _rates(state, skipped) | health, batches.wait_s - waited_s)
-        watch.check(means, skipped, trainer.max_skipped_updates, log.logdir / f"non_finite_rank{run.info.rank}.json")
-        watch.forget()
-        for warning in alarms.check(health):
-            log.warn(state.images_seen, warning)
 
     while True:
         # What is due?
@@ -113,8 +104,15 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
         due_log = due_checkpoint or due_scores or iteration % trainer.log_every == 0
 
         # Log.
-        if due_log and state.images_seen > ticked_at:
-            log_tick()
+        if due_log and batch is not None and state.images_seen > ticked_at:
+            tick = meter.read()
+            optimizers = {"gen": state.gen_optimizer, "dis": state.dis_optimizer}
+            rates = {f"lr/{name}": float(o.param_groups[0]["lr"]) for name, o in optimizers.items()}
+            log.tick(state.images_seen, tick.losses, rates | tick.scaling | tick.health, batches.wait_s - waited_s)
+            dump = log.logdir / f"non_finite_rank{run.info.rank}.json"
+            check_finite(tick, state, batch, run.settings, trainer.max_skipped_updates, dump)
+            for warning in alarms.check(tick.health):
+                log.warn(state.images_seen, warning)
             ticked_at, waited_s = state.images_seen, batches.wait_s
 
         # Batch statistics of the EMA.
@@ -133,7 +131,7 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
 
         # Preview.
         if due_preview and preview is not None:
-            sheet = preview_sheet(state, preview, run.config.data.labels, run.settings.style_dims, run.seed)
+            sheet = preview_sheet(state, preview, run.config.data.labels, run.settings.style_dims, run.config.seed)
             log.add_picture(state.images_seen, sheet)
 
         # Checkpoint.
@@ -157,9 +155,9 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
 
         # Step.
         batch = next(batches)
-        losses = run.step(batch)
-        meter.add(losses)
-        watch.add(iteration + 1, batch, losses)
+        with explain_out_of_memory(run.config):
+            losses = train_step(state, run.networks, batch, run.settings)
+        meter.add(iteration + 1, batch.keys, losses)
         log.advance()
 
 
@@ -221,17 +219,6 @@ def _failed_save(run: Run, log: RunLog) -> Iterator[None]:
         if run.config.trainer.on_failed_save == "stop":
             raise
         log.say(f"warning: {error}; going on (trainer.on_failed_save)")
-
-
-def _rates(state: TrainState, skipped: SkippedUpdates) -> dict[str, float]:
-    rates = {
-        "lr/gen": float(state.gen_optimizer.param_groups[0]["lr"]),
-        "lr/dis": float(state.dis_optimizer.param_groups[0]["lr"]),
-    }
-    if state.gen_scaler.is_enabled():
-        rates |= {"scale/gen": state.gen_scaler.get_scale(), "scale/dis": state.dis_scaler.get_scale()}
-        rates |= {"skipped/gen": float(skipped.gen), "skipped/dis": float(skipped.dis)}
-    return rates
 
 
 def _write_config(config: RunConfig, logdir: Path) -> None:

@@ -12,7 +12,7 @@ from imaginaire_spade.data.batch import Batch, denormalise
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import sequential_batches
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.noise import style_noise
+from imaginaire_spade.noise import style_codes
 from imaginaire_spade.training.state import TrainState
 
 
@@ -34,7 +34,7 @@ def preview_sheet(state: TrainState, batch: Batch, labels: LabelSpec, style_dims
         columns["edges"] = (255 - batch.layout.edges.numpy() * 255).astype(np.uint8)[..., None].repeat(3, -1)
     assert batch.images is not None
     columns["real"] = _rows(batch.images)
-    z = style_noise(seed, list(batch.keys), style_dims).to(device) if style_dims else None
+    z = style_codes(seed, batch.keys, style_dims, device)
     layout = batch.layout.to(device)
     state.generator.eval()
     columns["generated"] = _rows(denormalise(state.generator(layout, z)))

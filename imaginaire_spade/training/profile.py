@@ -9,23 +9,31 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
+from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.generator import Generator
+from imaginaire_spade.training.health import explain_out_of_memory
 from imaginaire_spade.training.run_log import peak_memory_gib
 from imaginaire_spade.training.setup import Run, describe
+from imaginaire_spade.training.step import train_step
 
 WARM_UP, MEASURED = 5, 5
+
+
+def _train(run: Run, batch: Batch) -> None:
+    with explain_out_of_memory(run.config):
+        train_step(run.state, run.networks, batch, run.settings)
 
 
 def dry_run(run: Run) -> str:
     """Run one measured iteration and say what a run would be. Nothing is written."""
     batches = run.batches(num_workers=0)
     batch = next(batches)
-    run.step(batch)  # warms caches and allocators up
+    _train(run, batch)  # warms caches and allocators up
     if run.device.type == "cuda":
         torch.cuda.synchronize()
     started_at = time.perf_counter()
-    run.step(batch)
+    _train(run, batch)
     if run.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started_at
@@ -36,7 +44,7 @@ def dry_run(run: Run) -> str:
     return (
         f"{describe(run)}\n"
         f"generator: {billions:.3g} G multiply-adds for an image of {layout.height}x{layout.width}\n"
-        f"one iteration: {seconds:.3f} s ({run.process_batch / seconds:.1f} images/s per process), peak memory"
+        f"one iteration: {seconds:.3f} s ({len(batch) / seconds:.1f} images/s per process), peak memory"
         f" {memory_gib:.2f} GiB; the whole run about {hours:.1f} h at that rate\n"
         "dry run: nothing was written"
     )
@@ -65,13 +73,13 @@ def profile(run: Run, logdir: Path) -> Path:
     """Trace ``MEASURED`` iterations after ``WARM_UP``; print the top operations and write ``profile/trace.json``."""
     batches = run.batches()
     for _ in range(WARM_UP):
-        run.step(next(batches))
+        _train(run, next(batches))
     activities = [ProfilerActivity.CPU]
     if run.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(MEASURED):
-            run.step(next(batches))
+            _train(run, next(batches))
         if run.device.type == "cuda":
             torch.cuda.synchronize()
     path = logdir / "profile" / f"trace_rank{run.info.rank}.json"

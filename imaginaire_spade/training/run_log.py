@@ -1,4 +1,4 @@
-"""Report a run: keep numbers on the device until the log tick, then write them to every log."""
+"""Write a run's log: TensorBoard, ``metrics.jsonl``, curves, images and lines of text."""
 
 from __future__ import annotations
 
@@ -17,51 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from imaginaire_spade import pictures
-from imaginaire_spade.distributed import mean_over_processes
 from imaginaire_spade.errors import UserError
 from imaginaire_spade.training.schedule import Calendar
-
-
-class LossMeter:
-    """Sums of losses since the last tick, on the device; no synchronisation until ``fetch``.
-
-    Args:
-        finite_only: leave out values that are not finite, as those of an iteration that fp16's loss scaling skips.
-    """
-
-    def __init__(self, finite_only: bool = False) -> None:
-        self.finite_only = finite_only
-        self._sums: dict[str, Tensor] = {}
-        self._left_out: dict[str, Tensor] = {}
-        self._count = 0
-
-    def add(self, losses: dict[str, Tensor]) -> None:
-        for name, value in losses.items():
-            if self.finite_only:
-                bad = ~value.isfinite()
-                value = value.masked_fill(bad, 0.0)
-                self._left_out[name] = self._left_out[name] + bad if name in self._left_out else bad.long()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._count += 1
-
-    def fetch(self) -> dict[str, float]:
-        """Mean of each loss over iterations and processes since the last call (a collective)."""
-        if not self._count:
-            return {}
-        names = sorted(self._sums)
-        sums = torch.stack([self._sums[name].float() for name in names])
-        counts = torch.full_like(sums, self._count)
-        if self.finite_only:
-            counts -= torch.stack([self._left_out[name] for name in names])
-        sums, counts = mean_over_processes(torch.stack([sums, counts]))
-        means, seen = (sums / counts).tolist(), counts.tolist()
-        self._sums, self._left_out, self._count = {}, {}, 0
-        return {name: mean for name, mean, count in zip(names, means, seen, strict=True) if count}
 
 
 class RunLog:
@@ -90,7 +51,7 @@ class RunLog:
         self._next_step = done + 1
         self._metrics = logdir / "metrics.jsonl"
         self._records = [r for r in _read_jsonl(self._metrics) if r["images_seen"] <= images_seen]
-        with self._gaps_told():
+        with self.report_write_errors():
             pictures.write_bytes(self._metrics, "".join(map(_line, self._records)).encode())
 
     def say(self, text: str) -> None:
@@ -103,7 +64,7 @@ class RunLog:
         iteration = self.calendar.iteration(images_seen)
         self.say(f"warning: iteration {iteration}: {text}")
         if self.enabled:
-            with self._gaps_told():
+            with self.report_write_errors():
                 self._tensorboard().add_text("warnings", text, iteration)
 
     def tick(self, images_seen: int, losses: dict[str, float], rates: dict[str, float], wait_s: float) -> None:
@@ -167,7 +128,7 @@ class RunLog:
         """Keep a preview sheet, uint8 RGB [H, W, 3], in TensorBoard and under ``images/``."""
         if self.enabled:
             iteration = self.calendar.iteration(images_seen)
-            with self._gaps_told():
+            with self.report_write_errors():
                 self._tensorboard().add_image("preview", picture, iteration, dataformats="HWC")
                 pictures.write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", picture)
             self._draw_curves()
@@ -176,13 +137,13 @@ class RunLog:
         if self.enabled:
             self._draw_curves()
             self._bar.close()
-            with self._gaps_told():
+            with self.report_write_errors():
                 if self._events is not None:
                     self._events.close()
 
     def _write(self, record: dict[str, Any]) -> None:
         self._records.append(record)
-        with self._gaps_told():
+        with self.report_write_errors():
             _append(self._metrics, _line(record))
             events = self._tensorboard()
             for name, value in record.items():
@@ -192,7 +153,7 @@ class RunLog:
             self._next_step = record["iteration"] + 1
 
     def _draw_curves(self) -> None:
-        with self._gaps_told():
+        with self.report_write_errors():
             if self._records:
                 pictures.curves(self._records, self.logdir / "curves.png")
 
@@ -203,17 +164,12 @@ class RunLog:
         return self._events
 
     @contextmanager
-    def _gaps_told(self) -> Iterator[None]:
+    def report_write_errors(self) -> Iterator[None]:
         try:
             yield
         except (OSError, UserError) as error:
             self._events = None
             self.say(f"warning: the log in {self.logdir} has a gap here: {error}")
-
-
-def non_finite(losses: dict[str, float]) -> list[str]:
-    """Names of the losses that are NaN or infinite."""
-    return [name for name, value in losses.items() if not math.isfinite(value)]
 
 
 def peak_memory_gib() -> float:

@@ -19,13 +19,12 @@ from imaginaire_spade.data.loader import Prefetcher, default_num_workers, sequen
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.norms import synchronize_batch_norm
-from imaginaire_spade.noise import style_noise
+from imaginaire_spade.noise import style_codes
 from imaginaire_spade.training.activation_checkpointing import checkpoint_activations
 from imaginaire_spade.training.evaluation import Evaluation
-from imaginaire_spade.training.health import explain_out_of_memory
 from imaginaire_spade.training.schedule import Calendar
 from imaginaire_spade.training.state import TrainState, new_train_state
-from imaginaire_spade.training.step import AUTOCAST, Networks, StepSettings, train_step
+from imaginaire_spade.training.step import AUTOCAST, Networks, StepSettings
 
 
 @dataclass
@@ -43,21 +42,13 @@ class Run:
     calendar: Calendar
     evaluation: Evaluation | None
 
-    @property
-    def seed(self) -> int:
-        return self.config.seed
-
-    @property
-    def process_batch(self) -> int:
-        return self.config.data.train.batch_size
-
     def batches(self, num_workers: int | None = None) -> Prefetcher:
         """Yield this process's batches on the device, from the current position on."""
         workers = self.config.data.num_workers if num_workers is None else num_workers
         loader = training_loader(
             self.dataset,
-            self.process_batch,
-            seed=self.seed,
+            self.config.data.train.batch_size,
+            seed=self.config.seed,
             images_seen=self.state.images_seen,
             rank=self.info.rank,
             world_size=self.info.world_size,
@@ -66,11 +57,6 @@ class Run:
             shuffle_shards=self.config.data.shuffle_shards,
         )
         return Prefetcher(loader, self.device)
-
-    def step(self, batch: Batch) -> dict[str, Tensor]:
-        """Train for one iteration, see ``train_step``. Raises OutOfMemory, which names what to set."""
-        with explain_out_of_memory(self.config):
-            return train_step(self.state, self.networks, batch, self.settings)
 
 
 def prepare(
@@ -137,7 +123,7 @@ def describe(run: Run) -> str:
         f" encoder {millions(state.encoder)}",
         f"data: {len(run.dataset)} training and {len(run.val_dataset)} preview samples",
         f"losses: {losses}",
-        f"batch: {run.process_batch} per process x {run.info.world_size} process(es) ="
+        f"batch: {run.config.data.train.batch_size} per process x {run.info.world_size} process(es) ="
         f" {calendar.global_batch} globally, on {run.device.type}, {trainer.precision}",
         f"schedule: {calendar.total_iterations} iterations = {epochs:.1f} epochs; learning rates {rates};"
         f" EMA {'off' if averaged is None else f'beta {averaged.beta:g}'}",
@@ -156,7 +142,7 @@ def calibration_layouts(run: Run) -> list[Batch]:
     if average is None or not average.batch_norm_images:
         return []
     count = max(min(average.batch_norm_images, len(run.dataset)), run.info.world_size, 2)
-    within = np.random.default_rng(run.seed).random(count)
+    within = np.random.default_rng(run.config.seed).random(count)
     indices = ((np.arange(count) + within) * len(run.dataset) / count).astype(int).tolist()
     forwards = max(1, count // run.calendar.global_batch)
     dataset = run.dataset.without_images()
@@ -168,7 +154,7 @@ def calibration_layouts(run: Run) -> list[Batch]:
 
 
 def calibration_inputs(run: Run, batches: list[Batch]) -> Iterator[tuple[SemanticLayout, Tensor | None]]:
-    dims = run.settings.style_dims
+    """Yield (label maps, style codes) of ``calibration_layouts`` on the device."""
     for batch in batches:
-        z = style_noise(run.seed, list(batch.keys), dims).to(run.device) if dims else None
+        z = style_codes(run.config.seed, batch.keys, run.settings.style_dims, run.device)
         yield batch.layout.to(run.device), z
