@@ -1,4 +1,4 @@
-"""The training loop: it owns the calendar (what is due when); ``step.py`` owns the maths."""
+"""Run the training loop: decide what is due when. ``step.py`` computes an iteration."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: b
     """Train to the end of the run, or to ``--max_iterations``; continue from the newest checkpoint of ``logdir``.
 
     Args:
-        start_from: checkpoint to begin with where ``logdir`` has none yet.
+        start_from: checkpoint to begin with if ``logdir`` has none yet.
         allow_changed_data: continue although the data set or its labels are not those of the checkpoint.
     Raises:
-        SystemExit: a signal asked the run to leave; it has saved. The code is ``signals.exit_code``.
+        SystemExit: a signal asked the run to stop; it has saved. The code is ``signals.exit_code``.
     """
     resumed = resume(run, logdir, start_from, allow_changed_data)
     state, calendar = run.state, run.calendar
@@ -75,19 +75,18 @@ def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: b
 
 
 def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, writer: CheckpointWriter) -> int:
-    """Iterate to the end of this launch, or until a process was asked to leave; the signal's number then, else 0."""
+    """Iterate to the end of this launch and return 0, or until a process gets a stop signal and return its number."""
     trainer, state, calendar = run.config.trainer, run.state, run.calendar
     meter, alarms = LossMeter((state.gen_scaler, state.dis_scaler), run.device), Alarms()
-    batch, waited_s = None, 0.0
-    ticked_at = saved_at = state.images_seen
-    any_request = distributed.LaggedMaximum(run.device)
+    batch, saved_at = None, state.images_seen  # the last batch since the log tick
+    any_request = distributed.LaggedMaximum()
 
-    def asked() -> bool:
+    def stop_requested() -> bool:
         return any_request(request.number) > 0
 
     if run.evaluation is not None:
         with suppress(StopRequested):
-            log.say(run.evaluation.find_reference(log.logdir, asked))
+            log.say(run.evaluation.find_reference(log.logdir, stop_requested))
     preview = preview_batch(run.val_dataset, trainer.image_rows) if run.info.is_main else None
     calibration = calibration_layouts(run)
 
@@ -100,20 +99,20 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
         due_preview = finished or iteration % trainer.image_every == 0
         due_checkpoint = state.images_seen > saved_at and (done or iteration % trainer.checkpoint_every == 0)
         due_scores = run.evaluation is not None and run.evaluation.due(state.images_seen, finished)
-        # No checkpoint and no scores before the losses were looked at.
+        # Losses are checked before every checkpoint and evaluation.
         due_log = due_checkpoint or due_scores or iteration % trainer.log_every == 0
 
         # Log.
-        if due_log and batch is not None and state.images_seen > ticked_at:
+        if due_log and batch is not None:
             tick = meter.read()
             optimizers = {"gen": state.gen_optimizer, "dis": state.dis_optimizer}
             rates = {f"lr/{name}": float(o.param_groups[0]["lr"]) for name, o in optimizers.items()}
-            log.tick(state.images_seen, tick.losses, rates | tick.scaling | tick.health, batches.wait_s - waited_s)
+            log.tick(state.images_seen, tick.losses, rates | tick.scaling | tick.health, batches.wait_s)
             dump = log.logdir / f"non_finite_rank{run.info.rank}.json"
             check_finite(tick, state, batch, run.settings, trainer.max_skipped_updates, dump)
             for warning in alarms.check(tick.health):
                 log.warn(state.images_seen, warning)
-            ticked_at, waited_s = state.images_seen, batches.wait_s
+            batch = None
 
         # Batch statistics of the EMA.
         due_statistics = due_preview or due_scores or (due_checkpoint and _statistics_due(run))
@@ -124,7 +123,7 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
         is_best = False
         if due_scores and not stop_signal:
             try:
-                is_best = _evaluate(run, log, asked)
+                is_best = _evaluate(run, log, stop_requested)
             except StopRequested:
                 continue  # the next launch evaluates
         due_checkpoint |= is_best or (finished and due_scores)  # with what is remembered of the scores
@@ -132,13 +131,15 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
         # Preview.
         if due_preview and preview is not None:
             sheet = preview_sheet(state, preview, run.config.data.labels, run.settings.style_dims, run.config.seed)
-            log.add_picture(state.images_seen, sheet)
+            log.add_preview(state.images_seen, sheet)
 
         # Checkpoint.
-        with _failed_save(run, log):
-            if due_checkpoint:
-                writer.wait()
-            writer.check()
+        try:
+            writer.check(wait=due_checkpoint)
+        except CheckpointError as error:
+            if trainer.on_failed_save == "stop":
+                raise
+            log.say(f"warning: {error}; going on (trainer.on_failed_save)")
         if due_checkpoint and run.info.is_main:
             keep = trainer.keep_every is not None and iteration % trainer.keep_every == 0
             log.say(f"saving {writer.save(state.images_seen, content_of(run), keep, is_best)}")
@@ -161,11 +162,11 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
         log.advance()
 
 
-def _evaluate(run: Run, log: RunLog, leave: Callable[[], bool]) -> bool:
-    """Evaluate, and write the scores down. Whether they are the best so far, the same on every process.
+def _evaluate(run: Run, log: RunLog, stop_requested: Callable[[], bool]) -> bool:
+    """Evaluate and log the scores. Return whether they are the best so far, the same on every process.
 
     Raises:
-        StopRequested: a process is to leave.
+        StopRequested: a process is asked to stop.
     """
     assert run.evaluation is not None
     started_at = time.perf_counter()
@@ -173,7 +174,7 @@ def _evaluate(run: Run, log: RunLog, leave: Callable[[], bool]) -> bool:
     name = f"iteration_{run.calendar.iteration(seen):09d}"
     generator.eval()
     try:
-        outcome = run.evaluation(generator, seen, log.logdir, name, leave)
+        outcome = run.evaluation(generator, seen, log.logdir, name, stop_requested)
     finally:
         generator.train(generator is run.state.generator)
     seconds = time.perf_counter() - started_at
@@ -183,8 +184,8 @@ def _evaluate(run: Run, log: RunLog, leave: Callable[[], bool]) -> bool:
 
 
 def _statistics_due(run: Run) -> bool:
-    """Whether the checkpoint that is due gets new statistics of the average; else they go on being averaged like the
-    weights, from the last estimate on."""
+    """Return whether the checkpoint that is due gets new batch statistics of the EMA. If not, they are averaged like
+    the weights, from the last estimate on."""
     trainer, images_seen = run.config.trainer, run.state.images_seen
     average, every = trainer.model_average, trainer.checkpoint_every * run.calendar.global_batch
     interval = ESTIMATE_AT_MOST * average.batch_norm_images if average is not None else 0
@@ -193,7 +194,7 @@ def _statistics_due(run: Run) -> bool:
 
 @contextmanager
 def report_progress_on_failure(run: Run, request: StopRequest) -> Iterator[None]:
-    """If one of several processes fails, the surviving ranks report their last completed iteration."""
+    """Report the last completed iteration if this process fails, as the surviving ranks do when another one dies."""
     info = run.info
     try:
         yield
@@ -208,17 +209,6 @@ def report_progress_on_failure(run: Run, request: StopRequest) -> Iterator[None]
             while time.monotonic() < give_up_at and not request.number:
                 time.sleep(0.1)
         raise
-
-
-@contextmanager
-def _failed_save(run: Run, log: RunLog) -> Iterator[None]:
-    """A failed checkpoint write stops the run, or is logged and retried at the next checkpoint."""
-    try:
-        yield
-    except CheckpointError as error:
-        if run.config.trainer.on_failed_save == "stop":
-            raise
-        log.say(f"warning: {error}; going on (trainer.on_failed_save)")
 
 
 def _write_config(config: RunConfig, logdir: Path) -> None:

@@ -17,7 +17,7 @@ from imaginaire_spade.training.state import TrainState
 
 
 def preview_batch(dataset: LabelMapDataset, rows: int) -> Batch | None:
-    """Samples spread evenly over a data set, the same at every start; None for no rows."""
+    """Read samples spread evenly over a data set, the same at every launch; None for no rows."""
     count = min(rows, len(dataset))
     if not count:
         return None
@@ -27,7 +27,7 @@ def preview_batch(dataset: LabelMapDataset, rows: int) -> Batch | None:
 
 @torch.no_grad()
 def preview_sheet(state: TrainState, batch: Batch, labels: LabelSpec, style_dims: int, seed: int) -> NDArray[np.uint8]:
-    """RGB sheet [H, W, 3], one row per sample. The generators run in evaluation mode, as in inference.py."""
+    """Draw a sheet, uint8 RGB [H, W, 3], with one row per sample. The generators run in evaluation mode."""
     device = next(state.generator.parameters()).device
     columns = {"label map": labels.colourise(batch.layout.labels.numpy())}
     if batch.layout.edges is not None:

@@ -29,7 +29,7 @@ from imaginaire_spade.training.step import AUTOCAST, Networks, StepSettings
 
 @dataclass
 class Run:
-    """The parts of a run, made by ``prepare``; the loop only calls them."""
+    """The parts of a run. ``prepare`` makes them, the loop calls them."""
 
     config: RunConfig
     info: ProcessInfo
@@ -66,10 +66,10 @@ def prepare(
     device: torch.device,
     stop_after: int | None = None,
 ) -> Run:
-    """Open the data and make everything a run consists of, at image 0. Call after joining the process group.
+    """Open the data and build all parts of a run, at image 0. Call after joining the process group.
 
     Args:
-        objective: terms and weights, as ``build_losses`` makes them.
+        objective: terms and weights, from ``build_losses``.
         stop_after: stop this launch at this iteration, counted over the whole run (``--max_iterations``).
     """
     seed = config.seed
@@ -78,10 +78,9 @@ def prepare(
     val_dataset = dataset if config.data.val is None else build_split(config, config.data.val)
     state = new_train_state(config, device, seed)
     if config.trainer.sync_batch_norm and info.world_size > 1:
-        synchronize_batch_norm(state.generator)
-        synchronize_batch_norm(state.discriminator)
-        if state.generator_ema is not None:
-            synchronize_batch_norm(state.generator_ema)
+        for network in (state.generator, state.discriminator, state.generator_ema):
+            if network is not None:
+                synchronize_batch_norm(network)
     global_batch = config.data.train.batch_size * info.world_size
     calendar = Calendar.of(config.trainer, global_batch, len(dataset), stop_after)
     settings = StepSettings(
@@ -132,11 +131,11 @@ def describe(run: Run) -> str:
 
 
 def calibration_layouts(run: Run) -> list[Batch]:
-    """Yield this process's share of the label maps that estimate the EMA's statistics, a batch per forward.
+    """Read this process's share of the label maps that estimate the EMA's batch statistics, one batch per forward.
 
-    They are spread evenly over the training set, each drawn by the seed from its part of it, and each forward's are
-    spread likewise: the first ones by name are often one sequence, city or kind of scene. The processes together have
-    the same label maps, whatever their number.
+    The label maps are spread evenly over the training set, in each forward too, since the first ones by name are often
+    one sequence, city or kind of scene; the seed draws each from its part of the set. Together the processes have the
+    same label maps, whatever their number.
     """
     average = run.config.trainer.model_average
     if average is None or not average.batch_norm_images:
