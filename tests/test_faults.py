@@ -19,6 +19,7 @@ from imaginaire_spade.config import load_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training import checkpoint, loop
 from imaginaire_spade.training.health import NonFiniteLoss, OutOfMemory, explain_out_of_memory
+from imaginaire_spade.training.meter import LossMeter
 from imaginaire_spade.training.run_log import RunLog
 from imaginaire_spade.training.schedule import Calendar
 
@@ -247,6 +248,36 @@ def test_updates_that_fp16_skips_are_counted_and_too_many_in_a_row_end_the_run(t
     records = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]
     assert [record["skipped/gen"] for record in records] == [2, 1]
     assert all(torch.isfinite(torch.tensor(value)) for record in records for value in record.values())
+
+
+def test_a_tick_holds_means_the_first_bad_iteration_and_skipped_updates():
+    scalers = [torch.amp.GradScaler("cpu", init_scale=8.0) for _ in range(2)]
+    meter = LossMeter(scalers, torch.device("cpu"))
+
+    def iterate(first: int, *losses_and_scales: tuple[float, float]) -> None:
+        for iteration, (loss, scale) in enumerate(losses_and_scales, first):
+            scalers[0].update(scale)
+            losses = {"gan": torch.tensor(loss), "health/d_accuracy": torch.tensor(0.5)}
+            meter.add(iteration, (f"sample {iteration}",), losses)
+
+    iterate(1, (1.0, 8.0), (float("nan"), 4.0), (3.0, 4.0), (float("inf"), 2.0), (2.0, 1.0))
+    tick = meter.read()
+    assert (tick.first_iteration, tick.last_iteration) == (1, 5)
+    assert tick.losses == {"gan": 2.0} and tick.health == {"health/d_accuracy": 0.5}
+    losses = {"gan": "nan", "health/d_accuracy": "0.5"}
+    assert tick.first_bad == {"iteration": 2, "batch_keys": ["sample 2"], "losses": losses}
+    assert tick.scaling == {"scale/gen": 1.0, "scale/dis": 8.0, "skipped/gen": 3.0, "skipped/dis": 0.0}
+    assert tick.skipped_in_a_row == 2
+    iterate(6, (1.0, 0.5), (4.0, 0.5))
+    tick = meter.read()
+    assert tick.losses == {"gan": 2.5} and tick.first_bad == {} and tick.scaling["skipped/gen"] == 1.0
+    assert tick.skipped_in_a_row == 3  # two of them before the last tick
+
+    meter = LossMeter([torch.amp.GradScaler("cpu", enabled=False)] * 2, torch.device("cpu"))
+    meter.add(1, ("sample",), {"gan": torch.tensor(1.0)})
+    meter.add(2, ("sample",), {"gan": torch.tensor(float("inf"))})
+    tick = meter.read()
+    assert tick.losses == {"gan": float("inf")} and tick.first_bad["iteration"] == 2 and tick.scaling == {}
 
 
 def test_out_of_memory_names_the_knobs(tiny_run, before_step):
