@@ -109,7 +109,7 @@ class GANLoss(nn.Module):
     """Adversarial loss; also states the discriminator's.
 
     Args:
-        mode: form of the loss, see ``discriminator_gan_loss``.
+        mode: form of the loss.
         relative: judge generated images relative to the real ones of the same label maps, and vice versa.
     """
 

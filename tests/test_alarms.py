@@ -44,7 +44,7 @@ def test_a_sign_that_lasts_is_told_once_per_episode(bad, message):
         health(fake=1.0, real=1.0),
     ],
 )
-def test_what_real_pictures_look_like_is_no_sign(good):
+def test_what_real_images_look_like_is_no_sign(good):
     alarms = Alarms()
     assert not any(alarms.check(good) for _ in range(4 * PATIENCE))
 

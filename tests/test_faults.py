@@ -171,7 +171,7 @@ def test_training_goes_on_after_a_failed_save_where_the_config_says_so(tiny_run,
     def full_for_a_while(state):
         if state.images_seen == 4:
             fill(small_disk)
-        if state.images_seen == 12:  # the writing of the checkpoint of 8 pictures began before the last step
+        if state.images_seen == 12:  # the writing of the checkpoint of 8 images began before the last step
             while list(small_disk.glob("log/checkpoints/.*")):
                 time.sleep(0.01)
             (small_disk / "filler").unlink()
@@ -324,21 +324,21 @@ class Job:
             time.sleep(0.02)
 
     def reaches_next(self, iterations: int) -> None:
-        """Wait until the log has so many more lines, or fewer where it was cut back by a new start."""
+        """Wait until the log has so many more lines, or fewer where it was cut back by a new launch."""
         lines = self._lines()
         while 0 <= self._lines() - lines < iterations:
             assert self.process.poll() is None, self.process.output()
             time.sleep(0.02)
 
     def recovers(self) -> None:
-        """Wait until a new start has taken over the log and trained."""
+        """Wait until a new launch has taken over the log and trained."""
         before = self.metrics.stat().st_ino
         while self.metrics.stat().st_ino == before:
             assert self.process.poll() is None, self.process.output()
             time.sleep(0.02)
         self.reaches_next(1)
 
-    def says(self, text: str) -> None:
+    def prints(self, text: str) -> None:
         """Wait until it has printed that."""
         while text not in self.process.stdout.read_text() + self.process.stderr.read_text():
             assert self.process.poll() is None, self.process.output()

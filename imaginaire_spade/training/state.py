@@ -1,4 +1,4 @@
-"""TrainState: everything that a training run would lose if it stopped now. Its fields are the checkpoint."""
+"""Define the state of training: all that a run would lose if it stopped now. Its fields are the checkpoint."""
 
 from __future__ import annotations
 

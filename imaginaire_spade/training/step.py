@@ -1,4 +1,4 @@
-"""One training iteration, from the learning rates to the counter: see ``train_step``."""
+"""Compute one training iteration, from the learning rates to the counter: see ``train_step``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class StepSettings:
     dis_lr: Callable[[int], float]
     """images_seen -> learning rate of the discriminator."""
     ema_beta: Callable[[int], float]
-    """images_seen -> weight of the old average in this update."""
+    """images_seen -> weight of the old EMA in this update."""
 
     @property
     def gan(self) -> GANLoss:
@@ -56,7 +56,7 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks as they are called in training: wrapped for their process group, where there is one."""
+    """The networks as they are called in training: wrapped in DistributedDataParallel if there are several processes."""
 
     generator: nn.Module
     discriminator: nn.Module
@@ -65,6 +65,8 @@ class Networks:
 
 @dataclass(frozen=True)
 class Generated:
+    """Generated images, float32 [N, 3, H, W] in [-1, 1], and their style codes' distributions if there is an encoder."""
+
     fake: Tensor
     mu: Tensor | None
     logvar: Tensor | None
@@ -133,7 +135,7 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
     for update in (update_discriminator, update_generator) if shared else (update_generator, update_discriminator):
         update()
 
-    # Moving average, counter.
+    # EMA, counter.
     beta = settings.ema_beta(state.images_seen)
     for average, network in ((state.generator_ema, state.generator), (state.encoder_ema, state.encoder)):
         if average is not None and network is not None:
