@@ -56,7 +56,7 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks as they are called in training: wrapped in DistributedDataParallel if there are several processes."""
+    """The networks as training calls them: wrapped in DistributedDataParallel if there are several processes."""
 
     generator: nn.Module
     discriminator: nn.Module
@@ -65,7 +65,7 @@ class Networks:
 
 @dataclass(frozen=True)
 class Generated:
-    """Generated images, float32 [N, 3, H, W] in [-1, 1], and their style codes' distributions if there is an encoder."""
+    """Generated images, float32 [N, 3, H, W] in [-1, 1], with the distributions of their style codes, if any."""
 
     fake: Tensor
     mu: Tensor | None
