@@ -26,11 +26,6 @@ BEST = "best.pt"
 _NAME = re.compile(r"^checkpoint_(\d{12})\.pt$")
 
 
-def checkpoint_path(directory: Path, images_seen: int) -> Path:
-    """Return the file of the checkpoint that a run writes at ``images_seen``."""
-    return directory / f"checkpoint_{images_seen:012d}.pt"
-
-
 def checkpoints_in(directory: Path) -> list[Path]:
     """List the complete checkpoints of a folder, oldest first."""
     return sorted(p for p in directory.glob("checkpoint_*.pt") if _NAME.match(p.name)) if directory.is_dir() else []
@@ -72,7 +67,7 @@ class CheckpointWriter:
             best: also keep it as ``best.pt``, in place of the one before.
         """
         self.wait()
-        path = checkpoint_path(self.directory, images_seen)
+        path = self.directory / f"checkpoint_{images_seen:012d}.pt"
         names = [self.directory / "kept" / path.name] * keep + [self.directory / BEST] * best
         self._write = self._thread.submit(self._finish, path, _on_host(content), names)
         return path

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from imaginaire_spade.config import RunConfig
-from imaginaire_spade.data.batch import Batch, normalise
+from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.errors import UserError, is_out_of_memory
 from imaginaire_spade.files import write_bytes
 from imaginaire_spade.training.meter import Tick
 from imaginaire_spade.training.state import TrainState
-from imaginaire_spade.training.step import Networks, StepSettings, autocast, generate
+from imaginaire_spade.training.step import Networks, StepSettings, autocast, generate, real_images
 
 EXCESS_SATURATION = 0.5
 """Alarm where more than this share of what real images leave unsaturated is saturated in generated ones."""
@@ -123,10 +123,9 @@ def _describe_non_finite(state: TrainState, batch: Batch, settings: StepSettings
         if layer in names and isinstance(output, Tensor) and not output.isfinite().all():
             found.append(names[layer])
 
-    assert batch.images is not None
     with register_module_forward_hook(look), autocast(batch.layout.device, settings):
         fake = generate(Networks(state.generator, state.discriminator, state.encoder), batch, settings).fake
-        state.discriminator(batch.layout, torch.cat([fake, normalise(batch.images)]))
+        state.discriminator(batch.layout, torch.cat([fake, real_images(batch)]))
     return {
         "images_seen": state.images_seen,
         "first_non_finite": {

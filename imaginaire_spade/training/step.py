@@ -47,12 +47,6 @@ class StepSettings:
     ema_beta: Callable[[int], float]
     """images_seen -> weight of the old EMA in this update."""
 
-    @property
-    def gan(self) -> GANLoss:
-        gan = self.terms["gan"]
-        assert isinstance(gan, GANLoss)
-        return gan
-
 
 @dataclass(frozen=True)
 class Networks:
@@ -91,6 +85,8 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
     shared, pieces = settings.form == "shared", settings.accumulation
     made = generate(networks, batch, settings) if shared and pieces == 1 else None
     losses: dict[str, Tensor] = {}
+    gan = settings.terms["gan"]
+    assert isinstance(gan, GANLoss)
 
     def update_discriminator() -> None:
         state.discriminator.requires_grad_(True)
@@ -98,16 +94,16 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
         for number, piece in enumerate(batch.split(pieces), 1):
             with torch.no_grad():
                 fake = (made or generate(networks, piece, settings)).fake.detach()
-                real = _real(piece)
+                real = real_images(piece)
             with _synced(networks.discriminator, number == pieces):
                 with autocast(real.device, settings):
                     # Fake and real in one forward: one power iteration, and one DDP forward per backward.
                     scores = networks.discriminator(piece.layout, torch.cat([fake, real]))
                     fake_scores, real_scores = split_scores(scores)
-                    terms = settings.gan.discriminator(fake_scores, real_scores)
+                    terms = gan.discriminator(fake_scores, real_scores)
                 total = torch.stack(list(terms.values())).sum()
                 state.dis_scaler.scale(total / pieces).backward()
-            health = {"health/d_accuracy": settings.gan.accuracy(fake_scores, real_scores)}
+            health = {"health/d_accuracy": gan.accuracy(fake_scores, real_scores)}
             _add(losses, terms | {"d_total": total} | health, pieces)
         state.dis_scaler.step(state.dis_optimizer)
         state.dis_scaler.update()
@@ -116,7 +112,7 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
         state.discriminator.requires_grad_(False)
         state.gen_optimizer.zero_grad(set_to_none=True)
         for number, piece in enumerate(batch.split(pieces), 1):
-            real, last = _real(piece), number == pieces
+            real, last = real_images(piece), number == pieces
             with _synced(networks.generator, last), _synced(networks.encoder, last):
                 generated = made or generate(networks, piece, settings)
                 with autocast(real.device, settings):
@@ -166,12 +162,13 @@ def generate(networks: Networks, piece: Batch, settings: StepSettings) -> Genera
         mu = logvar = None
         if networks.encoder is not None:
             assert z is not None
-            mu, logvar = networks.encoder(_real(piece))
+            mu, logvar = networks.encoder(real_images(piece))
             z = sample_style(mu, logvar, z)
         return Generated(networks.generator(piece.layout, z), mu, logvar)
 
 
-def _real(piece: Batch) -> Tensor:
+def real_images(piece: Batch) -> Tensor:
+    """Return the photos of a batch as float32 [N, 3, H, W] in [-1, 1]."""
     assert piece.images is not None
     return normalise(piece.images)
 
