@@ -55,7 +55,7 @@ def main() -> None:
         raise UserError(f"--max_iterations {arguments.max_iterations}: must be at least 1")
 
     from imaginaire_spade.training import loop, profile
-    from imaginaire_spade.training.run import prepare
+    from imaginaire_spade.training.setup import prepare
 
     distributed.init_process_group(info, device, config.trainer.process_group_timeout_s)
     try:

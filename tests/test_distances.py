@@ -32,7 +32,7 @@ from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.training import loop
 from imaginaire_spade.training.checkpoint import newest_checkpoint
-from imaginaire_spade.training.run import prepare
+from imaginaire_spade.training.setup import prepare
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import make_distance_maps as make_distance_maps_script

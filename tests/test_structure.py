@@ -84,7 +84,7 @@ REGISTERING = {
         ("from ..data.store import FILENAMES", {"imaginaire_spade.data.store"}),
         ("from .. import losses, LayoutSpec", {"imaginaire_spade", "imaginaire_spade.losses"}),
         ("def f():\n    import imaginaire_spade.losses", {"imaginaire_spade.losses"}),
-        ("if TYPE_CHECKING:\n    from imaginaire_spade.training.run import Run", {"imaginaire_spade.training.run"}),
+        ("if TYPE_CHECKING:\n    from imaginaire_spade.training.setup import Run", {"imaginaire_spade.training.setup"}),
         ('importlib.import_module("imaginaire_spade.losses")', {"imaginaire_spade.losses"}),
         ("import json", set()),
     ],

@@ -23,7 +23,7 @@ from imaginaire_spade.evaluation.features import FeatureNetwork
 from imaginaire_spade.evaluation.protocol import differences
 from imaginaire_spade.evaluation.report import load_report
 from imaginaire_spade.training import checkpoint, loop
-from imaginaire_spade.training.run import prepare
+from imaginaire_spade.training.setup import prepare
 
 SCORES = "trainer.evaluation={every_images: 8, num_images: 7, metrics: [fid, kid], inception_weights: 'random:0',\
  feature_dim: 64}"

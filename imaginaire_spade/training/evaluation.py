@@ -158,7 +158,7 @@ class Evaluation:
     def find_reference(self, logdir: Path, leave: Callable[[], bool]) -> str:
         """Get the statistics of the real photos ready, from the log dir or by computing them (a collective).
 
-        Returns what was done. Raises LeaveAsked.
+        Returns what was done. Raises StopRequested.
         """
         path = logdir / FOLDER / "real.npz"
         found = read_reference(path, self.identity) if self._info.is_main else None
@@ -183,7 +183,7 @@ class Evaluation:
             generator: in evaluation mode.
             name: of the report.
         Raises:
-            LeaveAsked: (on every process) ``leave`` said so; nothing has changed.
+            StopRequested: (on every process) ``leave`` said so; nothing has changed.
         """
 
         @torch.no_grad()

@@ -27,10 +27,7 @@ from imaginaire_spade.evaluation.segmentation import Confusion
 from imaginaire_spade.evaluation.sources import EvaluatedPicture, PictureSource
 from imaginaire_spade.evaluation.statistics import FeatureStats
 from imaginaire_spade.files import write_bytes
-
-
-class LeaveAsked(Exception):
-    """A process was asked to leave while an evaluation ran; raised on all of them at the same point."""
+from imaginaire_spade.training.signals import StopRequested
 
 
 def spread(count: int, wanted: int | None) -> list[int]:
@@ -55,7 +52,7 @@ class ValidationPictures(PictureSource):
     Args:
         indices: places in ``dataset``; their keys, in this order, are the source's.
         picture: batch -> uint8 [N, 3, H, W].
-        leave: asked before each batch, equally often on every process; True ends the reading with LeaveAsked.
+        leave: asked before each batch, equally often on every process; True ends the reading with StopRequested.
     """
 
     def __init__(
@@ -85,7 +82,7 @@ class ValidationPictures(PictureSource):
         with closing(batches):  # type: ignore[type-var]
             for _ in range(self._rounds):
                 if self._leave():
-                    raise LeaveAsked
+                    raise StopRequested
                 batch = next(batches, None)
                 if batch is None:
                     continue

@@ -1,4 +1,4 @@
-"""Report a run: keep numbers on the device until the log tick, then write them to every log."""
+"""Write a run's log: TensorBoard, ``metrics.jsonl``, curves, images and lines of text."""
 
 from __future__ import annotations
 
@@ -17,62 +17,23 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from imaginaire_spade.distributed import mean_over_processes
 from imaginaire_spade.errors import UserError
 from imaginaire_spade.files import write_bytes, write_image
 from imaginaire_spade.training import curves
 from imaginaire_spade.training.schedule import Calendar
 
 
-class LossMeter:
-    """Sums of losses since the last tick, on the device; no synchronisation until ``fetch``.
-
-    Args:
-        finite_only: leave out values that are not finite, as those of an iteration that fp16's loss scaling skips.
-    """
-
-    def __init__(self, finite_only: bool = False) -> None:
-        self.finite_only = finite_only
-        self._sums: dict[str, Tensor] = {}
-        self._left_out: dict[str, Tensor] = {}
-        self._count = 0
-
-    def add(self, losses: dict[str, Tensor]) -> None:
-        for name, value in losses.items():
-            if self.finite_only:
-                bad = ~value.isfinite()
-                value = value.masked_fill(bad, 0.0)
-                self._left_out[name] = self._left_out[name] + bad if name in self._left_out else bad.long()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._count += 1
-
-    def fetch(self) -> dict[str, float]:
-        """Mean of each loss over iterations and processes since the last call (a collective)."""
-        if not self._count:
-            return {}
-        names = sorted(self._sums)
-        sums = torch.stack([self._sums[name].float() for name in names])
-        counts = torch.full_like(sums, self._count)
-        if self.finite_only:
-            counts -= torch.stack([self._left_out[name] for name in names])
-        sums, counts = mean_over_processes(torch.stack([sums, counts]))
-        means, seen = (sums / counts).tolist(), counts.tolist()
-        self._sums, self._left_out, self._count = {}, {}, 0
-        return {name: mean for name, mean, count in zip(names, means, seen, strict=True) if count}
-
-
 class RunLog:
-    """TensorBoard events, ``metrics.jsonl``, ``curves.png``, pictures and lines of text of one log dir.
+    """Write the TensorBoard events, ``metrics.jsonl``, ``curves.png``, preview images and lines of text of one log dir.
 
-    On a terminal progress is a bar; in a log file it is one line per tick. On ranks other than 0 nothing is written.
-    A failed write (disk full) is reported and skipped: the log has a gap, the run continues.
+    On a terminal progress is a bar; in a log file it is one line per tick. Ranks other than 0 write nothing. A failed
+    write (disk full) is reported and skipped: the log has a gap, the run continues.
 
     Args:
-        images_seen: where the run starts: records beyond it (of a run that died later than its last checkpoint) are
+        images_seen: where this launch begins. Later records, of a launch that died after its last checkpoint, are
             dropped.
     """
 
@@ -80,6 +41,7 @@ class RunLog:
         self.logdir, self.calendar, self.enabled = logdir, calendar, enabled
         self._ticked_at = time.perf_counter()
         self._ticked_images = images_seen
+        self._waited_s = 0.0
         if not enabled:
             return
         terminal = sys.stderr.isatty()
@@ -91,20 +53,21 @@ class RunLog:
         self._next_step = done + 1
         self._metrics = logdir / "metrics.jsonl"
         self._records = [r for r in _read_jsonl(self._metrics) if r["images_seen"] <= images_seen]
-        with self._gaps_told():
+        with self.report_write_errors():
             write_bytes(self._metrics, "".join(map(_line, self._records)).encode())
 
     def say(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one."""
         if self.enabled:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def warn(self, images_seen: int, text: str) -> None:
-        """Say it, and leave it in TensorBoard's text."""
+        """Print a warning and write it to TensorBoard's text."""
         iteration = self.calendar.iteration(images_seen)
         self.say(f"warning: iteration {iteration}: {text}")
         if self.enabled:
-            with self._gaps_told():
+            with self.report_write_errors():
                 self._tensorboard().add_text("warnings", text, iteration)
 
     def tick(self, images_seen: int, losses: dict[str, float], rates: dict[str, float], wait_s: float) -> None:
@@ -113,32 +76,29 @@ class RunLog:
         Args:
             losses: mean losses since the last tick.
             rates: learning rates, health and the like by name.
-            wait_s: seconds spent waiting for data since the last tick.
+            wait_s: seconds spent waiting for data since launch.
         """
         now = time.perf_counter()
-        elapsed, images = now - self._ticked_at, images_seen - self._ticked_images
-        self._ticked_at, self._ticked_images = now, images_seen
+        elapsed, images, waited_s = now - self._ticked_at, images_seen - self._ticked_images, wait_s - self._waited_s
+        self._ticked_at, self._ticked_images, self._waited_s = now, images_seen, wait_s
         if not self.enabled or not images:
             return
-        iteration = self.calendar.iteration(images_seen)
-        record: dict[str, Any] = {
-            "iteration": iteration,
-            "images_seen": images_seen,
-            "epoch": round(self.calendar.epoch(images_seen), 4),
+        values = {
             **{f"loss/{name}": value for name, value in losses.items()},
             **rates,
             "speed/images_per_s": images / elapsed,
-            "data/share_waiting": wait_s / elapsed,
+            "data/share_waiting": waited_s / elapsed,
             "memory/peak_gib": peak_memory_gib(),
         }
-        self._write(record)
-        eta_s = (self.calendar.stop_iteration - iteration) * self.calendar.global_batch * elapsed / images
+        self._write(images_seen, values)
         text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
         if self._bar.disable:
+            iteration, stop = self.calendar.iteration(images_seen), self.calendar.stop_iteration
+            left_s = (stop - iteration) * self.calendar.global_batch * elapsed / images
             print(
-                f"iteration {iteration}/{self.calendar.stop_iteration} (epoch {record['epoch']:.2f})"
-                f" {text} | {images / elapsed:.1f} images/s, {wait_s / elapsed:.0%} waiting for data,"
-                f" {_duration(eta_s)} left",
+                f"iteration {iteration}/{stop} (epoch {self.calendar.epoch(images_seen):.2f})"
+                f" {text} | {images / elapsed:.1f} images/s, {waited_s / elapsed:.0%} waiting for data,"
+                f" {_duration(left_s)} left",
                 flush=True,
             )
         else:
@@ -147,64 +107,60 @@ class RunLog:
     def add_scores(self, images_seen: int, scores: dict[str, float], seconds: float) -> None:
         """Write the record of an evaluation; the time it took does not count as training time."""
         self._ticked_at += seconds
-        if not self.enabled:
-            return
-        iteration = self.calendar.iteration(images_seen)
-        finite = {name: value for name, value in scores.items() if math.isfinite(value)}
-        record: dict[str, Any] = {
-            "iteration": iteration,
-            "images_seen": images_seen,
-            "epoch": round(self.calendar.epoch(images_seen), 4),
-            **{f"evaluation/{name}": value for name, value in finite.items()},
-        }
-        self._write(record)
+        if self.enabled:
+            finite = {f"evaluation/{name}": value for name, value in scores.items() if math.isfinite(value)}
+            self._write(images_seen, finite)
 
     def advance(self) -> None:
-        """One iteration is done."""
+        """Count one finished iteration."""
         if self.enabled:
             self._bar.update()
 
-    def add_picture(self, images_seen: int, picture: NDArray[np.uint8]) -> None:
-        """Keep a preview sheet, uint8 RGB [H, W, 3], in TensorBoard and under ``images/``."""
+    def add_preview(self, images_seen: int, sheet: NDArray[np.uint8]) -> None:
+        """Write a preview sheet, uint8 RGB [H, W, 3], in TensorBoard and under ``images/``."""
         if self.enabled:
             iteration = self.calendar.iteration(images_seen)
-            with self._gaps_told():
-                self._tensorboard().add_image("preview", picture, iteration, dataformats="HWC")
-                write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", picture)
+            with self.report_write_errors():
+                self._tensorboard().add_image("preview", sheet, iteration, dataformats="HWC")
+                write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", sheet)
             self._draw_curves()
 
     def close(self) -> None:
+        """Draw the curves a last time and close the files."""
         if self.enabled:
             self._draw_curves()
             self._bar.close()
-            with self._gaps_told():
+            with self.report_write_errors():
                 if self._events is not None:
                     self._events.close()
 
-    def _write(self, record: dict[str, Any]) -> None:
-        self._records.append(record)
-        with self._gaps_told():
-            _append(self._metrics, _line(record))
+    def _write(self, images_seen: int, values: dict[str, float]) -> None:
+        """Write one record to ``metrics.jsonl`` and TensorBoard."""
+        iteration, epoch = self.calendar.iteration(images_seen), round(self.calendar.epoch(images_seen), 4)
+        values = {"epoch": epoch, **values}
+        self._records.append({"iteration": iteration, "images_seen": images_seen, **values})
+        with self.report_write_errors():
+            _append(self._metrics, _line(self._records[-1]))
             events = self._tensorboard()
-            for name, value in record.items():
-                if name not in ("iteration", "images_seen"):
-                    events.add_scalar(name, value, record["iteration"])
+            for name, value in values.items():
+                events.add_scalar(name, value, iteration)
             events.flush()
-            self._next_step = record["iteration"] + 1
+            self._next_step = iteration + 1
 
     def _draw_curves(self) -> None:
-        with self._gaps_told():
+        with self.report_write_errors():
             if self._records:
                 curves.write_curves(self._records, self.logdir / "curves.png")
 
     def _tensorboard(self) -> SummaryWriter:
-        """The writer of events; a new one, with a file of its own, after one that failed."""
+        """Return the writer of events; after one that failed, a new one with a new file."""
         if self._events is None:
             self._events = SummaryWriter(str(self.logdir), purge_step=self._next_step)
         return self._events
 
     @contextmanager
-    def _gaps_told(self) -> Iterator[None]:
+    def report_write_errors(self) -> Iterator[None]:
+        """Report that a file of the log cannot be written, and go on."""
         try:
             yield
         except (OSError, UserError) as error:
@@ -212,13 +168,8 @@ class RunLog:
             self.say(f"warning: the log in {self.logdir} has a gap here: {error}")
 
 
-def non_finite(losses: dict[str, float]) -> list[str]:
-    """Names of the losses that are NaN or infinite."""
-    return [name for name, value in losses.items() if not math.isfinite(value)]
-
-
 def peak_memory_gib() -> float:
-    """Peak memory of this process since its start: of the GPU where there is one, else resident."""
+    """Return the peak memory of this process in GiB: of the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
@@ -242,7 +193,11 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _append(path: Path, line: str) -> None:
-    """Append the whole line, or nothing. Raises OSError."""
+    """Append the whole line, or nothing.
+
+    Raises:
+        OSError: the line cannot be written.
+    """
     content = line.encode()
     with path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
