@@ -20,7 +20,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from imaginaire_spade import distributed
 from imaginaire_spade.build import import_modules, layout_spec
-from imaginaire_spade.config import RunConfig, load_config
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError, LabelError, positive_integer, run_command_line
 from imaginaire_spade.inference import style

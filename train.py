@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from imaginaire_spade import distributed
 from imaginaire_spade.build import build_losses, check_run, import_modules
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import UserError, run_command_line
 
 

@@ -17,7 +17,8 @@ import torch
 from benchmarks.layouts import SPEC, dense, make_layout
 from benchmarks.measure import Row, rows_of, take_turns
 from imaginaire_spade.build import build_generator
-from imaginaire_spade.config import RunConfig, dump_config, load_config
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config_files import dump_config, load_config
 from imaginaire_spade.data.batch import denormalise
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.inference.folder import generate_folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from imaginaire_spade.config import Component, OptimizerConfig, RunConfig, SplitConfig
+from imaginaire_spade.config import OptimizerConfig, RunConfig, SplitConfig
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import initialise
-from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Registry
+from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Component, Registry
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -42,14 +42,14 @@ def layout_spec(config: RunConfig) -> LayoutSpec:
         labels.num_classes,
         has_dont_care=labels.dont_care,
         has_edges=config.data.edges != "none",
-        has_distances=_needs_distances(GENERATORS, config.gen.type, config.gen.args),
+        has_distances=_needs_distances(GENERATORS, config.gen),
     )
 
 
-def _needs_distances(registry: Registry, kind: str, args: Mapping[str, Any]) -> bool:
+def _needs_distances(registry: Registry, component: Component) -> bool:
     """Whether a component, or one nested in it, says that it needs distances."""
-    return getattr(registry[kind], "needs_distances", False) or any(
-        _needs_distances(part, args[key]["type"], args[key]["args"]) for key, part in registry.parts(kind).items()
+    return getattr(registry[component.type], "needs_distances", False) or any(
+        _needs_distances(part, component.args[key]) for key, part in registry.parts(component.type).items()
     )
 
 
@@ -189,18 +189,10 @@ def build_component(registry: Registry, component: Component, *known: Any) -> An
     return _factory(registry, component)(*known)
 
 
-def _factory(registry: Registry, component: Component | Mapping[str, Any]) -> Any:
-    if isinstance(component, Component):
-        kind, args = component.type, component.args
-    else:
-        kind, args = component["type"], component["args"]
-    parts = registry.parts(kind)
-    cls = registry[kind]
-    resolved = registry.schema(kind).model_validate(
-        {key: value for key, value in args.items() if key not in parts}, strict=False
-    )
-    values = {key: getattr(resolved, key) for key in resolved.model_fields_set}
-    return partial(cls, **values, **{key: _factory(part, args[key]) for key, part in parts.items()})
+def _factory(registry: Registry, component: Component) -> Any:
+    parts = registry.parts(component.type)
+    args = {key: _factory(parts[key], value) if key in parts else value for key, value in component.args.items()}
+    return partial(registry[component.type], **args)
 
 
 def _initialised(network: N, config: RunConfig) -> N:

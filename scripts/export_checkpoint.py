@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.config import parse_config
+from imaginaire_spade.config_files import parse_config
 from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.interop import SOURCES
 from imaginaire_spade.interop.checkpoint import export_files

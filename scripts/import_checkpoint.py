@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import CheckpointError, ConfigError, run_command_line
 from imaginaire_spade.interop import SOURCES
 from imaginaire_spade.interop.checkpoint import architecture_config, import_checkpoint, networks_in, read_weights

@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 
 from imaginaire_spade.build import build_optimizer, check_run
-from imaginaire_spade.config import dump_config, dump_yaml, load_config, parse_config
+from imaginaire_spade.config_files import dump_config, dump_yaml, load_config, parse_config
 from imaginaire_spade.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ from conftest import write_jpg, write_png
 
 from imaginaire_spade import pictures
 from imaginaire_spade.build import build_generator
-from imaginaire_spade.config import dump_config, parse_config
+from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, UserError

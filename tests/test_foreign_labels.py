@@ -22,8 +22,9 @@ from conftest import write_png
 from test_interop import IMAGINAIRE
 
 from imaginaire_spade.build import build_component, build_discriminator, build_generator, check_run, layout_spec
-from imaginaire_spade.compatibility import explain_mismatch
-from imaginaire_spade.config import RunConfig, dump_config, load_config, load_labels, parse_component, parse_config
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config_diff import explain_mismatch
+from imaginaire_spade.config_files import dump_config, load_config, load_labels, parse_component, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.errors import CheckpointError, LabelError
@@ -286,7 +287,7 @@ def test_a_config_with_its_own_ignored_ids_and_positions_is_adapted():
     for stated, expected in ((["gen.norm.skip_ids=[150, 3]"], [0, 4]), ([], [0])):
         config = load_config(RECIPES / "clade/ade20k/base256_icpe.yaml", ["data.labels.ignore=[0, 255]", *stated])
         adapted, notes = adapt_config("clade", config)
-        assert adapted.gen.args["norm"]["args"]["skip_ids"] == expected and len(notes) == 2 - len(stated)
+        assert adapted.gen.args["norm"].args["skip_ids"] == tuple(expected) and len(notes) == 2 - len(stated)
         assert adapted.data.labels.table[[0, 1, 150, 255]].tolist() == [0, 1, 150, 0]
     # A fork that did subtract: the table says so itself, and is left alone.
     subtracted = {0: 150} | {raw: raw - 1 for raw in range(1, 151)}

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from imaginaire_spade import pictures
 from imaginaire_spade.build import build_encoder, build_generator
-from imaginaire_spade.compatibility import explain_mismatch
-from imaginaire_spade.config import dump_config, load_config, parse_config
+from imaginaire_spade.config_diff import explain_mismatch
+from imaginaire_spade.config_files import dump_config, load_config, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
 from imaginaire_spade.inference.output import check_output_folder, plan_outputs

@@ -21,7 +21,7 @@ from test_inference import REPOSITORY, TREE, changed, command_line, files, save
 
 from imaginaire_spade import SemanticLayout, Synthesizer, build_generator
 from imaginaire_spade.build import layout_spec
-from imaginaire_spade.config import dump_config, parse_config
+from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.data.transforms import edges_from_ids
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError

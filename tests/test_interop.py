@@ -14,7 +14,7 @@ from fork_server import ForkServer
 from safetensors.torch import load_file
 
 from imaginaire_spade.build import check_run, layout_spec
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.inference.weights import load_generator
 from imaginaire_spade.interop import import_generator, reference_names
@@ -369,7 +369,7 @@ def test_a_config_of_imaginaire_becomes_ours(tmp_path):
     config = load_config(tmp_path / "ours.yaml")
     check_run(config, 1)
     assert layout_spec(config).num_channels == 185 and config.gen.args["num_filters"] == 16
-    assert config.gen.args["norm"]["args"]["kernel_size"] == 5 and config.dis.type == "fpse"
+    assert config.gen.args["norm"].args["kernel_size"] == 5 and config.dis.type == "fpse"
     assert config.trainer.max_epochs == 400 and config.trainer.checkpoint_every == 2500
     assert config.trainer.model_average.batch_norm_images == 120
     assert config.losses["kl"].weight == pytest.approx(0.2) and config.trainer.precision == "fp16"

@@ -17,9 +17,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "imaginaire_spade"
 
 CORE = [
-    {"errors", "version", "files", "labels", "registry", "noise"}, {"config"}, {"compatibility"}, {"distributed"},
-    {"patterns"}, {"layout"}, {"pictures"}, {"data"}, {"models"}, {"pretrained"}, {"losses"}, {"build"}, {"evaluation"},
-    {"training"}, {"inference"},
+    {"errors", "version", "files", "labels", "registry", "noise"}, {"config"}, {"config_files"}, {"config_diff"},
+    {"distributed"}, {"patterns"}, {"layout"}, {"pictures"}, {"data"}, {"models"}, {"pretrained"}, {"losses"},
+    {"build"}, {"evaluation"}, {"training"}, {"inference"},
 ]  # fmt: skip
 WINGS = [{"lmdb_builder"}, {"dataset_prep"}, {"interop"}, {"export"}, {"demo"}]
 ROOMS = [*CORE, *WINGS, {"imaginaire_spade"}]
@@ -121,7 +121,9 @@ def loaded_after(statement: str) -> set[str]:
 
 def test_a_module_loads_what_it_needs_and_no_more():
     assert loaded_after("from imaginaire_spade.labels import LabelSpec") == {"errors", "labels"}
-    assert loaded_after("from imaginaire_spade.config import load_labels") == {"config", "errors", "labels", "registry"}
+    assert loaded_after("from imaginaire_spade.config_files import load_labels") == {
+        "config", "config_files", "errors", "labels", "registry"
+    }  # fmt: skip
     assert loaded_after("import imaginaire_spade; assert imaginaire_spade.__version__") == set()
 
 
@@ -158,7 +160,7 @@ def test_each_registry_names_the_modules_that_fill_it():
 
 def test_components_are_known_without_an_import_of_theirs():
     loaded_after(
-        "from imaginaire_spade.config import load_config\n"
+        "from imaginaire_spade.config_files import load_config\n"
         "load_config('configs/projects/spade/cocostuff/base128_bs4.yaml')\n"
         "load_config('configs/projects/clade/camvid/small96x128_icpe.yaml')"
     )

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from imaginaire_spade.build import build_split
-from imaginaire_spade.config import AugmentationConfig, load_config, load_labels
+from imaginaire_spade.config import AugmentationConfig
+from imaginaire_spade.config_files import load_config, load_labels
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.evaluation.label_maps import LabelMaps

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from imaginaire_spade.config import RunConfig, dump_config
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config_files import dump_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.files import atomic_write
 from imaginaire_spade.version import __version__

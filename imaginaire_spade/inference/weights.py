@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from imaginaire_spade.build import build_encoder, build_generator
-from imaginaire_spade.compatibility import explain_mismatch, explain_old_import
-from imaginaire_spade.config import RunConfig, WeightSource, dump_yaml, load_config, parse_config
+from imaginaire_spade.config import RunConfig, WeightSource
+from imaginaire_spade.config_diff import explain_mismatch, explain_old_import
+from imaginaire_spade.config_files import dump_yaml, load_config, parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.files import file_sha256
 from imaginaire_spade.inference.published import PUBLISHED, read_published

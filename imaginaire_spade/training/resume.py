@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from imaginaire_spade import distributed
-from imaginaire_spade.compatibility import explain_import, explain_mismatch, explain_old_import
-from imaginaire_spade.config import RunConfig, dump_config, parse_config
+from imaginaire_spade.config_diff import explain_import, explain_mismatch, explain_old_import, list_changes
+from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest
 from imaginaire_spade.training.run import Run
@@ -57,7 +57,7 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
         old_import = explain_old_import(content, trained.data.labels)
         return started if old_import is None else f"{started}\nwarning: {old_import}"
     before, now = content.get("run") or {}, _facts(run)
-    changed = _changes(trained, run.config)
+    changed = list_changes(trained, run.config)
     other_data = [f"{key}: {changed[key]}" for key in MEANING if key in changed]
     if before and before["data_sha256"] != now["data_sha256"]:
         count = f"{before['data_samples']} samples then, {now['data_samples']} now"
@@ -85,22 +85,6 @@ def _facts(run: Run) -> dict[str, Any]:
         "data_sha256": hashlib.sha256("\n".join(run.dataset.keys).encode()).hexdigest(),
         "torch": str(torch.__version__),
     }
-
-
-def _changes(trained: RunConfig, given: RunConfig) -> dict[str, str]:
-    """Dotted key -> "old -> new"."""
-    old, new = _flat(dump_config(trained)), _flat(dump_config(given))
-    keys = [*old, *(key for key in new if key not in old)]
-    return {key: f"{old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        whole = not isinstance(value, dict) or name == "data.labels.remap"
-        flat |= {name: value} if whole else _flat(value, f"{name}.")
-    return flat
 
 
 def _other_processes(before: Mapping[str, Any], now: Mapping[str, Any], run: Run) -> list[str]:
