@@ -37,13 +37,7 @@ def import_modules(names: Iterable[str]) -> None:
 
 def layout_spec(config: RunConfig) -> LayoutSpec:
     """Describe the label maps of a run: by ``data``, and by the needs of the generator's norm."""
-    labels = config.data.labels
-    return LayoutSpec(
-        labels.num_classes,
-        has_dont_care=labels.dont_care,
-        has_edges=config.data.edges != "none",
-        has_distances=_needs_distances(GENERATORS, config.gen),
-    )
+    return LayoutSpec.of(config.data.labels, config.data.edges, _needs_distances(GENERATORS, config.gen))
 
 
 def _needs_distances(registry: Registry, component: Component) -> bool:
@@ -185,14 +179,18 @@ def _style_dims(config: RunConfig) -> int:
 
 
 def build_component(registry: Registry, component: Component, *known: Any) -> Any:
-    """Make a component: ``known`` is what the pipeline knows; components nested in it become factories."""
-    return _factory(registry, component)(*known)
+    """Make a component.
 
-
-def _factory(registry: Registry, component: Component) -> Any:
+    Args:
+        known: what the pipeline knows, the positional parameters of the registered class. A component nested in this
+            one becomes a factory, to which this one gives what it knows.
+    """
     parts = registry.parts(component.type)
-    args = {key: _factory(parts[key], value) if key in parts else value for key, value in component.args.items()}
-    return partial(registry[component.type], **args)
+    args = {
+        key: partial(build_component, parts[key], value) if key in parts else value
+        for key, value in component.args.items()
+    }
+    return registry[component.type](*known, **args)
 
 
 def _initialised(network: N, config: RunConfig) -> N:

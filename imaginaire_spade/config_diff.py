@@ -7,6 +7,7 @@ from typing import Any
 
 from imaginaire_spade.config import RunConfig
 from imaginaire_spade.config_files import dump_config
+from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.registry import Component
 
@@ -40,6 +41,22 @@ def explain_mismatch(
             " gen.style_dims > 0 the generator starts from a code of that size"
         )
     return differences
+
+
+def check_fits(trained: RunConfig, given: RunConfig, where: str, *, parts: Sequence[str] = ("gen",)) -> None:
+    """Check that a config describes the networks of a checkpoint.
+
+    Args:
+        where: what describes them, for the message.
+        parts: of the config, to compare.
+    Raises:
+        CheckpointError: it describes others; with an explanation.
+    """
+    if differences := explain_mismatch(trained, given, parts=parts):
+        raise CheckpointError(
+            f"{where} does not fit the checkpoint:\n  " + "\n  ".join(differences) + "\nThe checkpoint carries its own"
+            " config: leave that out, or give the checkpoint of this config"
+        )
 
 
 def _label_differences(old: LabelSpec, new: LabelSpec) -> list[str]:

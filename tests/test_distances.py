@@ -25,8 +25,8 @@ from imaginaire_spade.dataset_prep.distance_maps import make_distance_maps
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.inference.folder import generate_folder
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.synthesis import Request, padded_layout
-from imaginaire_spade.inference.weights import LoadedModel, load_generator
 from imaginaire_spade.interop.checkpoint import architecture_config, export_files, import_checkpoint
 from imaginaire_spade.interop.configs import import_config
 from imaginaire_spade.labels import LabelSpec
@@ -270,7 +270,7 @@ def test_the_norm_alone_decides_whether_layouts_have_distances(icpe_config):
 def test_label_maps_of_any_size_are_padded_after_their_distances_are_known(icpe_config):
     config = load_config(icpe_config)
     generator = build_generator(config).eval()
-    model = LoadedModel(generator, None, config, 0, "raw", torch.device("cpu"))
+    model = Model(generator, None, config, 0, "raw", torch.device("cpu"))
     labels = torch.from_numpy(np.random.default_rng(1).integers(0, 6, (40, 50), dtype=np.uint8))
     given = torch.rand(2, 40, 50)
     layout = padded_layout(model, [Request("a", labels), Request("b", labels, distances=given)])
@@ -296,7 +296,7 @@ def test_training_and_inference_on_label_maps_of_one_value(icpe_config, tmp_path
             train()
         return
     train()
-    model = load_generator(newest_checkpoint(tmp_path / "log"))
+    model = Model.load(newest_checkpoint(tmp_path / "log"), for_inference=False)
     data = LabelMapDataset(label_maps, config.data.labels, distances=True, with_images=False)
     report = generate_folder(model, data, tmp_path / "images", gallery=False)
     assert report.pictures == 6

@@ -1,9 +1,11 @@
 """The house rules that a machine can check."""
 
+import argparse
 import ast
 import graphlib
 import io
 import re
+import runpy
 import subprocess
 import sys
 import tokenize
@@ -17,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "imaginaire_spade"
 
 CORE = [
-    {"errors", "version", "files", "labels", "registry", "noise"}, {"config"}, {"config_files"}, {"config_diff"},
+    {"errors", "version", "files", "labels", "registry", "noise", "cli"}, {"config"}, {"config_files"}, {"config_diff"},
     {"distributed"}, {"patterns"}, {"layout"}, {"pictures"}, {"data"}, {"models"}, {"pretrained"}, {"losses"},
     {"build"}, {"evaluation"}, {"training"}, {"inference"},
 ]  # fmt: skip
@@ -293,12 +295,25 @@ def test_folders_are_two_deep():
     assert all(len(path.relative_to(PACKAGE).parts) <= 2 for path in SOURCES)
 
 
+class ParserBuiltError(Exception):
+    """Ends a command line when it is about to parse its arguments."""
+
+
 def options_of(path: Path) -> list[str]:
-    """The flags of a command line, as its source names them."""
-    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
-    added = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
-    names = [arg.value for call in added for arg in call.args if isinstance(arg, ast.Constant)]
-    return sorted(str(name) for name in names if str(name).startswith("--"))
+    """The flags that a command line accepts: those of its parser."""
+
+    def stop(parser: argparse.ArgumentParser) -> None:
+        raise ParserBuiltError(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        command_line = runpy.run_path(str(path))
+        with pytest.raises(ParserBuiltError) as built:
+            command_line["main"]()
+    (parser,) = built.value.args
+    flags = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
+    return sorted(flags - {"--help"})
 
 
 def test_the_list_of_options_is_frozen():

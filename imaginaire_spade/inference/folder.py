@@ -22,11 +22,11 @@ from imaginaire_spade.data.sample import Sample
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.inference.animation import write_animation
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.output import Output, Writer, check_output_folder, make_folder, plan_outputs
 from imaginaire_spade.inference.sizes import MAX_PIXELS, Size, SizeRule, shown
 from imaginaire_spade.inference.style import StyleOf, drawn_styles
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, synthesise
-from imaginaire_spade.inference.weights import LoadedModel
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.pictures import GalleryEntry, Picture, write_gallery, write_image
 
@@ -73,7 +73,7 @@ class RunReport:
 
 
 def generate_folder(
-    model: LoadedModel,
+    model: Model,
     dataset: LabelMapDataset,
     directory: Path,
     *,
@@ -284,7 +284,7 @@ def _check_pixels(key: str, stored: Size, read: Size, most: int, resize_back: bo
         )
 
 
-def _write_gallery(model: LoadedModel, labels: LabelSpec, directory: Path, outputs: Sequence[Output]) -> Path:
+def _write_gallery(model: Model, labels: LabelSpec, directory: Path, outputs: Sequence[Output]) -> Path:
     legend = [(labels.name(i), tuple(labels.colours[i].tolist())) for i in range(labels.num_classes + 1)]
     entries = [
         GalleryEntry(o.key, o.label_map, (o.animation,) if o.animation and o.animation.endswith(".gif") else o.pictures)

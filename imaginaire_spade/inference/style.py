@@ -19,7 +19,7 @@ from imaginaire_spade.data.batch import normalise
 from imaginaire_spade.data.decode import decode_image
 from imaginaire_spade.data.store import open_source
 from imaginaire_spade.errors import CheckpointError, DataError
-from imaginaire_spade.inference.weights import LoadedModel
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.models.encoder import sample_style
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.pictures import Picture
@@ -56,7 +56,7 @@ def _noise(seed: int, key: str, sample: int, style_dims: int, num_samples: int) 
 # ------------------------------------------------------------------------------------------------ of pictures
 
 
-def picture_styles(model: LoadedModel, path: Path, keys: Sequence[str], seed: int = 0, num_samples: int = 1) -> StyleOf:
+def picture_styles(model: Model, path: Path, keys: Sequence[str], seed: int = 0, num_samples: int = 1) -> StyleOf:
     """Encode the styles of one image file, or of a folder's (data set's) images.
 
     A folder's pictures join the label maps by name (SEQUENCE/STEM). Where no name agrees, they take turns: the i-th
@@ -109,7 +109,7 @@ def read_style_picture(path: Path) -> Picture:
     return decode_image(content, f"style image {path}")
 
 
-def check_has_encoder(model: LoadedModel) -> None:
+def check_has_encoder(model: Model) -> None:
     """Raise CheckpointError if the checkpoint was trained without a style encoder."""
     if model.encoder is None:
         instead = "a seed gives it a style (--style_seed)" if model.style_dims else "it takes no style at all"
@@ -120,7 +120,7 @@ def check_has_encoder(model: LoadedModel) -> None:
 
 
 @torch.inference_mode()
-def encode_style(model: LoadedModel, picture: Picture) -> tuple[Tensor, Tensor]:
+def encode_style(model: Model, picture: Picture) -> tuple[Tensor, Tensor]:
     """Encode (mu, logvar) of an image's style, float32 [style_dims] each, on the CPU.
 
     Args:
@@ -148,7 +148,7 @@ def interpolated_styles(start: Tensor, end: Tensor, steps: int) -> StyleOf:
     return lambda key, sample: between(start, end, sample / (steps - 1))
 
 
-def style_named(model: LoadedModel, name: str) -> Tensor:
+def style_named(model: Model, name: str) -> Tensor:
     """Return the style code of ``name``, float32 [style_dims]: digits are a seed, all else is an image file.
 
     Raises:

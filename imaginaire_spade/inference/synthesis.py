@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imaginaire_spade.build import layout_spec
 from imaginaire_spade.data.batch import denormalise
 from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.errors import UserError
-from imaginaire_spade.inference.weights import LoadedModel
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.pictures import Picture, resized
 from imaginaire_spade.training.step import AUTOCAST
@@ -48,7 +47,7 @@ def padded_size(height: int, width: int, multiple: int) -> tuple[int, int]:
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
-def synthesise(model: LoadedModel, requests: Iterable[Request], batch_size: int = 1) -> Iterator[tuple[str, Picture]]:
+def synthesise(model: Model, requests: Iterable[Request], batch_size: int = 1) -> Iterator[tuple[str, Picture]]:
     """Generate images: yield (name, RGB uint8 [H, W, 3] of the label map's size or ``resize_to``) in arbitrary order.
 
     Requests are taken lazily and wait for others of their padded size, at most ``BATCHES_HELD`` batches of them.
@@ -81,13 +80,13 @@ def batches_of_one_size(requests: Iterable[Request], multiple: int, batch_size: 
     yield from waiting.values()
 
 
-def _padded_size_of(request: Request, model: LoadedModel) -> tuple[int, int]:
+def _padded_size_of(request: Request, model: Model) -> tuple[int, int]:
     return padded_size(request.labels.shape[0], request.labels.shape[1], model.size_multiple)
 
 
-def padded_layout(model: LoadedModel, requests: Sequence[Request]) -> SemanticLayout:
+def padded_layout(model: Model, requests: Sequence[Request]) -> SemanticLayout:
     """Requests of one padded size as a layout, filled up with don't-care (no edges) at the bottom and on the right."""
-    spec = layout_spec(model.config)
+    spec = model.layout_spec
     height, width = _padded_size_of(requests[0], model)
 
     def stacked(maps: Sequence[Tensor], fill: int) -> Tensor:
@@ -108,7 +107,7 @@ def _distances(request: Request) -> Tensor:
 
 
 @torch.inference_mode()
-def _forward(model: LoadedModel, requests: Sequence[Request]) -> Tensor:
+def _forward(model: Model, requests: Sequence[Request]) -> Tensor:
     """The generator's output for requests of one padded size: float [N, 3, H, W] on the device, padding included."""
     step = 1 if model.one_by_one else len(requests)
     dtype = AUTOCAST[model.precision]
