@@ -25,7 +25,11 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def import_modules(names: Iterable[str]) -> None:
-    """Import the user's modules, which register their components (``--import``). Raises ConfigError."""
+    """Import the user's modules, which register their components (``--import``).
+
+    Raises:
+        ConfigError: one of them cannot be imported.
+    """
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     for name in names:
@@ -48,7 +52,11 @@ def _needs_distances(registry: Registry, component: Component) -> bool:
 
 
 def image_size(config: RunConfig) -> tuple[int, int]:
-    """Return the (height, width) of training. Raises ConfigError if samples keep their own sizes."""
+    """Return the (height, width) of training, in pixels.
+
+    Raises:
+        ConfigError: samples keep their own sizes.
+    """
     size = config.data.train.augmentations.output_h_w
     if size is None:
         raise ConfigError(
@@ -61,12 +69,13 @@ def image_size(config: RunConfig) -> tuple[int, int]:
 def build_generator(config: RunConfig) -> Generator:
     """Build the generator, initialised according to ``trainer.init``."""
     generator: Generator = build_component(GENERATORS, config.gen, layout_spec(config), image_size(config))
-    return _initialised(generator, config)
+    return _initialise(generator, config)
 
 
 def build_discriminator(config: RunConfig) -> Discriminator:
+    """Build the discriminator, initialised like the generator."""
     discriminator: Discriminator = build_component(DISCRIMINATORS, config.dis, layout_spec(config))
-    return _initialised(discriminator, config)
+    return _initialise(discriminator, config)
 
 
 def build_encoder(config: RunConfig) -> nn.Module | None:
@@ -74,19 +83,25 @@ def build_encoder(config: RunConfig) -> nn.Module | None:
     if config.encoder is None:
         return None
     encoder: nn.Module = build_component(ENCODERS, config.encoder, _style_dims(config))
-    return _initialised(encoder, config)
+    return _initialise(encoder, config)
 
 
 def build_losses(config: RunConfig) -> tuple[nn.ModuleDict, dict[str, float]]:
-    """The terms of the generator's objective and their weights. A term of weight 0 is not built (but ``gan`` is: the
-    discriminator needs it)."""
+    """Build the terms of the generator's objective, and list their weights by name.
+
+    A term of weight 0 is not built, except ``gan``, which the discriminator needs.
+    """
     wanted = {name: loss for name, loss in config.losses.items() if loss.weight > 0 or name == "gan"}
     terms = nn.ModuleDict({name: build_component(LOSSES, loss.component) for name, loss in wanted.items()})
     return terms, {name: loss.weight for name, loss in wanted.items()}
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build Adam in the form of ``fused``. Raises ConfigError if apex is requested and is not NVIDIA's."""
+    """Build Adam in the form of ``fused``.
+
+    Raises:
+        ConfigError: apex is requested, and NVIDIA's is not installed.
+    """
     settings: dict[str, Any] = {
         "lr": config.lr,
         "betas": (float(config.adam_beta1), float(config.adam_beta2)),
@@ -121,8 +136,13 @@ def build_split(config: RunConfig, split: SplitConfig, *, with_images: bool = Tr
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
-    """Reject what would fail later. Raises ConfigError. The networks are made without storage."""
+    """Reject what would fail later. The networks are made without storage.
+
+    Raises:
+        ConfigError: with what to write instead.
+    """
     trainer, train = config.trainer, config.data.train
+    # Batch and optimizer.
     if train.batch_size % trainer.gradient_accumulation:
         raise ConfigError(
             f"data.train.batch_size: {train.batch_size} cannot be split into trainer.gradient_accumulation:"
@@ -130,6 +150,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
         )
     if "apex" in (config.gen_opt.fused, config.dis_opt.fused):
         _apex_adam()
+    # Networks, and the sizes they take.
     size = image_size(config)
     with torch.device("meta"):
         generator = build_generator(config)
@@ -148,6 +169,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
             f" least {discriminator.min_size}, and multiples of {discriminator.size_multiple}: enlarge them, or lower"
             " dis.num_layers or dis.num_discriminators"
         )
+    # Validation.
     val = config.data.val
     val_size = None if val is None else val.augmentations.output_h_w
     if val is not None and (val_size is None or val_size[0] % multiple or val_size[1] % multiple):
@@ -161,6 +183,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
             "trainer.evaluation measures on validation samples, and there is no data.val: write data.val.roots: [...],"
             " or trainer.evaluation: null"
         )
+    # Batch statistics and losses.
     if size[0] * size[1] == multiple**2 and train.batch_size * world_size // trainer.gradient_accumulation < 2:
         raise ConfigError(
             f"one image of {size[0]}x{size[1]} is a single pixel at the generator's start, where batch statistics"
@@ -193,7 +216,7 @@ def build_component(registry: Registry, component: Component, *known: Any) -> An
     return registry[component.type](*known, **args)
 
 
-def _initialised(network: N, config: RunConfig) -> N:
+def _initialise(network: N, config: RunConfig) -> N:
     if not any(parameter.is_meta for parameter in network.parameters()):
         initialise(network, config.trainer.init.type, config.trainer.init.gain)
     return network

@@ -70,7 +70,7 @@ class AugmentationConfig(Section):
                 raise ValueError(f"{list(sizes)}: height and width must be positive")
         resized = self.resize_h_w or (self.resize_smallest_side and (self.resize_smallest_side,) * 2)
         if crop and resized:
-            # The smaller side is the only one whose length is known before the picture is.
+            # Only the smaller side's length is known before the image is.
             short = min(crop) if self.resize_smallest_side else None
             if (short and short > resized[0]) or (not short and (crop[0] > resized[0] or crop[1] > resized[1])):
                 raise ValueError(
@@ -91,17 +91,17 @@ class AugmentationConfig(Section):
 
 
 class SplitConfig(Section):
-    """Where the samples of a split lie and how they are cut."""
+    """The places of the samples of a split, and how they are cut."""
 
     roots: tuple[str, ...] = Field(min_length=1)
     """LMDBs (built by scripts/build_lmdb.py or by imaginaire) or plain data set folders; the kind is detected."""
     batch_size: int = Field(1, ge=1)
-    """Pictures per process and iteration. The global batch is this times the number of processes."""
+    """Images per process and iteration. The global batch is this times the number of processes."""
     augmentations: AugmentationConfig = AugmentationConfig()
 
 
 class LabelledData(Section):
-    """What the files of a data set mean, wherever they lie."""
+    """The meaning of the files of a data set, wherever they lie."""
 
     name: str = "data"
     labels: LabelSpec
@@ -122,7 +122,7 @@ class DataConfig(LabelledData):
 
 
 class TestDataConfig(Section):
-    """Label maps for inference.py where no --input_dir is given."""
+    """Label maps for inference.py if no --input_dir is given."""
 
     __test__ = False
     roots: tuple[str, ...] = Field(min_length=1)
@@ -303,7 +303,7 @@ class RunConfig(Section):
     data: DataConfig
     test_data: TestDataConfig | None = None
     pretrained_weight: WeightSource | None = None
-    """What inference.py takes where neither --checkpoint nor --logdir gives one."""
+    """The checkpoint that inference.py uses if neither --checkpoint nor --logdir names one."""
 
     @field_validator("losses", mode="before")
     @classmethod

@@ -145,10 +145,10 @@ def _component_differences(key: str, trained: Any, given: Any) -> list[str]:
                 for line in _component_differences(f"{key}.{name}", value, given.args[name])
             ]
         key = f"{key}.type"
-    return [f"trained with {key}: {_shown(trained)}, this config has {_shown(given)}"]
+    return [f"trained with {key}: {_in_words(trained)}, this config has {_in_words(given)}"]
 
 
-def _shown(value: Any) -> str:
+def _in_words(value: Any) -> str:
     if isinstance(value, Component):
         return value.type
     if isinstance(value, bool):

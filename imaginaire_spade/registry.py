@@ -2,8 +2,8 @@
 
 Owns the registries of generators, discriminators, encoders, norms and losses, and the typed schema that each
 registered class brings along: its keyword-only parameters *are* the keys that YAML may set, with their types and
-defaults. Knows nothing of files or of how a component is assembled (``build.py`` does that). Of the modules that fill
-the registries it knows the names alone: they are imported at the first look-up, so that a config may name them.
+defaults. Knows nothing of files or of how a component is assembled (``build.py`` does that). It knows only the names of
+the modules that fill the registries: the first look-up imports them, so that a config may name their classes.
 
 A user registers a component from their own module and names that module on the command line (``--import``)::
 
@@ -33,7 +33,7 @@ T = TypeVar("T", bound=type)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the nearest known spelling of ``word``, or an empty string."""
+    """Return ``"; did you mean 'x'?"`` for the nearest known spelling of ``word``, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -97,6 +97,7 @@ class Registry:
         return add
 
     def names(self) -> list[str]:
+        """List the registered names in order."""
         return sorted(self._known())
 
     def __contains__(self, name: str) -> bool:

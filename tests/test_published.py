@@ -26,6 +26,8 @@ def test_it_makes_the_checkpoints_pictures(tiny_run, tmp_path, weights):
     trained = Model.load(newest_checkpoint(tmp_path / "log"), weights=weights, for_inference=False)
     path = tmp_path / "model.safetensors"
     trained.publish(path)
+    with pytest.raises(AssertionError, match="for_inference=False"):
+        Model.load(path).publish(tmp_path / "other.safetensors")
     published = Model.load(path, for_inference=False)
     assert (published.weights, published.images_seen) == (weights, 4)
     assert published.config.data.labels == trained.config.data.labels and published.config.gen == trained.config.gen
