@@ -33,7 +33,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--dry_run", action="store_true", help="check everything, measure one iteration, write nothing")
     parser.add_argument("--profile", action="store_true", help="trace iterations 6 to 10 into DIR/profile, then stop")
-    add_shared_flags(parser, "--device", "--set", "--import", "--local-rank")
+    add_shared_flags(parser, "--set", help="override a key (repeat)")
+    add_shared_flags(parser, "--device", "--import", "--local-rank")
     return parser.parse_args()
 
 
