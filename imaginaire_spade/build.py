@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +20,6 @@ from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import initialise
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Component, Registry
-
-N = TypeVar("N", bound=nn.Module)
 
 
 def import_modules(names: Iterable[str]) -> None:
@@ -68,22 +66,33 @@ def image_size(config: RunConfig) -> tuple[int, int]:
 
 def build_generator(config: RunConfig) -> Generator:
     """Build the generator, initialised according to ``trainer.init``."""
-    generator: Generator = build_component(GENERATORS, config.gen, layout_spec(config), image_size(config))
-    return _initialise(generator, config)
+    return _build_network(config, GENERATORS, config.gen, layout_spec(config), image_size(config))
 
 
 def build_discriminator(config: RunConfig) -> Discriminator:
     """Build the discriminator, initialised like the generator."""
-    discriminator: Discriminator = build_component(DISCRIMINATORS, config.dis, layout_spec(config))
-    return _initialise(discriminator, config)
+    return _build_network(config, DISCRIMINATORS, config.dis, layout_spec(config))
 
 
 def build_encoder(config: RunConfig) -> nn.Module | None:
-    """Build the style encoder; None if the config has none."""
+    """Build the style encoder, initialised like the generator; None if the config has none.
+
+    Raises:
+        ConfigError: the generator takes no style code.
+    """
     if config.encoder is None:
         return None
-    encoder: nn.Module = build_component(ENCODERS, config.encoder, _style_dims(config))
-    return _initialise(encoder, config)
+    style_dims = config.gen.args.get("style_dims", 0)
+    if not style_dims:
+        raise ConfigError("encoder is given, but gen.style_dims is 0: write gen.style_dims: 256, or encoder: null")
+    return _build_network(config, ENCODERS, config.encoder, style_dims)
+
+
+def _build_network(config: RunConfig, registry: Registry, component: Component, *known: Any) -> Any:
+    network = build_component(registry, component, *known)
+    if not any(parameter.is_meta for parameter in network.parameters()):
+        initialise(network, config.trainer.init.type, config.trainer.init.gain)
+    return network
 
 
 def build_losses(config: RunConfig) -> tuple[nn.ModuleDict, dict[str, float]]:
@@ -194,13 +203,6 @@ def check_run(config: RunConfig, world_size: int) -> None:
         raise ConfigError("losses.kl needs a style encoder: write encoder: {type: conv}, or losses.kl.weight: 0")
 
 
-def _style_dims(config: RunConfig) -> int:
-    dims = config.gen.args.get("style_dims", 0)
-    if not dims:
-        raise ConfigError("encoder is given, but gen.style_dims is 0: write gen.style_dims: 256, or encoder: null")
-    return int(dims)
-
-
 def build_component(registry: Registry, component: Component, *known: Any) -> Any:
     """Make a component.
 
@@ -214,9 +216,3 @@ def build_component(registry: Registry, component: Component, *known: Any) -> An
         for key, value in component.args.items()
     }
     return registry[component.type](*known, **args)
-
-
-def _initialise(network: N, config: RunConfig) -> N:
-    if not any(parameter.is_meta for parameter in network.parameters()):
-        initialise(network, config.trainer.init.type, config.trainer.init.gain)
-    return network

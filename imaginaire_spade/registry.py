@@ -100,9 +100,6 @@ class Registry:
         """List the registered names in order."""
         return sorted(self._known())
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._known()
-
     def __getitem__(self, name: str) -> type:
         """Return the class registered as ``name``.
 
