@@ -92,7 +92,11 @@ def load_data(path: str | Path, overrides: Iterable[str] = ()) -> LabelledData:
 
 
 def load_labels(path: str | Path) -> LabelSpec:
-    """Load the label table of ``load_data``, which see for what it raises."""
+    """Load the label table of ``load_data``.
+
+    Raises:
+        ConfigError: like ``load_data``.
+    """
     return load_data(path).labels
 
 
