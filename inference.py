@@ -19,22 +19,19 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from imaginaire_spade import distributed
-from imaginaire_spade.build import import_modules, layout_spec
-from imaginaire_spade.config import RunConfig, load_config
+from imaginaire_spade.build import import_modules
+from imaginaire_spade.cli import add_shared_flags
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config_diff import check_fits
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError, LabelError, positive_integer, run_command_line
 from imaginaire_spade.inference import style
 from imaginaire_spade.inference.animation import check_animation
-from imaginaire_spade.inference.folder import (
-    PROBLEMS_SHOWN,
-    FolderOptions,
-    Progress,
-    RunReport,
-    generate_folder,
-)
+from imaginaire_spade.inference.folder import PROBLEMS_SHOWN, FolderOptions, Progress, RunReport, generate_folder
+from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.output import check_apart
 from imaginaire_spade.inference.sizes import MAX_PIXELS, SIZE_HELP, SizeRule, read_size
-from imaginaire_spade.inference.weights import LoadedModel, check_fits, find_checkpoint, load_generator
 from imaginaire_spade.labels import LabelSpec
 
 
@@ -45,13 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--logdir", type=Path, metavar="DIR", help="log dir of a training run: its newest checkpoint")
     model.add_argument("--config", type=Path, metavar="C.yaml",
                        help="for test_data and pretrained_weight; the checkpoint knows its architecture")  # fmt: skip
-    model.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="ema (default); raw: non-averaged weights"
-    )
-    model.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key (repeat)")
-    model.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
-                       help="import your module, which registers your components (repeat)")  # fmt: skip
-    model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_shared_flags(model, "--weights", "--set", "--import", "--device")
     model.add_argument("--batch_size", type=positive_integer, metavar="B",
                        help="label maps per batch on a GPU (default: test_data.batch_size, else 1); a CPU processes"
                        " them one by one")  # fmt: skip
@@ -95,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     existing.add_argument("--skip_existing", action="store_true", help="keep existing images, generate the others")
     existing.add_argument("--overwrite", action="store_true", help="replace existing images")
     parser.add_argument("--single_gpu", action="store_true", help=argparse.SUPPRESS)  # imaginaire's; one is the default
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
+    add_shared_flags(parser, "--local-rank")
     arguments = parser.parse_args()
     if not arguments.style_interpolate and (arguments.steps or arguments.animation):
         parser.error("--steps and --animation are for --style_interpolate A B: give that too, or leave them out")
@@ -110,15 +101,15 @@ def main() -> None:
     asked = read_size(arguments.size, "--size", raise_with="--max_pixels", max_pixels=arguments.max_pixels)
     if arguments.resize_back and asked == "own":
         raise ConfigError("--resize_back: with --size own images have their label maps' size already; leave one out")
-    import_modules(arguments.modules)
+    import_modules(arguments.imports)
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
-    given = load_config(arguments.config, arguments.set) if arguments.config else None
+    given = load_config(arguments.config, arguments.overrides) if arguments.config else None
     checkpoint = find_checkpoint(arguments.checkpoint, arguments.logdir, given)
-    model = load_generator(
+    model = Model.load(
         checkpoint,
-        weights=arguments.weights, overrides=arguments.set, device=device, precision=arguments.precision,
-        compiled=arguments.compile, frozen=True,
+        weights=arguments.weights, overrides=arguments.overrides, device=device, precision=arguments.precision,
+        compiled=arguments.compile,
     )  # fmt: skip
     config = model.config
     if given is not None:
@@ -135,7 +126,7 @@ def main() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         dataset = LabelMapDataset(
-            roots, config.data.labels, edges=config.data.edges, distances=layout_spec(config).has_distances,
+            roots, config.data.labels, edges=config.data.edges, distances=model.layout_spec.has_distances,
             size_of=sizes, with_images=False,
             replace=dict(_replacement(config.data.labels, text) for text in arguments.map),
             on_unknown=partial(_remember, changed) if arguments.on_bad_label == "ignore" else None,
@@ -176,7 +167,7 @@ def main() -> None:
     print(_summary(arguments.output_dir, report, info), flush=True)
 
 
-def _styles(arguments: argparse.Namespace, model: LoadedModel, keys: list[str], seed: int) -> style.StyleOf:
+def _styles(arguments: argparse.Namespace, model: Model, keys: list[str], seed: int) -> style.StyleOf:
     if arguments.style_interpolate:
         start, end = (style.style_named(model, name) for name in arguments.style_interpolate)
         return style.interpolated_styles(start, end, arguments.steps)
@@ -201,7 +192,7 @@ def _remember(problems: list[str], error: LabelError) -> None:
     problems.append(str(error))
 
 
-def _notes(arguments: argparse.Namespace, model: LoadedModel, given: RunConfig | None) -> list[str]:
+def _notes(arguments: argparse.Namespace, model: Model, given: RunConfig | None) -> list[str]:
     notes = []
     if given is not None and given.data.labels != model.config.data.labels:
         notes.append(

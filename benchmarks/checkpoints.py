@@ -17,7 +17,7 @@ import torch
 
 from imaginaire_spade import distributed
 from imaginaire_spade.build import build_losses, check_run
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import positive_integer, run_command_line
 from imaginaire_spade.training.checkpoint import CheckpointWriter

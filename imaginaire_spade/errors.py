@@ -48,7 +48,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def positive_integer(text: str) -> int:
-    """Parse a positive integer from the command line. Raises argparse.ArgumentTypeError."""
+    """Parse a positive integer from the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
@@ -74,8 +78,8 @@ def how_to_install(extra: str) -> str:
 def run_command_line(main: Callable[[], None]) -> None:
     """Run a command line's ``main``; print a user's mistake as one message, without a traceback, and exit.
 
-    Of several processes under one launcher that meet the same mistake only local rank 0 prints: the others wait a
-    little, in which the launcher ends them. A process that met it alone prints in the end.
+    If several processes under one launcher meet the same mistake, only local rank 0 prints: the others wait a little,
+    in which the launcher ends them. A process that met it alone prints in the end.
     """
     try:
         main()
@@ -84,7 +88,7 @@ def run_command_line(main: Callable[[], None]) -> None:
         if rank != "0":
             time.sleep(3)
         print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        # A restart mends no mistake, yet torchrun --max_restarts would try: its agent, our parent, is asked to end.
+        # A restart mends no mistake, yet torchrun --max_restarts would try: ask its agent, our parent, to end.
         if rank == "0" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
             os.kill(os.getppid(), signal.SIGTERM)
         sys.exit(EXIT_CODE)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imaginaire_spade.distributed import mean_of_host_numbers
+from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.patterns import Lookup, find_neighbourhoods
 
 
@@ -31,6 +32,16 @@ class LayoutSpec:
     """Whether an edge channel comes last."""
     has_distances: bool = False
     """Whether offsets from the centres of the classes' regions are there (CLADE-ICPE)."""
+
+    @classmethod
+    def of(cls, labels: LabelSpec, edges: str, distances: bool) -> LayoutSpec:
+        """Describe the layouts of a data set.
+
+        Args:
+            labels, edges: as in ``data`` of a config.
+            distances: whether its samples have distances.
+        """
+        return cls(labels.num_classes, labels.dont_care, edges != "none", distances)
 
     @property
     def num_label_channels(self) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.config import load_data
+from imaginaire_spade.config_files import load_data
 from imaginaire_spade.data.folders import DATA_TYPES
 from imaginaire_spade.distributed import rank_from_environment
 from imaginaire_spade.errors import run_command_line

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade import distributed
 from imaginaire_spade.build import build_split
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.evaluation.collection import collect, save_collection
 from imaginaire_spade.evaluation.features import FEATURE_DIMS, RESIZES, feature_network

@@ -8,7 +8,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-from imaginaire_spade.config import load_data
+from imaginaire_spade.cli import add_shared_flags
+from imaginaire_spade.config_files import load_data
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.decode import decode_image
 from imaginaire_spade.errors import DataError, run_command_line
@@ -24,12 +25,10 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="sheet, .jpg or .png")
     parser.add_argument("--rows", type=int, default=12, help="samples on the sheet, spread over the data (default 12)")
     parser.add_argument("--columns", type=int, default=2, help="samples side by side (default 2)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key (repeat)"
-    )
+    add_shared_flags(parser, "--set")
     parser.add_argument("--import", metavar="MODULE", help="accepted and ignored: no components are used here")
     arguments = parser.parse_args()
-    labels = load_data(arguments.config, arguments.set).labels
+    labels = load_data(arguments.config, arguments.overrides).labels
     dataset = LabelMapDataset([arguments.data_root], labels)
 
     made = [(index, found) for index, key in enumerate(dataset.keys) if (found := _image(arguments.generated, key))]

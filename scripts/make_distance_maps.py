@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.config import load_data
+from imaginaire_spade.config_files import load_data
 from imaginaire_spade.data.folders import DISTANCES
 from imaginaire_spade.dataset_prep.distance_maps import make_distance_maps
 from imaginaire_spade.distributed import rank_from_environment

@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.config import load_labels
+from imaginaire_spade.config_files import load_labels
 from imaginaire_spade.dataset_prep.downloads import DATASETS, Options
 from imaginaire_spade.dataset_prep.edge_maps import SOURCES, make_edge_maps
 from imaginaire_spade.dataset_prep.prepare import prepare

@@ -19,7 +19,7 @@ from conftest import REPOSITORY, write_jpg, write_png
 from PIL import Image
 from torchvision.models.segmentation import deeplabv3_resnet50
 
-from imaginaire_spade.config import load_labels
+from imaginaire_spade.config_files import load_labels
 from imaginaire_spade.data.decode import decode_image, decode_instances, decode_label
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.store import open_source

@@ -15,7 +15,8 @@ from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file
 
 from imaginaire_spade.build import build_generator, build_losses, build_split, layout_spec
-from imaginaire_spade.config import AugmentationConfig, load_config
+from imaginaire_spade.config import AugmentationConfig
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.data.batch import Parcel
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.distances import class_distances, decode_distances, encode_distances
@@ -24,8 +25,8 @@ from imaginaire_spade.dataset_prep.distance_maps import make_distance_maps
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.inference.folder import FolderOptions, generate_folder
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.synthesis import Request, pad_to_layout
-from imaginaire_spade.inference.weights import LoadedModel, load_generator
 from imaginaire_spade.interop.checkpoint import architecture_config, export_files, import_checkpoint
 from imaginaire_spade.interop.configs import import_config
 from imaginaire_spade.labels import LabelSpec
@@ -269,7 +270,7 @@ def test_the_norm_alone_decides_whether_layouts_have_distances(icpe_config):
 def test_label_maps_of_any_size_are_padded_after_their_distances_are_known(icpe_config):
     config = load_config(icpe_config)
     generator = build_generator(config).eval()
-    model = LoadedModel(generator, None, config, 0, "raw", torch.device("cpu"))
+    model = Model(generator, None, config, 0, "raw", torch.device("cpu"))
     labels = torch.from_numpy(np.random.default_rng(1).integers(0, 6, (40, 50), dtype=np.uint8))
     given = torch.rand(2, 40, 50)
     layout = pad_to_layout(model, [Request("a", labels), Request("b", labels, distances=given)])
@@ -295,7 +296,7 @@ def test_training_and_inference_on_label_maps_of_one_value(icpe_config, tmp_path
             train()
         return
     train()
-    model = load_generator(newest_checkpoint(tmp_path / "log"))
+    model = Model.load(newest_checkpoint(tmp_path / "log"), for_inference=False)
     data = LabelMapDataset(label_maps, config.data.labels, distances=True, with_images=False)
     report = generate_folder(model, data, tmp_path / "images", FolderOptions(gallery=False))
     assert report.images == 6
@@ -310,7 +311,7 @@ def test_an_imported_checkpoint_knows_which_id_had_no_position(shared_dir, icpe_
     hyper = json.loads((folder / "config.json").read_text())["hyper"]
     weights = load_file(folder / "weights.safetensors")
     config = architecture_config("clade", hyper, None)
-    assert layout_spec(config).has_distances and config.gen.args["norm"]["args"]["skip_ids"] == [0]
+    assert layout_spec(config).has_distances and config.gen.args["norm"].args["skip_ids"] == (0,)
     content, _ = import_checkpoint("clade", config, {"generator": weights})
     exported = export_files("clade", content, config, "raw")
     assert [{k: v.shape for k, v in file.items()} for file in exported.values()] == [
@@ -321,7 +322,7 @@ def test_an_imported_checkpoint_knows_which_id_had_no_position(shared_dir, icpe_
     base = load_config(icpe_config, [f"data.labels={counted_from_1}", "data.edges=labels"])
     for stated, expected in (({}, [0]), ({"skip_ids": []}, [])):
         made = architecture_config("clade", hyper | stated, base)
-        assert made.gen.args["norm"]["args"]["skip_ids"] == expected
+        assert made.gen.args["norm"].args["skip_ids"] == tuple(expected)
 
 
 @pytest.mark.parametrize("dataset", ["ade20k", "coco"])

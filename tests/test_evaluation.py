@@ -14,7 +14,7 @@ import torch
 from conftest import write_jpg, write_png
 
 from imaginaire_spade.build import build_generator
-from imaginaire_spade.config import dump_config, parse_config
+from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, UserError
@@ -26,8 +26,8 @@ from imaginaire_spade.evaluation.scores import evaluate_pictures
 from imaginaire_spade.evaluation.sources import EvaluatedPicture, FolderPictures
 from imaginaire_spade.files import write_image
 from imaginaire_spade.inference.folder import FolderOptions, generate_folder
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.style import drawn_styles
-from imaginaire_spade.inference.weights import load_generator
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.training.checkpoint import write_checkpoint
@@ -215,7 +215,7 @@ def test_a_checkpoint_scores_as_the_pictures_that_inference_writes(run, checkpoi
     assert made.protocol.fake_format == "generated, not stored"
     assert made.subject["weights"] == "raw after 7 images" and made.subject["real"] == str(tmp_path / "val")
     dataset = LabelMapDataset(tmp_path / "val", LABELS, with_images=False)
-    generate_folder(load_generator(path, frozen=True), dataset, tmp_path / "out")
+    generate_folder(Model.load(path), dataset, tmp_path / "out")
     stored = run("--real", tmp_path / "val", "--fake", tmp_path / "out", "--metrics", "fid,kid", *RANDOM)
     assert stored.scores == made.scores  # and the gallery's label maps were not taken for pictures
     assert stored.protocol.reference == made.protocol.reference
@@ -238,7 +238,7 @@ def test_diversity_of_samples_made_on_the_fly_is_that_of_the_stored_ones(run, ch
     assert made.protocol.diversity.endswith("3 samples per label map") and made.protocol.num_fake == 5
     dataset = LabelMapDataset(tmp_path / "val", LABELS, with_images=False)
     generate_folder(
-        load_generator(path, frozen=True),
+        Model.load(path),
         dataset,
         tmp_path / "out",
         FolderOptions(num_samples=3),
@@ -287,7 +287,7 @@ def test_stored_statistics_serve_as_the_reference(run, real, fake, tmp_path):
 def test_statistics_of_a_configs_photos(run, checkpoint, tmp_path):
     path = checkpoint()
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(dump_config(load_generator(path).config)))  # JSON is YAML
+    config.write_text(json.dumps(dump_config(Model.load(path, for_inference=False).config)))  # JSON is YAML
     stats = run("--config", config, *RANDOM, module=COMPUTE)
     assert run("--checkpoint", path, "--real", stats, *RANDOM).scores == run("--checkpoint", path, *RANDOM).scores
 

@@ -15,7 +15,7 @@ from fork_server import TORCHRUN, ForkServer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import REPOSITORY, assert_same, tiny_run  # noqa: F401
 
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training import checkpoint, loop
 from imaginaire_spade.training.health import NonFiniteLoss, OutOfMemory, explain_out_of_memory

@@ -20,13 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imaginaire_spade.build import build_encoder, build_generator
-from imaginaire_spade.compatibility import explain_mismatch
-from imaginaire_spade.config import dump_config, load_config, parse_config
+from imaginaire_spade.config_diff import explain_mismatch
+from imaginaire_spade.config_files import dump_config, load_config, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
+from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.output import check_output_folder, plan_outputs
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, group_by_size, pad_to_layout, synthesise
-from imaginaire_spade.inference.weights import LoadedModel, find_checkpoint, load_generator
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.layers import fold_spectral_norm
 from imaginaire_spade.noise import style_noise
@@ -179,7 +179,7 @@ def test_neither_batch_size_nor_processes_change_a_file(run, checkpoint, label_m
 
 
 def test_order_and_batch_mates_change_nothing(checkpoint, label_maps):
-    model = load_generator(checkpoint)
+    model = Model.load(checkpoint, for_inference=False)
     batching = Batching(**vars(model))
     dataset = LabelMapDataset(label_maps, model.config.data.labels, edges="labels", with_images=False)
     requests = [
@@ -215,13 +215,13 @@ class Echo(torch.nn.Module):
         return torch.stack([(plane.float() - 127.5) / 127.5 for plane in planes], 1)
 
 
-class Batching(LoadedModel):
+class Batching(Model):
     """As on a GPU."""
 
     one_by_one = False
 
 
-def echo_model(size_multiple: int, kind: type[LoadedModel] = Batching) -> LoadedModel:
+def echo_model(size_multiple: int, kind: type[Model] = Batching) -> Model:
     return kind(Echo(size_multiple), None, CONFIG, 0, "raw", torch.device("cpu"))
 
 
@@ -289,14 +289,14 @@ def test_several_samples_differ_and_a_style_image_rules(run, checkpoint, label_m
 
 
 def test_ema_and_raw_weights(run, checkpoint, plain_checkpoint, label_maps, tmp_path, capsys):
-    state = {w: load_generator(checkpoint, weights=w).generator.state_dict() for w in ("ema", "raw")}
+    state = {w: Model.load(checkpoint, weights=w, for_inference=False).generator.state_dict() for w in ("ema", "raw")}
     content = torch.load(checkpoint, weights_only=True)
     trained = build_generator(CONFIG)
     trained.load_state_dict(content["generator"])
     for weights, stored in (("ema", content["generator_ema"]), ("raw", fold_spectral_norm(trained).state_dict())):
         assert state[weights].keys() == stored.keys()
         assert all(torch.equal(state[weights][key], value) for key, value in stored.items())
-    model = load_generator(plain_checkpoint)
+    model = Model.load(plain_checkpoint, for_inference=False)
     assert model.weights == "raw" and "no EMA of the weights" in model.notes[0]
     assert not model.generator.training and model.style_dims == 0
     run("--checkpoint", plain_checkpoint, "--input_dir", label_maps, "--output_dir", tmp_path / "o", "--num_samples", 2)
@@ -512,18 +512,18 @@ def test_damaged_weights(tmp_path, label_maps, run):
     assert not files(tmp_path / "o")
     short = save(tmp_path / "short.pt", tree, generator_ema={k: v for k, v in state.items() if k != "to_image.bias"})
     with pytest.raises(CheckpointError, match=r"(?s)short\.pt: the weights of its generator .*to_image\.bias"):
-        load_generator(short)
+        Model.load(short, for_inference=False)
     for name, weight in (("wide", state["to_image.weight"].double()), ("thin", state["to_image.weight"].to_sparse())):
         path = save(tmp_path / f"{name}.pt", tree, generator_ema={**state, "to_image.weight": weight})
         with pytest.raises(CheckpointError, match=rf"{name}\.pt: its generator does not fit .*: to_image\.weight is"):
-            load_generator(path)
+            Model.load(path, for_inference=False)
     for seen in ("many", (1, 2), float("inf"), -1):
         path = save(tmp_path / "seen.pt", tree, generator_ema=state, images_seen=seen)
         with pytest.raises(CheckpointError, match=r"seen\.pt: images_seen does not fit: it is"):
-            load_generator(path)
+            Model.load(path, for_inference=False)
     write_checkpoint(tmp_path / "other.pt", {"config": {}})
     with pytest.raises(CheckpointError, match="without generator"):
-        load_generator(tmp_path / "other.pt")
+        Model.load(tmp_path / "other.pt", for_inference=False)
 
 
 @pytest.mark.parametrize(

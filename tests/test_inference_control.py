@@ -21,13 +21,13 @@ from test_inference import REPOSITORY, TREE, changed, command_line, files, save
 
 from imaginaire_spade import SemanticLayout, Synthesizer, build_generator
 from imaginaire_spade.build import layout_spec
-from imaginaire_spade.config import dump_config, parse_config
+from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.data.transforms import edges_from_ids
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
 from imaginaire_spade.inference import output
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.style import slerp
-from imaginaire_spade.inference.weights import load_generator
 from imaginaire_spade.models.frozen import WinogradConv2d
 from imaginaire_spade.training.checkpoint import write_checkpoint
 
@@ -444,7 +444,7 @@ def test_weights_made_ready_for_inference_give_the_training_graphs_pictures(kind
         expected = generator.eval()(layout, z)
     state = {"config": dump_config(config), "generator": generator.state_dict(), "images_seen": 1}
     write_checkpoint(tmp_path / "model.pt", state)
-    model = load_generator(tmp_path / "model.pt", weights="raw", frozen=True)
+    model = Model.load(tmp_path / "model.pt", weights="raw")
     assert not [name for name in model.generator.state_dict() if name.endswith("weight_u")]
     assert (kind == "wide") == any(isinstance(layer, WinogradConv2d) for layer in model.generator.modules())
     with torch.inference_mode():

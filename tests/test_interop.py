@@ -14,9 +14,9 @@ from fork_server import ForkServer
 from safetensors.torch import load_file
 
 from imaginaire_spade.build import check_run, layout_spec
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.inference.weights import load_generator
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.interop import import_generator, reference_names
 from imaginaire_spade.interop.checkpoint import read_weights
 from imaginaire_spade.layout import SemanticLayout
@@ -63,7 +63,7 @@ def test_import_generate_fine_tune_export_and_import_again(shared_dir, tmp_path,
     # The same pixels: our inference of the imported file, on the fixture's own layout, gives the fixture's picture.
     inputs = load_file(shared_dir / "parity/spade_g_normal/inputs.safetensors")
     outputs = load_file(shared_dir / "parity/spade_g_normal/outputs.safetensors")
-    model = load_generator(imported, weights="raw")
+    model = Model.load(imported, weights="raw", for_inference=False)
     layout = SemanticLayout.from_dense(layout_spec(model.config), inputs["semantics"].float())
     torch.testing.assert_close(model.generator(layout), outputs["eval/fake_image"], atol=1e-5, rtol=0)
 
@@ -110,7 +110,10 @@ def test_import_generate_fine_tune_export_and_import_again(shared_dir, tmp_path,
                   "--discriminator_weights", out / "latest_net_D.pth", "--architecture", architecture,
                   "--output", back)  # fmt: skip
         assert "discriminator:" in said
-        before, after = load_generator(tuned, weights=kind), load_generator(back, weights="raw")
+        before, after = (
+            Model.load(tuned, weights=kind, for_inference=False),
+            Model.load(back, weights="raw", for_inference=False),
+        )
         torch.testing.assert_close(after.generator(layout), before.generator(layout), atol=2e-6, rtol=0)
         if kind == "raw":
             old, new = load_checkpoint(tuned), load_checkpoint(back)
@@ -146,7 +149,7 @@ def test_imaginaire_with_average_and_style_encoder(shared_dir, tmp_path):
     inputs = load_file(shared_dir / "parity/imaginaire_g/inputs.safetensors")
     outputs = load_file(shared_dir / "parity/imaginaire_g/outputs.safetensors")
     for weights in ("raw", "ema"):
-        model = load_generator(imported, weights=weights)
+        model = Model.load(imported, weights=weights, for_inference=False)
         layout = SemanticLayout.from_dense(layout_spec(model.config), inputs["label"].float())
         torch.testing.assert_close(
             model.generator(layout, inputs["z"]), outputs["eval/from_z/fake_images"], atol=1e-5, rtol=0
@@ -369,7 +372,7 @@ def test_a_config_of_imaginaire_becomes_ours(tmp_path):
     config = load_config(tmp_path / "ours.yaml")
     check_run(config, 1)
     assert layout_spec(config).num_channels == 185 and config.gen.args["num_filters"] == 16
-    assert config.gen.args["norm"]["args"]["kernel_size"] == 5 and config.dis.type == "fpse"
+    assert config.gen.args["norm"].args["kernel_size"] == 5 and config.dis.type == "fpse"
     assert config.trainer.max_epochs == 400 and config.trainer.checkpoint_every == 2500
     assert config.trainer.model_average.batch_norm_images == 120
     assert config.losses["kl"].weight == pytest.approx(0.2) and config.trainer.precision == "fp16"

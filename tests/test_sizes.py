@@ -25,9 +25,8 @@ from imaginaire_spade.errors import ConfigError, DataError, UserError
 from imaginaire_spade.evaluation.report import load_report
 from imaginaire_spade.files import resize_image
 from imaginaire_spade.inference.evaluated import checkpoint_pictures
-from imaginaire_spade.inference.published import publish_generator
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.sizes import MAX_PIXELS, SizeRule, read_size
-from imaginaire_spade.inference.weights import load_generator
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.models.frozen import WinogradConv2d
 from imaginaire_spade.models.norms import SPADE
@@ -308,17 +307,15 @@ def test_pixels_are_those_that_are_made(run, tmp_path):
     ],
 )
 def test_one_mistake_one_message_before_anything_is_loaded(monkeypatch, run, flags, words):
-    monkeypatch.setattr(command_line, "load_generator", None)
+    monkeypatch.setattr(command_line.Model, "load", None)
     with pytest.raises(ConfigError, match=words):
         run(*flags)
 
 
 def test_a_published_generator_knows_its_size(run, checkpoint, tmp_path):
     path = tmp_path / "model.safetensors"
-    model = load_generator(checkpoint)
-    publish_generator(
-        path, model.generator, model.encoder, model.config, weights=model.weights, images_seen=model.images_seen
-    )
+    model = Model.load(checkpoint, for_inference=False)
+    model.publish(path)
     said, sizes = run(model=path)
     assert sizes["1"] == TRAINED and "3 of 4 label maps" in said
     run(to="checkpoint")
@@ -417,7 +414,7 @@ def differences(monkeypatch, data_set, tmp_path) -> Callable[..., int]:
 @pytest.mark.parametrize("overrides", [(), ("gen.norm.path=dense",)], ids=["", "dense"])
 def test_evaluated_pictures_are_the_written_ones(model_of, differences, size, overrides):
     path = model_of()
-    assert any(isinstance(m, WinogradConv2d) for m in load_generator(path, frozen=True).generator.modules())
+    assert any(isinstance(m, WinogradConv2d) for m in Model.load(path).generator.modules())
     assert differences(path, *overrides, size=size) == 0
     assert differences(path, *overrides, size=size, weights="raw") == 0
 

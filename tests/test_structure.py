@@ -1,9 +1,11 @@
 """The house rules that a machine can check."""
 
+import argparse
 import ast
 import graphlib
 import io
 import re
+import runpy
 import subprocess
 import sys
 import tokenize
@@ -17,9 +19,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "imaginaire_spade"
 
 CORE = [
-    {"errors", "version", "files", "labels", "registry", "noise"}, {"config"}, {"compatibility"}, {"distributed"},
-    {"patterns"}, {"layout"}, {"sheets"}, {"pages"}, {"data"}, {"models"}, {"pretrained"}, {"losses"}, {"build"},
-    {"evaluation"}, {"training"}, {"inference"},
+    {"errors", "version", "files", "labels", "registry", "noise", "cli"}, {"config"}, {"config_files"}, {"config_diff"},
+    {"distributed"}, {"patterns"}, {"layout"}, {"sheets"}, {"pages"}, {"data"}, {"models"}, {"pretrained"}, {"losses"},
+    {"build"}, {"evaluation"}, {"training"}, {"inference"},
 ]  # fmt: skip
 WINGS = [{"lmdb_builder"}, {"dataset_prep"}, {"interop"}, {"export"}, {"demo"}]
 ROOMS = [*CORE, *WINGS, {"imaginaire_spade"}]
@@ -121,7 +123,9 @@ def loaded_after(statement: str) -> set[str]:
 
 def test_a_module_loads_what_it_needs_and_no_more():
     assert loaded_after("from imaginaire_spade.labels import LabelSpec") == {"errors", "labels"}
-    assert loaded_after("from imaginaire_spade.config import load_labels") == {"config", "errors", "labels", "registry"}
+    assert loaded_after("from imaginaire_spade.config_files import load_labels") == {
+        "config", "config_files", "errors", "labels", "registry"
+    }  # fmt: skip
     assert loaded_after("import imaginaire_spade; assert imaginaire_spade.__version__") == set()
 
 
@@ -158,7 +162,7 @@ def test_each_registry_names_the_modules_that_fill_it():
 
 def test_components_are_known_without_an_import_of_theirs():
     loaded_after(
-        "from imaginaire_spade.config import load_config\n"
+        "from imaginaire_spade.config_files import load_config\n"
         "load_config('configs/projects/spade/cocostuff/base128_bs4.yaml')\n"
         "load_config('configs/projects/clade/camvid/small96x128_icpe.yaml')"
     )
@@ -306,12 +310,25 @@ def test_folders_are_two_deep():
     assert all(len(path.relative_to(PACKAGE).parts) <= 2 for path in SOURCES)
 
 
+class ParserBuiltError(Exception):
+    """Ends a command line when it is about to parse its arguments."""
+
+
 def options_of(path: Path) -> list[str]:
-    """The flags of a command line, as its source names them."""
-    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
-    added = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
-    names = [arg.value for call in added for arg in call.args if isinstance(arg, ast.Constant)]
-    return sorted(str(name) for name in names if str(name).startswith("--"))
+    """The flags that a command line accepts: those of its parser."""
+
+    def stop(parser: argparse.ArgumentParser) -> None:
+        raise ParserBuiltError(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        command_line = runpy.run_path(str(path))
+        with pytest.raises(ParserBuiltError) as built:
+            command_line["main"]()
+    (parser,) = built.value.args
+    flags = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
+    return sorted(flags - {"--help"})
 
 
 def test_the_list_of_options_is_frozen():

@@ -16,7 +16,7 @@ from test_layout import random_layout
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from imaginaire_spade.build import build_generator, build_losses, layout_spec
-from imaginaire_spade.config import load_config, parse_config
+from imaginaire_spade.config_files import load_config, parse_config
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout

@@ -16,7 +16,7 @@ from test_evaluation import run as evaluate  # noqa: F401 (a fixture)
 from test_training import TINY, assert_same
 
 from imaginaire_spade.build import build_losses, check_run
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.evaluation.features import FeatureNetwork

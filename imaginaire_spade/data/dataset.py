@@ -81,9 +81,7 @@ class LabelMapDataset(Dataset[Sample]):
         self._size_of = size_of
         self.seed = seed
         self.with_images = with_images
-        self.spec = LayoutSpec(
-            labels.num_classes, has_dont_care=labels.dont_care, has_edges=edges != "none", has_distances=distances
-        )
+        self.spec = LayoutSpec.of(labels, edges, distances)
         edge_files = [EDGE_FILES[edges]] if edges in EDGE_FILES else []
         required = ["images", "seg_maps", *edge_files] if with_images else ["seg_maps"]
         self._roots: list[Root] = []

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaginaire_spade.config import read_yaml
+from imaginaire_spade.config_files import read_yaml
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.registry import did_you_mean

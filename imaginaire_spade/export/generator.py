@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from imaginaire_spade.build import image_size, layout_spec
+from imaginaire_spade.build import image_size
 from imaginaire_spade.errors import CheckpointError, ConfigError, UserError, how_to_install
-from imaginaire_spade.inference.weights import LoadedModel
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.generator import Generator
 
@@ -78,7 +78,7 @@ def check_output(output: Path, *, overwrite: bool = False) -> None:
                 ) from None
 
 
-def export_model(model: LoadedModel, output: Path, on_checked: Callable[[str, float], None]) -> None:
+def export_model(model: Model, output: Path, on_checked: Callable[[str, float], None]) -> None:
     """Write the generator to a file, once it is sure that the file's pictures are the generator's.
 
     Args:
@@ -89,7 +89,7 @@ def export_model(model: LoadedModel, output: Path, on_checked: Callable[[str, fl
         CheckpointError: the generator cannot be exported.
         UserError: the file's pictures are others than the generator's; then no file is written.
     """
-    network = ExportedGenerator(model.generator, layout_spec(model.config))
+    network = ExportedGenerator(model.generator, model.layout_spec)
     multiple = model.size_multiple
     is_onnx = output.suffix == ".onnx"
     try:
@@ -129,7 +129,7 @@ def export_model(model: LoadedModel, output: Path, on_checked: Callable[[str, fl
             part.replace(output.parent / part.name)
 
 
-def metadata(model: LoadedModel) -> dict[str, Any]:
+def metadata(model: Model) -> dict[str, Any]:
     """What a file says of itself: in an ONNX file's metadata, one JSON value per key."""
     config = model.config
     return {

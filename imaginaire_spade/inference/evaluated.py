@@ -10,15 +10,17 @@ from pathlib import Path
 import torch
 
 from imaginaire_spade.build import build_split
-from imaginaire_spade.config import AugmentationConfig, load_config, load_labels
+from imaginaire_spade.config import AugmentationConfig
+from imaginaire_spade.config_diff import check_fits
+from imaginaire_spade.config_files import load_config, load_labels
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.evaluation.label_maps import LabelMaps
 from imaginaire_spade.evaluation.sources import DatasetPhotos, FolderPictures, PictureSource
 from imaginaire_spade.evaluation.statistics import holds_statistics
 from imaginaire_spade.inference.generated import GeneratedPictures
+from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.sizes import Asked, SizeRule
-from imaginaire_spade.inference.weights import check_fits, find_checkpoint, load_generator
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def checkpoint_pictures(
     """
     given = load_config(config_file, overrides) if config_file else None
     path = find_checkpoint(checkpoint, logdir, given)
-    model = load_generator(path, weights=weights, overrides=overrides, device=device, frozen=True)
+    model = Model.load(path, weights=weights, overrides=overrides, device=device)
     config = model.config
     if given is not None:
         check_fits(config, given, str(config_file))

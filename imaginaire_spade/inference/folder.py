@@ -25,11 +25,11 @@ from imaginaire_spade.errors import DataError, catch_data_error
 from imaginaire_spade.files import RgbImage, write_image
 from imaginaire_spade.inference.animation import write_animation
 from imaginaire_spade.inference.gallery import write_gallery
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.output import Output, Writer, check_output_folder, make_folder, plan_outputs
 from imaginaire_spade.inference.sizes import MAX_PIXELS, Size, SizeRule, format_size
 from imaginaire_spade.inference.style import StyleOf, drawn_styles
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, synthesise
-from imaginaire_spade.inference.weights import LoadedModel
 
 READ_THREADS = 3
 PROBLEMS_SHOWN = 10
@@ -97,7 +97,7 @@ class RunReport:
 
 
 def generate_folder(
-    model: LoadedModel,
+    model: Model,
     dataset: LabelMapDataset,
     directory: Path,
     options: FolderOptions | None = None,

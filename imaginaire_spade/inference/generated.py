@@ -10,9 +10,9 @@ from imaginaire_spade.data.dataset import LabelMapDataset, read_ahead
 from imaginaire_spade.data.sample import Sample
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.evaluation.sources import NOT_STORED, EvaluatedPicture, PictureSource, Unreadable
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.style import drawn_styles
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, synthesise
-from imaginaire_spade.inference.weights import LoadedModel
 
 
 class GeneratedPictures(PictureSource):
@@ -26,7 +26,7 @@ class GeneratedPictures(PictureSource):
 
     def __init__(
         self,
-        model: LoadedModel,
+        model: Model,
         dataset: LabelMapDataset,
         name: str,
         *,

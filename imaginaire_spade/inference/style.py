@@ -20,7 +20,7 @@ from imaginaire_spade.data.decode import decode_image
 from imaginaire_spade.data.store import open_source
 from imaginaire_spade.errors import CheckpointError, DataError
 from imaginaire_spade.files import RgbImage
-from imaginaire_spade.inference.weights import LoadedModel
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.models.encoder import sample_style
 from imaginaire_spade.noise import style_noise
 
@@ -56,7 +56,7 @@ def _noise(seed: int, key: str, sample: int, style_dims: int, num_samples: int) 
 # ------------------------------------------------------------------------------------------------ of images
 
 
-def image_styles(model: LoadedModel, path: Path, keys: Sequence[str], seed: int = 0, num_samples: int = 1) -> StyleOf:
+def image_styles(model: Model, path: Path, keys: Sequence[str], seed: int = 0, num_samples: int = 1) -> StyleOf:
     """Encode the styles of one image file, or of a folder's (data set's) images.
 
     A folder's images join the label maps by name (SEQUENCE/STEM). If no name agrees, they take turns: the i-th label
@@ -113,7 +113,7 @@ def read_style_image(path: Path) -> RgbImage:
     return decode_image(content, f"style image {path}")
 
 
-def check_has_encoder(model: LoadedModel) -> None:
+def check_has_encoder(model: Model) -> None:
     """Check that the checkpoint was trained with a style encoder.
 
     Raises:
@@ -128,7 +128,7 @@ def check_has_encoder(model: LoadedModel) -> None:
 
 
 @torch.inference_mode()
-def encode_style(model: LoadedModel, image: RgbImage) -> tuple[Tensor, Tensor]:
+def encode_style(model: Model, image: RgbImage) -> tuple[Tensor, Tensor]:
     """Encode (mu, logvar) of an image's style, float32 [style_dims] each, on the CPU.
 
     Args:
@@ -156,7 +156,7 @@ def interpolated_styles(start: Tensor, end: Tensor, steps: int) -> StyleOf:
     return lambda key, sample: slerp(start, end, sample / (steps - 1))
 
 
-def style_named(model: LoadedModel, name: str) -> Tensor:
+def style_named(model: Model, name: str) -> Tensor:
     """Return the style code of ``name``, float32 [style_dims]: digits are a seed, all else is an image file.
 
     Raises:

@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imaginaire_spade.build import layout_spec
 from imaginaire_spade.data.batch import denormalise
 from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.errors import UserError, is_out_of_memory
 from imaginaire_spade.files import RgbImage, resize_image
-from imaginaire_spade.inference.weights import LoadedModel
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.training.step import AUTOCAST
 
@@ -48,7 +47,7 @@ class Request:
         return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
-def synthesise(model: LoadedModel, requests: Iterable[Request], batch_size: int = 1) -> Iterator[tuple[str, RgbImage]]:
+def synthesise(model: Model, requests: Iterable[Request], batch_size: int = 1) -> Iterator[tuple[str, RgbImage]]:
     """Generate images: yield (name, RGB uint8 [H, W, 3] of the label map's size or ``resize_to``) in arbitrary order.
 
     Requests are taken lazily and wait for others of their padded size, at most ``BATCHES_HELD`` batches of them.
@@ -80,9 +79,9 @@ def group_by_size(requests: Iterable[Request], multiple: int, batch_size: int) -
     yield from waiting.values()
 
 
-def pad_to_layout(model: LoadedModel, requests: Sequence[Request]) -> SemanticLayout:
+def pad_to_layout(model: Model, requests: Sequence[Request]) -> SemanticLayout:
     """Stack requests of one padded size, filled up with don't-care (no edges) at the bottom and on the right."""
-    spec = layout_spec(model.config)
+    spec = model.layout_spec
     height, width = requests[0].padded_size(model.size_multiple)
 
     def stack(maps: Sequence[Tensor], fill: int) -> Tensor:
@@ -102,7 +101,7 @@ def _distances_of(request: Request) -> Tensor:
 
 
 @torch.inference_mode()
-def _forward(model: LoadedModel, requests: Sequence[Request]) -> Tensor:
+def _forward(model: Model, requests: Sequence[Request]) -> Tensor:
     """Generate requests of one padded size: float [N, 3, H, W] on the device, padding included."""
     step = 1 if model.one_by_one else len(requests)
     dtype = AUTOCAST[model.precision]

@@ -15,15 +15,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from imaginaire_spade.build import layout_spec
 from imaginaire_spade.data.transforms import Geometry, apply_to_map, edges_from_ids
 from imaginaire_spade.distributed import ProcessInfo, choose_device
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError
 from imaginaire_spade.files import RgbImage
+from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.sizes import Size, SizeRule, format_size, read_size
 from imaginaire_spade.inference.style import encode_style, read_style_image, style_of_seed
 from imaginaire_spade.inference.synthesis import Request, synthesise
-from imaginaire_spade.inference.weights import LoadedModel, find_checkpoint, load_generator
 from imaginaire_spade.labels import MAX_RAW_ID, LabelSpec
 
 ImageLike = Image.Image | NDArray[Any]
@@ -39,7 +38,7 @@ class Synthesizer:
     ``--resize_back``.
 
     Args:
-        model: what ``load_generator`` gives.
+        model: what ``Model.load`` gives.
         size: at which label maps are generated: "trained" (the size of the training images), "own" (the label map's),
             or (height, width) or "HEIGHTxWIDTH". None: "trained" if a side of the label map differs from it by a factor
             of more than 1.5 (the first such label map causes a warning, as its image has another size), else "own".
@@ -56,9 +55,7 @@ class Synthesizer:
         model: what was loaded (generator, encoder, config, ``notes`` for the user).
     """
 
-    def __init__(
-        self, model: LoadedModel, *, size: str | tuple[int, int] | None = None, resize_back: bool = False
-    ) -> None:
+    def __init__(self, model: Model, *, size: str | tuple[int, int] | None = None, resize_back: bool = False) -> None:
         config = model.config
         self.model = model
         self.labels: LabelSpec = config.data.labels
@@ -68,7 +65,7 @@ class Synthesizer:
         self._warned_of_size = False
         self.has_style_encoder = model.encoder is not None
         self.style_dims = model.style_dims
-        self.wants_edges = layout_spec(config).has_edges
+        self.wants_edges = model.layout_spec.has_edges
 
     @classmethod
     def load(
@@ -94,7 +91,7 @@ class Synthesizer:
         """
         path = find_checkpoint(Path(checkpoint), None, None)
         where = choose_device(device, ProcessInfo())
-        model = load_generator(path, weights=weights, device=where, precision=precision, frozen=True)
+        model = Model.load(path, weights=weights, device=where, precision=precision)
         return cls(model, size=size, resize_back=resize_back)
 
     def __call__(

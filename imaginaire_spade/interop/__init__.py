@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from imaginaire_spade.build import build_component
-from imaginaire_spade.config import parse_component
+from imaginaire_spade.config_files import parse_component
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.interop import clade, imaginaire, nvlabs_spade
 from imaginaire_spade.models.discriminator import Discriminator

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from imaginaire_spade.build import build_discriminator, build_encoder, build_generator
-from imaginaire_spade.compatibility import explain_old_import
-from imaginaire_spade.config import RunConfig, dump_config, parse_config
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config_diff import explain_old_import
+from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.interop import describe, load_reference, reference_names
 from imaginaire_spade.interop.label_tables import LabelOrder, adapt_config, exported_channels, label_table
@@ -223,8 +224,8 @@ def export_files(
     if wrong := explain_old_import(content, config.data.labels):
         raise CheckpointError(wrong)
     norm = config.gen.args.get("norm")
-    if norm is not None and norm["type"] not in _NORMS[target]:
-        raise CheckpointError(f"gen.norm: {norm['type']}: {target} has {' and '.join(_NORMS[target])}")
+    if norm is not None and norm.type not in _NORMS[target]:
+        raise CheckpointError(f"gen.norm: {norm.type}: {target} has {' and '.join(_NORMS[target])}")
     order = exported_channels(config.data.labels, label_order)
     parts = {}
     for name, build in (

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from imaginaire_spade.config import dump_yaml, load_labels, parse_config, read_yaml
+from imaginaire_spade.config_files import dump_yaml, load_labels, parse_config, read_yaml
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.interop import describe
 from imaginaire_spade.interop.label_tables import ADE20K, label_table

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from imaginaire_spade.compatibility import counts_ade20k_from_0
-from imaginaire_spade.config import RunConfig, dump_config, parse_config
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config_diff import counts_ade20k_from_0
+from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.layout import LayoutSpec
 
@@ -120,8 +121,8 @@ def export_notes(target: str, config: RunConfig, label_order: LabelOrder) -> lis
         advice = "replace them" if order is not None else "write train ids (255: don't care)"
         notes.append(f"raw ids {ids} light another channel in {target}, or none: {advice} in the label maps for it")
     norm = config.gen.args.get("norm")
-    if target == "clade" and norm is not None and norm["type"] == "clade_icpe":
-        own, theirs = list(norm["args"]["skip_ids"]), [int(table[0])]
+    if target == "clade" and norm is not None and norm.type == "clade_icpe":
+        own, theirs = list(norm.args["skip_ids"]), [int(table[0])]
         if own != theirs:
             notes.append(
                 f"CLADE gives pixels of raw id 0 no position, this generator was trained with gen.norm.skip_ids: {own}:"

@@ -11,7 +11,8 @@ from pathlib import Path
 from signal import Signals
 
 from imaginaire_spade import distributed
-from imaginaire_spade.config import RunConfig, dump_yaml
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config_files import dump_yaml
 from imaginaire_spade.data.loader import Prefetcher
 from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.files import atomic_write

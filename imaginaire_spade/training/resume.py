@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from imaginaire_spade import distributed
-from imaginaire_spade.compatibility import explain_import, explain_mismatch, explain_old_import
-from imaginaire_spade.config import dump_config, parse_config
+from imaginaire_spade.config_diff import explain_import, explain_mismatch, explain_old_import, list_changes
+from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest
 from imaginaire_spade.training.setup import Run
@@ -57,7 +57,7 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
         old_import = explain_old_import(content, trained.data.labels)
         return started if old_import is None else f"{started}\nwarning: {old_import}"
     before, now = content.get("run") or {}, _facts(run)
-    changed = _changes(dump_config(trained), dump_config(run.config))
+    changed = list_changes(trained, run.config)
     other_data = [f"{key}: {changed[key]}" for key in MEANING if key in changed]
     if before and before["data_sha256"] != now["data_sha256"]:
         count = f"{before['data_samples']} samples then, {now['data_samples']} now"
@@ -85,17 +85,6 @@ def _facts(run: Run) -> dict[str, Any]:
         "data_sha256": hashlib.sha256("\n".join(run.dataset.keys).encode()).hexdigest(),
         "torch": str(torch.__version__),
     }
-
-
-def _changes(old: Any, new: Any, key: str = "") -> dict[str, str]:
-    """Compare two dumped configs: dotted key -> "old -> new"."""
-    if (not isinstance(old, dict) and not isinstance(new, dict)) or key == "data.labels.remap":
-        return {} if old == new else {key: f"{old} -> {new}"}
-    before, now = (tree if isinstance(tree, dict) else {} for tree in (old, new))
-    changes: dict[str, str] = {}
-    for name in before | now:
-        changes |= _changes(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-    return changes
 
 
 def _other_processes(before: Mapping[str, Any], now: Mapping[str, Any], run: Run) -> list[str]:
