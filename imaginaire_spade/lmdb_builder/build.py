@@ -14,25 +14,30 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 from imaginaire_spade.data.store import MANIFEST, store_key
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import flush_folder, read_json, write_json
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.lmdb_builder.lock import finishing, owning, writing
 from imaginaire_spade.lmdb_builder.output import (
     check_free_space,
     check_output,
+    choose_root,
     disk_errors,
-    is_finished,
+    hold_shards,
     kept_shards,
+    locked,
     move_into_place,
-    temporary,
+    remove_if_empty,
 )
 from imaginaire_spade.lmdb_builder.sample import LoadedSample, Plan, load_sample
 from imaginaire_spade.lmdb_builder.selection import select_samples
 from imaginaire_spade.lmdb_builder.shard import Manifest, join_manifests, write_shard
-from imaginaire_spade.lmdb_builder.tally import MAX_PROBLEMS, Tally, shown
-from imaginaire_spade.lmdb_builder.workers import count_workers, map_in_processes
+from imaginaire_spade.lmdb_builder.workers import count_workers, map_in_order
+
+MAX_PROBLEMS = 20
+"""A build stops after this many."""
 
 
 def build_dataset(
@@ -58,21 +63,20 @@ def build_dataset(
     """Build the data set, or this process's shards of it.
 
     Args:
-        edges: ``data.edges`` of the config; "file" and "instances" make edge_maps/ and inst_maps/ obligatory.
+        edges: ``data.edges`` of the config; "file" requires edge_maps/, "instances" requires inst_maps/.
         data_types: what to build; None: images, seg_maps, what ``edges`` needs, and the other folders that exist.
         num_shards: with 1 the root itself is the shard. None: one per process.
-        num_workers: processes that read, check and write; None: min(8, cores); 0: this process. With at least as many
-            shards each writes shards of its own; with fewer they read and check for one writer.
+        num_workers: processes that read and check what this one writes; None: min(8, cores); 0: this process alone.
         overwrite: replace an existing data set, once the new one is complete.
         resume: keep verified shards of an earlier, interrupted build of the same data.
         drop_unpaired: build from the samples that have all data types.
         input_list: file with one key per line (an extension is ignored): build from these samples only.
         check: decode every file and compare sizes and label values with the table.
         resize_smallest_side, quality: shrink what is larger; JPEGs are then written with this quality.
-        recode_maps: write label, edge and instance maps anew, with the same integers, so that they decode faster.
+        recode_maps: re-encode label, edge and instance maps, with the same integers, so that they decode faster.
         rank, world_size: build every ``world_size``-th shard, from number ``rank`` on.
     Returns:
-        The root's manifest; None where another process completes (or completed) the data set.
+        The root's manifest; None if another process completes (or completed) the data set.
     Raises:
         DataError: with every problem found, up to ``MAX_PROBLEMS``. Nothing incomplete is left under a final name.
     """
@@ -88,7 +92,7 @@ def build_dataset(
     if recode_maps and not check:
         raise DataError("--recode_maps decodes every map, which --no_check excludes: write one of the two")
     check_output(raw, output, overwrite, resume)
-    selection = select_samples(
+    source, types, left_out = select_samples(
         raw,
         edges=edges,
         data_types=data_types,
@@ -97,24 +101,17 @@ def build_dataset(
         shrinks=resize_smallest_side is not None,
         silent=rank > 0,
     )
-    source, types = selection.source, selection.data_types
     if num_shards > len(source.keys):
         raise DataError(f"--num_shards {num_shards}: more shards than samples ({len(source.keys)})")
-    # In the order of the keys, so that the shards one after the other are the folder's order.
-    cuts = [len(source.keys) * i // num_shards for i in range(num_shards + 1)]
-    names = ["."] if num_shards == 1 else [f"shard_{i:05d}" for i in range(num_shards)]
-    parts = {
-        name: sorted(source.keys[a:b], key=store_key)
-        for name, (a, b) in zip(names, itertools.pairwise(cuts), strict=True)
-    }
+    parts = _divide(source.keys, num_shards)
     plan = Plan(source, labels, types, check, resize_smallest_side, quality, recode_maps)
-    own = range(num_shards)[rank::world_size]
-    with owning(output, own) as lock_file:
-        build = _Build(plan, parts, _choose_root(output, num_shards, overwrite), lock_file, Tally())
+    own = list(parts)[rank::world_size]
+    with hold_shards(output, range(num_shards)[rank::world_size]):
+        build = _Build(plan, parts, choose_root(output, num_shards, overwrite))
         # Existing output may be deleted if ``overwrite`` is set or it is our own temporary folder.
         may_clear = world_size == 1 and (overwrite or build.root != output)
         try:
-            kept = build.kept([names[i] for i in own], resume, may_clear, rank)
+            kept = build.keep(own, resume, may_clear)
         except DataError as error:
             if not overwrite:
                 raise
@@ -122,132 +119,107 @@ def build_dataset(
                 f"{error}. Of several processes none may clear it away from under the others: remove {build.root}"
                 " yourself, then start them again"
             ) from None
-        todo = [names[i] for i in own if names[i] not in kept]
+        if kept:
+            prefix = f"rank {rank}: " * (rank > 0)
+            print(f"{prefix}resuming: {len(kept)} of {len(own)} shard(s) are complete and verified")
+        todo = [name for name in own if name not in kept]
         num_bytes = {name: {t: source.total_size(parts[name], t) for t in types} for name in todo}
         total_bytes = sum(sum(by_type.values()) for by_type in num_bytes.values())
         check_free_space(output, total_bytes)
         with disk_errors(output, total_bytes):
-            build.run(num_bytes, count_workers(num_workers, world_size), silent=rank > 0)
-            return build.join(output, selection.left_out)
+            build.write(num_bytes, count_workers(num_workers, world_size), silent=rank > 0)
+            with locked(output):
+                return build.join(output, left_out)
 
 
-def _choose_root(output: Path, num_shards: int, overwrite: bool) -> Path:
-    """Where to build. (A temporary folder whose output is gone was about to take its place.)"""
-    if is_finished(output):
-        return temporary(output) if overwrite else output
-    return temporary(output) if num_shards == 1 or temporary(output).exists() else output
-
-
-class _Rejected(Exception):
-    """Carries the problems of a shard's samples."""
+def _divide(keys: Sequence[str], num_shards: int) -> dict[str, list[str]]:
+    """Map the path of each shard to its keys. One shard after the other, they are in the folder's order."""
+    cuts = [len(keys) * i // num_shards for i in range(num_shards + 1)]
+    names = ["."] if num_shards == 1 else [f"shard_{i:05d}" for i in range(num_shards)]
+    pairs = zip(names, itertools.pairwise(cuts), strict=True)
+    return {name: sorted(keys[start:end], key=store_key) for name, (start, end) in pairs}
 
 
 @dataclass(frozen=True)
 class _Build:
     plan: Plan
     parts: Mapping[str, Sequence[str]]
+    """Path of every shard -> its keys."""
     root: Path
-    lock_file: Path
-    tally: Tally
 
-    def kept(self, names: Sequence[str], resume: bool, may_clear: bool, rank: int) -> dict[str, Manifest]:
-        """Return the finished shards among ``names``; remove other existing output if that is requested."""
-        kept: dict[str, Manifest] = {}
+    def keep(self, names: Sequence[str], resume: bool, may_clear: bool) -> list[str]:
+        """List the finished shards among ``names``; remove other existing output if that is allowed."""
         try:
             if resume:
-                kept = kept_shards(self.root, self.parts, names, self.plan)
-            elif may_clear:
-                shutil.rmtree(self.root, ignore_errors=True)
+                return kept_shards(self.root, self.parts, names, self.plan)
         except DataError:
             if not may_clear:
                 raise
+        if may_clear:
             shutil.rmtree(self.root, ignore_errors=True)
-        if kept:
-            print(
-                f"rank {rank}: " * (rank > 0)
-                + f"resuming: {len(kept)} of {len(names)} shard(s) are complete and verified"
-            )
-        return kept
+        return []
 
-    def run(self, num_bytes: Mapping[str, Mapping[str, int]], workers: int, silent: bool) -> None:
-        """Build the shards that are the keys of ``num_bytes`` (which gives the size of their files by data type)."""
-        todo = list(num_bytes)
-        total = sum(len(self.parts[name]) for name in todo)
+    def write(self, num_bytes: Mapping[str, Mapping[str, int]], workers: int, silent: bool) -> None:
+        """Write shards one after the other, while workers read and check the samples ahead.
+
+        Args:
+            num_bytes: path of each shard to write -> data type -> size of its files.
+        Raises:
+            DataError: with the problems of all samples, up to ``MAX_PROBLEMS``. Shards without one are finished.
+        """
+        keys = [key for name in num_bytes for key in self.parts[name]]
+        seen = 0
         problems: list[str] = []
+
+        def count(samples: Iterable[LoadedSample]) -> Iterator[LoadedSample]:
+            nonlocal seen
+            for sample in tqdm(samples, "building", len(keys), unit="images", mininterval=0.5, disable=silent):
+                seen += 1
+                yield sample
+
         try:
-            with shown(self.tally, total, silent or not todo):
-                if workers > len(todo):
-                    load = partial(load_sample, self.plan)
-                    for name in todo:
-                        samples = map_in_processes(load, self.parts[name], workers, chunk=4)
-                        problems += self._build_shard(name, num_bytes[name], samples)
-                else:
-                    whole = list(num_bytes.items())
-                    for found in map_in_processes(self._build_whole_shard, whole, workers, chunk=1, least=1):
-                        problems += found
+            with map_in_order(partial(load_sample, self.plan), keys, workers) as results:
+                samples = count(results)
+                for name in num_bytes:
+                    if len(problems) < MAX_PROBLEMS:
+                        own = itertools.islice(samples, len(self.parts[name]))
+                        problems += self._write_one(name, num_bytes[name], own, MAX_PROBLEMS - len(problems))
         finally:
-            self.tally.stop.get_obj().value = 1  # workers that still write leave off
-            if self.root.is_dir() and not any(self.root.iterdir()):
-                self.root.rmdir()
+            remove_if_empty(self.root)
         if problems:
-            seen = self.tally.seen()
-            rest = f" (checking stopped after sample {seen} of {total})" if seen < total else ""
+            rest = f" (checking stopped after sample {seen} of {len(keys)})" if seen < len(keys) else ""
             finished = sum((self.root / name / MANIFEST).is_file() for name in self.parts)
             state = f"{finished} finished shard(s) are kept" if finished else "nothing was built"
             listed = "\n  ".join(problems[:MAX_PROBLEMS])
             raise DataError(f"{self.plan.source.root}: {len(problems)} problem(s), {state}{rest}:\n  {listed}")
 
-    def _build_whole_shard(self, item: tuple[str, Mapping[str, int]]) -> list[str]:
-        name, num_bytes = item
-        return self._build_shard(name, num_bytes, map(partial(load_sample, self.plan), self.parts[name]))
-
-    def _build_shard(self, name: str, num_bytes: Mapping[str, int], samples: Iterable[LoadedSample]) -> list[str]:
-        """Build one shard in its temporary folder and rename it, or return its samples' problems."""
-        if not self.tally.go_on():
-            return []
+    def _write_one(
+        self, name: str, num_bytes: Mapping[str, int], samples: Iterable[LoadedSample], max_problems: int
+    ) -> list[str]:
+        """Write one shard in its temporary folder and rename it, or return its samples' problems."""
         folder = self.root if name == "." else self.root / f"{name}.tmp"
-        with writing(self.lock_file, list(self.parts).index(name)):
-            shutil.rmtree(folder, ignore_errors=True)
-            # A killed builder's worker may have finished it meanwhile.
-            if name != "." and (self.root / name).exists() and kept_shards(self.root, self.parts, [name], self.plan):
-                return []
-            try:
-                write_shard(self.plan, self.parts[name], self._sound(samples), folder, num_bytes)
-                if name != ".":
-                    folder.replace(self.root / name)
-                    flush_folder(self.root)
-            except _Rejected as rejected:
+        is_finished = False
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            problems = write_shard(self.plan, self.parts[name], samples, folder, num_bytes, max_problems)
+            is_finished = not problems
+        finally:
+            if not is_finished:
                 shutil.rmtree(folder, ignore_errors=True)
-                return list(rejected.args[0])
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-        return []
-
-    def _sound(self, samples: Iterable[LoadedSample]) -> Iterator[LoadedSample]:
-        """The samples up to the first with a problem; the problems of all are raised at the end."""
-        problems: list[str] = []
-        for sample in samples:
-            problems += sample.problems
-            if not self.tally.add(len(sample.problems)):
-                raise _Rejected(problems)
-            if not problems:
-                yield sample
-        if problems:
-            raise _Rejected(problems)
+        if is_finished and name != ".":
+            shutil.rmtree(self.root / name, ignore_errors=True)  # (--no-resume)
+            folder.replace(self.root / name)
+            flush_folder(self.root)
+        return problems
 
     def join(self, output: Path, left_out: Sequence[str]) -> Manifest | None:
-        """Write the root's manifest and give the data set its name, where all shards are there."""
-        with finishing(self.lock_file):
-            manifests = {}
-            for name in self.parts:
-                if not (self.root / name / MANIFEST).is_file():
-                    return None
-                manifests[name] = read_json(self.root / name / MANIFEST)
-            manifest = join_manifests(manifests, left_out)
-            if not (self.root / MANIFEST).is_file() or read_json(self.root / MANIFEST) != manifest:
-                write_json(self.root / MANIFEST, manifest)
-                flush_folder(self.root)
-            if self.root != output:
-                move_into_place(self.root, output)
-            return manifest
+        """Write the root's manifest and give the data set its name, if all shards are there."""
+        if not all((self.root / name / MANIFEST).is_file() for name in self.parts):
+            return None
+        manifest = join_manifests({name: read_json(self.root / name / MANIFEST) for name in self.parts}, left_out)
+        if not (self.root / MANIFEST).is_file() or read_json(self.root / MANIFEST) != manifest:
+            write_json(self.root / MANIFEST, manifest)
+            flush_folder(self.root)
+        if self.root != output:
+            move_into_place(self.root, output)
+        return manifest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from imaginaire_spade.data.decode import IMAGE_EXTENSIONS
@@ -12,16 +11,6 @@ from imaginaire_spade.data.store import MANIFEST
 from imaginaire_spade.errors import DataError
 
 OPTIONAL_TYPES = ("edge_maps", "inst_maps", DISTANCES)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What a build is made of."""
-
-    source: FolderSource
-    data_types: tuple[str, ...]
-    left_out: list[str]
-    """What is in the folders and not in the data set, one line per file."""
 
 
 def select_samples(
@@ -33,12 +22,14 @@ def select_samples(
     input_list: Path | None,
     shrinks: bool,
     silent: bool,
-) -> Selection:
-    """The samples and data types that the options of ``build_dataset`` name.
+) -> tuple[FolderSource, tuple[str, ...], list[str]]:
+    """Select what the options of ``build_dataset`` name.
 
     Args:
-        shrinks: pictures will be resized, which distance maps cannot be.
-        silent: print nothing of what is left out.
+        shrinks: images will be resized, which distance maps cannot be.
+        silent: do not print what is left out.
+    Returns:
+        The samples; their data types; and what the folders hold beyond them, one line per file.
     Raises:
         DataError: folders or files are missing, do not pair up, or are not what ``input_list`` says.
     """
@@ -58,13 +49,13 @@ def select_samples(
         reason = "does not shrink" if shrinks else "lacks some samples"
         print(f"{raw / DISTANCES} {reason}: left out (scripts/make_distance_maps.py makes missing ones)")
         types = tuple(t for t in types if t != DISTANCES)
-    return Selection(source, types, left_out)
+    return source, types, left_out
 
 
-def _left_out(source: FolderSource, tell_unpaired: bool) -> list[str]:
+def _left_out(source: FolderSource, list_unpaired: bool) -> list[str]:
     lines = [f"{path.relative_to(source.root)}: no image by its extension" for path in source.skipped]
     for data_type, keys in source.unpaired.items():
-        lines += [f"{key}: dropped, no file in {data_type}" for key in keys if tell_unpaired]
+        lines += [f"{key}: dropped, no file in {data_type}" for key in keys if list_unpaired]
     return lines
 
 
