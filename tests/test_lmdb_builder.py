@@ -311,6 +311,49 @@ def test_killed_in_the_middle_then_resumed(tiny_folder, tiny_config, tmp_path, m
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "out", "raw", "whole"]
 
 
+def test_a_killed_worker_is_noticed(tiny_folder, tmp_path, monkeypatch):
+    root, out, builder = tiny_folder(keys=40, size=(16, 16)), tmp_path / "out", os.getpid()
+
+    def die(plan: check_module.Plan, key: str) -> check_module.LoadedSample:
+        if key == "0030" and os.getpid() != builder:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return check_module.load_sample(plan, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "load_sample", die)
+        with pytest.raises(DataError, match=r"a worker process was killed .*smaller --num_workers"):
+            build_dataset(root, out, LABELS, num_shards=10, num_workers=2)
+    assert not [path for path in (*tmp_path.iterdir(), *out.glob("*")) if path.name.endswith((".tmp", ".lock"))]
+    build_dataset(root, out, LABELS, num_shards=10, num_workers=2)
+    build_dataset(root, tmp_path / "whole", LABELS, num_shards=10, num_workers=0)
+    assert tree_of(out) == tree_of(tmp_path / "whole")
+
+
+def test_ctrl_c_keeps_the_finished_shards(tiny_folder, tiny_config, tmp_path, monkeypatch, capsys):
+    root, out = tiny_folder(keys=200, size=(16, 16)), tmp_path / "out"
+    arguments = ["--config", tiny_config(), "--data_root", root, "--output_root", out, "--num_shards", 200]
+    builder = os.fork()
+    if builder == 0:
+        os.setpgid(0, 0)
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        try:
+            run_here(monkeypatch, *arguments)
+        except SystemExit as left:
+            os._exit(left.code)
+        os._exit(0)
+    deadline = time.monotonic() + 120
+    while not (out / "shard_00001").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.killpg(builder, signal.SIGINT)  # to the workers too, as a terminal does
+    assert os.waitstatus_to_exitcode(os.waitpid(builder, 0)[1]) == 130
+    finished = sorted(path.name for path in out.iterdir())
+    assert 2 <= len(finished) < 200 and all(re.fullmatch(r"shard_\d{5}", name) for name in finished)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "out", "raw"]
+    run_here(monkeypatch, *arguments)
+    assert f"resuming: {len(finished)} of 200" in capsys.readouterr().out
+
+
 def test_twenty_kills_lose_nothing(tiny_folder, tmp_path):
     """Killed with SIGKILL at random moments, with whole shards and one shard, replacing another set or not."""
     root = tiny_folder(keys=24, size=(16, 16))

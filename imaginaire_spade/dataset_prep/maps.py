@@ -7,9 +7,10 @@ Command lines: ``scripts/make_edge_maps.py``, ``make_distance_maps.py``, ``label
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import yaml
@@ -32,87 +33,85 @@ BORDERS = {"instances": ("inst_maps",), "labels": ("seg_maps",), "both": ("seg_m
 """Whose borders an edge map marks -> the data types that it is made from."""
 
 
+class Writing(TypedDict, total=False):
+    """How to write files: the options that all command lines for it share."""
+
+    num_workers: int | None
+    """Processes (None: min(8, cores); 0: this one)."""
+    overwrite: bool
+    """Whether to replace existing files."""
+    rank: int
+    world_size: int
+    """Write every ``world_size``-th file, from number ``rank`` on."""
+
+
 def write_maps(
+    title: str,
     make: Callable[[T], bytes | Path],
     targets: Sequence[tuple[Path, T]],
-    title: str,
     *,
-    num_workers: int | None = None,
-    overwrite: bool = False,
     is_stale: Callable[[Path, T], bool] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    **writing: Unpack[Writing],
 ) -> tuple[int, int]:
     """Write the file of every target that is not there yet, so that an interrupted run continues when it runs again.
 
-    Files appear under their final names only when they are complete.
+    Files appear under their final names only when they are complete. An existing file stays, whatever made it.
 
     Args:
+        title: of the progress bar.
         make: returns the content of a file, or the path that it is to be a symbolic link to. Picklable.
         targets: (file, argument of ``make``).
-        title: of the progress bar.
-        num_workers: processes (None: min(8, cores); 0: this one).
-        overwrite: replace existing files.
-        is_stale: tells whether to replace an existing file nevertheless; for files that nobody makes by hand.
-        rank, world_size: write every ``world_size``-th file, from number ``rank`` on.
+        is_stale: whether to replace an existing file nevertheless, for files that nobody makes by hand.
     Returns:
         The number of files made and kept.
     Raises:
         DataError: with the name of the file. Files made by then stay.
     """
+    num_workers, rank = writing.get("num_workers"), writing.get("rank", 0)
     if num_workers is not None and num_workers < 0:
         raise DataError(f"--num_workers {num_workers}: write at least 0")
-    own = targets[rank::world_size]
-    with map_in_order(partial(_write, make, overwrite, is_stale), own, num_workers) as results:
+    own = targets[rank :: writing.get("world_size", 1)]
+    with map_in_order(_Write(make, is_stale, writing.get("overwrite", False)), own, num_workers) as results:
         made = sum(tqdm(results, title, len(own), unit="files", mininterval=0.5, disable=rank > 0))
     return made, len(own) - made
 
 
-def _write(
-    make: Callable[[T], bytes | Path],
-    overwrite: bool,
-    is_stale: Callable[[Path, T], bool] | None,
-    target: tuple[Path, T],
-) -> bool:
-    """Return whether the file was written."""
-    path, argument = target
-    if path.exists() and not overwrite and not (is_stale and is_stale(path, argument)):
-        return False
-    content = make(argument)
-    if isinstance(content, bytes):
-        write_bytes(path, content)
-    else:
-        with atomic_write(path) as temporary:
-            temporary.symlink_to(content)
-    return True
+@dataclass(frozen=True)
+class _Write(Generic[T]):
+    make: Callable[[T], bytes | Path]
+    is_stale: Callable[[Path, T], bool] | None
+    overwrite: bool
+
+    def __call__(self, target: tuple[Path, T]) -> bool:
+        """Return whether the file was written."""
+        path, argument = target
+        if path.exists() and not self.overwrite and not (self.is_stale and self.is_stale(path, argument)):
+            return False
+        content = self.make(argument)
+        if isinstance(content, bytes):
+            write_bytes(path, content)
+        else:
+            with atomic_write(path) as temporary:
+                temporary.symlink_to(content)
+        return True
 
 
 # ------------------------------------------------------------------------------------------------ edge maps
 
 
-def make_edge_maps(
-    root: Path, of: str, *, num_workers: int | None = None, overwrite: bool = False, rank: int = 0, world_size: int = 1
-) -> tuple[int, int]:
+def make_edge_maps(root: Path, of: str, **writing: Unpack[Writing]) -> tuple[int, int]:
     """Write ``root/edge_maps/KEY.png`` (0 and 255) for every sample that lacks it.
 
     Args:
         of: a key of ``BORDERS``; "both" marks the borders of either (COCO-Stuff's boundary maps).
-        num_workers, overwrite, rank, world_size: as in ``write_maps``.
     Returns:
         The number of maps made and kept.
     Raises:
         DataError: a map cannot be used.
     """
     source = FolderSource(root, BORDERS[of])
-    return write_maps(
-        partial(_edge_map, source, BORDERS[of]),
-        [(root / "edge_maps" / f"{key}.png", key) for key in source.keys],
-        "edge maps",
-        num_workers=num_workers,
-        overwrite=overwrite,
-        rank=rank,
-        world_size=world_size,
-    )
+    targets = [(root / "edge_maps" / f"{key}.png", key) for key in source.keys]
+    return write_maps("edge maps", partial(_edge_map, source, BORDERS[of]), targets, **writing)
 
 
 def _edge_map(source: FolderSource, data_types: Sequence[str], key: str) -> bytes:
@@ -130,37 +129,20 @@ def _edge_map(source: FolderSource, data_types: Sequence[str], key: str) -> byte
 # ------------------------------------------------------------------------------------------------ distance maps
 
 
-def make_distance_maps(
-    root: Path,
-    labels: LabelSpec,
-    *,
-    num_workers: int | None = None,
-    overwrite: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-) -> tuple[int, int]:
+def make_distance_maps(root: Path, labels: LabelSpec, **writing: Unpack[Writing]) -> tuple[int, int]:
     """Write ``root/distances/KEY.npy`` for every label map that lacks it, at the label map's size.
 
     A distance map that is damaged, of another size or older than its label map is replaced.
 
-    Args:
-        num_workers, overwrite, rank, world_size: as in ``write_maps``.
     Returns:
         The number of maps made and kept.
     Raises:
         DataError, LabelError: a label map cannot be used.
     """
     source = FolderSource(root, ["seg_maps"])
-    return write_maps(
-        partial(_distance_map, source, labels),
-        [(root / DISTANCES / f"{key}.npy", key) for key in source.keys],
-        "distance maps",
-        num_workers=num_workers,
-        overwrite=overwrite,
-        is_stale=partial(_is_stale, source),
-        rank=rank,
-        world_size=world_size,
-    )
+    targets = [(root / DISTANCES / f"{key}.npy", key) for key in source.keys]
+    make, is_stale = partial(_distance_map, source, labels), partial(_is_stale, source)
+    return write_maps("distance maps", make, targets, is_stale=is_stale, **writing)
 
 
 def _distance_map(source: FolderSource, labels: LabelSpec, key: str) -> bytes:
@@ -183,33 +165,26 @@ def _is_stale(source: FolderSource, target: Path, key: str) -> bool:
 # ------------------------------------------------------------------------------------------------ label maps
 
 
-def label_photos(
-    segmenter: Segmenter, root: Path, *, overwrite: bool = False, rank: int = 0, world_size: int = 1
-) -> tuple[int, int]:
+def label_photos(segmenter: Segmenter, root: Path, **writing: Unpack[Writing]) -> tuple[int, int]:
     """Write ``root/seg_maps/KEY.png`` for every photo in ``root/images`` that lacks it, by a segmentation network.
 
     Rank 0 also writes ``root/labels.yaml``, the label table.
 
-    Args:
-        overwrite, rank, world_size: as in ``write_maps``.
     Returns:
         The number of maps made and kept.
     Raises:
         DataError: a photo cannot be used.
     """
     source = FolderSource(root, ["images"])
-    counts = write_maps(
-        lambda key: encode_map(segmenter.label(decode_image(source.read(key, "images"), source.where(key, "images")))),
-        [(root / "seg_maps" / f"{key}.png", key) for key in source.keys],
-        "labelling",
-        num_workers=0,  # the network is in this process, perhaps on a GPU
-        overwrite=overwrite,
-        rank=rank,
-        world_size=world_size,
-    )
-    if rank == 0:
+
+    def label(key: str) -> bytes:
+        return encode_map(segmenter.label(decode_image(source.read(key, "images"), source.where(key, "images"))))
+
+    targets = [(root / "seg_maps" / f"{key}.png", key) for key in source.keys]
+    writing["num_workers"] = 0  # the network is in this process, perhaps on a GPU
+    counts = write_maps("labelling", label, targets, **writing)
+    if writing.get("rank", 0) == 0:
         ignore = [255] if len(segmenter.names) < 256 else []
         labels = {"num_classes": len(segmenter.names), "ignore": ignore, "names": list(segmenter.names)}
-        table = yaml.safe_dump({"data": {"labels": labels}}, sort_keys=False)
-        write_bytes(root / "labels.yaml", table.encode())
+        write_bytes(root / "labels.yaml", yaml.safe_dump({"data": {"labels": labels}}, sort_keys=False).encode())
     return counts

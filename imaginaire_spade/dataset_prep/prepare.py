@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
@@ -18,22 +19,14 @@ from imaginaire_spade.data.encode import encode_map
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.dataset_prep.coco_instances import draw_instances
 from imaginaire_spade.dataset_prep.downloads import DATASETS, Options, RawSample
-from imaginaire_spade.dataset_prep.maps import write_maps
+from imaginaire_spade.dataset_prep.maps import Writing, write_maps
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.lmdb_builder.sample import DECODERS
 from imaginaire_spade.pictures import encode_picture
 
 
 def prepare(
-    name: str,
-    source: Path,
-    output: Path,
-    options: Options,
-    *,
-    link: bool = False,
-    num_workers: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    name: str, source: Path, output: Path, options: Options, *, link: bool = False, **writing: Unpack[Writing]
 ) -> dict[str, int]:
     """Write ``output/SPLIT/{images,seg_maps,inst_maps}/KEY.ext``; return the number of samples per split.
 
@@ -41,7 +34,6 @@ def prepare(
 
     Args:
         link: make symbolic links where nothing has to change, instead of copies.
-        num_workers, rank, world_size: as in ``write_maps``.
     Raises:
         DataError: the source is not laid out as the official download, or files are missing.
     """
@@ -55,8 +47,7 @@ def prepare(
         shown = "\n  ".join(str(path) for path in missing[:10])
         raise DataError(f"--source {source}: {len(missing)} of the files that belong together are missing:\n  {shown}")
     targets = [target for sample in samples for target in _targets(sample, output, options.resize_h_w)]
-    make = partial(_content, options.resize_h_w, link)
-    write_maps(make, targets, name, num_workers=num_workers, rank=rank, world_size=world_size)
+    write_maps(name, partial(_content, options.resize_h_w, link), targets, **writing)
     return dict(Counter(sample.split for sample in samples))
 
 

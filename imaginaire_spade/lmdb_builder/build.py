@@ -16,15 +16,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from imaginaire_spade.data.decode import IMAGE_EXTENSIONS
+from imaginaire_spade.data.folders import DISTANCES, EDGE_FILES, FolderSource
 from imaginaire_spade.data.store import MANIFEST, store_key
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import flush_folder, read_json, write_json
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.output import (
-    check_free_space,
     check_output,
     choose_root,
-    disk_errors,
+    expect_room,
     hold_shards,
     kept_shards,
     locked,
@@ -32,10 +33,10 @@ from imaginaire_spade.lmdb_builder.output import (
     remove_if_empty,
 )
 from imaginaire_spade.lmdb_builder.sample import LoadedSample, Plan, load_sample
-from imaginaire_spade.lmdb_builder.selection import select_samples
 from imaginaire_spade.lmdb_builder.shard import Manifest, join_manifests, write_shard
 from imaginaire_spade.lmdb_builder.workers import count_workers, map_in_order
 
+OPTIONAL_TYPES = ("edge_maps", "inst_maps", DISTANCES)
 MAX_PROBLEMS = 20
 """A build stops after this many."""
 
@@ -92,44 +93,111 @@ def build_dataset(
     if recode_maps and not check:
         raise DataError("--recode_maps decodes every map, which --no_check excludes: write one of the two")
     check_output(raw, output, overwrite, resume)
-    source, types, left_out = select_samples(
-        raw,
-        edges=edges,
-        data_types=data_types,
-        drop_unpaired=drop_unpaired,
-        input_list=None if input_list is None else Path(input_list),
-        shrinks=resize_smallest_side is not None,
-        silent=rank > 0,
+    source, types, left_out = _select_samples(
+        raw, edges, data_types, drop_unpaired, input_list, shrinks=bool(resize_smallest_side), silent=rank > 0
     )
     if num_shards > len(source.keys):
         raise DataError(f"--num_shards {num_shards}: more shards than samples ({len(source.keys)})")
-    parts = _divide(source.keys, num_shards)
     plan = Plan(source, labels, types, check, resize_smallest_side, quality, recode_maps)
+    parts = _divide(source.keys, num_shards)
     own = list(parts)[rank::world_size]
     with hold_shards(output, range(num_shards)[rank::world_size]):
-        build = _Build(plan, parts, choose_root(output, num_shards, overwrite))
-        # Existing output may be deleted if ``overwrite`` is set or it is our own temporary folder.
-        may_clear = world_size == 1 and (overwrite or build.root != output)
+        # Keep finished shards; remove other existing output if that is allowed.
+        root = choose_root(output, num_shards, overwrite)
+        may_clear = world_size == 1 and (overwrite or root != output)
+        kept = []
         try:
-            kept = build.keep(own, resume, may_clear)
+            if resume:
+                kept = kept_shards(root, parts, own, plan)
         except DataError as error:
-            if not overwrite:
+            if overwrite and world_size > 1:
+                raise DataError(
+                    f"{error}. Of several processes none may clear it away from under the others: remove {root}"
+                    " yourself, then start them again"
+                ) from None
+            if not may_clear:
                 raise
-            raise DataError(
-                f"{error}. Of several processes none may clear it away from under the others: remove {build.root}"
-                " yourself, then start them again"
-            ) from None
+        if may_clear and not kept:
+            shutil.rmtree(root, ignore_errors=True)
         if kept:
             prefix = f"rank {rank}: " * (rank > 0)
             print(f"{prefix}resuming: {len(kept)} of {len(own)} shard(s) are complete and verified")
+        # Write the others, and join all of them.
         todo = [name for name in own if name not in kept]
         num_bytes = {name: {t: source.total_size(parts[name], t) for t in types} for name in todo}
-        total_bytes = sum(sum(by_type.values()) for by_type in num_bytes.values())
-        check_free_space(output, total_bytes)
-        with disk_errors(output, total_bytes):
+        with expect_room(output, sum(sum(by_type.values()) for by_type in num_bytes.values())):
+            build = _Build(plan, parts, root)
             build.write(num_bytes, count_workers(num_workers, world_size), silent=rank > 0)
             with locked(output):
                 return build.join(output, left_out)
+
+
+def _select_samples(
+    raw: Path,
+    edges: str,
+    data_types: Sequence[str] | None,
+    drop_unpaired: bool,
+    input_list: str | Path | None,
+    *,
+    shrinks: bool,
+    silent: bool,
+) -> tuple[FolderSource, tuple[str, ...], list[str]]:
+    """Select what the options of ``build_dataset`` name.
+
+    Args:
+        shrinks: images will be resized, which distance maps cannot be.
+        silent: do not print what is left out.
+    Returns:
+        The samples; their data types; and what the folders hold beyond them, one line per file.
+    Raises:
+        DataError: folders or files are missing, do not pair up, or are not what ``input_list`` says.
+    """
+    if data_types is None:
+        optional = [t for t in OPTIONAL_TYPES if EDGE_FILES.get(edges) == t or (raw / t).is_dir()]
+        types = ("images", "seg_maps", *optional)
+    else:
+        types = tuple(dict.fromkeys(data_types))
+    source = FolderSource(raw, types, drop_unpaired=drop_unpaired or input_list is not None)
+    left_out = _left_out(source, input_list is None)
+    if left_out and not silent:
+        print(f"left out {len(left_out)} file(s) or sample(s)" + f" (all in {MANIFEST})" * (len(left_out) > 20) + ":")
+        print("\n".join(f"  {line}" for line in left_out[:20]))
+    if input_list is not None:
+        source = source.restricted_to(_read_list(Path(input_list), source))
+    if DISTANCES in types and (shrinks or not source.has(DISTANCES)):
+        reason = "does not shrink" if shrinks else "lacks some samples"
+        print(f"{raw / DISTANCES} {reason}: left out (scripts/make_distance_maps.py makes missing ones)")
+        types = tuple(t for t in types if t != DISTANCES)
+    return source, types, left_out
+
+
+def _left_out(source: FolderSource, list_unpaired: bool) -> list[str]:
+    lines = [f"{path.relative_to(source.root)}: no image by its extension" for path in source.skipped]
+    for data_type, keys in source.unpaired.items():
+        lines += [f"{key}: dropped, no file in {data_type}" for key in keys if list_unpaired]
+    return lines
+
+
+def _read_list(path: Path, source: FolderSource) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--input_list {path}: cannot be read: {error}") from None
+    known, wanted, unknown = set(source.keys), set[str](), []
+    for line in filter(None, lines):
+        key = line.removeprefix("./")
+        stem, _, extension = key.rpartition(".")
+        if key not in known and extension.lower() in IMAGE_EXTENSIONS:
+            key = stem
+        if key in known:
+            wanted.add(key)
+        else:
+            unknown.append(line)
+    if unknown or not wanted:
+        shown = ", ".join(unknown[:10]) + (" ..." if len(unknown) > 10 else "")
+        what = f"{len(unknown)} name(s) without a file in every data type: {shown}" if unknown else "no names"
+        raise DataError(f"--input_list {path}: {what}. Write one SEQUENCE/NAME or NAME per line")
+    return list(wanted)
 
 
 def _divide(keys: Sequence[str], num_shards: int) -> dict[str, list[str]]:
@@ -147,18 +215,6 @@ class _Build:
     """Path of every shard -> its keys."""
     root: Path
 
-    def keep(self, names: Sequence[str], resume: bool, may_clear: bool) -> list[str]:
-        """List the finished shards among ``names``; remove other existing output if that is allowed."""
-        try:
-            if resume:
-                return kept_shards(self.root, self.parts, names, self.plan)
-        except DataError:
-            if not may_clear:
-                raise
-        if may_clear:
-            shutil.rmtree(self.root, ignore_errors=True)
-        return []
-
     def write(self, num_bytes: Mapping[str, Mapping[str, int]], workers: int, silent: bool) -> None:
         """Write shards one after the other, while workers read and check the samples ahead.
 
@@ -168,22 +224,23 @@ class _Build:
             DataError: with the problems of all samples, up to ``MAX_PROBLEMS``. Shards without one are finished.
         """
         keys = [key for name in num_bytes for key in self.parts[name]]
-        seen = 0
-        problems: list[str] = []
+        seen, problems = 0, list[str]()
 
-        def count(samples: Iterable[LoadedSample]) -> Iterator[LoadedSample]:
+        def watch(samples: Iterable[LoadedSample]) -> Iterator[LoadedSample]:
             nonlocal seen
             for sample in tqdm(samples, "building", len(keys), unit="images", mininterval=0.5, disable=silent):
                 seen += 1
+                problems.extend(sample.problems)
                 yield sample
+                if len(problems) >= MAX_PROBLEMS:
+                    return
 
         try:
             with map_in_order(partial(load_sample, self.plan), keys, workers) as results:
-                samples = count(results)
+                samples = watch(results)
                 for name in num_bytes:
                     if len(problems) < MAX_PROBLEMS:
-                        own = itertools.islice(samples, len(self.parts[name]))
-                        problems += self._write_one(name, num_bytes[name], own, MAX_PROBLEMS - len(problems))
+                        self._write_one(name, num_bytes[name], itertools.islice(samples, len(self.parts[name])))
         finally:
             remove_if_empty(self.root)
         if problems:
@@ -193,24 +250,20 @@ class _Build:
             listed = "\n  ".join(problems[:MAX_PROBLEMS])
             raise DataError(f"{self.plan.source.root}: {len(problems)} problem(s), {state}{rest}:\n  {listed}")
 
-    def _write_one(
-        self, name: str, num_bytes: Mapping[str, int], samples: Iterable[LoadedSample], max_problems: int
-    ) -> list[str]:
-        """Write one shard in its temporary folder and rename it, or return its samples' problems."""
+    def _write_one(self, name: str, num_bytes: Mapping[str, int], samples: Iterable[LoadedSample]) -> None:
+        """Write one shard in a temporary folder and rename it, if its samples have no problems."""
         folder = self.root if name == "." else self.root / f"{name}.tmp"
         is_finished = False
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            problems = write_shard(self.plan, self.parts[name], samples, folder, num_bytes, max_problems)
-            is_finished = not problems
+            is_finished = write_shard(self.plan, self.parts[name], samples, folder, num_bytes)
+            if is_finished and name != ".":
+                shutil.rmtree(self.root / name, ignore_errors=True)  # (--no-resume)
+                folder.replace(self.root / name)
+                flush_folder(self.root)
         finally:
             if not is_finished:
                 shutil.rmtree(folder, ignore_errors=True)
-        if is_finished and name != ".":
-            shutil.rmtree(self.root / name, ignore_errors=True)  # (--no-resume)
-            folder.replace(self.root / name)
-            flush_folder(self.root)
-        return problems
 
     def join(self, output: Path, left_out: Sequence[str]) -> Manifest | None:
         """Write the root's manifest and give the data set its name, if all shards are there."""

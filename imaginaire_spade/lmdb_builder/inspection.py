@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +11,10 @@ from tqdm import tqdm
 from imaginaire_spade.data.folders import DATA_TYPES, Source
 from imaginaire_spade.data.store import MANIFEST, open_source
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.files import file_sha256, read_json
+from imaginaire_spade.files import read_json
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, check_sample
+from imaginaire_spade.lmdb_builder.shard import wrong_checksums
 from imaginaire_spade.lmdb_builder.workers import map_in_order
 
 MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"BM", "bmp"), (b"RIFF", "webp"), (b"\x93NUMPY", "npy"))
@@ -54,7 +54,7 @@ def look_through(root: Path, labels: LabelSpec | None, num_workers: int | None) 
     Problems are collected, not raised.
     """
     source = open_data(root)
-    contents = Contents(problems=list(_wrong_checksums(root)))
+    contents = Contents(problems=list(wrong_checksums(root)))
     with map_in_order(partial(_check, source, stored_types(source), labels), source.keys, num_workers) as samples:
         for sample in tqdm(samples, "reading", len(source.keys), unit="images", mininterval=0.5):
             contents.add(sample)
@@ -65,25 +65,6 @@ def _check(source: Source, types: list[str], labels: LabelSpec | None, key: str)
     sample, _ = check_sample(source, key, types, labels)
     sample.files = {}  # only counts travel between processes
     return sample
-
-
-def _wrong_checksums(root: Path) -> Iterator[str]:
-    if not (root / MANIFEST).is_file():
-        return
-    manifest = read_json(root / MANIFEST)
-    try:
-        expected = {
-            root / shard["path"] / name: entry["sha256"]
-            for shard in manifest["shards"]
-            for name, entry in shard["files"].items()
-        }
-    except (KeyError, TypeError):
-        raise DataError(f"{root / MANIFEST}: lists no files: build the data set again") from None
-    for path, sha256 in expected.items():
-        if not path.is_file():
-            yield f"{path}: missing"
-        elif file_sha256(path) != sha256:
-            yield f"{path}: its checksum differs from the manifest's: copy it again, or build again (--resume mends it)"
 
 
 def extract(root: Path, key: str, folder: Path) -> list[Path]:

@@ -20,9 +20,9 @@ from filelock import FileLock, Timeout
 from imaginaire_spade.data.folders import DATA_TYPES
 from imaginaire_spade.data.store import FILENAMES, MANIFEST, METADATA
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.files import file_sha256, flush_folder, read_json
+from imaginaire_spade.files import flush_folder, read_json
 from imaginaire_spade.lmdb_builder.sample import Plan
-from imaginaire_spade.lmdb_builder.shard import Manifest, source_sha256
+from imaginaire_spade.lmdb_builder.shard import Manifest, source_sha256, wrong_checksums
 
 
 def check_output(raw: Path, output: Path, overwrite: bool, resume: bool) -> None:
@@ -86,8 +86,8 @@ def hold_shards(output: Path, shards: Sequence[int]) -> Iterator[None]:
         DataError: another living process holds one of them, or there can be no locks.
     """
     makes_parent = not output.parent.exists()
-    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a lock is an open file
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # each lock is an open file
     with ExitStack() as held:
         try:
             if makes_parent:
@@ -102,7 +102,7 @@ def hold_shards(output: Path, shards: Sequence[int]) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise DataError(
-                f"{output.parent}: cannot be locked: {error.strerror}; choose a folder on another file system"
+                f"{output.parent}: cannot be locked: {error.strerror}; choose a writable folder on another file system"
             ) from None
         yield
 
@@ -128,39 +128,26 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def check_free_space(output: Path, num_bytes: int) -> None:
-    """Check that ``num_bytes`` of files fit.
+@contextmanager
+def expect_room(output: Path, num_bytes: int) -> Iterator[None]:
+    """Check that ``num_bytes`` of files fit, and explain what a full or failing disk does to the block.
 
     Raises:
-        DataError: they do not.
+        DataError: they do not fit, or writing failed.
     """
-    free, needed = _free_bytes(output), _needed_bytes(num_bytes)
+    existing = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
+    needed = int(num_bytes * 1.2) + (1 << 20)
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise DataError(f"--output_root {output}: {free:,} bytes are free there, about {needed:,} are needed")
-
-
-def _free_bytes(output: Path) -> int:
-    return shutil.disk_usage(next(p for p in (output.resolve(), *output.resolve().parents) if p.exists())).free
-
-
-def _needed_bytes(num_bytes: int) -> int:
-    return int(num_bytes * 1.2) + (1 << 20)
-
-
-@contextmanager
-def disk_errors(output: Path, num_bytes: int) -> Iterator[None]:
-    """Explain a full or failing disk.
-
-    Raises:
-        DataError: instead of what the block raised.
-    """
     try:
         yield
     except (OSError, lmdb.Error) as error:
+        free = shutil.disk_usage(existing).free
         raise DataError(
-            f"--output_root {output}: writing failed: {error}. {_free_bytes(output):,} bytes are free there, about"
-            f" {_needed_bytes(num_bytes):,} are needed. What was half written was removed; free some space (or raise"
-            " the quota) and run the same command again: finished shards are kept"
+            f"--output_root {output}: writing failed: {error}. {free:,} bytes are free there, about {needed:,} are"
+            " needed. What was half written was removed; free some space (or raise the quota) and run the same command"
+            " again: finished shards are kept"
         ) from error
 
 
@@ -191,17 +178,13 @@ def kept_shards(root: Path, parts: Mapping[str, Sequence[str]], names: Sequence[
         if not (shard / MANIFEST).is_file():
             continue
         try:
-            manifest = read_json(shard / MANIFEST)
-            differs = _difference(manifest, parts[name], plan)
-            files = manifest["shards"][0]["files"]
-            is_complete = all(
-                file_sha256(shard / t / "data.mdb") == files[f"{t}/data.mdb"]["sha256"] for t in plan.data_types
-            )
-        except (KeyError, IndexError, TypeError, AttributeError, OSError, DataError):
-            differs, is_complete = "", False
+            differs = _difference(read_json(shard / MANIFEST), parts[name], plan)
+            is_damaged = any(wrong_checksums(shard))
+        except (KeyError, TypeError, OSError, DataError):
+            differs, is_damaged = "", True
         if differs:
             raise DataError(f"{shard} was built with {differs}: use --overwrite to build anew")
-        if is_complete:
+        if not is_damaged:
             kept.append(name)
         elif name == ".":
             raise DataError(f"{shard} is damaged (its checksum differs): use --overwrite to build anew")

@@ -14,13 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaginaire_spade.data.decode import (
-    check_photo,
-    decode_edges,
-    decode_image,
-    decode_instances,
-    decode_label,
-)
+from imaginaire_spade.data.decode import check_photo, decode_edges, decode_image, decode_instances, decode_label
 from imaginaire_spade.data.distances import NOT_FINITE, decode_distances
 from imaginaire_spade.data.encode import encode_map
 from imaginaire_spade.data.folders import DISTANCES, FolderSource, Source
@@ -164,13 +158,9 @@ def check_sample(
 
 def load_sample(plan: Plan, key: str) -> LoadedSample:
     """Read, check and (if the plan says so) re-encode all files of one sample. Problems are collected, not raised."""
+    shrinks = plan.smallest_side is not None
     sample, pixels = check_sample(
-        plan.source,
-        key,
-        plan.data_types,
-        plan.labels,
-        decode=plan.check,
-        whole_photo=plan.smallest_side is not None,
+        plan.source, key, plan.data_types, plan.labels, decode=plan.check, whole_photo=shrinks
     )
     if len(store_key(key)) > MAX_KEY_BYTES:
         sample.problems.append(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import numpy as np
 
 from imaginaire_spade.data.environments import EnvironmentWriter
 from imaginaire_spade.data.store import MANIFEST, most_common, store_key, write_index
-from imaginaire_spade.files import file_sha256, flush_folder, write_json
+from imaginaire_spade.errors import DataError
+from imaginaire_spade.files import file_sha256, flush_folder, read_json, write_json
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, Plan
 from imaginaire_spade.version import __version__
@@ -30,23 +31,22 @@ def write_shard(
     samples: Iterable[LoadedSample],
     folder: Path,
     expected_bytes: Mapping[str, int],
-    max_problems: int,
-) -> list[str]:
-    """Write one shard, read it back and flush it; or return the problems of its samples, and leave it unfinished.
+) -> bool:
+    """Write one shard, read it back and flush it.
 
     Args:
         keys: in the order of their store keys.
-        samples: of these keys, in this order. After the first with a problem the others are only checked.
+        samples: of these keys, in this order.
         folder: to make.
         expected_bytes: data type -> size of all its files, about.
-        max_problems: stop after this many.
+    Returns:
+        Whether the shard is finished: none of its samples is missing or has a problem.
     Raises:
         DataError, OSError, lmdb.Error: it cannot be written.
     """
     digest = source_sha256(plan, keys)  # before they are read: a file that changes meanwhile is noticed when resuming
     extensions: dict[str, dict[str, str]] = {t: {} for t in plan.data_types}
     contents = Contents()
-    problems: list[str] = []
     folder.mkdir(parents=True)
     writers: dict[str, EnvironmentWriter] = {}
     try:
@@ -54,17 +54,14 @@ def write_shard(
         for t in plan.data_types:
             writers[t] = EnvironmentWriter(folder / t, expected_bytes[t], len(keys))
         for sample in samples:
-            problems += sample.problems
-            if len(problems) >= max_problems:
-                break
-            if problems:
+            if sample.problems:
                 continue
             for t, data in sample.files.items():
                 writers[t].put(store_key(sample.key), data)
                 extensions[t][sample.key] = sample.recoded.get(t) or plan.source.extension(sample.key, t)
             contents.add(sample)
-        if problems:
-            return problems
+        if contents.num_samples < len(keys):
+            return False
         for writer in writers.values():
             writer.close()
     finally:
@@ -76,7 +73,7 @@ def write_shard(
     write_json(folder / MANIFEST, _manifest(plan, contents, extensions, digest, folder))
     for written in (*(folder / t for t in plan.data_types), folder):
         flush_folder(written)
-    return []
+    return True
 
 
 def _manifest(
@@ -163,6 +160,31 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -
         "shards": [{**part["shards"][0], "path": name} for name, part in manifests.items()],
         "left_out": list(left_out),
     }
+
+
+def wrong_checksums(root: Path) -> Iterator[str]:
+    """Compare the files of a data set, or of one shard, with its manifest, if it has one.
+
+    Yields:
+        What differs, one line per file.
+    Raises:
+        DataError: the manifest does not list them.
+    """
+    if not (root / MANIFEST).is_file():
+        return
+    try:
+        expected = {
+            root / shard["path"] / name: entry["sha256"]
+            for shard in read_json(root / MANIFEST)["shards"]
+            for name, entry in shard["files"].items()
+        }
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(f"{root / MANIFEST}: lists no files: build the data set again") from None
+    for path, sha256 in expected.items():
+        if not path.is_file():
+            yield f"{path}: missing"
+        elif file_sha256(path) != sha256:
+            yield f"{path}: its checksum differs from the manifest's: copy it again, or build again (--resume mends it)"
 
 
 def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:

@@ -44,7 +44,7 @@ def map_in_order(task: Callable[[T], R], items: Sequence[T], num_workers: int | 
     loader = DataLoader(
         chunks,
         batch_size=None,
-        collate_fn=_unchanged,
+        collate_fn=list,  # a chunk as it is
         num_workers=min(count_workers(num_workers), len(chunks)),
         worker_init_fn=_start_worker,
     )
@@ -75,10 +75,6 @@ class _Chunks(Dataset[list[R | UserError]]):
             except UserError as error:
                 results.append(error)
         return results
-
-
-def _unchanged(results: list[R]) -> list[R]:
-    return results
 
 
 def _results(loader: DataLoader[list[R | UserError]]) -> Generator[R, None, None]:
