@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 scripts/label_images.py --data_root RAW/train --model MODEL_ID_OR_FOLDER
 
 reads RAW/train/images, writes RAW/train/seg_maps/NAME.png (ids of the model) and RAW/train/labels.yaml, the label table
-to base a config on. Under torchrun or in a SLURM job array each process labels its share; started again, it goes on.
+to base a config on. Under torchrun or in a SLURM job array each process labels its share. Run it again to continue.
 --model takes any Hugging Face semantic segmentation model (package transformers, extra "eval"); --deeplab a state dict
 of torchvision's deeplabv3_resnet50.
 """

@@ -3,9 +3,9 @@
 
     python scripts/make_distance_maps.py --config configs/labels/camvid.yaml --data_root RAW
 
-They are optional: without them distances are computed while samples are loaded. Run it before scripts/build_lmdb.py,
-which takes them along. Starting it again makes what is missing. Under torchrun or in a SLURM job array each process
-makes its share.
+They are optional: without them the loader computes distances. Run it before scripts/build_lmdb.py, which includes them
+in the LMDB. Run it again to continue: it makes what is missing, damaged or older than its label map. Under torchrun or
+in a SLURM job array each process makes its share.
 """
 
 import argparse

@@ -4,7 +4,8 @@
     python scripts/make_edge_maps.py --data_root RAW --of instances
 
 writes RAW/edge_maps/NAME.png for every sample that lacks one. Under torchrun or a SLURM job array each process makes
-its share. (No edge maps are needed on disk: data.edges: instances or labels draws them after the augmentation.)
+its share. Run it again to continue. (Edge maps on disk are optional: data.edges: instances or labels draws them after
+the augmentation.)
 """
 
 import argparse

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Bring a data set from its official download into raw folders, or straight into LMDBs.
+"""Turn the official download of a data set into raw folders, or straight into LMDBs.
 
     python scripts/prepare_dataset.py cocostuff --source DOWNLOADS --output dataset/cocostuff_raw
     python scripts/prepare_dataset.py cityscapes --source DOWNLOADS --output dataset/cityscapes --lmdb
@@ -13,7 +13,7 @@ What --source must hold, unpacked:
                     ceiling, bed or sink (a few indoor scenes stay: look through them)
     cityscapes      leftImg8bit/{train,val}/CITY/ gtFine/{train,val}/CITY/; made 512 x 256 (see --resize_h_w)
     camvid          {train,val,test}/ {train,val,test}annot/ (SegNet's split)
-    facades         base/ extended/ (CMP); 106 pictures, evenly spread, become val
+    facades         base/ extended/ (CMP); 106 images, evenly spread, become val
     landscapes      photos (LHQ, Flickr): no labels, see scripts/label_images.py
     custom          images/ labels/ [--images, --labels, --instances name other folders]
 

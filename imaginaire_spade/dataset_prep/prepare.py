@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Unpack
@@ -39,15 +40,18 @@ def prepare(
     """
     if not source.is_dir():
         raise DataError(f"--source {source}: no such folder")
-    samples = list(DATASETS[name](source, options))
+    samples = [
+        replace(sample, resize_h_w=options.resize_h_w or sample.resize_h_w)
+        for sample in DATASETS[name](source, options)
+    ]
     if not samples:
         raise DataError(f"--source {source}: no images there")
     missing = [path for sample in samples for path in sample.files.values() if not path.is_file()]
     if missing:
         shown = "\n  ".join(str(path) for path in missing[:10])
         raise DataError(f"--source {source}: {len(missing)} of the files that belong together are missing:\n  {shown}")
-    targets = [target for sample in samples for target in _targets(sample, output, options.resize_h_w)]
-    write_maps(name, partial(_content, options.resize_h_w, link), targets, **writing)
+    targets = [target for sample in samples for target in _targets(sample, output)]
+    write_maps(name, partial(_content, link), targets, **writing)
     return dict(Counter(sample.split for sample in samples))
 
 
@@ -55,23 +59,23 @@ _RawFile = tuple[RawSample, str]
 """A sample, and the data type of one of its files."""
 
 
-def _targets(sample: RawSample, output: Path, resize_h_w: tuple[int, int] | None) -> Iterator[tuple[Path, _RawFile]]:
+def _targets(sample: RawSample, output: Path) -> Iterator[tuple[Path, _RawFile]]:
     for data_type in [*sample.files, *(["inst_maps"] if sample.objects else [])]:
         path = sample.files.get(data_type)
-        keeps_format = path and (data_type == "images" or not _changes(sample, data_type, resize_h_w))
+        keeps_format = path and (data_type == "images" or not _changes(sample, data_type))
         extension = path.suffix[1:].lower() if path and keeps_format else "png"
         yield output / sample.split / data_type / f"{sample.key}.{extension}", (sample, data_type)
 
 
-def _changes(sample: RawSample, data_type: str, resize_h_w: tuple[int, int] | None) -> bool:
+def _changes(sample: RawSample, data_type: str) -> bool:
     """Return whether the file that is written differs from the downloaded one."""
-    return bool(resize_h_w or sample.resize_h_w or (data_type == "seg_maps" and sample.replace_ids))
+    return bool(sample.resize_h_w or (data_type == "seg_maps" and sample.replace_ids))
 
 
-def _content(resize_h_w: tuple[int, int] | None, link: bool, file: _RawFile) -> bytes | Path:
+def _content(link: bool, file: _RawFile) -> bytes | Path:
     sample, data_type = file
     path = sample.files.get(data_type)
-    if path and not _changes(sample, data_type, resize_h_w):
+    if path and not _changes(sample, data_type):
         return path.resolve() if link else path.read_bytes()
     if path:
         array = DECODERS[data_type](path.read_bytes(), str(path))
@@ -82,10 +86,9 @@ def _content(resize_h_w: tuple[int, int] | None, link: bool, file: _RawFile) -> 
     if data_type == "seg_maps":
         for old, new in sample.replace_ids.items():
             array = np.where(array == old, array.dtype.type(new), array)
-    size = resize_h_w or sample.resize_h_w
-    geometry = Geometry.whole(array.shape, size) if size else None
-    if data_type == "images":
-        return encode_picture(
-            apply_to_image(array, geometry, any_area=True) if geometry else array, path.suffix.lower()
-        )
-    return encode_map(apply_to_map(array, geometry) if geometry else array)
+    if sample.resize_h_w:
+        geometry = Geometry.whole(array.shape, sample.resize_h_w)
+        if data_type == "images":
+            return encode_picture(apply_to_image(array, geometry, any_area=True), path.suffix.lower())
+        array = apply_to_map(array, geometry)
+    return encode_map(array)

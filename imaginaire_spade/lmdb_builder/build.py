@@ -228,7 +228,9 @@ class _Build:
 
         def watch(samples: Iterable[LoadedSample]) -> Iterator[LoadedSample]:
             nonlocal seen
-            for sample in tqdm(samples, "building", len(keys), unit="images", mininterval=0.5, disable=silent):
+            for sample in tqdm(
+                samples, "building", len(keys), unit="images", mininterval=0.5, disable=silent or not keys
+            ):
                 seen += 1
                 problems.extend(sample.problems)
                 yield sample
