@@ -15,7 +15,7 @@ from imaginaire_spade.errors import DataError
 
 @dataclass(frozen=True)
 class RawSample:
-    """One sample of the download, and where it goes."""
+    """One sample of a download, and where to put it."""
 
     split: str
     key: str
@@ -25,12 +25,12 @@ class RawSample:
     replace_ids: dict[int, int] = field(default_factory=dict)
     """Label id in the file -> id to write."""
     objects: Objects | None = None
-    """To draw an instance map from, where there is no file of it."""
+    """To draw an instance map from, if there is no file of it."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may say about a download."""
+    """The options of scripts/prepare_dataset.py that concern the download."""
 
     resize_h_w: tuple[int, int] | None = None
     scene_list: Path | None = None
@@ -102,10 +102,10 @@ _INDOOR = {6: "ceiling", 8: "bed", 48: "sink"}
 
 
 def _ade20k_outdoor(source: Path, options: Options) -> Iterator[RawSample]:
-    """The scenes of ``options.scene_list``, or those that show something of the outside and nothing of a room.
+    """Yield the scenes of ``options.scene_list``, or those that show something of the outside and nothing of a room.
 
     No list of the papers' subset (Qi et al. 2018) was published. The second rule is how the authors of OASIS say that
-    they rebuilt it (boschresearch/OASIS, issue 23), but for the few indoor scenes that they then removed by eye.
+    they rebuilt it (boschresearch/OASIS, issue 23), except for the few indoor scenes that they then removed by eye.
     """
     root = _ade20k_root(source)
     if options.scene_list is None:

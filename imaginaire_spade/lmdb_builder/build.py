@@ -1,8 +1,8 @@
 """Build a verified LMDB data set from raw folders (``scripts/build_lmdb.py``), in one process or many.
 
-Owns the order of a build: refuse what cannot work, build shard by shard (read, check, write, read back, rename), and
-join the shards' manifests. A shard appears under its final name only when it is complete and verified. Nothing is
-agreed on between processes: each builds the shards of its rank, and whoever finishes last finds all of them there.
+Owns the order of a build: refuse what cannot work; write shard after shard, while workers read and check the samples;
+join the shards' manifests. A shard appears under its final name only when it is complete and verified. Processes do not
+talk to each other: each builds the shards of its rank, and the last to finish finds all of them there and joins them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -81,6 +80,7 @@ def build_dataset(
     Raises:
         DataError: with every problem found, up to ``MAX_PROBLEMS``. Nothing incomplete is left under a final name.
     """
+    # Refuse what cannot work.
     raw, output = Path(data_root), Path(output_root).absolute()
     num_shards = world_size if num_shards is None else num_shards
     if num_shards < world_size or (num_workers is not None and num_workers < 0):
@@ -93,14 +93,15 @@ def build_dataset(
     if recode_maps and not check:
         raise DataError("--recode_maps decodes every map, which --no_check excludes: write one of the two")
     check_output(raw, output, overwrite, resume)
+    # Plan the shards.
     source, types, left_out = _select_samples(
         raw, edges, data_types, drop_unpaired, input_list, shrinks=bool(resize_smallest_side), silent=rank > 0
     )
     if num_shards > len(source.keys):
         raise DataError(f"--num_shards {num_shards}: more shards than samples ({len(source.keys)})")
-    plan = Plan(source, labels, types, check, resize_smallest_side, quality, recode_maps)
-    parts = _divide(source.keys, num_shards)
-    own = list(parts)[rank::world_size]
+    shards = _divide(source.keys, num_shards)
+    plan = Plan(source, labels, types, shards, check, resize_smallest_side, quality, recode_maps)
+    own = list(shards)[rank::world_size]
     with hold_shards(output, range(num_shards)[rank::world_size]):
         # Keep finished shards; remove other existing output if that is allowed.
         root = choose_root(output, num_shards, overwrite)
@@ -108,7 +109,7 @@ def build_dataset(
         kept = []
         try:
             if resume:
-                kept = kept_shards(root, parts, own, plan)
+                kept = kept_shards(plan, root, own)
         except DataError as error:
             if overwrite and world_size > 1:
                 raise DataError(
@@ -124,12 +125,11 @@ def build_dataset(
             print(f"{prefix}resuming: {len(kept)} of {len(own)} shard(s) are complete and verified")
         # Write the others, and join all of them.
         todo = [name for name in own if name not in kept]
-        num_bytes = {name: {t: source.total_size(parts[name], t) for t in types} for name in todo}
+        num_bytes = {name: {t: source.total_size(shards[name], t) for t in types} for name in todo}
         with expect_room(output, sum(sum(by_type.values()) for by_type in num_bytes.values())):
-            build = _Build(plan, parts, root)
-            build.write(num_bytes, count_workers(num_workers, world_size), silent=rank > 0)
+            _write_shards(plan, root, num_bytes, count_workers(num_workers, world_size), silent=rank > 0)
             with locked(output):
-                return build.join(output, left_out)
+                return _join(plan, root, output, left_out)
 
 
 def _select_samples(
@@ -172,6 +172,7 @@ def _select_samples(
 
 
 def _left_out(source: FolderSource, list_unpaired: bool) -> list[str]:
+    """Describe the files that are no part of the data set, one line each."""
     lines = [f"{path.relative_to(source.root)}: no image by its extension" for path in source.skipped]
     for data_type, keys in source.unpaired.items():
         lines += [f"{key}: dropped, no file in {data_type}" for key in keys if list_unpaired]
@@ -179,6 +180,11 @@ def _left_out(source: FolderSource, list_unpaired: bool) -> list[str]:
 
 
 def _read_list(path: Path, source: FolderSource) -> list[str]:
+    """Read the keys of ``--input_list``.
+
+    Raises:
+        DataError: the file cannot be read, or names a sample that ``source`` lacks.
+    """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -208,73 +214,72 @@ def _divide(keys: Sequence[str], num_shards: int) -> dict[str, list[str]]:
     return {name: sorted(keys[start:end], key=store_key) for name, (start, end) in pairs}
 
 
-@dataclass(frozen=True)
-class _Build:
-    plan: Plan
-    parts: Mapping[str, Sequence[str]]
-    """Path of every shard -> its keys."""
-    root: Path
+def _write_shards(
+    plan: Plan, root: Path, num_bytes: Mapping[str, Mapping[str, int]], num_workers: int, silent: bool
+) -> None:
+    """Write shards one after the other, while workers read and check the samples ahead.
 
-    def write(self, num_bytes: Mapping[str, Mapping[str, int]], workers: int, silent: bool) -> None:
-        """Write shards one after the other, while workers read and check the samples ahead.
+    Args:
+        num_bytes: path of each shard to write -> data type -> size of its files.
+    Raises:
+        DataError: with the problems of all samples, up to ``MAX_PROBLEMS``. Shards without one are finished.
+    """
+    keys = [key for name in num_bytes for key in plan.shards[name]]
+    seen, problems = 0, list[str]()
 
-        Args:
-            num_bytes: path of each shard to write -> data type -> size of its files.
-        Raises:
-            DataError: with the problems of all samples, up to ``MAX_PROBLEMS``. Shards without one are finished.
-        """
-        keys = [key for name in num_bytes for key in self.parts[name]]
-        seen, problems = 0, list[str]()
+    def watch(samples: Iterable[LoadedSample]) -> Iterator[LoadedSample]:
+        nonlocal seen
+        silent_bar = silent or not keys
+        for sample in tqdm(samples, "building", len(keys), unit="images", mininterval=0.5, disable=silent_bar):
+            seen += 1
+            problems.extend(sample.problems)
+            yield sample
+            if len(problems) >= MAX_PROBLEMS:
+                return
 
-        def watch(samples: Iterable[LoadedSample]) -> Iterator[LoadedSample]:
-            nonlocal seen
-            for sample in tqdm(
-                samples, "building", len(keys), unit="images", mininterval=0.5, disable=silent or not keys
-            ):
-                seen += 1
-                problems.extend(sample.problems)
-                yield sample
-                if len(problems) >= MAX_PROBLEMS:
-                    return
+    try:
+        with map_in_order(partial(load_sample, plan), keys, num_workers) as results:
+            samples = watch(results)
+            for name in num_bytes:
+                if len(problems) < MAX_PROBLEMS:
+                    part = itertools.islice(samples, len(plan.shards[name]))
+                    _write_one(plan, root, name, part, num_bytes[name])
+    finally:
+        remove_if_empty(root)
+    if problems:
+        rest = f" (checking stopped after sample {seen} of {len(keys)})" if seen < len(keys) else ""
+        finished = sum((root / name / MANIFEST).is_file() for name in plan.shards)
+        state = f"{finished} finished shard(s) are kept" if finished else "nothing was built"
+        listed = "\n  ".join(problems[:MAX_PROBLEMS])
+        raise DataError(f"{plan.source.root}: {len(problems)} problem(s), {state}{rest}:\n  {listed}")
 
-        try:
-            with map_in_order(partial(load_sample, self.plan), keys, workers) as results:
-                samples = watch(results)
-                for name in num_bytes:
-                    if len(problems) < MAX_PROBLEMS:
-                        self._write_one(name, num_bytes[name], itertools.islice(samples, len(self.parts[name])))
-        finally:
-            remove_if_empty(self.root)
-        if problems:
-            rest = f" (checking stopped after sample {seen} of {len(keys)})" if seen < len(keys) else ""
-            finished = sum((self.root / name / MANIFEST).is_file() for name in self.parts)
-            state = f"{finished} finished shard(s) are kept" if finished else "nothing was built"
-            listed = "\n  ".join(problems[:MAX_PROBLEMS])
-            raise DataError(f"{self.plan.source.root}: {len(problems)} problem(s), {state}{rest}:\n  {listed}")
 
-    def _write_one(self, name: str, num_bytes: Mapping[str, int], samples: Iterable[LoadedSample]) -> None:
-        """Write one shard in a temporary folder and rename it, if its samples have no problems."""
-        folder = self.root if name == "." else self.root / f"{name}.tmp"
-        is_finished = False
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            is_finished = write_shard(self.plan, self.parts[name], samples, folder, num_bytes)
-            if is_finished and name != ".":
-                shutil.rmtree(self.root / name, ignore_errors=True)  # (--no-resume)
-                folder.replace(self.root / name)
-                flush_folder(self.root)
-        finally:
-            if not is_finished:
-                shutil.rmtree(folder, ignore_errors=True)
+def _write_one(
+    plan: Plan, root: Path, name: str, samples: Iterable[LoadedSample], num_bytes: Mapping[str, int]
+) -> None:
+    """Write one shard in a temporary folder and rename it, if its samples have no problems."""
+    folder = root if name == "." else root / f"{name}.tmp"
+    is_finished = False
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        is_finished = write_shard(plan, name, samples, folder, num_bytes)
+        if is_finished and name != ".":
+            shutil.rmtree(root / name, ignore_errors=True)  # (--no-resume)
+            folder.replace(root / name)
+            flush_folder(root)
+    finally:
+        if not is_finished:
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def join(self, output: Path, left_out: Sequence[str]) -> Manifest | None:
-        """Write the root's manifest and give the data set its name, if all shards are there."""
-        if not all((self.root / name / MANIFEST).is_file() for name in self.parts):
-            return None
-        manifest = join_manifests({name: read_json(self.root / name / MANIFEST) for name in self.parts}, left_out)
-        if not (self.root / MANIFEST).is_file() or read_json(self.root / MANIFEST) != manifest:
-            write_json(self.root / MANIFEST, manifest)
-            flush_folder(self.root)
-        if self.root != output:
-            move_into_place(self.root, output)
-        return manifest
+
+def _join(plan: Plan, root: Path, output: Path, left_out: Sequence[str]) -> Manifest | None:
+    """Write the root's manifest and give the data set its name, if all shards are there."""
+    if not all((root / name / MANIFEST).is_file() for name in plan.shards):
+        return None
+    manifest = join_manifests({name: read_json(root / name / MANIFEST) for name in plan.shards}, left_out)
+    if not (root / MANIFEST).is_file() or read_json(root / MANIFEST) != manifest:
+        write_json(root / MANIFEST, manifest)
+        flush_folder(root)
+    if root != output:
+        move_into_place(root, output)
+    return manifest

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -151,21 +151,21 @@ def expect_room(output: Path, num_bytes: int) -> Iterator[None]:
         ) from error
 
 
-def kept_shards(root: Path, parts: Mapping[str, Sequence[str]], names: Sequence[str], plan: Plan) -> list[str]:
+def kept_shards(plan: Plan, root: Path, names: Sequence[str]) -> list[str]:
     """List those of ``names`` that are there, complete, and of this very build. Damaged ones are removed.
 
     Raises:
         DataError: what is there belongs to another build.
     """
     present = _content(root)
-    if "." in parts:
+    if "." in plan.shards:
         if not (root / MANIFEST).is_file():
             if (root / FILENAMES).is_file():
                 raise DataError(f"{root} has no {MANIFEST}: not built by this script; use --overwrite to replace it")
             return []
         planned = {FILENAMES, METADATA, MANIFEST, *plan.data_types}
     else:
-        planned = {*parts, *(f"{name}.tmp" for name in parts), MANIFEST}
+        planned = {*plan.shards, *(f"{name}.tmp" for name in plan.shards), MANIFEST}
     foreign = [name for name in present if name not in planned and not name.startswith(MANIFEST)]
     if foreign:
         raise DataError(
@@ -178,7 +178,7 @@ def kept_shards(root: Path, parts: Mapping[str, Sequence[str]], names: Sequence[
         if not (shard / MANIFEST).is_file():
             continue
         try:
-            differs = _difference(read_json(shard / MANIFEST), parts[name], plan)
+            differs = _difference(read_json(shard / MANIFEST), plan, name)
             is_damaged = any(wrong_checksums(shard))
         except (KeyError, TypeError, OSError, DataError):
             differs, is_damaged = "", True
@@ -194,15 +194,15 @@ def kept_shards(root: Path, parts: Mapping[str, Sequence[str]], names: Sequence[
     return kept
 
 
-def _difference(manifest: Manifest, keys: Sequence[str], plan: Plan) -> str:
+def _difference(manifest: Manifest, plan: Plan, name: str) -> str:
     """Name what a shard differs in from the plan, or return ""."""
     if manifest["labels"] != plan.labels.model_dump(mode="json"):
         return "another label table"
     if list(manifest["data_types"]) != list(plan.data_types):
         return f"other data types ({', '.join(manifest['data_types'])})"
-    if any(manifest[name] != planned for name, planned in plan.treatment().items()):
+    if any(manifest[key] != planned for key, planned in plan.treatment().items()):
         return "another --resize_smallest_side, --quality, --recode_maps or --no_check"
-    return "" if manifest["source_sha256"] == source_sha256(plan, keys) else "another set of samples or files"
+    return "" if manifest["source_sha256"] == source_sha256(plan, name) else "another set of samples or files"
 
 
 def move_into_place(root: Path, output: Path) -> None:

@@ -7,7 +7,7 @@ its way into a shard (``--resize_smallest_side``, ``--recode_maps``), and the co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +27,13 @@ from imaginaire_spade.pictures import encode_picture
 
 @dataclass(frozen=True)
 class Plan:
-    """What to build: the same for every shard."""
+    """What to build."""
 
     source: FolderSource
     labels: LabelSpec
     data_types: tuple[str, ...]
+    shards: Mapping[str, Sequence[str]]
+    """Path of every shard below the root -> its keys, in the order of their store keys."""
     check: bool = True
     """Whether files are decoded. Without, they are stored as they are."""
     smallest_side: int | None = None

@@ -26,17 +26,12 @@ Manifest = dict[str, Any]
 
 
 def write_shard(
-    plan: Plan,
-    keys: Sequence[str],
-    samples: Iterable[LoadedSample],
-    folder: Path,
-    expected_bytes: Mapping[str, int],
+    plan: Plan, name: str, samples: Iterable[LoadedSample], folder: Path, expected_bytes: Mapping[str, int]
 ) -> bool:
     """Write one shard, read it back and flush it.
 
     Args:
-        keys: in the order of their store keys.
-        samples: of these keys, in this order.
+        samples: of its keys, in their order.
         folder: to make.
         expected_bytes: data type -> size of all its files, about.
     Returns:
@@ -44,7 +39,8 @@ def write_shard(
     Raises:
         DataError, OSError, lmdb.Error: it cannot be written.
     """
-    digest = source_sha256(plan, keys)  # before they are read: a file that changes meanwhile is noticed when resuming
+    keys = plan.shards[name]
+    digest = source_sha256(plan, name)  # before they are read: a file that changes meanwhile is noticed when resuming
     extensions: dict[str, dict[str, str]] = {t: {} for t in plan.data_types}
     contents = Contents()
     folder.mkdir(parents=True)
@@ -111,10 +107,10 @@ def _manifest(
     }
 
 
-def source_sha256(plan: Plan, keys: Sequence[str]) -> str:
+def source_sha256(plan: Plan, name: str) -> str:
     """Compute the digest by which a finished shard is recognised: of the names and sizes of all its source files."""
     digest = hashlib.sha256()
-    for key in keys:
+    for key in plan.shards[name]:
         num_bytes = {t: plan.source.total_size([key], t) for t in plan.data_types}
         digest.update(f"{key}\0{num_bytes}\n".encode())
     return digest.hexdigest()
