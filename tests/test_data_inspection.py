@@ -174,3 +174,6 @@ def test_edge_maps_are_the_borders(tiny_folder, of):
     assert [make_edge_maps(root, of, num_workers=0, rank=r, world_size=2) for r in (0, 1)] == [(2, 0), (1, 0)]
     assert np.array_equal(decode_edges((root / "edge_maps/0000.png").read_bytes(), "x"), expected[of])
     assert make_edge_maps(root, of, num_workers=0) == (0, 3)
+    for command in (lambda: make_edge_maps(root, of, num_workers=-1), lambda: look_through(root, None, -1)):
+        with pytest.raises(DataError, match=r"--num_workers -1: write at least 0"):
+            command()

@@ -68,8 +68,6 @@ def write_maps(
         DataError: with the name of the file. Files made by then stay.
     """
     num_workers, rank = writing.get("num_workers"), writing.get("rank", 0)
-    if num_workers is not None and num_workers < 0:
-        raise DataError(f"--num_workers {num_workers}: write at least 0")
     own = targets[rank :: writing.get("world_size", 1)]
     with map_in_order(_Write(make, is_stale, writing.get("overwrite", False)), own, num_workers) as results:
         made = sum(tqdm(results, title, len(own), unit="files", mininterval=0.5, disable=rank > 0))

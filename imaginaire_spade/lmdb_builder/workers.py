@@ -37,9 +37,11 @@ def map_in_order(task: Callable[[T], R], items: Sequence[T], num_workers: int | 
         task, items: picklable.
         num_workers: processes (None: min(8, cores); 0: this process does the work).
     Raises:
-        DataError: a worker was killed.
+        DataError: ``num_workers`` is negative, or a worker was killed.
         UserError: the first that ``task`` raised, when the results before it have been taken.
     """
+    if num_workers is not None and num_workers < 0:
+        raise DataError(f"--num_workers {num_workers}: write at least 0")
     chunks = _Chunks(task, items)
     loader = DataLoader(
         chunks,
