@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""What is in an LMDB (ours or imaginaire's), or in raw folders: counts, sizes, shares of classes, damage.
+"""Show what an LMDB (ours or imaginaire's) or a raw folder holds: counts, sizes, shares of classes, damage.
 
---verify refuses what build_lmdb.py refuses. It also draws samples and the legend, and takes a sample out.
+--verify checks every sample as build_lmdb.py does. The script can also draw samples and the legend, and extract one
+sample.
 
 python scripts/inspect_lmdb.py datasets/my/train                           # from the manifest, at once
 python scripts/inspect_lmdb.py datasets/my/train --verify                  # checksums, and every value decoded

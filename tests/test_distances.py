@@ -21,7 +21,7 @@ from imaginaire_spade.data.batch import Parcel
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.distances import class_distances, decode_distances, encode_distances
 from imaginaire_spade.data.loader import sequential_batches
-from imaginaire_spade.dataset_prep.distance_maps import make_distance_maps
+from imaginaire_spade.dataset_prep.maps import make_distance_maps
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.inference.folder import FolderOptions, generate_folder
