@@ -22,8 +22,6 @@ from imaginaire_spade.build import import_modules
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import ConfigError, positive_integer, run_command_line
 from imaginaire_spade.evaluation.collection import Collection, collect, load_collection
-from imaginaire_spade.evaluation.diversity import PerceptualNetwork, perceptual_network
-from imaginaire_spade.evaluation.features import FEATURE_DIMS, RESIZES, FeatureNetwork, feature_network
 from imaginaire_spade.evaluation.label_maps import SegmentationPass, page_samples
 from imaginaire_spade.evaluation.protocol import REFERENCE_SPLITS
 from imaginaire_spade.evaluation.report import compare
@@ -40,6 +38,8 @@ from imaginaire_spade.evaluation.statistics import holds_statistics
 from imaginaire_spade.inference.evaluated import Evaluated, checkpoint_pictures, stored_pictures
 from imaginaire_spade.inference.folder import Progress
 from imaginaire_spade.inference.sizes import SIZE_HELP, Asked, read_size
+from imaginaire_spade.pretrained.inception import FEATURE_DIMS, RESIZES, FeatureNetwork, feature_network
+from imaginaire_spade.pretrained.lpips import PerceptualNetwork, perceptual_network
 
 PROCESS_GROUP_TIMEOUT_S = 3600.0
 """Shares of the work end at different times."""

@@ -18,9 +18,9 @@ from imaginaire_spade.build import build_split
 from imaginaire_spade.config import load_config
 from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.evaluation.collection import collect, save_collection
-from imaginaire_spade.evaluation.features import FEATURE_DIMS, RESIZES, feature_network
 from imaginaire_spade.evaluation.protocol import REFERENCE_SPLITS
 from imaginaire_spade.evaluation.sources import DatasetPhotos, FolderPictures, PictureSource
+from imaginaire_spade.pretrained.inception import FEATURE_DIMS, RESIZES, feature_network
 
 
 def main() -> None:

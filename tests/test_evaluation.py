@@ -20,7 +20,6 @@ from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, UserError
 from imaginaire_spade.evaluation.collection import collect
-from imaginaire_spade.evaluation.features import feature_network
 from imaginaire_spade.evaluation.protocol import Protocol, differences
 from imaginaire_spade.evaluation.report import load_report
 from imaginaire_spade.evaluation.scores import evaluate_pictures
@@ -30,6 +29,7 @@ from imaginaire_spade.inference.style import drawn_styles
 from imaginaire_spade.inference.weights import load_generator
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
+from imaginaire_spade.pretrained.inception import feature_network
 from imaginaire_spade.training.checkpoint import write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -13,9 +13,6 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from imaginaire_spade.errors import ConfigError, DataError, UserError
-from imaginaire_spade.evaluation import features as features_module
-from imaginaire_spade.evaluation.diversity import perceptual_network
-from imaginaire_spade.evaluation.features import FEATURE_DIMS, feature_network, resize_picture
 from imaginaire_spade.evaluation.scores import kernel_distance, precision_recall
 from imaginaire_spade.evaluation.statistics import (
     FeatureStats,
@@ -24,6 +21,9 @@ from imaginaire_spade.evaluation.statistics import (
     load_statistics,
     save_statistics,
 )
+from imaginaire_spade.files import file_sha256
+from imaginaire_spade.pretrained.inception import FEATURE_DIMS, feature_network, resize_image
+from imaginaire_spade.pretrained.lpips import perceptual_network
 
 
 def correlated(count: int, dim: int, seed: int, shift: float = 0.0) -> torch.Tensor:
@@ -208,7 +208,7 @@ def test_inception_features_are_those_of_pytorch_fid_and_of_torchmetrics(incepti
         expected = torch.nn.functional.adaptive_avg_pool2d(expected, 1).flatten(1)
         ours = feature_network(str(inception_file), dim=dim)
         torch.testing.assert_close(ours([picture]), expected, rtol=1e-4, atol=1e-5)
-    assert ours.sha256 == features_module.file_sha256(inception_file) and not ours.is_random
+    assert ours.sha256 == file_sha256(inception_file) and not ours.is_random
     assert ours.name == "inception-v3 with other weights" and not ours.is_published
 
     # torchmetrics resizes in a third way: on a picture of 299 x 299 there is nothing to resize.
@@ -225,11 +225,11 @@ def test_clean_resizing_is_pils_in_float_and_legacy_aliases():
             np.asarray(Image.fromarray(c.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC))
             for c in picture
         ]
-        ours = resize_picture(torch.from_numpy(picture), size, "clean")
+        ours = resize_image(torch.from_numpy(picture), size, "clean")
         torch.testing.assert_close(ours, torch.from_numpy(np.stack(theirs)).clamp(0, 255), rtol=0, atol=5e-3)
     stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
     stripes[:, :, ::4] = 255  # a quarter of the columns
-    clean, legacy = (resize_picture(stripes, 8, method).mean().item() for method in ("clean", "legacy"))
+    clean, legacy = (resize_image(stripes, 8, method).mean().item() for method in ("clean", "legacy"))
     assert clean == pytest.approx(255 / 4, rel=0.1) and abs(legacy - 255 / 4) > 30
 
 
@@ -285,7 +285,7 @@ def test_weights_in_torchs_cache_are_found(inception_file, tmp_path, monkeypatch
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/pt_inception-2015-12-05-6726825d.pth").symlink_to(inception_file)
-    assert feature_network(dim=64).sha256 == features_module.file_sha256(inception_file)
+    assert feature_network(dim=64).sha256 == file_sha256(inception_file)
 
 
 def test_lpips_with_given_weights_is_that_of_torchmetrics(tmp_path):

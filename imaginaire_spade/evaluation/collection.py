@@ -19,11 +19,11 @@ from torch import Tensor
 
 from imaginaire_spade.distributed import ProcessInfo, gather_objects
 from imaginaire_spade.errors import DataError, UserError
-from imaginaire_spade.evaluation.diversity import PerceptualNetwork
-from imaginaire_spade.evaluation.features import FeatureNetwork
 from imaginaire_spade.evaluation.sources import EvaluatedPicture, PictureSource, Unreadable
 from imaginaire_spade.evaluation.statistics import FeatureStats, Gaussian, load_statistics, save_statistics
 from imaginaire_spade.files import file_sha256
+from imaginaire_spade.pretrained.inception import FeatureNetwork
+from imaginaire_spade.pretrained.lpips import PerceptualNetwork
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from torch import Tensor
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.errors import ConfigError, DataError, how_to_install
 from imaginaire_spade.evaluation.collection import Collection
-from imaginaire_spade.evaluation.diversity import PerceptualNetwork
-from imaginaire_spade.evaluation.features import INCEPTION_SHA256, FeatureNetwork
 from imaginaire_spade.evaluation.protocol import Protocol, geometry_stamp
 from imaginaire_spade.evaluation.report import Report
 from imaginaire_spade.evaluation.statistics import frechet_distance
+from imaginaire_spade.pretrained.inception import INCEPTION_SHA256, FeatureNetwork
+from imaginaire_spade.pretrained.lpips import PerceptualNetwork
 from imaginaire_spade.version import __version__
 
 METRICS = ("fid", "kid", "precision_recall", "diversity", "segmentation")

@@ -24,7 +24,6 @@ from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import default_num_workers
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
 from imaginaire_spade.evaluation.collection import Collection, collect
-from imaginaire_spade.evaluation.features import feature_network
 from imaginaire_spade.evaluation.report import Report, higher_is_better
 from imaginaire_spade.evaluation.scores import (
     KEEP_FEATURES,
@@ -39,6 +38,7 @@ from imaginaire_spade.evaluation.segmentation import Confusion, SegmentationMetr
 from imaginaire_spade.evaluation.sources import NOT_STORED, PIPELINE, EvaluatedPicture
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.noise import style_noise
+from imaginaire_spade.pretrained.inception import feature_network
 from imaginaire_spade.training.reference import ValidationPictures, read_reference, spread, write_reference
 
 FOLDER = "evaluation"
