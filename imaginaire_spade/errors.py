@@ -36,6 +36,13 @@ class CheckpointError(UserError):
     """A checkpoint that is damaged, foreign or of another architecture."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch failed to allocate memory, on a GPU or on the CPU (which only the message tells)."""
+    import torch  # here, because this module is loaded without it
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def positive_integer(text: str) -> int:
     """Parse a positive integer from the command line. Raises argparse.ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:

@@ -20,10 +20,10 @@ from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, UserError
 from imaginaire_spade.evaluation.collection import collect
+from imaginaire_spade.evaluation.evaluate import evaluate
+from imaginaire_spade.evaluation.images import StoredImages
 from imaginaire_spade.evaluation.protocol import Protocol, differences
 from imaginaire_spade.evaluation.report import load_report
-from imaginaire_spade.evaluation.scores import evaluate_pictures
-from imaginaire_spade.evaluation.sources import EvaluatedPicture, FolderPictures
 from imaginaire_spade.inference.folder import generate_folder
 from imaginaire_spade.inference.style import drawn_styles
 from imaginaire_spade.inference.weights import load_generator
@@ -153,7 +153,7 @@ def test_neither_batch_size_nor_number_of_processes_changes_a_score(run, real, f
 
 
 def test_shares_of_processes_are_disjoint_and_complete(fake, monkeypatch):
-    source, network = FolderPictures(fake), feature_network("random:0", dim=64)
+    source, network = StoredImages(fake), feature_network("random:0", dim=64)
     whole = collect(source, network, keep_features=True)
     shares = []
     monkeypatch.setattr(
@@ -386,7 +386,7 @@ def test_features_that_are_not_finite_name_the_picture(fake):
     with pytest.raises(
         UserError, match=r"the features of .* are not finite: the feature network's weights are damaged"
     ):
-        collect(FolderPictures(fake), network)
+        collect(StoredImages(fake), network)
 
 
 def test_too_few_pictures(run, real, fake, tmp_path):
@@ -421,8 +421,8 @@ def test_the_reference_split_must_be_stated(run, real, fake):
         run("--real", real, "--fake", fake, "--inception_weights", "random:0")
 
 
-def test_pictures_may_be_looked_at_on_their_way(fake):
-    seen: list[EvaluatedPicture] = []
-    collection = collect(FolderPictures(fake), None, on_picture=seen.append)
-    assert sorted(picture.index for picture in seen) == list(range(19)) and collection.gaussian is None
-    assert evaluate_pictures(collection, collection, None, metrics=(), reference_split="val").scores == {}
+def test_progress_is_told_and_without_metrics_there_is_no_score(fake):
+    told: list[tuple[int, int]] = []
+    collection = collect(StoredImages(fake), None, on_image=lambda *numbers: told.append(numbers))
+    assert told == [(done, 19) for done in range(1, 20)] and collection.gaussian is None
+    assert evaluate(StoredImages(fake), collection, None, metrics=(), reference_split="val").scores == {}

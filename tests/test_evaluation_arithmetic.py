@@ -1,5 +1,7 @@
 """The arithmetic of feature scores, against the libraries people compare with, on the same features and pictures."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -13,14 +15,10 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from imaginaire_spade.errors import ConfigError, DataError, UserError
+from imaginaire_spade.evaluation.collection import Collection, Description, load_statistics
 from imaginaire_spade.evaluation.scores import kernel_distance, precision_recall
-from imaginaire_spade.evaluation.statistics import (
-    FeatureStats,
-    Gaussian,
-    frechet_distance,
-    load_statistics,
-    save_statistics,
-)
+from imaginaire_spade.evaluation.segmentation import Confusion
+from imaginaire_spade.evaluation.statistics import FeatureStats, Gaussian, frechet_distance
 from imaginaire_spade.files import file_sha256
 from imaginaire_spade.pretrained.inception import FEATURE_DIMS, feature_network, resize_image
 from imaginaire_spade.pretrained.lpips import perceptual_network
@@ -132,11 +130,17 @@ def test_precision_and_recall_of_known_sets():
 
 
 def test_statistics_come_back_and_pytorch_fid_reads_them(tmp_path):
-    stats = FeatureStats.of(correlated(50, 8, 1))
-    save_statistics(tmp_path / "s.npz", stats, {"network": "n"})
-    stored = load_statistics(tmp_path / "s.npz")
-    assert stored.stats is not None and stored.origin == {"network": "n"} and stored.gaussian.count == 50
+    features = correlated(50, 8, 1)
+    stats, confusion = FeatureStats.of(features), Confusion.of(np.eye(3, dtype=int), np.ones((3, 3), int), 2)
+    description = Description(50, "4x4", "png", "0" * 64)
+    written = Collection("here", description, stats.gaussian(), stats, features, confusion=confusion, warnings=("w",))
+    written.save(tmp_path / "s.npz", {"network": "n"})
+    stored = Collection.load(tmp_path / "s.npz")
+    assert stored.stats is not None and stored.origin["network"] == "n" and stored.gaussian.count == 50
     assert torch.equal(stored.stats.outer, stats.outer) and torch.equal(stored.stats.sum, stats.sum)
+    assert torch.equal(stored.features, features) and (stored.description, stored.warnings) == (description, ("w",))
+    assert np.array_equal(stored.confusion.counts, confusion.counts)
+    assert (stored.confusion.ignored, stored.confusion.images) == (confusion.ignored, 1)
     mu, sigma = fid_score.compute_statistics_of_path(str(tmp_path / "s.npz"), None, 1, 8, "cpu")
     np.testing.assert_array_equal(mu, stats.gaussian().mean)
     np.testing.assert_array_equal(sigma, stats.gaussian().covariance)
@@ -149,9 +153,24 @@ def test_statistics_of_other_systems_are_read(tmp_path):
     np.save(tmp_path / "clade/m.npy", exact.mean.numpy())
     np.save(tmp_path / "clade/s.npy", exact.covariance.numpy())
     for place in ("pytorch_fid.npz", "clade"):
-        stored = load_statistics(tmp_path / place)
+        stored = Collection.load(tmp_path / place)
         assert stored.gaussian.count is None and stored.stats is None and stored.origin is None
         assert frechet_distance(stored.gaussian, exact) == pytest.approx(0, abs=1e-12)
+
+
+def test_statistics_that_earlier_versions_wrote_are_read(tmp_path):
+    stats, network = FeatureStats.of(correlated(50, 64, 1)), feature_network("random:0", dim=64)
+    origin = {
+        "network": {"name": "random:0", "sha256": network.sha256, "resize": "legacy", "resized_to": 64},
+        "reference_split": "val", "description": {"count": 50, "size": "4x4", "format": "png", "digest": "0" * 64},
+    }  # fmt: skip
+    np.savez(
+        tmp_path / "s.npz", count=np.int64(50), sum=stats.sum.numpy(), outer=stats.outer.numpy(),
+        mu=stats.gaussian().mean.numpy(), sigma=stats.gaussian().covariance.numpy(), origin=json.dumps(origin),
+    )  # fmt: skip
+    stored = load_statistics(tmp_path / "s.npz", network, "val")
+    assert stored.description == Description(50, "4x4", "png", "0" * 64) and stored.warnings == ()
+    assert torch.equal(stored.gaussian.covariance, stats.gaussian().covariance)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +194,7 @@ def test_files_that_are_no_statistics_are_refused(tmp_path, content, message):
     else:
         np.savez(path, **content)
     with pytest.raises(DataError, match=message):
-        load_statistics(path)
+        Collection.load(path)
 
 
 # ------------------------------------------------------------------------------------------------ networks

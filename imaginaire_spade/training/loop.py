@@ -21,10 +21,9 @@ from imaginaire_spade.training.faults import FiniteWatch, SkippedUpdates
 from imaginaire_spade.training.meters import LossMeter, RunLog
 from imaginaire_spade.training.model_average import reestimate_batch_norm
 from imaginaire_spade.training.preview import preview_batch, preview_sheet
-from imaginaire_spade.training.reference import LeaveAsked
 from imaginaire_spade.training.resume import content_of, resume
 from imaginaire_spade.training.run import Run, calibration_inputs, calibration_layouts, describe
-from imaginaire_spade.training.signals import LeaveRequest, exit_code
+from imaginaire_spade.training.signals import LeaveRequest, StopRequested, exit_code
 from imaginaire_spade.training.state import TrainState
 
 LOST_NODE_S = 20.0
@@ -87,7 +86,7 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         return any_request(request.number) > 0
 
     if run.evaluation is not None:
-        with suppress(LeaveAsked):
+        with suppress(StopRequested):
             log.say(run.evaluation.find_reference(log.logdir, asked))
     preview = preview_batch(run.val_dataset, trainer.image_rows) if run.info.is_main else None
     calibration = calibration_layouts(run)
@@ -128,7 +127,7 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         if due_scores and not stop_signal:
             try:
                 is_best = _evaluate(run, log, asked)
-            except LeaveAsked:
+            except StopRequested:
                 continue  # the next launch evaluates
         due_checkpoint |= is_best or (finished and due_scores)  # with what is remembered of the scores
 
@@ -168,7 +167,7 @@ def _evaluate(run: Run, log: RunLog, leave: Callable[[], bool]) -> bool:
     """Evaluate, and write the scores down. Whether they are the best so far, the same on every process.
 
     Raises:
-        LeaveAsked: a process is to leave.
+        StopRequested: a process is to leave.
     """
     assert run.evaluation is not None
     started_at = time.perf_counter()

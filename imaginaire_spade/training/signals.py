@@ -21,6 +21,10 @@ def exit_code(number: int) -> int:
     return 128 + number
 
 
+class StopRequested(Exception):
+    """A process was asked to stop while an evaluation ran; raised on all processes at the same point."""
+
+
 class LeaveRequest:
     """While entered, the signals of ``LEAVE_ON`` end nothing; the first is noted in ``number``.
 
