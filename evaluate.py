@@ -158,8 +158,8 @@ def _check(arguments: argparse.Namespace) -> list[str]:
             "--reference_split is missing: write train or val, whichever the real images are. Scores against"
             " different splits are not comparable"
         )
-    by_pictures = "segmentation" in metrics and generates  # whose photos are those of data.val
-    beyond = [name for name in metrics if name != "fid" and not (name == "segmentation" and by_pictures)]
+    served = ("fid", "segmentation") if generates and "fid" in metrics else ("fid",)  # photos: those of data.val
+    beyond = [name for name in metrics if name not in served]
     if arguments.real and holds_statistics(arguments.real) and beyond:
         raise ConfigError(f"--real {arguments.real} holds statistics, which serve fid only: {','.join(beyond)} needs"
                           " the images")  # fmt: skip

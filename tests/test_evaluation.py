@@ -290,6 +290,8 @@ def test_statistics_of_a_configs_photos(run, checkpoint, tmp_path):
     config.write_text(json.dumps(dump_config(load_generator(path).config)))  # JSON is YAML
     stats = run("--config", config, *RANDOM, module=COMPUTE)
     assert run("--checkpoint", path, "--real", stats, *RANDOM).scores == run("--checkpoint", path, *RANDOM).scores
+    with pytest.raises(ConfigError, match="holds statistics, which serve fid only: segmentation needs the images"):
+        run("--checkpoint", path, "--real", stats, "--metrics", "segmentation", "--segmenter", "x", *RANDOM)
 
 
 # ------------------------------------------------------------------------------------------------ comparing
