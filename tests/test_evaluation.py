@@ -162,7 +162,7 @@ def test_shares_of_processes_are_disjoint_and_complete(fake, monkeypatch):
     for rank in range(3):
         with pytest.raises(AssertionError, match="not each of 19 images once"):  # a missing process is noticed
             collect(source, network, keep_features=True, info=ProcessInfo(rank, 3), batch_size=2)
-    assert sorted(index for share in shares for index in share.indices) == list(range(19))
+    assert sorted(index for share in shares for index in share.found) == list(range(19))
     monkeypatch.setattr("imaginaire_spade.evaluation.collection.gather_objects", lambda _: shares)
     monkeypatch.setattr("imaginaire_spade.evaluation.statistics.total_over_processes", lambda value: value * 0 + 19)
     joined = collect(source, network, keep_features=True, info=ProcessInfo(0, 3))

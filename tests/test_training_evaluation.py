@@ -137,6 +137,10 @@ def test_evaluate_finds_the_scores_of_training(tiny_run, tmp_path, evaluate):  #
     then = load_report(tmp_path / "log/evaluation" / name)
     now = evaluate("--checkpoint", tmp_path / "log/checkpoints/best.pt", "--metrics", "fid,kid", *RANDOM)
     assert now.protocol == then.protocol and differences(now.protocol, then.protocol) == []
+    photos = tmp_path / "log/evaluation/real.npz"  # serves evaluate.py too
+    again = evaluate("--checkpoint", tmp_path / "log/checkpoints/best.pt", "--real", photos, *RANDOM)
+    assert again.scores["random_feature_distance"] == now.scores["random_feature_distance"]
+    assert differences(again.protocol, now.protocol) == []
     for score, value in then.scores.items():
         assert now.scores[score] == pytest.approx(value, rel=1e-3, abs=1e-6)
 

@@ -11,9 +11,9 @@ import hashlib
 import io
 import json
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -213,17 +213,24 @@ def _digest_of(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------ collecting
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What was found in the samples of one key, beside features and classes."""
+
+    size: tuple[int, int]
+    format: str
+    remark: str
+    diversity: float | None
+
+
 @dataclass
 class _Share:
     """What one process found."""
 
-    indices: list[int] = field(default_factory=list)
-    features: list[Tensor] = field(default_factory=list)
-    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    formats: Counter[str] = field(default_factory=Counter)
-    remarks: dict[str, list[int]] = field(default_factory=dict)
-    diversity: dict[int, float] = field(default_factory=dict)
+    found: dict[int, _Found] = field(default_factory=dict)
+    """By place of the key, in the order of ``features``."""
     unreadable: dict[int, str] = field(default_factory=dict)
+    features: list[Tensor] = field(default_factory=list)
     confusion: Confusion | None = None
     most: dict[int, tuple[int, str]] = field(default_factory=dict)
     """Class -> the most pixels of it in a label map, and that one's key."""
@@ -258,14 +265,14 @@ def collect(
     stats = FeatureStats.zeros(network.dim, network.device) if network else None
     wanted = range(len(source.keys))[info.rank :: info.world_size]
 
-    def described() -> Iterator[SourceImage]:
+    def looked_at() -> Iterator[SourceImage]:
         for done, samples in enumerate(_usable(source, wanted, skip_bad, share), 1):
-            _describe(samples, source, perceptual, judge, share)
+            _look_at(samples, source, perceptual, judge, share)
             on_image(done, len(wanted))
             yield samples[0]
 
-    for batch in _batches(described(), batch_size):
-        share.indices += [image.index for image in batch]
+    images = looked_at()
+    while batch := list(islice(images, batch_size)):
         if network is not None and stats is not None:
             features = _features(network, batch, source)
             stats += FeatureStats.of(features)
@@ -290,7 +297,7 @@ def _usable(source: ImageSource, indices: Sequence[int], skip_bad: bool, share: 
     assert waiting.keys() <= share.unreadable.keys(), f"{source.name}: incomplete samples"
 
 
-def _describe(
+def _look_at(
     samples: Sequence[SourceImage],
     source: ImageSource,
     perceptual: PerceptualNetwork | None,
@@ -298,30 +305,16 @@ def _describe(
     share: _Share,
 ) -> None:
     """Take down everything but the features of one key's samples."""
-    first, key = samples[0], source.keys[samples[0].index]
-    share.sizes[key] = first.pixels.shape[1], first.pixels.shape[2]
-    share.formats[first.format] += 1
-    if first.remark:
-        share.remarks.setdefault(first.remark, []).append(first.index)
+    first, key, diversity = samples[0], source.keys[samples[0].index], None
     if perceptual is not None:
-        pixels = [image.pixels for image in samples]
-        share.diversity[first.index] = perceptual.diversity(pixels, f"{source.name}: {key}")
-    if judge is not None and (found := judge(key, first)) is not None:
-        share.confusion = found if share.confusion is None else share.confusion + found
-        for index, count in enumerate(found.counts.sum(1).tolist()):
+        diversity = perceptual.diversity([image.pixels for image in samples], f"{source.name}: {key}")
+    size = first.pixels.shape[1], first.pixels.shape[2]
+    share.found[first.index] = _Found(size, first.format, first.remark, diversity)
+    if judge is not None and (confusion := judge(key, first)) is not None:
+        share.confusion = confusion if share.confusion is None else share.confusion + confusion
+        for index, count in enumerate(confusion.counts.sum(1).tolist()):
             if count:
                 share.most[index] = max(share.most.get(index, (0, "")), (count, key))
-
-
-def _batches(images: Iterable[SourceImage], size: int) -> Iterator[list[SourceImage]]:
-    batch: list[SourceImage] = []
-    for image in images:
-        batch.append(image)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _features(network: FeatureNetwork, batch: Sequence[SourceImage], source: ImageSource) -> Tensor:
@@ -345,36 +338,39 @@ def _features(network: FeatureNetwork, batch: Sequence[SourceImage], source: Ima
 
 def _join(source: ImageSource, shares: Sequence[_Share], stats: FeatureStats | None) -> Collection:
     """Join what the processes found, in the order of keys."""
+    found = {index: one for share in shares for index, one in share.found.items()}
     unreadable = {index: message for share in shares for index, message in share.unreadable.items()}
-    indices = [index for share in shares for index in share.indices]
-    used, total = sorted(indices), len(source.keys)
+    used, total = sorted(found), len(source.keys)
     assert sorted([*used, *unreadable]) == list(range(total)), f"{source.name}: not each of {total} images once"
     assert stats is None or stats.count == len(used), f"{source.name}: {stats} of {len(used)} images"
     if not used:
         raise DataError(
             f"{source.name}: none of its {total} images can be read; the first: {unreadable[min(unreadable)]}"
         )
-    sizes = {key: size for share in shares for key, size in share.sizes.items()}
-    formats = sum((share.formats for share in shares), Counter[str]())
-    digest = hashlib.sha256("\n".join(sorted(source.keys[i] for i in used)).encode()).hexdigest()
+    keys = {index: source.keys[index] for index in used}
+    formats = ", ".join(sorted({one.format for one in found.values()}))
+    digest = hashlib.sha256("\n".join(sorted(keys.values())).encode()).hexdigest()
     features = [batch for share in shares for batch in share.features]
-    by_index = {index: value for share in shares for index, value in share.diversity.items()}
+    diversities = [found[index].diversity for index in used]
+    confusions = [share.confusion for share in shares if share.confusion is not None]
     most: dict[int, tuple[int, str]] = {}
     for share in shares:
-        most |= {index: max(most.get(index, (0, "")), found) for index, found in share.most.items()}
-    confusions = [share.confusion for share in shares if share.confusion is not None]
-    warnings = [*_remarks(source, shares)]
+        most |= {index: max(most.get(index, (0, "")), largest) for index, largest in share.most.items()}
+    warnings = []
+    for remark in sorted({one.remark for one in found.values()} - {""}):
+        remarked = [keys[index] for index in used if found[index].remark == remark]
+        warnings.append(f"{source.name}: {remark} in {len(remarked)} image(s), such as {remarked[0]}")
     if unreadable:
         warnings.append(f"{source.name}: {len(unreadable)} of {total} images cannot be read and are left out")
     return Collection(
         source.name,
-        Description(len(used), _size_range(sizes.values()), ", ".join(sorted(formats)), digest),
+        Description(len(used), _size_range([one.size for one in found.values()]), formats, digest),
         stats.gaussian(source.name) if stats else None,
         stats,
-        torch.cat(features)[torch.tensor(indices).argsort()] if features else None,
-        sum(by_index[index] for index in used) / len(used) if by_index else None,
+        torch.cat(features)[torch.tensor(list(found)).argsort()] if features else None,
+        None if None in diversities else sum(filter(None, diversities)) / len(used),
         sum(confusions[1:], confusions[0]) if confusions else None,
-        sizes,
+        {keys[index]: found[index].size for index in used},
         {index: key for index, (_, key) in most.items()},
         tuple(warnings),
         tuple(unreadable[index] for index in sorted(unreadable)),
@@ -388,12 +384,3 @@ def _size_range(sizes: Iterable[tuple[int, int]]) -> str:
         return "{}x{}".format(*different[0])
     low, high = (key(different, key=lambda size: size[0] * size[1]) for key in (min, max))
     return f"{len(different)} sizes from {low[0]}x{low[1]} to {high[0]}x{high[1]}"
-
-
-def _remarks(source: ImageSource, shares: Sequence[_Share]) -> Iterator[str]:
-    joined: dict[str, list[int]] = {}
-    for share in shares:
-        for remark, indices in share.remarks.items():
-            joined.setdefault(remark, []).extend(indices)
-    for remark, indices in sorted(joined.items()):
-        yield f"{source.name}: {remark} in {len(indices)} image(s), such as {source.keys[min(indices)]}"

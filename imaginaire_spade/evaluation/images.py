@@ -60,6 +60,7 @@ class SourceImage:
         return np.ascontiguousarray(self.pixels.permute(1, 2, 0).cpu().numpy())
 
     def labels(self) -> Ids:
+        """Return the train ids of its label map."""
         assert self.label_map is not None, "an image without a label map"
         return self.label_map()
 
@@ -219,21 +220,21 @@ class DatasetImages(ImageSource):
         unreadable: list[UnreadableImage] = []
         labels: dict[int, Ids] = {}
 
-        def samples() -> Samples:
-            for index, found in read_ahead(self._read, indices, 4 * READ_THREADS, num_threads=READ_THREADS):
-                if isinstance(found, DataError):
-                    unreadable.append(UnreadableImage(index, str(found)))
+        def samples() -> Iterator[tuple[int, Sample]]:
+            for read in read_ahead(self._read, indices, 4 * READ_THREADS, num_threads=READ_THREADS):
+                if isinstance(read, UnreadableImage):
+                    unreadable.append(read)
                 else:
-                    labels[index] = found.labels.numpy()
-                    yield index, found
+                    labels[read[0]] = read[1].labels.numpy()
+                    yield read
 
         for index, sample, pixels in self._make(samples()):
             label_map = None if sample else partial(np.asarray, labels.pop(index))
             yield SourceImage(index, pixels, sample, self._format, label_map=label_map)
         yield from unreadable
 
-    def _read(self, index: int) -> tuple[int, Sample | DataError]:
+    def _read(self, index: int) -> tuple[int, Sample] | UnreadableImage:
         try:
             return index, self._dataset[self._indices[index]]
         except DataError as error:
-            return index, error
+            return UnreadableImage(index, str(error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,8 @@ class Report:
         Raises:
             UserError: the file cannot be written.
         """
-        tree = {
-            "scores": dict(self.scores),
-            "protocol": self.protocol.to_json(),
-            "subject": dict(self.subject),
-            "warnings": list(self.warnings),
-            "problems": list(self.problems),
-            "details": dict(self.details),
-        }
+        tree = asdict(self)
+        del tree["examples"]
         write_bytes(path, (json.dumps(tree, indent=2) + "\n").encode())
 
     def text(self) -> str:

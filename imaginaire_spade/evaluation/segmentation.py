@@ -85,7 +85,7 @@ class Confusion:
 
     @property
     def iou(self) -> NDArray[np.float64]:
-        """Intersection over union of every class [classes]; NaN for those that never occur in the label maps."""
+        """Intersection over union of every class, [classes]; NaN for those that never occur in the label maps."""
         hits = np.diag(self.counts)
         union = self.counts.sum(1) + self.counts[:, :-1].sum(0) - hits
         iou = np.full(len(hits), np.nan)
@@ -94,7 +94,7 @@ class Confusion:
 
     @property
     def mean_iou(self) -> float:
-        """Over the classes that occur; NaN where none does."""
+        """Mean IoU over the classes that occur; NaN where none does."""
         return float(self.iou[self.present].mean()) if self.present.any() else float("nan")
 
 
@@ -181,7 +181,7 @@ class Segmentation:
     def __init__(self, labels: LabelSpec, generated: Predictor, real: Predictor) -> None:
         assert (generated.unscored, generated.stamp) == (real.unscored, real.stamp), "one segmenter judges both"
         self.labels, self.unscored = labels, generated.unscored
-        self.predicts: dict[str, Predictor] = {"generated": generated, "real": real}
+        self._predictors: dict[str, Predictor] = {"generated": generated, "real": real}
 
     def check(self, keys: Sequence[str]) -> None:
         """Check that predictions that come from files are there.
@@ -189,7 +189,7 @@ class Segmentation:
         Raises:
             DataError: a sample has none.
         """
-        for predictor in self.predicts.values():
+        for predictor in self._predictors.values():
             if isinstance(predictor, StoredPredictions):
                 predictor.check(keys)
 
@@ -203,13 +203,13 @@ class Segmentation:
         rgb, truth = image.rgb(), image.labels()
         if size is not None:
             rgb = resized(rgb, *size)
-        predicted = self.predicts[kind](key, rgb, (truth.shape[0], truth.shape[1]))
+        predicted = self._predictors[kind](key, rgb, (truth.shape[0], truth.shape[1]))
         return Confusion.of(truth, predicted, self.labels.num_classes, self.unscored)
 
-    def stamp(self, real: Confusion) -> str:
-        """Say what the scores depend on beside the images. Of stored id maps that is known only by what they say of
-        the real photos."""
-        return self.predicts["real"].stamp or f"id maps, {hashlib.sha256(real.counts.tobytes()).hexdigest()}"
+    @property
+    def stamp(self) -> str:
+        """Everything that the scores depend on beside the images; empty where nobody knows."""
+        return self._predictors["real"].stamp
 
     def add_to(self, report: Report, generated: Confusion | None, real: Confusion | None) -> Report:
         """Return a report with pixel accuracy and mean IoU of both, their stamp and their details.
@@ -227,11 +227,13 @@ class Segmentation:
             warnings.append(
                 f"segmentation: {generated.images} generated images, but {real.images} of their photos could be read"
             )
+        # Of stored id maps only what they say of the real photos is known.
+        stamp = self.stamp or f"id maps, {hashlib.sha256(real.counts.tobytes()).hexdigest()}"
         return replace(
             report,
             scores=scores,
             warnings=tuple(warnings),
-            protocol=replace(report.protocol, segmentation=self.stamp(real), ignore=IGNORE_POLICY),
+            protocol=replace(report.protocol, segmentation=stamp, ignore=IGNORE_POLICY),
             details={**report.details, "segmentation": self.details(generated, real)},
         )
 
@@ -252,7 +254,7 @@ class Segmentation:
         ]
         absent = [i for i in np.flatnonzero(~generated.present).tolist() if i not in self.unscored]
         return {
-            "segmenter": self.predicts["generated"].name,
+            "segmenter": self._predictors["generated"].name,
             "pictures": generated.images,
             "pixels": generated.pixels,
             "ignored_pixels": generated.ignored,

@@ -61,12 +61,12 @@ class FeatureNetwork:
 
     @property
     def is_published(self) -> bool:
-        """Whether it is the network that FID and KID are defined with."""
+        """Tell whether it is the network that FID and KID are defined with."""
         return self.sha256 == INCEPTION_SHA256
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What its features depend on beside ``dim``, for a file of them: plain types."""
+        """Return what its features depend on beside ``dim``, for a file of them: plain types."""
         return {"name": self.name, "sha256": self.sha256, "resize": self.resize, "resized_to": self.size}
 
     @property

@@ -112,7 +112,7 @@ class Evaluation:
             "seed": config.seed,
             "network": network and [network.name, network.sha256, network.dim, network.resize, network.size],
             "features_kept": self._keep_features,
-            "segmentation": segmentation and segmentation.predicts["real"].stamp,
+            "segmentation": segmentation and segmentation.stamp,
             "labels": config.data.labels.model_dump(mode="json"),
         }
         return json.loads(json.dumps(identity))
@@ -240,7 +240,7 @@ class Evaluation:
         return DatasetImages(self._dataset, name, batch_by_batch, format=format, indices=self._indices)
 
     def _random_numbers_kept(self) -> AbstractContextManager[None]:
-        """A component of the user's may draw from torch's random numbers, which belong to the training."""
+        """Keep torch's random numbers for the training: a component of the user's may draw from them."""
         return torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else [])
 
 
