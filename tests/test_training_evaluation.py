@@ -18,7 +18,7 @@ from test_training import TINY, assert_same
 from imaginaire_spade.build import build_losses, check_run
 from imaginaire_spade.config import load_config
 from imaginaire_spade.distributed import ProcessInfo
-from imaginaire_spade.errors import ConfigError
+from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation.protocol import differences
 from imaginaire_spade.evaluation.report import load_report
 from imaginaire_spade.pretrained.inception import FeatureNetwork
@@ -52,6 +52,8 @@ def tiny_run(tiny_folder, tmp_path):
 
 
 def scores_of(logdir) -> list[dict]:
+    if not (logdir / "metrics.jsonl").exists():
+        return []
     records = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in record.items() if k == "iteration" or k.startswith("evaluation/")}
@@ -160,6 +162,21 @@ def test_two_processes_find_the_scores_of_one(tiny_run, tmp_path, commands):
     for name in ("count", "sum", "outer", "features"):
         np.testing.assert_allclose(stored[1][name], stored[0][name], rtol=1e-6)
     assert (tmp_path / "two/checkpoints/best.pt").is_file()
+
+    overrides.append("--set=trainer.max_iterations=4")  # the next launch takes the statistics from the file
+    result = commands.run(*launcher, "train.py", "--config", path, "--logdir", tmp_path / "two", *overrides)
+    assert result.returncode == 0 and "7 real photos from" in result.stdout, result.stderr
+    assert [record["iteration"] for record in scores_of(tmp_path / "two")] == [2, 4]
+
+
+def test_a_damaged_validation_sample_is_named_at_the_start(tiny_run, tiny_folder, tmp_path):
+    _, run = tiny_run
+    damaged = sorted((tmp_path / "val/images").rglob("*.*"))[-1]
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    with pytest.raises(DataError, match=damaged.stem) as raised:
+        run("log", SCORES.replace("num_images: 7", "num_images: null"))
+    assert "skip_bad" not in str(raised.value)  # train.py has no such flag
+    assert not scores_of(tmp_path / "log")
 
 
 def test_a_segmenter_decides_too(tiny_run, tmp_path):

@@ -199,6 +199,7 @@ class DatasetImages(ImageSource):
         make: samples -> their images, in any order.
         format: of what it makes.
         indices: the samples that are used; None: all.
+        strict: raise the DataError of a sample that cannot be read, instead of yielding an UnreadableImage.
     """
 
     def __init__(
@@ -210,8 +211,9 @@ class DatasetImages(ImageSource):
         format: str = PIPELINE,
         indices: Sequence[int] | None = None,
         num_samples: int = 1,
+        strict: bool = False,
     ) -> None:
-        self._dataset, self._make, self._format = dataset, make, format
+        self._dataset, self._make, self._format, self._strict = dataset, make, format, strict
         self._indices = range(len(dataset)) if indices is None else indices
         self.name, self.num_samples, self.label_table = name, num_samples, dataset.labels
         self.keys = [dataset.keys[index] for index in self._indices]
@@ -229,6 +231,8 @@ class DatasetImages(ImageSource):
                     yield read
 
         for index, sample, pixels in self._make(samples()):
+            while unreadable:  # at once, as it may end the evaluation
+                yield unreadable.pop(0)
             label_map = None if sample else partial(np.asarray, labels.pop(index))
             yield SourceImage(index, pixels, sample, self._format, label_map=label_map)
         yield from unreadable
@@ -237,4 +241,6 @@ class DatasetImages(ImageSource):
         try:
             return index, self._dataset[self._indices[index]]
         except DataError as error:
+            if self._strict:
+                raise
             return UnreadableImage(index, str(error))

@@ -157,8 +157,8 @@ class Evaluation:
             StopRequested: (on every process) ``leave`` said so.
         """
         path = logdir / FOLDER / "real.npz"
-        self._real = self._stored(path) if self._info.is_main else None
-        if broadcast_object(self._real is not None):
+        self._real = broadcast_object(self._stored(path) if self._info.is_main else None)
+        if self._real is not None:
             return f"evaluation: statistics of {len(self._indices)} real photos from {path}"
         source = self._images("photos", _photos, PIPELINE, leave)
         segmentation = self._segmentation
@@ -237,7 +237,7 @@ class Evaluation:
                     for (index, _), pixels in zip(taken, make(batch), strict=True):
                         yield index, 0, pixels
 
-        return DatasetImages(self._dataset, name, batch_by_batch, format=format, indices=self._indices)
+        return DatasetImages(self._dataset, name, batch_by_batch, format=format, indices=self._indices, strict=True)
 
     def _random_numbers_kept(self) -> AbstractContextManager[None]:
         """Keep torch's random numbers for the training: a component of the user's may draw from them."""
