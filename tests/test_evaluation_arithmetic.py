@@ -20,7 +20,7 @@ from imaginaire_spade.evaluation.scores import kernel_distance, precision_recall
 from imaginaire_spade.evaluation.segmentation import Confusion
 from imaginaire_spade.evaluation.statistics import FeatureStats, Gaussian, frechet_distance
 from imaginaire_spade.files import file_sha256
-from imaginaire_spade.pretrained.inception import FEATURE_DIMS, feature_network, resize_image
+from imaginaire_spade.pretrained.inception import FEATURE_DIMS, feature_network, resize_for_network
 from imaginaire_spade.pretrained.lpips import perceptual_network
 
 
@@ -244,11 +244,11 @@ def test_clean_resizing_is_pils_in_float_and_legacy_aliases():
             np.asarray(Image.fromarray(c.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC))
             for c in picture
         ]
-        ours = resize_image(torch.from_numpy(picture), size, "clean")
+        ours = resize_for_network(torch.from_numpy(picture), size, "clean")
         torch.testing.assert_close(ours, torch.from_numpy(np.stack(theirs)).clamp(0, 255), rtol=0, atol=5e-3)
     stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
     stripes[:, :, ::4] = 255  # a quarter of the columns
-    clean, legacy = (resize_image(stripes, 8, method).mean().item() for method in ("clean", "legacy"))
+    clean, legacy = (resize_for_network(stripes, 8, method).mean().item() for method in ("clean", "legacy"))
     assert clean == pytest.approx(255 / 4, rel=0.1) and abs(legacy - 255 / 4) > 30
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from imaginaire_spade.build import layout_spec
 from imaginaire_spade.data.batch import denormalise
 from imaginaire_spade.data.distances import class_distances
-from imaginaire_spade.errors import UserError, is_out_of_memory
+from imaginaire_spade.errors import UserError
 from imaginaire_spade.inference.weights import LoadedModel
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.pictures import Picture, resized
@@ -122,11 +122,13 @@ def _forward(model: LoadedModel, requests: Sequence[Request]) -> Tensor:
             with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
                 images.append(model.generator(layout, z))
         return torch.cat(images)
+    except torch.OutOfMemoryError:
+        pass
     except RuntimeError as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = str(error).partition("\n")[0]
             raise UserError(f"--compile: torch cannot compile this generator here ({reason}); leave it out") from error
-        if not is_out_of_memory(error):
+        if "can't allocate memory" not in str(error):
             raise
     height, width = _padded_size_of(requests[0], model)
     raise UserError(

@@ -79,11 +79,11 @@ class FeatureNetwork:
         device = self.device
         # Whatever precision a training run around this has chosen: scores are of float32.
         with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            resized = [resize_image(image.to(device), self.size, self.resize) for image in images]
+            resized = [resize_for_network(image.to(device), self.size, self.resize) for image in images]
             return self.layers(torch.stack(resized))
 
 
-def resize_image(image: Tensor, size: int, method: str) -> Tensor:
+def resize_for_network(image: Tensor, size: int, method: str) -> Tensor:
     """Resize uint8 [3, H, W] to float32 [3, size, size] in 0..255, not rounded; the aspect ratio is not kept.
 
     Args:
