@@ -252,6 +252,19 @@ def test_diversity_of_samples_made_on_the_fly_is_that_of_the_stored_ones(run, ch
         run("--real", tmp_path / "val", "--fake", tmp_path / "out", *flags, "--num_samples", "1")
 
 
+def test_a_damaged_label_map_is_named_or_left_out_of_both_sides(run, checkpoint, tmp_path):
+    path = checkpoint(style_dims=4)
+    damaged = tmp_path / "val/seg_maps/0002.png"
+    damaged.write_bytes(b"no image")
+    flags = ("--checkpoint", path, "--metrics", "fid,diversity", "--lpips_weights", "random:0", "--num_samples", "2")
+    with pytest.raises(DataError, match=r"seg_maps/0002.png: .*--skip_bad leaves such images out"):
+        run(*flags, *RANDOM)
+    report = run(*flags, *RANDOM, "--skip_bad", "--html", tmp_path / "page.html")
+    assert (report.protocol.num_fake, report.protocol.num_real) == (4, 4)
+    assert len(report.problems) == 2 and all("0002.png" in problem for problem in report.problems)
+    assert report.scores["random_feature_diversity"] > 0
+
+
 # ------------------------------------------------------------------------------------------------ statistics in files
 
 
