@@ -24,7 +24,7 @@ from imaginaire_spade.data.distances import class_distances, encode_distances
 from imaginaire_spade.errors import ConfigError, DataError, UserError
 from imaginaire_spade.evaluation.report import load_report
 from imaginaire_spade.files import resize_image
-from imaginaire_spade.inference.evaluated import checkpoint_pictures
+from imaginaire_spade.inference import images_to_score
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.sizes import MAX_PIXELS, SizeRule, read_size
 from imaginaire_spade.labels import LabelSpec
@@ -395,7 +395,7 @@ def differences(monkeypatch, data_set, tmp_path) -> Callable[..., int]:
         monkeypatch.setattr(sys, "argv", ["inference.py", "--device", "cpu", *flags, *map(str, paths)])
         command_line.main()
         at = read_size(size if evaluated_at is ... else evaluated_at, "--size")
-        source = checkpoint_pictures(
+        source = images_to_score.checkpoint_images(
             path, None, None, overrides, weights=weights, size=at, device=CPU, real=None, reference_split="val",
             num_samples=1, seed=5, batch_size=3, with_photos=False,
         ).fake  # fmt: skip
@@ -437,15 +437,22 @@ def test_the_default_of_both_is_the_trained_size_where_data_val_is_resized_to_it
     assert differences(path, size="own", evaluated_at="own") == 0
 
 
-def test_overrides_reach_the_network_that_is_evaluated(model_of):
-    path = model_of()
+def test_overrides_reach_the_network_that_is_evaluated(model_of, monkeypatch):
+    path, generated = model_of(), []
+
+    def synthesise(model, *arguments):
+        generated.append(model.generator)
+        return iter(())
+
+    monkeypatch.setattr(images_to_score, "synthesise", synthesise)
 
     def norms(*overrides: str) -> set[str]:
-        fake = checkpoint_pictures(
+        fake = images_to_score.checkpoint_images(
             path, None, None, overrides, weights="ema", device=CPU, real=None, reference_split="val",
             num_samples=1, seed=None, batch_size=1, with_photos=False,
         ).fake  # fmt: skip
-        return {module.path for module in fake._model.generator.modules() if isinstance(module, SPADE)}
+        assert list(fake.read([])) == []
+        return {module.path for module in generated.pop().modules() if isinstance(module, SPADE)}
 
     for way in ("auto", "dense", "table"):
         assert norms(f"gen.norm.path={way}") == {way}
