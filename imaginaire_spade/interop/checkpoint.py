@@ -21,7 +21,7 @@ from imaginaire_spade.build import build_discriminator, build_encoder, build_gen
 from imaginaire_spade.compatibility import explain_old_import
 from imaginaire_spade.config import RunConfig, dump_config, parse_config
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.interop import describe, load_reference, reference_names
+from imaginaire_spade.interop import describe, describe_networks, load_reference, reference_names
 from imaginaire_spade.interop.label_tables import LabelOrder, adapt_config, exported_channels, label_table
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
@@ -148,21 +148,8 @@ def architecture_config(source: str, hyper: Mapping[str, Any], base: RunConfig |
                 },
             },
         }
-    if hyper.get("add_dist"):  # CLADE gave no position to 0 in its files, which is channel 0 in every data set
-        hyper = {"skip_ids": [0], **hyper}
-    tree["gen"] = describe(source, "generator", hyper)
-    tree["encoder"] = describe(source, "encoder", hyper) if _has_encoder(source, hyper) else None
-    if base is None:
-        tree["dis"] = {"type": "fpse" if source == "imaginaire" else "multiscale_patch"}
-    if isinstance(hyper.get("dis"), Mapping):
-        tree["dis"] = describe(source, "discriminator", {**hyper, **hyper["dis"]})
-    elif source != "imaginaire" and {"ndf", "num_D", "n_layers_D", "norm_D"} & set(hyper):
-        tree["dis"] = describe(source, "discriminator", hyper)
+    tree |= describe_networks(source, hyper, tree.get("dis"))
     return parse_config(tree, source="the architecture")
-
-
-def _has_encoder(source: str, hyper: Mapping[str, Any]) -> bool:
-    return "style_enc_num_filters" in hyper if source == "imaginaire" else bool(hyper.get("use_vae"))
 
 
 def import_checkpoint(
