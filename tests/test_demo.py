@@ -24,7 +24,7 @@ from imaginaire_spade import Synthesizer
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.demo import __main__ as command_line
 from imaginaire_spade.demo.server import HEADERS, MAX_JSON_BYTES, MAX_UPLOAD_BYTES, PAGE_FILES, PaintingServer
-from imaginaire_spade.demo.service import MAX_WAITING, PaintingService, _raw_ids, fitted
+from imaginaire_spade.demo.service import MAX_WAITING, PaintingService, _raw_ids, fit_to_canvas
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.pictures import resized
@@ -249,7 +249,7 @@ def test_samples_are_fitted_to_the_canvas(client, samples):
 def test_fitting_covers_the_canvas_and_keeps_the_proportions(sizes, seed):
     height, width, to_height, to_width = sizes
     places = np.arange(height * width).reshape(height, width)
-    rows, columns = np.divmod(fitted(places, to_height, to_width), width)
+    rows, columns = np.divmod(fit_to_canvas(places, to_height, to_width), width)
     assert rows.shape == (to_height, to_width)
     assert (np.diff(rows, axis=0) >= 0).all() and (np.diff(columns, axis=1) >= 0).all()
     assert (rows == rows[:, :1]).all() and (columns == columns[:1]).all()
@@ -257,7 +257,7 @@ def test_fitting_covers_the_canvas_and_keeps_the_proportions(sizes, seed):
     for places_along, length, wanted in ((rows[:, 0], height, to_height), (columns[0], width, to_width)):
         assert abs((places_along[-1] - places_along[0]) - step * (wanted - 1)) <= 1
         assert abs(places_along[0] + places_along[-1] - (length - 1)) <= 1  # the middle
-    np.testing.assert_array_equal(fitted(places, height, width), places)
+    np.testing.assert_array_equal(fit_to_canvas(places, height, width), places)
 
 
 @settings(deadline=None, max_examples=40)

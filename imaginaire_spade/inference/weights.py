@@ -23,7 +23,7 @@ from imaginaire_spade.config import RunConfig, WeightSource, dump_yaml, load_con
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.files import file_sha256
 from imaginaire_spade.inference.published import PUBLISHED, read_published
-from imaginaire_spade.models.frozen import freeze
+from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import fold_spectral_norm
 from imaginaire_spade.training.checkpoint import check_counter, check_tensors, load_checkpoint, newest_checkpoint
@@ -85,8 +85,8 @@ def load_generator(
         overrides: ``KEY=VALUE`` for the checkpoint's config: of whatever its weights do not depend on.
         precision: see ``LoadedModel``.
         compiled: compile the generator (``torch.compile``) at its first use, which takes minutes.
-        frozen: bring the weights into the form that is fastest here (``models/frozen.py``); layers and the names of
-            weights change.
+        frozen: bring the weights into the form that is fastest here (``models/for_inference.py``); layers and the names
+            of weights change.
     Raises:
         CheckpointError: absent, damaged, foreign, or not of the architecture that its own config (or ``overrides``)
             describes.
@@ -120,7 +120,9 @@ def load_generator(
     device = torch.device(device)
     winograd = device.type == "cpu" and precision == "fp32"
     for network in filter(None, (generator, encoder)):
-        (freeze(network, winograd=winograd) if frozen else network.eval().requires_grad_(False)).to(device)
+        (optimise_for_inference(network, winograd=winograd) if frozen else network.eval().requires_grad_(False)).to(
+            device
+        )
     if compiled:
         generator.compile(dynamic=True)
     seen = content.get("images_seen")
