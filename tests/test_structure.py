@@ -251,9 +251,9 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1930, "data": 1400, "models": 1130, "pretrained": 140, "training": 1760, "inference": 1180,
+    "top level": 1930, "data": 1400, "models": 1090, "pretrained": 140, "training": 1760, "inference": 1180,
     "evaluation": 1490,
-    "lmdb_builder": 930, "dataset_prep": 510, "interop": 920, "export": 170, "demo": 450,
+    "lmdb_builder": 930, "dataset_prep": 510, "interop": 905, "export": 160, "demo": 440,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""

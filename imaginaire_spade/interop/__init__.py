@@ -1,7 +1,7 @@
 """Convert other systems' checkpoints to ours.
 
 ``import_generator(source, state_dict, hyper)`` and its siblings build one of our networks from the hyper-parameters
-that fix the architecture and load the reference's state dict into it. Every tensor must find its place.
+that fix the architecture and load the other system's state dict into it. Every tensor must find its place.
 """
 
 from __future__ import annotations
@@ -115,7 +115,11 @@ def _source(name: str) -> Any:
 
 
 def load_reference(network: N, source: str, state_dict: Mapping[str, Tensor]) -> N:
-    """Load another system's state dict into ``network``. Raises CheckpointError like ``import_generator``."""
+    """Load another system's state dict into ``network``.
+
+    Raises:
+        CheckpointError: as ``import_generator``.
+    """
     scope = _source(source).scope(network)
     theirs = {key.removeprefix("module."): value for key, value in state_dict.items()}
     theirs = {key: value for key, value in theirs.items() if key.startswith(scope)}
@@ -142,11 +146,11 @@ _MARKS = {
     "generator": ("head_0.", "spade_generator."),
     "style encoder": ("layer1.", "style_encoder."),
 }
-"""How the tensors of each kind of network begin, in any of the reference systems."""
+"""Prefixes of the tensors of each kind of network, in any of the other systems."""
 
 
 def _plain_reason(network: nn.Module, theirs: Mapping[str, Tensor]) -> str | None:
-    """The usual mistakes in words: another kind of network, label count or up-sampling depth."""
+    """Name a usual mistake: another kind of network, label count or up-sampling depth. None: it is another one."""
     wanted = {Discriminator: "discriminator", Generator: "generator", ConvEncoder: "style encoder"}
     own = next((name for cls, name in wanted.items() if isinstance(network, cls)), None)
     found = [kind for kind, marks in _MARKS.items() if any(key.startswith(marks) for key in theirs)]

@@ -260,7 +260,7 @@ def batch_moments(x: Tensor, synchronized: bool, times: int = 1) -> tuple[Tensor
         times: how often each value counts: as often as in x's enlargement, which has the same mean and variance. So a
             process may pass x or its enlargement, whichever the others pass.
     """
-    rows = _rows(x)
+    rows = _grid(x, 1).view(-1, x.shape[1])
     wide = torch.promote_types(x.dtype, torch.float32)
     total = sum_over_processes if synchronized else torch.clone
     counts, means, squares = [], [], []
@@ -277,13 +277,8 @@ def batch_moments(x: Tensor, synchronized: bool, times: int = 1) -> tuple[Tensor
     return mean.to(wide), (total(about_mean.sum(0)) / count).to(wide), count.to(wide)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Reshape [N, C, H, W] -> [N * H * W, C], contiguous: a view if x is channels_last, else a copy."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
-
-
 def _grid(x: Tensor, upsample: int) -> Tensor:
-    """Reshape [N, C, upsample h, upsample w] -> [N h, upsample, w, upsample, C]: a view if x is channels_last."""
+    """Reshape [N, C, upsample h, upsample w] -> [N h, upsample, w, upsample, C]: no copy if x is channels_last."""
     n, channels, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).contiguous()
     return rows.view(n * height // upsample, upsample, width // upsample, upsample, channels)
