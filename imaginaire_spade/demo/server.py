@@ -191,25 +191,25 @@ class _Handler(BaseHTTPRequestHandler):
         return _Answer((files("imaginaire_spade.demo") / "page" / name).read_bytes(), content_type)
 
     def _model(self, _: str) -> _Answer:
-        return _json(self.server.service.description())
+        return _json(self.server.service.describe())
 
     def _sample(self, query: str) -> _Answer:
-        return _json(self.server.service.sample(**_numbers(query, "number", "height", "width")))
+        return _json(self.server.service.read_sample(**_numbers(query, "number", "height", "width")))
 
     def _picture(self, _: str) -> _Answer:
         fields, service = self._read_json(), self.server.service
-        image = service.picture(fields)
+        image = service.generate(fields)
         return _Answer(image, "image/png", {"Generated-Size": shown(service.generated_size(fields))})
 
     def _label_map_file(self, _: str) -> _Answer:
-        return _Answer(self.server.service.label_map_file(self._read_json()), "image/png")
+        return _Answer(self.server.service.encode_label_map(self._read_json()), "image/png")
 
     def _label_map(self, query: str) -> _Answer:
         size = _numbers(query, "height", "width")
-        return _json(self.server.service.label_map_from_file(self._read_file(), **size))
+        return _json(self.server.service.read_label_map(self._read_file(), **size))
 
     def _style(self, _: str) -> _Answer:
-        return _json(self.server.service.style(self._read_file()))
+        return _json(self.server.service.encode_style(self._read_file()))
 
     _ROUTES: ClassVar[dict[str, tuple[str, Callable[[_Handler, str], _Answer]]]] = {
         **dict.fromkeys(PAGE_FILES, ("GET", _page_file)),
@@ -224,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
     # -------------------------------------------------------------------------------------------- the wire
 
     def _read_json(self) -> dict[str, Any]:
-        # Neither type below can be sent across origins without asking this server first, which never consents.
+        # A page of another origin cannot send this type or those below without asking this server, which never consents.
         if self.headers.get_content_type() != "application/json":
             raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "application/json is wanted here")
         try:

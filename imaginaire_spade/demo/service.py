@@ -63,7 +63,7 @@ class PaintingService:
 
     # -------------------------------------------------------------------------------------------- requests
 
-    def description(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Describe the model to the page."""
         model, (height, width) = self._synthesizer.model, self._synthesizer.size or DEFAULT_SIZE
         sizes = [(height * k, width * k) for k in (1, 2, 4, 8) if k == 1 or max(height, width) * k <= 512]
@@ -83,7 +83,7 @@ class PaintingService:
             ],
         }
 
-    def picture(self, fields: Mapping[str, Any]) -> bytes:
+    def generate(self, fields: Mapping[str, Any]) -> bytes:
         """Generate the image of a label map, a PNG of the label map's size.
 
         Args:
@@ -100,10 +100,10 @@ class PaintingService:
         return encode_picture(image, ".png")
 
     def generated_size(self, fields: Mapping[str, Any]) -> tuple[int, int]:
-        """Return the (height, width) at which ``picture`` generates these fields before it resizes the image."""
+        """Return the (height, width) at which ``generate`` generates these fields before it resizes the image."""
         return self._synthesizer.sizes((fields["height"], fields["width"]))
 
-    def label_map_file(self, fields: Mapping[str, Any]) -> bytes:
+    def encode_label_map(self, fields: Mapping[str, Any]) -> bytes:
         """Encode a label map as a PNG of raw ids: with a palette of the table's colours; 16-bit if ids exceed 255."""
         raw, is_8_bit = self._raw_label_map(fields), self._raw_ids.max() <= 255
         image = Image.fromarray(raw.astype(np.uint8) if is_8_bit else raw)
@@ -115,7 +115,7 @@ class PaintingService:
         image.save(stream, "png")
         return stream.getvalue()
 
-    def label_map_from_file(self, content: bytes, height: int, width: int) -> dict[str, Any]:
+    def read_label_map(self, content: bytes, height: int, width: int) -> dict[str, Any]:
         """Read a label map file (ids, palette, or RGB if the table has a palette) and fit it to the canvas.
 
         Raises:
@@ -127,7 +127,7 @@ class PaintingService:
         _check_pixels(content, where)
         return self._to_page(self._labels.to_train_ids(decode_label(content, where), where), height, width)
 
-    def sample(self, number: int, height: int, width: int) -> dict[str, Any]:
+    def read_sample(self, number: int, height: int, width: int) -> dict[str, Any]:
         """Fit the ``number``-th of the label maps to start from (modulo their number) to the canvas."""
         _check_canvas(height, width)
         if not self._samples:
@@ -136,7 +136,7 @@ class PaintingService:
         labels = self._run(lambda: samples[number % len(samples)].labels.numpy())
         return self._to_page(labels, height, width)
 
-    def style(self, photo: bytes) -> dict[str, Any]:
+    def encode_style(self, photo: bytes) -> dict[str, Any]:
         """Compute the style code of an image file.
 
         Raises:
