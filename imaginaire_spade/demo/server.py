@@ -224,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
     # -------------------------------------------------------------------------------------------- the wire
 
     def _read_json(self) -> dict[str, Any]:
-        # A page of another origin cannot send this type or those below without asking this server, which never consents.
+        # A page of another origin must ask this server before it sends this type or those below; it never consents.
         if self.headers.get_content_type() != "application/json":
             raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "application/json is wanted here")
         try:
