@@ -28,7 +28,7 @@ from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, Lab
 from imaginaire_spade.inference import output
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.style import slerp
-from imaginaire_spade.models.frozen import WinogradConv2d
+from imaginaire_spade.models.for_inference import WinogradConv2d
 from imaginaire_spade.training.checkpoint import write_checkpoint
 
 PALETTE = [[250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 0], [7, 8, 9]]

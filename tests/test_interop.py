@@ -296,6 +296,16 @@ def test_options_of_the_spade_release_become_a_config(tmp_path):
     assert "ignored (no equivalent): seed: None" in said
     assert "label_nc" not in said and "dataroot" in said
 
+    for old, new, message in (
+        ("gan_mode: hinge", "gan_mode: softplus", "gan_mode: 'softplus' is not supported"),
+        ("seed: None", "netG: pix2pixhd", "netG: pix2pixhd: only spade is supported"),
+        ("seed: None", "optimizer: sgd", "optimizer: sgd: only adam is supported"),
+        ("label_nc: 182", "", "label_nc is not stated; add it to the file"),
+    ):
+        (tmp_path / "bad.txt").write_text(OPTIONS.replace(old, new))
+        result = run("scripts/import_config.py", tmp_path / "bad.txt", "--source", "nvlabs_spade")
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
     again = run("scripts/import_config.py", tmp_path / "opt.txt", "--source", "nvlabs_spade",
                 "--output", tmp_path / "c.yaml")  # fmt: skip
     assert again.returncode == 2 and "exists" in again.stderr
@@ -386,6 +396,9 @@ def test_a_config_of_imaginaire_becomes_ours(tmp_path):
         ("separate_projection: True", "separate_projection: False", "separate_projection: False is not supported"),
         ("[seg_maps, edge_maps]", "[edge_maps, seg_maps]", "only seg_maps, then edge_maps if any, is supported"),
         ("    use_dont_care: True\n    input_labels: [seg_maps, edge_maps]", "", "data.input_labels is not stated"),
+        ("roots: [dataset/cocostuff/val]", "", "data.val.roots is not stated; add it to the file"),
+        ("- edge_maps: {ext: png, num_channels: 1}", "- edge_maps", "data.input_types: "),
+        ("gan: 1.0, ", "", "trainer.loss_weight.gan is not stated"),
     ):
         (tmp_path / "bad.yaml").write_text(IMAGINAIRE.replace(old, new))
         result = run("scripts/import_config.py", tmp_path / "bad.yaml", "--source", "imaginaire")

@@ -17,7 +17,7 @@ from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.losses import GeneratorOutputs
 from imaginaire_spade.models.discriminator import split_scores
-from imaginaire_spade.models.frozen import WinogradConv2d
+from imaginaire_spade.models.for_inference import WinogradConv2d
 from imaginaire_spade.models.generator import SPADEGenerator
 from imaginaire_spade.models.layers import (
     InstanceNorm2d,

@@ -28,7 +28,7 @@ from imaginaire_spade.inference import images_to_score
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.sizes import MAX_PIXELS, SizeRule, read_size
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.models.frozen import WinogradConv2d
+from imaginaire_spade.models.for_inference import WinogradConv2d
 from imaginaire_spade.models.norms import SPADE
 
 EVALUATE = module_of("evaluate.py")

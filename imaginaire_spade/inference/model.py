@@ -31,7 +31,7 @@ from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.files import atomic_write, file_sha256
 from imaginaire_spade.layout import LayoutSpec
-from imaginaire_spade.models.frozen import freeze
+from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import fold_spectral_norm
 from imaginaire_spade.training.checkpoint import check_counter, check_tensors, load_checkpoint, newest_checkpoint
@@ -80,8 +80,8 @@ class Model:
             overrides: ``KEY=VALUE`` for keys of the checkpoint's config that its weights do not depend on.
             precision: see the field.
             compiled: compile the generator (``torch.compile``) at its first use, which takes minutes.
-            for_inference: bring the weights into the form that is fastest here (``models/frozen.py``). Export and
-                ``publish`` need them as they were trained.
+            for_inference: bring the weights into the form that is fastest here (``models/for_inference.py``). Export
+                and ``publish`` need them as they were trained.
         Raises:
             CheckpointError: absent, damaged, foreign, or not of the architecture that its own config (or
                 ``overrides``) describes.
@@ -119,7 +119,9 @@ class Model:
         device = torch.device(device)
         winograd = device.type == "cpu" and precision == "fp32"
         for network in filter(None, (generator, encoder)):
-            (freeze(network, winograd=winograd) if for_inference else network.eval().requires_grad_(False)).to(device)
+            if for_inference:
+                optimise_for_inference(network, winograd=winograd)
+            network.eval().requires_grad_(False).to(device)
         if compiled:
             generator.compile(dynamic=True)
         seen = content.get("images_seen")
