@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import pickle
@@ -271,6 +272,41 @@ def test_augmentation_is_a_function_of_seed_and_draw(tiny_folder):
     assert samples_equal(data[0, 5], LabelMapDataset(root, LABELS, augmentations=CROPPED, seed=1)[0, 5])
     assert len({data[0, draw].image.numpy().tobytes() for draw in range(8)}) == 8
     assert not samples_equal(data[0, 5], LabelMapDataset(root, LABELS, augmentations=CROPPED, seed=2)[0, 5])
+
+
+def test_samples_are_those_that_were_recorded(tmp_path):
+    """Same seed and position, same bits, in any version. (No photo is resized: that rounds by machine.)"""
+    for number in range(3):
+        rows, columns = np.mgrid[:60, :80] + number
+        photo = np.stack([rows * 4, columns * 3, rows ^ columns], 2).astype(np.uint8)
+        write_png(tmp_path / f"raw/images/{number}.png", photo)
+        labels = np.where(rows % 7, rows // 9 * columns // 11 % 5, 255).astype(np.uint8)
+        write_png(tmp_path / f"raw/seg_maps/{number}.png", labels)
+        write_png(tmp_path / f"raw/edge_maps/{number}.png", (rows * columns % 5 == 0).astype(np.uint8))
+        write_png(tmp_path / f"raw/inst_maps/{number}.png", (rows // 8 * 1000 + columns // 13).astype(np.uint16))
+    table = LabelSpec(num_classes=5, ignore=(255,))
+    cut = AugmentationConfig(random_crop_h_w=(32, 48), horizontal_flip=True)
+    scaled = CROPPED.model_copy(update={"random_scale_limit": 0.5})
+
+    def digest(*tensors: torch.Tensor | None) -> str:
+        content = b"".join(t.contiguous().numpy().tobytes() for t in tensors if t is not None)
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    found = []
+    for edges, augmentations in itertools.product(("none", "file", "instances", "labels"), (cut, scaled)):
+        data = LabelMapDataset(tmp_path / "raw", table, edges=edges, augmentations=augmentations, seed=5)
+        for batch in itertools.islice(training_loader(data, 2, seed=5, images_seen=100, num_workers=0), 2):
+            maps = batch.layout.labels, batch.layout.edges
+            found.append("".join(batch.keys) + " " + digest(*maps, batch.images if augmentations is cut else None))
+    assert found == RECORDED_SAMPLES
+
+
+RECORDED_SAMPLES = [
+    "21 ed605e934a2411a6", "01 fb264b7d3c46b9d1", "21 f550cfed33f95e16", "01 94430f734b4bdc7c",
+    "21 319af5058dd1e5f8", "01 6306b22e5b95391a", "21 6ba614b744717401", "01 ae3baa2e3368ec35",
+    "21 0fc1357a93d01d55", "01 2d1132d88cf9a013", "21 ef23e7bf7d11948f", "01 84bb5cff626421bd",
+    "21 824a0f94e7696991", "01 d3ad9b330f271688", "21 6583f65cb5c8a817", "01 d385eb603cf6cad7",
+]  # fmt: skip
 
 
 def test_keys_of_several_roots_stay_unique(tiny_folder):
