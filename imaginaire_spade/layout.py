@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imaginaire_spade.distributed import mean_of_host_numbers
+from imaginaire_spade.labels import EdgeSource, LabelSpec
 from imaginaire_spade.patterns import Lookup, find_neighbourhoods
 
 
@@ -32,8 +33,19 @@ class LayoutSpec:
     has_distances: bool = False
     """Whether offsets from the centres of the classes' regions are there (CLADE-ICPE)."""
 
+    @classmethod
+    def of(cls, labels: LabelSpec, edges: EdgeSource, *, distances: bool) -> LayoutSpec:
+        """Describe the layouts of a data set."""
+        return cls(
+            labels.num_classes,
+            has_dont_care=labels.dont_care,
+            has_edges=edges is not EdgeSource.NONE,
+            has_distances=distances,
+        )
+
     @property
     def num_label_channels(self) -> int:
+        """Count the channels of classes and don't-care."""
         return self.num_classes + self.has_dont_care
 
     @property
@@ -193,7 +205,7 @@ class SemanticLayout:
         return Lookup(classes.reshape(-1, 1), self.spec.num_label_channels)
 
     def windows(self, kernel_size: int, stride: int, padding: int) -> Lookup:
-        """The label channels' share of a convolution: which weight rows each output place [N, h, w] adds up.
+        """Return which weight rows each output place [N, h, w] of a convolution adds up for the label channels.
 
         The rows are those of ``LayoutNeighbourhoods.labels``. Not for a dense layout.
         """
@@ -245,14 +257,19 @@ class SemanticLayout:
             self._counts[key] = mean_of_host_numbers(*counts) if over_processes else counts
         return self._counts[key]
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> SemanticLayout:
+        """Apply a function to every tensor; the caches of the new layout are empty."""
+        return self._map(function, self._edges)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SemanticLayout:
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking), self._edges)
+        """Move the layout to a device."""
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def __getitem__(self, index: slice) -> SemanticLayout:
-        return self._map(lambda t: t[index], self._edges)
+        return self.map(lambda t: t[index])
 
     def _map(self, function: Callable[[Tensor], Tensor], edges: Edges) -> SemanticLayout:
-        """The layout with every tensor, of these edges too, replaced; the caches start empty."""
+        """Apply a function to every tensor, with these in place of its edges."""
         layout = SemanticLayout(
             self.spec,
             function(self.labels),

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from imaginaire_spade import pictures
 from imaginaire_spade.config import load_data
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.decode import decode_image
+from imaginaire_spade.data.image_files import decode_image
 from imaginaire_spade.errors import DataError, run_command_line
 
 

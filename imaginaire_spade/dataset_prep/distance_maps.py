@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from imaginaire_spade.data.decode import decode_label, image_size
 from imaginaire_spade.data.distances import class_distances, encode_distances, read_header
 from imaginaire_spade.data.folders import DISTANCES, FolderSource
+from imaginaire_spade.data.image_files import decode_label, image_size
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import write_bytes
 from imaginaire_spade.labels import LabelSpec

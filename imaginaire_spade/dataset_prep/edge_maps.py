@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from imaginaire_spade.data.decode import decode_instances, decode_label
-from imaginaire_spade.data.encode import encode_map
 from imaginaire_spade.data.folders import FolderSource
-from imaginaire_spade.data.transforms import edges_from_ids
+from imaginaire_spade.data.image_files import decode_instances, decode_label, encode_map
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import write_bytes
+from imaginaire_spade.labels import edges_from_ids
 from imaginaire_spade.lmdb_builder.workers import map_in_processes
 
 SOURCES = {"instances": ("inst_maps",), "labels": ("seg_maps",), "both": ("seg_maps", "inst_maps")}
@@ -55,7 +54,7 @@ class _MakeMap:
             return False
         maps = []
         for t in self.data_types:
-            where = self.source.where(key, t)
+            where = self.source.describe(key, t)
             data = self.source.read(key, t)
             if t == "inst_maps":
                 maps.append(edges_from_ids(decode_instances(data, where)))
@@ -64,7 +63,7 @@ class _MakeMap:
                 channels = [label] if label.ndim == 2 else list(label.transpose(2, 0, 1))
                 maps.append(np.maximum.reduce([edges_from_ids(channel) for channel in channels]))
         if len({edges.shape for edges in maps}) > 1:
-            raise DataError(f"{self.source.where(key, 'seg_maps')}: its instance map has another size")
+            raise DataError(f"{self.source.describe(key, 'seg_maps')}: its instance map has another size")
         edges = np.maximum.reduce(maps) * np.uint8(255)
         write_bytes(target, encode_map(edges))
         return True

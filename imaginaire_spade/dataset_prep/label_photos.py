@@ -7,9 +7,8 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from imaginaire_spade.data.decode import decode_image
-from imaginaire_spade.data.encode import encode_map
 from imaginaire_spade.data.folders import FolderSource
+from imaginaire_spade.data.image_files import decode_image, encode_map
 from imaginaire_spade.files import write_bytes
 from imaginaire_spade.pretrained.segmenters import Segmenter
 
@@ -33,7 +32,7 @@ def label_photos(
         target = root / "seg_maps" / f"{key}.png"
         if target.is_file() and not overwrite:
             continue
-        ids = segmenter.label(decode_image(source.read(key, "images"), source.where(key, "images")))
+        ids = segmenter.label(decode_image(source.read(key, "images"), source.describe(key, "images")))
         write_bytes(target, encode_map(ids))
         made += 1
     if rank == 0:

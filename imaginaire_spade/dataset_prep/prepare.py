@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from imaginaire_spade.data.decode import decode_image, decode_instances, decode_label
-from imaginaire_spade.data.encode import encode_map
+from imaginaire_spade.data.image_files import decode_image, decode_instances, decode_label, encode_map
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.dataset_prep.coco_instances import draw_instances
 from imaginaire_spade.dataset_prep.downloads import DATASETS, Options, RawSample

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from imaginaire_spade.data.dataset import LabelMapDataset, read_ahead
-from imaginaire_spade.data.sample import Sample
+from imaginaire_spade.data.batch import Sample
+from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.loader import read_ahead
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.evaluation.sources import NOT_STORED, EvaluatedPicture, PictureSource, Unreadable
 from imaginaire_spade.inference.style import drawn_styles

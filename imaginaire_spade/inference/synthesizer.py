@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imaginaire_spade.build import layout_spec
-from imaginaire_spade.data.transforms import Geometry, apply_to_map, edges_from_ids
+from imaginaire_spade.data.transforms import Geometry, apply_to_map
 from imaginaire_spade.distributed import ProcessInfo, choose_device
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError
 from imaginaire_spade.inference.sizes import Size, SizeRule, read_size, shown
 from imaginaire_spade.inference.style import encode_style, read_style_picture, style_of_seed
 from imaginaire_spade.inference.synthesis import Request, synthesise
 from imaginaire_spade.inference.weights import LoadedModel, find_checkpoint, load_generator
-from imaginaire_spade.labels import MAX_RAW_ID, LabelSpec
+from imaginaire_spade.labels import MAX_RAW_ID, LabelSpec, edges_from_ids
 from imaginaire_spade.pictures import Picture
 
 ImageLike = Image.Image | NDArray[Any]

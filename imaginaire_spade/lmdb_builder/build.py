@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from imaginaire_spade.data.store import MANIFEST, store_key
+from imaginaire_spade.data.lmdb_source import MANIFEST, store_key
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import flush_folder, read_json, write_json
 from imaginaire_spade.labels import LabelSpec

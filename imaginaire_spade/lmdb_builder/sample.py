@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaginaire_spade.data.decode import (
+from imaginaire_spade.data.distances import NOT_FINITE, decode_distances
+from imaginaire_spade.data.folders import DISTANCES, FolderSource, Source
+from imaginaire_spade.data.image_files import (
     check_photo,
     decode_edges,
     decode_image,
     decode_instances,
     decode_label,
+    encode_map,
 )
-from imaginaire_spade.data.distances import NOT_FINITE, decode_distances
-from imaginaire_spade.data.encode import encode_map
-from imaginaire_spade.data.folders import DISTANCES, FolderSource, Source
-from imaginaire_spade.data.store import MAX_KEY_BYTES, store_key
+from imaginaire_spade.data.lmdb_source import MAX_KEY_BYTES, store_key
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.labels import LabelSpec
@@ -123,7 +123,7 @@ def check_files(
     """
     checked = CheckedFiles()
     for data_type in data_types:
-        where = source.where(key, data_type)
+        where = source.describe(key, data_type)
         try:
             data = source.read(key, data_type)
             if not data:
@@ -146,8 +146,8 @@ def check_files(
         if (height, width) != checked.size:
             expected = checked.sizes[checked.first]
             checked.problems.append(
-                f"{source.where(key, data_type)} is {height} x {width} (height x width), but"
-                f" {source.where(key, checked.first)} is {expected[0]} x {expected[1]}: they must be of one size"
+                f"{source.describe(key, data_type)} is {height} x {width} (height x width), but"
+                f" {source.describe(key, checked.first)} is {expected[0]} x {expected[1]}: they must be of one size"
             )
     return checked
 
@@ -199,5 +199,5 @@ def _rewritten(
             sample.files[data_type] = encode_map(moved)
             sample.extensions[data_type] = "png"
             if data_type == "seg_maps" and shrinks:
-                class_pixels = plan.labels.count_pixels(moved, plan.source.where(sample.key, data_type))
+                class_pixels = plan.labels.count_pixels(moved, plan.source.describe(sample.key, data_type))
     return replace(sample, size=size, class_pixels=class_pixels)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from imaginaire_spade.data.decode import IMAGE_EXTENSIONS
-from imaginaire_spade.data.folders import DISTANCES, EDGE_FILES, FolderSource
-from imaginaire_spade.data.store import MANIFEST
+from imaginaire_spade.data.folders import DISTANCES, FolderSource
+from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS
+from imaginaire_spade.data.lmdb_source import MANIFEST
 from imaginaire_spade.errors import DataError
+from imaginaire_spade.labels import EdgeSource
 
 OPTIONAL_TYPES = ("edge_maps", "inst_maps", DISTANCES)
 
@@ -43,7 +44,7 @@ def select_samples(
         DataError: folders or files are missing, do not pair up, or are not what ``input_list`` says.
     """
     if data_types is None:
-        optional = [t for t in OPTIONAL_TYPES if EDGE_FILES.get(edges) == t or (raw / t).is_dir()]
+        optional = [t for t in OPTIONAL_TYPES if t in EdgeSource(edges).files_needed or (raw / t).is_dir()]
         types = ("images", "seg_maps", *optional)
     else:
         types = tuple(dict.fromkeys(data_types))

@@ -194,7 +194,7 @@ def _first_output(state: TrainState, batch: Batch, settings: StepSettings) -> st
         enabled = settings.autocast_dtype is not None
         with torch.autocast(real.device.type, dtype=settings.autocast_dtype, enabled=enabled):
             dims = settings.style_dims
-            z = style_noise(settings.seed, batch.draws, dims).to(real.device) if dims else None
+            z = style_noise(settings.seed, batch.positions, dims).to(real.device) if dims else None
             if state.encoder is not None:
                 z, _ = state.encoder(real)
             state.discriminator(batch.layout, torch.cat([state.generator(batch.layout, z), real]))

@@ -159,7 +159,7 @@ def _generate(networks: Networks, piece: Batch, settings: StepSettings) -> Gener
     with _autocast(device, settings):
         z = mu = logvar = None
         if settings.style_dims:
-            z = style_noise(settings.seed, piece.draws, settings.style_dims).to(device)
+            z = style_noise(settings.seed, piece.positions, settings.style_dims).to(device)
         if networks.encoder is not None:
             assert z is not None
             mu, logvar = networks.encoder(_real(piece))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import cv2
 
-from imaginaire_spade.data.encode import encode_map
+from imaginaire_spade.data.image_files import encode_map
 from imaginaire_spade.files import write_bytes
 from imaginaire_spade.pictures import encode_picture
 from projects.sample.scenes.scene import draw_scene
