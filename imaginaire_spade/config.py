@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.labels import EdgeSource, LabelSpec
 from imaginaire_spade.registry import (
     DISCRIMINATORS,
     ENCODERS,
@@ -114,7 +114,7 @@ class LabelledData(Section):
 
     name: str = "data"
     labels: LabelSpec
-    edges: Literal["none", "file", "instances", "labels"] = "none"
+    edges: EdgeSource = EdgeSource.NONE
     """Edge channel: from edge_maps/ files, or drawn after augmentation from inst_maps/ or from the label map."""
 
 

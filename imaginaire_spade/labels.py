@@ -88,7 +88,7 @@ class LabelSpec(BaseModel):
     names: tuple[str, ...] = ()
     """One name per class."""
     palette: tuple[tuple[int, int, int], ...] = ()
-    """One RGB colour per class (0..255): for pictures of label maps and for reading RGB label maps (in which no colour
+    """One RGB colour per class (0..255): for images of label maps and for reading RGB label maps (in which no colour
     that several classes share may occur)."""
 
     @model_validator(mode="after")
@@ -113,11 +113,12 @@ class LabelSpec(BaseModel):
 
     @property
     def dont_care_id(self) -> int:
+        """Return the train id of pixels without a class."""
         return self.num_classes
 
     @property
     def dtype(self) -> type[np.generic]:
-        """uint8 where all ids, don't-care and the error mark fit; else int16."""
+        """Return uint8 where all ids, don't-care and the error mark fit; else int16."""
         return np.uint8 if self.num_classes < 255 else np.int16
 
     @property
@@ -127,7 +128,7 @@ class LabelSpec(BaseModel):
 
     @cached_property
     def table(self) -> NDArray[np.generic]:
-        """Raw id -> train id, ``dont_care_id`` or ``error_id``: ``dtype`` [65536]."""
+        """Tabulate raw id -> train id, ``dont_care_id`` or ``error_id``: ``dtype`` [65536]."""
         table = np.full(MAX_RAW_ID + 1, self.error_id, self.dtype)
         table[: self.num_classes] = np.arange(self.num_classes)
         for raw, train in self.remap.items():

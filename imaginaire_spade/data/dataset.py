@@ -117,7 +117,7 @@ class LabelMapDataset(Dataset[Sample]):
         self.seed = seed
         self.with_images = with_images
         edges = EdgeSource(edges)
-        self.spec = LayoutSpec.of(labels, edges, distances=distances)
+        self.spec = LayoutSpec.of(labels, edges, distances)
         edge_files = edges.files_needed
         required = ["images", "seg_maps", *edge_files] if with_images else ["seg_maps"]
         self._roots: list[_Root] = []
