@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,13 @@ from imaginaire_spade.labels import EdgeSource, LabelSpec
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.noise import four_numbers
 
+_DECODERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {
+    "seg_maps": decode_label,
+    "edge_maps": decode_edges,
+    "inst_maps": decode_instances,
+    DISTANCES: decode_distances,
+}
+
 
 @dataclass
 class _Root:
@@ -57,6 +64,19 @@ class _Root:
     """Whether distances are read from files."""
     has_warned: bool = False
     """Of distances of another size than their label map."""
+
+    def decode(self, key: str, data_type: str) -> NDArray[Any]:
+        """Read and decode a map."""
+        return _DECODERS[data_type](self.source.read(key, data_type), self.source.describe(key, data_type))
+
+    def check_size(self, shape: tuple[int, ...], key: str, data_type: str, label_size: tuple[int, int]) -> None:
+        """Refuse a file of another size than its label map."""
+        if shape[:2] != label_size:
+            raise DataError(
+                f"{self.source.describe(key, data_type)} is {shape[0]} x {shape[1]} (height x width), but"
+                f" {self.source.describe(key, 'seg_maps')} is {label_size[0]} x {label_size[1]}: they must be of one"
+                " size. Resize the label map with nearest neighbour, or export both from the original"
+            )
 
 
 class _Maps(NamedTuple):
@@ -200,11 +220,10 @@ class LabelMapDataset(Dataset[Sample]):
 
     def _read_maps(self, index: int, position: int, draw_edges: bool) -> _Maps:
         root, key = self._place(index)
-        # Only values that reach the network are looked at; the builder has looked at all.
-        where = root.source.describe(key, "seg_maps")
-        raw = decode_label(root.source.read(key, "seg_maps"), where)
+        where, raw = root.source.describe(key, "seg_maps"), root.decode(key, "seg_maps")
         size = raw.shape[0], raw.shape[1]
         geometry = self._geometry(size, where, position)
+        # Only values that reach the network are looked at; the builder has looked at all.
         labels = self._train_ids(apply_to_map(raw, geometry), where)
         edges, distances = None, None
         if draw_edges or root.edges is not EdgeSource.LABELS:
@@ -224,14 +243,13 @@ class LabelMapDataset(Dataset[Sample]):
         if not self.with_images:
             return None
         root, key = self._place(index)
-        where = root.source.describe(key, "images")
-        data = root.source.read(key, "images")
+        where, data = root.source.describe(key, "images"), root.source.read(key, "images")
         reduction = maps.geometry.reduction if is_jpeg(data) else 1
         if reduction > 1:  # then its size is known from the header alone
-            _check_size(image_size(data, where), where, root.source, key, maps.size)
+            root.check_size(image_size(data, where), key, "images", maps.size)
         image = decode_image(data, where, reduction=reduction)
         if reduction == 1:
-            _check_size(image.shape, where, root.source, key, maps.size)
+            root.check_size(image.shape, key, "images", maps.size)
         return torch.from_numpy(apply_to_image(image, maps.geometry, reduction=reduction)).permute(2, 0, 1)
 
     def expect_random_reads(self, shards_at_a_time: int | None = None) -> None:
@@ -252,8 +270,7 @@ class LabelMapDataset(Dataset[Sample]):
             DataError, LabelError: it cannot be used.
         """
         root, key = self._place(index)
-        where = root.source.describe(key, "seg_maps")
-        raw = decode_label(root.source.read(key, "seg_maps"), where)
+        where, raw = root.source.describe(key, "seg_maps"), root.decode(key, "seg_maps")
         if self._on_unknown is None:
             self.labels.count_pixels(raw, where)
         stored = raw.shape[0], raw.shape[1]
@@ -288,10 +305,8 @@ def _read_edges(
     """Read or draw the edges of a sample: after the geometry, so that a border is one pixel wide at any scale."""
     stored: NDArray[np.generic] | None = None
     for data_type in root.edges.files_needed:
-        where = root.source.describe(key, data_type)
-        decode = decode_edges if data_type == "edge_maps" else decode_instances
-        stored = decode(root.source.read(key, data_type), where)
-        _check_size(stored.shape, where, root.source, key, size)
+        stored = root.decode(key, data_type)
+        root.check_size(stored.shape, key, data_type, size)
         stored = apply_to_map(stored, geometry)
     return root.edges.draw(labels, stored)
 
@@ -301,8 +316,7 @@ def _read_distances(
 ) -> NDArray[np.float32]:
     """Read the distances of a sample; compute them where there is no file, or one of another size."""
     if root.has_distances:
-        where = root.source.describe(key, DISTANCES)
-        stored = decode_distances(root.source.read(key, DISTANCES), where)
+        where, stored = root.source.describe(key, DISTANCES), root.decode(key, DISTANCES)
         if stored.shape[1:] == size:
             cut = apply_to_distances(stored, geometry)
             if not np.isfinite(cut).all():
@@ -316,15 +330,6 @@ def _read_distances(
                 stacklevel=2,
             )
     return class_distances(labels)
-
-
-def _check_size(shape: tuple[int, ...], where: str, source: Source, key: str, label_size: tuple[int, int]) -> None:
-    if shape[:2] != label_size:
-        raise DataError(
-            f"{where} is {shape[0]} x {shape[1]} (height x width), but {source.describe(key, 'seg_maps')} is"
-            f" {label_size[0]} x {label_size[1]}: they must be of one size. Resize the label map with nearest"
-            " neighbour, or export both from the original"
-        )
 
 
 @lru_cache(maxsize=1024)

@@ -295,28 +295,20 @@ class Prefetcher:
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._ahead: Batch | None = None
-        self._started = False
 
     def __iter__(self) -> Prefetcher:
         return self
 
     def __next__(self) -> Batch:
-        if self._stream is None:
-            batch = self._fetch()
-            if batch is None:
-                raise StopIteration
-            return batch
-        if not self._started:
-            self._started = True
-            self._ahead = self._fetch()
-        if self._ahead is None:
+        ready = self._ahead or self._fetch()
+        if ready is None:
             raise StopIteration
-        ready = self._ahead
-        current = torch.cuda.current_stream(self._device)
-        current.wait_stream(self._stream)
-        for tensor in ready.tensors():
-            tensor.record_stream(current)  # its memory is not reused before the work queued on it is done
-        self._ahead = self._fetch()
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for tensor in ready.tensors():
+                tensor.record_stream(current)  # its memory is not reused before the work queued on it is done
+            self._ahead = self._fetch()
         return ready
 
     def close(self) -> None:
