@@ -108,6 +108,8 @@ def test_every_crop_lies_inside_and_maps_stay_aligned(config, height, width, see
     picture = rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     cut = apply_to_image(picture, g)
     assert cut.shape == (g.height, g.width, 3) and cut.flags.c_contiguous
+    out = np.zeros_like(cut)
+    assert apply_to_image(picture, g, out=out) is out and np.array_equal(out, cut)
     if (g.rows, g.columns) == (g.height, g.width):  # nothing was resized
         expected = picture[g.top : g.top + g.rows, g.left : g.left + g.columns]
         assert np.array_equal(cut, expected[:, ::-1] if g.flip else expected)

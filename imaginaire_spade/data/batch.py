@@ -33,6 +33,10 @@ class Sample(NamedTuple):
     position: int
     """Position in the run. Every random number of the sample is a function of it and the seed."""
 
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor of the sample."""
+        return [t for t in (self.image, self.labels, self.edges, self.distances) if t is not None]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -72,6 +76,13 @@ class Batch:
             tuple(sample.original_size for sample in samples),
             tuple(sample.position for sample in samples),
         )
+
+    def fill(self, samples: Sequence[Sample]) -> None:
+        """Overwrite the first tensors of the batch by those of samples, of the same kinds and size."""
+        for place, sample in enumerate(samples):
+            for tensor, part in zip(self.tensors(), sample.tensors(), strict=True):
+                if tensor[place].data_ptr() != part.data_ptr():  # else it was made there
+                    tensor[place].copy_(part)
 
     def __len__(self) -> int:
         return len(self.keys)

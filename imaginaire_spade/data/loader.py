@@ -188,19 +188,26 @@ class _Batches(Dataset["Batch | _Filled | UserError"]):
 
     def __getitem__(self, items: Sequence[Item]) -> Batch | _Filled | UserError:
         draw_edges = not self.dataset.edges_follow_labels  # else that is the device's work
+        worker = get_worker_info()
         try:
-            batch = Batch.collate(self.dataset.spec, self.dataset.read(items, draw_edges=draw_edges))
-            worker = get_worker_info()
-            if worker is None:
-                return batch
-            if not self.slots:
-                return _share(batch)
+            if worker is None or not self.slots:
+                batch = Batch.collate(self.dataset.spec, self.dataset.read(items, draw_edges=draw_edges))
+                return batch if worker is None else _share(batch)
+            number = next(self._numbers)
+            slot = self.slots[worker.id][number]
+            # Photos are resized straight into the slot, whose memory stays in the processor's cache.
+            places = None if slot.images is None else [*slot.images[: len(items)].permute(0, 2, 3, 1).numpy()]
+            samples = self.dataset.read(items, draw_edges=draw_edges, images_out=places)
         except UserError as error:
             return error
-        number = next(self._numbers)
-        for slot, tensor in zip(self.slots[worker.id][number].tensors(), batch.tensors(), strict=True):
-            slot[: len(batch)].copy_(tensor)
-        return _Filled(worker.id, number, batch.keys, batch.original_sizes, batch.positions)
+        slot.fill(samples)
+        return _Filled(
+            worker.id,
+            number,
+            tuple(sample.key for sample in samples),
+            tuple(sample.original_size for sample in samples),
+            tuple(sample.position for sample in samples),
+        )
 
     def copy(self, filled: _Filled, function: Callable[[Tensor], Tensor]) -> Batch:
         """Copy a batch out of its slot, which the worker fills again once another batch is asked for."""
