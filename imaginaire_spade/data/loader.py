@@ -16,8 +16,8 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar, cast
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -43,10 +43,14 @@ NO_SHARED_MEMORY = (
 Item = tuple[int, int]
 """(index into the data set, position in the run)."""
 
+Filled = tuple[int, int, list[tuple[str, tuple[int, int], int]]]
+"""A batch in shared memory: numbers of worker and slot; key, original size and position of each sample."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 
+@dataclass(eq=False)
 class ResumableSampler(Sampler[Item]):
     """(index, position) of one process's samples, without end.
 
@@ -58,28 +62,20 @@ class ResumableSampler(Sampler[Item]):
     at a time; ``shard_sizes`` are their numbers of samples.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        *,
-        seed: int,
-        images_seen: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle_shards: int | None = None,
-        shard_sizes: Sequence[int] = (),
-    ) -> None:
-        assert shuffle_shards is None or sum(shard_sizes) == num_samples
-        assert num_samples > 0 and batch_size > 0 and 0 <= rank < world_size and images_seen >= 0
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.images_seen = images_seen
-        self.rank = rank
-        self.world_size = world_size
-        self.shuffle_shards = shuffle_shards
-        self.shard_sizes = shard_sizes
+    num_samples: int
+    batch_size: int
+    _: KW_ONLY
+    seed: int
+    images_seen: int = 0
+    rank: int = 0
+    world_size: int = 1
+    shuffle_shards: int | None = None
+    shard_sizes: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        assert self.shuffle_shards is None or sum(self.shard_sizes) == self.num_samples
+        assert self.num_samples > 0 and self.batch_size > 0 and self.images_seen >= 0
+        assert 0 <= self.rank < self.world_size
 
     def __iter__(self) -> Iterator[Item]:
         epoch, order = -1, np.empty(0, np.int64)
@@ -157,17 +153,7 @@ def sequential_batches(
     return _load(dataset, items, batch_size, min(num_workers, len(items)), pin_memory)
 
 
-class _Filled(NamedTuple):
-    """A batch in a slot of shared memory, as its worker tells the main process of it."""
-
-    worker: int
-    number: int
-    keys: tuple[str, ...]
-    original_sizes: tuple[tuple[int, int], ...]
-    positions: tuple[int, ...]
-
-
-class _Batches(Dataset["Batch | _Filled | UserError"]):
+class _Batches(Dataset["Batch | Filled | UserError"]):
     """A data set of batches: item = the (index, position) of each of its samples.
 
     A user's mistake travels back as a value: raised in a worker, it would arrive wrapped in a traceback.
@@ -186,7 +172,7 @@ class _Batches(Dataset["Batch | _Filled | UserError"]):
             blanks = Batch.collate(dataset.spec, [blank] * batch_size)
             self.slots = [[_share(blanks.map(Tensor.clone)) for _ in range(PREFETCH + 1)] for _ in range(num_workers)]
 
-    def __getitem__(self, items: Sequence[Item]) -> Batch | _Filled | UserError:
+    def __getitem__(self, items: Sequence[Item]) -> Batch | Filled | UserError:
         draw_edges = not self.dataset.edges_follow_labels  # else that is the device's work
         worker = get_worker_info()
         try:
@@ -201,18 +187,13 @@ class _Batches(Dataset["Batch | _Filled | UserError"]):
         except UserError as error:
             return error
         slot.fill(samples)
-        return _Filled(
-            worker.id,
-            number,
-            tuple(sample.key for sample in samples),
-            tuple(sample.original_size for sample in samples),
-            tuple(sample.position for sample in samples),
-        )
+        return worker.id, number, [(sample.key, sample.original_size, sample.position) for sample in samples]
 
-    def copy(self, filled: _Filled, function: Callable[[Tensor], Tensor]) -> Batch:
+    def copy(self, filled: Filled, function: Callable[[Tensor], Tensor]) -> Batch:
         """Copy a batch out of its slot, which the worker fills again once another batch is asked for."""
-        worker, number, keys, original_sizes, positions = filled
-        part = self.slots[worker][number][: len(keys)].map(function)
+        worker, number, samples = filled
+        keys, original_sizes, positions = zip(*samples, strict=True)
+        part = self.slots[worker][number][: len(samples)].map(function)
         return replace(part, keys=keys, original_sizes=original_sizes, positions=positions)
 
 
@@ -250,7 +231,7 @@ def _load(
         for made in loader:
             if isinstance(made, UserError):
                 raise made
-            if isinstance(made, _Filled):
+            if isinstance(made, tuple):
                 yield batches.copy(made, Tensor.pin_memory if pin_memory else Tensor.clone)
             else:
                 yield made.map(Tensor.pin_memory) if pin_memory else made
