@@ -274,7 +274,7 @@ class PlainDataset(Dataset):
         place = None
         out = []
         for t, how in (("images", InterpolationMode.BILINEAR), ("seg_maps", InterpolationMode.NEAREST)):
-            picture = v2.functional.resize(Image.open(self.source.where(key, t)), [side], how)
+            picture = v2.functional.resize(Image.open(self.source.path(key, t)), [side], how)
             if place is None:
                 top = int(torch.randint(picture.height - 255, ()))
                 place = top, int(torch.randint(picture.width - 255, ()))

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from imaginaire_spade.data.decode import decode_instances, decode_label
 from imaginaire_spade.data.distances import class_distances
-from imaginaire_spade.data.transforms import edges_from_ids
+from imaginaire_spade.data.image_files import decode_instances, decode_label
+from imaginaire_spade.labels import edges_from_ids
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from projects.sample.scenes import draw_scene
 

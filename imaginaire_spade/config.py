@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.labels import EdgeSource, LabelSpec
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Component
 
 
@@ -105,7 +105,7 @@ class LabelledData(Section):
 
     name: str = "data"
     labels: LabelSpec
-    edges: Literal["none", "file", "instances", "labels"] = "none"
+    edges: EdgeSource = EdgeSource.NONE
     """Edge channel: from edge_maps/ files, or drawn after augmentation from inst_maps/ or from the label map."""
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imaginaire_spade.distributed import mean_of_host_numbers
-from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.labels import EdgeSource, LabelSpec
 from imaginaire_spade.patterns import Lookup, find_neighbourhoods
 
 
@@ -34,17 +34,18 @@ class LayoutSpec:
     """Whether offsets from the centres of the classes' regions are there (CLADE-ICPE)."""
 
     @classmethod
-    def of(cls, labels: LabelSpec, edges: str, distances: bool) -> LayoutSpec:
+    def of(cls, labels: LabelSpec, edges: EdgeSource, distances: bool) -> LayoutSpec:
         """Describe the layouts of a data set.
 
         Args:
             labels, edges: as in ``data`` of a config.
             distances: whether its samples have distances.
         """
-        return cls(labels.num_classes, labels.dont_care, edges != "none", distances)
+        return cls(labels.num_classes, labels.dont_care, edges != EdgeSource.NONE, distances)
 
     @property
     def num_label_channels(self) -> int:
+        """Count the channels of classes and don't-care."""
         return self.num_classes + self.has_dont_care
 
     @property
@@ -91,10 +92,7 @@ class SemanticLayout:
     def __init__(self, spec: LayoutSpec, labels: Tensor, edges: Edges = None, distances: Tensor | None = None) -> None:
         if labels.dim() != 3 or labels.dtype not in (torch.uint8, torch.int16):
             raise ValueError(f"labels must be uint8 or int16 [N, H, W], not {labels.dtype} {list(labels.shape)}")
-        for name, given, wanted in (
-            ("edges", edges, spec.has_edges),
-            ("distances", distances, spec.has_distances),
-        ):
+        for name, given, wanted in (("edges", edges, spec.has_edges), ("distances", distances, spec.has_distances)):
             if (given is not None) != wanted:
                 state = "given" if given is not None else "missing"
                 raise ValueError(f"{name} {state}, but the layout's spec has has_{name}={wanted}")
@@ -142,14 +140,17 @@ class SemanticLayout:
 
     @property
     def height(self) -> int:
+        """Return the number of rows."""
         return self.labels.shape[1]
 
     @property
     def width(self) -> int:
+        """Return the number of columns."""
         return self.labels.shape[2]
 
     @property
     def device(self) -> torch.device:
+        """Return the device of its tensors."""
         return self.labels.device
 
     def resized(self, height: int, width: int) -> SemanticLayout:
@@ -167,7 +168,7 @@ class SemanticLayout:
             columns = nearest_indices(self.width, width, maps.device)
             return maps.index_select(-2, rows).index_select(-1, columns)
 
-        return self._map(nearest, self.edges)  # borders at this size, not at the other
+        return self._map(nearest, self.edges)  # drawn at this size, not at the other
 
     def one_hot(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Build the dense view [N, num_channels, H, W] of 0/1 (edges as given): classes, don't-care, edges."""
@@ -187,24 +188,24 @@ class SemanticLayout:
 
     @property
     def is_dense(self) -> bool:
-        """Whether ``from_dense`` made it, so that ``labels`` are incomplete."""
+        """Return whether ``from_dense`` made it, so that ``labels`` are incomplete."""
         return self._dense is not None
 
     @property
     def is_discrete(self) -> bool:
-        """Whether the one-hot view is made of zeros and ones, so that codes can distinguish neighbourhoods."""
+        """Return whether the one-hot view is made of zeros and ones, so that codes can distinguish neighbourhoods."""
         return self._dense is None and not (self.edges is not None and self.edges.is_floating_point())
 
     @cached_property
     def classes(self) -> Lookup:
-        """Each pixel's row [N H W] of a table of label channels; a pixel without a channel counts as class 0."""
+        """Return each pixel's row [N H W] of a table of label channels; one without a channel counts as class 0."""
         classes = self.labels.long()
         if not self.spec.has_dont_care:
             classes = classes.masked_fill(classes == self.spec.num_classes, 0)
         return Lookup(classes.reshape(-1, 1), self.spec.num_label_channels)
 
     def windows(self, kernel_size: int, stride: int, padding: int) -> Lookup:
-        """The label channels' share of a convolution: which weight rows each output place [N, h, w] adds up.
+        """Return which weight rows each output place [N, h, w] of a convolution adds up for the label channels.
 
         The rows are those of ``LayoutNeighbourhoods.labels``. Not for a dense layout.
         """
@@ -256,14 +257,19 @@ class SemanticLayout:
             self._counts[key] = mean_of_host_numbers(*counts) if over_processes else counts
         return self._counts[key]
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> SemanticLayout:
+        """Apply a function to every tensor; the caches of the new layout are empty."""
+        return self._map(function, self._edges)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SemanticLayout:
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking), self._edges)
+        """Move the layout to a device."""
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def __getitem__(self, index: slice) -> SemanticLayout:
-        return self._map(lambda t: t[index], self._edges)
+        return self.map(lambda t: t[index])
 
     def _map(self, function: Callable[[Tensor], Tensor], edges: Edges) -> SemanticLayout:
-        """The layout with every tensor, of these edges too, replaced; the caches start empty."""
+        """Apply a function to every tensor, with these in place of its edges."""
         layout = SemanticLayout(
             self.spec,
             function(self.labels),
@@ -277,22 +283,20 @@ class SemanticLayout:
     @staticmethod
     def cat(layouts: Sequence[SemanticLayout]) -> SemanticLayout:
         """Concatenate layouts of one spec and size along the batch."""
-        first = layouts[0]
-
-        def join(parts: list[Tensor | None]) -> Tensor | None:
-            return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
-
-        labels = join([layout.labels for layout in layouts])
-        assert labels is not None
+        edges = [layout.edges for layout in layouts if layout.edges is not None]
+        distances = [layout.distances for layout in layouts if layout.distances is not None]
         return SemanticLayout(
-            first.spec, labels, join([x.edges for x in layouts]), join([x.distances for x in layouts])
+            layouts[0].spec,
+            torch.cat([layout.labels for layout in layouts]),
+            torch.cat(edges) if edges else None,
+            torch.cat(distances) if distances else None,
         )
 
 
 def borders(ids: Tensor) -> Tensor:
     """Compute borders of id maps [..., H, W]: uint8, 1 where the left, right, upper or lower neighbour has another id.
 
-    Both pixels of a differing pair are marked; the picture does not wrap around.
+    Both pixels of a differing pair are marked; the map does not wrap around.
     """
     marked = torch.zeros_like(ids, dtype=torch.uint8)
     for dim in (-1, -2):

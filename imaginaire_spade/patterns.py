@@ -29,12 +29,12 @@ class Lookup:
 
     @cached_property
     def users(self) -> Tensor:
-        """int64 [P * J]: the places that take row 0, then those that take row 1 and so on."""
+        """List the places that take row 0, then those that take row 1 and so on: int64 [P * J]."""
         return torch.argsort(self.index.flatten(), stable=True) // self.index.shape[1]
 
     @cached_property
     def starts(self) -> Tensor:
-        """int64 [num_rows]: where the users of each row begin."""
+        """Find where the users of each row begin: int64 [num_rows]."""
         counts = torch.bincount(self.index.flatten(), minlength=self.num_rows)
         return counts.cumsum(0) - counts
 
@@ -52,7 +52,7 @@ class Neighbourhoods:
 
 
 def find_neighbourhoods(codes: Tensor, num_codes: int, kernel_size: int) -> Neighbourhoods:
-    """The distinct neighbourhoods in integer maps [N, H, W] of values 0..num_codes-1; ``kernel_size`` k is odd.
+    """Find the distinct neighbourhoods in integer maps [N, H, W] of values 0..num_codes-1; ``kernel_size`` k is odd.
 
     With r = k // 2, a pixel's outer window reaches codes up to 2r away. Around each map come 2r places of the code
     ``num_codes``: windows at the border are windows like any other, and padding is exact.
@@ -60,13 +60,13 @@ def find_neighbourhoods(codes: Tensor, num_codes: int, kernel_size: int) -> Neig
     radius = kernel_size // 2
     count, height, width = codes.shape
     shape = (count, height + 4 * radius, width + 4 * radius)
-    picture = (slice(None), slice(2 * radius, 2 * radius + height), slice(2 * radius, 2 * radius + width))
+    inside = (slice(None), slice(2 * radius, 2 * radius + height), slice(2 * radius, 2 * radius + width))
     padded = codes.new_full(shape, num_codes, dtype=torch.int32)
-    padded[picture] = codes
+    padded[inside] = codes
     flat = padded.flatten()
 
     def square(offsets: Sequence[int]) -> list[int]:
-        """Distances in the flattened maps from a place to those at all pairs of ``offsets`` (rows, columns)."""
+        """List the distances in the flattened maps from a place to those at all pairs of ``offsets``."""
         return [down * shape[2] + right for down in offsets for right in offsets]
 
     present = torch.zeros(num_codes + 1, dtype=torch.int32, device=codes.device)
@@ -88,11 +88,11 @@ def find_neighbourhoods(codes: Tensor, num_codes: int, kernel_size: int) -> Neig
     inner_ids = ids
     if radius:
         wanted = torch.zeros(shape, dtype=torch.bool, device=codes.device)
-        wanted[picture] = True
+        wanted[inside] = True
         ids, total, places = _combine(ids, total, uniform, square((-radius, radius)), wanted.flatten())
     alone = torch.arange(uniform, device=codes.device)
     outer = torch.cat([alone[:, None].expand(-1, len(window)), inner_ids[places[:, None] + window]])
-    return Neighbourhoods(inner, outer, ids.view(shape)[picture].long().contiguous())
+    return Neighbourhoods(inner, outer, ids.view(shape)[inside].long().contiguous())
 
 
 def _combine(

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade.config_files import load_labels
-from imaginaire_spade.data.store import MANIFEST
+from imaginaire_spade.data.lmdb_source import MANIFEST
 from imaginaire_spade.errors import DataError, run_command_line
 from imaginaire_spade.files import read_json, write_image
 from imaginaire_spade.lmdb_builder.inspection import extract, look_through, open_data, stored_labels, stored_types
@@ -74,9 +74,9 @@ def main() -> None:
         types = [t for t in ("seg_maps", "images") if source.has(t)]
         rows = []
         for key in source.keys[::step][: arguments.rows]:
-            cells = {t: DECODERS[t](source.read(key, t), source.where(key, t)) for t in types}
+            cells = {t: DECODERS[t](source.read(key, t), source.describe(key, t)) for t in types}
             if "seg_maps" in cells:
-                ids = labels.to_train_ids(cells["seg_maps"], source.where(key, "seg_maps"))
+                ids = labels.to_train_ids(cells["seg_maps"], source.describe(key, "seg_maps"))
                 cells["seg_maps"] = labels.colourise(ids)
             rows.append(list(cells.values()))
         write_image(arguments.contact_sheet, draw_contact_sheet(rows, types))

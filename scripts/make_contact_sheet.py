@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.config_files import load_data
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.decode import decode_image
+from imaginaire_spade.data.image_files import decode_image
 from imaginaire_spade.errors import DataError, run_command_line
 from imaginaire_spade.files import resize_image, write_image
 from imaginaire_spade.sheets import draw_contact_sheet

@@ -5,6 +5,7 @@ import inspect
 import re
 import sys
 import typing
+from enum import Enum
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,6 +34,8 @@ def type_name(annotation: object) -> str:
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is typing.Literal:
         return " or ".join(f"`{argument}`" for argument in arguments)
+    if inspect.isclass(annotation) and issubclass(annotation, Enum):
+        return " or ".join(f"`{member.value}`" for member in annotation)
     if type(None) in arguments:
         return f"{type_name(next(a for a in arguments if a is not type(None)))} or null"
     if typing.get_origin(annotation) is tuple:

@@ -22,16 +22,16 @@ from PIL import Image
 from torchvision.models.segmentation import deeplabv3_resnet50
 
 from imaginaire_spade.config_files import load_labels
-from imaginaire_spade.data.decode import decode_image, decode_instances, decode_label
 from imaginaire_spade.data.folders import FolderSource
-from imaginaire_spade.data.store import open_source
-from imaginaire_spade.data.transforms import edges_from_ids
+from imaginaire_spade.data.image_files import decode_image, decode_instances, decode_label
+from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.dataset_prep.download import download as fetch
 from imaginaire_spade.dataset_prep.download import unpack
 from imaginaire_spade.dataset_prep.downloads import DATASETS, Options
 from imaginaire_spade.dataset_prep.maps import label_photos, make_edge_maps
 from imaginaire_spade.dataset_prep.prepare import prepare
 from imaginaire_spade.errors import ConfigError, DataError
+from imaginaire_spade.labels import edges_from_ids
 from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.pretrained.segmenters import Segmenter, deeplab_segmenter, hugging_face_segmenter
 

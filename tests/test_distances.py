@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from imaginaire_spade.build import build_generator, build_losses, build_split, layout_spec
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.config_files import load_config
-from imaginaire_spade.data.batch import Parcel
+from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.distances import class_distances, decode_distances, encode_distances
 from imaginaire_spade.data.loader import sequential_batches
@@ -180,10 +180,10 @@ CROPPED = AugmentationConfig(random_scale_limit=0.5, random_crop_h_w=(24, 32), h
 
 def test_samples_have_the_distances_of_their_augmented_label_map(tiny_folder):
     data = LabelMapDataset(tiny_folder(), LABELS, distances=True, augmentations=CROPPED)
-    samples = [data[i, draw] for i in range(6) for draw in (i, i + 6)]
+    samples = [data[i, position] for i in range(6) for position in (i, i + 6)]
     for sample in samples:
         np.testing.assert_array_equal(sample.distances, class_distances(sample.labels.numpy()))
-    batch = Parcel.pack(data.spec, samples).open()
+    batch = Batch.collate(data.spec, samples)
     assert batch.layout.distances.shape == (12, 2, 24, 32) and batch.layout.distances.dtype == torch.float32
     assert any(t is batch.layout.distances for t in batch.tensors())
     torch.testing.assert_close(list(batch.split(2))[1].layout.distances, batch.layout.distances[6:])
@@ -199,8 +199,8 @@ def test_stored_distances_follow_the_geometry_and_a_mirror_turns_the_sign_of_the
     data = LabelMapDataset(root, LABELS, distances=True, augmentations=mirrored)
     upright = LabelMapDataset(root, LABELS)[0]
     seen = set()
-    for draw in range(8):
-        sample = data[0, draw]
+    for position in range(8):
+        sample = data[0, position]
         flipped = not torch.equal(sample.labels, upright.labels)
         seen.add(flipped)
         expected = whole.flip(2) * torch.tensor([1.0, -1.0])[:, None, None] if flipped else whole

@@ -26,13 +26,8 @@ from conftest import REPOSITORY, write_jpg, write_png
 from PIL import Image
 from test_lmdb_source import LABELS, TYPES, encoded, read_all
 
-from imaginaire_spade.data.decode import (
-    decode_edges,
-    decode_image,
-    decode_instances,
-    decode_label,
-)
-from imaginaire_spade.data.store import open_source
+from imaginaire_spade.data.image_files import decode_edges, decode_image, decode_instances, decode_label
+from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.distributed import rank_from_environment
 from imaginaire_spade.errors import EXIT_CODE, ConfigError, DataError, run_command_line
 from imaginaire_spade.labels import LabelSpec

@@ -27,18 +27,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file
 
-from imaginaire_spade.data.decode import (
+from imaginaire_spade.data.folders import FolderSource
+from imaginaire_spade.data.image_files import (
     check_photo,
     decode_edges,
     decode_image,
     decode_instances,
     decode_label,
+    encode_map,
     image_size,
 )
-from imaginaire_spade.data.encode import encode_map
-from imaginaire_spade.data.environments import EnvironmentWriter, usable_memory
-from imaginaire_spade.data.folders import FolderSource
-from imaginaire_spade.data.store import open_source, store_key
+from imaginaire_spade.data.lmdb_source import EnvironmentWriter, open_source, store_key, usable_memory
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset

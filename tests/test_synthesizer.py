@@ -7,8 +7,8 @@ from PIL import Image
 from test_inference import TREE, changed, save
 
 from imaginaire_spade import Synthesizer
-from imaginaire_spade.data.transforms import edges_from_ids
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError
+from imaginaire_spade.labels import edges_from_ids
 
 PALETTE = [[250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 0], [7, 8, 9]]
 LABELS = np.kron(np.random.default_rng(0).integers(0, 5, (5, 7)), np.ones((8, 8))).astype(np.uint8)

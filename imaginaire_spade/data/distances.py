@@ -20,7 +20,7 @@ NOT_FINITE = "a distance map with values that are not finite: scripts/make_dista
 
 
 def class_distances(ids: NDArray[np.generic], *, normalise: bool = True) -> NDArray[np.float32]:
-    """Offsets of every pixel from the centroid of its region (Tan et al. 2021, section 3.3): float32 [2, H, W].
+    """Compute every pixel's offsets from the centroid of its region (Tan et al. 2021, section 3.3): float32 [2, H, W].
 
     Channel 0 is the row offset (positive below the centroid), channel 1 the column offset (positive to the right). A
     region is an 8-connected component of pixels of one id. Normalised, rows and columns are each divided by the
@@ -61,14 +61,14 @@ def class_distances(ids: NDArray[np.generic], *, normalise: bool = True) -> NDAr
 
 
 def _largest(region: NDArray[np.integer], values: NDArray[np.floating]) -> NDArray[np.floating]:
-    """The largest of the (non-negative) values of each region."""
+    """Find the largest of the (non-negative) values of each region."""
     largest = np.zeros(int(region.max()) + 1)
     np.maximum.at(largest, region, values)
     return largest
 
 
 def _regions_of_runs(ids: NDArray[np.generic], starts: NDArray[np.bool_]) -> NDArray[np.integer]:
-    """The region of every run, as 0, 1, 2, ...: int64 [runs]."""
+    """Number the region of every run, 0, 1, 2, ...: int64 [runs]."""
     run_at = np.cumsum(starts, dtype=np.int32).reshape(ids.shape) - 1
     above, below = ids[:-1], ids[1:]
     touches = above == below
@@ -98,21 +98,25 @@ def _regions_of_runs(ids: NDArray[np.generic], starts: NDArray[np.bool_]) -> NDA
 
 
 def encode_distances(distances: NDArray[np.float32]) -> bytes:
-    """Normalised distances [2, H, W] -> the content of a .npy file, float16 (exact to 0.0005)."""
+    """Encode normalised distances [2, H, W] as the content of a .npy file, float16 (exact to 0.0005)."""
     file = io.BytesIO()
     np.save(file, distances.astype(np.float16), allow_pickle=False)
     return file.getvalue()
 
 
 def decode_distances(data: bytes, where: str) -> NDArray[np.floating]:
-    """The content of a .npy file, ours or CLADE's -> float16, 32 or 64 [2, H, W], read-only. Raises DataError."""
+    """Decode the content of a .npy file, ours or CLADE's: float16, 32 or 64 [2, H, W], read-only.
+
+    Raises:
+        DataError: another kind of file, or one that is cut off.
+    """
     file = io.BytesIO(data)
     shape, dtype = read_header(file, len(data), where)
     return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
 
 
 def read_header(file: BinaryIO, num_bytes: int, where: str) -> tuple[tuple[int, ...], np.dtype[np.floating]]:
-    """Shape [2, H, W] and dtype of a stored distance map of ``num_bytes`` in all; ``file`` is then at its values.
+    """Read shape [2, H, W] and dtype of a distance map of ``num_bytes`` in all; ``file`` is then at its values.
 
     Raises:
         DataError: another kind of file, or one that is cut off.

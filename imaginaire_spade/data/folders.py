@@ -15,20 +15,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from imaginaire_spade.data.decode import IMAGE_EXTENSIONS
+from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS
 from imaginaire_spade.errors import DataError
 
 DISTANCES = "distances"
 """The data type that can be computed from the label maps: files that lack are no mistake."""
 DATA_TYPES = ("images", "seg_maps", "edge_maps", "inst_maps", DISTANCES)
-EDGE_FILES = {"file": "edge_maps", "instances": "inst_maps"}
-"""Edge mode (``data.edges``) -> the data type that it reads."""
 ROOT_SEQUENCE = "."
 LAYOUT = "ROOT/images/NAME.jpg and ROOT/seg_maps/NAME.png (edge_maps/, inst_maps/ likewise; sub-folders are sequences)"
 
 
 class Source(ABC):
-    """Where samples come from. Picklable; holds no open handle of another process."""
+    """The files of samples, by key and data type. Picklable; holds no open handle of another process."""
 
     root: Path
     keys: list[str]
@@ -38,49 +36,61 @@ class Source(ABC):
 
     @property
     def num_bytes(self) -> int:
-        """Of the large files that samples are read from."""
+        """Return the size of the large files that samples are read from."""
         return 0
 
     @property
     def shard_sizes(self) -> list[int]:
-        """Numbers of samples, in the order of ``keys``, whose files lie together."""
+        """List numbers of samples, in the order of ``keys``, whose files lie together."""
         return [len(self.keys)]
 
     @abstractmethod
     def has(self, data_type: str) -> bool:
-        """Whether every key has this data type."""
+        """Return whether every key has this data type."""
 
     @abstractmethod
     def read(self, key: str, data_type: str) -> bytes:
-        """The file's bytes. Raises DataError where there is none."""
+        """Read a file's bytes.
+
+        Raises:
+            DataError: there is none, or it cannot be read.
+        """
 
     @abstractmethod
-    def where(self, key: str, data_type: str) -> str:
-        """What to call it in a message."""
+    def describe(self, key: str, data_type: str) -> str:
+        """Name a file in a message."""
+
+
+def stays_inside(path: str) -> bool:
+    """Return whether text is a plain relative path, with forward slashes: it cannot lead out of a folder."""
+    return not {"", ".", ".."} & set(path.split("/")) and "\\" not in path and "\0" not in path
 
 
 def make_key(sequence: str, stem: str, where: str) -> str:
-    """Sequence and stem -> key. Raises DataError for names that would lead out of an output folder."""
+    """Join sequence and stem to a key.
+
+    Raises:
+        DataError: the key is no plain relative path, so it could lead out of an output folder.
+    """
     key = stem if sequence == ROOT_SEQUENCE else f"{sequence}/{stem}"
-    parts = key.split("/")
-    if "" in parts or "." in parts or ".." in parts or "\\" in key or "\0" in key:
+    if not stays_inside(key):
         raise DataError(f"{where}: the name {key!r} is no plain relative path: rename the file or folder")
     return key
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """Key -> (sequence, stem)."""
+    """Split a key into (sequence, stem)."""
     sequence, _, stem = key.rpartition("/")
     return sequence or ROOT_SEQUENCE, stem
 
 
 class FolderSource(Source):
-    """Plain folders.
+    """Samples as plain files.
 
     Args:
         root: the folder that holds one sub-folder per data type.
-        data_types: what every sample must have.
-        optional: joined too where ``root`` has such a folder.
+        data_types: those that every sample must have.
+        optional: those that are joined too where ``root`` has such a folder.
         drop_unpaired: keep the samples that have all data types, instead of raising.
         bare: ``root`` itself is the folder of the (then only) data type.
     Raises:
@@ -125,49 +135,54 @@ class FolderSource(Source):
         return data_type in self._folders and all(key in self._extensions[data_type] for key in self.keys)
 
     def path(self, key: str, data_type: str) -> Path:
-        """The file of ``key``. Raises DataError where there is none."""
-        return Path(self.where(key, data_type))
+        """Return the file of ``key``.
+
+        Raises:
+            DataError: there is none.
+        """
+        if key not in self._extensions.get(data_type, {}):
+            raise DataError(f"{self.root}: no file for {key!r} among the {data_type}")
+        return self._folders[data_type] / f"{key}.{self._extensions[data_type][key]}"
+
+    def describe(self, key: str, data_type: str) -> str:
+        return str(self.path(key, data_type))
 
     def extension(self, key: str, data_type: str) -> str:
-        """In lower case."""
+        """Return the extension of a file, in lower case."""
         return self._extensions[data_type][key].lower()
 
     def read(self, key: str, data_type: str) -> bytes:
-        path = self.where(key, data_type)
+        path = self.path(key, data_type)
         try:
-            with open(path, "rb", buffering=0) as file:
-                return file.read()
+            return path.read_bytes()
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
     def total_size(self, keys: Sequence[str], data_type: str) -> int:
-        """The bytes of all their files. Raises DataError."""
-        folder, extensions = str(self._folders[data_type]), self._extensions[data_type]
+        """Return the bytes of all their files.
+
+        Raises:
+            DataError: one of the files is gone.
+        """
         try:
-            return sum(os.stat(f"{folder}{os.sep}{key}.{extensions[key]}").st_size for key in keys)  # noqa: PTH116
+            return sum(self.path(key, data_type).stat().st_size for key in keys)
         except OSError as error:
             raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
-    def where(self, key: str, data_type: str) -> str:
-        if key not in self._extensions.get(data_type, {}):
-            raise DataError(f"{self.root}: no file for {key!r} among the {data_type}")
-        # (Text, not a Path: called several times per file during a build.)
-        return f"{self._folders[data_type]}{os.sep}{key}.{self._extensions[data_type][key]}"
-
     def restricted_to(self, keys: Sequence[str]) -> FolderSource:
-        """The same source with a part of its keys, in its own order."""
+        """Return the same source with a part of its keys, in its own order."""
         part = object.__new__(FolderSource)
         part.__dict__.update(self.__dict__, keys=sorted(keys, key=split_key))
         return part
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether there is any image file (by extension) in ``folder`` or below."""
+    """Return whether there is any image file (by extension) in ``folder`` or below."""
     return any(_extension(name, IMAGE_EXTENSIONS) for _, name in _walk(folder))
 
 
 def _scan(folder: Path, extensions: Sequence[str], skipped: list[Path]) -> dict[str, str]:
-    """Key -> extension as spelled, of every file below ``folder`` that has one of ``extensions``."""
+    """Map the keys of the files below ``folder`` that have one of ``extensions`` to the extension as spelled."""
     found: dict[str, str] = {}
     place = str(folder)
     for sequence, name in _walk(folder):
@@ -191,13 +206,13 @@ def _scan(folder: Path, extensions: Sequence[str], skipped: list[Path]) -> dict[
 
 
 def _extension(name: str, extensions: Sequence[str]) -> str:
-    """The extension as spelled, or "" where it is none of ``extensions`` (or the file is hidden)."""
+    """Return the extension as spelled, or "" where it is none of ``extensions`` (or the file is hidden)."""
     stem, dot, extension = name.rpartition(".")
     return extension if stem and dot and not name.startswith(".") and extension.lower() in extensions else ""
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """(sequence, file name) of every visible file, sorted; links to folders are followed once each."""
+    """Yield (sequence, file name) of every visible file, sorted; links to folders are followed once each."""
     seen: set[str] = set()
     pending = [(folder, ROOT_SEQUENCE)]
     while pending:

@@ -1,19 +1,23 @@
 """Order samples, load them in workers, and move batches to the device.
 
-Owns the one rule of a run's order: sample number p of the run (its *draw*) is entry p mod n of the shuffle of epoch
+Owns the one rule of a run's order: the sample at position p of the run is entry p mod n of the shuffle of epoch
 p div n, whatever the number of processes or workers and wherever the run was interrupted.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import signal
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, cast
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
-from imaginaire_spade.data.batch import NO_SHARED_MEMORY, Batch, Buffer, BufferPool, Parcel, new_memory
+from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.noise import generator_for
@@ -31,14 +35,26 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its p
 PREFETCH = 2
 """Batches that each worker prepares ahead."""
 
+NO_SHARED_MEMORY = (
+    "the loader's workers have too little shared memory: start the container with --shm-size=8g (docker), or write"
+    " data.num_workers: 0"
+)
+
 Item = tuple[int, int]
-"""(index into the data set, draw)."""
+"""(index into the data set, position in the run)."""
+
+Filled = tuple[int, int, list[tuple[str, tuple[int, int], int]]]
+"""A batch in shared memory: numbers of worker and slot; key, original size and position of each sample."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
+@dataclass(eq=False)
 class ResumableSampler(Sampler[Item]):
-    """(index, draw) of one process's samples, without end.
+    """(index, position) of one process's samples, without end.
 
-    Global position p = 0, 1, 2, ... is sample ``permutation(seed, p // n)[p % n]`` with draw p. In iteration t,
+    Position p = 0, 1, 2, ... of the run has sample ``permutation(seed, p // n)[p % n]``. In iteration t,
     process ``rank`` takes ``batch_size`` positions from ``images_seen + (t * world_size + rank) * batch_size`` on: the
     processes' batches in rank order are the batch of one process with ``batch_size * world_size``.
 
@@ -46,28 +62,20 @@ class ResumableSampler(Sampler[Item]):
     at a time; ``shard_sizes`` are their numbers of samples.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        *,
-        seed: int,
-        images_seen: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle_shards: int | None = None,
-        shard_sizes: Sequence[int] = (),
-    ) -> None:
-        assert shuffle_shards is None or sum(shard_sizes) == num_samples
-        assert num_samples > 0 and batch_size > 0 and 0 <= rank < world_size and images_seen >= 0
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.images_seen = images_seen
-        self.rank = rank
-        self.world_size = world_size
-        self.shuffle_shards = shuffle_shards
-        self.shard_sizes = shard_sizes
+    num_samples: int
+    batch_size: int
+    _: KW_ONLY
+    seed: int
+    images_seen: int = 0
+    rank: int = 0
+    world_size: int = 1
+    shuffle_shards: int | None = None
+    shard_sizes: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        assert self.shuffle_shards is None or sum(self.shard_sizes) == self.num_samples
+        assert self.num_samples > 0 and self.batch_size > 0 and self.images_seen >= 0
+        assert 0 <= self.rank < self.world_size
 
     def __iter__(self) -> Iterator[Item]:
         epoch, order = -1, np.empty(0, np.int64)
@@ -102,7 +110,7 @@ def training_loader(
     pin_memory: bool = False,
     shuffle_shards: int | None = None,
 ) -> Iterator[Batch]:
-    """Training batches of one process, without end, in the order of ``ResumableSampler``.
+    """Load the training batches of one process, without end, in the order of ``ResumableSampler``.
 
     Raises:
         DataError: (from the iterator) a sample cannot be used; the same message from any worker.
@@ -137,7 +145,7 @@ def sequential_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Exactly the samples ``indices``, in that order (the last batch may be smaller); the draw is the index."""
+    """Load exactly the samples ``indices``, in that order; the last batch may be smaller. Positions are the indices."""
     items: list[list[Item]] = [
         [(index, index) for index in indices[start : start + batch_size]]
         for start in range(0, len(indices), batch_size)
@@ -145,80 +153,100 @@ def sequential_batches(
     return _load(dataset, items, batch_size, min(num_workers, len(items)), pin_memory)
 
 
-class _ParcelDataset(Dataset["Parcel | UserError"]):
-    """A data set of whole batches: item = a buffer for it, and the list of its samples' (index, draw).
+class _Batches(Dataset["Batch | Filled | UserError"]):
+    """A data set of batches: item = the (index, position) of each of its samples.
 
     A user's mistake travels back as a value: raised in a worker, it would arrive wrapped in a traceback.
+
+    If all samples have one size, a worker lays its batches in slots of shared memory, in turns. New shared memory for
+    each batch costs up to a sixth of a worker's time: its pages are zeroed and mapped one by one. A worker makes up to
+    PREFETCH batches before the main process has copied the one before them, so PREFETCH + 1 slots are enough.
     """
 
-    def __init__(self, dataset: LabelMapDataset, pool: BufferPool | None) -> None:
+    def __init__(self, dataset: LabelMapDataset, batch_size: int, num_workers: int) -> None:
         self.dataset = dataset
-        self.pool = pool
+        self.slots: list[list[Batch]] = []
+        """By worker and number."""
+        self._numbers = itertools.cycle(range(PREFETCH + 1))
+        if num_workers and (blank := dataset.blank()) is not None:
+            blanks = Batch.collate(dataset.spec, [blank] * batch_size)
+            self.slots = [[_share(blanks.map(Tensor.clone)) for _ in range(PREFETCH + 1)] for _ in range(num_workers)]
 
-    def __getitem__(self, item: tuple[Buffer | None, Sequence[Item]]) -> Parcel | UserError:
-        buffer, items = item
-        in_worker = get_worker_info() is not None
-        memory = self._memory(buffer, len(items), in_worker)
-        size = self.dataset.augmentations.output_h_w
-        images = None
-        if memory is not None and size is not None and self.dataset.with_images:
-            images = Parcel.images_in(memory, len(items), size)
+    def __getitem__(self, items: Sequence[Item]) -> Batch | Filled | UserError:
+        draw_edges = not self.dataset.edges_follow_labels  # else that is the device's work
+        worker = get_worker_info()
         try:
-            draw_edges = not self.dataset.edges_follow_labels  # else that is the device's work
-            samples = self.dataset.read(items, draw_edges=draw_edges, images_out=images)
-            return Parcel.pack(self.dataset.spec, samples, memory=memory, buffer=buffer, shared=in_worker)
+            if worker is None or not self.slots:
+                batch = Batch.collate(self.dataset.spec, self.dataset.read(items, draw_edges=draw_edges))
+                return batch if worker is None else _share(batch)
+            number = next(self._numbers)
+            slot = self.slots[worker.id][number]
+            # Photos are resized straight into the slot, whose memory stays in the processor's cache.
+            places = None if slot.images is None else [*slot.images[: len(items)].permute(0, 2, 3, 1).numpy()]
+            samples = self.dataset.read(items, draw_edges=draw_edges, images_out=places)
         except UserError as error:
             return error
+        slot.fill(samples)
+        return worker.id, number, [(sample.key, sample.original_size, sample.position) for sample in samples]
 
-    def _memory(self, buffer: Buffer | None, count: int, shared: bool) -> Tensor | None:
-        """For a batch, if its size is known beforehand."""
-        if self.dataset.sample_bytes is None:
-            return None
-        num_bytes = count * self.dataset.sample_bytes
-        if buffer is not None and self.pool is not None:
-            return self.pool.memory(buffer)[:num_bytes]
-        return new_memory(num_bytes, shared)
+    def copy(self, filled: Filled, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Copy a batch out of its slot, which the worker fills again once another batch is asked for."""
+        worker, number, samples = filled
+        keys, original_sizes, positions = zip(*samples, strict=True)
+        part = self.slots[worker][number][: len(samples)].map(function)
+        return replace(part, keys=keys, original_sizes=original_sizes, positions=positions)
+
+
+def _share(batch: Batch) -> Batch:
+    """Move a batch to memory that processes share.
+
+    Raises:
+        DataError: there is too little of it.
+    """
+    try:
+        return batch.map(Tensor.share_memory_)
+    except RuntimeError as error:
+        raise DataError(f"{NO_SHARED_MEMORY} ({error})") from None
 
 
 def _load(
     dataset: LabelMapDataset,
-    batches: Iterable[list[Item]],
+    items: Iterable[list[Item]],
     batch_size: int,
     num_workers: int,
     pin_memory: bool,
     start_worker: Callable[[int], None] | None = None,
 ) -> Iterator[Batch]:
-    pool = None
-    if num_workers and dataset.sample_bytes:
-        # For what the workers prepare, and what their consumer holds while it takes the next.
-        pool = BufferPool(PREFETCH * num_workers + 2, batch_size * dataset.sample_bytes)
+    batches = _Batches(dataset, batch_size, num_workers)
     loader = DataLoader(
-        _ParcelDataset(dataset, pool),
-        sampler=((pool.lend() if pool else None, items) for items in batches),
+        batches,
+        sampler=items,
         batch_size=None,  # an item is a whole batch already
         num_workers=num_workers,
         prefetch_factor=PREFETCH if num_workers else None,
         worker_init_fn=start_worker or _start_worker,
         collate_fn=_unchanged,
-        pin_memory=pin_memory,
     )
     try:
-        for parcel in loader:
-            if isinstance(parcel, UserError):
-                raise parcel
-            yield parcel.open()
+        for made in loader:
+            if isinstance(made, UserError):
+                raise made
+            if isinstance(made, tuple):
+                yield batches.copy(made, Tensor.pin_memory if pin_memory else Tensor.clone)
+            else:
+                yield made.map(Tensor.pin_memory) if pin_memory else made
     except RuntimeError as error:
         if "DataLoader worker" in str(error) and "Bus error" in str(error):
             raise DataError(NO_SHARED_MEMORY) from error
         raise
 
 
-def _unchanged(parcel: Any) -> Any:
-    return parcel
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 def _start_worker(worker: int) -> None:
-    # One process per core: torch's threads inside each would only fight for them. (OpenCV's are off: see decode.py.)
+    # One process per core: torch's threads inside each would only fight for them. (image_files.py: no OpenCV threads.)
     torch.set_num_threads(1)
     # Ctrl-C is the main process's to handle; a handler of its own for SIGTERM must not live on in forked workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -237,7 +265,7 @@ def _start_training_worker(worker: int) -> None:
 
 
 def default_num_workers(num_processes: int = 1) -> int:
-    """Loader workers of each of ``num_processes`` on this machine: min(8, cores / processes)."""
+    """Count the loader workers of each of ``num_processes`` on this machine: min(8, cores / processes)."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return min(8, cores // num_processes)
 
@@ -255,28 +283,20 @@ class Prefetcher:
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._ahead: Batch | None = None
-        self._started = False
 
     def __iter__(self) -> Prefetcher:
         return self
 
     def __next__(self) -> Batch:
-        if self._stream is None:
-            batch = self._fetch()
-            if batch is None:
-                raise StopIteration
-            return batch
-        if not self._started:
-            self._started = True
-            self._ahead = self._fetch()
-        if self._ahead is None:
+        ready = self._ahead or self._fetch()
+        if ready is None:
             raise StopIteration
-        ready = self._ahead
-        current = torch.cuda.current_stream(self._device)
-        current.wait_stream(self._stream)
-        for tensor in ready.tensors():
-            tensor.record_stream(current)  # its memory is not reused before the work queued on it is done
-        self._ahead = self._fetch()
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for tensor in ready.tensors():
+                tensor.record_stream(current)  # its memory is not reused before the work queued on it is done
+            self._ahead = self._fetch()
         return ready
 
     def close(self) -> None:
@@ -292,3 +312,18 @@ class Prefetcher:
             return None
         with torch.cuda.stream(self._stream):
             return batch.to(self._device, non_blocking=True)
+
+
+def read_ahead(function: Callable[[T], R], items: Iterable[T], ahead: int, *, num_threads: int = 1) -> Iterator[R]:
+    """Yield as ``map`` does, in order; threads compute up to ``ahead`` items before they are asked for."""
+    pending: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(num_threads, "read") as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -25,7 +25,7 @@ from imaginaire_spade.errors import DataError
 class Geometry:
     """Cut [top: top + rows, left: left + columns], resize that to (height, width), then mirror if ``flip``.
 
-    What is cut are whole pixels of the stored picture, so that nothing else of it is resized.
+    Whole pixels of the stored image are cut, so that nothing else of it is resized.
     """
 
     top: int
@@ -36,30 +36,30 @@ class Geometry:
     width: int
     flip: bool = False
     reduction: int = 1
-    """A JPEG may be decoded at 1 / reduction (1, 2, 4 or 8) of its size: what is cut is still as large as what it is
-    resized to, and begins and ends at multiples of it, or with the picture."""
+    """A JPEG may be decoded at 1 / reduction (1, 2, 4 or 8) of its size: the cut is still at least as large as its
+    resized copy, and begins and ends at multiples of ``reduction``, or with the image."""
 
     @classmethod
     def whole(cls, stored: tuple[int, ...], size: tuple[int, int]) -> Geometry:
-        """All of a picture of ``stored`` (height, width, ...) at (height, width) ``size``."""
+        """Resize all of an image of ``stored`` (height, width, ...) to (height, width) ``size``."""
         return cls(0, 0, stored[0], stored[1], *size)
 
 
 def draw_geometry(
-    height: int, width: int, augmentations: AugmentationConfig, draws: Sequence[float], where: str
+    height: int, width: int, augmentations: AugmentationConfig, numbers: Sequence[float], where: str
 ) -> Geometry:
-    """The geometry of one sample of (height, width) pixels.
+    """Draw the geometry of one sample of (height, width) pixels.
 
     Args:
-        draws: four numbers in [0, 1), each for one augmentation: switching one on leaves the others as they were.
+        numbers: four in [0, 1), each for one augmentation: switching one on leaves the others as they were.
         where: names the sample in the message.
     Raises:
-        DataError: the crop is larger than the resized picture.
+        DataError: the crop is larger than the resized image.
     """
-    scale_draw, top_draw, left_draw, flip_draw = draws
+    for_scale, for_top, for_left, for_flip = numbers
     crop = augmentations.crop_h_w
     resized_h, resized_w = _resized(height, width, augmentations)
-    factor = 1 + scale_draw * augmentations.random_scale_limit
+    factor = 1 + for_scale * augmentations.random_scale_limit
     resized_h, resized_w = round(resized_h * factor), round(resized_w * factor)
     crop_h, crop_w = crop or (resized_h, resized_w)
     if crop_h > resized_h or crop_w > resized_w:
@@ -72,22 +72,22 @@ def draw_geometry(
     room = min(height / resized_h, width / resized_w)
     reduction = next(factor for factor in (8, 4, 2, 1) if room >= factor or factor == 1)
     centre = augmentations.center_crop_h_w is not None
-    top, rows = _cut(height, resized_h, crop_h, None if centre else top_draw, reduction)
-    left, columns = _cut(width, resized_w, crop_w, None if centre else left_draw, reduction)
-    flip = augmentations.horizontal_flip and flip_draw < 0.5
+    top, rows = _cut(height, resized_h, crop_h, None if centre else for_top, reduction)
+    left, columns = _cut(width, resized_w, crop_w, None if centre else for_left, reduction)
+    flip = augmentations.horizontal_flip and for_flip < 0.5
     return Geometry(top, left, rows, columns, crop_h, crop_w, flip, reduction)
 
 
-def _cut(size: int, resized: int, crop: int, draw: float | None, step: int) -> tuple[int, int]:
+def _cut(size: int, resized: int, crop: int, number: float | None, step: int) -> tuple[int, int]:
     """Return start and length, multiples of ``step``, of the part that becomes ``crop`` of ``resized`` pixels.
 
-    If the crop is the whole image, return it whole; without a random draw, crop the centre.
+    If the crop is the whole image, return it whole; without a random number, crop the centre.
     """
     if crop == resized:
         return 0, size
     steps = size // step
     length = min(steps, max(1, round(crop * size / (resized * step))))
-    start = (steps - length) // 2 if draw is None else int(draw * (steps - length + 1))
+    start = (steps - length) // 2 if number is None else int(number * (steps - length + 1))
     return start * step, length * step
 
 
@@ -102,7 +102,7 @@ def _resized(height: int, width: int, augmentations: AugmentationConfig) -> tupl
 
 
 def _round_side(exact: float, crop: int) -> int:
-    """``exact`` rounded; up instead where rounding down alone would make it smaller than the crop. At least 1."""
+    """Round a length, to at least 1; up where rounding down alone would make it smaller than the crop."""
     rounded = max(1, round(exact))
     return crop if rounded < crop <= math.ceil(exact) else rounded
 
@@ -115,18 +115,19 @@ def apply_to_image(
     any_area: bool = False,
     out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """uint8 [H, W, 3] -> uint8 [geometry.height, geometry.width, 3], contiguous; ``out`` itself if that is given.
+    """Cut, resize and mirror an image: uint8 [H, W, 3] -> uint8 [geometry.height, geometry.width, 3], contiguous.
 
     Shrinking to half the size or less averages areas; less, and enlarging, interpolates linearly.
 
     Args:
-        reduction: the picture was decoded at 1 / reduction (1 or ``geometry.reduction``) of its size, rounded up.
+        reduction: the image was decoded at 1 / reduction (1 or ``geometry.reduction``) of its size, rounded up.
         any_area: average areas for any shrinking: smoother, and five times slower.
+        out: where to lay the result, which is then ``out`` itself.
     """
     g = geometry
     top, left, bottom, right = g.top, g.left, g.top + g.rows, g.left + g.columns
     cut: NDArray[Any] = image[top // reduction : -(-bottom // reduction), left // reduction : -(-right // reduction)]
-    # Exact, though a picture of 427 rows has 214 at half its size.
+    # Exact, though an image of 427 rows has 214 at half its size.
     scale_h, scale_w = g.height * reduction / g.rows, g.width * reduction / g.columns
     if (scale_h, scale_w) != (1, 1):
         shrinks = max(scale_h, scale_w) <= (1 if any_area else 0.5)
@@ -145,9 +146,10 @@ def apply_to_image(
 
 
 def apply_to_map(ids: NDArray[np.generic], geometry: Geometry) -> NDArray[np.generic]:
-    """Numbers [H, W] or [H, W, C] -> the same dtype [geometry.height, geometry.width, ...], contiguous.
+    """Cut, resize and mirror a map: [H, W] or [H, W, C] -> the same dtype [geometry.height, geometry.width, ...].
 
-    Nearest by pixel centres: target i takes number floor((i + 0.5) * rows / height) of the rows that are cut.
+    The result is contiguous. Nearest by pixel centres: target i takes number floor((i + 0.5) * rows / height) of the
+    rows that are cut.
     """
     g = geometry
     cut = ids[g.top : g.top + g.rows, g.left : g.left + g.columns]
@@ -164,28 +166,16 @@ def apply_to_map(ids: NDArray[np.generic], geometry: Geometry) -> NDArray[np.gen
 
 @lru_cache(maxsize=1024)
 def _nearest(size: int, count: int) -> NDArray[np.int64]:
-    """Which of ``size`` pixels each of ``count`` takes. (In integers: no rounding of floats.)"""
+    """Return which of ``size`` pixels each of ``count`` takes. (In integers: no rounding of floats.)"""
     return (2 * np.arange(count, dtype=np.int64) + 1) * size // (2 * count)
 
 
 def apply_to_distances(distances: NDArray[np.floating], geometry: Geometry) -> NDArray[np.float32]:
-    """Row and column offsets [2, H, W] -> float32 [2, geometry.height, geometry.width]; a mirror turns their sign."""
+    """Cut, resize and mirror row and column offsets: [2, H, W] -> float32 [2, geometry.height, geometry.width].
+
+    A mirror turns the sign of the column offsets.
+    """
     cut = np.stack([apply_to_map(offsets, geometry) for offsets in distances]).astype(np.float32, copy=False)
     if geometry.flip:
         np.negative(cut[1], out=cut[1])
     return cut
-
-
-def edges_from_ids(ids: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """The ``borders`` of an id map [H, W] of any integers: uint8 [H, W] of 0/1, on CPUs up to four times as fast."""
-    # In one dimension, twice as fast; the last pixel of a row is no neighbour of the next row's first.
-    width, flat = ids.shape[1], ids.ravel()
-    across, down = flat[1:] != flat[:-1], flat[width:] != flat[:-width]
-    across[width - 1 :: width] = False
-    marked = np.empty(ids.shape, np.uint8)
-    edges = marked.reshape(-1).view(np.bool_)
-    np.logical_or(across[1:], across[:-1], out=edges[1:-1])
-    edges[0], edges[-1] = (across[0], across[-1]) if across.size else (False, False)
-    edges[width:] |= down
-    edges[:-width] |= down
-    return marked

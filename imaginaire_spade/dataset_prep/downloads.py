@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imaginaire_spade.data.decode import IMAGE_EXTENSIONS, decode_label
+from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_label
 from imaginaire_spade.dataset_prep.coco_instances import Objects, read_objects
 from imaginaire_spade.errors import DataError
 

@@ -16,14 +16,12 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from imaginaire_spade.data.decode import decode_image, decode_instances, decode_label, image_size
 from imaginaire_spade.data.distances import class_distances, encode_distances, read_header
-from imaginaire_spade.data.encode import encode_map
 from imaginaire_spade.data.folders import DISTANCES, FolderSource
-from imaginaire_spade.data.transforms import edges_from_ids
+from imaginaire_spade.data.image_files import decode_image, decode_instances, decode_label, encode_map, image_size
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import atomic_write, write_bytes
-from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.labels import LabelSpec, edges_from_ids
 from imaginaire_spade.lmdb_builder.workers import map_in_order
 from imaginaire_spade.pretrained.segmenters import Segmenter
 
@@ -115,12 +113,12 @@ def make_edge_maps(root: Path, of: str, **writing: Unpack[Writing]) -> tuple[int
 def _edge_map(source: FolderSource, data_types: Sequence[str], key: str) -> bytes:
     edges = []
     for data_type in data_types:
-        where, data = source.where(key, data_type), source.read(key, data_type)
+        where, data = source.describe(key, data_type), source.read(key, data_type)
         ids = decode_instances(data, where) if data_type == "inst_maps" else decode_label(data, where)
         channels = [ids] if ids.ndim == 2 else list(ids.transpose(2, 0, 1))
         edges += [edges_from_ids(channel) for channel in channels]
     if len({channel.shape for channel in edges}) > 1:
-        raise DataError(f"{source.where(key, 'seg_maps')}: its instance map has another size")
+        raise DataError(f"{source.describe(key, 'seg_maps')}: its instance map has another size")
     return encode_map(np.maximum.reduce(edges) * np.uint8(255))
 
 
@@ -144,14 +142,14 @@ def make_distance_maps(root: Path, labels: LabelSpec, **writing: Unpack[Writing]
 
 
 def _distance_map(source: FolderSource, labels: LabelSpec, key: str) -> bytes:
-    where = source.where(key, "seg_maps")
+    where = source.describe(key, "seg_maps")
     return encode_distances(
         class_distances(labels.to_train_ids(decode_label(source.read(key, "seg_maps"), where), where))
     )
 
 
 def _is_stale(source: FolderSource, target: Path, key: str) -> bool:
-    size = image_size(source.read(key, "seg_maps"), source.where(key, "seg_maps"))
+    size = image_size(source.read(key, "seg_maps"), source.describe(key, "seg_maps"))
     try:
         with target.open("rb") as file:
             shape, _ = read_header(file, target.stat().st_size, str(target))
@@ -176,7 +174,7 @@ def label_photos(segmenter: Segmenter, root: Path, **writing: Unpack[Writing]) -
     source = FolderSource(root, ["images"])
 
     def label(key: str) -> bytes:
-        return encode_map(segmenter.label(decode_image(source.read(key, "images"), source.where(key, "images"))))
+        return encode_map(segmenter.label(decode_image(source.read(key, "images"), source.describe(key, "images"))))
 
     targets = [(root / "seg_maps" / f"{key}.png", key) for key in source.keys]
     writing["num_workers"] = 0  # the network is in this process, perhaps on a GPU

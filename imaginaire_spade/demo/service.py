@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.decode import decode_image, decode_label, image_size
+from imaginaire_spade.data.image_files import decode_image, decode_label, image_size
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.files import encode_image
 from imaginaire_spade.inference.synthesizer import Synthesizer

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from imaginaire_spade.data.dataset import LabelMapDataset, read_ahead
-from imaginaire_spade.data.decode import IMAGE_EXTENSIONS, decode_image
+from imaginaire_spade.data.batch import Sample
+from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.folders import Source
-from imaginaire_spade.data.sample import Sample
-from imaginaire_spade.data.store import open_source
+from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_image
+from imaginaire_spade.data.lmdb_source import open_source
+from imaginaire_spade.data.loader import read_ahead
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import LABELS_FOLDER
 from imaginaire_spade.labels import LabelSpec
@@ -124,7 +125,7 @@ class StoredImages(ImageSource):
 
     def _read(self, item: tuple[int, int, str]) -> SourceImage | UnreadableImage:
         index, sample, key = item
-        where = self._source.where(key, "images")
+        where = self._source.describe(key, "images")
         try:
             data = self._source.read(key, "images")
             pixels = torch.from_numpy(decode_image(data, where)).permute(2, 0, 1)

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from imaginaire_spade.data.decode import decode_label
 from imaginaire_spade.data.folders import FolderSource
+from imaginaire_spade.data.image_files import decode_label
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.evaluation.images import Ids, SourceImage
 from imaginaire_spade.evaluation.label_names import LabelMapping, match_labels, read_mapping
@@ -162,7 +162,7 @@ class StoredPredictions:
 
     def __call__(self, key: str, image: NDArray[np.uint8], size: tuple[int, int]) -> Ids:
         """Read the train ids predicted for ``key``, at ``size`` (height, width)."""
-        where = self._source.where(key, "seg_maps")
+        where = self._source.describe(key, "seg_maps")
         ids = self.labels.to_train_ids(decode_label(self._source.read(key, "seg_maps"), where), where)
         rows, columns = (nearest_indices(a, b).numpy() for a, b in zip(ids.shape, size, strict=True))
         return ids[rows][:, columns]

@@ -17,9 +17,10 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from imaginaire_spade.data.dataset import LabelMapDataset, read_ahead
-from imaginaire_spade.data.decode import image_size
-from imaginaire_spade.data.sample import Sample
+from imaginaire_spade.data.batch import Sample
+from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.image_files import image_size
+from imaginaire_spade.data.loader import read_ahead
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import DataError, catch_data_error
 from imaginaire_spade.files import RgbImage, write_image

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from imaginaire_spade.data.batch import normalise
-from imaginaire_spade.data.decode import decode_image
-from imaginaire_spade.data.store import open_source
+from imaginaire_spade.data.image_files import decode_image
+from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.errors import CheckpointError, DataError
 from imaginaire_spade.files import RgbImage
 from imaginaire_spade.inference.model import Model
@@ -85,7 +85,7 @@ def image_styles(model: Model, path: Path, keys: Sequence[str], seed: int = 0, n
 
     @lru_cache(maxsize=256)
     def encoded(name: str) -> tuple[Tensor, Tensor]:
-        return encode_style(model, decode_image(source.read(name, "images"), source.where(name, "images")))
+        return encode_style(model, decode_image(source.read(name, "images"), source.describe(name, "images")))
 
     return _around_mean(lambda key: encoded(names[key] if names else key), seed, num_samples)
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from imaginaire_spade.data.transforms import Geometry, apply_to_map, edges_from_ids
+from imaginaire_spade.data.transforms import Geometry, apply_to_map
 from imaginaire_spade.distributed import ProcessInfo, choose_device
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError
 from imaginaire_spade.files import RgbImage
@@ -23,7 +23,7 @@ from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.sizes import Size, SizeRule, format_size, read_size
 from imaginaire_spade.inference.style import encode_style, read_style_image, style_of_seed
 from imaginaire_spade.inference.synthesis import Request, synthesise
-from imaginaire_spade.labels import MAX_RAW_ID, LabelSpec
+from imaginaire_spade.labels import MAX_RAW_ID, LabelSpec, edges_from_ids
 
 ImageLike = Image.Image | NDArray[Any]
 MODES = ("1", "L", "P", "RGB", "I", "I;16")

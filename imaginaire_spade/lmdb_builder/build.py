@@ -15,12 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from imaginaire_spade.data.decode import IMAGE_EXTENSIONS
-from imaginaire_spade.data.folders import DISTANCES, EDGE_FILES, FolderSource
-from imaginaire_spade.data.store import MANIFEST, store_key
+from imaginaire_spade.data.folders import DISTANCES, FolderSource
+from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS
+from imaginaire_spade.data.lmdb_source import MANIFEST, store_key
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import flush_folder, read_json, write_json
-from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.labels import EdgeSource, LabelSpec
 from imaginaire_spade.lmdb_builder.output import (
     check_output,
     choose_root,
@@ -153,7 +153,7 @@ def _select_samples(
         DataError: folders or files are missing, do not pair up, or are not what ``input_list`` says.
     """
     if data_types is None:
-        optional = [t for t in OPTIONAL_TYPES if EDGE_FILES.get(edges) == t or (raw / t).is_dir()]
+        optional = [t for t in OPTIONAL_TYPES if t in EdgeSource(edges).files_needed or (raw / t).is_dir()]
         types = ("images", "seg_maps", *optional)
     else:
         types = tuple(dict.fromkeys(data_types))

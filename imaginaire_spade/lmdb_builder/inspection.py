@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from imaginaire_spade.data.folders import DATA_TYPES, Source
-from imaginaire_spade.data.store import MANIFEST, open_source
+from imaginaire_spade.data.lmdb_source import MANIFEST, open_source
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import read_json
 from imaginaire_spade.labels import LabelSpec

@@ -18,7 +18,7 @@ import lmdb
 from filelock import FileLock, Timeout
 
 from imaginaire_spade.data.folders import DATA_TYPES
-from imaginaire_spade.data.store import FILENAMES, MANIFEST, METADATA
+from imaginaire_spade.data.lmdb_source import FILENAMES, MANIFEST, METADATA
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import flush_folder, read_json
 from imaginaire_spade.lmdb_builder.sample import Plan

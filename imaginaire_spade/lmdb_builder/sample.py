@@ -14,11 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaginaire_spade.data.decode import check_photo, decode_edges, decode_image, decode_instances, decode_label
 from imaginaire_spade.data.distances import NOT_FINITE, decode_distances
-from imaginaire_spade.data.encode import encode_map
 from imaginaire_spade.data.folders import DISTANCES, FolderSource, Source
-from imaginaire_spade.data.store import MAX_KEY_BYTES, store_key
+from imaginaire_spade.data.image_files import (
+    check_photo,
+    decode_edges,
+    decode_image,
+    decode_instances,
+    decode_label,
+    encode_map,
+)
+from imaginaire_spade.data.lmdb_source import MAX_KEY_BYTES, store_key
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import encode_image
@@ -127,7 +133,7 @@ def check_sample(
     pixels: dict[str, NDArray[Any]] = {}
     sizes: dict[str, tuple[int, int]] = {}
     for data_type in data_types:
-        where = source.where(key, data_type)
+        where = source.describe(key, data_type)
         try:
             data = source.read(key, data_type)
             if not data:
@@ -152,8 +158,8 @@ def check_sample(
     for data_type, (height, width) in sizes.items():
         if (height, width) != sizes[first]:
             sample.problems.append(
-                f"{source.where(key, data_type)} is {height} x {width} (height x width), but"
-                f" {source.where(key, first)} is {sizes[first][0]} x {sizes[first][1]}: they must be of one size"
+                f"{source.describe(key, data_type)} is {height} x {width} (height x width), but"
+                f" {source.describe(key, first)} is {sizes[first][0]} x {sizes[first][1]}: they must be of one size"
             )
     return sample, pixels
 
@@ -194,5 +200,5 @@ def _reencode(plan: Plan, sample: LoadedSample, pixels: dict[str, NDArray[Any]],
             sample.files[data_type] = encode_map(moved)
             sample.recoded[data_type] = "png"
             if data_type == "seg_maps" and shrinks:
-                sample.class_pixels = plan.labels.count_pixels(moved, plan.source.where(sample.key, data_type))
+                sample.class_pixels = plan.labels.count_pixels(moved, plan.source.describe(sample.key, data_type))
     sample.num_bytes = {data_type: len(data) for data_type, data in sample.files.items()}

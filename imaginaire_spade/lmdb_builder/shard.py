@@ -14,8 +14,7 @@ from typing import Any
 import lmdb
 import numpy as np
 
-from imaginaire_spade.data.environments import EnvironmentWriter
-from imaginaire_spade.data.store import MANIFEST, most_common, store_key, write_index
+from imaginaire_spade.data.lmdb_source import MANIFEST, EnvironmentWriter, most_common, store_key, write_index
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import file_sha256, flush_folder, read_json, write_json
 from imaginaire_spade.labels import LabelSpec

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from imaginaire_spade.config import EvaluationConfig, RunConfig
-from imaginaire_spade.data.batch import Batch, Parcel, denormalise
+from imaginaire_spade.data.batch import Batch, denormalise
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
 from imaginaire_spade.errors import ConfigError, DataError
@@ -233,7 +233,7 @@ class Evaluation:
                 if leave():
                     raise StopRequested
                 if taken := list(islice(remaining, self._batch_size)):
-                    batch = Parcel.pack(self._dataset.spec, [sample for _, sample in taken]).open()
+                    batch = Batch.collate(self._dataset.spec, [sample for _, sample in taken])
                     for (index, _), pixels in zip(taken, make(batch), strict=True):
                         yield index, 0, pixels
 

@@ -158,7 +158,7 @@ def generate(networks: Networks, piece: Batch, settings: StepSettings) -> Genera
     """Generate images for a batch on the device, with the style codes of its samples."""
     device = piece.layout.device
     with autocast(device, settings):
-        z = style_codes(settings.seed, piece.draws, settings.style_dims, device)
+        z = style_codes(settings.seed, piece.positions, settings.style_dims, device)
         mu = logvar = None
         if networks.encoder is not None:
             assert z is not None

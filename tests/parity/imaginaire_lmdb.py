@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from imaginaire_spade.data.decode import decode_image, decode_label
-from imaginaire_spade.data.store import open_source
+from imaginaire_spade.data.image_files import decode_image, decode_label
+from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.labels import LabelSpec
 from parity.fixture import Fixture
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import cv2
 
-from imaginaire_spade.data.encode import encode_map
+from imaginaire_spade.data.image_files import encode_map
 from imaginaire_spade.files import encode_image, write_bytes
 from projects.sample.scenes.scene import draw_scene
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from imaginaire_spade.data.transforms import edges_from_ids
+from imaginaire_spade.labels import edges_from_ids
 from projects.sample.scenes.canvas import Canvas, mix, smoothstep
 from projects.sample.scenes.light import Light, draw_light
 from projects.sample.scenes.objects import paint_objects

@@ -1,13 +1,14 @@
-"""Decode image files into arrays; each data type keeps its exact meaning.
+"""Decode image files into arrays, and encode maps; each data type keeps its exact meaning.
 
 Owns what a photo, a label map, an edge map and an instance map may look like as a file. A photo may be anything that
-OpenCV reads; a map must be lossless, and its integers come out as they stand in the file: palette pictures give their
+OpenCV reads; a map must be lossless, and its integers come out as they stand in the file: palette images give their
 indices, 16-bit greys stay 16-bit, 1-, 2- and 4-bit greys give the raw sample values. Knows nothing of label tables.
 """
 
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,7 +22,7 @@ from imaginaire_spade.errors import DataError
 cv2.setNumThreads(0)
 
 MAX_PIXELS = 2**27
-"""Largest picture that is decoded (11,585 squared): a header may promise any size, memory may not."""
+"""Largest image that is decoded (11,585 squared): a header may promise any size, memory may not."""
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
 
@@ -37,7 +38,7 @@ _GREY, _PALETTE = 0, 3  # PNG colour types
 
 
 def image_size(data: bytes, where: str) -> tuple[int, int]:
-    """(height, width) from the header alone.
+    """Read (height, width) from the header alone.
 
     Raises:
         DataError: no image, or more than ``MAX_PIXELS``.
@@ -54,14 +55,15 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
 
 
 def is_jpeg(data: bytes) -> bool:
+    """Return whether a file begins as a JPEG does."""
     return data.startswith(b"\xff\xd8")
 
 
 def decode_image(data: bytes, where: str, *, reduction: int = 1) -> NDArray[np.uint8]:
-    """A photo: uint8 [H, W, 3] RGB.
+    """Decode a photo: uint8 [H, W, 3] RGB.
 
     Pixels come as stored: an EXIF orientation is ignored, since label maps are drawn on the stored pixels. Grey,
-    palette, 16-bit and RGBA pictures become 8-bit RGB.
+    palette, 16-bit and RGBA images become 8-bit RGB.
 
     Args:
         reduction: 2, 4 or 8: decode a JPEG at that part of its size, rounded up, which is several times faster.
@@ -85,14 +87,18 @@ def decode_image(data: bytes, where: str, *, reduction: int = 1) -> NDArray[np.u
 
 
 def check_photo(data: bytes, where: str) -> tuple[int, int]:
-    """(height, width) of a photo that can be decoded. Raises DataError as ``decode_image`` does."""
+    """Check that a photo can be decoded. Returns its (height, width).
+
+    Raises:
+        DataError: as ``decode_image``.
+    """
     # A decoder reads a JPEG to its end at any scale: decoding at 1/8 detects the same corruption 40 % faster.
     decode_image(data, where, reduction=8 if is_jpeg(data) else 1)
     return image_size(data, where)
 
 
 def decode_label(data: bytes, where: str) -> NDArray[np.generic]:
-    """A label map as stored: uint8 or uint16 [H, W], or uint8 [H, W, 3] RGB of a true-colour picture.
+    """Decode a label map as stored: uint8 or uint16 [H, W], or uint8 [H, W, 3] RGB of a true-colour image.
 
     Raises:
         DataError: unreadable, lossy, with alpha, or of values that are no 8- or 16-bit integers.
@@ -106,14 +112,22 @@ def decode_label(data: bytes, where: str) -> NDArray[np.generic]:
 
 
 def decode_edges(data: bytes, where: str) -> NDArray[np.uint8]:
-    """An edge map: uint8 [H, W] of 0/1; whatever is not 0 in the file is an edge. Raises DataError."""
+    """Decode an edge map: uint8 [H, W] of 0/1; whatever is not 0 in the file is an edge.
+
+    Raises:
+        DataError: unreadable, lossy or with alpha.
+    """
     stored = _decode_map(data, where, "edge map")
     edges = stored != 0
     return (edges.any(2) if edges.ndim == 3 else edges).view(np.uint8)
 
 
 def decode_instances(data: bytes, where: str) -> NDArray[np.int32]:
-    """An instance map: int32 [H, W]; true colour reads as R + 256 G + 65536 B (COCO panoptic). Raises DataError."""
+    """Decode an instance map: int32 [H, W]; true colour reads as R + 256 G + 65536 B (COCO panoptic).
+
+    Raises:
+        DataError: unreadable, lossy or with alpha.
+    """
     ids = _decode_map(data, where, "instance map")
     if ids.ndim == 3:
         return ids.astype(np.int32) @ np.array([1, 1 << 8, 1 << 16], np.int32)
@@ -121,7 +135,7 @@ def decode_instances(data: bytes, where: str) -> NDArray[np.int32]:
 
 
 def _decode_map(data: bytes, where: str, what: str) -> NDArray[np.generic]:
-    """The stored integers: uint8, uint16 or int32 [H, W], or uint8 [H, W, 3] RGB."""
+    """Decode the stored integers: uint8, uint16 or int32 [H, W], or uint8 [H, W, 3] RGB."""
     _refuse_lossy(data, where, what)
     height, width = image_size(data, where)
     if data.startswith(_PNG) and data[24] >= 8 and data[25] == _GREY:
@@ -159,7 +173,7 @@ def _decode_with_pil(data: bytes, where: str, what: str) -> NDArray[np.generic]:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) from the frame header of a JPEG; None where none is found (PIL then says what it is)."""
+    """Read (width, height) from the frame header of a JPEG; None if there is none (PIL then says what it is)."""
     if not data.startswith(b"\xff\xd8\xff"):
         return None
     place = 2
@@ -175,7 +189,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _open(data: bytes, where: str) -> Image.Image:
-    """PIL's lazy handle: only the header is read."""
+    """Open with PIL, which reads only the header now."""
     if not data:
         raise DataError(f"{where}: the file is empty (0 bytes)")
     try:
@@ -197,3 +211,22 @@ def _refuse_lossy(data: bytes, where: str, what: str) -> None:
             f"{where}: a {what} stored as {lossy}, whose compression changes ids; save it as PNG from the original ids"
             " (converting this file does not bring them back)"
         )
+
+
+# Without PNG's row filters, which are made for photos: maps become smaller, and decode two to three times faster.
+_MAP_OPTIONS = [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE, cv2.IMWRITE_PNG_COMPRESSION, 6]
+
+
+def encode_map(ids: NDArray[Any]) -> bytes:
+    """Encode a label, edge or instance map as a PNG from which the decoders give the same integers.
+
+    Args:
+        ids: uint8 or uint16 [H, W]; int32 [H, W] of at least 0, written with 16 bits or, where one is larger, as
+            R + 256 G + 65536 B; or uint8 [H, W, 3] RGB.
+    """
+    if ids.dtype == np.int32:
+        assert ids.min() >= 0
+        small = ids.max() <= 65535
+        ids = ids.astype(np.uint16) if small else np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], 2)
+    stored = ids if ids.dtype == np.uint16 else ids.astype(np.uint8, copy=False)
+    return cv2.imencode(".png", stored[..., ::-1] if stored.ndim == 3 else stored, _MAP_OPTIONS)[1].tobytes()

@@ -1,25 +1,38 @@
-"""Write and read LMDB shards in imaginaire's format; detect whether a folder holds LMDBs or plain folders.
+"""Write and read LMDB shards in imaginaire's format; tell whether a folder holds LMDBs or plain folders.
 
 A shard is a folder: one LMDB environment per data type (``images/data.mdb`` ...), key ``SEQUENCE/STEM`` in UTF-8
 (``./STEM`` for files directly in the folder), value the original file's bytes; ``all_filenames.json``: sequence ->
-sorted stems; ``metadata.json``: data type -> extension. ``build.py`` adds ``manifest.json``. Decodes nothing.
+sorted stems; ``metadata.json``: data type -> extension. The builder adds ``manifest.json``. Decodes nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from imaginaire_spade.data.environments import forget_replaced, read_value
-from imaginaire_spade.data.folders import DATA_TYPES, LAYOUT, FolderSource, Source, holds_images, make_key, split_key
+import lmdb
+
+from imaginaire_spade.data.folders import (
+    DATA_TYPES,
+    LAYOUT,
+    FolderSource,
+    Source,
+    holds_images,
+    make_key,
+    split_key,
+    stays_inside,
+)
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import read_json, write_json
 
 FILENAMES, METADATA, MANIFEST = "all_filenames.json", "metadata.json", "manifest.json"
 MAX_KEY_BYTES = 511
 """LMDB's limit."""
+_CHUNK_BYTES = 16 << 20
 
 
 def store_key(key: str) -> bytes:
@@ -50,11 +63,94 @@ def most_common(words: Iterable[str]) -> str:
     return min(counts, key=lambda word: (-counts[word], word))
 
 
+class EnvironmentWriter:
+    """A new LMDB environment, ``folder/data.mdb``; the same items give the same file, byte for byte.
+
+    Every commit reads its values back and compares them with the originals.
+
+    Args:
+        folder: made if missing.
+        expected_bytes, expected_items: the size of all values and their number, for the first size of LMDB's map,
+            which grows where they were too low.
+    """
+
+    def __init__(self, folder: Path, expected_bytes: int, expected_items: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.num_items = 0
+        self.num_bytes = 0
+        self._folder = folder
+        self._chunk: list[tuple[bytes, bytes]] = []
+        self._pending = 0
+        # A value takes whole pages.
+        self._map_size = _whole_megabytes(expected_bytes + expected_items * 8192 + (1 << 20))
+        self._env = self._open()
+
+    def _open(self) -> lmdb.Environment:
+        # 0o777 less what the umask takes away; LMDB leaves out the right to execute.
+        return lmdb.open(str(self._folder), map_size=self._map_size, lock=False, sync=False, mode=0o777)
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Add an item; keys must come in ascending order.
+
+        Raises:
+            OSError, lmdb.Error: the disk is full, or the like.
+            DataError: a value reads back differently.
+        """
+        self._chunk.append((key, value))
+        self._pending += len(value)
+        if self._pending >= _CHUNK_BYTES:
+            self._commit()
+
+    def close(self) -> None:
+        """Flush to disk.
+
+        Raises:
+            OSError, lmdb.Error, DataError: as ``put``; or the file holds other items than were put.
+        """
+        try:
+            self._commit()
+            self._env.sync(True)
+            if self._env.stat()["entries"] != self.num_items:
+                raise DataError(f"{self._folder}: {self._env.stat()['entries']} entries of {self.num_items} written")
+        finally:
+            self._env.close()
+
+    def abort(self) -> None:
+        """Leave the file as it is."""
+        self._env.close()
+
+    def _commit(self) -> None:
+        while True:
+            try:
+                with self._env.begin(write=True) as transaction:
+                    for key, value in self._chunk:
+                        transaction.put(key, value, append=True)
+                break
+            except lmdb.MapFullError:
+                self._map_size = _whole_megabytes(2 * self._map_size)
+                self._env.set_mapsize(self._map_size)
+        with self._env.begin() as transaction:
+            for key, value in self._chunk:
+                if transaction.get(key) != value:
+                    raise DataError(f"{self._folder}: {key.decode()} reads back differently: is the disk failing?")
+        self.num_items += len(self._chunk)
+        self.num_bytes += self._pending
+        if self._pending >= _CHUNK_BYTES:
+            # What was read back counts as this process's memory as long as it is mapped.
+            self._env.close()
+            self._env = self._open()
+        self._chunk, self._pending = [], 0
+
+
+def _whole_megabytes(size: int) -> int:
+    return -(-size // (1 << 20)) << 20
+
+
 # ------------------------------------------------------------------------------------------------ reading
 
 
 class LmdbSource(Source):
-    """One or several shards. Opens each LMDB when it is first read, once per process.
+    """Samples in one or several shards. The first read of a process opens an LMDB.
 
     Raises:
         DataError: not in imaginaire's format, or without one of ``data_types``.
@@ -100,10 +196,10 @@ class LmdbSource(Source):
         data_file = _data_file(self._shards[self._shard_of[key]], data_type)
         value = read_value(data_file, store_key(key), readahead=self.readahead)
         if value is None:
-            raise DataError(f"{self.where(key, data_type)}: the LMDB lacks this key, though {FILENAMES} lists it")
+            raise DataError(f"{self.describe(key, data_type)}: the LMDB lacks this key, though {FILENAMES} lists it")
         return value
 
-    def where(self, key: str, data_type: str) -> str:
+    def describe(self, key: str, data_type: str) -> str:
         return f"{self._shards[self._shard_of.get(key, 0)]}{os.sep}{data_type} key {store_key(key).decode()}"
 
 
@@ -163,7 +259,11 @@ def _is_there(shard: Path | str, data_type: str) -> bool:
 
 
 def _shards(root: Path) -> list[Path]:
-    """The shard folders that a manifest lists. Paths that lead out of ``root`` are refused."""
+    """List the shard folders of a manifest.
+
+    Raises:
+        DataError: it lists none, or one that is not there or lies outside ``root``.
+    """
     manifest = read_json(root / MANIFEST)
     entries = manifest.get("shards") if isinstance(manifest, dict) else None
     paths = [entry.get("path") if isinstance(entry, dict) else None for entry in entries or []]
@@ -171,8 +271,7 @@ def _shards(root: Path) -> list[Path]:
     if not names or len(names) != len(paths):
         raise DataError(f"{root / MANIFEST}: lists no shards: build the data set again")
     for name in names:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name:
+        if name != "." and not stays_inside(name):
             raise DataError(f"{root / MANIFEST}: the shard path {name!r} leads out of the folder")
         if not (root / name / FILENAMES).is_file():
             raise DataError(f"{root / name}: this shard is listed in {MANIFEST}, but has no {FILENAMES}: copy it again")
@@ -191,3 +290,88 @@ def _read_filenames(path: Path) -> list[str]:
     ):
         raise DataError(f"{path}: expected an object of sequence -> list of file names without extension")
     return [make_key(sequence, stem, str(path)) for sequence, stems in tree.items() for stem in stems]
+
+
+# ------------------------------------------------------------------------------------------------ environments
+
+# One environment per file and process: LMDB forbids two, and training and validation may read the same file.
+# Path of data.mdb -> (process, (inode, size), environment).
+_environments: dict[str, tuple[int, tuple[int, int], lmdb.Environment]] = {}
+_opening = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _opening
+    _opening = threading.Lock()  # another thread may have held it when this process was forked
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+def usable_memory(cgroups: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> int:
+    """Return the bytes that this process may use: the machine's memory, or less in a container or a scheduler's job.
+
+    Args:
+        cgroups, of: where Linux keeps the limits, and of which groups this process is one.
+    """
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):  # not on Linux
+        for line in of.read_text().splitlines():
+            _, controllers, group = line.split(":", 2)  # "0::/job" (version 2) or "4:memory:/job"
+            folder, name = (cgroups, "memory.max") if not controllers else (cgroups / "memory", "memory.limit_in_bytes")
+            if controllers in ("", "memory"):
+                # A container may see its own group as the topmost one, whatever the file says.
+                for file in (folder / group.lstrip("/") / name, folder / name):
+                    with contextlib.suppress(OSError, ValueError):  # none there, or "max"
+                        limits.append(int(file.read_text()))
+    return min(limits)
+
+
+def read_value(data_file: str, key: bytes, *, readahead: bool = True) -> bytes | None:
+    """Read the value of ``key``, or None. The first read of a process opens the environment.
+
+    Args:
+        readahead: whether reading a page brings those after it; the first read decides.
+    Raises:
+        DataError: the file cannot be opened as an LMDB, or is cut off.
+    """
+    with _opening:
+        known = _environments.get(data_file)
+        environment = known[2] if known and known[0] == os.getpid() else _open(data_file, readahead)
+    # (A copy: views into the map would save 6 us of a value's 1000, and be deadly where the file is replaced.)
+    with environment.begin() as transaction:
+        value: bytes | None = transaction.get(key)
+    return value
+
+
+def _open(data_file: str, readahead: bool) -> lmdb.Environment:
+    if data_file in _environments:
+        # Inherited through fork: LMDB counts it as open, but handles must not be shared between processes.
+        _environments.pop(data_file)[2].close()
+    path = Path(data_file)
+    try:
+        status = path.stat()
+        environment = lmdb.open(str(path.parent), readonly=True, lock=False, readahead=readahead, create=False)
+    except (OSError, lmdb.Error) as error:
+        raise DataError(f"{path}: cannot be opened as an LMDB: {error}") from None
+    needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    if status.st_size < needed:
+        # Reading beyond the end of a mapped file kills the process (SIGBUS): refuse before.
+        environment.close()
+        raise DataError(f"{path}: cut off ({status.st_size} bytes of {needed}): copy it again")
+    _environments[data_file] = (os.getpid(), (status.st_ino, status.st_size), environment)
+    return environment
+
+
+def forget_replaced(data_file: str) -> None:
+    """Close the environment of a file that was removed or built anew since it was opened."""
+    with _opening:
+        if data_file not in _environments:
+            return
+        try:
+            status = os.stat(data_file)  # noqa: PTH116 (the key is text)
+            unchanged = (status.st_ino, status.st_size) == _environments[data_file][1]
+        except FileNotFoundError:
+            unchanged = False
+        if not unchanged:
+            _environments.pop(data_file)[2].close()
