@@ -251,8 +251,8 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1930, "data": 1400, "models": 1130, "pretrained": 350, "training": 1640, "inference": 1165,
-    "evaluation": 1340,
+    "top level": 1935, "data": 1400, "models": 1130, "pretrained": 350, "training": 1640, "inference": 1165,
+    "evaluation": 1330,
     "lmdb_builder": 930, "dataset_prep": 510, "interop": 920, "export": 170, "demo": 450,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
