@@ -93,8 +93,9 @@ def describe_networks(source: str, hyper: Mapping[str, Any], dis: Mapping[str, A
     """
     if hyper.get("add_dist"):  # CLADE gives no position to 0 in its files, which is channel 0 in every data set
         hyper = {"skip_ids": [0], **hyper}
-    if {"dis", "ndf", "num_D", "n_layers_D", "norm_D"} & hyper.keys():
-        dis = describe(source, "discriminator", {**hyper, **hyper.get("dis", {})})
+    own = hyper.get("dis") or {}
+    if own or {"ndf", "num_D", "n_layers_D", "norm_D"} & hyper.keys():
+        dis = describe(source, "discriminator", {**hyper, **own})
     has_encoder = hyper.get("use_vae") or "style_enc_num_filters" in hyper
     return {
         "gen": describe(source, "generator", hyper),
