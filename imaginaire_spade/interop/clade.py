@@ -15,14 +15,7 @@ from imaginaire_spade.interop.nvlabs_spade import discriminator, image_size, sco
 from imaginaire_spade.layout import LayoutSpec
 
 __all__ = [
-    "DEFAULTS",
-    "discriminator",
-    "encoder",
-    "foreign_key",
-    "generator",
-    "image_size",
-    "layout_spec",
-    "scope",
+    "DEFAULTS", "discriminator", "encoder", "foreign_key", "generator", "image_size", "layout_spec", "scope",
     "style_dims",
 ]  # fmt: skip
 
