@@ -251,7 +251,7 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1940, "data": 1270, "models": 1130, "pretrained": 140, "training": 1760, "inference": 1180,
+    "top level": 1940, "data": 1290, "models": 1130, "pretrained": 140, "training": 1760, "inference": 1180,
     "evaluation": 1490,
     "lmdb_builder": 930, "dataset_prep": 510, "interop": 920, "export": 170, "demo": 450,
 }  # fmt: skip
