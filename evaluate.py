@@ -10,8 +10,6 @@ Under torchrun the processes share the work. Weights come from files: docs/evalu
 """
 
 import argparse
-import itertools
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,27 +17,20 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from imaginaire_spade import distributed
 from imaginaire_spade.build import import_modules
-from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import ConfigError, positive_integer, run_command_line
-from imaginaire_spade.evaluation.collection import Collection, collect, load_collection
-from imaginaire_spade.evaluation.diversity import PerceptualNetwork, perceptual_network
-from imaginaire_spade.evaluation.features import FEATURE_DIMS, RESIZES, FeatureNetwork, feature_network
-from imaginaire_spade.evaluation.label_maps import SegmentationPass, page_samples
+from imaginaire_spade.evaluation.collection import holds_statistics
+from imaginaire_spade.evaluation.evaluate import evaluate, page_samples
 from imaginaire_spade.evaluation.protocol import REFERENCE_SPLITS
 from imaginaire_spade.evaluation.report import compare
 from imaginaire_spade.evaluation.report_page import write_report_page
-from imaginaire_spade.evaluation.scores import KEEP_FEATURES, METRICS, NEED_FEATURES, evaluate_pictures
-from imaginaire_spade.evaluation.segmentation import (
-    Predictor,
-    SegmentationMetric,
-    StoredPredictions,
-    network_predictions,
-)
-from imaginaire_spade.evaluation.sources import EvaluatedPicture, PictureSource
-from imaginaire_spade.evaluation.statistics import holds_statistics
-from imaginaire_spade.inference.evaluated import Evaluated, checkpoint_pictures, stored_pictures
+from imaginaire_spade.evaluation.scores import METRICS, NEED_FEATURES
+from imaginaire_spade.evaluation.segmentation import Predictor, Segmentation, StoredPredictions, network_predictions
 from imaginaire_spade.inference.folder import Progress
+from imaginaire_spade.inference.images_to_score import ImagesToScore, checkpoint_images, stored_images
 from imaginaire_spade.inference.sizes import SIZE_HELP, Asked, read_size
+from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.pretrained.inception import FEATURE_DIMS, RESIZES, FeatureNetwork, feature_network
+from imaginaire_spade.pretrained.lpips import perceptual_network
 
 PROCESS_GROUP_TIMEOUT_S = 3600.0
 """Shares of the work end at different times."""
@@ -99,10 +90,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _nothing(picture: EvaluatedPicture) -> None:
-    pass
-
-
 def main() -> None:
     arguments = parse_arguments()
     if arguments.compare:
@@ -112,56 +99,47 @@ def main() -> None:
     import_modules(arguments.modules)
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
-    # Networks first: whether their weights are there is known before any picture is made.
-    network = perceptual = None
+    # Networks first: whether their weights are there is known before any image is generated.
+    network = perceptual = segmentation = None
     if set(metrics) & set(NEED_FEATURES):
         network = feature_network(
             arguments.inception_weights, dim=arguments.feature_dim, resize=arguments.resize, device=device
         )
     if "diversity" in metrics:
         perceptual = perceptual_network(arguments.lpips_weights, device=device)
-    sources = _evaluated(arguments, size, device, metrics)
-    segmentation = _segmentation(arguments, sources, device) if "segmentation" in metrics else None
+    images = _images(arguments, metrics, size, network, device)
+    if "segmentation" in metrics:
+        assert images.fake.label_table is not None
+        segmentation = _segmentation(arguments, images.fake.label_table, device)
 
     distributed.init_process_group(info, device, PROCESS_GROUP_TIMEOUT_S)
+    progress = _PassProgress(shown=info.is_main)
     try:
-        count_in = segmentation.add_fake if segmentation else _nothing
-        made = _collect(sources.fake, network, perceptual, metrics, arguments, info, count_in)
-        count_in = _nothing
-        if segmentation:
-            segmentation.fakes_done()
-            if sources.real is sources.photos:
-                count_in = segmentation.add_photo
-            else:
-                _collect(segmentation.photos, None, None, [], arguments, info, segmentation.add_photo)
-        if isinstance(sources.real, Path):
-            assert network is not None
-            reference = load_collection(sources.real, network, arguments.reference_split)
-        else:
-            reference = _collect(sources.real, network, None, metrics, arguments, info, count_in)
-        if segmentation:
-            segmentation.metric.sum_over_processes(device)
+        report = evaluate(
+            images.fake, images.real, network, metrics=metrics, reference_split=arguments.reference_split,
+            perceptual=perceptual, segmentation=segmentation, photos=images.photos, subject=images.subject,
+            geometry=images.geometry, batch_size=arguments.batch_size, skip_bad=arguments.skip_bad, info=info,
+            on_image=progress,
+        )  # fmt: skip
     finally:
+        progress.close()
         distributed.leave_process_group()
     if not info.is_main:
         return
-    report = evaluate_pictures(
-        reference, made, network, metrics=metrics, reference_split=arguments.reference_split,
-        perceptual=perceptual, num_samples=arguments.num_samples, subject=sources.subject,
-        geometry=sources.geometry,
-    )  # fmt: skip
-    if segmentation:
-        report = segmentation.metric.added_to(report)
     print(report.text(), flush=True)
     if arguments.output:
         report.save(arguments.output)
     if arguments.html:
-        grid, worst = page_samples(report, sources.fake, sources.photos, sources.maps, segmentation)
-        write_report_page(arguments.html, report, grid, worst, sources.maps.labels if sources.maps else None)
+        grid, worst = page_samples(report, images.fake, images.photos)
+        write_report_page(arguments.html, report, grid, worst, images.fake.label_table)
 
 
 def _check(arguments: argparse.Namespace) -> list[str]:
-    """The metrics. Raises ConfigError for flags that do not go together."""
+    """Return the metrics.
+
+    Raises:
+        ConfigError: flags that do not go together.
+    """
     metrics = [name for name in arguments.metrics.split(",") if name]
     if unknown := [name for name in metrics if name not in METRICS]:
         raise ConfigError(f"--metrics {','.join(unknown)}: unknown; choose from {','.join(METRICS)}")
@@ -180,8 +158,8 @@ def _check(arguments: argparse.Namespace) -> list[str]:
             "--reference_split is missing: write train or val, whichever the real images are. Scores against"
             " different splits are not comparable"
         )
-    by_pictures = "segmentation" in metrics and generates  # whose photos are those of data.val
-    beyond = [name for name in metrics if name != "fid" and not (name == "segmentation" and by_pictures)]
+    served = ("fid", "segmentation") if generates and "fid" in metrics else ("fid",)  # photos: those of data.val
+    beyond = [name for name in metrics if name not in served]
     if arguments.real and holds_statistics(arguments.real) and beyond:
         raise ConfigError(f"--real {arguments.real} holds statistics, which serve fid only: {','.join(beyond)} needs"
                           " the images")  # fmt: skip
@@ -206,22 +184,23 @@ def _check(arguments: argparse.Namespace) -> list[str]:
     return metrics
 
 
-def _evaluated(arguments: argparse.Namespace, size: Asked, device: torch.device, metrics: Sequence[str]) -> Evaluated:
+def _images(
+    arguments: argparse.Namespace, metrics: list[str], size: Asked, network: FeatureNetwork | None, device: torch.device
+) -> ImagesToScore:
     if arguments.fake:
-        return stored_pictures(
-            arguments.fake, arguments.real, num_samples=arguments.num_samples, label_maps=arguments.label_maps,
-            label_table=arguments.label_table,
+        return stored_images(
+            arguments.fake, arguments.real, reference_split=arguments.reference_split, network=network,
+            num_samples=arguments.num_samples, label_maps=arguments.label_maps, label_table=arguments.label_table,
         )  # fmt: skip
-    return checkpoint_pictures(
+    return checkpoint_images(
         arguments.checkpoint, arguments.logdir, arguments.config, arguments.set, weights=arguments.weights,
-        size=size, device=device, real=arguments.real, reference_split=arguments.reference_split, seed=arguments.seed,
+        size=size, device=device, real=arguments.real,
+        reference_split=arguments.reference_split, network=network, seed=arguments.seed,
         num_samples=arguments.num_samples, batch_size=arguments.batch_size, with_photos="segmentation" in metrics,
     )  # fmt: skip
 
 
-def _segmentation(arguments: argparse.Namespace, sources: Evaluated, device: torch.device) -> SegmentationPass:
-    assert sources.maps is not None and sources.photos is not None
-    labels = sources.maps.labels
+def _segmentation(arguments: argparse.Namespace, labels: LabelSpec, device: torch.device) -> Segmentation:
     of_fake: Predictor
     of_real: Predictor
     if arguments.predictions:
@@ -230,33 +209,24 @@ def _segmentation(arguments: argparse.Namespace, sources: Evaluated, device: tor
         of_fake = of_real = network_predictions(
             arguments.segmenter, arguments.segmenter_labels, labels, device, "--segmenter"
         )
-    metric = SegmentationMetric(labels, of_fake, of_real)
-    return SegmentationPass(metric, sources.maps, sources.fake, sources.photos)
+    return Segmentation(labels, of_fake, of_real)
 
 
-def _collect(
-    source: PictureSource,
-    network: FeatureNetwork | None,
-    perceptual: PerceptualNetwork | None,
-    metrics: Sequence[str],
-    arguments: argparse.Namespace,
-    info: ProcessInfo,
-    count_in: Callable[[EvaluatedPicture], None],
-) -> Collection:
-    progress, done = Progress(shown=info.is_main), itertools.count(1)
-    total = len(source.keys[info.rank :: info.world_size])
+class _PassProgress:
+    """Progress on stderr of one pass over images after the other."""
 
-    def on_picture(picture: EvaluatedPicture) -> None:
-        count_in(picture)
-        progress(next(done), total)
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown
+        self._progress = Progress(shown=False)
 
-    try:
-        return collect(
-            source, network, batch_size=arguments.batch_size, keep_features=bool(set(metrics) & set(KEEP_FEATURES)),
-            perceptual=perceptual, skip_bad=arguments.skip_bad, info=info, on_picture=on_picture,
-        )  # fmt: skip
-    finally:
-        progress.close()
+    def __call__(self, done: int, total: int) -> None:
+        if done == 1:
+            self.close()
+            self._progress = Progress(shown=self._shown)
+        self._progress(done, total)
+
+    def close(self) -> None:
+        self._progress.close()
 
 
 if __name__ == "__main__":

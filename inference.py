@@ -19,16 +19,19 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from imaginaire_spade import distributed
-from imaginaire_spade.build import import_modules, layout_spec
-from imaginaire_spade.config import RunConfig, load_config
+from imaginaire_spade.build import import_modules
+from imaginaire_spade.cli import add_shared_flags
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config_diff import check_fits
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError, LabelError, positive_integer, run_command_line
 from imaginaire_spade.inference import style
 from imaginaire_spade.inference.animation import check_animation
-from imaginaire_spade.inference.folder import PROBLEMS_SHOWN, Progress, RunReport, generate_folder
+from imaginaire_spade.inference.folder import PROBLEMS_SHOWN, FolderOptions, Progress, RunReport, generate_folder
+from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.output import check_apart
 from imaginaire_spade.inference.sizes import MAX_PIXELS, SIZE_HELP, SizeRule, read_size
-from imaginaire_spade.inference.weights import LoadedModel, check_fits, find_checkpoint, load_generator
 from imaginaire_spade.labels import LabelSpec
 
 
@@ -39,13 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--logdir", type=Path, metavar="DIR", help="log dir of a training run: its newest checkpoint")
     model.add_argument("--config", type=Path, metavar="C.yaml",
                        help="for test_data and pretrained_weight; the checkpoint knows its architecture")  # fmt: skip
-    model.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="ema (default); raw: non-averaged weights"
-    )
-    model.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key (repeat)")
-    model.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
-                       help="import your module, which registers your components (repeat)")  # fmt: skip
-    model.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_shared_flags(model, "--weights", "--set", "--import", "--device")
     model.add_argument("--batch_size", type=positive_integer, metavar="B",
                        help="label maps per batch on a GPU (default: test_data.batch_size, else 1); a CPU processes"
                        " them one by one")  # fmt: skip
@@ -89,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     existing.add_argument("--skip_existing", action="store_true", help="keep existing images, generate the others")
     existing.add_argument("--overwrite", action="store_true", help="replace existing images")
     parser.add_argument("--single_gpu", action="store_true", help=argparse.SUPPRESS)  # imaginaire's; one is the default
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
+    add_shared_flags(parser, "--local-rank")
     arguments = parser.parse_args()
     if not arguments.style_interpolate and (arguments.steps or arguments.animation):
         parser.error("--steps and --animation are for --style_interpolate A B: give that too, or leave them out")
@@ -104,15 +101,15 @@ def main() -> None:
     asked = read_size(arguments.size, "--size", raise_with="--max_pixels", max_pixels=arguments.max_pixels)
     if arguments.resize_back and asked == "own":
         raise ConfigError("--resize_back: with --size own images have their label maps' size already; leave one out")
-    import_modules(arguments.modules)
+    import_modules(arguments.imports)
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
-    given = load_config(arguments.config, arguments.set) if arguments.config else None
+    given = load_config(arguments.config, arguments.overrides) if arguments.config else None
     checkpoint = find_checkpoint(arguments.checkpoint, arguments.logdir, given)
-    model = load_generator(
+    model = Model.load(
         checkpoint,
-        weights=arguments.weights, overrides=arguments.set, device=device, precision=arguments.precision,
-        compiled=arguments.compile, frozen=True,
+        weights=arguments.weights, overrides=arguments.overrides, device=device, precision=arguments.precision,
+        compiled=arguments.compile,
     )  # fmt: skip
     config = model.config
     if given is not None:
@@ -129,7 +126,7 @@ def main() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         dataset = LabelMapDataset(
-            roots, config.data.labels, edges=config.data.edges, distances=layout_spec(config).has_distances,
+            roots, config.data.labels, edges=config.data.edges, distances=model.layout_spec.has_distances,
             size_of=sizes, with_images=False,
             replace=dict(_replacement(config.data.labels, text) for text in arguments.map),
             on_unknown=partial(_remember, changed) if arguments.on_bad_label == "ignore" else None,
@@ -145,17 +142,18 @@ def main() -> None:
 
     progress = Progress(shown=info.is_main)
     try:
-        report = generate_folder(
-            model, dataset, arguments.output_dir,
+        options = FolderOptions(
             batch_size=arguments.batch_size or (test_data.batch_size if test_data else 1),
             num_samples=arguments.steps if arguments.style_interpolate else arguments.num_samples,
-            style_of=style_of,
             suffix=f".{arguments.format}",
             animation=animation,
             existing="skip" if arguments.skip_existing else "overwrite" if arguments.overwrite else "refuse",
             on_bad_label="skip" if arguments.on_bad_label == "skip" else "fail",
-            max_pixels=arguments.max_pixels, sizes=sizes, resize_back=arguments.resize_back,
-            gallery=not arguments.no_gallery, info=info, on_written=progress, on_note=lambda note: _tell([note]),
+            max_pixels=arguments.max_pixels, resize_back=arguments.resize_back, gallery=not arguments.no_gallery,
+        )  # fmt: skip
+        report = generate_folder(
+            model, dataset, arguments.output_dir, options,
+            style_of=style_of, sizes=sizes, info=info, on_written=progress, on_note=lambda note: _tell([note]),
         )  # fmt: skip
     except KeyboardInterrupt:
         print(
@@ -169,12 +167,12 @@ def main() -> None:
     print(_summary(arguments.output_dir, report, info), flush=True)
 
 
-def _styles(arguments: argparse.Namespace, model: LoadedModel, keys: list[str], seed: int) -> style.StyleOf:
+def _styles(arguments: argparse.Namespace, model: Model, keys: list[str], seed: int) -> style.StyleOf:
     if arguments.style_interpolate:
         start, end = (style.style_named(model, name) for name in arguments.style_interpolate)
         return style.interpolated_styles(start, end, arguments.steps)
     if arguments.style_image is not None:
-        return style.picture_styles(model, arguments.style_image, keys, seed, arguments.num_samples)
+        return style.image_styles(model, arguments.style_image, keys, seed, arguments.num_samples)
     if arguments.style_seed is not None:
         return style.shared_styles(arguments.style_seed, model.style_dims)
     return style.drawn_styles(seed, model.style_dims, arguments.num_samples)
@@ -194,7 +192,7 @@ def _remember(problems: list[str], error: LabelError) -> None:
     problems.append(str(error))
 
 
-def _notes(arguments: argparse.Namespace, model: LoadedModel, given: RunConfig | None) -> list[str]:
+def _notes(arguments: argparse.Namespace, model: Model, given: RunConfig | None) -> list[str]:
     notes = []
     if given is not None and given.data.labels != model.config.data.labels:
         notes.append(
@@ -218,9 +216,9 @@ def _tell(notes: list[str]) -> None:
 def _summary(directory: Path, report: RunReport, info: distributed.ProcessInfo) -> str:
     share = f"process {info.rank} of {info.world_size}: " if info.world_size > 1 else ""
     left_out = f", {len(report.left_out)} label map(s) left out" if report.left_out else ""
-    rate = f", {report.pictures / report.seconds:.2f} images/s" if report.pictures else ""
+    rate = f", {report.images / report.seconds:.2f} images/s" if report.images else ""
     page = f"; look at {report.gallery}" if report.gallery else ""
-    return f"{share}wrote {report.pictures} of {report.total} images to {directory}{left_out}{rate}{page}"
+    return f"{share}wrote {report.images} of {report.total} images to {directory}{left_out}{rate}{page}"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from imaginaire_spade import distributed
 from imaginaire_spade.build import build_losses, check_run, import_modules
-from imaginaire_spade.config import load_config
+from imaginaire_spade.cli import add_shared_flags
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import UserError, run_command_line
 
 
@@ -30,22 +31,19 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         help="stop at this iteration, counted over the whole run; the schedule does not change",
     )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dry_run", action="store_true", help="check everything, measure one iteration, write nothing")
     parser.add_argument("--profile", action="store_true", help="trace iterations 6 to 10 into DIR/profile, then stop")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key (repeat)")
-    parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
-                        help="import your module, which registers your components (repeat)")  # fmt: skip
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
+    add_shared_flags(parser, "--set", help="override a key (repeat)")
+    add_shared_flags(parser, "--device", "--import", "--local-rank")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
     # Everything a user can get wrong is checked before the process group exists: no rank waits for one that left.
-    import_modules(arguments.modules)
+    import_modules(arguments.imports)
     extra = {} if arguments.seed is None else {"seed": arguments.seed}
-    config = load_config(arguments.config, arguments.set, extra=extra)
+    config = load_config(arguments.config, arguments.overrides, extra=extra)
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
     check_run(config, info.world_size)
@@ -55,7 +53,7 @@ def main() -> None:
         raise UserError(f"--max_iterations {arguments.max_iterations}: must be at least 1")
 
     from imaginaire_spade.training import loop, profile
-    from imaginaire_spade.training.run import prepare
+    from imaginaire_spade.training.setup import prepare
 
     distributed.init_process_group(info, device, config.trainer.process_group_timeout_s)
     try:

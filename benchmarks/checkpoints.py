@@ -17,14 +17,15 @@ import torch
 
 from imaginaire_spade import distributed
 from imaginaire_spade.build import build_losses, check_run
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import positive_integer, run_command_line
 from imaginaire_spade.training.checkpoint import CheckpointWriter
+from imaginaire_spade.training.ema import reestimate_batch_norm
 from imaginaire_spade.training.loop import ESTIMATE_AT_MOST
-from imaginaire_spade.training.model_average import reestimate_batch_norm
 from imaginaire_spade.training.resume import content_of
-from imaginaire_spade.training.run import calibration_inputs, calibration_layouts, prepare
+from imaginaire_spade.training.setup import calibration_inputs, calibration_layouts, prepare
+from imaginaire_spade.training.step import train_step
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
     batches, calibration = run.batches(num_workers=0), calibration_layouts(run)
 
     def step() -> None:
-        run.step(next(batches))
+        train_step(run.state, run.networks, next(batches), run.settings)
 
     def reestimate() -> None:
         if run.state.generator_ema is not None and calibration:

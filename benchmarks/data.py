@@ -31,7 +31,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from imaginaire_spade.config import AugmentationConfig, load_config
+from imaginaire_spade.config import AugmentationConfig
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.loader import sequential_batches

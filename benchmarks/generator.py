@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.layouts import dense, fresh, make_layout
 from benchmarks.measure import Row, largest_difference, rows_of, take_turns
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
-from imaginaire_spade.models.frozen import freeze
+from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.generator import Generator, SPADEGenerator
 from imaginaire_spade.models.layers import fold_spectral_norm, initialise
 from imaginaire_spade.models.norms import CLADE, CLADEICPE, SPADE, ConditionalNorm
@@ -71,7 +71,7 @@ def measure(
             if name.endswith("convolutions"):
                 fold_spectral_norm(generator).to(memory_format=torch.channels_last)
             else:
-                freeze(generator, winograd=device.type == "cpu")
+                optimise_for_inference(generator, winograd=device.type == "cpu")
         runs: dict[str, Callable[[], Tensor]] = {"SPADE dense": partial(_generate, plain, dense, layout)}
         runs |= {name: partial(_generate, generator, fresh, layout) for name, generator in generators.items()}
         wanted, found = runs["SPADE dense"](), runs["SPADE"]()

@@ -17,13 +17,14 @@ import torch
 from benchmarks.layouts import SPEC, dense, make_layout
 from benchmarks.measure import Row, rows_of, take_turns
 from imaginaire_spade.build import build_generator
-from imaginaire_spade.config import RunConfig, dump_config, load_config
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config_files import dump_config, load_config
 from imaginaire_spade.data.batch import denormalise
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.inference.folder import generate_folder
-from imaginaire_spade.inference.synthesis import Request, padded_layout, synthesise
-from imaginaire_spade.inference.weights import LoadedModel, load_generator
-from imaginaire_spade.pictures import Picture, write_image
+from imaginaire_spade.files import RgbImage, write_image
+from imaginaire_spade.inference.folder import FolderOptions, generate_folder
+from imaginaire_spade.inference.model import Model
+from imaginaire_spade.inference.synthesis import Request, pad_to_layout, synthesise
 from imaginaire_spade.training.checkpoint import write_checkpoint
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs/projects/spade/cocostuff/base256.yaml"
@@ -38,9 +39,9 @@ def measure(
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint = Path(temporary, "checkpoint.pt")
         _save(checkpoint, config)
-        plain = load_generator(checkpoint, weights="raw", device=device)
+        plain = Model.load(checkpoint, weights="raw", device=device, for_inference=False)
         models = {
-            precision: load_generator(checkpoint, weights="raw", device=device, precision=precision, frozen=True)
+            precision: Model.load(checkpoint, weights="raw", device=device, precision=precision)
             for precision in PRECISIONS[device.type]
         }
         rows = []
@@ -70,21 +71,21 @@ def _requests(folder: Path | None, sizes: Sequence[tuple[int, int]]) -> list[Req
 
 
 @torch.inference_mode()
-def _dense(model: LoadedModel, requests: Sequence[Request]) -> list[Picture]:
-    layout = dense(padded_layout(model, requests).to(model.device))
+def _dense(model: Model, requests: Sequence[Request]) -> list[RgbImage]:
+    layout = dense(pad_to_layout(model, requests).to(model.device))
     pictures = denormalise(model.generator(layout)).permute(0, 2, 3, 1).cpu().numpy()
     return [p[: r.labels.shape[0], : r.labels.shape[1]] for p, r in zip(pictures, requests, strict=True)]
 
 
-def _ours(model: LoadedModel, requests: Sequence[Request]) -> list[Picture]:
+def _ours(model: Model, requests: Sequence[Request]) -> list[RgbImage]:
     made = dict(synthesise(model, requests, len(requests)))
     return [made[request.name] for request in requests]
 
 
 def _in_memory(
-    case: str, plain: LoadedModel, models: dict[str, LoadedModel], requests: Sequence[Request], repeats: int
+    case: str, plain: Model, models: dict[str, Model], requests: Sequence[Request], repeats: int
 ) -> list[Row]:
-    runs: dict[str, Callable[[], list[Picture]]] = {"dense": partial(_dense, plain, requests)}
+    runs: dict[str, Callable[[], list[RgbImage]]] = {"dense": partial(_dense, plain, requests)}
     runs |= {name: partial(_ours, model, requests) for name, model in models.items()}
     expected = runs["dense"]()
     differences = {name: _difference(run(), expected) for name, run in runs.items() if name != "dense"}
@@ -92,7 +93,7 @@ def _in_memory(
     return rows_of("inference", case, times, differences, _rates(times, len(requests)))
 
 
-def _difference(ours: Sequence[Picture], reference: Sequence[Picture]) -> float:
+def _difference(ours: Sequence[RgbImage], reference: Sequence[RgbImage]) -> float:
     """Largest difference of pixel values, in [-1, 1] as a network's."""
     return max(float(np.abs(a.astype(int) - b).max()) for a, b in zip(ours, reference, strict=True)) / 127.5
 
@@ -101,9 +102,7 @@ def _rates(times: dict[str, float], count: int) -> dict[str, str]:
     return {name: f"{ms / count:.1f} ms per image, {1000 * count / ms:.2f} images/s" for name, ms in times.items()}
 
 
-def _of_files(
-    temporary: Path, plain: LoadedModel, model: LoadedModel, requests: Sequence[Request], repeats: int
-) -> list[Row]:
+def _of_files(temporary: Path, plain: Model, model: Model, requests: Sequence[Request], repeats: int) -> list[Row]:
     """A folder of label maps -> one of pictures: each read, generated and written in turn, or overlapping."""
     source, target = temporary / "label_maps", temporary / "pictures"
     source.mkdir()
@@ -114,13 +113,13 @@ def _of_files(
         )
     dataset = LabelMapDataset(source, model.config.data.labels, edges="labels", with_images=False)
 
-    def in_turn(loaded: LoadedModel, make: Callable[[LoadedModel, Sequence[Request]], list[Picture]]) -> None:
+    def in_turn(loaded: Model, make: Callable[[Model, Sequence[Request]], list[RgbImage]]) -> None:
         for index, key in enumerate(dataset.keys):
             sample = dataset[index]
             write_image(target / f"{key}.png", make(loaded, [Request(key, sample.labels, sample.edges)])[0])
 
     def run(batch_size: int) -> None:
-        generate_folder(model, dataset, target, batch_size=batch_size, existing="overwrite", gallery=False)
+        generate_folder(model, dataset, target, FolderOptions(batch_size, existing="overwrite", gallery=False))
 
     runs: dict[str, Callable[[], None]] = {
         "dense, in turn": partial(in_turn, plain, _dense),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from imaginaire_spade.build import build_encoder as build_encoder
     from imaginaire_spade.build import build_generator as build_generator
     from imaginaire_spade.config import RunConfig as RunConfig
-    from imaginaire_spade.config import load_config as load_config
+    from imaginaire_spade.config_files import load_config as load_config
     from imaginaire_spade.inference.synthesizer import Synthesizer as Synthesizer
     from imaginaire_spade.layout import LayoutSpec as LayoutSpec
     from imaginaire_spade.layout import SemanticLayout as SemanticLayout
@@ -26,7 +26,7 @@ _MODULES = {
     "build_discriminator": "build",
     "build_encoder": "build",
     "build_generator": "build",
-    "load_config": "config",
+    "load_config": "config_files",
 }
 """Name -> the module that has it."""
 

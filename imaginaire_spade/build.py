@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from imaginaire_spade.config import Component, OptimizerConfig, RunConfig, SplitConfig
+from imaginaire_spade.config import OptimizerConfig, RunConfig, SplitConfig
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import initialise
-from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Registry
-
-N = TypeVar("N", bound=nn.Module)
+from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Component, Registry
 
 
 def import_modules(names: Iterable[str]) -> None:
-    """Import the user's modules, which register their components (``--import``). Raises ConfigError."""
+    """Import the user's modules, which register their components (``--import``).
+
+    Raises:
+        ConfigError: one of them cannot be imported.
+    """
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     for name in names:
@@ -37,24 +39,22 @@ def import_modules(names: Iterable[str]) -> None:
 
 def layout_spec(config: RunConfig) -> LayoutSpec:
     """Describe the label maps of a run: by ``data``, and by the needs of the generator's norm."""
-    labels = config.data.labels
-    return LayoutSpec(
-        labels.num_classes,
-        has_dont_care=labels.dont_care,
-        has_edges=config.data.edges != "none",
-        has_distances=_needs_distances(GENERATORS, config.gen.type, config.gen.args),
-    )
+    return LayoutSpec.of(config.data.labels, config.data.edges, _needs_distances(GENERATORS, config.gen))
 
 
-def _needs_distances(registry: Registry, kind: str, args: Mapping[str, Any]) -> bool:
+def _needs_distances(registry: Registry, component: Component) -> bool:
     """Whether a component, or one nested in it, says that it needs distances."""
-    return getattr(registry[kind], "needs_distances", False) or any(
-        _needs_distances(part, args[key]["type"], args[key]["args"]) for key, part in registry.parts(kind).items()
+    return getattr(registry[component.type], "needs_distances", False) or any(
+        _needs_distances(part, component.args[key]) for key, part in registry.parts(component.type).items()
     )
 
 
 def image_size(config: RunConfig) -> tuple[int, int]:
-    """Return the (height, width) of training. Raises ConfigError if samples keep their own sizes."""
+    """Return the (height, width) of training, in pixels.
+
+    Raises:
+        ConfigError: samples keep their own sizes.
+    """
     size = config.data.train.augmentations.output_h_w
     if size is None:
         raise ConfigError(
@@ -66,33 +66,51 @@ def image_size(config: RunConfig) -> tuple[int, int]:
 
 def build_generator(config: RunConfig) -> Generator:
     """Build the generator, initialised according to ``trainer.init``."""
-    generator: Generator = build_component(GENERATORS, config.gen, layout_spec(config), image_size(config))
-    return _initialised(generator, config)
+    return _build_network(config, GENERATORS, config.gen, layout_spec(config), image_size(config))
 
 
 def build_discriminator(config: RunConfig) -> Discriminator:
-    discriminator: Discriminator = build_component(DISCRIMINATORS, config.dis, layout_spec(config))
-    return _initialised(discriminator, config)
+    """Build the discriminator, initialised like the generator."""
+    return _build_network(config, DISCRIMINATORS, config.dis, layout_spec(config))
 
 
 def build_encoder(config: RunConfig) -> nn.Module | None:
-    """Build the style encoder; None if the config has none."""
+    """Build the style encoder, initialised like the generator; None if the config has none.
+
+    Raises:
+        ConfigError: the generator takes no style code.
+    """
     if config.encoder is None:
         return None
-    encoder: nn.Module = build_component(ENCODERS, config.encoder, _style_dims(config))
-    return _initialised(encoder, config)
+    style_dims = config.gen.args.get("style_dims", 0)
+    if not style_dims:
+        raise ConfigError("encoder is given, but gen.style_dims is 0: write gen.style_dims: 256, or encoder: null")
+    return _build_network(config, ENCODERS, config.encoder, style_dims)
+
+
+def _build_network(config: RunConfig, registry: Registry, component: Component, *known: Any) -> Any:
+    network = build_component(registry, component, *known)
+    if not any(parameter.is_meta for parameter in network.parameters()):
+        initialise(network, config.trainer.init.type, config.trainer.init.gain)
+    return network
 
 
 def build_losses(config: RunConfig) -> tuple[nn.ModuleDict, dict[str, float]]:
-    """The terms of the generator's objective and their weights. A term of weight 0 is not built (but ``gan`` is: the
-    discriminator needs it)."""
+    """Build the terms of the generator's objective, and list their weights by name.
+
+    A term of weight 0 is not built, except ``gan``, which the discriminator needs.
+    """
     wanted = {name: loss for name, loss in config.losses.items() if loss.weight > 0 or name == "gan"}
     terms = nn.ModuleDict({name: build_component(LOSSES, loss.component) for name, loss in wanted.items()})
     return terms, {name: loss.weight for name, loss in wanted.items()}
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build Adam in the form of ``fused``. Raises ConfigError if apex is requested and is not NVIDIA's."""
+    """Build Adam in the form of ``fused``.
+
+    Raises:
+        ConfigError: apex is requested, and NVIDIA's is not installed.
+    """
     settings: dict[str, Any] = {
         "lr": config.lr,
         "betas": (float(config.adam_beta1), float(config.adam_beta2)),
@@ -127,8 +145,13 @@ def build_split(config: RunConfig, split: SplitConfig, *, with_images: bool = Tr
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
-    """Reject what would fail later. Raises ConfigError. The networks are made without storage."""
+    """Reject what would fail later. The networks are made without storage.
+
+    Raises:
+        ConfigError: with what to write instead.
+    """
     trainer, train = config.trainer, config.data.train
+    # Batch and optimizer.
     if train.batch_size % trainer.gradient_accumulation:
         raise ConfigError(
             f"data.train.batch_size: {train.batch_size} cannot be split into trainer.gradient_accumulation:"
@@ -136,6 +159,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
         )
     if "apex" in (config.gen_opt.fused, config.dis_opt.fused):
         _apex_adam()
+    # Networks, and the sizes they take.
     size = image_size(config)
     with torch.device("meta"):
         generator = build_generator(config)
@@ -154,6 +178,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
             f" least {discriminator.min_size}, and multiples of {discriminator.size_multiple}: enlarge them, or lower"
             " dis.num_layers or dis.num_discriminators"
         )
+    # Validation.
     val = config.data.val
     val_size = None if val is None else val.augmentations.output_h_w
     if val is not None and (val_size is None or val_size[0] % multiple or val_size[1] % multiple):
@@ -167,6 +192,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
             "trainer.evaluation measures on validation samples, and there is no data.val: write data.val.roots: [...],"
             " or trainer.evaluation: null"
         )
+    # Batch statistics and losses.
     if size[0] * size[1] == multiple**2 and train.batch_size * world_size // trainer.gradient_accumulation < 2:
         raise ConfigError(
             f"one image of {size[0]}x{size[1]} is a single pixel at the generator's start, where batch statistics"
@@ -177,33 +203,16 @@ def check_run(config: RunConfig, world_size: int) -> None:
         raise ConfigError("losses.kl needs a style encoder: write encoder: {type: conv}, or losses.kl.weight: 0")
 
 
-def _style_dims(config: RunConfig) -> int:
-    dims = config.gen.args.get("style_dims", 0)
-    if not dims:
-        raise ConfigError("encoder is given, but gen.style_dims is 0: write gen.style_dims: 256, or encoder: null")
-    return int(dims)
-
-
 def build_component(registry: Registry, component: Component, *known: Any) -> Any:
-    """Make a component: ``known`` is what the pipeline knows; components nested in it become factories."""
-    return _factory(registry, component)(*known)
+    """Make a component.
 
-
-def _factory(registry: Registry, component: Component | Mapping[str, Any]) -> Any:
-    if isinstance(component, Component):
-        kind, args = component.type, component.args
-    else:
-        kind, args = component["type"], component["args"]
-    parts = registry.parts(kind)
-    cls = registry[kind]
-    resolved = registry.schema(kind).model_validate(
-        {key: value for key, value in args.items() if key not in parts}, strict=False
-    )
-    values = {key: getattr(resolved, key) for key in resolved.model_fields_set}
-    return partial(cls, **values, **{key: _factory(part, args[key]) for key, part in parts.items()})
-
-
-def _initialised(network: N, config: RunConfig) -> N:
-    if not any(parameter.is_meta for parameter in network.parameters()):
-        initialise(network, config.trainer.init.type, config.trainer.init.gain)
-    return network
+    Args:
+        known: what the pipeline knows, the positional parameters of the registered class. A component nested in this
+            one becomes a factory, to which this one gives what it knows.
+    """
+    parts = registry.parts(component.type)
+    args = {
+        key: partial(build_component, parts[key], value) if key in parts else value
+        for key, value in component.args.items()
+    }
+    return registry[component.type](*known, **args)

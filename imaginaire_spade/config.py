@@ -1,34 +1,19 @@
-"""Load, merge, override, check and dump the typed configuration of a run.
+"""Define the typed configuration of a run.
 
 Owns every key that YAML may set outside the components (whose keys are the keyword-only parameters of the registered
-class, see ``registry.py``) and the default of each, written once, here. Builds nothing: ``build.py`` does.
-
-A file may name others to start from (``base: ../sample/spade.yaml`` or a list of them): mappings merge key by key,
-everything else is replaced; a component whose ``type`` changes starts afresh.
+class, see ``registry.py``) and the default of each, written once, here. Reads no files (``config_files.py`` does) and
+builds nothing (``build.py`` does).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.labels import EdgeSource, LabelSpec
-from imaginaire_spade.registry import (
-    DISCRIMINATORS,
-    ENCODERS,
-    GENERATORS,
-    LOSSES,
-    Registry,
-    did_you_mean,
-)
+from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Component
 
 
 class Section(BaseModel):
@@ -37,18 +22,24 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
-class Component(Section):
-    """A registered component and the resolved value of each of its keys (nested components likewise)."""
-
-    type: str
-    args: dict[str, Any]
-
-
 class Loss(Section):
     """One term of the generator's objective."""
 
     weight: float = Field(ge=0)
-    component: Component
+    component: Annotated[Component, LOSSES]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_apart(cls, entry: dict[str, Any]) -> dict[str, Any]:
+        """Take the weight out of ``{"type": NAME, "weight": W, key: value, ...}``."""
+        if entry.get("weight", 0) is None:
+            raise ConfigError(f"no weight. To leave out a loss of the base config, write {entry['type']}: 0")
+        weight = {key: value for key, value in entry.items() if key == "weight"}
+        return {**weight, "component": {key: value for key, value in entry.items() if key != "weight"}}
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return {"weight": self.weight, **self.component.args}
 
 
 class AugmentationConfig(Section):
@@ -79,7 +70,7 @@ class AugmentationConfig(Section):
                 raise ValueError(f"{list(sizes)}: height and width must be positive")
         resized = self.resize_h_w or (self.resize_smallest_side and (self.resize_smallest_side,) * 2)
         if crop and resized:
-            # The smaller side is the only one whose length is known before the picture is.
+            # Only the smaller side's length is known before the image is.
             short = min(crop) if self.resize_smallest_side else None
             if (short and short > resized[0]) or (not short and (crop[0] > resized[0] or crop[1] > resized[1])):
                 raise ValueError(
@@ -100,17 +91,17 @@ class AugmentationConfig(Section):
 
 
 class SplitConfig(Section):
-    """Where the samples of a split lie and how they are cut."""
+    """The places of the samples of a split, and how they are cut."""
 
     roots: tuple[str, ...] = Field(min_length=1)
     """LMDBs (built by scripts/build_lmdb.py or by imaginaire) or plain data set folders; the kind is detected."""
     batch_size: int = Field(1, ge=1)
-    """Pictures per process and iteration. The global batch is this times the number of processes."""
+    """Images per process and iteration. The global batch is this times the number of processes."""
     augmentations: AugmentationConfig = AugmentationConfig()
 
 
 class LabelledData(Section):
-    """What the files of a data set mean, wherever they lie."""
+    """The meaning of the files of a data set, wherever they lie."""
 
     name: str = "data"
     labels: LabelSpec
@@ -131,7 +122,7 @@ class DataConfig(LabelledData):
 
 
 class TestDataConfig(Section):
-    """Label maps for inference.py where no --input_dir is given."""
+    """Label maps for inference.py if no --input_dir is given."""
 
     __test__ = False
     roots: tuple[str, ...] = Field(min_length=1)
@@ -300,9 +291,9 @@ class RunConfig(Section):
 
     seed: int = Field(0, ge=0)
     """Every random draw is a function of this and of a sample's position in the run."""
-    gen: Component
-    dis: Component
-    encoder: Component | None = None
+    gen: Annotated[Component, GENERATORS]
+    dis: Annotated[Component, DISCRIMINATORS]
+    encoder: Annotated[Component, ENCODERS] | None = None
     """Style encoder; needs a generator with style_dims > 0."""
     losses: dict[str, Loss]
     """Terms of the generator's objective by registered name; `gan` also states the discriminator's."""
@@ -312,340 +303,19 @@ class RunConfig(Section):
     data: DataConfig
     test_data: TestDataConfig | None = None
     pretrained_weight: WeightSource | None = None
-    """What inference.py takes where neither --checkpoint nor --logdir gives one."""
+    """The checkpoint that inference.py uses if neither --checkpoint nor --logdir names one."""
+
+    @field_validator("losses", mode="before")
+    @classmethod
+    def _name_losses(cls, losses: Any) -> dict[str, Any]:
+        """Read ``NAME: WEIGHT`` and ``NAME: {weight: WEIGHT, key: value, ...}``."""
+        if not isinstance(losses, dict):
+            raise ConfigError("a mapping of loss names to weights")
+        entries = {name: entry if isinstance(entry, dict) else {"weight": entry} for name, entry in losses.items()}
+        return {name: {"type": name, **entry} for name, entry in entries.items()}
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         if "gan" not in self.losses:
             raise ValueError("losses must contain gan")
         return self
-
-
-COMPONENT_KEYS: dict[str, Registry] = {"gen": GENERATORS, "dis": DISCRIMINATORS, "encoder": ENCODERS}
-
-
-# ------------------------------------------------------------------------------------------------ reading
-
-
-class _Loader(yaml.SafeLoader):
-    """yaml.SafeLoader that reads 1e-4 as a number (YAML 1.1 reads it as a string)."""
-
-
-_Loader.yaml_implicit_resolvers = {  # the dict is shared with SafeLoader: copy before adding
-    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-Origins = dict[str, str]
-"""Dotted key -> "file.yaml:12", for messages."""
-
-
-def load_config(
-    path: str | Path, overrides: Iterable[str] = (), *, extra: Mapping[str, Any] | None = None
-) -> RunConfig:
-    """Read, merge, override and check a configuration.
-
-    Args:
-        path: the YAML file.
-        overrides: ``a.b=value`` strings (``--set``); the value is read as YAML.
-        extra: further values by dotted key, from command-line flags of their own.
-    Raises:
-        ConfigError: naming the file and line, the key, what is allowed and the nearest valid spelling.
-    """
-    tree, origins = _read_overridden(Path(path), overrides)
-    for key, value in (extra or {}).items():
-        _assign(tree, key, value, f"--{key.rpartition('.')[2]}", origins)
-    wanted = [key for key, field in RunConfig.model_fields.items() if field.is_required() and key != "data"]
-    if "data" in tree and not set(wanted) & set(tree):
-        raise ConfigError(
-            f"{path}: not the config of a run: it has no {', '.join(wanted)}. Start one from a recipe and this file:"
-            f" base: [configs/projects/spade/camvid/base256.yaml, {path}]"
-        )
-    return parse_config(tree, origins, str(path))
-
-
-def load_data(path: str | Path, overrides: Iterable[str] = ()) -> LabelledData:
-    """Load what a configuration says of its data set: the config of a run, or a label table alone (configs/labels/).
-
-    Of the sections beside ``data`` only the names are checked.
-
-    Args:
-        path, overrides: as of ``load_config``.
-    Raises:
-        ConfigError: like ``load_config``; or there is no label table, with what to write.
-    """
-    tree, origins = _read_overridden(Path(path), overrides)
-    data = tree.get("data")
-    if not isinstance(data, dict) or "labels" not in data:
-        raise ConfigError(
-            f"{path}: no label table, in it or in its base. Write data: {{labels: {{num_classes: N, ignore: [255],"
-            " names: [...]}}, or take one: base: configs/labels/camvid.yaml"
-        )
-    problems = [
-        f"{_origin((key,), origins, str(path))}: {key}: unknown key{did_you_mean(key, RunConfig.model_fields)}"
-        f" Allowed here: {', '.join(sorted(RunConfig.model_fields))}"
-        for key in map(str, tree)
-        if key not in RunConfig.model_fields
-    ]
-    schema = DataConfig if "train" in data else LabelledData
-    try:
-        content = schema.model_validate_json(json.dumps(data, default=str))
-    except ValidationError as error:
-        problems += _explain(error, schema, ("data",), origins, str(path))
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
-    return content
-
-
-def load_labels(path: str | Path) -> LabelSpec:
-    """Load the label table of ``load_data``. Raises ConfigError likewise."""
-    return load_data(path).labels
-
-
-def _read_overridden(path: Path, overrides: Iterable[str]) -> tuple[dict[str, Any], Origins]:
-    """The tree of a file and its bases, with the values of ``--set``, and where each key is stated."""
-    tree, origins = _read_merged(path, ())
-    for item in overrides:
-        key, separator, text = item.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"--set {item}: write --set section.key=value, such as --set trainer.log_every=10")
-        try:
-            value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {item}: the value is not YAML: {error}") from None
-        _assign(tree, key.strip(), value, f"--set {item}", origins)
-    return tree, origins
-
-
-def parse_config(tree: Mapping[str, Any], origins: Origins | None = None, source: str = "config") -> RunConfig:
-    """Check a plain tree (as YAML or a checkpoint holds it) and fill in the defaults. Raises ConfigError."""
-    problems: list[str] = []
-    origins = origins or {}
-    resolved = _resolve_components(dict(tree), problems, origins, source)
-    # JSON mode is strict about scalars ("4" is no int) and lets lists be tuples.
-    try:
-        config = RunConfig.model_validate_json(json.dumps(resolved, default=str))
-    except ValidationError as error:
-        problems += _explain(error, RunConfig, (), origins, source)
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
-    return config
-
-
-def read_yaml(text: str, where: str) -> Any:
-    """Parse a YAML document into plain types; 1e-4 is a number. Raises ConfigError."""
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {error}") from None
-
-
-def parse_component(tree: Any, registry: Registry, name: str) -> Component:
-    """Check one component's tree, such as ``{"type": "spade", "num_filters": 32}``, and fill in its defaults.
-
-    Raises ConfigError that calls the component ``name``."""
-    problems: list[str] = []
-    resolved = _resolve(tree, registry, (name,), problems, {}, name)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return Component.model_validate(resolved)
-
-
-def dump_config(config: RunConfig) -> dict[str, Any]:
-    """Return the fully resolved configuration as a plain tree; ``parse_config`` reads it back."""
-    tree = config.model_dump(mode="json")
-    for key in COMPONENT_KEYS:
-        if tree[key] is not None:
-            tree[key] = _flatten(tree[key])
-    for name, loss in tree["losses"].items():
-        tree["losses"][name] = {"weight": loss["weight"], **loss["component"]["args"]}
-    # JSON turned the integer keys of remap into strings; YAML keeps integers.
-    tree["data"]["labels"]["remap"] = {int(k): v for k, v in tree["data"]["labels"]["remap"].items()}
-    return tree
-
-
-def dump_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
-
-
-def _flatten(component: Mapping[str, Any]) -> dict[str, Any]:
-    args = {
-        key: _flatten(value) if isinstance(value, dict) and set(value) == {"type", "args"} else value
-        for key, value in component["args"].items()
-    }
-    return {"type": component["type"], **args}
-
-
-def _read_merged(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
-    resolved = path.resolve()
-    if resolved in chain:
-        raise ConfigError(f"{path}: base files form a circle: {' -> '.join(map(str, (*chain, resolved)))}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        at = f" (named as base by {chain[-1]})" if chain else ""
-        raise ConfigError(f"{path}: no such config file{at}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a config file: {error}") from None
-    try:
-        node = yaml.compose(text, _Loader)
-        own = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(own, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys (gen, dis, data, ...), this is {type(own).__name__}")
-    own_origins = dict(_key_lines(node, "", path))
-    bases = own.pop("base", ())
-    tree: dict[str, Any] = {}
-    origins: Origins = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        base_tree, base_origins = _read_merged(Path(os.path.normpath(path.parent / base)), (*chain, resolved))
-        tree = _merge(tree, base_tree)
-        origins |= base_origins
-    return _merge(tree, own), origins | own_origins
-
-
-def _key_lines(node: yaml.Node | None, prefix: str, path: Path) -> Iterator[tuple[str, str]]:
-    """(dotted key, "file:line") of every key of a composed document. Raises ConfigError on a repeated key."""
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: set[str] = set()
-    for key, value in node.value:
-        dotted = f"{prefix}{key.value}"
-        if dotted in seen:
-            raise ConfigError(f"{path}:{key.start_mark.line + 1}: {dotted} is stated twice: keep one")
-        seen.add(dotted)
-        yield dotted, f"{path}:{key.start_mark.line + 1}"
-        yield from _key_lines(value, f"{dotted}.", path)
-
-
-def _merge(base: Any, own: Any) -> Any:
-    if not (isinstance(base, dict) and isinstance(own, dict)):
-        return own
-    if own.get("type", base.get("type")) != base.get("type"):
-        return own
-    return base | {key: _merge(base[key], value) if key in base else value for key, value in own.items()}
-
-
-def _assign(tree: dict[str, Any], dotted: str, value: Any, origin: str, origins: Origins) -> None:
-    *parents, last = dotted.split(".")
-    node = tree
-    for parent in parents:
-        child = node.get(parent)
-        if child is None:
-            child = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"{origin}: {parent} is a value, not a section")
-        node[parent] = dict(child)
-        node = node[parent]
-    node[last] = value
-    for below in [key for key in origins if key.startswith(f"{dotted}.")]:
-        del origins[below]
-    origins[dotted] = origin
-
-
-# ------------------------------------------------------------------------------------------------ checking
-
-
-def _resolve_components(tree: dict[str, Any], problems: list[str], origins: Origins, source: str) -> dict[str, Any]:
-    """Replace each component of the tree by ``{"type", "args"}`` with every key resolved."""
-    tree = dict(tree)
-    for key, registry in COMPONENT_KEYS.items():
-        if tree.get(key) is not None:
-            tree[key] = _resolve(tree[key], registry, (key,), problems, origins, source)
-    losses = tree.get("losses")
-    if isinstance(losses, dict):
-        tree["losses"] = {}
-        for name, entry in losses.items():
-            where = ("losses", str(name))
-            if entry is None:
-                problems.append(
-                    f"{_origin(where, origins, source)}: losses.{name}: no weight. To leave out a loss of the base"
-                    f" config, write {name}: 0"
-                )
-                tree["losses"][name] = {"component": _BROKEN, "weight": 0}
-                continue
-            entry = entry if isinstance(entry, dict) else {"weight": entry}
-            args = {k: v for k, v in entry.items() if k != "weight"}
-            component = _resolve({"type": name, **args}, LOSSES, where, problems, origins, source)
-            loss = {"component": component} | ({"weight": entry["weight"]} if "weight" in entry else {})
-            tree["losses"][name] = loss
-    elif losses is not None:
-        problems.append(f"{_origin(('losses',), origins, source)}: losses: a mapping of loss names to weights")
-    return tree
-
-
-_BROKEN = {"type": "", "args": {}}
-"""Stands for a component that was complained of, so that the rest is still checked."""
-
-
-def _resolve(
-    entry: Any, registry: Registry, where: tuple[str, ...], problems: list[str], origins: Origins, source: str
-) -> dict[str, Any]:
-    entry = {"type": entry} if isinstance(entry, str) else entry
-    dotted = ".".join(where)
-    if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
-        problems.append(
-            f"{_origin(where, origins, source)}: {dotted}: a {registry.kind} is a mapping with a type:"
-            f" {', '.join(registry.names())}"
-        )
-        return _BROKEN
-    try:
-        schema = registry.schema(entry["type"])
-    except ConfigError as error:
-        origin = _origin(where if where[0] == "losses" else (*where, "type"), origins, source)
-        problems.append(f"{origin}: {dotted}: {error}")
-        return _BROKEN
-    args = {key: value for key, value in entry.items() if key != "type"}
-    try:
-        resolved = schema.model_validate_json(json.dumps(args, default=str)).model_dump(mode="json")
-    except ValidationError as error:
-        problems += _explain(error, schema, where, origins, source)
-        return _BROKEN
-    for part, part_registry in registry.parts(entry["type"]).items():
-        resolved[part] = _resolve(resolved[part], part_registry, (*where, part), problems, origins, source)
-    return {"type": entry["type"], "args": resolved}
-
-
-def _origin(where: tuple[str, ...], origins: Origins, source: str) -> str:
-    """File and line of the nearest stated key at or above ``where``."""
-    for length in range(len(where), 0, -1):
-        if ".".join(where[:length]) in origins:
-            return origins[".".join(where[:length])]
-    return source
-
-
-def _explain(
-    error: ValidationError, schema: type[BaseModel], prefix: tuple[str, ...], origins: Origins, source: str
-) -> list[str]:
-    """One line per mistake: file:line, key, what is wrong, what is allowed, nearest spelling."""
-    lines = []
-    for item in error.errors():
-        parts = [str(part) for part in item["loc"]]
-        where = (*prefix, *parts)
-        at, key = _origin(where, origins, source), ".".join(where)
-        if item["type"] == "extra_forbidden":
-            allowed = _fields_at(schema, parts[:-1])
-            hint = did_you_mean(parts[-1], allowed)
-            lines.append(f"{at}: {key}: unknown key{hint} Allowed here: {', '.join(sorted(allowed))}")
-        elif item["type"] == "missing":
-            if parts[-1] != "component":
-                lines.append(f"{at}: {key}: missing; write a value for it")
-        else:
-            message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            lead = "must be " if item["msg"].startswith("Input should be ") else ""
-            given = item["input"]
-            shown = "" if isinstance(given, dict) else f" (given: {given!r})"
-            lines.append(f"{at}: {key + ': ' if key else ''}{lead}{message}{shown}")
-    return lines
-
-
-def _fields_at(schema: type[BaseModel], path: list[str]) -> set[str]:
-    """Names of the keys allowed in the section that ``path`` leads to."""
-    for part in path:
-        annotation = schema.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        schema = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), schema)
-    return set(schema.model_fields)

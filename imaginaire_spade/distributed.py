@@ -1,6 +1,6 @@
 """Find this process's place among the processes, and provide the collectives that the package uses.
 
-Owns everything that touches ``torch.distributed``. Works alike under torchrun, the older
+No other module touches ``torch.distributed``. It works alike under torchrun, the older
 ``python -m torch.distributed.launch``, SLURM through either, and without any launcher (one process).
 """
 
@@ -21,7 +21,7 @@ from imaginaire_spade.errors import ConfigError
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """This process among its peers."""
+    """The place of this process among its peers."""
 
     rank: int = 0
     world_size: int = 1
@@ -34,7 +34,11 @@ class ProcessInfo:
 
 
 def process_info_from_environment() -> ProcessInfo:
-    """Read what a launcher put into the environment; one process where there is none."""
+    """Read what a launcher put into the environment; without a launcher there is one process.
+
+    Raises:
+        ConfigError: the environment names only a part of it.
+    """
     names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
     present = {field: os.environ[name] for field, name in names.items() if name in os.environ}
     if present and len(present) < len(names):
@@ -45,10 +49,10 @@ def process_info_from_environment() -> ProcessInfo:
 
 
 def rank_from_environment() -> tuple[int, int]:
-    """Return (rank, number of processes) of torchrun or a SLURM job array, for work without a process group.
+    """Return (rank, number of processes) of torchrun or of a SLURM job array, for work without a process group.
 
     Raises:
-        ConfigError: the array's task ids have gaps, so that they do not tell which share of the work is a task's.
+        ConfigError: the array's task ids have gaps, so that a task cannot know its share of the work.
     """
     if "SLURM_ARRAY_TASK_ID" in os.environ and "RANK" not in os.environ:
         task, first, step, count = (
@@ -66,7 +70,11 @@ def rank_from_environment() -> tuple[int, int]:
 
 
 def choose_device(name: str, info: ProcessInfo) -> torch.device:
-    """Choose this process's device by ``auto``, ``cpu`` or ``cuda``. Raises ConfigError if there is no CUDA."""
+    """Choose this process's device by ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: CUDA is not usable here, or this node has fewer GPUs than processes.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -87,7 +95,7 @@ def choose_device(name: str, info: ProcessInfo) -> torch.device:
 
 
 def init_process_group(info: ProcessInfo, device: torch.device, timeout_s: float) -> None:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) where a launcher started several processes."""
+    """Join the process group (NCCL on GPUs, gloo on CPUs) if a launcher started several processes."""
     if info.world_size > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(
@@ -103,12 +111,12 @@ _own_groups: dict[str, dist.ProcessGroup] = {}
 
 
 def open_own_groups(timeout: timedelta | None = None) -> None:
-    """Make the process groups beside the default one, if they are not there yet. All processes call it together, at the
-    latest by their first exchange of batch statistics or of a decision.
+    """Make the process groups beside the default one, unless they exist. All processes call it together, at the latest
+    with their first exchange on one of them.
 
     "statistics" is for batch statistics: DDP sends its buckets of gradients on the default group as they fill up, so
-    that the order of the two kinds in one group would depend on what each process computes. "host" is for numbers in
-    the host's memory (gloo on any device), so that a decision does not wait for a GPU.
+    the order of the two kinds in one group would depend on what each process computes. "host" is for numbers in the
+    host's memory (gloo on any device), so that a decision does not wait for a GPU.
     """
     if not dist.is_initialized() or _own_groups.get("default") is dist.group.WORLD:
         return
@@ -126,6 +134,7 @@ def _own_group(purpose: Literal["statistics", "host"]) -> dist.ProcessGroup:
 
 
 def leave_process_group() -> None:
+    """Leave the process group and those beside it, if this process is in one."""
     if dist.is_initialized():
         _own_groups.clear()
         dist.destroy_process_group()
@@ -146,12 +155,25 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def total_over_processes(values: Tensor) -> Tensor:
+    """Sum ``values`` over the processes (no gradient)."""
+    return _reduce(values, dist.ReduceOp.SUM)
+
+
 def mean_over_processes(values: Tensor) -> Tensor:
     """Average ``values`` over the processes (no gradient)."""
+    return total_over_processes(values) / (dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def maximum_over_processes(values: Tensor) -> Tensor:
+    """Compute the element-wise maximum of ``values`` over the processes."""
+    return _reduce(values, dist.ReduceOp.MAX)
+
+
+def _reduce(values: Tensor, operation: Any, group: dist.ProcessGroup | None = None) -> Tensor:
     if dist.is_initialized():
         values = values.clone()
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
+        dist.all_reduce(values, operation, group=group)
     return values
 
 
@@ -165,14 +187,6 @@ def mean_of_host_numbers(first: float, second: float) -> tuple[float, float]:
     return first, second
 
 
-def total_over_processes(values: Tensor) -> Tensor:
-    """Sum ``values`` over the processes (no gradient)."""
-    if dist.is_initialized():
-        values = values.clone()
-        dist.all_reduce(values)
-    return values
-
-
 def gather_objects(value: Any) -> list[Any]:
     """Collect every process's ``value`` (any picklable object), in the order of ranks, on every process."""
     if not dist.is_initialized():
@@ -182,55 +196,36 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def maximum_over_processes(values: Tensor) -> Tensor:
-    """Compute the element-wise maximum of ``values`` over the processes."""
-    if dist.is_initialized():
-        values = values.clone()
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-    return values
-
-
 class LaggedMaximum:
-    """Tells every process the largest integer that any of them gave in its call before: word of something that one
-    process learned (a signal), without a wait for the GPU. In a group of one it is the present value.
+    """Tell every process the largest integer that any of them gave in its call before, so that one process's news (a
+    signal) reaches all of them. The exchange runs beside the training: nothing waits for the GPU.
 
-    All processes call it equally often. The exchange runs on a stream of its own, beside what the GPU computes.
+    All processes call it equally often. A process alone gets the present value.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        self._value = torch.zeros(1, dtype=torch.int32, device=device)
-        self._known = torch.zeros(1, dtype=torch.int32, pin_memory=on_gpu)
-        self._stream = torch.cuda.Stream(device) if on_gpu else None
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(device))
+    def __init__(self) -> None:
+        self._largest = torch.zeros(1, dtype=torch.int32)
+        self._exchange: dist.Work | None = None
 
     def __call__(self, value: int) -> int:
         if not dist.is_initialized():
             return value
-        if self._stream is not None:
-            self._stream.synchronize()
-        known = int(self._known)
-        with torch.cuda.stream(self._stream):
-            self._value.fill_(value)
-            work = dist.all_reduce(self._value, dist.ReduceOp.MAX, async_op=True)
-            work.wait()  # on a GPU the stream waits, not this process
-            self._known.copy_(self._value, non_blocking=True)
+        if self._exchange is not None:
+            self._exchange.wait()
+        known, self._largest = int(self._largest), torch.tensor([value], dtype=torch.int32)
+        group = _own_group("host")
+        self._exchange = dist.all_reduce(self._largest, dist.ReduceOp.MAX, group=group, async_op=True)
         return known
 
 
 class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total, group=_own_group("statistics"))
-        return total
+        return _reduce(values, dist.ReduceOp.SUM, _own_group("statistics"))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total, group=_own_group("statistics"))
-        return total
+        return _reduce(gradients[0], dist.ReduceOp.SUM, _own_group("statistics"))
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

@@ -12,6 +12,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 EXIT_CODE = 2
 
@@ -36,11 +40,34 @@ class CheckpointError(UserError):
     """A checkpoint that is damaged, foreign or of another architecture."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch failed to allocate memory, on a GPU or on the CPU (which only the message tells)."""
+    import torch  # here, because this module is loaded without it
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def positive_integer(text: str) -> int:
-    """Parse a positive integer from the command line. Raises argparse.ArgumentTypeError."""
+    """Parse a positive integer from the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def catch_data_error(function: Callable[[T], R]) -> Callable[[T], R | DataError]:
+    """Make a function return the DataError that it raises, so that whoever reads ahead goes on with the next item."""
+
+    def call(item: T) -> R | DataError:
+        try:
+            return function(item)
+        except DataError as error:
+            return error
+
+    return call
 
 
 def how_to_install(extra: str) -> str:
@@ -51,8 +78,8 @@ def how_to_install(extra: str) -> str:
 def run_command_line(main: Callable[[], None]) -> None:
     """Run a command line's ``main``; print a user's mistake as one message, without a traceback, and exit.
 
-    Of several processes under one launcher that meet the same mistake only local rank 0 prints: the others wait a
-    little, in which the launcher ends them. A process that met it alone prints in the end.
+    If several processes under one launcher meet the same mistake, only local rank 0 prints: the others wait a little,
+    in which the launcher ends them. A process that met it alone prints in the end.
     """
     try:
         main()
@@ -61,7 +88,7 @@ def run_command_line(main: Callable[[], None]) -> None:
         if rank != "0":
             time.sleep(3)
         print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        # A restart mends no mistake, yet torchrun --max_restarts would try: its agent, our parent, is asked to end.
+        # A restart mends no mistake, yet torchrun --max_restarts would try: ask its agent, our parent, to end.
         if rank == "0" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
             os.kill(os.getppid(), signal.SIGTERM)
         sys.exit(EXIT_CODE)

@@ -1,20 +1,31 @@
-"""Write files complete or not at all; checksums and JSON."""
+"""Write files complete or not at all: images, JSON, any bytes. Checksums, and which keys may name files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
 from imaginaire_spade.errors import DataError, UserError
 
 PARTIAL = ".partial-"
 """The name of a file begins with this while it is being written; a killed process may leave such a file."""
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+LABELS_FOLDER = "_labels"
+"""Folder among generated images that holds the gallery's coloured label maps."""
+
+RgbImage = NDArray[np.uint8]
+"""RGB, uint8 [H, W, 3]."""
 
 
 @contextmanager
@@ -53,8 +64,48 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+def write_image(path: Path, rgb: RgbImage, *, quality: int = 95) -> None:
+    """Write an image as JPEG or PNG, by suffix, complete or not at all. Missing folders are made.
+
+    Raises:
+        UserError: the file cannot be written; the message names it.
+    """
+    write_bytes(path, encode_image(rgb, path.suffix, quality=quality))
+
+
+def encode_image(rgb: RgbImage, suffix: str, *, quality: int = 95) -> bytes:
+    """Encode an image in the format of ``suffix`` (".jpg"); ``quality`` of JPEG and WebP: 1..100."""
+    flags = {".jpg": cv2.IMWRITE_JPEG_QUALITY, ".jpeg": cv2.IMWRITE_JPEG_QUALITY, ".webp": cv2.IMWRITE_WEBP_QUALITY}
+    options = [flags[suffix.lower()], quality] if suffix.lower() in flags else []
+    return cv2.imencode(suffix, rgb[..., ::-1], options)[1].tobytes()
+
+
+def resize_image(rgb: RgbImage, height: int, width: int) -> RgbImage:
+    """Resize an image: area averaging when shrinking, bicubic when enlarging."""
+    if rgb.shape[:2] == (height, width):
+        return rgb
+    method = cv2.INTER_AREA if height * width < rgb.shape[0] * rgb.shape[1] else cv2.INTER_CUBIC
+    return cv2.resize(rgb, (width, height), interpolation=method)  # type: ignore[return-value]
+
+
+def is_plain_path(path: str) -> bool:
+    """Check that a key or name, joined to a folder, stays inside it on every system.
+
+    It has no empty part, ``.`` or ``..``, no drive letter, backslash or zero byte.
+    """
+    return not (
+        any(part in ("", ".", "..") for part in path.split("/"))
+        or any(character in path for character in "\\\0")
+        or re.match(r"[A-Za-z]:", path)
+    )
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON and flush it to the disk. Raises OSError."""
+    """Write JSON and flush it to the disk.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     with atomic_write(path, flush=True) as temporary:
         temporary.write_text(json.dumps(content, indent=4), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Losses: functions of tensors, and the registered terms that YAML weighs.
+"""Define losses: functions of tensors, and the registered terms that YAML weighs.
 
 A term of the generator's objective is a module called with ``GeneratorOutputs``; ``gan`` also gives the
 discriminator's loss. Users register their own in ``LOSSES``.
@@ -24,7 +24,7 @@ GANMode = Literal["hinge", "least_square", "half_least_square", "non_saturated",
 
 @dataclass(frozen=True)
 class GeneratorOutputs:
-    """What a term of the generator's objective may look at."""
+    """The inputs of a term of the generator's objective."""
 
     fake: Tensor
     """float32 [N, 3, H, W] in [-1, 1], with gradient."""
@@ -33,8 +33,9 @@ class GeneratorOutputs:
     fake_scores: list[Scores]
     real_scores: list[Scores]
     mu: Tensor | None = None
-    """[N, style_dims], where there is an encoder."""
+    """float [N, style_dims], if there is an encoder: mean of the style code's distribution."""
     logvar: Tensor | None = None
+    """Like mu: logarithm of the variance."""
 
 
 def _mean_over_scales(values: Sequence[Tensor]) -> Tensor:
@@ -51,7 +52,11 @@ def relativistic(scores: Sequence[Tensor], others: Sequence[Tensor]) -> list[Ten
 
 
 def generator_gan_loss(fake: Sequence[Tensor], mode: GANMode) -> Tensor:
-    """Compute the generator's GAN loss: mean over positions and batch, then over scales. fake: logits per scale."""
+    """Compute the generator's GAN loss: the mean over positions and batch, then over scales.
+
+    Args:
+        fake: logits of generated images, one map [N, 1, h, w] per scale.
+    """
     if mode in ("least_square", "half_least_square"):
         return _square_factor(mode) * _mean_over_scales([F.mse_loss(x, torch.ones_like(x)) for x in fake])
     if mode == "non_saturated":
@@ -60,10 +65,14 @@ def generator_gan_loss(fake: Sequence[Tensor], mode: GANMode) -> Tensor:
 
 
 def discriminator_gan_loss(fake: Sequence[Tensor], real: Sequence[Tensor], mode: GANMode) -> tuple[Tensor, Tensor]:
-    """Compute the discriminator's adversarial losses (fake, real); it minimises their sum. Logits per scale.
+    """Compute the discriminator's adversarial losses (fake, real); it minimises their sum.
 
     hinge: Lim and Ye 2017; least_square: Mao et al. 2017 without the factor 1/2, half_least_square: with it;
     non_saturated: Goodfellow et al. 2014; wasserstein: Arjovsky et al. 2017, without any constraint.
+
+    Args:
+        fake: logits of generated images, one map [N, 1, h, w] per scale.
+        real: likewise of real images.
     """
     if mode == "hinge":
         fakes, reals = [F.relu(1 + x).mean() for x in fake], [F.relu(1 - x).mean() for x in real]
@@ -80,8 +89,8 @@ def discriminator_gan_loss(fake: Sequence[Tensor], real: Sequence[Tensor], mode:
 def feature_matching_loss(fake: Sequence[Scores], real: Sequence[Scores]) -> Tensor:
     """Compute the mean absolute difference of D's features, summed over layers, averaged over scales.
 
-    It is eq. 4 of Wang et al. 2018 without the division by the number of layers, as SPADE's published weights assume.
-    Real features are constants. Scores without features do not count as a scale.
+    This is eq. 4 of Wang et al. 2018 without the division by the number of layers, as SPADE's published weights assume.
+    No gradient flows into the real features. Scores without features do not count as a scale.
     """
     total = torch.stack(
         [F.l1_loss(f.float(), r.detach().float()) for a, b in zip(fake, real, strict=True)
@@ -100,8 +109,8 @@ class GANLoss(nn.Module):
     """Adversarial loss; also states the discriminator's.
 
     Args:
-        mode: which one.
-        relative: judge fake images relative to the real ones of the same label maps, and vice versa.
+        mode: form of the loss.
+        relative: judge generated images relative to the real ones of the same label maps, and vice versa.
     """
 
     def __init__(self, *, mode: GANMode = "hinge", relative: bool = False) -> None:
@@ -114,6 +123,7 @@ class GANLoss(nn.Module):
         return generator_gan_loss(fake, self.mode)
 
     def discriminator(self, fake: list[Scores], real: list[Scores]) -> dict[str, Tensor]:
+        """Compute the discriminator's terms ``d_fake`` and ``d_real``; it minimises their sum."""
         of_fake, of_real = discriminator_gan_loss(*self._logits(fake, real), self.mode)
         return {"d_fake": of_fake, "d_real": of_real}
 
@@ -121,7 +131,7 @@ class GANLoss(nn.Module):
     def accuracy(self, fake: list[Scores], real: list[Scores]) -> Tensor:
         """Compute the share of patches that D classifies correctly; 1/2 is chance.
 
-        Where a single score means nothing (relative, wasserstein) a patch is right whose real picture scores higher.
+        If a single score means nothing (relative, wasserstein), D is right where the real image scores higher.
         """
         pairs = [(f.logits, r.logits) for f, r in zip(fake, real, strict=True)]
         if self.relative or self.mode == "wasserstein":

@@ -16,12 +16,12 @@ from torch import Tensor
 
 
 def generator_for(seed: int, sample: int | str, purpose: str) -> np.random.Generator:
-    """The random generator of one sample (its position in the run, or its key) for one purpose."""
+    """Make the random generator of one sample (its position in the run, or its key) for one purpose."""
     return np.random.default_rng(np.frombuffer(_digest(seed, sample, purpose), np.uint32))
 
 
 def four_numbers(seed: int, sample: int | str, purpose: str) -> tuple[float, ...]:
-    """Four independent numbers, uniform in [0, 1), at a small part of the cost of ``generator_for``."""
+    """Draw four independent numbers, uniform in [0, 1), at a small part of the cost of ``generator_for``."""
     # Of each eight bytes the 53 bits that a float holds.
     return tuple((number >> 11) * 2.0**-53 for number in struct.unpack("<4Q", _digest(seed, sample, purpose)))
 
@@ -31,6 +31,11 @@ def _digest(seed: int, sample: int | str, purpose: str) -> bytes:
 
 
 def style_noise(seed: int, samples: Sequence[int | str], dims: int) -> Tensor:
-    """Standard normal style codes: float32 [len(samples), dims], on the CPU."""
+    """Draw standard normal style codes: float32 [len(samples), dims], on the CPU."""
     rows = [generator_for(seed, s, "style").standard_normal(dims, dtype=np.float32) for s in samples]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, dims)
+
+
+def style_codes(seed: int, samples: Sequence[int | str], dims: int, device: torch.device) -> Tensor | None:
+    """Draw ``style_noise`` for a generator on ``device``; None for one without style codes (``dims`` 0)."""
+    return style_noise(seed, samples, dims).to(device) if dims else None

@@ -2,8 +2,8 @@
 
 Owns the registries of generators, discriminators, encoders, norms and losses, and the typed schema that each
 registered class brings along: its keyword-only parameters *are* the keys that YAML may set, with their types and
-defaults. Knows nothing of files or of how a component is assembled (``build.py`` does that). Of the modules that fill
-the registries it knows the names alone: they are imported at the first look-up, so that a config may name them.
+defaults. Knows nothing of files or of how a component is assembled (``build.py`` does that). It knows only the names of
+the modules that fill the registries: the first look-up imports them, so that a config may name their classes.
 
 A user registers a component from their own module and names that module on the command line (``--import``)::
 
@@ -17,12 +17,15 @@ A user registers a component from their own module and names that module on the 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
+import json
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_serializer
+from pydantic_core import CoreSchema, core_schema
 
 from imaginaire_spade.errors import ConfigError
 
@@ -30,16 +33,39 @@ T = TypeVar("T", bound=type)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the nearest known spelling of ``word``, or an empty string."""
+    """Return ``"; did you mean 'x'?"`` for the nearest known spelling of ``word``, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class Component(BaseModel):
+    """A registered component: its name, and the value of each of its keys; components nested in it are Components.
+
+    ``Registry.read`` makes it from what YAML states, and it is written as YAML states it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    type: str
+    args: dict[str, Any]
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return {"type": self.type, **self.args}
+
+
+class InvalidKeysError(ValueError):
+    """Keys of a component that its ``schema`` does not allow; ``error`` lists them."""
+
+    def __init__(self, schema: type[BaseModel], error: ValidationError) -> None:
+        super().__init__(str(error))
+        self.schema, self.error = schema, error
 
 
 class Registry:
     """A dict from names to classes, with an error that lists the names.
 
     Before the ``*`` of a registered class's ``__init__`` stands what the pipeline knows (label channels, sizes);
-    after it, what YAML may set.
+    after it, what YAML may set. ``Annotated[Component, registry]`` is a field of a typed model that ``read`` fills.
 
     Args:
         modules: those of this package that register their classes here. The first look-up imports them.
@@ -55,7 +81,11 @@ class Registry:
         return self._classes
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Register a class (decorator). Raises ValueError if another class has the name."""
+        """Register a class (decorator).
+
+        Raises:
+            ValueError: another class has the name.
+        """
 
         def add(cls: T) -> T:
             known = self._classes if cls.__module__ in self.modules else self._known()
@@ -67,13 +97,15 @@ class Registry:
         return add
 
     def names(self) -> list[str]:
+        """List the registered names in order."""
         return sorted(self._known())
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._known()
-
     def __getitem__(self, name: str) -> type:
-        """The class registered as ``name``. Raises ConfigError that lists the known names."""
+        """Return the class registered as ``name``.
+
+        Raises:
+            ConfigError: there is none; the message lists the known names.
+        """
         known = self._known()
         if name not in known:
             raise ConfigError(
@@ -88,35 +120,50 @@ class Registry:
 
     def parts(self, name: str) -> dict[str, Registry]:
         """List the keyword-only parameters of ``name`` that are themselves components, with their registries."""
-        return {
-            key: registry
-            for key, hint in _keyword_hints(self[name]).items()
-            for registry in getattr(hint, "__metadata__", ())
-            if isinstance(registry, Registry)
-        }
+        fields = self.schema(name).model_fields.items()
+        return {key: part for key, field in fields for part in field.metadata if isinstance(part, Registry)}
 
     def schema(self, name: str) -> type[BaseModel]:
         """Build the typed model of the keys that YAML may set on ``name``, read off the signature."""
-        cls = self[name]
-        parts = self.parts(name)
-        hints = _keyword_hints(cls)
-        fields: dict[str, Any] = {}
-        for key, parameter in inspect.signature(cls).parameters.items():
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-                if key in parts and default is not ...:
-                    default = parts[key].name_of(default)
-                fields[key] = (Any if key in parts else hints[key], default)
-        return create_model(f"{self.kind}.{name}", __config__=ConfigDict(extra="forbid", strict=True), **fields)
+        return _schema_of(self[name], f"{self.kind}.{name}")
+
+    def read(self, entry: Any) -> Component:
+        """Check a component as YAML states it, ``NAME`` or ``{"type": NAME, key: value, ...}``; fill in the defaults.
+
+        Raises:
+            ConfigError: no type is stated, or one that is not registered.
+            InvalidKeysError: its keys are not those of the registered class, or their values not of its types.
+        """
+        entry = {"type": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
+            raise ConfigError(f"a {self.kind} is a mapping with a type: {', '.join(self.names())}")
+        schema = self.schema(entry["type"])
+        keys = {key: value for key, value in entry.items() if key != "type"}
+        try:
+            # JSON mode is strict about scalars ("4" is no int) and lets lists be tuples.
+            values = schema.model_validate_json(json.dumps(keys, default=str))
+        except ValidationError as error:
+            raise InvalidKeysError(schema, error) from None
+        return Component(type=entry["type"], args={key: getattr(values, key) for key in schema.model_fields})
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.read)
 
 
-def _keyword_hints(cls: type) -> dict[str, Any]:
+@functools.cache
+def _schema_of(cls: type, title: str) -> type[BaseModel]:
     hints = get_type_hints(cls.__init__, include_extras=True)  # type: ignore[misc]
-    return {
-        key: hints.get(key, Any)
-        for key, parameter in inspect.signature(cls).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+    fields: dict[str, Any] = {}
+    for key, parameter in inspect.signature(cls).parameters.items():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        hint, default = hints.get(key, Any), ... if parameter.default is parameter.empty else parameter.default
+        for registry in getattr(hint, "__metadata__", ()):
+            if isinstance(registry, Registry):  # a component, whose default is a class
+                hint = Annotated[Component, registry]
+                default = ... if default is ... else Field(registry.name_of(default), validate_default=True)
+        fields[key] = (hint, default)
+    return create_model(title, __config__=ConfigDict(extra="forbid", strict=True), **fields)
 
 
 GENERATORS = Registry(

@@ -4,11 +4,12 @@
     python scripts/build_lmdb.py --config my.yaml --data_root RAW --output_root datasets/my/train
 
 RAW/images/NAME.jpg, RAW/seg_maps/NAME.png, RAW/edge_maps/NAME.png and RAW/inst_maps/NAME.png join by name; sub-folders
-are sequences. Every file is decoded and every label checked against the label table on its way into a shard. --config
-is the config of a run, or a label table alone (configs/labels/).
+are sequences. The build decodes every file and checks every label against the label table. --config is the config of a
+run, or a label table alone (configs/labels/).
 
-Killed and started again, it keeps the finished shards. Many machines: every process of torchrun, or every task of a
-SLURM job array, builds shards of its own; whoever finishes last joins them:
+Run the same command again after an interruption: the finished shards are kept. For more speed, on one machine or many,
+start several processes: each process of torchrun, or each task of a SLURM job array, builds its share of the shards,
+and the last to finish joins them:
 
     torchrun --nproc_per_node=8 scripts/build_lmdb.py --config ... --data_root RAW --output_root OUT --num_shards 64
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.config import load_data
+from imaginaire_spade.config_files import load_data
 from imaginaire_spade.data.folders import DATA_TYPES
 from imaginaire_spade.distributed import rank_from_environment
 from imaginaire_spade.errors import run_command_line
@@ -39,8 +40,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_shards", type=int,
                         help="number of shards (default: one per process; with one the root itself is the shard)")
     parser.add_argument("--num_workers", type=int,
-                        help="processes that read, check and write (default: min(8, cores)); a shard has one writer,"
-                        " so for more speed give at least as many shards")
+                        help="processes that read and check what this one writes (default: min(8, cores); 0: none);"
+                        " about six keep one writer busy, so for more speed start several processes")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing data set once this one is built")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
                         help="keep the finished shards of an interrupted build")

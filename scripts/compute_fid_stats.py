@@ -1,10 +1,10 @@
-"""Feature statistics of pictures, once, for many evaluations: evaluate.py --real STATS.npz.
+"""Compute feature statistics of images once, for many evaluations: evaluate.py --real STATS.npz.
 
     python scripts/compute_fid_stats.py --real DIR --reference_split val --output stats.npz
     python scripts/compute_fid_stats.py --config C.yaml --reference_split val --output stats.npz
 
-DIR is a folder of pictures or an LMDB root; with --config they are the photos of that split, cut as data.val says.
-The file says of what pictures and network it is; pytorch-fid reads it too. Under torchrun the processes share the work.
+DIR is a folder of images or an LMDB folder; with --config they are the photos of that split, cut as data.val says.
+The file says of what images and network it is; pytorch-fid reads it too. Under torchrun the processes share the work.
 """
 
 import argparse
@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade import distributed
 from imaginaire_spade.build import build_split
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import ConfigError, run_command_line
-from imaginaire_spade.evaluation.collection import collect, save_collection
-from imaginaire_spade.evaluation.features import FEATURE_DIMS, RESIZES, feature_network
+from imaginaire_spade.evaluation.collection import collect
+from imaginaire_spade.evaluation.images import DatasetImages, ImageSource, StoredImages
 from imaginaire_spade.evaluation.protocol import REFERENCE_SPLITS
-from imaginaire_spade.evaluation.sources import DatasetPhotos, FolderPictures, PictureSource
+from imaginaire_spade.pretrained.inception import FEATURE_DIMS, RESIZES, feature_network
 
 
 def main() -> None:
@@ -60,20 +60,20 @@ def main() -> None:
     if info.is_main:
         for message in (*collection.problems, *collection.warnings):
             print(f"note: {message}", file=sys.stderr)
-        save_collection(arguments.output, collection, network, arguments.reference_split)
+        collection.save(arguments.output, {"network": network.identity, "reference_split": arguments.reference_split})
         told = f"{network.name} (sha256 {network.sha256}), {network.dim} dimensions, {network.resize} resizing"
         print(f"{arguments.output}: {collection.description.count} images of {source.name}; {told}")
 
 
-def _source(arguments: argparse.Namespace) -> PictureSource:
+def _source(arguments: argparse.Namespace) -> ImageSource:
     if arguments.real:
-        return FolderPictures(arguments.real)
+        return StoredImages(arguments.real)
     config = load_config(arguments.config, arguments.set)
     val = config.data.val
     if val is None:
         raise ConfigError(f"{arguments.config}: no data.val, whose geometry the photos would go through")
     roots = config.data.train.roots if arguments.reference_split == "train" else val.roots
-    return DatasetPhotos(build_split(config, val.model_copy(update={"roots": roots})), ", ".join(roots))
+    return DatasetImages(build_split(config, val.model_copy(update={"roots": roots})), ", ".join(roots))
 
 
 if __name__ == "__main__":

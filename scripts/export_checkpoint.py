@@ -13,7 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.config import parse_config
+from imaginaire_spade.cli import add_shared_flags
+from imaginaire_spade.config_files import parse_config
 from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.interop import SOURCES
 from imaginaire_spade.interop.checkpoint import export_files
@@ -25,8 +26,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="P", help="a checkpoint of ours")
     parser.add_argument("--target", required=True, choices=SOURCES, help="the system to write for")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema",
-                        help="if the target holds only one: ema (default), or raw: non-averaged weights")  # fmt: skip
+    add_shared_flags(
+        parser, "--weights", help="if the target holds only one: ema (default), or raw: non-averaged weights"
+    )
     parser.add_argument("--label_order", choices=("raw", "train"), default="raw",
                         help="label channels: in the order of raw ids, so that the target reads the same label maps"
                         " (default), or in the order of train ids, as in the checkpoint")  # fmt: skip

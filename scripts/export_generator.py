@@ -11,33 +11,28 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade.build import import_modules
+from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.files import file_sha256
-from imaginaire_spade.inference.published import publish_generator
-from imaginaire_spade.inference.weights import find_checkpoint, load_generator
+from imaginaire_spade.inference.model import Model, find_checkpoint
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="P", help="a file, or a folder: its newest")
-    parser.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="ema (default); raw: non-averaged weights"
-    )
     parser.add_argument("--output", required=True, type=Path, metavar="model.safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
-                        help="import your module, which registers your components (repeat)")  # fmt: skip
+    add_shared_flags(parser, "--weights", "--import")
     arguments = parser.parse_args()
     if arguments.output.suffix != ".safetensors":
         raise ConfigError(f"--output {arguments.output}: give it the suffix .safetensors")
     if arguments.output.exists() and not arguments.overwrite:
         raise ConfigError(f"--output {arguments.output} exists: give another name, or --overwrite")
-    import_modules(arguments.modules)
-    model = load_generator(find_checkpoint(arguments.checkpoint, None, None), weights=arguments.weights)
-    publish_generator(
-        arguments.output, model.generator, model.encoder, model.config,
-        weights=model.weights, images_seen=model.images_seen,
-    )  # fmt: skip
+    import_modules(arguments.imports)
+    model = Model.load(
+        find_checkpoint(arguments.checkpoint, None, None), weights=arguments.weights, for_inference=False
+    )
+    model.publish(arguments.output)
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"wrote {arguments.output}: {model.weights} weights after {model.images_seen} images")

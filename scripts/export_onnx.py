@@ -12,9 +12,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade.build import import_modules
+from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.errors import run_command_line
 from imaginaire_spade.export.generator import check_output, export_model
-from imaginaire_spade.inference.weights import find_checkpoint, load_generator
+from imaginaire_spade.inference.model import Model, find_checkpoint
 
 
 def main() -> None:
@@ -22,16 +23,14 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="P",
                         help="checkpoint file, or a folder or log dir, whose newest checkpoint is used")  # fmt: skip
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="ends in .onnx or .pt2")
-    parser.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="ema (default); raw: non-averaged weights"
-    )
-    parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
-                        help="import your module, which registers your components (repeat)")  # fmt: skip
+    add_shared_flags(parser, "--weights", "--import")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     arguments = parser.parse_args()
     check_output(arguments.output, overwrite=arguments.overwrite)
-    import_modules(arguments.modules)
-    model = load_generator(find_checkpoint(arguments.checkpoint, None, None), weights=arguments.weights)
+    import_modules(arguments.imports)
+    model = Model.load(
+        find_checkpoint(arguments.checkpoint, None, None), weights=arguments.weights, for_inference=False
+    )
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
 

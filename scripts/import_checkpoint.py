@@ -14,7 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.config import load_config
+from imaginaire_spade.cli import add_shared_flags
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import CheckpointError, ConfigError, run_command_line
 from imaginaire_spade.interop import SOURCES
 from imaginaire_spade.interop.checkpoint import architecture_config, import_checkpoint, networks_in, read_weights
@@ -31,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--discriminator_weights", type=Path, metavar="F", help="latest_net_D.pth, to fine-tune with")
     parser.add_argument("--architecture", type=Path, metavar="A.json", help="the hyper-parameters of the networks")
     parser.add_argument("--config", type=Path, metavar="C.yaml", help="a config of ours, such as the data set's recipe")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of --config")
+    add_shared_flags(parser, "--set", help="override a key of --config")
     parser.add_argument("--output", required=True, type=Path, metavar="P", help="the checkpoint to write")
     parser.add_argument("--overwrite", action="store_true", help="replace P where it exists")
     parser.add_argument("--trust", action="store_true",
@@ -49,7 +50,7 @@ def main() -> None:
         )
     config, notes = None, []
     if arguments.config is not None:
-        given = load_config(arguments.config, arguments.set)
+        given = load_config(arguments.config, arguments.overrides)
         config, notes = adapt_config(arguments.source, given, has_networks=arguments.architecture is None)
     if arguments.architecture is not None:
         config = architecture_config(arguments.source, _hyper(arguments.architecture), config)

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""What is in an LMDB (ours or imaginaire's), or in raw folders: counts, sizes, shares of classes, damage.
+"""Show what an LMDB (ours or imaginaire's) or a raw folder holds: counts, sizes, shares of classes, damage.
 
---verify refuses what build_lmdb.py refuses. It also draws samples and the legend, and takes a sample out.
+--verify checks every sample as build_lmdb.py does. The script can also draw samples and the legend, and extract one
+sample.
 
 python scripts/inspect_lmdb.py datasets/my/train                           # from the manifest, at once
 python scripts/inspect_lmdb.py datasets/my/train --verify                  # checksums, and every value decoded
@@ -15,14 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade import pictures
-from imaginaire_spade.config import load_labels
+from imaginaire_spade.config_files import load_labels
 from imaginaire_spade.data.lmdb_source import MANIFEST
 from imaginaire_spade.errors import DataError, run_command_line
-from imaginaire_spade.files import read_json
+from imaginaire_spade.files import read_json, write_image
 from imaginaire_spade.lmdb_builder.inspection import extract, look_through, open_data, stored_labels, stored_types
 from imaginaire_spade.lmdb_builder.sample import DECODERS
 from imaginaire_spade.lmdb_builder.shard import summary
+from imaginaire_spade.sheets import draw_class_chart, draw_contact_sheet
 
 
 def main() -> None:
@@ -66,7 +67,7 @@ def main() -> None:
     if (arguments.legend or arguments.contact_sheet) and not labels:
         raise DataError(f"{root}: no label table is stored there: give --config")
     if arguments.legend:
-        pictures.write_image(arguments.legend, pictures.class_chart(labels, shares))
+        write_image(arguments.legend, draw_class_chart(labels, shares))
         print(f"legend: {arguments.legend}")
     if arguments.contact_sheet:
         step = max(1, len(source.keys) // arguments.rows)
@@ -78,7 +79,7 @@ def main() -> None:
                 ids = labels.to_train_ids(cells["seg_maps"], source.describe(key, "seg_maps"))
                 cells["seg_maps"] = labels.colourise(ids)
             rows.append(list(cells.values()))
-        pictures.write_image(arguments.contact_sheet, pictures.contact_sheet(rows, types))
+        write_image(arguments.contact_sheet, draw_contact_sheet(rows, types))
         print(f"contact sheet: {arguments.contact_sheet}")
 
 

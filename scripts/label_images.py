@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Label maps for photos that have none, by a segmentation network.
+"""Label photos that have no label maps with a segmentation network.
 
     python scripts/label_images.py --data_root RAW/train --model MODEL_ID_OR_FOLDER
     torchrun --nproc_per_node=8 scripts/label_images.py --data_root RAW/train --model MODEL_ID_OR_FOLDER
 
 reads RAW/train/images, writes RAW/train/seg_maps/NAME.png (ids of the model) and RAW/train/labels.yaml, the label table
-to base a config on. Under torchrun or in a SLURM job array each process labels its share; started again, it goes on.
+to base a config on. Under torchrun or in a SLURM job array each process labels its share. Run it again to continue.
 --model takes any Hugging Face semantic segmentation model (package transformers, extra "eval"); --deeplab a state dict
 of torchvision's deeplabv3_resnet50.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.dataset_prep.label_photos import label_photos
+from imaginaire_spade.dataset_prep.maps import label_photos
 from imaginaire_spade.distributed import (
     ProcessInfo,
     choose_device,

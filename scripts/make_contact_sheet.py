@@ -1,4 +1,4 @@
-"""Label map, real picture and generated picture side by side, for a folder of generated pictures."""
+"""Draw label maps, real and generated images side by side, for a folder of generated images."""
 
 import argparse
 import itertools
@@ -8,11 +8,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-from imaginaire_spade import pictures
-from imaginaire_spade.config import load_data
+from imaginaire_spade.cli import add_shared_flags
+from imaginaire_spade.config_files import load_data
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.image_files import decode_image
 from imaginaire_spade.errors import DataError, run_command_line
+from imaginaire_spade.files import resize_image, write_image
+from imaginaire_spade.sheets import draw_contact_sheet
 
 
 def main() -> None:
@@ -23,15 +25,13 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="sheet, .jpg or .png")
     parser.add_argument("--rows", type=int, default=12, help="samples on the sheet, spread over the data (default 12)")
     parser.add_argument("--columns", type=int, default=2, help="samples side by side (default 2)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key (repeat)"
-    )
+    add_shared_flags(parser, "--set")
     parser.add_argument("--import", metavar="MODULE", help="accepted and ignored: no components are used here")
     arguments = parser.parse_args()
-    labels = load_data(arguments.config, arguments.set).labels
+    labels = load_data(arguments.config, arguments.overrides).labels
     dataset = LabelMapDataset([arguments.data_root], labels)
 
-    made = [(index, found) for index, key in enumerate(dataset.keys) if (found := _picture(arguments.generated, key))]
+    made = [(index, found) for index, key in enumerate(dataset.keys) if (found := _image(arguments.generated, key))]
     if not made:
         raise DataError(
             f"{arguments.generated}: no image of any of the {len(dataset)} samples of {arguments.data_root}. Give the"
@@ -45,17 +45,17 @@ def main() -> None:
         assert sample.image is not None
         real = sample.image.permute(1, 2, 0).numpy()
         generated = decode_image(path.read_bytes(), str(path))
-        generated = pictures.resized(generated, *real.shape[:2])
+        generated = resize_image(generated, *real.shape[:2])
         cells.append([labels.colourise(sample.labels.numpy()), real, generated])
     columns = arguments.columns
     whole = len(cells) - len(cells) % columns if len(cells) >= columns else 0
     rows = [list(itertools.chain(*cells[start : start + columns])) for start in range(0, whole, columns)]
-    sheet = pictures.contact_sheet(rows or cells, ["label map", "real", "generated"] * (columns if rows else 1))
-    pictures.write_image(arguments.output, sheet)
+    sheet = draw_contact_sheet(rows or cells, ["label map", "real", "generated"] * (columns if rows else 1))
+    write_image(arguments.output, sheet)
     print(f"{len(chosen)} samples: {arguments.output}")
 
 
-def _picture(folder: Path, key: str) -> Path | None:
+def _image(folder: Path, key: str) -> Path | None:
     candidates = [folder / f"{key}.{extension}" for extension in ("png", "jpg")]
     return next((path for path in candidates if path.is_file()), None)
 

@@ -3,9 +3,9 @@
 
     python scripts/make_distance_maps.py --config configs/labels/camvid.yaml --data_root RAW
 
-They are optional: without them distances are computed while samples are loaded. Run it before scripts/build_lmdb.py,
-which takes them along. Starting it again makes what is missing. Under torchrun or in a SLURM job array each process
-makes its share.
+They are optional: without them the loader computes distances. Run it before scripts/build_lmdb.py, which includes them
+in the LMDB. Run it again to continue: it makes what is missing, damaged or older than its label map. Under torchrun or
+in a SLURM job array each process makes its share.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.config import load_data
+from imaginaire_spade.config_files import load_data
 from imaginaire_spade.data.folders import DISTANCES
-from imaginaire_spade.dataset_prep.distance_maps import make_distance_maps
+from imaginaire_spade.dataset_prep.maps import make_distance_maps
 from imaginaire_spade.distributed import rank_from_environment
 from imaginaire_spade.errors import run_command_line
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="YAML with data.labels: a run's config or a label table")
     parser.add_argument("--data_root", required=True, type=Path, help="folder of seg_maps/")
     parser.add_argument("--num_workers", type=int, help="processes (default: min(8, cores))")
-    parser.add_argument("--overwrite", action="store_true", help="make all maps anew")
+    parser.add_argument("--overwrite", action="store_true", help="replace all distance maps")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
     parser.add_argument("--import", metavar="MODULE", help="accepted and ignored: no components are used here")
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Bring a data set from its official download into raw folders, or straight into LMDBs.
+"""Turn the official download of a data set into raw folders, or straight into LMDBs.
 
     python scripts/prepare_dataset.py cocostuff --source DOWNLOADS --output dataset/cocostuff_raw
     python scripts/prepare_dataset.py cityscapes --source DOWNLOADS --output dataset/cityscapes --lmdb
@@ -13,11 +13,12 @@ What --source must hold, unpacked:
                     ceiling, bed or sink (a few indoor scenes stay: look through them)
     cityscapes      leftImg8bit/{train,val}/CITY/ gtFine/{train,val}/CITY/; made 512 x 256 (see --resize_h_w)
     camvid          {train,val,test}/ {train,val,test}annot/ (SegNet's split)
-    facades         base/ extended/ (CMP); 106 pictures, evenly spread, become val
+    facades         base/ extended/ (CMP); 106 images, evenly spread, become val
     landscapes      photos (LHQ, Flickr): no labels, see scripts/label_images.py
     custom          images/ labels/ [--images, --labels, --instances name other folders]
 
-Label ids stay those of the download; configs/labels/NAME.yaml says what they mean. Run again, it continues.
+Label ids stay those of the download; configs/labels/NAME.yaml says what they mean. Run it again to continue. Under
+torchrun or in a SLURM job array each process writes its share of the folders; --lmdb and --edge_maps need one process.
 """
 
 import argparse
@@ -27,10 +28,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.config import load_labels
+from imaginaire_spade.config_files import load_labels
 from imaginaire_spade.dataset_prep.downloads import DATASETS, Options
-from imaginaire_spade.dataset_prep.edge_maps import SOURCES, make_edge_maps
+from imaginaire_spade.dataset_prep.maps import BORDERS, make_edge_maps
 from imaginaire_spade.dataset_prep.prepare import prepare
+from imaginaire_spade.distributed import rank_from_environment
 from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.lmdb_builder.build import build_dataset
 
@@ -46,7 +48,7 @@ def main() -> None:
     )
     parser.add_argument("--lmdb", action="store_true", help="write LMDBs OUTPUT/SPLIT instead of folders")
     parser.add_argument("--link", action="store_true", help="link to the downloaded files instead of copying them")
-    parser.add_argument("--edge_maps", choices=list(SOURCES), help="also write edge maps, from these borders")
+    parser.add_argument("--edge_maps", choices=list(BORDERS), help="also write edge maps, from these borders")
     parser.add_argument("--resize_h_w", type=int, nargs=2, metavar=("H", "W"), help="resize everything to this size")
     parser.add_argument(
         "--scene_list",
@@ -60,6 +62,12 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="--lmdb: YAML with data.labels (default: configs/labels/NAME.yaml)")
     parser.add_argument("--num_workers", type=int, help="processes (default: min(8, cores))")
     arguments = parser.parse_args()
+    rank, world_size = rank_from_environment()
+    if world_size > 1 and (arguments.lmdb or arguments.edge_maps):
+        raise ConfigError(
+            f"{world_size} processes: --lmdb and --edge_maps need all folders. Prepare the folders first, then run"
+            " scripts/build_lmdb.py and scripts/make_edge_maps.py, which work with several processes as well"
+        )
     table = arguments.config or LABELS / f"{arguments.name}.yaml"
     labels = None
     if arguments.lmdb:
@@ -75,7 +83,7 @@ def main() -> None:
     raw = arguments.output / ".raw" if arguments.lmdb else arguments.output
     counts = prepare(
         arguments.name, arguments.source, raw, options,
-        link=arguments.link or arguments.lmdb, num_workers=arguments.num_workers,
+        link=arguments.link or arguments.lmdb, num_workers=arguments.num_workers, rank=rank, world_size=world_size,
     )  # fmt: skip
     for split, count in counts.items():
         if arguments.edge_maps:

@@ -12,9 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pydantic import BaseModel
 
-from imaginaire_spade.config import COMPONENT_KEYS, RunConfig
-from imaginaire_spade.registry import LOSSES, NORMS, Registry
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Registry
 
+COMPONENT_KEYS = {"gen": GENERATORS, "dis": DISCRIMINATORS, "encoder": ENCODERS}
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 
 HEAD = """# Configuration reference

@@ -5,7 +5,8 @@ import torch
 
 from imaginaire_spade.losses import GANLoss
 from imaginaire_spade.models.discriminator import Scores
-from imaginaire_spade.training.alarms import PATIENCE, Alarms, saturation
+from imaginaire_spade.training.health import PATIENCE, Alarms
+from imaginaire_spade.training.step import saturation
 
 THRESHOLD_MODES = ("hinge", "non_saturated", "least_square", "half_least_square")
 
@@ -43,7 +44,7 @@ def test_a_sign_that_lasts_is_told_once_per_episode(bad, message):
         health(fake=1.0, real=1.0),
     ],
 )
-def test_what_real_pictures_look_like_is_no_sign(good):
+def test_what_real_images_look_like_is_no_sign(good):
     alarms = Alarms()
     assert not any(alarms.check(good) for _ in range(4 * PATIENCE))
 

@@ -1,5 +1,6 @@
 """Configuration: strict, merged, overridable, and every recipe of the repository loads."""
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -10,8 +11,9 @@ import yaml
 from torch import nn
 
 from imaginaire_spade.build import build_optimizer, check_run
-from imaginaire_spade.config import dump_config, dump_yaml, load_config, parse_config
+from imaginaire_spade.config_files import dump_config, dump_yaml, load_config, parse_config
 from imaginaire_spade.errors import ConfigError
+from imaginaire_spade.registry import Component
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLE = REPOSITORY / "configs/projects/spade/sample/small64.yaml"
@@ -28,6 +30,7 @@ def test_every_recipe_loads_passes_the_checks_and_survives_a_round_trip(path):
     config = load_config(path)
     check_run(config, world_size=8)
     assert parse_config(dump_config(config)) == config
+    assert parse_config(json.loads(json.dumps(dump_config(config)))) == config  # as a published generator holds it
     assert parse_config(yaml.safe_load(dump_yaml(config))) == config
 
 
@@ -120,6 +123,24 @@ def test_a_nested_component_has_a_default(tmp_path):
         "type": "spade", "normalization": "batch", "hidden_channels": 128, "kernel_size": 3, "path": "auto",
         "affine": False, "spectral_norm": False,
     }  # fmt: skip
+
+
+def test_a_component_holds_checked_values_and_components():
+    config = load_config(SAMPLE, ["gen.norm={type: clade_icpe, skip_ids: [1, 2]}"])
+    norm = config.gen.args["norm"]
+    assert norm == Component(type="clade_icpe", args={"normalization": "batch", "skip_ids": (1, 2)})
+    assert config.losses["gan"].component.args["mode"] == "hinge"
+
+
+def test_overrides_apply_to_a_stored_config():
+    stored = dump_config(load_config(SAMPLE))
+    config = parse_config(stored, "model.pt", ["data.train.batch_size=3", "gen.norm.path=dense"])
+    assert config.data.train.batch_size == 3 and config.gen.args["norm"].args["path"] == "dense"
+    assert parse_config(stored) == load_config(SAMPLE)  # which they left alone
+    with pytest.raises(ConfigError) as raised:
+        parse_config(stored, "model.pt", ["gen.norm.kernal_size=3", "trainer.max_epochs=2"])
+    assert "--set gen.norm.kernal_size=3: gen.norm.kernal_size: unknown key; did you mean" in str(raised.value)
+    assert "model.pt: trainer: state exactly one" in str(raised.value)
 
 
 def test_nothing_writes_to_a_config():

@@ -12,7 +12,7 @@ from imaginaire_spade.data.distances import class_distances, encode_distances
 from imaginaire_spade.data.folders import DATA_TYPES, FolderSource
 from imaginaire_spade.data.image_files import decode_edges, decode_instances, decode_label
 from imaginaire_spade.data.lmdb_source import EnvironmentWriter, store_key, write_index
-from imaginaire_spade.dataset_prep.edge_maps import make_edge_maps
+from imaginaire_spade.dataset_prep.maps import make_edge_maps
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.labels import LabelSpec, edges_from_ids
 from imaginaire_spade.lmdb_builder.build import build_dataset
@@ -28,7 +28,7 @@ def test_contents_agree_with_the_manifest(tiny_folder, tmp_path):
     manifest = build_dataset(tiny_folder(keys=6), tmp_path / "out", LABELS, num_shards=2, num_workers=0)
     assert stored_labels(tmp_path / "out") == LABELS
     contents = look_through(tmp_path / "out", LABELS, 0)
-    assert contents.problems == () and contents.num_samples == 6
+    assert contents.problems == [] and contents.num_samples == 6
     assert [contents.class_pixels[i] for i in range(6)] == manifest["class_pixels"]
     assert [contents.class_samples[i] for i in range(6)] == manifest["class_samples"]
     assert contents.num_bytes == {t: entry["bytes"] for t, entry in manifest["data_types"].items()}
@@ -109,7 +109,7 @@ def test_what_the_builder_refuses_verify_refuses_in_the_same_words(damage, tiny_
     problems = look_through(tmp_path / "stored", LABELS, 0).problems
     if not damage:
         assert build_dataset(root, tmp_path / "built", LABELS, num_workers=0)
-        assert problems == ()
+        assert problems == []
         return
     with pytest.raises(DataError) as refused:
         build_dataset(root, tmp_path / "built", LABELS, num_workers=0)
@@ -117,12 +117,12 @@ def test_what_the_builder_refuses_verify_refuses_in_the_same_words(damage, tiny_
     for data_type in DATA_TYPES:  # what the two call a sample
         path = next((root / data_type).glob("0001.*"))
         listed = [line.replace(str(path), f"{tmp_path / 'stored'}/{data_type} key ./0001") for line in listed]
-    assert list(problems) == listed
+    assert problems == listed
 
 
 def test_imaginaires_is_looked_through_as_well(shared_dir):
     contents = look_through(shared_dir / "parity/imaginaire_lmdb/lmdb", LabelSpec(num_classes=183, ignore=(255,)), 0)
-    assert contents.problems == () and contents.num_samples == 3 and set(contents.num_bytes) >= {"images", "seg_maps"}
+    assert contents.problems == [] and contents.num_samples == 3 and set(contents.num_bytes) >= {"images", "seg_maps"}
 
 
 def test_a_sample_comes_out_as_it_went_in(tiny_folder, tmp_path):
@@ -172,3 +172,6 @@ def test_edge_maps_are_the_borders(tiny_folder, of):
     assert [make_edge_maps(root, of, num_workers=0, rank=r, world_size=2) for r in (0, 1)] == [(2, 0), (1, 0)]
     assert np.array_equal(decode_edges((root / "edge_maps/0000.png").read_bytes(), "x"), expected[of])
     assert make_edge_maps(root, of, num_workers=0) == (0, 3)
+    for command in (lambda: make_edge_maps(root, of, num_workers=-1), lambda: look_through(root, None, -1)):
+        with pytest.raises(DataError, match=r"--num_workers -1: write at least 0"):
+            command()

@@ -24,10 +24,10 @@ from imaginaire_spade import Synthesizer
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.demo import __main__ as command_line
 from imaginaire_spade.demo.server import HEADERS, MAX_JSON_BYTES, MAX_UPLOAD_BYTES, PAGE_FILES, PaintingServer
-from imaginaire_spade.demo.service import MAX_WAITING, PaintingService, _raw_ids, fitted
+from imaginaire_spade.demo.service import MAX_WAITING, PaintingService, _raw_ids, fit_to_canvas
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError
+from imaginaire_spade.files import resize_image
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.pictures import resized
 
 # Raw ids are not train ids here: 7 means class 1, 255 "don't care", and no id means class 2.
 NAMES = ["sky", "<img src=x onerror=alert(1)>", "unreachable", "sea & sand", "tree"]
@@ -193,8 +193,8 @@ def test_a_canvas_far_from_the_trained_size_is_generated_at_that_and_resized_bac
         service.warm_up()
         fields = fields_of(train_ids, seed=5)
         assert service.generated_size(fields) == made
-        expected = resized(synthesizer(as_raw(train_ids), seed=5, size=made), 128, 128)
-        np.testing.assert_array_equal(decoded(service.picture(fields)), expected)
+        expected = resize_image(synthesizer(as_raw(train_ids), seed=5, size=made), 128, 128)
+        np.testing.assert_array_equal(decoded(service.generate(fields)), expected)
 
 
 def test_the_style_of_a_photo(client, synthesizer):
@@ -224,15 +224,15 @@ def test_a_saved_label_map_opens_again(client):
 def test_ids_of_two_bytes(tmp_path):
     tree = changed(TREE, data__labels={"num_classes": 300}, gen__style_dims=0, encoder=None, data__edges="none")
     service = PaintingService(Synthesizer.load(save(tmp_path / "many.pt", tree), device="cpu"), "many")
-    assert service.description()["bytes_per_id"] == 2
+    assert service.describe()["bytes_per_id"] == 2
     train_ids = np.arange(64 * 64, dtype="<u2").reshape(SIZE) % 300
-    file = service.label_map_file(fields_of(train_ids))
+    file = service.encode_label_map(fields_of(train_ids))
     assert np.asarray(Image.open(io.BytesIO(file))).max() == 299
-    again = service.label_map_from_file(file, *SIZE)
+    again = service.read_label_map(file, *SIZE)
     assert base64.b64decode(again["labels"]) == train_ids.tobytes()
-    assert decoded(service.picture(fields_of(train_ids))).shape == (*SIZE, 3)
+    assert decoded(service.generate(fields_of(train_ids))).shape == (*SIZE, 3)
     with pytest.raises(DataError, match="ids 300, which are no class"):
-        service.picture(fields_of(np.full(SIZE, 300, "<u2")))
+        service.generate(fields_of(np.full(SIZE, 300, "<u2")))
 
 
 def test_samples_are_fitted_to_the_canvas(client, samples):
@@ -249,7 +249,7 @@ def test_samples_are_fitted_to_the_canvas(client, samples):
 def test_fitting_covers_the_canvas_and_keeps_the_proportions(sizes, seed):
     height, width, to_height, to_width = sizes
     places = np.arange(height * width).reshape(height, width)
-    rows, columns = np.divmod(fitted(places, to_height, to_width), width)
+    rows, columns = np.divmod(fit_to_canvas(places, to_height, to_width), width)
     assert rows.shape == (to_height, to_width)
     assert (np.diff(rows, axis=0) >= 0).all() and (np.diff(columns, axis=1) >= 0).all()
     assert (rows == rows[:, :1]).all() and (columns == columns[:1]).all()
@@ -257,7 +257,7 @@ def test_fitting_covers_the_canvas_and_keeps_the_proportions(sizes, seed):
     for places_along, length, wanted in ((rows[:, 0], height, to_height), (columns[0], width, to_width)):
         assert abs((places_along[-1] - places_along[0]) - step * (wanted - 1)) <= 1
         assert abs(places_along[0] + places_along[-1] - (length - 1)) <= 1  # the middle
-    np.testing.assert_array_equal(fitted(places, height, width), places)
+    np.testing.assert_array_equal(fit_to_canvas(places, height, width), places)
 
 
 @settings(deadline=None, max_examples=40)

@@ -15,24 +15,25 @@ from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file
 
 from imaginaire_spade.build import build_generator, build_losses, build_split, layout_spec
-from imaginaire_spade.config import AugmentationConfig, load_config
+from imaginaire_spade.config import AugmentationConfig
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.distances import class_distances, decode_distances, encode_distances
 from imaginaire_spade.data.loader import sequential_batches
-from imaginaire_spade.dataset_prep.distance_maps import make_distance_maps
+from imaginaire_spade.dataset_prep.maps import make_distance_maps
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import DataError, LabelError
-from imaginaire_spade.inference.folder import generate_folder
-from imaginaire_spade.inference.synthesis import Request, padded_layout
-from imaginaire_spade.inference.weights import LoadedModel, load_generator
+from imaginaire_spade.inference.folder import FolderOptions, generate_folder
+from imaginaire_spade.inference.model import Model
+from imaginaire_spade.inference.synthesis import Request, pad_to_layout
 from imaginaire_spade.interop.checkpoint import architecture_config, export_files, import_checkpoint
 from imaginaire_spade.interop.configs import import_config
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.training import loop
 from imaginaire_spade.training.checkpoint import newest_checkpoint
-from imaginaire_spade.training.run import prepare
+from imaginaire_spade.training.setup import prepare
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import make_distance_maps as make_distance_maps_script
@@ -269,10 +270,10 @@ def test_the_norm_alone_decides_whether_layouts_have_distances(icpe_config):
 def test_label_maps_of_any_size_are_padded_after_their_distances_are_known(icpe_config):
     config = load_config(icpe_config)
     generator = build_generator(config).eval()
-    model = LoadedModel(generator, None, config, 0, "raw", torch.device("cpu"))
+    model = Model(generator, None, config, 0, "raw", torch.device("cpu"))
     labels = torch.from_numpy(np.random.default_rng(1).integers(0, 6, (40, 50), dtype=np.uint8))
     given = torch.rand(2, 40, 50)
-    layout = padded_layout(model, [Request("a", labels), Request("b", labels, distances=given)])
+    layout = pad_to_layout(model, [Request("a", labels), Request("b", labels, distances=given)])
     assert layout.distances.shape == (2, 2, 64, 64)
     np.testing.assert_array_equal(layout.distances[0, :, :40, :50], class_distances(labels.numpy()))
     assert torch.equal(layout.distances[1, :, :40, :50], given)
@@ -295,10 +296,10 @@ def test_training_and_inference_on_label_maps_of_one_value(icpe_config, tmp_path
             train()
         return
     train()
-    model = load_generator(newest_checkpoint(tmp_path / "log"))
+    model = Model.load(newest_checkpoint(tmp_path / "log"), for_inference=False)
     data = LabelMapDataset(label_maps, config.data.labels, distances=True, with_images=False)
-    report = generate_folder(model, data, tmp_path / "images", gallery=False)
-    assert report.pictures == 6
+    report = generate_folder(model, data, tmp_path / "images", FolderOptions(gallery=False))
+    assert report.images == 6
     assert cv2.imread(str(tmp_path / "images/0000.png")).shape == (70, 70, 3)
 
 
@@ -310,7 +311,7 @@ def test_an_imported_checkpoint_knows_which_id_had_no_position(shared_dir, icpe_
     hyper = json.loads((folder / "config.json").read_text())["hyper"]
     weights = load_file(folder / "weights.safetensors")
     config = architecture_config("clade", hyper, None)
-    assert layout_spec(config).has_distances and config.gen.args["norm"]["args"]["skip_ids"] == [0]
+    assert layout_spec(config).has_distances and config.gen.args["norm"].args["skip_ids"] == (0,)
     content, _ = import_checkpoint("clade", config, {"generator": weights})
     exported = export_files("clade", content, config, "raw")
     assert [{k: v.shape for k, v in file.items()} for file in exported.values()] == [
@@ -321,7 +322,7 @@ def test_an_imported_checkpoint_knows_which_id_had_no_position(shared_dir, icpe_
     base = load_config(icpe_config, [f"data.labels={counted_from_1}", "data.edges=labels"])
     for stated, expected in (({}, [0]), ({"skip_ids": []}, [])):
         made = architecture_config("clade", hyper | stated, base)
-        assert made.gen.args["norm"]["args"]["skip_ids"] == expected
+        assert made.gen.args["norm"].args["skip_ids"] == tuple(expected)
 
 
 @pytest.mark.parametrize("dataset", ["ade20k", "coco"])

@@ -13,23 +13,23 @@ import pytest
 import torch
 from conftest import write_jpg, write_png
 
-from imaginaire_spade import pictures
 from imaginaire_spade.build import build_generator
-from imaginaire_spade.config import dump_config, parse_config
+from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, UserError
 from imaginaire_spade.evaluation.collection import collect
-from imaginaire_spade.evaluation.features import feature_network
+from imaginaire_spade.evaluation.evaluate import evaluate
+from imaginaire_spade.evaluation.images import StoredImages
 from imaginaire_spade.evaluation.protocol import Protocol, differences
 from imaginaire_spade.evaluation.report import load_report
-from imaginaire_spade.evaluation.scores import evaluate_pictures
-from imaginaire_spade.evaluation.sources import EvaluatedPicture, FolderPictures
-from imaginaire_spade.inference.folder import generate_folder
+from imaginaire_spade.files import write_image
+from imaginaire_spade.inference.folder import FolderOptions, generate_folder
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.style import drawn_styles
-from imaginaire_spade.inference.weights import load_generator
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
+from imaginaire_spade.pretrained.inception import feature_network
 from imaginaire_spade.training.checkpoint import write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -68,7 +68,7 @@ def photos(folder: Path, count: int, seed: int, size: tuple[int, int] = (40, 48)
         rng = np.random.default_rng((seed, number))
         small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
         name = f"deep/er/{number:03}" if number % 3 == 2 else f"{number:03}"
-        pictures.write_image(folder / f"{name}{suffix}", cv2.resize(small, size[::-1]))
+        write_image(folder / f"{name}{suffix}", cv2.resize(small, size[::-1]))
     return folder
 
 
@@ -153,7 +153,7 @@ def test_neither_batch_size_nor_number_of_processes_changes_a_score(run, real, f
 
 
 def test_shares_of_processes_are_disjoint_and_complete(fake, monkeypatch):
-    source, network = FolderPictures(fake), feature_network("random:0", dim=64)
+    source, network = StoredImages(fake), feature_network("random:0", dim=64)
     whole = collect(source, network, keep_features=True)
     shares = []
     monkeypatch.setattr(
@@ -162,7 +162,7 @@ def test_shares_of_processes_are_disjoint_and_complete(fake, monkeypatch):
     for rank in range(3):
         with pytest.raises(AssertionError, match="not each of 19 images once"):  # a missing process is noticed
             collect(source, network, keep_features=True, info=ProcessInfo(rank, 3), batch_size=2)
-    assert sorted(index for share in shares for index in share.indices) == list(range(19))
+    assert sorted(index for share in shares for index in share.found) == list(range(19))
     monkeypatch.setattr("imaginaire_spade.evaluation.collection.gather_objects", lambda _: shares)
     monkeypatch.setattr("imaginaire_spade.evaluation.statistics.total_over_processes", lambda value: value * 0 + 19)
     joined = collect(source, network, keep_features=True, info=ProcessInfo(0, 3))
@@ -215,7 +215,7 @@ def test_a_checkpoint_scores_as_the_pictures_that_inference_writes(run, checkpoi
     assert made.protocol.fake_format == "generated, not stored"
     assert made.subject["weights"] == "raw after 7 images" and made.subject["real"] == str(tmp_path / "val")
     dataset = LabelMapDataset(tmp_path / "val", LABELS, with_images=False)
-    generate_folder(load_generator(path, frozen=True), dataset, tmp_path / "out")
+    generate_folder(Model.load(path), dataset, tmp_path / "out")
     stored = run("--real", tmp_path / "val", "--fake", tmp_path / "out", "--metrics", "fid,kid", *RANDOM)
     assert stored.scores == made.scores  # and the gallery's label maps were not taken for pictures
     assert stored.protocol.reference == made.protocol.reference
@@ -238,10 +238,10 @@ def test_diversity_of_samples_made_on_the_fly_is_that_of_the_stored_ones(run, ch
     assert made.protocol.diversity.endswith("3 samples per label map") and made.protocol.num_fake == 5
     dataset = LabelMapDataset(tmp_path / "val", LABELS, with_images=False)
     generate_folder(
-        load_generator(path, frozen=True),
+        Model.load(path),
         dataset,
         tmp_path / "out",
-        num_samples=3,
+        FolderOptions(num_samples=3),
         style_of=drawn_styles(5, 4, num_samples=3),
     )
     stored = run("--real", tmp_path / "val", "--fake", tmp_path / "out", *flags)
@@ -250,6 +250,19 @@ def test_diversity_of_samples_made_on_the_fly_is_that_of_the_stored_ones(run, ch
         run("--real", tmp_path / "val", "--fake", tmp_path / "out", *flags, "--num_samples", "2")
     with pytest.raises(ConfigError, match="write --num_samples 2 or more"):
         run("--real", tmp_path / "val", "--fake", tmp_path / "out", *flags, "--num_samples", "1")
+
+
+def test_a_damaged_label_map_is_named_or_left_out_of_both_sides(run, checkpoint, tmp_path):
+    path = checkpoint(style_dims=4)
+    damaged = tmp_path / "val/seg_maps/0002.png"
+    damaged.write_bytes(b"no image")
+    flags = ("--checkpoint", path, "--metrics", "fid,diversity", "--lpips_weights", "random:0", "--num_samples", "2")
+    with pytest.raises(DataError, match=r"seg_maps/0002.png: .*--skip_bad leaves such images out"):
+        run(*flags, *RANDOM)
+    report = run(*flags, *RANDOM, "--skip_bad", "--html", tmp_path / "page.html")
+    assert (report.protocol.num_fake, report.protocol.num_real) == (4, 4)
+    assert len(report.problems) == 2 and all("0002.png" in problem for problem in report.problems)
+    assert report.scores["random_feature_diversity"] > 0
 
 
 # ------------------------------------------------------------------------------------------------ statistics in files
@@ -287,9 +300,11 @@ def test_stored_statistics_serve_as_the_reference(run, real, fake, tmp_path):
 def test_statistics_of_a_configs_photos(run, checkpoint, tmp_path):
     path = checkpoint()
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(dump_config(load_generator(path).config)))  # JSON is YAML
+    config.write_text(json.dumps(dump_config(Model.load(path, for_inference=False).config)))  # JSON is YAML
     stats = run("--config", config, *RANDOM, module=COMPUTE)
     assert run("--checkpoint", path, "--real", stats, *RANDOM).scores == run("--checkpoint", path, *RANDOM).scores
+    with pytest.raises(ConfigError, match="holds statistics, which serve fid only: segmentation needs the images"):
+        run("--checkpoint", path, "--real", stats, "--metrics", "segmentation", "--segmenter", "x", *RANDOM)
 
 
 # ------------------------------------------------------------------------------------------------ comparing
@@ -386,7 +401,7 @@ def test_features_that_are_not_finite_name_the_picture(fake):
     with pytest.raises(
         UserError, match=r"the features of .* are not finite: the feature network's weights are damaged"
     ):
-        collect(FolderPictures(fake), network)
+        collect(StoredImages(fake), network)
 
 
 def test_too_few_pictures(run, real, fake, tmp_path):
@@ -421,8 +436,8 @@ def test_the_reference_split_must_be_stated(run, real, fake):
         run("--real", real, "--fake", fake, "--inception_weights", "random:0")
 
 
-def test_pictures_may_be_looked_at_on_their_way(fake):
-    seen: list[EvaluatedPicture] = []
-    collection = collect(FolderPictures(fake), None, on_picture=seen.append)
-    assert sorted(picture.index for picture in seen) == list(range(19)) and collection.gaussian is None
-    assert evaluate_pictures(collection, collection, None, metrics=(), reference_split="val").scores == {}
+def test_progress_is_told_and_without_metrics_there_is_no_score(fake):
+    told: list[tuple[int, int]] = []
+    collection = collect(StoredImages(fake), None, on_image=lambda *numbers: told.append(numbers))
+    assert told == [(done, 19) for done in range(1, 20)] and collection.gaussian is None
+    assert evaluate(StoredImages(fake), collection, None, metrics=(), reference_split="val").scores == {}

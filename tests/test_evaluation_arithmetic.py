@@ -1,5 +1,7 @@
 """The arithmetic of feature scores, against the libraries people compare with, on the same features and pictures."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -13,17 +15,13 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from imaginaire_spade.errors import ConfigError, DataError, UserError
-from imaginaire_spade.evaluation import features as features_module
-from imaginaire_spade.evaluation.diversity import perceptual_network
-from imaginaire_spade.evaluation.features import FEATURE_DIMS, feature_network, resize_picture
+from imaginaire_spade.evaluation.collection import Collection, Description, load_statistics
 from imaginaire_spade.evaluation.scores import kernel_distance, precision_recall
-from imaginaire_spade.evaluation.statistics import (
-    FeatureStats,
-    Gaussian,
-    frechet_distance,
-    load_statistics,
-    save_statistics,
-)
+from imaginaire_spade.evaluation.segmentation import Confusion
+from imaginaire_spade.evaluation.statistics import FeatureStats, Gaussian, frechet_distance
+from imaginaire_spade.files import file_sha256
+from imaginaire_spade.pretrained.inception import FEATURE_DIMS, feature_network, resize_for_network
+from imaginaire_spade.pretrained.lpips import perceptual_network
 
 
 def correlated(count: int, dim: int, seed: int, shift: float = 0.0) -> torch.Tensor:
@@ -132,11 +130,17 @@ def test_precision_and_recall_of_known_sets():
 
 
 def test_statistics_come_back_and_pytorch_fid_reads_them(tmp_path):
-    stats = FeatureStats.of(correlated(50, 8, 1))
-    save_statistics(tmp_path / "s.npz", stats, {"network": "n"})
-    stored = load_statistics(tmp_path / "s.npz")
-    assert stored.stats is not None and stored.origin == {"network": "n"} and stored.gaussian.count == 50
+    features = correlated(50, 8, 1)
+    stats, confusion = FeatureStats.of(features), Confusion.of(np.eye(3, dtype=int), np.ones((3, 3), int), 2)
+    description = Description(50, "4x4", "png", "0" * 64)
+    written = Collection("here", description, stats.gaussian(), stats, features, confusion=confusion, warnings=("w",))
+    written.save(tmp_path / "s.npz", {"network": "n"})
+    stored = Collection.load(tmp_path / "s.npz")
+    assert stored.stats is not None and stored.origin["network"] == "n" and stored.gaussian.count == 50
     assert torch.equal(stored.stats.outer, stats.outer) and torch.equal(stored.stats.sum, stats.sum)
+    assert torch.equal(stored.features, features) and (stored.description, stored.warnings) == (description, ("w",))
+    assert np.array_equal(stored.confusion.counts, confusion.counts)
+    assert (stored.confusion.ignored, stored.confusion.images) == (confusion.ignored, 1)
     mu, sigma = fid_score.compute_statistics_of_path(str(tmp_path / "s.npz"), None, 1, 8, "cpu")
     np.testing.assert_array_equal(mu, stats.gaussian().mean)
     np.testing.assert_array_equal(sigma, stats.gaussian().covariance)
@@ -149,9 +153,24 @@ def test_statistics_of_other_systems_are_read(tmp_path):
     np.save(tmp_path / "clade/m.npy", exact.mean.numpy())
     np.save(tmp_path / "clade/s.npy", exact.covariance.numpy())
     for place in ("pytorch_fid.npz", "clade"):
-        stored = load_statistics(tmp_path / place)
+        stored = Collection.load(tmp_path / place)
         assert stored.gaussian.count is None and stored.stats is None and stored.origin is None
         assert frechet_distance(stored.gaussian, exact) == pytest.approx(0, abs=1e-12)
+
+
+def test_statistics_that_earlier_versions_wrote_are_read(tmp_path):
+    stats, network = FeatureStats.of(correlated(50, 64, 1)), feature_network("random:0", dim=64)
+    origin = {
+        "network": {"name": "random:0", "sha256": network.sha256, "resize": "legacy", "resized_to": 64},
+        "reference_split": "val", "description": {"count": 50, "size": "4x4", "format": "png", "digest": "0" * 64},
+    }  # fmt: skip
+    np.savez(
+        tmp_path / "s.npz", count=np.int64(50), sum=stats.sum.numpy(), outer=stats.outer.numpy(),
+        mu=stats.gaussian().mean.numpy(), sigma=stats.gaussian().covariance.numpy(), origin=json.dumps(origin),
+    )  # fmt: skip
+    stored = load_statistics(tmp_path / "s.npz", network, "val")
+    assert stored.description == Description(50, "4x4", "png", "0" * 64) and stored.warnings == ()
+    assert torch.equal(stored.gaussian.covariance, stats.gaussian().covariance)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +194,7 @@ def test_files_that_are_no_statistics_are_refused(tmp_path, content, message):
     else:
         np.savez(path, **content)
     with pytest.raises(DataError, match=message):
-        load_statistics(path)
+        Collection.load(path)
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -208,7 +227,7 @@ def test_inception_features_are_those_of_pytorch_fid_and_of_torchmetrics(incepti
         expected = torch.nn.functional.adaptive_avg_pool2d(expected, 1).flatten(1)
         ours = feature_network(str(inception_file), dim=dim)
         torch.testing.assert_close(ours([picture]), expected, rtol=1e-4, atol=1e-5)
-    assert ours.sha256 == features_module.file_sha256(inception_file) and not ours.is_random
+    assert ours.sha256 == file_sha256(inception_file) and not ours.is_random
     assert ours.name == "inception-v3 with other weights" and not ours.is_published
 
     # torchmetrics resizes in a third way: on a picture of 299 x 299 there is nothing to resize.
@@ -225,11 +244,11 @@ def test_clean_resizing_is_pils_in_float_and_legacy_aliases():
             np.asarray(Image.fromarray(c.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC))
             for c in picture
         ]
-        ours = resize_picture(torch.from_numpy(picture), size, "clean")
+        ours = resize_for_network(torch.from_numpy(picture), size, "clean")
         torch.testing.assert_close(ours, torch.from_numpy(np.stack(theirs)).clamp(0, 255), rtol=0, atol=5e-3)
     stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
     stripes[:, :, ::4] = 255  # a quarter of the columns
-    clean, legacy = (resize_picture(stripes, 8, method).mean().item() for method in ("clean", "legacy"))
+    clean, legacy = (resize_for_network(stripes, 8, method).mean().item() for method in ("clean", "legacy"))
     assert clean == pytest.approx(255 / 4, rel=0.1) and abs(legacy - 255 / 4) > 30
 
 
@@ -285,7 +304,7 @@ def test_weights_in_torchs_cache_are_found(inception_file, tmp_path, monkeypatch
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/pt_inception-2015-12-05-6726825d.pth").symlink_to(inception_file)
-    assert feature_network(dim=64).sha256 == features_module.file_sha256(inception_file)
+    assert feature_network(dim=64).sha256 == file_sha256(inception_file)
 
 
 def test_lpips_with_given_weights_is_that_of_torchmetrics(tmp_path):

@@ -26,7 +26,7 @@ from imaginaire_spade.build import layout_spec
 from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.export import generator as export
 from imaginaire_spade.export.generator import ExportedGenerator, check_output, example_inputs, export_model
-from imaginaire_spade.inference.weights import LoadedModel, load_generator
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.models.generator import SPADEGenerator, SPADEResidualBlock
 from imaginaire_spade.models.norms import CLADE, SPADE
 
@@ -46,7 +46,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def shortened(model: LoadedModel) -> LoadedModel:
+def shortened(model: Model) -> Model:
     """The SPADE generator with one block, of one SPADE and one CLADE norm: each norm takes seconds to export."""
     generator, spec = model.generator, layout_spec(model.config)
     norms = iter((SPADE(8, spec, hidden_channels=8), CLADE(8, spec)))
@@ -59,11 +59,11 @@ def shortened(model: LoadedModel) -> LoadedModel:
     return model
 
 
-def run_script(model: LoadedModel | None, *arguments: str | Path) -> str:
+def run_script(model: Model | None, *arguments: str | Path) -> str:
     """The command line's output; ``model`` is what it loads."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         if model is not None:
-            patch.setattr(command_line, "load_generator", lambda path, weights: model)
+            patch.setattr(command_line.Model, "load", lambda path, weights, for_inference: model)
         patch.setattr(sys, "argv", ["export_onnx.py", *map(str, arguments)])
         command_line.main()
     return said.getvalue()
@@ -75,9 +75,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder) -> LoadedModel:
+def model(folder) -> Model:
     """With style code and edges; raw id 9 is class 1."""
-    return shortened(load_generator(save(folder / "checkpoint.pt", changed(TREE, data__labels__remap={9: 1}))))
+    return shortened(
+        Model.load(save(folder / "checkpoint.pt", changed(TREE, data__labels__remap={9: 1})), for_inference=False)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +168,7 @@ def test_a_file_with_other_pictures_is_not_written(exported, folder, monkeypatch
 
     monkeypatch.setattr(export, "_traced", lambda *arguments: None)
     monkeypatch.setattr(export, "_to_onnx", lambda program: Before())
-    changed_since = shortened(load_generator(folder / "checkpoint.pt"))
+    changed_since = shortened(Model.load(folder / "checkpoint.pt", for_inference=False))
     for factor, difference in ((1.1, r"0\.\d+"), (float("nan"), "nan")):
         changed_since.generator.to_image.weight.mul_(factor)
         message = rf"wrong.onnx: not written.*1 of 64x64 pixels differ by up to {difference}, where 0.001 is allowed"
@@ -200,7 +202,7 @@ def test_a_generator_that_looks_at_its_data_is_named(folder, tmp_path):
         def forward(self, layout, z=None):
             return super().forward(layout, z) if layout.labels.max() > 3 else torch.zeros(1)
 
-    choosing = shortened(load_generator(folder / "checkpoint.pt"))
+    choosing = shortened(Model.load(folder / "checkpoint.pt", for_inference=False))
     choosing.generator.__class__ = Choosing
     with pytest.raises(CheckpointError, match=r"gen.type: spade cannot be exported by torch .*values of tensors"):
         export_model(choosing, tmp_path / "a.pt2", lambda name, difference: None)
@@ -227,7 +229,7 @@ KINDS = {
 @pytest.mark.parametrize("suffix", export.SUFFIXES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_generator_and_norm_can_be_exported(kind, suffix, tmp_path):
-    model = load_generator(save(tmp_path / "model.pt", changed(TREE, **KINDS[kind])))
+    model = Model.load(save(tmp_path / "model.pt", changed(TREE, **KINDS[kind])), for_inference=False)
     seen = {}
     export_model(model, tmp_path / f"model{suffix}", seen.__setitem__)
     assert max(seen.values()) < 1e-4

@@ -15,12 +15,12 @@ from fork_server import TORCHRUN, ForkServer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import REPOSITORY, assert_same, tiny_run  # noqa: F401
 
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.training import checkpoint
-from imaginaire_spade.training import run as run_module
-from imaginaire_spade.training.faults import NonFiniteLoss, OutOfMemory, explain_out_of_memory
-from imaginaire_spade.training.meters import RunLog
+from imaginaire_spade.training import checkpoint, loop
+from imaginaire_spade.training.health import NonFiniteLoss, OutOfMemory, explain_out_of_memory
+from imaginaire_spade.training.meter import LossMeter
+from imaginaire_spade.training.run_log import RunLog
 from imaginaire_spade.training.schedule import Calendar
 
 SMALL = (
@@ -34,13 +34,13 @@ def before_step(monkeypatch):
     """Makes ``action(state)`` happen before every iteration."""
 
     def patch(action):
-        step = run_module.train_step
+        step = loop.train_step
 
         def stepped(state, *arguments):
             action(state)
             return step(state, *arguments)
 
-        monkeypatch.setattr(run_module, "train_step", stepped)
+        monkeypatch.setattr(loop, "train_step", stepped)
 
     return patch
 
@@ -171,7 +171,7 @@ def test_training_goes_on_after_a_failed_save_where_the_config_says_so(tiny_run,
     def full_for_a_while(state):
         if state.images_seen == 4:
             fill(small_disk)
-        if state.images_seen == 12:  # the writing of the checkpoint of 8 pictures began before the last step
+        if state.images_seen == 12:  # the writing of the checkpoint of 8 images began before the last step
             while list(small_disk.glob("log/checkpoints/.*")):
                 time.sleep(0.01)
             (small_disk / "filler").unlink()
@@ -250,6 +250,36 @@ def test_updates_that_fp16_skips_are_counted_and_too_many_in_a_row_end_the_run(t
     assert all(torch.isfinite(torch.tensor(value)) for record in records for value in record.values())
 
 
+def test_a_tick_holds_means_the_first_bad_iteration_and_skipped_updates():
+    scalers = [torch.amp.GradScaler("cpu", init_scale=8.0) for _ in range(2)]
+    meter = LossMeter(scalers, torch.device("cpu"))
+
+    def iterate(first: int, *losses_and_scales: tuple[float, float]) -> None:
+        for iteration, (loss, scale) in enumerate(losses_and_scales, first):
+            scalers[0].update(scale)
+            losses = {"gan": torch.tensor(loss), "health/d_accuracy": torch.tensor(0.5)}
+            meter.add(iteration, (f"sample {iteration}",), losses)
+
+    iterate(1, (1.0, 8.0), (float("nan"), 4.0), (3.0, 4.0), (float("inf"), 2.0), (2.0, 1.0))
+    tick = meter.read()
+    assert (tick.first_iteration, tick.last_iteration) == (1, 5)
+    assert tick.losses == {"gan": 2.0} and tick.health == {"health/d_accuracy": 0.5}
+    losses = {"gan": "nan", "health/d_accuracy": "0.5"}
+    assert tick.first_bad == {"iteration": 2, "batch_keys": ["sample 2"], "losses": losses}
+    assert tick.scaling == {"scale/gen": 1.0, "scale/dis": 8.0, "skipped/gen": 3.0, "skipped/dis": 0.0}
+    assert tick.skipped_in_a_row == 2
+    iterate(6, (1.0, 0.5), (4.0, 0.5))
+    tick = meter.read()
+    assert tick.losses == {"gan": 2.5} and tick.first_bad == {} and tick.scaling["skipped/gen"] == 1.0
+    assert tick.skipped_in_a_row == 3  # two of them before the last tick
+
+    meter = LossMeter([torch.amp.GradScaler("cpu", enabled=False)] * 2, torch.device("cpu"))
+    meter.add(1, ("sample",), {"gan": torch.tensor(1.0)})
+    meter.add(2, ("sample",), {"gan": torch.tensor(float("inf"))})
+    tick = meter.read()
+    assert tick.losses == {"gan": float("inf")} and tick.first_bad["iteration"] == 2 and tick.scaling == {}
+
+
 def test_out_of_memory_names_the_knobs(tiny_run, before_step):
     path, run = tiny_run
     before_step(lambda _: torch.empty(2**60, dtype=torch.uint8))
@@ -294,21 +324,21 @@ class Job:
             time.sleep(0.02)
 
     def reaches_next(self, iterations: int) -> None:
-        """Wait until the log has so many more lines, or fewer where it was cut back by a new start."""
+        """Wait until the log has so many more lines, or fewer where it was cut back by a new launch."""
         lines = self._lines()
         while 0 <= self._lines() - lines < iterations:
             assert self.process.poll() is None, self.process.output()
             time.sleep(0.02)
 
     def recovers(self) -> None:
-        """Wait until a new start has taken over the log and trained."""
+        """Wait until a new launch has taken over the log and trained."""
         before = self.metrics.stat().st_ino
         while self.metrics.stat().st_ino == before:
             assert self.process.poll() is None, self.process.output()
             time.sleep(0.02)
         self.reaches_next(1)
 
-    def says(self, text: str) -> None:
+    def prints(self, text: str) -> None:
         """Wait until it has printed that."""
         while text not in self.process.stdout.read_text() + self.process.stderr.read_text():
             assert self.process.poll() is None, self.process.output()

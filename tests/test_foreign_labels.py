@@ -22,12 +22,13 @@ from conftest import write_png
 from test_interop import IMAGINAIRE
 
 from imaginaire_spade.build import build_component, build_discriminator, build_generator, check_run, layout_spec
-from imaginaire_spade.compatibility import explain_mismatch
-from imaginaire_spade.config import RunConfig, dump_config, load_config, load_labels, parse_component, parse_config
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config_diff import explain_mismatch
+from imaginaire_spade.config_files import dump_config, load_config, load_labels, parse_component, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.errors import CheckpointError, LabelError
-from imaginaire_spade.inference.weights import load_generator
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.interop import describe, import_generator, reference_names
 from imaginaire_spade.interop.checkpoint import architecture_config, export_files, import_checkpoint, networks_in
 from imaginaire_spade.interop.configs import import_config
@@ -35,7 +36,7 @@ from imaginaire_spade.interop.label_tables import adapt_config, export_notes
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.registry import GENERATORS
 from imaginaire_spade.training.checkpoint import write_checkpoint
-from imaginaire_spade.training.model_average import new_average, update_average
+from imaginaire_spade.training.ema import new_average, update_average
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = REPOSITORY / "configs/projects"
@@ -245,7 +246,7 @@ def test_ade20k_gives_the_releases_pictures(commands, tmp_path, release, route):
     assert theirs.std() > 10 and np.isin(theirs, (0, 255)).mean() < 0.1  # it would prove nothing
 
     assert ("raw id r of a label map lights channel r" in said) == route.startswith("recipe"), said
-    names = load_generator(tmp_path / "ade.pt").config.data.labels.names
+    names = Model.load(tmp_path / "ade.pt", for_inference=False).config.data.labels.names
     if route != "architecture alone" and route != "opt.txt":
         assert (names[0], names[1], names[150]) == ("other", "wall", "flag")
 
@@ -286,7 +287,7 @@ def test_a_config_with_its_own_ignored_ids_and_positions_is_adapted():
     for stated, expected in ((["gen.norm.skip_ids=[150, 3]"], [0, 4]), ([], [0])):
         config = load_config(RECIPES / "clade/ade20k/base256_icpe.yaml", ["data.labels.ignore=[0, 255]", *stated])
         adapted, notes = adapt_config("clade", config)
-        assert adapted.gen.args["norm"]["args"]["skip_ids"] == expected and len(notes) == 2 - len(stated)
+        assert adapted.gen.args["norm"].args["skip_ids"] == tuple(expected) and len(notes) == 2 - len(stated)
         assert adapted.data.labels.table[[0, 1, 150, 255]].tolist() == [0, 1, 150, 0]
     # A fork that did subtract: the table says so itself, and is left alone.
     subtracted = {0: 150} | {raw: raw - 1 for raw in range(1, 151)}
@@ -393,7 +394,7 @@ def checkpoint_of(config: RunConfig) -> dict[str, Any]:
 def see(config: RunConfig, content: dict[str, Any], raw: np.ndarray, folder: Path, weights: str) -> list[torch.Tensor]:
     """A checkpoint's picture of a label map of raw ids, and its discriminator's scores of that."""
     write_checkpoint(folder / "seen.pt", content)
-    model = load_generator(folder / "seen.pt", weights=weights)
+    model = Model.load(folder / "seen.pt", weights=weights, for_inference=False)
     write_png(folder / "map/a.png", raw)
     spec = layout_spec(config)
     data = LabelMapDataset(
@@ -509,7 +510,7 @@ def test_an_import_under_the_table_of_before_is_noticed(commands, tmp_path, tiny
     content, _ = import_checkpoint(source, adapted, {"generator": release_weights(source, hyper)})
     assert content["imported_from"] == source
     write_checkpoint(tmp_path / "new.pt", content)
-    assert not any("Import them again" in note for note in load_generator(tmp_path / "new.pt").notes)
+    assert not any("Import them again" in note for note in Model.load(tmp_path / "new.pt", for_inference=False).notes)
     content["config"]["data"]["labels"] = dump_config(recipe)["data"]["labels"]
     del content["imported_from"]
     write_checkpoint(tmp_path / "old.pt", content)

@@ -19,20 +19,19 @@ from conftest import blocky_labels, write_jpg, write_png
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imaginaire_spade import pictures
 from imaginaire_spade.build import build_encoder, build_generator
-from imaginaire_spade.compatibility import explain_mismatch
-from imaginaire_spade.config import dump_config, load_config, parse_config
+from imaginaire_spade.config_diff import explain_mismatch
+from imaginaire_spade.config_files import dump_config, load_config, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
+from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.output import check_output_folder, plan_outputs
-from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, batches_of_one_size, padded_layout, synthesise
-from imaginaire_spade.inference.weights import LoadedModel, find_checkpoint, load_generator
+from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, group_by_size, pad_to_layout, synthesise
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.layers import fold_spectral_norm
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.checkpoint import write_checkpoint
-from imaginaire_spade.training.model_average import new_average
+from imaginaire_spade.training.ema import new_average
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TREE = {
@@ -180,7 +179,7 @@ def test_neither_batch_size_nor_processes_change_a_file(run, checkpoint, label_m
 
 
 def test_order_and_batch_mates_change_nothing(checkpoint, label_maps):
-    model = load_generator(checkpoint)
+    model = Model.load(checkpoint, for_inference=False)
     batching = Batching(**vars(model))
     dataset = LabelMapDataset(label_maps, model.config.data.labels, edges="labels", with_images=False)
     requests = [
@@ -216,13 +215,13 @@ class Echo(torch.nn.Module):
         return torch.stack([(plane.float() - 127.5) / 127.5 for plane in planes], 1)
 
 
-class Batching(LoadedModel):
+class Batching(Model):
     """As on a GPU."""
 
     one_by_one = False
 
 
-def echo_model(size_multiple: int, kind: type[LoadedModel] = Batching) -> LoadedModel:
+def echo_model(size_multiple: int, kind: type[Model] = Batching) -> Model:
     return kind(Echo(size_multiple), None, CONFIG, 0, "raw", torch.device("cpu"))
 
 
@@ -249,7 +248,7 @@ def test_padding_and_cropping_keep_every_pixel(sizes, multiple, batch_size):
 
 def test_padding_is_dont_care_without_edges_at_the_bottom_and_right():
     request = Request("a", torch.zeros(3, 5, dtype=torch.uint8), torch.ones(3, 5, dtype=torch.uint8))
-    layout = padded_layout(echo_model(8), [request])
+    layout = pad_to_layout(echo_model(8), [request])
     assert layout.labels.shape == (1, 8, 8) and layout.labels.dtype == torch.uint8
     assert (layout.labels[0, :3, :5] == 0).all() and (layout.labels == 5).sum() == 64 - 15
     assert layout.edges is not None and layout.edges.sum() == 15 and (layout.edges[0, :3, :5] == 1).all()
@@ -265,12 +264,12 @@ def test_batches_are_of_one_size_and_few_wait():
             size = 8 * (1 + i % 100)
             yield Request(str(i), torch.zeros(size, 8, dtype=torch.uint8))
 
-    for number, batch in enumerate(batches_of_one_size(endless(), 8, 4)):
+    for number, batch in enumerate(group_by_size(endless(), 8, 4)):
         assert len({r.labels.shape for r in batch}) == 1 and 1 <= len(batch) <= 4
         if number == 20:
             break
     assert taken <= 21 * 4 + BATCHES_HELD * 4
-    sizes = [len(b) for b in batches_of_one_size(
+    sizes = [len(b) for b in group_by_size(
         (Request(str(i), torch.zeros(8 * (1 + i % 3), 8, dtype=torch.uint8)) for i in range(48)), 8, 4)]  # fmt: skip
     assert sizes == [4] * 12
 
@@ -290,14 +289,14 @@ def test_several_samples_differ_and_a_style_image_rules(run, checkpoint, label_m
 
 
 def test_ema_and_raw_weights(run, checkpoint, plain_checkpoint, label_maps, tmp_path, capsys):
-    state = {w: load_generator(checkpoint, weights=w).generator.state_dict() for w in ("ema", "raw")}
+    state = {w: Model.load(checkpoint, weights=w, for_inference=False).generator.state_dict() for w in ("ema", "raw")}
     content = torch.load(checkpoint, weights_only=True)
     trained = build_generator(CONFIG)
     trained.load_state_dict(content["generator"])
     for weights, stored in (("ema", content["generator_ema"]), ("raw", fold_spectral_norm(trained).state_dict())):
         assert state[weights].keys() == stored.keys()
         assert all(torch.equal(state[weights][key], value) for key, value in stored.items())
-    model = load_generator(plain_checkpoint)
+    model = Model.load(plain_checkpoint, for_inference=False)
     assert model.weights == "raw" and "no EMA of the weights" in model.notes[0]
     assert not model.generator.training and model.style_dims == 0
     run("--checkpoint", plain_checkpoint, "--input_dir", label_maps, "--output_dir", tmp_path / "o", "--num_samples", 2)
@@ -469,9 +468,9 @@ def test_a_key_never_leads_out(key):
 
 
 def test_outputs_never_collide():
-    assert [o.pictures for o in plan_outputs(["b", "a"], 2, ".jpg")] == [
+    assert [o.images for o in plan_outputs(["b", "a"], 2, ".jpg")] == [
         ("a_00.jpg", "a_01.jpg"), ("b_00.jpg", "b_01.jpg")]  # fmt: skip
-    assert plan_outputs(["a"], 101)[0].pictures[100] == "a_100.png"
+    assert plan_outputs(["a"], 101)[0].images[100] == "a_100.png"
     with pytest.raises(DataError, match=r"'a' and 'a' would both be written to a\.png"):
         plan_outputs(["a", "a"])
     with pytest.raises(DataError, match=r"would both be written to _labels/a\.png"):
@@ -492,7 +491,7 @@ def test_a_full_disk_is_named(run, plain_checkpoint, label_maps, tmp_path, monke
     def fail(self: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pictures.Path, "replace", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(UserError, match=r"\.png: cannot be written: No space left on device"):
         run("--checkpoint", plain_checkpoint, "--input_dir", label_maps, "--output_dir", tmp_path / "o")
     assert not [p for p in (tmp_path / "o").rglob("*") if p.is_file()]
@@ -513,25 +512,32 @@ def test_damaged_weights(tmp_path, label_maps, run):
     assert not files(tmp_path / "o")
     short = save(tmp_path / "short.pt", tree, generator_ema={k: v for k, v in state.items() if k != "to_image.bias"})
     with pytest.raises(CheckpointError, match=r"(?s)short\.pt: the weights of its generator .*to_image\.bias"):
-        load_generator(short)
+        Model.load(short, for_inference=False)
     for name, weight in (("wide", state["to_image.weight"].double()), ("thin", state["to_image.weight"].to_sparse())):
         path = save(tmp_path / f"{name}.pt", tree, generator_ema={**state, "to_image.weight": weight})
         with pytest.raises(CheckpointError, match=rf"{name}\.pt: its generator does not fit .*: to_image\.weight is"):
-            load_generator(path)
+            Model.load(path, for_inference=False)
     for seen in ("many", (1, 2), float("inf"), -1):
         path = save(tmp_path / "seen.pt", tree, generator_ema=state, images_seen=seen)
         with pytest.raises(CheckpointError, match=r"seen\.pt: images_seen does not fit: it is"):
-            load_generator(path)
+            Model.load(path, for_inference=False)
     write_checkpoint(tmp_path / "other.pt", {"config": {}})
     with pytest.raises(CheckpointError, match="without generator"):
-        load_generator(tmp_path / "other.pt")
+        Model.load(tmp_path / "other.pt", for_inference=False)
 
 
-def test_too_little_memory_is_said(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_is_said(monkeypatch, error):
     model = echo_model(8)
 
     def fail(*_: object) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(model.generator, "forward", fail)
     zeros = torch.zeros(3, 5, dtype=torch.uint8)

@@ -21,14 +21,14 @@ from test_inference import REPOSITORY, TREE, changed, command_line, files, save
 
 from imaginaire_spade import SemanticLayout, Synthesizer, build_generator
 from imaginaire_spade.build import layout_spec
-from imaginaire_spade.config import dump_config, parse_config
+from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
 from imaginaire_spade.inference import output
-from imaginaire_spade.inference.style import between
-from imaginaire_spade.inference.weights import load_generator
+from imaginaire_spade.inference.model import Model
+from imaginaire_spade.inference.style import slerp
 from imaginaire_spade.labels import edges_from_ids
-from imaginaire_spade.models.frozen import WinogradConv2d
+from imaginaire_spade.models.for_inference import WinogradConv2d
 from imaginaire_spade.training.checkpoint import write_checkpoint
 
 PALETTE = [[250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 0], [7, 8, 9]]
@@ -158,11 +158,11 @@ def test_an_mp4(run, styled, label_maps, tmp_path):
 def test_codes_between_two_are_as_long_as_their_ends(seed, dims, place):
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(2, dims, generator=generator)
-    assert torch.allclose(between(a, b, 0.0), a, atol=1e-4) and torch.allclose(between(a, b, 1.0), b, atol=1e-4)
-    unit = between(a / a.norm(), b / b.norm(), place)
+    assert torch.allclose(slerp(a, b, 0.0), a, atol=1e-4) and torch.allclose(slerp(a, b, 1.0), b, atol=1e-4)
+    unit = slerp(a / a.norm(), b / b.norm(), place)
     if abs(torch.dot(a / a.norm(), b / b.norm())) < 0.999:
         assert abs(float(unit.norm()) - 1) < 1e-3
-    assert torch.isfinite(between(a, -a, place)).all() and torch.allclose(between(a, a, place), a, atol=1e-4)
+    assert torch.isfinite(slerp(a, -a, place)).all() and torch.allclose(slerp(a, a, place), a, atol=1e-4)
 
 
 def test_a_generator_without_style(run, plain, styled, folder, tmp_path, capsys):
@@ -444,7 +444,7 @@ def test_weights_made_ready_for_inference_give_the_training_graphs_pictures(kind
         expected = generator.eval()(layout, z)
     state = {"config": dump_config(config), "generator": generator.state_dict(), "images_seen": 1}
     write_checkpoint(tmp_path / "model.pt", state)
-    model = load_generator(tmp_path / "model.pt", weights="raw", frozen=True)
+    model = Model.load(tmp_path / "model.pt", weights="raw")
     assert not [name for name in model.generator.state_dict() if name.endswith("weight_u")]
     assert (kind == "wide") == any(isinstance(layer, WinogradConv2d) for layer in model.generator.modules())
     with torch.inference_mode():

@@ -14,9 +14,9 @@ from fork_server import ForkServer
 from safetensors.torch import load_file
 
 from imaginaire_spade.build import check_run, layout_spec
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.inference.weights import load_generator
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.interop import import_generator, reference_names
 from imaginaire_spade.interop.checkpoint import read_weights
 from imaginaire_spade.layout import SemanticLayout
@@ -63,7 +63,7 @@ def test_import_generate_fine_tune_export_and_import_again(shared_dir, tmp_path,
     # The same pixels: our inference of the imported file, on the fixture's own layout, gives the fixture's picture.
     inputs = load_file(shared_dir / "parity/spade_g_normal/inputs.safetensors")
     outputs = load_file(shared_dir / "parity/spade_g_normal/outputs.safetensors")
-    model = load_generator(imported, weights="raw")
+    model = Model.load(imported, weights="raw", for_inference=False)
     layout = SemanticLayout.from_dense(layout_spec(model.config), inputs["semantics"].float())
     torch.testing.assert_close(model.generator(layout), outputs["eval/fake_image"], atol=1e-5, rtol=0)
 
@@ -110,7 +110,10 @@ def test_import_generate_fine_tune_export_and_import_again(shared_dir, tmp_path,
                   "--discriminator_weights", out / "latest_net_D.pth", "--architecture", architecture,
                   "--output", back)  # fmt: skip
         assert "discriminator:" in said
-        before, after = load_generator(tuned, weights=kind), load_generator(back, weights="raw")
+        before, after = (
+            Model.load(tuned, weights=kind, for_inference=False),
+            Model.load(back, weights="raw", for_inference=False),
+        )
         torch.testing.assert_close(after.generator(layout), before.generator(layout), atol=2e-6, rtol=0)
         if kind == "raw":
             old, new = load_checkpoint(tuned), load_checkpoint(back)
@@ -146,7 +149,7 @@ def test_imaginaire_with_average_and_style_encoder(shared_dir, tmp_path):
     inputs = load_file(shared_dir / "parity/imaginaire_g/inputs.safetensors")
     outputs = load_file(shared_dir / "parity/imaginaire_g/outputs.safetensors")
     for weights in ("raw", "ema"):
-        model = load_generator(imported, weights=weights)
+        model = Model.load(imported, weights=weights, for_inference=False)
         layout = SemanticLayout.from_dense(layout_spec(model.config), inputs["label"].float())
         torch.testing.assert_close(
             model.generator(layout, inputs["z"]), outputs["eval/from_z/fake_images"], atol=1e-5, rtol=0
@@ -293,6 +296,16 @@ def test_options_of_the_spade_release_become_a_config(tmp_path):
     assert "ignored (no equivalent): seed: None" in said
     assert "label_nc" not in said and "dataroot" in said
 
+    for old, new, message in (
+        ("gan_mode: hinge", "gan_mode: softplus", "gan_mode: 'softplus' is not supported"),
+        ("seed: None", "netG: pix2pixhd", "netG: pix2pixhd: only spade is supported"),
+        ("seed: None", "optimizer: sgd", "optimizer: sgd: only adam is supported"),
+        ("label_nc: 182", "", "label_nc is not stated; add it to the file"),
+    ):
+        (tmp_path / "bad.txt").write_text(OPTIONS.replace(old, new))
+        result = run("scripts/import_config.py", tmp_path / "bad.txt", "--source", "nvlabs_spade")
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
     again = run("scripts/import_config.py", tmp_path / "opt.txt", "--source", "nvlabs_spade",
                 "--output", tmp_path / "c.yaml")  # fmt: skip
     assert again.returncode == 2 and "exists" in again.stderr
@@ -369,7 +382,7 @@ def test_a_config_of_imaginaire_becomes_ours(tmp_path):
     config = load_config(tmp_path / "ours.yaml")
     check_run(config, 1)
     assert layout_spec(config).num_channels == 185 and config.gen.args["num_filters"] == 16
-    assert config.gen.args["norm"]["args"]["kernel_size"] == 5 and config.dis.type == "fpse"
+    assert config.gen.args["norm"].args["kernel_size"] == 5 and config.dis.type == "fpse"
     assert config.trainer.max_epochs == 400 and config.trainer.checkpoint_every == 2500
     assert config.trainer.model_average.batch_norm_images == 120
     assert config.losses["kl"].weight == pytest.approx(0.2) and config.trainer.precision == "fp16"
@@ -383,6 +396,9 @@ def test_a_config_of_imaginaire_becomes_ours(tmp_path):
         ("separate_projection: True", "separate_projection: False", "separate_projection: False is not supported"),
         ("[seg_maps, edge_maps]", "[edge_maps, seg_maps]", "only seg_maps, then edge_maps if any, is supported"),
         ("    use_dont_care: True\n    input_labels: [seg_maps, edge_maps]", "", "data.input_labels is not stated"),
+        ("roots: [dataset/cocostuff/val]", "", "data.val.roots is not stated; add it to the file"),
+        ("- edge_maps: {ext: png, num_channels: 1}", "- edge_maps", "data.input_types: "),
+        ("gan: 1.0, ", "", "trainer.loss_weight.gan is not stated"),
     ):
         (tmp_path / "bad.yaml").write_text(IMAGINAIRE.replace(old, new))
         result = run("scripts/import_config.py", tmp_path / "bad.yaml", "--source", "imaginaire")

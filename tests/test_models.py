@@ -17,7 +17,7 @@ from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.losses import GeneratorOutputs
 from imaginaire_spade.models.discriminator import split_scores
-from imaginaire_spade.models.frozen import WinogradConv2d
+from imaginaire_spade.models.for_inference import WinogradConv2d
 from imaginaire_spade.models.generator import SPADEGenerator
 from imaginaire_spade.models.layers import (
     InstanceNorm2d,
@@ -29,9 +29,8 @@ from imaginaire_spade.models.layers import (
 from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.models.pix2pixhd import Pix2pixHDGenerator
 from imaginaire_spade.models.style_generator import StyleSPADEGenerator
-from imaginaire_spade.pretrained import vgg as features
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Registry
-from imaginaire_spade.training.model_average import reestimate_batch_norm, update_average
+from imaginaire_spade.training.ema import reestimate_batch_norm, update_average
 
 SPEC = LayoutSpec(5, has_dont_care=True, has_edges=True)
 SMALL_NORM = partial(SPADE, hidden_channels=8)
@@ -370,7 +369,9 @@ def test_reestimated_statistics_are_the_plain_average_over_batches():
 def test_perceptual_loss_reads_weights_from_a_file_and_says_what_to_do_without(tmp_path, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(ConfigError, match=r"vgg19-dcbb9e9d\.pth: no VGG19 weights.*losses\.perceptual\.weights_path"):
+    with pytest.raises(
+        ConfigError, match=r"weights_path: no weights at .*vgg19-dcbb9e9d\.pth.*losses\.perceptual\.weight: 0"
+    ):
         LOSSES["perceptual"](layers=("relu_1_1",), layer_weights=(1.0,))
     with pytest.raises(ConfigError, match="relu_9_9"):
         LOSSES["perceptual"](layers=("relu_9_9",), layer_weights=(1.0,))
@@ -383,7 +384,7 @@ def test_perceptual_loss_reads_weights_from_a_file_and_says_what_to_do_without(t
     first, second = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3)
     state = {"features.0.weight": first.weight, "features.0.bias": first.bias,
              "features.2.weight": second.weight, "features.2.bias": second.bias}  # fmt: skip
-    path = tmp_path / "checkpoints" / features.VGG19_FILE
+    path = tmp_path / "checkpoints/vgg19-dcbb9e9d.pth"
     path.parent.mkdir()
     torch.save({key: value.detach() for key, value in state.items()}, path)
     loss = LOSSES["perceptual"](layers=("relu_1_1", "relu_1_2"), layer_weights=(0.5, 2.0), imagenet_statistics=False)

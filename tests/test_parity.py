@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_layout import random_layout
 
 from imaginaire_spade.build import build_component
-from imaginaire_spade.config import parse_component
+from imaginaire_spade.config_files import parse_component
 from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.interop import (
     imaginaire,

@@ -13,8 +13,7 @@ from test_training import tiny_run  # noqa: F401
 
 from imaginaire_spade.build import layout_spec
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.inference.published import publish_generator
-from imaginaire_spade.inference.weights import load_generator
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpoint
 
 VAE = ("gen.style_dims=6", "encoder={type: conv, num_filters: 2, image_size: 128}", "losses.kl=0.1")
@@ -24,12 +23,12 @@ VAE = ("gen.style_dims=6", "encoder={type: conv, num_filters: 2, image_size: 128
 def test_it_makes_the_checkpoints_pictures(tiny_run, tmp_path, weights):
     _, run = tiny_run
     run("log", *VAE, stop_after=1)
-    trained = load_generator(newest_checkpoint(tmp_path / "log"), weights=weights)
+    trained = Model.load(newest_checkpoint(tmp_path / "log"), weights=weights, for_inference=False)
     path = tmp_path / "model.safetensors"
-    publish_generator(
-        path, trained.generator, trained.encoder, trained.config, weights=weights, images_seen=trained.images_seen
-    )
-    published = load_generator(path)
+    trained.publish(path)
+    with pytest.raises(AssertionError, match="for_inference=False"):
+        Model.load(path).publish(tmp_path / "other.safetensors")
+    published = Model.load(path, for_inference=False)
     assert (published.weights, published.images_seen) == (weights, 4)
     assert published.config.data.labels == trained.config.data.labels and published.config.gen == trained.config.gen
     layout, z = random_layout(layout_spec(trained.config), 2, 32, 64), torch.randn(2, 6)
@@ -38,7 +37,7 @@ def test_it_makes_the_checkpoints_pictures(tiny_run, tmp_path, weights):
     assert all(map(torch.equal, published.encoder(images), trained.encoder(images)))
     if weights == "ema":
         with pytest.raises(CheckpointError, match="holds only the EMA of the weights"):
-            load_generator(path, weights="raw")
+            Model.load(path, weights="raw", for_inference=False)
     else:
         assert "has no EMA of the weights" in published.notes[0]
     with safe_open(path, framework="pt") as file:
@@ -68,12 +67,12 @@ def test_the_command_lines(tiny_run, tmp_path, commands):
 def test_other_files_are_refused_in_words(tmp_path):
     path = tmp_path / "other.safetensors"
     with pytest.raises(CheckpointError, match="no such checkpoint file"):
-        load_generator(path)
+        Model.load(path, for_inference=False)
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match=r"not written by scripts/export_generator\.py"):
-        load_generator(path)
+        Model.load(path, for_inference=False)
     with pytest.raises(CheckpointError, match="training needs the checkpoint it was exported from"):
         load_checkpoint(path)
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(CheckpointError, match="cannot be read as a published generator, it is damaged"):
-        load_generator(path)
+        Model.load(path, for_inference=False)

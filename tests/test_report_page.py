@@ -14,7 +14,9 @@ from test_evaluation import RANDOM, checkpoint, run  # noqa: F401 (fixtures)
 
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation import segmentation
-from imaginaire_spade.evaluation.report import load_report
+from imaginaire_spade.evaluation.protocol import Protocol
+from imaginaire_spade.evaluation.report import Report, load_report
+from imaginaire_spade.evaluation.report_page import write_report_page
 from imaginaire_spade.pretrained.segmenters import Segmenter
 
 NAMES = ["sky", "<b>road</b> & path", "tree"]
@@ -25,12 +27,14 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.tags, self.sources, self.text = [], [], ""
-        self.feed(path.read_text())
+        self.tags, self.sources, self.labels, self.text = [], [], [], ""
+        self.source = path.read_text()
+        self.feed(self.source)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.sources += [value for name, value in attributes if name in ("src", "href", "data", "action")]
+        self.labels += [value for name, value in attributes if name == "aria-label"]
 
     def handle_data(self, data):
         self.text += data
@@ -114,6 +118,16 @@ def test_a_page_without_label_maps_shows_the_pictures(run, scene):  # noqa: F811
     page = Page(scene / "page.html")
     assert page.tags.count("img") == 5 * 2 and "svg" not in page.tags
     assert "is an untrained network" in page.text and "random feature distance" in page.text
+
+
+def test_a_class_that_real_photos_lack_has_a_dash(tmp_path):
+    classes = [{"id": 0, "name": "sky", "share": 1.0, "iou": 0.5, "iou_real": float("nan"), "mistaken_for": None}]
+    details = {"segmentation": {"classes": classes, "absent_classes": [], "unscored_classes": []}}
+    protocol = Protocol("1.0.0", "val", "0" * 64, 2, 2, "8x8", "8x8", "PNG", "PNG")
+    write_report_page(tmp_path / "page.html", Report({"miou": 0.5}, protocol, {"fake": "<i>"}, details=details))
+    page = Page(tmp_path / "page.html")
+    assert "0.50 / –" in page.text and "Evaluation of <i>" in page.text
+    assert page.labels == ["sky: IoU 0.500 generated, – real"] and 'class=tick x="' not in page.source
 
 
 def test_what_does_not_go_together_is_said(run, scene, tmp_path):  # noqa: F811

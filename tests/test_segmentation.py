@@ -1,5 +1,7 @@
 """Segmentation scores: the confusion matrix, what a segmenter's classes mean, and where predictions come from."""
 
+from dataclasses import fields, replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imaginaire_spade.errors import ConfigError, DataError, LabelError
+from imaginaire_spade.evaluation.images import SourceImage
 from imaginaire_spade.evaluation.label_names import LabelMapping, match_labels, read_mapping
+from imaginaire_spade.evaluation.protocol import Protocol
+from imaginaire_spade.evaluation.report import Report
 from imaginaire_spade.evaluation.segmentation import (
     Confusion,
     NetworkPredictions,
-    SegmentationMetric,
+    Segmentation,
     StoredPredictions,
 )
 from imaginaire_spade.labels import LabelSpec
@@ -137,30 +142,54 @@ def by_redness(names: tuple[str, ...]) -> Segmenter:
     return Segmenter(names, scores, "by redness", "0" * 64)
 
 
-def picture_of(classes: np.ndarray) -> np.ndarray:
-    return np.stack([classes.astype(np.uint8)] * 3, -1)
+def image_of(classes: np.ndarray, truth: np.ndarray) -> SourceImage:
+    """A grey image of these levels, and the label map that belongs to it."""
+    return SourceImage(0, torch.from_numpy(np.stack([classes.astype(np.uint8)] * 3)), label_map=lambda: truth)
+
+
+def report_of(segmentation: Segmentation, generated: Confusion, real: Confusion) -> Report:
+    stamp = dict.fromkeys(field.name for field in fields(Protocol))
+    return segmentation.add_to(Report({}, Protocol(**stamp), {}), generated, real)
 
 
 def test_generated_and_real_stand_side_by_side():
     labels = LabelSpec(num_classes=3, names=("a", "b", "c"), ignore=(255,))
     predict = NetworkPredictions(by_redness(("c", "b", "a")), match_labels(["c", "b", "a"], labels))
-    metric = SegmentationMetric(labels, predict, predict)
+    segmentation = Segmentation(labels, predict, predict)
     truth = np.kron(ids("01", "13"), np.ones((4, 4), np.uint8))  # 3: don't care
-    assert metric.add("real", "x", picture_of(2 - np.minimum(truth, 2)), truth) == 1.0
+    real = segmentation.judge("real", "x", image_of(2 - np.minimum(truth, 2), truth))
     # Half the size of the label map; the quarter of class a is taken for c.
-    assert metric.add("generated", "x", picture_of(np.kron(ids("01", "10"), np.ones((2, 2), np.uint8))), truth) == 0.5
-    assert metric.scores() == {
+    levels = np.kron(ids("01", "10"), np.ones((2, 2), np.uint8))
+    generated = segmentation.judge("generated", "x", image_of(levels, truth))
+    assert (real.mean_iou, generated.mean_iou) == (1.0, 0.5)
+    report = report_of(segmentation, generated, real)
+    assert report.scores == {
         "pixel_accuracy": 2 / 3, "miou": 0.5, "pixel_accuracy_real": 1.0, "miou_real": 1.0,
     }  # fmt: skip
-    details = metric.details()
+    details = report.details["segmentation"]
     assert [(c["name"], c["iou"], c["iou_real"], c["mistaken_for"]) for c in details["classes"]] == [
         ("a", 0.0, 1.0, "c"), ("b", 1.0, 1.0, None),
     ]  # fmt: skip
     assert details["absent_classes"] == ["c"] and details["unscored_classes"] == []
     assert (details["pixels"], details["ignored_pixels"]) == (48, 16)
-    assert details["segmenter"] == "by redness" and metric.stamp().startswith(f"sha256 {'0' * 64}, input")
+    stamp = report.protocol.segmentation
+    assert details["segmenter"] == "by redness" and stamp.startswith(f"sha256 {'0' * 64}, input")
     other = NetworkPredictions(by_redness(("c", "b", "a")), match_labels(["a", "b", "c"], labels))
-    assert SegmentationMetric(labels, other, other).stamp() != metric.stamp()
+    assert report_of(Segmentation(labels, other, other), generated, real).protocol.segmentation != stamp
+    assert report_of(segmentation, generated + generated, real).warnings == (
+        "segmentation: 2 generated images, but 1 of their photos could be read",
+    )
+
+
+def test_a_photo_is_judged_at_the_size_of_the_generated_image():
+    labels = LabelSpec(num_classes=2, names=("a", "b"))
+    seen = []
+    segmenter = by_redness(("a", "b"))
+    spy = replace(segmenter, scores=lambda photo: seen.append(photo.shape) or segmenter.scores(photo))
+    predict = NetworkPredictions(spy, match_labels(["a", "b"], labels))
+    image = image_of(np.zeros((8, 12)), np.zeros((6, 6), int))
+    Segmentation(labels, predict, predict).judge("real", "x", image, size=(4, 6))
+    assert seen == [(4, 6, 3)]
 
 
 def test_stored_id_maps(tmp_path):
@@ -169,14 +198,15 @@ def test_stored_id_maps(tmp_path):
     stored = StoredPredictions(tmp_path / "maps", labels)
     picture = np.zeros((4, 4, 3), np.uint8)
     assert stored("seq/x", picture, (4, 4)).tolist() == np.kron(ids("02", "10"), np.ones((2, 2), int)).tolist()
-    metrics = [SegmentationMetric(labels, stored, stored) for _ in range(2)]
-    metrics[0].add("real", "seq/x", picture, ids("02", "10"))
-    assert metrics[0].scores()["miou_real"] == 1.0 and metrics[0].stamp() != metrics[1].stamp()
-    stored.check(["seq/x"])
+    segmentation = Segmentation(labels, stored, stored)
+    real = segmentation.judge("real", "seq/x", image_of(np.zeros((4, 4)), ids("02", "10")))
+    one, other = (report_of(segmentation, real, judged) for judged in (real, Confusion.zero(3)))
+    assert one.scores["miou_real"] == 1.0 and one.protocol.segmentation != other.protocol.segmentation
+    segmentation.check(["seq/x"])
     with pytest.raises(
         DataError, match=r"no predicted id map for 1 of 2 samples, such as seq/y\. Expected .*seq/y\.png"
     ):
-        stored.check(["seq/x", "seq/y"])
+        segmentation.check(["seq/x", "seq/y"])
     write_png(tmp_path / "maps/z.png", ids("07"))
     with pytest.raises(LabelError, match=r"z\.png: label value\(s\) 7 outside the table"):
         StoredPredictions(tmp_path / "maps", labels)("z", picture, (1, 2))

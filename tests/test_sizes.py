@@ -23,14 +23,13 @@ from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.distances import class_distances, encode_distances
 from imaginaire_spade.errors import ConfigError, DataError, UserError
 from imaginaire_spade.evaluation.report import load_report
-from imaginaire_spade.inference.evaluated import checkpoint_pictures
-from imaginaire_spade.inference.published import publish_generator
+from imaginaire_spade.files import resize_image
+from imaginaire_spade.inference import images_to_score
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.sizes import MAX_PIXELS, SizeRule, read_size
-from imaginaire_spade.inference.weights import load_generator
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.models.frozen import WinogradConv2d
+from imaginaire_spade.models.for_inference import WinogradConv2d
 from imaginaire_spade.models.norms import SPADE
-from imaginaire_spade.pictures import resized
 
 EVALUATE = module_of("evaluate.py")
 CPU = torch.device("cpu")
@@ -162,7 +161,7 @@ def test_photos_follow_their_label_maps(tiny_folder):
 @given(st.tuples(*[st.integers(1, 30)] * 2), st.tuples(*[st.integers(1, 30)] * 2), st.integers(0, 255))
 def test_a_resized_picture_has_the_size_and_keeps_a_plain_colour(size, to, value):
     picture = np.full((*size, 3), value, np.uint8)
-    assert np.array_equal(resized(picture, *to), np.full((*to, 3), value, np.uint8))
+    assert np.array_equal(resize_image(picture, *to), np.full((*to, 3), value, np.uint8))
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -241,7 +240,9 @@ def test_pictures_are_resized_back(run, tmp_path):
     assert "; the images are resized back to the label maps' own size" in said and "--resize_back" not in said
     for name, size in sizes.items():
         made = read(tmp_path / "as made" / f"{name}.png")
-        assert np.array_equal(read(tmp_path / "back" / f"{name}.png"), made if name == "0" else resized(made, *size))
+        assert np.array_equal(
+            read(tmp_path / "back" / f"{name}.png"), made if name == "0" else resize_image(made, *size)
+        )
     assert size_of(tmp_path / "back" / "_labels" / "1.png") == TRAINED
 
 
@@ -306,17 +307,15 @@ def test_pixels_are_those_that_are_made(run, tmp_path):
     ],
 )
 def test_one_mistake_one_message_before_anything_is_loaded(monkeypatch, run, flags, words):
-    monkeypatch.setattr(command_line, "load_generator", None)
+    monkeypatch.setattr(command_line.Model, "load", None)
     with pytest.raises(ConfigError, match=words):
         run(*flags)
 
 
 def test_a_published_generator_knows_its_size(run, checkpoint, tmp_path):
     path = tmp_path / "model.safetensors"
-    model = load_generator(checkpoint)
-    publish_generator(
-        path, model.generator, model.encoder, model.config, weights=model.weights, images_seen=model.images_seen
-    )
+    model = Model.load(checkpoint, for_inference=False)
+    model.publish(path)
     said, sizes = run(model=path)
     assert sizes["1"] == TRAINED and "3 of 4 label maps" in said
     run(to="checkpoint")
@@ -336,7 +335,7 @@ def test_the_synthesizer_follows_the_rule(checkpoint, run, label_maps, tmp_path)
         warnings.simplefilter("error")
         assert np.array_equal(synthesizer(ids), made)  # said once
         other = Synthesizer.load(checkpoint, device="cpu", resize_back=True)
-        assert np.array_equal(other(ids), resized(made, *OWN))
+        assert np.array_equal(other(ids), resize_image(made, *OWN))
         assert np.array_equal(other(Image.fromarray(ids)), other(ids))
         assert np.array_equal(other(ids, resize_back=False, size="trained"), made)
         assert other(ids, size="own").shape == (*OWN, 3) and synthesizer(ids, size=(50, 70)).shape == (50, 70, 3)
@@ -396,7 +395,7 @@ def differences(monkeypatch, data_set, tmp_path) -> Callable[..., int]:
         monkeypatch.setattr(sys, "argv", ["inference.py", "--device", "cpu", *flags, *map(str, paths)])
         command_line.main()
         at = read_size(size if evaluated_at is ... else evaluated_at, "--size")
-        source = checkpoint_pictures(
+        source = images_to_score.checkpoint_images(
             path, None, None, overrides, weights=weights, size=at, device=CPU, real=None, reference_split="val",
             num_samples=1, seed=5, batch_size=3, with_photos=False,
         ).fake  # fmt: skip
@@ -415,7 +414,7 @@ def differences(monkeypatch, data_set, tmp_path) -> Callable[..., int]:
 @pytest.mark.parametrize("overrides", [(), ("gen.norm.path=dense",)], ids=["", "dense"])
 def test_evaluated_pictures_are_the_written_ones(model_of, differences, size, overrides):
     path = model_of()
-    assert any(isinstance(m, WinogradConv2d) for m in load_generator(path, frozen=True).generator.modules())
+    assert any(isinstance(m, WinogradConv2d) for m in Model.load(path).generator.modules())
     assert differences(path, *overrides, size=size) == 0
     assert differences(path, *overrides, size=size, weights="raw") == 0
 
@@ -438,15 +437,22 @@ def test_the_default_of_both_is_the_trained_size_where_data_val_is_resized_to_it
     assert differences(path, size="own", evaluated_at="own") == 0
 
 
-def test_overrides_reach_the_network_that_is_evaluated(model_of):
-    path = model_of()
+def test_overrides_reach_the_network_that_is_evaluated(model_of, monkeypatch):
+    path, generated = model_of(), []
+
+    def synthesise(model, *arguments):
+        generated.append(model.generator)
+        return iter(())
+
+    monkeypatch.setattr(images_to_score, "synthesise", synthesise)
 
     def norms(*overrides: str) -> set[str]:
-        fake = checkpoint_pictures(
+        fake = images_to_score.checkpoint_images(
             path, None, None, overrides, weights="ema", device=CPU, real=None, reference_split="val",
             num_samples=1, seed=None, batch_size=1, with_photos=False,
         ).fake  # fmt: skip
-        return {module.path for module in fake._model.generator.modules() if isinstance(module, SPADE)}
+        assert list(fake.read([])) == []
+        return {module.path for module in generated.pop().modules() if isinstance(module, SPADE)}
 
     for way in ("auto", "dense", "table"):
         assert norms(f"gen.norm.path={way}") == {way}

@@ -55,7 +55,7 @@ def test_two_processes_under_faults_end_where_undisturbed_ones_do(commands, tiny
             continue
         if fault == "full disk":
             filler = fill(small_disk, leave=rng.randint(0, 50_000))  # a checkpoint is larger, a line of the log is not
-            job.says("could not be written" if mode == "stop" else "going on (trainer.on_failed_save)")
+            job.prints("could not be written" if mode == "stop" else "going on (trainer.on_failed_save)")
             filler.unlink()
             if mode == "continue":
                 continue

@@ -16,8 +16,8 @@ from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models import modulation
 from imaginaire_spade.models import norms as norms_module
 from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
+from imaginaire_spade.models.for_inference import WinogradConv2d, optimise_for_inference
 from imaginaire_spade.models.fpse import FPSEDiscriminator
-from imaginaire_spade.models.frozen import WinogradConv2d, freeze
 from imaginaire_spade.models.generator import SPADEGenerator
 from imaginaire_spade.models.layers import initialise
 from imaginaire_spade.models.norms import CLADE, SPADE
@@ -329,12 +329,12 @@ def test_a_frozen_generator_makes_the_same_pictures(norm):
     layouts = [blocky_layout(spec, 2, 64, 64, seed) for seed in range(2)]
     for layout in layouts:
         generator(layout)  # moves the running statistics
-    frozen = freeze(copy.deepcopy(generator), winograd=True)
+    frozen = optimise_for_inference(copy.deepcopy(generator), winograd=True)
     wide = [module for module in frozen.modules() if isinstance(module, WinogradConv2d)]
     assert len(wide) == 6  # of 256 channels each
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     generator.eval()
     for layout in layouts:
         torch.testing.assert_close(frozen(layout), generator(layout).detach(), rtol=0, atol=1e-5)
-        moved = freeze(copy.deepcopy(generator).to(memory_format=torch.channels_last), winograd=False)
+        moved = optimise_for_inference(copy.deepcopy(generator).to(memory_format=torch.channels_last), winograd=False)
         torch.testing.assert_close(moved(layout), generator(layout).detach(), rtol=0, atol=1e-5)

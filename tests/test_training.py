@@ -15,16 +15,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_layout import random_layout
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from imaginaire_spade import pictures
 from imaginaire_spade.build import build_generator, build_losses, layout_spec
-from imaginaire_spade.config import load_config, parse_config
+from imaginaire_spade.config_files import load_config, parse_config
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.pix2pixhd import Pix2pixHDGenerator
 from imaginaire_spade.training import checkpoint, loop
 from imaginaire_spade.training.profile import multiply_adds
-from imaginaire_spade.training.run import calibration_layouts, prepare
+from imaginaire_spade.training.setup import calibration_layouts, prepare
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -66,7 +65,7 @@ def tiny_run(tiny_folder, tmp_path):
         made = prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"), stop_after)
         with pytest.MonkeyPatch.context() as patch:
             if not curves:  # they take longer to draw than a run does here
-                patch.setattr(pictures, "curves", lambda *_: None)
+                patch.setattr("imaginaire_spade.training.curves.write_curves", lambda *_: None)
             loop.train(made, tmp_path / logdir, start_from, **how)
         return checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / logdir))
 
@@ -132,7 +131,7 @@ def test_a_run_leaves_what_it_promises(tiny_run, tmp_path):
     ],
 )
 def test_stopping_and_starting_again_changes_nothing(tiny_run, overrides):
-    # After 8 of 10 pictures. SPADE in fp32, in two processes: test_processes_that_come_and_go_change_nothing. CLADE in
+    # After 8 of 10 images. SPADE in fp32, in two processes: test_processes_that_come_and_go_change_nothing. CLADE in
     # bf16, in two processes, under faults: test_soak.py.
     _, run = tiny_run
     overrides += ("trainer.max_iterations=3",)
@@ -165,7 +164,7 @@ def test_forms_and_precisions_differ_but_are_finite(tiny_run):
 
 @pytest.mark.parametrize("fused", ["auto", "off"])
 @pytest.mark.parametrize(("before", "after"), [("false", "true"), ("true", "false")])
-def test_the_memory_format_may_change_between_starts(tiny_run, before, after, fused):
+def test_the_memory_format_may_change_between_launches(tiny_run, before, after, fused):
     _, run = tiny_run
     # As above, of gradients about 0. The moments of fused Adam pair with weights by their place in memory.
     settings = (
@@ -266,7 +265,7 @@ def test_shards_are_shuffled_as_the_config_says(tiny_run):
 
 
 def test_accumulated_pieces_equal_the_whole_batch(tiny_run):
-    # With instance norm no statistic spans the batch, so one step on 4 pictures equals 2 steps on 2 each, accumulated.
+    # With instance norm no statistic spans the batch, so one step on 4 images equals 2 steps on 2 each, accumulated.
     _, run = tiny_run
     settings = ("gen.norm.normalization=instance", "trainer.max_iterations=1", "gen_opt.adam_eps=1e-3",
                 "dis_opt.adam_eps=1e-3", "trainer.iteration=reference", "gen.spectral_norm=false",
@@ -354,7 +353,7 @@ def test_a_collapsing_run_is_reported_and_a_sound_one_is_not(tiny_run, tmp_path,
 
 
 def outputs_after(content: dict) -> torch.Tensor:
-    """A picture by the trained generator, in evaluation mode, on a fixed layout."""
+    """Images by the trained generator, in evaluation mode, on a fixed layout."""
     config = parse_config(content["config"])
     generator = build_generator(config).eval()
     generator.load_state_dict(content["generator"])
@@ -363,7 +362,7 @@ def outputs_after(content: dict) -> torch.Tensor:
 
 
 def losses_in(logdir: Path) -> list[list[float]]:
-    """Of each iteration; whoever saw other pictures has others."""
+    """Of each iteration; other images give others."""
     records = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
     return [[value for key, value in record.items() if key.startswith("loss/")] for record in records]
 

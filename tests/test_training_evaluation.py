@@ -16,14 +16,14 @@ from test_evaluation import run as evaluate  # noqa: F401 (a fixture)
 from test_training import TINY, assert_same
 
 from imaginaire_spade.build import build_losses, check_run
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.distributed import ProcessInfo
-from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.evaluation.features import FeatureNetwork
+from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation.protocol import differences
 from imaginaire_spade.evaluation.report import load_report
+from imaginaire_spade.pretrained.inception import FeatureNetwork
 from imaginaire_spade.training import checkpoint, loop
-from imaginaire_spade.training.run import prepare
+from imaginaire_spade.training.setup import prepare
 
 SCORES = "trainer.evaluation={every_images: 8, num_images: 7, metrics: [fid, kid], inception_weights: 'random:0',\
  feature_dim: 64}"
@@ -52,6 +52,8 @@ def tiny_run(tiny_folder, tmp_path):
 
 
 def scores_of(logdir) -> list[dict]:
+    if not (logdir / "metrics.jsonl").exists():
+        return []
     records = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in record.items() if k == "iteration" or k.startswith("evaluation/")}
@@ -137,6 +139,10 @@ def test_evaluate_finds_the_scores_of_training(tiny_run, tmp_path, evaluate):  #
     then = load_report(tmp_path / "log/evaluation" / name)
     now = evaluate("--checkpoint", tmp_path / "log/checkpoints/best.pt", "--metrics", "fid,kid", *RANDOM)
     assert now.protocol == then.protocol and differences(now.protocol, then.protocol) == []
+    photos = tmp_path / "log/evaluation/real.npz"  # serves evaluate.py too
+    again = evaluate("--checkpoint", tmp_path / "log/checkpoints/best.pt", "--real", photos, *RANDOM)
+    assert again.scores["random_feature_distance"] == now.scores["random_feature_distance"]
+    assert differences(again.protocol, now.protocol) == []
     for score, value in then.scores.items():
         assert now.scores[score] == pytest.approx(value, rel=1e-3, abs=1e-6)
 
@@ -156,6 +162,21 @@ def test_two_processes_find_the_scores_of_one(tiny_run, tmp_path, commands):
     for name in ("count", "sum", "outer", "features"):
         np.testing.assert_allclose(stored[1][name], stored[0][name], rtol=1e-6)
     assert (tmp_path / "two/checkpoints/best.pt").is_file()
+
+    overrides.append("--set=trainer.max_iterations=4")  # the next launch takes the statistics from the file
+    result = commands.run(*launcher, "train.py", "--config", path, "--logdir", tmp_path / "two", *overrides)
+    assert result.returncode == 0 and "7 real photos from" in result.stdout, result.stderr
+    assert [record["iteration"] for record in scores_of(tmp_path / "two")] == [2, 4]
+
+
+def test_a_damaged_validation_sample_is_named_at_the_start(tiny_run, tiny_folder, tmp_path):
+    _, run = tiny_run
+    damaged = sorted((tmp_path / "val/images").rglob("*.*"))[-1]
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    with pytest.raises(DataError, match=damaged.stem) as raised:
+        run("log", SCORES.replace("num_images: 7", "num_images: null"))
+    assert "skip_bad" not in str(raised.value)  # train.py has no such flag
+    assert not scores_of(tmp_path / "log")
 
 
 def test_a_segmenter_decides_too(tiny_run, tmp_path):

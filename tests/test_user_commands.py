@@ -17,7 +17,7 @@ import yaml
 from conftest import write_jpg, write_png
 from fork_server import Forked, ForkServer
 
-from imaginaire_spade.config import load_config
+from imaginaire_spade.config_files import load_config
 from imaginaire_spade.data.transforms import Geometry, draw_geometry
 from imaginaire_spade.errors import DataError
 

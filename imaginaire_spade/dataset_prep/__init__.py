@@ -1,1 +1,1 @@
-"""Turn downloads and photos into raw folders: nothing that trains or generates imports this."""
+"""Turn downloads and photos into raw folders. Nothing that trains or generates imports this."""

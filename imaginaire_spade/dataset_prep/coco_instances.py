@@ -14,12 +14,12 @@ from imaginaire_spade.errors import ConfigError, DataError, how_to_install
 from imaginaire_spade.files import read_json
 
 FIRST_OBJECT = 256
-"""In an instance map, smaller numbers are label ids, of pixels that belong to no object."""
+"""In an instance map, smaller numbers are label ids of pixels that belong to no object."""
 
 
 @dataclass(frozen=True)
 class Objects:
-    """The annotated objects of one picture."""
+    """The annotated objects of one image."""
 
     height: int
     width: int
@@ -29,7 +29,12 @@ class Objects:
 
 
 def read_objects(path: Path) -> dict[str, Objects]:
-    """File stem -> objects, of every picture in the JSON. Raises ConfigError without pycocotools, DataError."""
+    """Map the file stem of every image in the JSON to its objects.
+
+    Raises:
+        ConfigError: pycocotools is not installed.
+        DataError: the file is no instances JSON of COCO.
+    """
     try:
         import pycocotools.mask  # noqa: F401
     except ImportError:
@@ -54,14 +59,14 @@ def read_objects(path: Path) -> dict[str, Objects]:
 
 
 def draw_instances(objects: Objects, label_map: NDArray[np.generic], where: str) -> NDArray[np.uint16]:
-    """The label map with its objects numbered: uint16 [H, W].
+    """Number the objects in a label map: uint16 [H, W].
 
-    Pixels of the k-th object are ``FIRST_OBJECT`` + k, large objects beneath small ones; all others keep their label
-    id. So its borders are those of objects and of stuff alike (COCO-Stuff's combined boundary maps).
+    Pixels of the k-th object become ``FIRST_OBJECT`` + k, large objects beneath small ones; all others keep their label
+    id. So the borders are those of objects and of stuff alike (COCO-Stuff's combined boundary maps).
 
     Args:
         label_map: uint8 [H, W].
-        where: names it in messages.
+        where: name of the label map in messages.
     Raises:
         DataError: the sizes differ, or a segmentation is unreadable.
     """

@@ -15,7 +15,7 @@ from imaginaire_spade.errors import DataError
 
 @dataclass(frozen=True)
 class RawSample:
-    """One sample of the download, and where it goes."""
+    """One sample of a download, and where to put it."""
 
     split: str
     key: str
@@ -25,12 +25,12 @@ class RawSample:
     replace_ids: dict[int, int] = field(default_factory=dict)
     """Label id in the file -> id to write."""
     objects: Objects | None = None
-    """To draw an instance map from, where there is no file of it."""
+    """To draw an instance map from, if there is no file of it."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may say about a download."""
+    """The options of scripts/prepare_dataset.py that concern the download."""
 
     resize_h_w: tuple[int, int] | None = None
     scene_list: Path | None = None
@@ -40,20 +40,30 @@ class Options:
     instances: Path | None = None
 
 
+def _find(source: Path, *candidates: str) -> Path | None:
+    """Return the first of ``candidates`` that is there."""
+    return next((source / candidate for candidate in candidates if (source / candidate).exists()), None)
+
+
 def _folder(source: Path, *candidates: str) -> Path:
-    """The first of ``candidates`` that is there. Raises DataError, listing them."""
-    for candidate in candidates:
-        if (source / candidate).is_dir():
-            return source / candidate
-    raise DataError(f"--source {source}: none of {', '.join(c + '/' for c in candidates)} is there")
+    """Return the first of ``candidates`` that is there.
+
+    Raises:
+        DataError: none is.
+    """
+    found = _find(source, *candidates)
+    if found is None:
+        raise DataError(f"--source {source}: none of {', '.join(c + '/' for c in candidates)} is there")
+    return found
 
 
-def _pairs(images: Path, suffix: str, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> Iterator[tuple[str, Path]]:
-    """(key without ``suffix``, file) of every image below a folder, sorted."""
-    for path in sorted(images.rglob("*")):
-        if path.suffix[1:].lower() in extensions and path.stem.endswith(suffix) and not path.name.startswith("."):
-            relative = path.relative_to(images).with_suffix("")
-            yield relative.as_posix().removesuffix(suffix), path
+def _pairs(images: Path, suffix: str = "", extensions: Sequence[str] = IMAGE_EXTENSIONS) -> dict[str, Path]:
+    """Map the key (without ``suffix``) of every image below a folder to its file, sorted by path."""
+    return {
+        path.relative_to(images).with_suffix("").as_posix().removesuffix(suffix): path
+        for path in sorted(images.rglob("*"))
+        if path.suffix[1:].lower() in extensions and path.stem.endswith(suffix) and not path.name.startswith(".")
+    }
 
 
 def _cocostuff(source: Path, options: Options) -> Iterator[RawSample]:
@@ -62,14 +72,10 @@ def _cocostuff(source: Path, options: Options) -> Iterator[RawSample]:
         images = _folder(source, year, f"images/{year}")
         maps = ("stuffthingmaps_trainval2017", "stuffthingmaps", "annotations/stuffthingmaps", "pixelmaps")
         labels = _folder(source, *(f"{m}/{year}" for m in maps))
-        panoptic = next(
-            (p for m in ("annotations/", "", "panoptic/") if (p := source / f"{m}panoptic_{year}").is_dir()), None
-        )
-        instances = next(
-            (p for m in ("annotations/", "") if (p := source / f"{m}instances_{year}.json").is_file()), None
-        )
+        panoptic = _find(source, *(f"{folder}panoptic_{year}" for folder in ("annotations/", "", "panoptic/")))
+        instances = _find(source, *(f"{folder}instances_{year}.json" for folder in ("annotations/", "")))
         objects = read_objects(instances) if instances and not panoptic else {}
-        for key, image in _pairs(images, ""):
+        for key, image in _pairs(images).items():
             files = {"images": image, "seg_maps": labels / f"{key}.png"}
             if panoptic:  # true colour: the id is R + 256 G + 65536 B
                 files["inst_maps"] = panoptic / f"{key}.png"
@@ -78,11 +84,15 @@ def _cocostuff(source: Path, options: Options) -> Iterator[RawSample]:
             yield RawSample(split, key, files, objects=objects.get(key))
 
 
+def _ade20k_root(source: Path) -> Path:
+    return _find(source, "ADEChallengeData2016") or source
+
+
 def _ade20k(source: Path, options: Options) -> Iterator[RawSample]:
-    root = source / "ADEChallengeData2016" if (source / "ADEChallengeData2016").is_dir() else source
+    root = _ade20k_root(source)
     for split, name in (("train", "training"), ("val", "validation")):
         labels = _folder(root, f"annotations/{name}")
-        for key, image in _pairs(_folder(root, f"images/{name}"), ""):
+        for key, image in _pairs(_folder(root, f"images/{name}")).items():
             yield RawSample(split, key, {"images": image, "seg_maps": labels / f"{key}.png"})
 
 
@@ -92,12 +102,12 @@ _INDOOR = {6: "ceiling", 8: "bed", 48: "sink"}
 
 
 def _ade20k_outdoor(source: Path, options: Options) -> Iterator[RawSample]:
-    """The scenes of ``options.scene_list``, or those that show something of the outside and nothing of a room.
+    """Yield the scenes of ``options.scene_list``, or those that show something of the outside and nothing of a room.
 
     No list of the papers' subset (Qi et al. 2018) was published. The second rule is how the authors of OASIS say that
-    they rebuilt it (boschresearch/OASIS, issue 23), but for the few indoor scenes that they then removed by eye.
+    they rebuilt it (boschresearch/OASIS, issue 23), except for the few indoor scenes that they then removed by eye.
     """
-    root = source / "ADEChallengeData2016" if (source / "ADEChallengeData2016").is_dir() else source
+    root = _ade20k_root(source)
     if options.scene_list is None:
         for sample in _ade20k(source, options):
             path = sample.files["seg_maps"]
@@ -130,7 +140,7 @@ def _cityscapes(source: Path, options: Options) -> Iterator[RawSample]:
     for split in ("train", "val"):
         labels = _folder(source, f"gtFine/{split}", f"gtFine_trainvaltest/gtFine/{split}")
         images = _folder(source, f"leftImg8bit/{split}", f"leftImg8bit_trainvaltest/leftImg8bit/{split}")
-        for key, image in _pairs(images, "_leftImg8bit"):
+        for key, image in _pairs(images, "_leftImg8bit").items():
             files = {
                 "images": image,
                 "seg_maps": labels / f"{key}_gtFine_labelIds.png",
@@ -142,50 +152,44 @@ def _cityscapes(source: Path, options: Options) -> Iterator[RawSample]:
 def _camvid(source: Path, options: Options) -> Iterator[RawSample]:
     for split in ("train", "val", "test"):
         labels = _folder(source, f"{split}annot")
-        for key, image in _pairs(_folder(source, split), ""):
+        for key, image in _pairs(_folder(source, split)).items():
             # SegNet's files count "unlabelled" as 11; the table calls it 255.
             yield RawSample(split, key, {"images": image, "seg_maps": labels / f"{key}.png"}, replace_ids={11: 255})
 
 
 def _facades(source: Path, options: Options) -> Iterator[RawSample]:
-    found = [image for part in ("base", "extended") if (source / part).is_dir()
-             for _, image in _pairs(source / part, "", ("jpg",))]  # fmt: skip
+    found = {
+        image.stem: image for part in ("base", "extended") for image in _pairs(source / part, "", ["jpg"]).values()
+    }
     if not found:
         raise DataError(f"--source {source}: no base/*.jpg or extended/*.jpg there (CMP_facade_DB)")
-    for split, image in _split(found, options.num_val or 106):
-        yield RawSample(split, image.stem, {"images": image, "seg_maps": image.with_suffix(".png")})
+    for split, key in _split(found, options.num_val or 106):
+        yield RawSample(split, key, {"images": found[key], "seg_maps": found[key].with_suffix(".png")})
 
 
 def _photos(source: Path, options: Options) -> Iterator[RawSample]:
-    found = dict(_pairs(source, ""))
-    keys = {path: key for key, path in found.items()}
-    for split, image in _split(list(found.values()), options.num_val):
-        yield RawSample(split, keys[image], {"images": image})
+    found = _pairs(source)
+    for split, key in _split(found, options.num_val):
+        yield RawSample(split, key, {"images": found[key]})
 
 
 def _custom(source: Path, options: Options) -> Iterator[RawSample]:
-    images, labels = source / (options.images or "images"), source / (options.labels or "labels")
-    instances = source / options.instances if options.instances else None
-    for place in filter(None, (images, labels, instances)):
-        _folder(place.parent, place.name)
-    of_label, of_instance = dict(_pairs(labels, "")), dict(_pairs(instances, "")) if instances else {}
-    found = dict(_pairs(images, ""))
-    keys = {path: key for key, path in found.items()}
-    for split, image in _split(list(found.values()), options.num_val):
-        key = keys[image]
-        files = {"images": image, "seg_maps": of_label.get(key, labels / f"{key}.png")}
-        if instances:
-            files["inst_maps"] = of_instance.get(key, instances / f"{key}.png")
+    folders = {"images": source / (options.images or "images"), "seg_maps": source / (options.labels or "labels")}
+    if options.instances:
+        folders["inst_maps"] = source / options.instances
+    found = {data_type: _pairs(_folder(folder.parent, folder.name)) for data_type, folder in folders.items()}
+    for split, key in _split(found["images"], options.num_val):
+        files = {t: found[t].get(key, folder / f"{key}.png") for t, folder in folders.items()}
         yield RawSample(split, key, files)
 
 
-def _split(paths: list[Path], num_val: int) -> Iterator[tuple[str, Path]]:
-    """("train" or "val", path): ``num_val`` of them, evenly spread, are for validation."""
-    if num_val >= len(paths) > 0:
-        raise DataError(f"--num_val {num_val}: there are {len(paths)} images")
-    val = {len(paths) * i // num_val for i in range(num_val)}
-    for number, path in enumerate(paths):
-        yield ("val" if number in val else "train"), path
+def _split(found: dict[str, Path], num_val: int) -> Iterator[tuple[str, str]]:
+    """Yield ("train" or "val", key): ``num_val`` of them, evenly spread, are for validation."""
+    if num_val >= len(found) > 0:
+        raise DataError(f"--num_val {num_val}: there are {len(found)} images")
+    val = {len(found) * i // num_val for i in range(num_val)}
+    for number, key in enumerate(found):
+        yield ("val" if number in val else "train"), key
 
 
 DATASETS: dict[str, Callable[[Path, Options], Iterator[RawSample]]] = {

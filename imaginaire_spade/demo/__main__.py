@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 from imaginaire_spade.build import import_modules
+from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.config import RunConfig
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.demo.server import PaintingServer, is_loopback
@@ -29,15 +30,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--samples", metavar="DIR",
                         help="label maps to start from: a folder, a data set or an LMDB folder (default: the"
                              " checkpoint's own validation data, if available)")  # fmt: skip
-    parser.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="ema (default); raw: non-averaged weights"
-    )
     parser.add_argument("--size", metavar="trained|own|HxW",
                         help=f"{SIZE_HELP} (default: trained if a side of the canvas differs from it by more than a"
                              " factor of 1.5, else own); images are resized to the canvas")  # fmt: skip
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
-                        help="import your module, which registers your components (repeat)")  # fmt: skip
+    add_shared_flags(parser, "--weights", "--device", "--import")
     return parser.parse_args()
 
 
@@ -64,7 +60,7 @@ def find_samples(config: RunConfig, given: str | None) -> LabelMapDataset | None
 def main() -> None:
     arguments = parse_arguments()
     size = read_size(arguments.size, "--size")
-    import_modules(arguments.modules)
+    import_modules(arguments.imports)
     synthesizer = Synthesizer.load(arguments.checkpoint, weights=arguments.weights, device=arguments.device, size=size)
     config = synthesizer.model.config
     for note in synthesizer.model.notes:

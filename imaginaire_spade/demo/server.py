@@ -13,7 +13,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from imaginaire_spade.demo.service import BusyError, PaintingService
 from imaginaire_spade.errors import ConfigError, DataError, UserError
-from imaginaire_spade.inference.sizes import shown
+from imaginaire_spade.inference.sizes import format_size
 
 MAX_JSON_BYTES = 4 * 2**20
 """A label map of ``MAX_SIDE`` squared with two bytes per id, in base64, is 2.7 MiB."""
@@ -37,7 +37,7 @@ PAGE_FILES = {
     "/easel.js": ("easel.js", "text/javascript; charset=utf-8"),
     "/label_map.js": ("label_map.js", "text/javascript; charset=utf-8"),
 }
-"""Path -> file in ``page/`` and its type: no path that a client sends is ever opened."""
+"""Path -> file in ``page/`` and its type. The server never opens a path that a client sends."""
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -53,33 +53,30 @@ HEADERS = {
 
 
 class RefusedError(Exception):
-    """A request that is not answered as asked."""
+    """The server refuses a request."""
 
     def __init__(self, status: HTTPStatus, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.status = status
-        self.headers = headers or {}
+        self.headers = headers
 
 
 @dataclass(frozen=True)
 class _Answer:
     content: bytes
     content_type: str
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-def _page_file(path: str) -> _Answer:
-    name, content_type = PAGE_FILES[path]
-    return _Answer((files("imaginaire_spade.demo") / "page" / name).read_bytes(), content_type)
+    headers: Mapping[str, str] | None = None
 
 
 class PaintingServer(ThreadingHTTPServer):
-    """Serves the page at http://host:port. Raises ConfigError where that is not possible.
+    """Serves the page at http://host:port.
 
     Args:
-        host: address to listen at. Requests to a loopback address must name it as such in their Host header: a page
-            from elsewhere whose name was pointed at this machine (DNS rebinding) is refused.
+        host: address to listen at. If it is a loopback address, requests must name it as such in their Host header: the
+            server refuses a page from elsewhere that points its name at this machine (DNS rebinding).
         port: 0 takes any free one; ``server_port`` says which.
+    Raises:
+        ConfigError: the server cannot listen there.
     """
 
     daemon_threads = True
@@ -106,12 +103,12 @@ class PaintingServer(ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError | TimeoutError):  # a browser that went away is no event
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):  # a browser that went away is no fault
             super().handle_error(request, client_address)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
+    """Return whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -133,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "imaginaire_spade", ""
     timeout = 60
-    """Seconds that a connection may be silent."""
+    """Seconds that a connection may stay silent."""
     server: PaintingServer
 
     def do_GET(self) -> None:
@@ -146,12 +143,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._body_read = "Content-Length" not in self.headers and "Transfer-Encoding" not in self.headers
         try:
             self._check_origin()
-            answer = self._answer(method)
-            self._send(HTTPStatus.OK, answer, answer.headers)
+            self._send(HTTPStatus.OK, self._answer(method))
         except RefusedError as refused:
-            self._send(refused.status, _error(str(refused)), refused.headers)
+            self._send(refused.status, _error(str(refused), refused.headers))
         except BusyError as error:
-            self._send(HTTPStatus.SERVICE_UNAVAILABLE, _error(str(error)), {"Retry-After": "2"})
+            self._send(HTTPStatus.SERVICE_UNAVAILABLE, _error(str(error), {"Retry-After": "2"}))
         except UserError as error:
             self._send(HTTPStatus.BAD_REQUEST, _error(str(error)))
         except (ConnectionError, TimeoutError):
@@ -165,21 +161,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, method: str) -> _Answer:
         path, _, query = self.path.partition("?")
-        if path in PAGE_FILES:
-            self._expect(method, "GET")
-            return _page_file(path)
         if path not in self._ROUTES:
             raise RefusedError(HTTPStatus.NOT_FOUND, "no such page")
         wanted, function = self._ROUTES[path]
-        self._expect(method, wanted)
-        return function(self, query)
-
-    def _expect(self, method: str, wanted: str) -> None:
         if method != wanted:
             raise RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, f"{wanted} is wanted here", {"Allow": wanted})
+        return function(self, query)
 
     def _check_origin(self) -> None:
-        """Refuse what a page from elsewhere sends through the user's browser."""
+        """Refuse requests that a page from elsewhere sends through the user's browser."""
         host, *more = self.headers.get_all("Host") or [""]
         try:
             name = urlsplit(f"//{host}").hostname
@@ -196,28 +186,33 @@ class _Handler(BaseHTTPRequestHandler):
 
     # -------------------------------------------------------------------------------------------- routes
 
+    def _page_file(self, _: str) -> _Answer:
+        name, content_type = PAGE_FILES[self.path.partition("?")[0]]
+        return _Answer((files("imaginaire_spade.demo") / "page" / name).read_bytes(), content_type)
+
     def _model(self, _: str) -> _Answer:
-        return _json(self.server.service.description())
+        return _json(self.server.service.describe())
 
     def _sample(self, query: str) -> _Answer:
-        return _json(self.server.service.sample(**_numbers(query, "number", "height", "width")))
+        return _json(self.server.service.read_sample(**_numbers(query, "number", "height", "width")))
 
     def _picture(self, _: str) -> _Answer:
         fields, service = self._read_json(), self.server.service
-        picture = service.picture(fields)
-        return _Answer(picture, "image/png", {"Generated-Size": shown(service.generated_size(fields))})
+        image = service.generate(fields)
+        return _Answer(image, "image/png", {"Generated-Size": format_size(service.generated_size(fields))})
 
     def _label_map_file(self, _: str) -> _Answer:
-        return _Answer(self.server.service.label_map_file(self._read_json()), "image/png")
+        return _Answer(self.server.service.encode_label_map(self._read_json()), "image/png")
 
     def _label_map(self, query: str) -> _Answer:
         size = _numbers(query, "height", "width")
-        return _json(self.server.service.label_map_from_file(self._read_file(), **size))
+        return _json(self.server.service.read_label_map(self._read_file(), **size))
 
     def _style(self, _: str) -> _Answer:
-        return _json(self.server.service.style(self._read_file()))
+        return _json(self.server.service.encode_style(self._read_file()))
 
     _ROUTES: ClassVar[dict[str, tuple[str, Callable[[_Handler, str], _Answer]]]] = {
+        **dict.fromkeys(PAGE_FILES, ("GET", _page_file)),
         "/api/model": ("GET", _model),
         "/api/sample": ("GET", _sample),
         "/api/picture": ("POST", _picture),
@@ -229,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
     # -------------------------------------------------------------------------------------------- the wire
 
     def _read_json(self) -> dict[str, Any]:
-        # Neither type below can be sent across origins without asking this server first, which never consents.
+        # A page of another origin must ask this server before it sends this type or those below; it never consents.
         if self.headers.get_content_type() != "application/json":
             raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "application/json is wanted here")
         try:
@@ -260,11 +255,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._body_read = True
         return content
 
-    def _send(self, status: HTTPStatus, answer: _Answer, headers: Mapping[str, str] | None = None) -> None:
-        if not self._body_read:  # what follows on this connection is no request
+    def _send(self, status: HTTPStatus, answer: _Answer) -> None:
+        if not self._body_read:  # the rest of this body must not count as the next request
             self.close_connection = True
         self.send_response(status)
-        for name, value in {**HEADERS, **(headers or {})}.items():
+        for name, value in {**HEADERS, **(answer.headers or {})}.items():
             self.send_header(name, value)
         self.send_header("Content-Type", answer.content_type)
         self.send_header("Content-Length", str(len(answer.content)))
@@ -274,20 +269,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(answer.content)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the standard library refuses by itself (methods, request lines, headers), in the same form."""
+        """Answer in the same form what the standard library itself refuses (methods, request lines, headers)."""
         self._body_read = False
         self._send(HTTPStatus(code), _error(message or HTTPStatus(code).phrase))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not logged; faults print their traceback."""
+        """Log no requests; faults print their traceback."""
 
 
-def _json(value: Any) -> _Answer:
-    return _Answer(json.dumps(value).encode(), "application/json")
+def _json(value: Any, headers: Mapping[str, str] | None = None) -> _Answer:
+    return _Answer(json.dumps(value).encode(), "application/json", headers)
 
 
-def _error(message: str) -> _Answer:
-    return _json({"error": message})
+def _error(message: str, headers: Mapping[str, str] | None = None) -> _Answer:
+    return _json({"error": message}, headers)
 
 
 def _numbers(query: str, *names: str) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Answer the painting page's requests: images of label maps, label maps of files, styles of photos.
 
-Owns the meaning of a request and its limits. Knows nothing of HTTP: bytes and plain values in and out. On the page and
-between page and server a label map holds train ids; files hold raw ids, as the data set's files do.
+Owns the meaning and the limits of a request. Knows nothing of HTTP: bytes and plain values in and out. A label map
+holds train ids on the page and between page and server, raw ids in files, as in the data set's files.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from PIL import Image
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.image_files import decode_image, decode_label, image_size
 from imaginaire_spade.errors import DataError, UserError
+from imaginaire_spade.files import encode_image
 from imaginaire_spade.inference.synthesizer import Synthesizer
-from imaginaire_spade.pictures import encode_picture
 
 MAX_SIDE = 1024
 """Pixels of the largest canvas's longer side."""
 MAX_UPLOAD_PIXELS = 50_000_000
-"""Of an uploaded photo or label map."""
+"""Of an uploaded image or label map."""
 MAX_WAITING = 8
-"""Requests that wait for the generator; more are turned away."""
+"""Requests that may wait for the generator; the service refuses more."""
 MAX_SEED = 2**32 - 1
 DEFAULT_SIZE = (256, 256)
-"""Canvas of a checkpoint that was trained on pictures of many sizes."""
+"""Canvas for a checkpoint that was trained on images of many sizes."""
 
 T = TypeVar("T")
 
@@ -42,10 +42,10 @@ class BusyError(UserError):
 
 
 class PaintingService:
-    """The requests of the page. One runs at a time, in a thread of its own; others wait in order.
+    """Answers requests of the page one at a time, in a separate thread; others wait in order.
 
     Args:
-        synthesizer: what generates.
+        synthesizer: the generator.
         name: of the model, shown on the page.
         samples: label maps to start from, made with ``with_images=False``; None: there are none.
     """
@@ -63,8 +63,8 @@ class PaintingService:
 
     # -------------------------------------------------------------------------------------------- requests
 
-    def description(self) -> dict[str, Any]:
-        """What the page must know of the model."""
+    def describe(self) -> dict[str, Any]:
+        """Describe the model to the page."""
         model, (height, width) = self._synthesizer.model, self._synthesizer.size or DEFAULT_SIZE
         sizes = [(height * k, width * k) for k in (1, 2, 4, 8) if k == 1 or max(height, width) * k <= 512]
         return {
@@ -83,54 +83,52 @@ class PaintingService:
             ],
         }
 
-    def picture(self, fields: Mapping[str, Any]) -> bytes:
-        """The picture of a label map as PNG, of the label map's size.
+    def generate(self, fields: Mapping[str, Any]) -> bytes:
+        """Generate the image of a label map, a PNG of the label map's size.
 
         Args:
             fields: ``height``, ``width``, ``labels`` (base64 of the ids, row by row, ``bytes_per_id`` each, low byte
-                first) and, where the model takes a style code, ``seed`` or ``style`` (``style_dims`` numbers).
+                first) and, if the model takes a style code, ``seed`` or ``style`` (``style_dims`` numbers).
         Raises:
-            DataError: fields that are missing, unknown or out of range.
+            DataError: fields are missing, unknown or out of range.
         """
         style_fields = frozenset({"seed", "style"} if self._synthesizer.style_dims else ())
         raw = self._raw_label_map(fields, optional=style_fields)
-        seed = _whole_number(fields, "seed", 0, MAX_SEED) if "seed" in fields else 0
+        seed = _whole_number("seed", fields["seed"], 0, MAX_SEED) if "seed" in fields else 0
         style = self._style_code(fields["style"]) if "style" in fields else None
-        picture = self._run(lambda: self._synthesizer(raw, seed=seed, style=style, resize_back=True))
-        return encode_picture(picture, ".png")
+        image = self._run(lambda: self._synthesizer(raw, seed=seed, style=style, resize_back=True))
+        return encode_image(image, ".png")
 
     def generated_size(self, fields: Mapping[str, Any]) -> tuple[int, int]:
-        """(height, width) at which ``picture`` generates what it then resizes; fields are its own."""
+        """Return the (height, width) at which ``generate`` generates these fields before it resizes the image."""
         return self._synthesizer.sizes((fields["height"], fields["width"]))
 
-    def label_map_file(self, fields: Mapping[str, Any]) -> bytes:
-        """A label map as a PNG of raw ids: with a palette of the table's colours, or 16-bit where ids exceed 255."""
-        raw = self._raw_label_map(fields)
-        stream = io.BytesIO()
-        if self._raw_ids.max() > 255:
-            Image.fromarray(raw).save(stream, "png")
-        else:
-            image = Image.fromarray(raw.astype(np.uint8)).convert("P")
-            palette = np.zeros((256, 3), np.uint8)
-            paintable = self._raw_ids >= 0
+    def encode_label_map(self, fields: Mapping[str, Any]) -> bytes:
+        """Encode a label map as a PNG of raw ids: with a palette of the table's colours; 16-bit if ids exceed 255."""
+        raw, is_8_bit = self._raw_label_map(fields), self._raw_ids.max() <= 255
+        image = Image.fromarray(raw.astype(np.uint8) if is_8_bit else raw)
+        if is_8_bit:
+            palette, paintable = np.zeros((256, 3), np.uint8), self._raw_ids >= 0
             palette[self._raw_ids[paintable]] = self._labels.colours[paintable]
             image.putpalette(palette.tobytes())
-            image.save(stream, "png")
+        stream = io.BytesIO()
+        image.save(stream, "png")
         return stream.getvalue()
 
-    def label_map_from_file(self, content: bytes, height: int, width: int) -> dict[str, Any]:
-        """A label map file's content (ids, palette, or RGB where the table has a palette), fitted to the canvas.
+    def read_label_map(self, content: bytes, height: int, width: int) -> dict[str, Any]:
+        """Read a label map file (ids, palette, or RGB if the table has a palette) and fit it to the canvas.
 
         Raises:
-            DataError: no such file, or too many pixels; LabelError: ids or colours outside the table.
+            DataError: it is no such file, or has too many pixels.
+            LabelError: ids or colours are outside the table.
         """
         _check_canvas(height, width)
         where = "the uploaded label map"
         _check_pixels(content, where)
         return self._to_page(self._labels.to_train_ids(decode_label(content, where), where), height, width)
 
-    def sample(self, number: int, height: int, width: int) -> dict[str, Any]:
-        """The ``number``-th (counted round) of the label maps to start from, fitted to the canvas."""
+    def read_sample(self, number: int, height: int, width: int) -> dict[str, Any]:
+        """Fit the ``number``-th of the label maps to start from (modulo their number) to the canvas."""
         _check_canvas(height, width)
         if not self._samples:
             raise DataError("there are no label maps to start from: start the page with --samples FOLDER")
@@ -138,14 +136,19 @@ class PaintingService:
         labels = self._run(lambda: samples[number % len(samples)].labels.numpy())
         return self._to_page(labels, height, width)
 
-    def style(self, photo: bytes) -> dict[str, Any]:
-        """The style code of a photo. Raises DataError, or CheckpointError for a model without an encoder."""
+    def encode_style(self, photo: bytes) -> dict[str, Any]:
+        """Compute the style code of an image file.
+
+        Raises:
+            DataError: it is no image, or has too many pixels.
+            CheckpointError: the model has no encoder.
+        """
         where = "the uploaded photo"
         _check_pixels(photo, where)
         return {"style": self._run(lambda: self._synthesizer.encode(decode_image(photo, where))).tolist()}
 
     def warm_up(self) -> None:
-        """Make one picture, so that the first stroke need not wait. Raises UserError for weights that cannot."""
+        """Generate one image, so that the first stroke need not wait. Raises UserError if these weights cannot."""
         height, width = self._synthesizer.size or DEFAULT_SIZE
         raw = np.full((height, width), self._raw_ids[self._raw_ids >= 0][0], np.uint16)
         self._run(lambda: self._synthesizer(raw, seed=0))
@@ -166,7 +169,7 @@ class PaintingService:
             raise DataError(f"the request lacks {', '.join(sorted(missing))}")
         if unknown := set(fields) - wanted - optional:
             raise DataError(f"the request has {', '.join(sorted(map(str, unknown)))}, which this model does not take")
-        height, width = (_whole_number(fields, name, 1, MAX_SIDE) for name in ("height", "width"))
+        height, width = _check_canvas(fields["height"], fields["width"])
         try:
             content = base64.b64decode(fields["labels"], validate=True)
         except (binascii.Error, TypeError, ValueError):
@@ -191,15 +194,15 @@ class PaintingService:
         return np.array(values, np.float32)
 
     def _to_page(self, train_ids: NDArray[np.generic], height: int, width: int) -> dict[str, Any]:
-        ids = fitted(train_ids, height, width).astype(self._dtype)
+        ids = fit_to_canvas(train_ids, height, width).astype(self._dtype)
         return {
             "height": height, "width": width, "labels": base64.b64encode(ids.tobytes()).decode(),
             "original_size": train_ids.shape,
         }  # fmt: skip
 
 
-def fitted(ids: NDArray[np.generic], height: int, width: int) -> NDArray[np.generic]:
-    """A label map [h, w] scaled (nearest, aspect ratio kept) to cover [height, width], and cut in the middle."""
+def fit_to_canvas(ids: NDArray[np.generic], height: int, width: int) -> NDArray[np.generic]:
+    """Scale a label map [h, w] (nearest, aspect ratio kept) to cover [height, width], and crop its centre."""
     step = min(ids.shape[0] / height, ids.shape[1] / width)  # pixels of the map per pixel of the canvas
     rows, columns = (
         ((length - step * wanted) / 2 + (np.arange(wanted) + 0.5) * step).astype(int).clip(0, length - 1)
@@ -209,7 +212,7 @@ def fitted(ids: NDArray[np.generic], height: int, width: int) -> NDArray[np.gene
 
 
 def _raw_ids(table: NDArray[np.generic], num_classes: int) -> NDArray[np.int64]:
-    """Train id, don't-care included -> the smallest raw id that means it, or -1: int64 [num_classes + 1]."""
+    """Return the smallest raw id of each train id, don't care included, or -1: int64 [num_classes + 1]."""
     raw_ids = np.full(num_classes + 1, -1)
     meant, smallest = np.unique(table.astype(np.int64), return_index=True)
     valid = (meant >= 0) & (meant <= num_classes)  # not the error mark
@@ -217,16 +220,14 @@ def _raw_ids(table: NDArray[np.generic], num_classes: int) -> NDArray[np.int64]:
     return raw_ids
 
 
-def _whole_number(fields: Mapping[str, Any], name: str, least: int, most: int) -> int:
-    value = fields[name]
+def _whole_number(name: str, value: Any, least: int, most: int) -> int:
     if type(value) is not int or not least <= value <= most:
         raise DataError(f"{name}: a whole number from {least} to {most} is wanted")
     return value
 
 
-def _check_canvas(height: int, width: int) -> None:
-    for name in ("height", "width"):
-        _whole_number({"height": height, "width": width}, name, 1, MAX_SIDE)
+def _check_canvas(height: Any, width: Any) -> tuple[int, int]:
+    return _whole_number("height", height, 1, MAX_SIDE), _whole_number("width", width, 1, MAX_SIDE)
 
 
 def _check_pixels(content: bytes, where: str) -> None:

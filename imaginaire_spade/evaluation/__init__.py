@@ -1,4 +1,4 @@
 """Score generated images, state the evaluation protocol, and write reports.
 
-Knows pictures, data sets and networks; knows neither checkpoints nor the training loop, which calls it.
+Knows images, data sets and networks; knows neither checkpoints nor the training loop, which calls it.
 """

@@ -1,37 +1,46 @@
-"""Collect from images what scores need: sums of features, features themselves if needed, and a description.
+"""Collect from images what scores need, and keep it in files.
 
 Owns the streaming and the split over processes: every process takes every ``world_size``-th key, nothing is padded or
-dropped, and the number of pictures is asserted. The result is the same for any number of processes and, but for the
+dropped, and the number of images is asserted. The result is the same for any number of processes and, but for the
 rounding of float32 features, for any batch size.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import io
+import json
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from imaginaire_spade.distributed import ProcessInfo, gather_objects
-from imaginaire_spade.errors import DataError, UserError
-from imaginaire_spade.evaluation.diversity import PerceptualNetwork
-from imaginaire_spade.evaluation.features import FeatureNetwork
-from imaginaire_spade.evaluation.sources import EvaluatedPicture, PictureSource, Unreadable
-from imaginaire_spade.evaluation.statistics import FeatureStats, Gaussian, load_statistics, save_statistics
-from imaginaire_spade.files import file_sha256
+from imaginaire_spade.errors import DataError, UserError, is_out_of_memory
+from imaginaire_spade.evaluation.images import ImageSource, SourceImage, UnreadableImage
+from imaginaire_spade.evaluation.segmentation import Confusion
+from imaginaire_spade.evaluation.statistics import FeatureStats, Gaussian
+from imaginaire_spade.files import file_sha256, write_bytes
+from imaginaire_spade.pretrained.inception import FeatureNetwork
+from imaginaire_spade.pretrained.lpips import PerceptualNetwork
+
+Judge = Callable[[str, SourceImage], Confusion | None]
+"""(key, image) -> what a segmenter finds in it; None: the image is left out."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What stands in the protocol about a set of pictures."""
+    """What stands in the protocol about a set of images."""
 
     count: int | None
-    """Pictures used; None: a file of statistics that does not say."""
+    """Images used; None: a file of statistics that does not say."""
     size: str | None
     format: str | None
     digest: str
@@ -40,228 +49,125 @@ class Description:
 
 @dataclass(frozen=True)
 class Collection:
-    """What was collected of a set of pictures; the same on every process."""
+    """What was collected of a set of images; the same on every process."""
 
     name: str
     description: Description
-    gaussian: Gaussian | None
+    gaussian: Gaussian | None = None
     """None where no features were asked for."""
-    stats: FeatureStats | None
-    features: Tensor | None
+    stats: FeatureStats | None = None
+    """The sums; None also in other systems' files."""
+    features: Tensor | None = None
     """float32 [N, D] in the order of keys, on the CPU (4 N D bytes on every process); only where asked for."""
-    diversity: float | None
+    diversity: float | None = None
     """Mean LPIPS between samples of one label map."""
+    confusion: Confusion | None = None
+    """Of a segmenter's predictions, where these were judged."""
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Key -> (height, width) of its image; not kept in files."""
+    examples: Mapping[int, str] = field(default_factory=dict)
+    """Class -> key of the judged image whose label map has most of it; not kept in files."""
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    """Images that were left out, one message each; not kept in files."""
+    origin: Mapping[str, Any] | None = None
+    """What the file says that it was read from; None in other systems' files, and where there is no file."""
 
+    def save(self, path: Path, origin: Mapping[str, Any]) -> None:
+        """Write ``.npz``: count, sum and outer, mu and sigma (so that pytorch-fid reads it too), features and confusion
+        matrix, as far as they are there.
 
-@dataclass
-class _Share:
-    """What one process found."""
+        Args:
+            origin: what they depend on, as JSON.
+        Raises:
+            UserError: the file cannot be written.
+        """
+        told = {**origin, "description": asdict(self.description), "warnings": self.warnings}
+        arrays: dict[str, Any] = {"origin": np.array(json.dumps(told))}
+        if self.stats is not None and self.gaussian is not None:
+            arrays |= {"count": self.stats.count, "sum": self.stats.sum.cpu(), "outer": self.stats.outer.cpu()}
+            arrays |= {"mu": self.gaussian.mean, "sigma": self.gaussian.covariance}
+        if self.features is not None:
+            arrays["features"] = self.features
+        if self.confusion is not None:
+            arrays |= {f"confusion_{name}": value for name, value in vars(self.confusion).items()}
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        write_bytes(path, buffer.getvalue())
 
-    indices: list[int]
-    features: list[Tensor]
-    sizes: Counter[tuple[int, int]]
-    formats: Counter[str]
-    remarks: dict[str, list[int]]
-    diversity: dict[int, float]
-    unreadable: dict[int, str]
+    @classmethod
+    def load(cls, path: Path) -> Collection:
+        """Read what ``save`` wrote, pytorch-fid's .npz (mu, sigma), or a folder with CLADE's m.npy and s.npy.
 
-
-def collect(
-    source: PictureSource,
-    network: FeatureNetwork | None,
-    *,
-    batch_size: int = 32,
-    keep_features: bool = False,
-    perceptual: PerceptualNetwork | None = None,
-    skip_bad: bool = False,
-    info: ProcessInfo | None = None,
-    on_picture: Callable[[EvaluatedPicture], None] = lambda picture: None,
-) -> Collection:
-    """Go once through this process's share of the pictures, and add up with the other processes.
-
-    Args:
-        network: None: no features.
-        keep_features: KID, precision and recall need them all in memory.
-        perceptual: measures the diversity of the samples of each key.
-        skip_bad: leave out pictures that cannot be read, and say so, instead of raising.
-        on_picture: called with each picture of this process that counts (sample 0), for scores of other kinds.
-    Raises:
-        DataError: a picture cannot be read; nothing is left.
-        UserError: a network's output is not finite, naming the picture.
-    """
-    info = info or ProcessInfo()
-    share = _Share([], [], Counter(), Counter(), {}, {}, {})
-    stats = FeatureStats.zeros(network.dim, network.device) if network else None
-    pictures = _usable(source, range(len(source.keys))[info.rank :: info.world_size], skip_bad, share)
-    for batch in _batches(_described(pictures, source, perceptual, share, on_picture), batch_size):
-        share.indices += [picture.index for picture in batch]
-        if network is not None and stats is not None:
-            features = _features(network, batch, source)
-            stats += FeatureStats.of(features)
-            if keep_features:
-                share.features.append(features.cpu())
-    stats = stats.over_processes() if stats else None
-    return _joined(source, gather_objects(share), stats, keep_features, perceptual is not None)
-
-
-def _usable(
-    source: PictureSource, indices: Sequence[int], skip_bad: bool, share: _Share
-) -> Iterator[list[EvaluatedPicture]]:
-    """The samples of one key after the other; keys with a picture that cannot be read are left out whole."""
-    samples: dict[int, list[EvaluatedPicture | Unreadable]] = {}
-    for item in source.read(indices):
-        samples.setdefault(item.index, []).append(item)
-        if len(samples[item.index]) < source.num_samples:
-            continue
-        group = samples.pop(item.index)
-        bad = [sample.message for sample in group if isinstance(sample, Unreadable)]
-        if bad and not skip_bad:
-            raise DataError(f"{bad[0].rstrip('.')}. Repair or remove it; --skip_bad leaves such images out")
-        if bad:
-            share.unreadable[item.index] = bad[0]
-        else:
-            good = [sample for sample in group if isinstance(sample, EvaluatedPicture)]
-            yield sorted(good, key=lambda picture: picture.sample)
-    assert not samples, f"{source.name}: incomplete samples of {[source.keys[i] for i in samples]}"
-
-
-def _described(
-    groups: Iterable[list[EvaluatedPicture]],
-    source: PictureSource,
-    perceptual: PerceptualNetwork | None,
-    share: _Share,
-    on_picture: Callable[[EvaluatedPicture], None],
-) -> Iterator[EvaluatedPicture]:
-    """Sample 0 of each group, once everything but its features has been taken down."""
-    for group in groups:
-        first = group[0]
-        share.sizes[(first.pixels.shape[1], first.pixels.shape[2])] += 1
-        share.formats[first.format] += 1
-        if first.remark:
-            share.remarks.setdefault(first.remark, []).append(first.index)
-        if perceptual is not None:
-            where = f"{source.name}: {source.keys[first.index]}"
-            share.diversity[first.index] = perceptual.diversity([picture.pixels for picture in group], where)
-        on_picture(first)
-        yield first
-
-
-def _batches(pictures: Iterable[EvaluatedPicture], size: int) -> Iterator[list[EvaluatedPicture]]:
-    batch: list[EvaluatedPicture] = []
-    for picture in pictures:
-        batch.append(picture)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _features(network: FeatureNetwork, batch: Sequence[EvaluatedPicture], source: PictureSource) -> Tensor:
-    try:
-        features = network([picture.pixels for picture in batch])
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"{source.name}: not enough memory on {network.device} for the features of {len(batch)} images at once:"
-            " write a smaller --batch_size"
-        ) from None
-    finite = features.isfinite().all(1).tolist()
-    if bad := [source.keys[picture.index] for picture, fine in zip(batch, finite, strict=True) if not fine]:
-        raise UserError(
-            f"{source.name}: the features of {bad[0]} are not finite: the feature network's weights are damaged"
-            " (compare their sha256 with the published one), or the device computes wrongly (try --device cpu)"
-        )
-    return features
-
-
-def _joined(
-    source: PictureSource, shares: Sequence[_Share], stats: FeatureStats | None, keep: bool, with_diversity: bool
-) -> Collection:
-    used = sorted(index for share in shares for index in share.indices)
-    unreadable = {index: message for share in shares for index, message in share.unreadable.items()}
-    total = len(source.keys)
-    assert sorted([*used, *unreadable]) == list(range(total)), f"{source.name}: not each of {total} images once"
-    assert stats is None or stats.count == len(used), f"{source.name}: {stats} of {len(used)} images"
-    if not used:
-        raise DataError(
-            f"{source.name}: none of its {total} images can be read; the first: {unreadable[min(unreadable)]}"
+        Raises:
+            DataError: nothing of the kind, damaged, or not finite.
+        """
+        arrays = _arrays(path)
+        if "origin" not in arrays and {"mu", "sigma"} <= set(arrays):
+            told = Gaussian(*_matrices(path, arrays, "mu", "sigma"), None)
+            warning = (
+                f"{path}: these statistics do not say what network, resizing or images they are of. The distance is"
+                " right only if all that is as in this protocol (pytorch-fid's: --resize legacy)"
+            )
+            return cls(str(path), Description(None, None, None, _digest_of(path)), told, warnings=(warning,))
+        if "origin" not in arrays:
+            raise DataError(
+                f"{path}: no feature statistics ({', '.join(arrays) or 'nothing'} in it). Expected .npz with mu and"
+                " sigma (pytorch-fid) or of scripts/compute_fid_stats.py, or a folder with m.npy and s.npy (CLADE)"
+            )
+        stats = features = confusion = None
+        try:
+            origin = json.loads(str(arrays["origin"]))
+            if not isinstance(origin, dict):
+                raise TypeError("its origin is no object")
+            if "count" in arrays:
+                stats = FeatureStats(int(arrays["count"]), *_matrices(path, arrays, "sum", "outer"))
+            if "features" in arrays:
+                features = torch.from_numpy(arrays["features"])
+            if "confusion_counts" in arrays:
+                counts, ignored, images = (arrays[f"confusion_{name}"] for name in ("counts", "ignored", "images"))
+                confusion = Confusion(counts, int(ignored), int(images))
+        except DataError:
+            raise
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}: damaged statistics ({error}): compute them again") from None
+        gaussian = None if stats is None else stats.gaussian(str(path))
+        try:
+            description = Description(**origin["description"])
+            warnings = tuple(origin.get("warnings", ()))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}: its origin is incomplete ({error}): compute the statistics again") from None
+        return cls(
+            str(path), description, gaussian, stats, features, confusion=confusion, warnings=warnings, origin=origin
         )
 
-    features = None
-    if keep:
-        order = torch.tensor([index for share in shares for index in share.indices]).argsort()
-        features = torch.cat([batch for share in shares for batch in share.features])[order]
-    diversity = None
-    if with_diversity:
-        by_index = {index: value for share in shares for index, value in share.diversity.items()}
-        diversity = sum(by_index[index] for index in used) / len(used)
-    sizes = sum((share.sizes for share in shares), Counter[tuple[int, int]]())
-    formats = sum((share.formats for share in shares), Counter[str]())
-    digest = hashlib.sha256("\n".join(sorted(source.keys[i] for i in used)).encode()).hexdigest()
-    description = Description(len(used), _sizes(sizes), ", ".join(sorted(formats)), digest)
-    warnings = [*_remarks(source, shares)]
-    if unreadable:
-        warnings.append(f"{source.name}: {len(unreadable)} of {total} images cannot be read and are left out")
-    problems = tuple(unreadable[index] for index in sorted(unreadable))
-    gaussian = stats.gaussian(source.name) if stats else None
-    return Collection(source.name, description, gaussian, stats, features, diversity, tuple(warnings), problems)
+
+def holds_statistics(path: Path) -> bool:
+    """Tell whether ``path`` names statistics rather than images."""
+    return path.suffix == ".npz" or (path.is_dir() and (path / "m.npy").is_file() and (path / "s.npy").is_file())
 
 
-def _sizes(sizes: Mapping[tuple[int, int], int]) -> str:
-    """HEIGHTxWIDTH, or the number of sizes and the smallest and largest."""
-    if len(sizes) == 1:
-        return "{}x{}".format(*next(iter(sizes)))
-    low, high = (key(sizes, key=lambda size: size[0] * size[1]) for key in (min, max))
-    return f"{len(sizes)} sizes from {low[0]}x{low[1]} to {high[0]}x{high[1]}"
-
-
-def _remarks(source: PictureSource, shares: Sequence[_Share]) -> Iterator[str]:
-    joined: dict[str, list[int]] = {}
-    for share in shares:
-        for remark, indices in share.remarks.items():
-            joined.setdefault(remark, []).extend(indices)
-    for remark, indices in sorted(joined.items()):
-        yield f"{source.name}: {remark} in {len(indices)} image(s), such as {source.keys[min(indices)]}"
-
-
-# ------------------------------------------------------------------------------------------------ kept in files
-
-
-def save_collection(path: Path, collection: Collection, network: FeatureNetwork, reference_split: str) -> None:
-    """Write the statistics with what they were obtained from. Raises UserError where the file cannot be written."""
-    assert collection.stats is not None
-    origin = {"network": _identity(network), "reference_split": reference_split}
-    save_statistics(path, collection.stats, origin | {"description": asdict(collection.description)})
-
-
-def load_collection(path: Path, network: FeatureNetwork, reference_split: str) -> Collection:
-    """Statistics from a file, in place of pictures.
+def load_statistics(path: Path, network: FeatureNetwork, reference_split: str) -> Collection:
+    """Read statistics that take the place of real images.
 
     Raises:
         DataError: they are damaged, or of another network, dimension, resize method or split.
     """
-    stored = load_statistics(path)
-    gaussian = stored.gaussian
-    if gaussian.dim != network.dim:
+    stored = Collection.load(path)
+    if stored.gaussian is None:
+        raise DataError(f"{path}: no feature statistics in it: compute them (scripts/compute_fid_stats.py)")
+    if stored.gaussian.dim != network.dim:
         raise DataError(
-            f"{path}: statistics of {gaussian.dim} dimensions, but the features have {network.dim}: write --feature_dim"
-            f" {gaussian.dim}, or compute them again (scripts/compute_fid_stats.py)"
+            f"{path}: statistics of {stored.gaussian.dim} dimensions, but the features have {network.dim}: write"
+            f" --feature_dim {stored.gaussian.dim}, or compute them again (scripts/compute_fid_stats.py)"
         )
     if stored.origin is None:
-        digest = _digest_of(path)
-        warning = (
-            f"{path}: these statistics do not say what network, resizing or images they are of. The distance is right"
-            " only if all that is as in this protocol (pytorch-fid's: --resize legacy)"
-        )
-        return Collection(str(path), Description(None, None, None, digest), gaussian, None, None, None, (warning,))
+        return stored
     try:
-        known: Mapping[str, Any] = stored.origin["network"] | {"split": stored.origin["reference_split"]}
-        description = Description(**stored.origin["description"])
+        known: Mapping[str, Any] = {**stored.origin["network"], "split": stored.origin["reference_split"]}
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: its origin is incomplete ({error}): compute the statistics again") from None
-    wanted = _identity(network) | {"split": reference_split}
+    wanted = network.identity | {"split": reference_split}
     if different := [
         f"{name}: {known.get(name)} there, {wanted[name]} here" for name in wanted if known.get(name) != wanted[name]
     ]:
@@ -269,14 +175,212 @@ def load_collection(path: Path, network: FeatureNetwork, reference_split: str) -
             f"{path}: statistics of another protocol ({'; '.join(different)}). Compute them again with"
             " scripts/compute_fid_stats.py, or evaluate with what they were computed with"
         )
-    return Collection(str(path), description, gaussian, stored.stats, None, None)
+    return stored
 
 
-def _identity(network: FeatureNetwork) -> dict[str, Any]:
-    return {"name": network.name, "sha256": network.sha256, "resize": network.resize, "resized_to": network.size}
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        if path.is_dir():
+            files = {"mu": "m.npy", "sigma": "s.npy"}
+            return {name: np.load(path / file, allow_pickle=False) for name, file in files.items()}
+        stored = np.load(path, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            return {}
+        with stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not readable as feature statistics: {error}") from None
+
+
+def _matrices(path: Path, arrays: Mapping[str, NDArray[Any]], vector: str, matrix: str) -> tuple[Tensor, Tensor]:
+    first, second = arrays[vector], arrays[matrix]
+    dim = first.size
+    if first.shape != (dim,) or second.shape != (dim, dim) or not dim:
+        raise DataError(
+            f"{path}: {vector} is {list(first.shape)} and {matrix} {list(second.shape)}; expected [D] and [D, D]"
+        )
+    if first.dtype.kind not in "fiu" or not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise DataError(f"{path}: {vector} or {matrix} holds numbers that are not finite: compute them again")
+    return torch.from_numpy(first.astype(np.float64)), torch.from_numpy(second.astype(np.float64))
 
 
 def _digest_of(path: Path) -> str:
     if path.is_file():
         return file_sha256(path)
     return hashlib.sha256("".join(file_sha256(path / name) for name in ("m.npy", "s.npy")).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ collecting
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found in the samples of one key, beside features and classes."""
+
+    size: tuple[int, int]
+    format: str
+    remark: str
+    diversity: float | None
+
+
+@dataclass
+class _Share:
+    """What one process found."""
+
+    found: dict[int, _Found] = field(default_factory=dict)
+    """By place of the key, in the order of ``features``."""
+    unreadable: dict[int, str] = field(default_factory=dict)
+    features: list[Tensor] = field(default_factory=list)
+    confusion: Confusion | None = None
+    most: dict[int, tuple[int, str]] = field(default_factory=dict)
+    """Class -> the most pixels of it in a label map, and that one's key."""
+
+
+def collect(
+    source: ImageSource,
+    network: FeatureNetwork | None,
+    *,
+    batch_size: int = 32,
+    keep_features: bool = False,
+    perceptual: PerceptualNetwork | None = None,
+    judge: Judge | None = None,
+    skip_bad: bool = False,
+    info: ProcessInfo | None = None,
+    on_image: Callable[[int, int], None] = lambda done, total: None,
+) -> Collection:
+    """Go once through this process's share of the images, and add up with the other processes (a collective).
+
+    Args:
+        network: None: no features.
+        keep_features: KID, precision and recall need them all in memory.
+        perceptual: measures the diversity of the samples of each key.
+        judge: finds the classes in each image that counts (sample 0).
+        skip_bad: leave out images that cannot be read, and say so, instead of raising.
+        on_image: called with the numbers of images done and to do of this process.
+    Raises:
+        DataError: an image cannot be read; nothing is left.
+        UserError: a network's output is not finite, naming the image.
+    """
+    info, share = info or ProcessInfo(), _Share()
+    stats = FeatureStats.zeros(network.dim, network.device) if network else None
+    wanted = range(len(source.keys))[info.rank :: info.world_size]
+
+    def looked_at() -> Iterator[SourceImage]:
+        for done, samples in enumerate(_usable(source, wanted, skip_bad, share), 1):
+            _look_at(samples, source, perceptual, judge, share)
+            on_image(done, len(wanted))
+            yield samples[0]
+
+    images = looked_at()
+    while batch := list(islice(images, batch_size)):
+        if network is not None and stats is not None:
+            features = _features(network, batch, source)
+            stats += FeatureStats.of(features)
+            if keep_features:
+                share.features.append(features.cpu())
+    return _join(source, gather_objects(share), stats.over_processes() if stats else None)
+
+
+def _usable(source: ImageSource, indices: Sequence[int], skip_bad: bool, share: _Share) -> Iterator[list[SourceImage]]:
+    """Yield the samples of one key after the other; keys with an image that cannot be read are left out whole."""
+    waiting: dict[int, list[SourceImage]] = {}
+    for image in source.read(indices):
+        if isinstance(image, UnreadableImage):
+            if not skip_bad:
+                raise DataError(f"{image.message.rstrip('.')}. Repair or remove it; --skip_bad leaves such images out")
+            share.unreadable.setdefault(image.index, image.message)
+            continue
+        samples = waiting.setdefault(image.index, [])
+        samples.append(image)
+        if len(samples) == source.num_samples:
+            yield sorted(waiting.pop(image.index), key=lambda image: image.sample)
+    assert waiting.keys() <= share.unreadable.keys(), f"{source.name}: incomplete samples"
+
+
+def _look_at(
+    samples: Sequence[SourceImage],
+    source: ImageSource,
+    perceptual: PerceptualNetwork | None,
+    judge: Judge | None,
+    share: _Share,
+) -> None:
+    """Take down everything but the features of one key's samples."""
+    first, key, diversity = samples[0], source.keys[samples[0].index], None
+    if perceptual is not None:
+        diversity = perceptual.diversity([image.pixels for image in samples], f"{source.name}: {key}")
+    size = first.pixels.shape[1], first.pixels.shape[2]
+    share.found[first.index] = _Found(size, first.format, first.remark, diversity)
+    if judge is not None and (confusion := judge(key, first)) is not None:
+        share.confusion = confusion if share.confusion is None else share.confusion + confusion
+        for index, count in enumerate(confusion.counts.sum(1).tolist()):
+            if count:
+                share.most[index] = max(share.most.get(index, (0, "")), (count, key))
+
+
+def _features(network: FeatureNetwork, batch: Sequence[SourceImage], source: ImageSource) -> Tensor:
+    try:
+        features = network([image.pixels for image in batch])
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{source.name}: not enough memory on {network.device} for the features of {len(batch)} images at once:"
+            " write a smaller --batch_size"
+        ) from None
+    finite = features.isfinite().all(1).tolist()
+    if bad := [source.keys[image.index] for image, fine in zip(batch, finite, strict=True) if not fine]:
+        raise UserError(
+            f"{source.name}: the features of {bad[0]} are not finite: the feature network's weights are damaged"
+            " (compare their sha256 with the published one), or the device computes wrongly (try --device cpu)"
+        )
+    return features
+
+
+def _join(source: ImageSource, shares: Sequence[_Share], stats: FeatureStats | None) -> Collection:
+    """Join what the processes found, in the order of keys."""
+    found = {index: one for share in shares for index, one in share.found.items()}
+    unreadable = {index: message for share in shares for index, message in share.unreadable.items()}
+    used, total = sorted(found), len(source.keys)
+    assert sorted([*used, *unreadable]) == list(range(total)), f"{source.name}: not each of {total} images once"
+    assert stats is None or stats.count == len(used), f"{source.name}: {stats} of {len(used)} images"
+    if not used:
+        raise DataError(
+            f"{source.name}: none of its {total} images can be read; the first: {unreadable[min(unreadable)]}"
+        )
+    keys = {index: source.keys[index] for index in used}
+    formats = ", ".join(sorted({one.format for one in found.values()}))
+    digest = hashlib.sha256("\n".join(sorted(keys.values())).encode()).hexdigest()
+    features = [batch for share in shares for batch in share.features]
+    diversities = [found[index].diversity for index in used]
+    confusions = [share.confusion for share in shares if share.confusion is not None]
+    most: dict[int, tuple[int, str]] = {}
+    for share in shares:
+        most |= {index: max(most.get(index, (0, "")), largest) for index, largest in share.most.items()}
+    warnings = []
+    for remark in sorted({one.remark for one in found.values()} - {""}):
+        remarked = [keys[index] for index in used if found[index].remark == remark]
+        warnings.append(f"{source.name}: {remark} in {len(remarked)} image(s), such as {remarked[0]}")
+    if unreadable:
+        warnings.append(f"{source.name}: {len(unreadable)} of {total} images cannot be read and are left out")
+    return Collection(
+        source.name,
+        Description(len(used), _size_range([one.size for one in found.values()]), formats, digest),
+        stats.gaussian(source.name) if stats else None,
+        stats,
+        torch.cat(features)[torch.tensor(list(found)).argsort()] if features else None,
+        None if None in diversities else sum(filter(None, diversities)) / len(used),
+        sum(confusions[1:], confusions[0]) if confusions else None,
+        {keys[index]: found[index].size for index in used},
+        {index: key for index, (_, key) in most.items()},
+        tuple(warnings),
+        tuple(unreadable[index] for index in sorted(unreadable)),
+    )
+
+
+def _size_range(sizes: Iterable[tuple[int, int]]) -> str:
+    """Describe sizes: HEIGHTxWIDTH, or their number and the smallest and largest."""
+    different = list(dict.fromkeys(sizes))
+    if len(different) == 1:
+        return "{}x{}".format(*different[0])
+    low, high = (key(different, key=lambda size: size[0] * size[1]) for key in (min, max))
+    return f"{len(different)} sizes from {low[0]}x{low[1]} to {high[0]}x{high[1]}"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaginaire_spade.config import read_yaml
+from imaginaire_spade.config_files import read_yaml
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.registry import did_you_mean
@@ -33,7 +33,11 @@ class LabelMapping:
 
 
 def read_mapping(path: Path) -> dict[Any, Any]:
-    """The mapping of a YAML or JSON file. Raises ConfigError."""
+    """Read the mapping in a YAML or JSON file.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no mapping.
+    """
     try:
         content = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -80,10 +84,10 @@ def match_labels(
         return LabelMapping(np.arange(len(names)), ())
     found |= {index: segmenter.ids(labels.name(index)) for index in rest}
     if missing := [labels.name(index) for index in rest if not found[index]]:
-        shown = ", ".join(f"{name}{segmenter.nearest(name)}" for name in missing[:8])
+        listed = ", ".join(f"{name}{segmenter.nearest(name)}" for name in missing[:8])
         raise ConfigError(
             f"{model} has no label called as {len(missing)} of the {labels.num_classes} classes of the table:"
-            f" {shown}{' ...' if len(missing) > 8 else ''}. Write {FLAG} FILE, a YAML file with a line for each:"
+            f" {listed}{' ...' if len(missing) > 8 else ''}. Write {FLAG} FILE, a YAML file with a line for each:"
             f" {missing[0]}: LABEL OF THE SEGMENTER, or {missing[0]}: null to leave the class out. The segmenter's"
             f" labels: {', '.join(names[:40])}{' ...' if len(names) > 40 else ''}"
         )
@@ -108,7 +112,7 @@ class _Names:
         self._first = [_first(name) for name in names]
 
     def ids(self, name: Any) -> list[int]:
-        """Of a class given by id or by name; the whole name goes before the first of several synonyms."""
+        """Return the ids of a class given by id or by name; a whole name goes before the first of several synonyms."""
         if isinstance(name, int) and not isinstance(name, bool):
             return [name] if 0 <= name < len(self._names) else []
         text = str(name)

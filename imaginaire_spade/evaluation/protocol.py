@@ -26,7 +26,7 @@ class Protocol:
     reference_split: str
     """train or val."""
     reference: str
-    """sha256 of the real pictures' keys, or of the file of statistics."""
+    """sha256 of the real images' keys, or of the file of statistics."""
     num_real: int | None
     num_fake: int
     real_size: str | None
@@ -35,7 +35,7 @@ class Protocol:
     real_format: str | None
     fake_format: str
     geometry: str | None = None
-    """How label maps (and photos of the same data) were cut and resized; None for stored pictures."""
+    """How label maps (and photos of the same data) were cut and resized; None for stored images."""
     feature_network: str | None = None
     weights_sha256: str | None = None
     feature_dim: int | None = None
@@ -56,7 +56,11 @@ class Protocol:
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any], where: str) -> Protocol:
-        """Raises DataError for a stamp of other fields."""
+        """Read a stamp.
+
+        Raises:
+            DataError: it has other fields.
+        """
         names = {field.name for field in fields(cls)}
         if set(tree) != names:
             different = ", ".join(sorted(names ^ set(tree)))
@@ -66,18 +70,18 @@ class Protocol:
         return cls(**tree)
 
     def lines(self) -> list[str]:
-        """``name: value`` of what applies, for the screen."""
+        """Return ``name: value`` of what applies, for the screen."""
         return [f"{name}: {value}" for name, value in asdict(self).items() if value is not None]
 
 
 def geometry_stamp(augmentations: AugmentationConfig) -> str:
-    """An augmentation in one line: its keys, as JSON, other than the defaults."""
+    """Write an augmentation in one line: its keys, as JSON, other than the defaults."""
     changed = augmentations.model_dump(mode="json", exclude_defaults=True)
     return json.dumps(changed) if changed else "own sizes"
 
 
 def differences(a: Protocol, b: Protocol) -> list[str]:
-    """What differs, one line each; what only one of the two measured is no difference."""
+    """List what differs, one line each; what only one of the two measured is no difference."""
     optional = ("geometry", "kid", "precision_recall", "diversity", "segmentation", "ignore")
     features = ("feature_network", "weights_sha256", "feature_dim", "resize", "resized_to")
     ours, theirs = asdict(a), asdict(b)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +27,24 @@ class Report:
     """What was evaluated: folders, checkpoint, images seen. No part of the protocol."""
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
-    """Pictures that were left out (--skip_bad), one message each."""
+    """Images that were left out (--skip_bad), one message each."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """More than single numbers (scores per class); plain JSON types."""
+    examples: Mapping[int, str] = field(default_factory=dict)
+    """Class -> key of the sample that has most of it, for the report page; not saved."""
 
     def save(self, path: Path) -> None:
-        """Write JSON. Raises UserError where the file cannot be written."""
-        tree = {
-            "scores": dict(self.scores),
-            "protocol": self.protocol.to_json(),
-            "subject": dict(self.subject),
-            "warnings": list(self.warnings),
-            "problems": list(self.problems),
-            "details": dict(self.details),
-        }
+        """Write JSON.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        tree = asdict(self)
+        del tree["examples"]
         write_bytes(path, (json.dumps(tree, indent=2) + "\n").encode())
 
     def text(self) -> str:
-        """For the screen: the stamp, then the scores, then the warnings."""
+        """Return lines for the screen: the stamp, then the scores, then the warnings."""
         lines = ["protocol", *(f"  {line}" for line in self.protocol.lines())]
         lines += ["evaluated", *(f"  {name}: {value}" for name, value in self.subject.items())]
         lines += ["scores", *(f"  {name}: {value:.6g}" for name, value in self.scores.items())]
@@ -53,7 +53,11 @@ class Report:
 
 
 def load_report(path: Path) -> Report:
-    """Read what ``save`` wrote. Raises DataError."""
+    """Read what ``save`` wrote.
+
+    Raises:
+        DataError: the file is no report.
+    """
     tree = read_json(path)
     names = ("scores", "protocol", "subject", "warnings", "problems", "details")
     if not isinstance(tree, dict) or set(tree) != set(names):
@@ -67,7 +71,7 @@ def load_report(path: Path) -> Report:
 
 
 def compare(paths: tuple[Path, Path]) -> str:
-    """The scores of two reports side by side.
+    """Set the scores of two reports side by side.
 
     Raises:
         UserError: they were not obtained under one protocol, saying what differs; or they share no score.
@@ -92,7 +96,7 @@ def compare(paths: tuple[Path, Path]) -> str:
 
 
 def higher_is_better(name: str) -> bool:
-    """Whether a larger value of a score is the better one."""
+    """Tell whether a larger value of a score is the better one."""
     return any(word in name for word in HIGHER_IS_BETTER)
 
 

@@ -1,25 +1,17 @@
-"""Compute scores of two collections of images under a protocol.
+"""Compute the scores of features: kernel distance, precision and recall.
 
 Scores of an untrained feature network are never called FID or KID: their names say ``random``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.errors import ConfigError, DataError, how_to_install
-from imaginaire_spade.evaluation.collection import Collection
-from imaginaire_spade.evaluation.diversity import PerceptualNetwork
-from imaginaire_spade.evaluation.features import INCEPTION_SHA256, FeatureNetwork
-from imaginaire_spade.evaluation.protocol import Protocol, geometry_stamp
-from imaginaire_spade.evaluation.report import Report
-from imaginaire_spade.evaluation.statistics import frechet_distance
-from imaginaire_spade.version import __version__
+from imaginaire_spade.pretrained.inception import FeatureNetwork
 
 METRICS = ("fid", "kid", "precision_recall", "diversity", "segmentation")
 NEED_FEATURES = ("fid", "kid", "precision_recall")
@@ -27,7 +19,6 @@ KEEP_FEATURES = ("kid", "precision_recall")
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3
 """Of precision and recall, as published."""
-FEW_PICTURES = 2048
 
 
 def score_name(name: str, network: FeatureNetwork) -> str:
@@ -54,7 +45,7 @@ def kernel_distance(real: Tensor, fake: Tensor, *, seed: int = 0) -> Kid:
         real, fake: float [N, D] and [M, D]; subsets of the smaller of 1000, N and M are drawn by ``seed``.
     Raises:
         ConfigError: torchmetrics is not installed.
-        DataError: fewer than two pictures.
+        DataError: fewer than two images.
     """
     try:
         from torchmetrics.image.kid import poly_mmd
@@ -80,7 +71,7 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
         real, fake: float32 [N, D] and [M, D], more than ``NEIGHBOURS`` each.
     Raises:
         ConfigError: torch-fidelity is not installed (torchmetrics itself has no such score), or too old.
-        DataError: too few pictures.
+        DataError: too few images.
     """
     try:
         from torch_fidelity.metric_prc import calculate_precision_recall_part
@@ -94,104 +85,3 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
         )
     precision, recall = calculate_precision_recall_part(fake, real, NEIGHBOURS)
     return precision, recall
-
-
-def evaluate_pictures(
-    real: Collection,
-    fake: Collection,
-    network: FeatureNetwork | None,
-    *,
-    metrics: Sequence[str],
-    reference_split: str,
-    perceptual: PerceptualNetwork | None = None,
-    num_samples: int = 1,
-    subject: Mapping[str, str] | None = None,
-    geometry: AugmentationConfig | None = None,
-) -> Report:
-    """Compute scores of two collections. Not a collective: one process suffices.
-
-    Args:
-        geometry: through which the label maps of generated pictures went, for the protocol; None for stored ones.
-    Raises:
-        ConfigError: a metric needs what statistics in a file do not have; a library is missing.
-        DataError: too few pictures.
-    """
-    scores: dict[str, float] = {}
-    warnings = [*real.warnings, *fake.warnings]
-    kid_rule = None
-    if network is not None:
-        warnings += _warnings(real, fake, network, metrics)
-        assert real.gaussian is not None and fake.gaussian is not None
-        if "fid" in metrics:
-            scores[score_name("fid", network)] = frechet_distance(real.gaussian, fake.gaussian)
-        if "kid" in metrics:
-            kid = kernel_distance(_features(real, "kid"), _features(fake, "kid"))
-            kid_rule = kid.rule
-            scores[score_name("kid", network)] = kid.mean
-            if kid.std is not None:
-                scores[score_name("kid", network) + "_std"] = kid.std
-        if "precision_recall" in metrics:
-            found = precision_recall(*(_features(side, "precision_recall") for side in (real, fake)))
-            scores |= {score_name(n, network): v for n, v in zip(("precision", "recall"), found, strict=True)}
-    diversity_rule = None
-    if perceptual is not None and fake.diversity is not None:
-        scores["random_feature_diversity" if perceptual.is_random else "lpips_diversity"] = fake.diversity
-        diversity_rule = f"{perceptual.name} (sha256 {perceptual.sha256}), {num_samples} samples per label map"
-    assert fake.description.count and fake.description.size and fake.description.format
-    protocol = Protocol(
-        version=__version__,
-        reference_split=reference_split,
-        reference=real.description.digest,
-        num_real=real.description.count,
-        num_fake=fake.description.count,
-        real_size=real.description.size,
-        fake_size=fake.description.size,
-        real_format=real.description.format,
-        fake_format=fake.description.format,
-        geometry=None if geometry is None else geometry_stamp(geometry),
-        feature_network=network.name if network else None,
-        weights_sha256=network.sha256 if network else None,
-        feature_dim=network.dim if network else None,
-        resize=network.resize if network else None,
-        resized_to=network.size if network else None,
-        kid=kid_rule,
-        precision_recall=f"{NEIGHBOURS} nearest neighbours" if "precision_recall" in metrics else None,
-        diversity=diversity_rule,
-    )
-    problems = (*real.problems, *fake.problems)
-    return Report(scores, protocol, subject or {}, tuple(warnings), problems)
-
-
-def _features(side: Collection, metric: str) -> Tensor:
-    if side.features is None:
-        raise ConfigError(
-            f"--metrics {metric} needs the images themselves; {side.name} holds statistics, which do for fid only"
-        )
-    return side.features
-
-
-def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metrics: Sequence[str]) -> list[str]:
-    found = []
-    if network.is_random:
-        found.append(
-            f"{network.name} is an untrained network: its scores say nothing about the images, and are no FID or KID"
-        )
-    elif not network.is_published:
-        found.append(
-            f"these Inception weights (sha256 {network.sha256}) are not those that FID and KID are defined with"
-            f" ({INCEPTION_SHA256}): no published score compares with these"
-        )
-    counts = [side.gaussian.count for side in (real, fake) if side.gaussian and side.gaussian.count is not None]
-    if "fid" in metrics and min(counts) < FEW_PICTURES:
-        few = f"only {min(counts)} images: a Frechet distance of fewer than {FEW_PICTURES} is too high, by how much"
-        few += " depends on their number. Compare equal numbers only, and report KID (--metrics kid), which has no such"
-        few += " bias"
-        if min(counts) <= network.dim:
-            few += f". With features of {network.dim} dimensions their covariance is also singular"
-        found.append(few)
-    if real.description.size and real.description.size != fake.description.size:
-        found.append(
-            f"real images are {real.description.size}, generated ones {fake.description.size} (height x width): part"
-            " of the distance is that of the sizes"
-        )
-    return found

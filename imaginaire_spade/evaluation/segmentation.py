@@ -1,8 +1,8 @@
-"""Segmentation scores: does a segmentation network find in the generated pictures what the label maps asked for?
+"""Compute segmentation scores: does a segmentation network find in the generated images what the label maps asked for?
 
-Owns the confusion matrix, the meaning of a segmenter's classes in the label table, and where predictions come from: a
-network, or folders of predicted id maps. The score on the real photos of the same label maps always stands beside that
-on the generated ones: it is what the segmenter can reach, and shows whether it was fed and mapped as it should be.
+Owns the confusion matrix and where predictions come from: a network, or folders of predicted id maps. The score of the
+real photos of the same label maps always stands beside that of the generated images: it is what the segmenter can
+reach, and shows whether it was fed and mapped as it should be.
 
 **Policy.** Pixels without a class (don't-care) do not count, neither do those of classes that the segmenter does not
 know. A prediction outside the table counts as wrong. Classes that never occur in the label maps are left out of the
@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,29 +23,27 @@ from numpy.typing import NDArray
 
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.image_files import decode_label
-from imaginaire_spade.distributed import total_over_processes
 from imaginaire_spade.errors import DataError
+from imaginaire_spade.evaluation.images import Ids, SourceImage
 from imaginaire_spade.evaluation.label_names import LabelMapping, match_labels, read_mapping
 from imaginaire_spade.evaluation.report import Report
+from imaginaire_spade.files import resize_image
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.layout import nearest_indices
 from imaginaire_spade.pretrained.segmenters import Segmenter, hugging_face_segmenter
 
 IGNORE_POLICY = "pixels without a class, or of a class that the segmenter lacks, are left out"
 
-Ids = NDArray[np.generic]
-"""Train ids [H, W]; the number of classes stands for "none of them"."""
-
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often a pixel of one class was taken for another. Sums of these over pictures and processes are exact."""
+    """How often a pixel of one class was taken for another. Sums of these over images and processes are exact."""
 
     counts: NDArray[np.int64]
     """[classes, classes + 1]: pixels of true class (row) by predicted class (column; the last: outside the table)."""
     ignored: int = 0
     """Pixels that were left out."""
-    pictures: int = 0
+    images: int = 0
 
     @classmethod
     def zero(cls, num_classes: int) -> Confusion:
@@ -53,7 +51,7 @@ class Confusion:
 
     @classmethod
     def of(cls, truth: Ids, predicted: Ids, num_classes: int, unscored: Sequence[int] = ()) -> Confusion:
-        """Of one label map and its prediction, train ids [H, W] 0..num_classes each.
+        """Compare one label map and its prediction, train ids [H, W] 0..num_classes each.
 
         Args:
             unscored: true classes that are left out, as don't-care is.
@@ -68,13 +66,7 @@ class Confusion:
         return cls(counts.reshape(num_classes, num_classes + 1), int(true.size - counted.sum()), 1)
 
     def __add__(self, other: Confusion) -> Confusion:
-        return Confusion(self.counts + other.counts, self.ignored + other.ignored, self.pictures + other.pictures)
-
-    def summed_over_processes(self, device: torch.device) -> Confusion:
-        """The sum of every process's matrix (a collective)."""
-        flat = torch.from_numpy(np.append(self.counts.ravel(), [self.ignored, self.pictures])).to(device)
-        total = total_over_processes(flat).cpu().numpy()
-        return Confusion(total[:-2].reshape(self.counts.shape), int(total[-2]), int(total[-1]))
+        return Confusion(self.counts + other.counts, self.ignored + other.ignored, self.images + other.images)
 
     @property
     def pixels(self) -> int:
@@ -93,7 +85,7 @@ class Confusion:
 
     @property
     def iou(self) -> NDArray[np.float64]:
-        """Intersection over union of every class [classes]; NaN for those that never occur in the label maps."""
+        """Intersection over union of every class, [classes]; NaN for those that never occur in the label maps."""
         hits = np.diag(self.counts)
         union = self.counts.sum(1) + self.counts[:, :-1].sum(0) - hits
         iou = np.full(len(hits), np.nan)
@@ -102,22 +94,8 @@ class Confusion:
 
     @property
     def mean_iou(self) -> float:
-        """Over the classes that occur; NaN where none does."""
+        """Mean IoU over the classes that occur; NaN where none does."""
         return float(self.iou[self.present].mean()) if self.present.any() else float("nan")
-
-
-class Predictor(Protocol):
-    """Where predictions come from."""
-
-    unscored: tuple[int, ...]
-    """Classes of the table that it cannot predict."""
-    name: str
-    """What the user called it."""
-    stamp: str
-    """What its predictions depend on; empty where nobody knows."""
-
-    def __call__(self, key: str, picture: NDArray[np.uint8], size: tuple[int, int]) -> Ids:
-        """Predicted train ids of ``size`` (height, width) of a sample's picture, RGB uint8 [H, W, 3]."""
 
 
 class NetworkPredictions:
@@ -126,18 +104,21 @@ class NetworkPredictions:
     def __init__(self, segmenter: Segmenter, mapping: LabelMapping) -> None:
         self.segmenter, self.mapping = segmenter, mapping
         self.unscored = mapping.unscored
+        """Classes of the table that the network does not know."""
         self.name = segmenter.model
         meaning = hashlib.sha256(mapping.train_ids.astype(np.int64).tobytes()).hexdigest()
         self.stamp = f"sha256 {segmenter.sha256}, input {segmenter.preprocessing}, labels {meaning[:16]}"
+        """What the predictions depend on."""
 
-    def __call__(self, key: str, picture: NDArray[np.uint8], size: tuple[int, int]) -> Ids:
-        return self.mapping.train_ids[self.segmenter.label(picture, size)]
+    def __call__(self, key: str, image: NDArray[np.uint8], size: tuple[int, int]) -> Ids:
+        """Predict train ids of ``size`` (height, width) for an image, RGB uint8 [H, W, 3]."""
+        return self.mapping.train_ids[self.segmenter.label(image, size)]
 
 
 def network_predictions(
     model: str, mapping_file: str | Path | None, labels: LabelSpec, device: torch.device, flag: str
 ) -> NetworkPredictions:
-    """Predictions of a Hugging Face model in the classes of a label table.
+    """Load a Hugging Face model that predicts the classes of a label table.
 
     Args:
         mapping_file: what ``label_names.read_mapping`` reads; None: labels are matched by name.
@@ -158,7 +139,7 @@ class StoredPredictions:
     """
 
     unscored: tuple[int, ...] = ()
-    stamp = ""
+    stamp = ""  # nobody knows
 
     def __init__(self, folder: Path, labels: LabelSpec) -> None:
         self.folder, self.labels, self.name = folder, labels, str(folder)
@@ -168,22 +149,30 @@ class StoredPredictions:
         self._keys = set(self._source.keys)
 
     def check(self, keys: Sequence[str]) -> None:
-        """Raises DataError where a sample has no prediction."""
+        """Check that every sample has a prediction.
+
+        Raises:
+            DataError: one has none.
+        """
         if missing := [key for key in keys if key not in self._keys]:
             raise DataError(
                 f"{self.folder}: no predicted id map for {len(missing)} of {len(keys)} samples, such as {missing[0]}."
                 f" Expected {self.folder / missing[0]}.png"
             )
 
-    def __call__(self, key: str, picture: NDArray[np.uint8], size: tuple[int, int]) -> Ids:
+    def __call__(self, key: str, image: NDArray[np.uint8], size: tuple[int, int]) -> Ids:
+        """Read the train ids predicted for ``key``, at ``size`` (height, width)."""
         where = self._source.describe(key, "seg_maps")
         ids = self.labels.to_train_ids(decode_label(self._source.read(key, "seg_maps"), where), where)
         rows, columns = (nearest_indices(a, b).numpy() for a, b in zip(ids.shape, size, strict=True))
         return ids[rows][:, columns]
 
 
-class SegmentationMetric:
-    """Adds up the confusion matrices of the generated pictures and of the real photos of the same label maps.
+Predictor = NetworkPredictions | StoredPredictions
+
+
+class Segmentation:
+    """Judge generated images, and the real photos of the same label maps, by one segmenter.
 
     Args:
         generated, real: what predicts the classes of the one and the other.
@@ -192,64 +181,64 @@ class SegmentationMetric:
     def __init__(self, labels: LabelSpec, generated: Predictor, real: Predictor) -> None:
         assert (generated.unscored, generated.stamp) == (real.unscored, real.stamp), "one segmenter judges both"
         self.labels, self.unscored = labels, generated.unscored
-        self._predictors = {"generated": generated, "real": real}
-        self.confusions = {kind: Confusion.zero(labels.num_classes) for kind in self._predictors}
+        self._predictors: dict[str, Predictor] = {"generated": generated, "real": real}
 
     def check(self, keys: Sequence[str]) -> None:
-        """Raises DataError where a prediction is to come from a file that is not there."""
+        """Check that predictions that come from files are there.
+
+        Raises:
+            DataError: a sample has none.
+        """
         for predictor in self._predictors.values():
             if isinstance(predictor, StoredPredictions):
                 predictor.check(keys)
 
-    def add(self, kind: str, key: str, picture: NDArray[np.uint8], truth: Ids) -> float:
-        """Count one picture in.
+    def judge(self, kind: str, key: str, image: SourceImage, size: tuple[int, int] | None = None) -> Confusion:
+        """Compare the prediction for an image with its label map, at the size of the label map.
 
         Args:
             kind: "generated" or "real".
-            picture: RGB uint8 [H, W, 3].
-            truth: train ids of the label map, of a size of its own.
-        Returns:
-            The picture's own mean IoU (NaN where no pixel counts).
+            size: (height, width) to which the image is resized before; None: as it is.
         """
-        predicted = self._predictors[kind](key, picture, (truth.shape[0], truth.shape[1]))
-        one = Confusion.of(truth, predicted, self.labels.num_classes, self.unscored)
-        self.confusions[kind] += one
-        return one.mean_iou
+        rgb, truth = image.rgb(), image.labels()
+        if size is not None:
+            rgb = resize_image(rgb, *size)
+        predicted = self._predictors[kind](key, rgb, (truth.shape[0], truth.shape[1]))
+        return Confusion.of(truth, predicted, self.labels.num_classes, self.unscored)
 
-    def sum_over_processes(self, device: torch.device) -> None:
-        """Replace each matrix by the sum of every process's (a collective)."""
-        for kind, confusion in self.confusions.items():
-            self.confusions[kind] = confusion.summed_over_processes(device)
-
+    @property
     def stamp(self) -> str:
-        """What the scores depend on beside the pictures. Of stored id maps that is known only by what they say of the
-        real photos."""
-        predictor = self._predictors["real"]
-        return predictor.stamp or f"id maps, {hashlib.sha256(self.confusions['real'].counts.tobytes()).hexdigest()}"
+        """Everything that the scores depend on beside the images; empty where nobody knows."""
+        return self._predictors["real"].stamp
 
-    def scores(self) -> dict[str, float]:
-        """Pixel accuracy and mean IoU of both, by name."""
-        scores: dict[str, float] = {}
-        for kind, ending in (("generated", ""), ("real", "_real")):
-            confusion = self.confusions[kind]
+    def add_to(self, report: Report, generated: Confusion | None, real: Confusion | None) -> Report:
+        """Return a report with pixel accuracy and mean IoU of both, their stamp and their details.
+
+        Args:
+            generated, real: sums over the images; None: there was none to judge.
+        """
+        nothing = Confusion.zero(self.labels.num_classes)
+        generated, real = generated or nothing, real or nothing
+        scores = dict(report.scores)
+        for confusion, ending in ((generated, ""), (real, "_real")):
             scores |= {f"pixel_accuracy{ending}": confusion.pixel_accuracy, f"miou{ending}": confusion.mean_iou}
-        return scores
-
-    def added_to(self, report: Report) -> Report:
-        """A report with these scores, their stamp and their details."""
-        fakes, photos = (self.confusions[kind].pictures for kind in ("generated", "real"))
-        warning = f"segmentation: {fakes} generated images, but {photos} of their photos could be read"
+        warnings = [*report.warnings]
+        if generated.images != real.images:
+            warnings.append(
+                f"segmentation: {generated.images} generated images, but {real.images} of their photos could be read"
+            )
+        # Of stored id maps only what they say of the real photos is known.
+        stamp = self.stamp or f"id maps, {hashlib.sha256(real.counts.tobytes()).hexdigest()}"
         return replace(
             report,
-            warnings=report.warnings if fakes == photos else (*report.warnings, warning),
-            scores={**report.scores, **self.scores()},
-            protocol=replace(report.protocol, segmentation=self.stamp(), ignore=IGNORE_POLICY),
-            details={**report.details, "segmentation": self.details()},
+            scores=scores,
+            warnings=tuple(warnings),
+            protocol=replace(report.protocol, segmentation=stamp, ignore=IGNORE_POLICY),
+            details={**report.details, "segmentation": self.details(generated, real)},
         )
 
-    def details(self) -> dict[str, Any]:
-        """What is behind the scores, for a report: plain types only."""
-        generated, real = self.confusions["generated"], self.confusions["real"]
+    def details(self, generated: Confusion, real: Confusion) -> dict[str, Any]:
+        """Say what is behind the scores, for a report: plain types only."""
         names = [self.labels.name(index) for index in range(self.labels.num_classes)]
         share = generated.counts.sum(1) / max(1, generated.pixels)
         classes = [
@@ -266,7 +255,7 @@ class SegmentationMetric:
         absent = [i for i in np.flatnonzero(~generated.present).tolist() if i not in self.unscored]
         return {
             "segmenter": self._predictors["generated"].name,
-            "pictures": generated.pictures,
+            "pictures": generated.images,
             "pixels": generated.pixels,
             "ignored_pixels": generated.ignored,
             "classes": classes,
@@ -276,7 +265,7 @@ class SegmentationMetric:
 
 
 def _mistaken_for(confusion: Confusion, index: int, names: Sequence[str]) -> str | None:
-    """The class that most of a class's missed pixels were taken for."""
+    """Name the class that most of a class's missed pixels were taken for."""
     wrong = confusion.counts[index].copy()
     wrong[index] = 0
     return names[int(wrong.argmax())] if wrong.any() else None

@@ -1,14 +1,14 @@
 """Export a generator to run without this package: ONNX (``.onnx``) or ``torch.export`` (``.pt2``).
 
-Owns what such a file takes and gives, its metadata, and the check that its pictures are the generator's. A file takes,
-where the generator does, and in this order:
+Owns the inputs and outputs of such a file, its metadata, and the check that its images are the generator's. A file
+takes, in this order, those of the following inputs that the generator needs:
 
 - ``labels`` int32 [N, H, W]: train ids 0..num_classes (num_classes = don't care);
 - ``edges`` float32 [N, H, W]: 1 where there is an edge, else 0;
 - ``distances`` float32 [N, 2, H, W]: of ``data/distances.py`` (CLADE-ICPE);
 - ``z`` float32 [N, style_dims]: style codes, standard normal.
 
-It gives ``images`` float32 [N, 3, H, W], RGB in [-1, 1]. N, H and W are free; H and W must be multiples of
+It returns ``images`` float32 [N, 3, H, W], RGB in [-1, 1]. N, H and W are free; H and W must be multiples of
 ``size_multiple``, and at least twice that.
 """
 
@@ -30,23 +30,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from imaginaire_spade.build import image_size, layout_spec
+from imaginaire_spade.build import image_size
 from imaginaire_spade.errors import CheckpointError, ConfigError, UserError, how_to_install
-from imaginaire_spade.inference.weights import LoadedModel
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.generator import Generator
 
 SUFFIXES = (".onnx", ".pt2")
 TOLERANCE = 1e-3
-"""The largest difference between a file's pictures and the generator's, on the scale of [-1, 1]."""
+"""The largest difference allowed between a file's images and the generator's, on the scale of [-1, 1]."""
 CHECKED = ((1, 2, 2), (2, 2, 3), (3, 4, 2))
-"""(pictures, height, width) of the check, sizes in multiples of ``size_multiple``; the training size comes on top."""
+"""(images, height, width) that the check tries besides the training size; sizes in multiples of ``size_multiple``."""
 
 Run = Callable[[dict[str, Tensor]], NDArray[np.float32]]
 
 
 class ExportedGenerator(nn.Module):
-    """A generator as a function of tensors: what a file computes (see the module's description)."""
+    """A generator as a function of tensors, as a file computes it (see the module's description)."""
 
     def __init__(self, generator: Generator, spec: LayoutSpec) -> None:
         super().__init__()
@@ -60,7 +60,11 @@ class ExportedGenerator(nn.Module):
 
 
 def check_output(output: Path, *, overwrite: bool = False) -> None:
-    """Raises UserError, before any work, where ``output`` cannot be written or what writes it is not installed."""
+    """Check, before any work, that ``output`` can be written.
+
+    Raises:
+        UserError: the name is wrong or taken, or a package for this format is not installed.
+    """
     if output.suffix not in SUFFIXES:
         raise ConfigError(f"--output {output}: the name says the format; write a name that ends in .onnx or .pt2")
     if output.is_dir():
@@ -78,18 +82,19 @@ def check_output(output: Path, *, overwrite: bool = False) -> None:
                 ) from None
 
 
-def export_model(model: LoadedModel, output: Path, on_checked: Callable[[str, float], None]) -> None:
-    """Write the generator to a file, once it is sure that the file's pictures are the generator's.
+def export_model(model: Model, output: Path, on_checked: Callable[[str, float], None]) -> None:
+    """Write the generator to a file, after checking that the file's images are the generator's.
 
     Args:
         model: on the CPU.
         output: ends in ``.onnx`` or ``.pt2``. Weights beyond 1.5 GB go to ``OUTPUT.data`` beside an ``.onnx`` file.
-        on_checked: called with what was compared and the largest difference.
+        on_checked: called after each comparison with its name and the largest difference.
     Raises:
         CheckpointError: the generator cannot be exported.
-        UserError: the file's pictures are others than the generator's; then no file is written.
+        UserError: the file's images differ from the generator's; then no file is written.
     """
-    network = ExportedGenerator(model.generator, layout_spec(model.config))
+    # Trace and convert.
+    network = ExportedGenerator(model.generator, model.layout_spec)
     multiple = model.size_multiple
     is_onnx = output.suffix == ".onnx"
     try:
@@ -101,6 +106,8 @@ def export_model(model: LoadedModel, output: Path, on_checked: Callable[[str, fl
             f"gen.type: {model.config.gen.type} cannot be exported by torch {torch.__version__}: {_reason(error)}. A"
             " network to export must not choose its operations by the values of tensors or by particular sizes"
         ) from error
+
+    # Write to a temporary folder, compare, then move.
     about = {key: json.dumps(value) for key, value in metadata(model).items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
@@ -113,24 +120,24 @@ def export_model(model: LoadedModel, output: Path, on_checked: Callable[[str, fl
             torch.export.save(program, file, extra_files=about)
             run = _load_pt2(file)
         trained_at = [max(2, length // multiple) for length in image_size(model.config)]
-        for count, height, width in dict.fromkeys(((1, *trained_at), *CHECKED)):
-            inputs = example_inputs(network, count, height * multiple, width * multiple)
+        for count, *size in dict.fromkeys(((1, *trained_at), *CHECKED)):
+            height, width = (multiple * length for length in size)
+            name, inputs = f"{count} of {height}x{width}", example_inputs(network, count, height, width)
             difference = _difference(run, network, inputs)
-            name = f"{count} of {height * multiple}x{width * multiple}"
             on_checked(name, difference)
-            if not difference <= TOLERANCE:
-                packages = "onnxscript and onnxruntime" if output.suffix == ".onnx" else "torch"
+            if not difference <= TOLERANCE:  # NaN too
+                packages = "onnxscript and onnxruntime" if is_onnx else "torch"
                 raise UserError(
                     f"{output}: not written: its images differ from the generator's: {name} pixels differ by up to"
                     f" {difference:.2g}, where {TOLERANCE} is allowed. That is a fault of the exporter or the runtime:"
                     f" try other versions of {packages}"
                 )
-        for part in sorted(Path(folder).iterdir(), key=lambda path: path == file):  # the file itself comes last
+        for part in sorted(Path(folder).iterdir(), key=lambda path: path == file):  # the file itself last
             part.replace(output.parent / part.name)
 
 
-def metadata(model: LoadedModel) -> dict[str, Any]:
-    """What a file says of itself: in an ONNX file's metadata, one JSON value per key."""
+def metadata(model: Model) -> dict[str, Any]:
+    """Describe a generator for its file: in an ONNX file's metadata, one JSON value per key."""
     config = model.config
     return {
         "images": "float32 [N, 3, H, W], RGB, -1 to 1",
@@ -146,7 +153,7 @@ def metadata(model: LoadedModel) -> dict[str, Any]:
 
 
 def example_inputs(network: ExportedGenerator, count: int, height: int, width: int) -> dict[str, Tensor]:
-    """Inputs of every kind that the generator takes: blocks of labels (don't care among them), the same each time."""
+    """Make every input that the generator takes, the same each time; labels come in blocks, some of them don't care."""
     spec, rng = network.spec, np.random.default_rng((count, height, width))
     blocks = rng.integers(0, spec.num_classes + 1, (count, height // 4 + 1, width // 4 + 1), dtype=np.int32)
     inputs: dict[str, NDArray[np.generic]] = {"labels": blocks.repeat(4, 1).repeat(4, 2)[:, :height, :width].copy()}
@@ -160,7 +167,7 @@ def example_inputs(network: ExportedGenerator, count: int, height: int, width: i
 
 
 def _traced(network: ExportedGenerator, multiple: int) -> ExportedProgram:
-    """The network for any number of pictures of any size."""
+    """Trace the network for any number of images of any size."""
     count, height, width = Dim("batch"), multiple * Dim("height"), multiple * Dim("width")
     sizes = {
         "labels": (count, height, width),
@@ -191,7 +198,7 @@ def _to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what was raised first."""
+    """Return the first line of the original error."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().partition("\n")[0] or type(error).__name__
@@ -211,15 +218,14 @@ def _load_pt2(file: Path) -> Run:
 
 @torch.inference_mode()
 def _difference(run: Run, network: ExportedGenerator, inputs: dict[str, Tensor]) -> float:
-    """The largest difference between the file's pictures and the generator's; NaN where one is not finite."""
+    """Return the largest difference between the file's images and the generator's; NaN if one is not finite."""
     return float(np.abs(run(inputs) - network(**inputs).numpy()).max())
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' remarks on their own progress and internals."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    """Silence the exporters' remarks on their own progress and internals."""
+    with warnings.catch_warnings(action="ignore"):
         logging.disable(logging.WARNING)
         try:
             yield

@@ -12,39 +12,41 @@ import numpy as np
 from PIL import Image
 
 from imaginaire_spade.errors import UserError
-from imaginaire_spade.files import write_bytes
-from imaginaire_spade.pictures import Picture
+from imaginaire_spade.files import RgbImage, write_bytes
 
 FRAMES_PER_SECOND = 10
 
 
-def write_animation(path: Path, frames: Sequence[Picture]) -> None:
-    """Write ``frames`` and their way back as GIF or MP4, by suffix; under its final name it is whole or not there.
+def write_animation(path: Path, frames: Sequence[RgbImage]) -> None:
+    """Write ``frames`` and their way back as GIF or MP4, by suffix; complete or not at all.
 
     An MP4 of odd height or width repeats the last row or column, for its codec.
 
     Raises:
         UserError: it cannot be written.
     """
-    there_and_back = [*frames, *frames[-2:0:-1]]
-    encode = _gif if path.suffix == ".gif" else _mp4
-    write_bytes(path, encode(there_and_back))
+    encode = _encode_gif if path.suffix == ".gif" else _encode_mp4
+    write_bytes(path, encode([*frames, *frames[-2:0:-1]]))
 
 
 def check_animation(suffix: str) -> None:
-    """Raises UserError where such files cannot be made here."""
+    """Check that files of this suffix can be made here.
+
+    Raises:
+        UserError: they cannot.
+    """
     if suffix == ".mp4":
-        _mp4([np.zeros((64, 64, 3), np.uint8)] * 2)
+        _encode_mp4([np.zeros((64, 64, 3), np.uint8)] * 2)
 
 
-def _gif(frames: Sequence[Picture]) -> bytes:
+def _encode_gif(frames: Sequence[RgbImage]) -> bytes:
     first, *others = (Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE) for frame in frames)
     file = io.BytesIO()
     first.save(file, "GIF", save_all=True, append_images=others, duration=1000 // FRAMES_PER_SECOND, loop=0)
     return file.getvalue()
 
 
-def _mp4(frames: Sequence[Picture]) -> bytes:
+def _encode_mp4(frames: Sequence[RgbImage]) -> bytes:
     height, width = frames[0].shape[:2]
     to_even = ((0, height % 2), (0, width % 2), (0, 0))
     with tempfile.TemporaryDirectory() as folder:

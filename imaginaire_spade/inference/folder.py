@@ -1,7 +1,7 @@
 """Generate a folder of images from a data set's label maps.
 
 Owns the order of a run: which label maps are this process's, reading ahead, label maps that cannot be used, writing,
-progress, and the gallery page.
+progress, and what the gallery page shows.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,22 +22,22 @@ from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.image_files import image_size
 from imaginaire_spade.data.loader import read_ahead
 from imaginaire_spade.distributed import ProcessInfo
-from imaginaire_spade.errors import DataError
+from imaginaire_spade.errors import DataError, catch_data_error
+from imaginaire_spade.files import RgbImage, write_image
 from imaginaire_spade.inference.animation import write_animation
+from imaginaire_spade.inference.gallery import write_gallery
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.output import Output, Writer, check_output_folder, make_folder, plan_outputs
-from imaginaire_spade.inference.sizes import MAX_PIXELS, Size, SizeRule, shown
+from imaginaire_spade.inference.sizes import MAX_PIXELS, Size, SizeRule, format_size
 from imaginaire_spade.inference.style import StyleOf, drawn_styles
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, synthesise
-from imaginaire_spade.inference.weights import LoadedModel
-from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.pictures import GalleryEntry, Picture, write_gallery, write_image
 
 READ_THREADS = 3
 PROBLEMS_SHOWN = 10
 
 
 class Progress:
-    """Progress on stderr: a bar on a terminal, else a line now and then; nothing where ``shown`` is False."""
+    """Report progress on stderr: a bar on a terminal, else a line now and then; nothing if ``shown`` is False."""
 
     SECONDS_BETWEEN_LINES = 10.0
 
@@ -60,13 +61,36 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class FolderOptions:
+    """Which files a run writes, and which label maps it takes."""
+
+    batch_size: int = 1
+    num_samples: int = 1
+    """Images per label map."""
+    suffix: str = ".png"
+    """Of image files: ".png" or ".jpg"."""
+    animation: str | None = None
+    """".gif" or ".mp4": also write a file per label map that shows its samples one after the other."""
+    existing: Literal["refuse", "skip", "overwrite"] = "refuse"
+    """What to do about images that are in the folder already."""
+    on_bad_label: Literal["fail", "skip"] = "fail"
+    """"fail": check every label map before the first image; "skip": leave out those that cannot be used."""
+    max_pixels: int = MAX_PIXELS
+    """A label map that would be generated (or resized back) at more cannot be used."""
+    resize_back: bool = False
+    """Resize images to the size of the stored label map; else they have the size at which they are generated."""
+    gallery: bool = True
+    """Write ``index.html`` (rank 0; it shows the images of all processes) and coloured label maps for it."""
+
+
+@dataclass(frozen=True)
 class RunReport:
     """What one process did."""
 
-    pictures: int
+    images: int
     """Written by this process."""
     total: int
-    """Of all processes, those that were there already included."""
+    """Of all processes, including those that were there before."""
     seconds: float
     gallery: Path | None
     left_out: tuple[str, ...]
@@ -74,21 +98,13 @@ class RunReport:
 
 
 def generate_folder(
-    model: LoadedModel,
+    model: Model,
     dataset: LabelMapDataset,
     directory: Path,
+    options: FolderOptions | None = None,
     *,
-    batch_size: int = 1,
-    num_samples: int = 1,
     style_of: StyleOf | None = None,
-    suffix: str = ".png",
-    animation: str | None = None,
-    existing: Literal["refuse", "skip", "overwrite"] = "refuse",
-    on_bad_label: Literal["fail", "skip"] = "fail",
-    max_pixels: int = MAX_PIXELS,
     sizes: SizeRule | None = None,
-    resize_back: bool = False,
-    gallery: bool = True,
     info: ProcessInfo | None = None,
     on_written: Callable[[int, int], None] = lambda done, total: None,
     on_note: Callable[[str], None] = lambda note: None,
@@ -98,198 +114,196 @@ def generate_folder(
     Args:
         dataset: label maps, made with ``with_images=False``.
         directory: output folder.
-        num_samples: pictures per label map.
-        style_of: the style code of each picture; default: one drawn for each, with seed 0.
-        animation: ".gif" or ".mp4": also a file per label map that shows its samples one after the other.
-        existing: what to do with pictures in ``directory``: "refuse", "skip" or "overwrite".
-        on_bad_label: "fail": every label map is looked at before the first picture is made; "skip": those that cannot
-            be used are left out.
-        max_pixels: label maps that would be generated (or resized back) at more cannot be used.
-        sizes: the rule by which ``dataset`` resizes label maps, to say what it does.
-        resize_back: resize pictures to the size of the stored label map; else they are of that at which it is read.
-        gallery: write ``index.html`` (rank 0; it names every process's pictures) and coloured label maps for it.
-        on_written: called with (pictures done, pictures to do) of this process.
-        on_note: called (rank 0) with what the user should know: before the first picture where all label maps are
-            looked at by then, else at the end.
+        style_of: the style code of each image; default: one drawn for each, with seed 0.
+        sizes: the rule by which ``dataset`` resizes label maps; with it, a note describes what it does.
+        on_written: called with (images done, images to do) of this process.
+        on_note: called (rank 0) with what the user should know: before the first image if all label maps are checked
+            by then, else at the end.
     Raises:
-        UserError: before the first picture, for whatever can be known by then; DataError for a label map that cannot
-            be used, naming the file. Pictures written by then stay, and are whole.
+        UserError: a mistake, found before the first image if it can be known by then.
+        DataError: a label map that cannot be used; the message names its file. Images written by then are complete.
     """
-    info = info or ProcessInfo()
-    style_of = style_of or drawn_styles(0, model.style_dims, num_samples)
-    everything = plan_outputs(dataset.keys, num_samples, suffix, animation)
+    info, options = info or ProcessInfo(), options or FolderOptions()
+    tell = partial(_tell, on_note, info)
+
+    # Plan this process's files.
+    everything = plan_outputs(dataset.keys, options.num_samples, options.suffix, options.animation)
     own = everything[info.rank :: info.world_size]
-    if existing == "refuse":
+    if options.existing == "refuse":
         check_output_folder(directory, own, everything)
     make_folder(directory)
-    wanted = {output.key: _wanted(output, directory, existing == "skip", gallery) for output in own}
-    todo = [output for output in own if wanted[output.key] is not None]
-    number = sum(len(samples or ()) for samples in wanted.values())
+    jobs = {output: samples for output in own if (samples := _find_missing(output, directory, options)) is not None}
+    share = _Share(dataset, directory, options, style_of or drawn_styles(0, model.style_dims, options.num_samples))
 
-    def tell(note: str | None) -> None:
-        if note is not None and info.is_main:
-            on_note(note if info.world_size == 1 else f"process {info.rank} of {info.world_size}: {note}")
+    # Check all label maps before the first image, unless unusable ones are left out as they come.
+    if options.existing == "skip":
+        tell(_describe_kept(dataset, directory, own, options))
+    if options.on_bad_label == "fail":
+        share.check(jobs)
+        tell(share.describe_sizes(sizes))
 
-    own_sizes: Counter[Size] = Counter()
-    if existing == "skip":
-        tell(_note_of_kept(dataset, directory, own, resize_back))
-    if on_bad_label == "fail":
-        own_sizes = _check_label_maps(dataset, todo, max_pixels, resize_back)
-        tell(sizes.note(own_sizes, resize_back=resize_back) if sizes else None)
-
-    def read(output: Output) -> tuple[Output, Sample | DataError]:
-        try:
-            sample = dataset[output.index]
-            size = (sample.labels.shape[0], sample.labels.shape[1])
-            _check_pixels(sample.key, sample.original_size, size, max_pixels, resize_back)
-        except DataError as error:
-            if on_bad_label == "fail":
-                raise
-            return output, error
-        return output, sample
-
-    started_at, done = time.perf_counter(), 0
-    left_out: dict[str, str] = {}
-    places = {path: (output, j) for output in todo for j, path in enumerate(output.pictures)}
-    films: dict[str, dict[int, Picture]] = {}
+    # Read ahead, generate in batches of one size, write.
+    started_at, done, number = time.perf_counter(), 0, sum(map(len, jobs.values()))
     with Writer() as writer:
-
-        def requests() -> Iterator[Request]:
-            for output, sample in read_ahead(read, todo, BATCHES_HELD, num_threads=READ_THREADS):
-                if isinstance(sample, DataError):
-                    left_out[output.key] = str(sample)
-                    continue
-                if on_bad_label == "skip":  # else they are known
-                    own_sizes[sample.original_size] += 1
-                if gallery:
-                    coloured = dataset.labels.colourise(sample.labels.numpy())
-                    writer.put(write_image, directory / output.label_map, coloured)
-                for j in wanted[output.key] or ():
-                    z = style_of(output.key, j)
-                    back = sample.original_size if resize_back else None
-                    yield Request(output.pictures[j], sample.labels, sample.edges, z, sample.distances, back)
-
-        for path, picture in synthesise(model, requests(), batch_size):
-            writer.put(write_image, directory / path, picture)
-            output, j = places[path]
-            if output.animation is not None:
-                film = films.setdefault(output.key, {})
-                film[j] = picture
-                if len(film) == num_samples:
-                    frames = [frame for _, frame in sorted(films.pop(output.key).items())]
-                    writer.put(write_animation, directory / output.animation, frames)
+        for path, image in synthesise(model, share.read(jobs, writer), options.batch_size):
+            share.write(path, image, writer)
             done += 1
             on_written(done, number)
     seconds = time.perf_counter() - started_at
-    if on_bad_label == "skip":
-        tell(sizes.note(own_sizes, resize_back=resize_back) if sizes else None)
+    if options.on_bad_label == "skip":
+        tell(share.describe_sizes(sizes))
+
+    # Write the gallery. What other processes leave out is found again, rather than agreed on between them.
     page = None
-    if gallery and info.is_main:
-        absent = set(left_out)
-        if on_bad_label == "skip":
-            # What other processes leave out is found again, rather than agreed on between them.
-            others = [output for output in everything if output.key not in wanted]
-            looked_at = _looked_at(dataset, others, max_pixels, resize_back)
-            absent |= {o.key for o, found in zip(others, looked_at, strict=True) if isinstance(found, DataError)}
-        page = _write_gallery(model, dataset.labels, directory, [o for o in everything if o.key not in absent])
-    total = sum(len(output.pictures) for output in everything)
-    return RunReport(done, total, seconds, page, tuple(left_out.values()))
+    if options.gallery and info.is_main:
+        absent = set(share.left_out)
+        if options.on_bad_label == "skip":
+            mine = set(own)
+            absent |= share.find_unusable([output for output in everything if output not in mine])
+        title = f"{directory.resolve().name}: generator after {model.images_seen:,} images ({model.weights} weights)"
+        page = write_gallery(directory, [o for o in everything if o.key not in absent], title, dataset.labels)
+    total = sum(len(output.images) for output in everything)
+    return RunReport(done, total, seconds, page, tuple(share.left_out.values()))
 
 
-def _wanted(output: Output, directory: Path, keep: bool, gallery: bool) -> Sequence[int] | None:
-    """The samples of a label map that are to be made; None where not even the gallery lacks anything."""
-    missing = [j for j, path in enumerate(output.pictures) if not (keep and (directory / path).is_file())]
-    if output.animation is not None and (missing or not (directory / output.animation).is_file()):
-        missing = list(range(len(output.pictures)))  # an animation is made of all its frames
-    return missing if missing or (gallery and not (directory / output.label_map).is_file()) else None
+class _Share:
+    """The label maps of one process on their way: checked, read, and their images written."""
 
+    def __init__(self, dataset: LabelMapDataset, directory: Path, options: FolderOptions, style_of: StyleOf) -> None:
+        self.dataset, self.directory, self.options, self.style_of = dataset, directory, options, style_of
+        self.left_out: dict[str, str] = {}
+        """Key -> why its label map cannot be used."""
+        self._stored_sizes: dict[str, Size] = {}
+        """Key -> (height, width)."""
+        self._animated: dict[str, Output] = {}
+        """Image path -> the files of its label map."""
+        self._frames: dict[str, dict[str, RgbImage]] = {}
+        """Animation path -> image path -> the images made so far."""
 
-def _note_of_kept(
-    dataset: LabelMapDataset, directory: Path, outputs: Sequence[Output], resize_back: bool
-) -> str | None:
-    """Says so where the first of the pictures that stay is of another size than this run would write."""
-    for output in outputs:
-        path = directory / output.pictures[0]
-        if not path.is_file():
-            continue
-        try:
-            stored, read = dataset.check_label_map(output.index)
-            kept = image_size(path.read_bytes(), str(path))
-        except DataError:
-            return None
-        size = stored if resize_back else read
-        if kept != size:
-            return (
-                f"{path} is kept at {shown(kept)}, but this run would write {shown(size)}: the folder will hold"
-                " images of several sizes (--overwrite generates all again)"
+    def check(self, outputs: Iterable[Output]) -> None:
+        """Read label maps, to find those that cannot be used.
+
+        Raises:
+            DataError: what is wrong with the first one, and how many more there are.
+        """
+        problems: list[DataError] = []
+        for output, found in self._look_at(outputs):
+            if isinstance(found, DataError):
+                problems.append(found)
+            else:
+                self._stored_sizes[output.key] = found
+            if len(problems) == PROBLEMS_SHOWN:
+                break
+        if problems:
+            first, *others = problems
+            more = "".join(f"\n  {str(other).split('. ')[0]}" for other in others)
+            raise type(first)(
+                f"{first}"
+                + (f"\n{len(others)} more{' or more' * (len(problems) == PROBLEMS_SHOWN)}:{more}" if others else "")
+                + "\n(--on_bad_label skip leaves such label maps out; ignore takes unknown ids as don't care)"
             )
-        return None
-    return None
 
+    def find_unusable(self, outputs: Iterable[Output]) -> set[str]:
+        """Return the keys of the label maps that cannot be used."""
+        return {output.key for output, found in self._look_at(outputs) if isinstance(found, DataError)}
 
-def _looked_at(
-    dataset: LabelMapDataset, outputs: Sequence[Output], max_pixels: int, resize_back: bool
-) -> Iterator[Size | DataError]:
-    """(height, width) of each label map as stored, or what is wrong with it."""
+    def _look_at(self, outputs: Iterable[Output]) -> Iterator[tuple[Output, Size | DataError]]:
+        """Yield (height, width) of each label map as stored, or what is wrong with it."""
+        outputs = list(outputs)
+        found = read_ahead(catch_data_error(self._stored_size), outputs, 8 * READ_THREADS, num_threads=READ_THREADS)
+        return zip(outputs, found, strict=True)
 
-    def look(output: Output) -> Size | DataError:
-        try:
-            stored, read = dataset.check_label_map(output.index)
-            _check_pixels(output.key, stored, read, max_pixels, resize_back)
-        except DataError as error:
-            return error
+    def _stored_size(self, output: Output) -> Size:
+        stored, read = self.dataset.check_label_map(output.index)
+        self._check_pixels(output.key, stored, read)
         return stored
 
-    return read_ahead(look, outputs, 8 * READ_THREADS, num_threads=READ_THREADS)
+    def read(self, jobs: Mapping[Output, Sequence[int]], writer: Writer) -> Iterator[Request]:
+        """Read label maps ahead and yield the images to make; write the label maps that the gallery shows."""
+        self._animated = {path: output for output in jobs if output.animation for path in output.images}
+        samples = read_ahead(catch_data_error(self._read_sample), jobs, BATCHES_HELD, num_threads=READ_THREADS)
+        for (output, numbers), sample in zip(jobs.items(), samples, strict=True):
+            if isinstance(sample, DataError):
+                if self.options.on_bad_label == "fail":
+                    raise sample
+                self.left_out[output.key] = str(sample)
+                continue
+            self._stored_sizes[output.key] = sample.original_size
+            if self.options.gallery:
+                coloured = self.dataset.labels.colourise(sample.labels.numpy())
+                writer.put(write_image, self.directory / output.label_map, coloured)
+            back = sample.original_size if self.options.resize_back else None
+            for j in numbers:
+                z = self.style_of(output.key, j)
+                yield Request(output.images[j], sample.labels, sample.edges, z, sample.distances, back)
+
+    def _read_sample(self, output: Output) -> Sample:
+        sample = self.dataset[output.index]
+        self._check_pixels(sample.key, sample.original_size, (sample.labels.shape[0], sample.labels.shape[1]))
+        return sample
+
+    def _check_pixels(self, key: str, stored: Size, read: Size) -> None:
+        if (pixels := read[0] * read[1]) > self.options.max_pixels:
+            raise DataError(
+                f"{key}: a label map that would be generated at {format_size(read)}, {pixels:,} pixels in one piece."
+                f" Write{' --size trained or' if read == stored else ''} a smaller --size HEIGHTxWIDTH, or write"
+                f" --max_pixels {pixels} if the memory is there"
+            )
+        if self.options.resize_back and (pixels := stored[0] * stored[1]) > self.options.max_pixels:
+            raise DataError(
+                f"{key}: a label map of {format_size(stored)}, {pixels:,} pixels, to which its image would be resized"
+                f" back. Leave --resize_back out, or write --max_pixels {pixels} if the memory is there"
+            )
+
+    def write(self, path: str, image: RgbImage, writer: Writer) -> None:
+        """Write an image, and its label map's animation once all frames are made."""
+        writer.put(write_image, self.directory / path, image)
+        output = self._animated.get(path)
+        if output is not None and output.animation is not None:
+            frames = self._frames.setdefault(output.animation, {})
+            frames[path] = image
+            if len(frames) == len(output.images):
+                del self._frames[output.animation]
+                in_order = [frames[image_path] for image_path in output.images]
+                writer.put(write_animation, self.directory / output.animation, in_order)
+
+    def describe_sizes(self, rule: SizeRule | None) -> str | None:
+        """Describe how label maps are resized; None if they are not."""
+        sizes = Counter(self._stored_sizes.values())
+        return rule.note(sizes, resize_back=self.options.resize_back) if rule else None
 
 
-def _check_label_maps(
-    dataset: LabelMapDataset, outputs: Sequence[Output], max_pixels: int, resize_back: bool
-) -> Counter[Size]:
-    """How many label maps are of each (height, width).
-
-    Raises:
-        DataError: what is wrong with the first label map that cannot be used, and how many more there are.
-    """
-    problems: list[DataError] = []
-    sizes: Counter[Size] = Counter()
-    for found in _looked_at(dataset, outputs, max_pixels, resize_back):
-        if isinstance(found, DataError):
-            problems.append(found)
-        else:
-            sizes[found] += 1
-        if len(problems) == PROBLEMS_SHOWN:
-            break
-    if problems:
-        first, *others = problems
-        more = "".join(f"\n  {str(other).split('. ')[0]}" for other in others)
-        raise type(first)(
-            f"{first}"
-            + (f"\n{len(others)} more{' or more' * (len(problems) == PROBLEMS_SHOWN)}:{more}" if others else "")
-            + "\n(--on_bad_label skip leaves such label maps out; ignore takes unknown ids as don't care)"
-        )
-    return sizes
+def _tell(on_note: Callable[[str], None], info: ProcessInfo, note: str | None) -> None:
+    """Pass a note on, if there is one and this is rank 0."""
+    if note is not None and info.is_main:
+        on_note(note if info.world_size == 1 else f"process {info.rank} of {info.world_size}: {note}")
 
 
-def _check_pixels(key: str, stored: Size, read: Size, most: int, resize_back: bool) -> None:
-    if (pixels := read[0] * read[1]) > most:
-        raise DataError(
-            f"{key}: a label map that would be generated at {shown(read)}, {pixels:,} pixels in one piece. Write"
-            f"{' --size trained or' if read == stored else ''} a smaller --size HEIGHTxWIDTH, or write --max_pixels"
-            f" {pixels} if the memory is there"
-        )
-    if resize_back and (pixels := stored[0] * stored[1]) > most:
-        raise DataError(
-            f"{key}: a label map of {shown(stored)}, {pixels:,} pixels, to which its image would be resized back."
-            f" Leave --resize_back out, or write --max_pixels {pixels} if the memory is there"
-        )
+def _find_missing(output: Output, directory: Path, options: FolderOptions) -> Sequence[int] | None:
+    """Return the numbers of the samples to make; None if not even the gallery lacks anything."""
+    keep = options.existing == "skip"
+    missing = [j for j, path in enumerate(output.images) if not (keep and (directory / path).is_file())]
+    if output.animation is not None and (missing or not (directory / output.animation).is_file()):
+        missing = list(range(len(output.images)))  # an animation is made of all its frames
+    return missing if missing or (options.gallery and not (directory / output.label_map).is_file()) else None
 
 
-def _write_gallery(model: LoadedModel, labels: LabelSpec, directory: Path, outputs: Sequence[Output]) -> Path:
-    legend = [(labels.name(i), tuple(labels.colours[i].tolist())) for i in range(labels.num_classes + 1)]
-    entries = [
-        GalleryEntry(o.key, o.label_map, (o.animation,) if o.animation and o.animation.endswith(".gif") else o.pictures)
-        for o in outputs
-    ]
-    title = f"{directory.resolve().name}: generator after {model.images_seen:,} images ({model.weights} weights)"
-    return write_gallery(directory, entries, title, legend=legend)
+def _describe_kept(
+    dataset: LabelMapDataset, directory: Path, outputs: Sequence[Output], options: FolderOptions
+) -> str | None:
+    """Warn if the first of the images that stay has another size than this run would write."""
+    first = next((output for output in outputs if (directory / output.images[0]).is_file()), None)
+    if first is None:
+        return None
+    path = directory / first.images[0]
+    try:
+        stored, read = dataset.check_label_map(first.index)
+        kept = image_size(path.read_bytes(), str(path))
+    except DataError:
+        return None
+    if kept == (size := stored if options.resize_back else read):
+        return None
+    return (
+        f"{path} is kept at {format_size(kept)}, but this run would write {format_size(size)}: the folder will hold"
+        " images of several sizes (--overwrite generates all again)"
+    )

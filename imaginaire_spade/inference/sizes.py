@@ -1,8 +1,8 @@
 """Choose the size at which a label map is generated (``--size``), and word the note to the user.
 
-Owns the rule and its words alone: label maps are resized by the data set's geometry, pictures by ``pictures.resized``.
-A generator knows objects at the scale at which it has seen them: a street learned at 96x128 and generated at 360x480
-has black walls and a white road.
+Owns the rule and its words alone: the data set's geometry resizes label maps, ``files.resize_image`` images. A
+generator knows objects at the scale at which it has seen them: a street learned at 96x128 and generated at 360x480 has
+black walls and a white road.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ def read_size(
     """
     if given is None or given == "trained" or given == "own":
         return given  # type: ignore[return-value]
-    size = _two_numbers(given)
+    size = _parse_size(given)
     if size is None or min(size) < 1:
         raise ConfigError(f"{name} {given}: write trained, own, or HEIGHTxWIDTH in pixels, such as 256x512")
     pixels = size[0] * size[1]
     if pixels > max_pixels:
         more = f", or {raise_with} {pixels} if the memory is there" if raise_with else ""
         raise ConfigError(
-            f"{name} {shown(size)}: {pixels:,} pixels, and an image is made in one piece: write a size of at most"
+            f"{name} {format_size(size)}: {pixels:,} pixels, and an image is made in one piece: write a size of at most"
             f" {max_pixels:,} pixels{more}"
         )
     return size
 
 
-def _two_numbers(given: str | tuple[int, int]) -> Size | None:
+def _parse_size(given: str | tuple[int, int]) -> Size | None:
     if isinstance(given, str):
         found = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", given, re.IGNORECASE)
         return (int(found[1]), int(found[2])) if found else None
@@ -64,14 +64,14 @@ def _two_numbers(given: str | tuple[int, int]) -> Size | None:
     return None
 
 
-def shown(size: Size) -> str:
+def format_size(size: Size) -> str:
     """Format a size as HEIGHTxWIDTH."""
     return f"{size[0]}x{size[1]}"
 
 
 @dataclass(frozen=True)
 class SizeRule:
-    """(height, width) of a label map -> that at which it is generated.
+    """The rule: (height, width) of a label map -> that at which it is generated.
 
     Raises:
         ConfigError: the trained size is asked for, and there is none.
@@ -91,7 +91,7 @@ class SizeRule:
 
     @property
     def one_size(self) -> Size | None:
-        """That of every label map, where its own does not matter."""
+        """The size of every image, if the label map's own does not matter."""
         return self.trained if self.asked == "trained" else self.asked if isinstance(self.asked, tuple) else None
 
     def __call__(self, own: Size) -> Size:
@@ -114,24 +114,24 @@ class SizeRule:
         """
         resized = {size: number for size, number in label_maps.items() if self(size) != size}
         if resized:
-            return self._of_resized(resized, sum(label_maps.values()), resize_back)
+            return self._describe_resized(resized, sum(label_maps.values()), resize_back)
         far = {size: number for size, number in label_maps.items() if self.is_far(size)}
         if not far or self.trained is None:
             return None
         return (
-            f"{_counted(far, sum(label_maps.values()))} generated at their own size; this generator was trained at"
-            f" {shown(self.trained)} and has never seen such sizes (--size trained generates at that one)"
+            f"{_count(far, sum(label_maps.values()))} generated at their own size; this generator was trained at"
+            f" {format_size(self.trained)} and has never seen such sizes (--size trained generates at that one)"
         )
 
-    def _of_resized(self, resized: Mapping[Size, int], total: int, resize_back: bool) -> str:
+    def _describe_resized(self, resized: Mapping[Size, int], total: int, resize_back: bool) -> str:
         target = self(next(iter(resized)))
         at_trained = "the size this generator was trained at"
-        facts, hints = [f"{_counted(resized, total)} generated at {shown(target)}"], []
+        facts, hints = [f"{_count(resized, total)} generated at {format_size(target)}"], []
         if target == self.trained:
             facts[0] += f", {at_trained}"
         else:
             facts[0] += ", as --size says"
-            facts += [f"{shown(self.trained)} is {at_trained}"] if self.trained else []
+            facts += [f"{format_size(self.trained)} is {at_trained}"] if self.trained else []
         squeezed = {size: number for size, number in resized.items() if not _same_aspect(size, target)}
         if squeezed:
             some = f" of {sum(squeezed.values())} of them" if squeezed != resized else ""
@@ -139,7 +139,7 @@ class SizeRule:
             before = ratios[0] if len(ratios) == 1 else f"{ratios[0]} to {ratios[-1]}"
             facts.append(f"the aspect ratio{some} changes, width / height {before} becomes {target[1] / target[0]:.2f}")
             if len(resized) == 1:
-                hints.append(f"--size {shown(_scaled(next(iter(resized)), min(target)))} keeps it")
+                hints.append(f"--size {format_size(_scale(next(iter(resized)), min(target)))} keeps it")
         if self.asked is None:
             hints.append("--size own generates at their own size")
         if resize_back:
@@ -149,7 +149,7 @@ class SizeRule:
         return "; ".join(facts) + (f" ({'; '.join(hints)})" if hints else "")
 
 
-def _scaled(size: Size, smaller_side: int) -> Size:
+def _scale(size: Size, smaller_side: int) -> Size:
     factor = smaller_side / min(size)
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
@@ -159,10 +159,11 @@ def _same_aspect(a: Size, b: Size) -> bool:
     return max(one, other) < SAME_ASPECT * min(one, other)
 
 
-def _counted(sizes: Mapping[Size, int], total: int) -> str:
-    """``3 of 5 label maps of 33x31 to 360x480 are``."""
+def _count(sizes: Mapping[Size, int], total: int) -> str:
+    """Begin a sentence: ``3 of 5 label maps of 33x31 to 360x480 are``."""
     number = sum(sizes.values())
     smallest, largest = (choose(sizes, key=lambda size: size[0] * size[1]) for choose in (min, max))
-    between = shown(smallest) if len(sizes) == 1 else f"{len(sizes)} sizes ({shown(smallest)} to {shown(largest)})"
+    low, high = format_size(smallest), format_size(largest)
+    span = low if len(sizes) == 1 else f"{len(sizes)} sizes ({low} to {high})"
     several = f"{number} of {total}" if number < total else str(number)
-    return f"{several} label map{'s' * (total > 1)} of {between} {'is' if number == 1 else 'are'}"
+    return f"{several} label map{'s' * (total > 1)} of {span} {'is' if number == 1 else 'are'}"

@@ -1,7 +1,7 @@
 """Choose each image's style code: from a seed, from an image, or between two.
 
 A ``StyleOf`` is a function of a label map's key and the number of the sample, so that neither order nor the number of
-processes changes a picture.
+processes changes an image.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from imaginaire_spade.data.batch import normalise
 from imaginaire_spade.data.image_files import decode_image
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.errors import CheckpointError, DataError
-from imaginaire_spade.inference.weights import LoadedModel
+from imaginaire_spade.files import RgbImage
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.models.encoder import sample_style
 from imaginaire_spade.noise import style_noise
-from imaginaire_spade.pictures import Picture
 
 StyleOf = Callable[[str, int], Tensor | None]
 """(key, number of the sample) -> style code float32 [style_dims] on the CPU; None for a generator that takes none."""
@@ -53,26 +53,26 @@ def _noise(seed: int, key: str, sample: int, style_dims: int, num_samples: int) 
     return style_noise(seed, [key if num_samples == 1 else f"{key}#{sample}"], style_dims)[0]
 
 
-# ------------------------------------------------------------------------------------------------ of pictures
+# ------------------------------------------------------------------------------------------------ of images
 
 
-def picture_styles(model: LoadedModel, path: Path, keys: Sequence[str], seed: int = 0, num_samples: int = 1) -> StyleOf:
+def image_styles(model: Model, path: Path, keys: Sequence[str], seed: int = 0, num_samples: int = 1) -> StyleOf:
     """Encode the styles of one image file, or of a folder's (data set's) images.
 
-    A folder's pictures join the label maps by name (SEQUENCE/STEM). Where no name agrees, they take turns: the i-th
-    label map, sorted by key, gets the i-th picture, and after the last one the first again.
+    A folder's images join the label maps by name (SEQUENCE/STEM). If no name agrees, they take turns: the i-th label
+    map, sorted by key, gets the i-th image, and after the last one the first again.
 
     Args:
         keys: of all label maps.
-        num_samples: for 1 a picture gets the mean of the encoder's distribution; for more, draws from it.
+        num_samples: for 1 an image gets the mean of the encoder's distribution; for more, draws from it.
     Raises:
         CheckpointError: trained without an encoder.
-        DataError: no picture; or a folder that has pictures for some label maps only.
+        DataError: no image; or a folder that has images for some label maps only.
     """
     check_has_encoder(model)
     if not path.is_dir():
-        styles = [encode_style(model, read_style_picture(path))]
-        return _around(lambda key: styles[0], seed, num_samples)
+        styles = [encode_style(model, read_style_image(path))]
+        return _around_mean(lambda key: styles[0], seed, num_samples)
     source = open_source(path, ["images"], bare=True)
     missing = sorted(set(keys) - set(source.keys))
     if missing and len(missing) < len(set(keys)):
@@ -87,11 +87,11 @@ def picture_styles(model: LoadedModel, path: Path, keys: Sequence[str], seed: in
     def encoded(name: str) -> tuple[Tensor, Tensor]:
         return encode_style(model, decode_image(source.read(name, "images"), source.describe(name, "images")))
 
-    return _around(lambda key: encoded(names[key] if names else key), seed, num_samples)
+    return _around_mean(lambda key: encoded(names[key] if names else key), seed, num_samples)
 
 
-def _around(style_of: Callable[[str], tuple[Tensor, Tensor]], seed: int, num_samples: int) -> StyleOf:
-    """``style_of``: key -> (mu, logvar)."""
+def _around_mean(style_of: Callable[[str], tuple[Tensor, Tensor]], seed: int, num_samples: int) -> StyleOf:
+    """Sample around what ``style_of`` gives: key -> (mu, logvar)."""
 
     def style(key: str, sample: int) -> Tensor:
         mu, logvar = style_of(key)
@@ -100,8 +100,12 @@ def _around(style_of: Callable[[str], tuple[Tensor, Tensor]], seed: int, num_sam
     return style
 
 
-def read_style_picture(path: Path) -> Picture:
-    """Read an image file: RGB uint8 [H, W, 3]. Raises DataError."""
+def read_style_image(path: Path) -> RgbImage:
+    """Read an image file: RGB uint8 [H, W, 3].
+
+    Raises:
+        DataError: no image.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -109,8 +113,12 @@ def read_style_picture(path: Path) -> Picture:
     return decode_image(content, f"style image {path}")
 
 
-def check_has_encoder(model: LoadedModel) -> None:
-    """Raise CheckpointError if the checkpoint was trained without a style encoder."""
+def check_has_encoder(model: Model) -> None:
+    """Check that the checkpoint was trained with a style encoder.
+
+    Raises:
+        CheckpointError: it was not.
+    """
     if model.encoder is None:
         instead = "a seed gives it a style (--style_seed)" if model.style_dims else "it takes no style at all"
         raise CheckpointError(
@@ -120,23 +128,23 @@ def check_has_encoder(model: LoadedModel) -> None:
 
 
 @torch.inference_mode()
-def encode_style(model: LoadedModel, picture: Picture) -> tuple[Tensor, Tensor]:
+def encode_style(model: Model, image: RgbImage) -> tuple[Tensor, Tensor]:
     """Encode (mu, logvar) of an image's style, float32 [style_dims] each, on the CPU.
 
     Args:
-        picture: RGB uint8 [H, W, 3] of any size.
+        image: RGB uint8 [H, W, 3] of any size.
     Raises:
         CheckpointError: trained without an encoder.
     """
     check_has_encoder(model)
     assert model.encoder is not None
-    # Shrunk by area average to about the size of the training pictures; the encoder's own resizing would alias.
-    scale = min(model.trained_size) / min(picture.shape[:2]) if model.trained_size else 1
+    # Shrunk by area average to about the size of the training images; the encoder's own resizing would alias.
+    scale = min(model.trained_size) / min(image.shape[:2]) if model.trained_size else 1
     if scale < 1:
-        size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
-        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
-    image = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].to(model.device)
-    mu, logvar = model.encoder(normalise(image))
+        size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(model.device)
+    mu, logvar = model.encoder(normalise(pixels))
     return mu[0].float().cpu(), logvar[0].float().cpu()
 
 
@@ -145,14 +153,15 @@ def encode_style(model: LoadedModel, picture: Picture) -> tuple[Tensor, Tensor]:
 
 def interpolated_styles(start: Tensor, end: Tensor, steps: int) -> StyleOf:
     """Interpolate between two style codes in ``steps`` samples, ends included, the same for every label map."""
-    return lambda key, sample: between(start, end, sample / (steps - 1))
+    return lambda key, sample: slerp(start, end, sample / (steps - 1))
 
 
-def style_named(model: LoadedModel, name: str) -> Tensor:
+def style_named(model: Model, name: str) -> Tensor:
     """Return the style code of ``name``, float32 [style_dims]: digits are a seed, all else is an image file.
 
     Raises:
-        CheckpointError: the generator takes no style code, or the checkpoint has no encoder. DataError: no picture.
+        CheckpointError: the generator takes no style code, or the checkpoint has no encoder.
+        DataError: no image.
     """
     if not model.style_dims:
         raise CheckpointError(
@@ -161,12 +170,13 @@ def style_named(model: LoadedModel, name: str) -> Tensor:
     if name.isdecimal():
         return style_of_seed(int(name), model.style_dims)
     check_has_encoder(model)
-    return encode_style(model, read_style_picture(Path(name)))[0]
+    return encode_style(model, read_style_image(Path(name)))[0]
 
 
-def between(start: Tensor, end: Tensor, place: float) -> Tensor:
-    """Spherical interpolation (White 2016, "Sampling generative networks"): codes on the way are as long as its ends,
-    where a straight line's middle is shorter than any code that training drew. ``place`` 0..1."""
+def slerp(start: Tensor, end: Tensor, place: float) -> Tensor:
+    """Interpolate spherically between two style codes, float32 [style_dims]; ``place`` 0..1 (White 2016, "Sampling
+    generative networks"). Codes on the way are as long as the ends; linear ones are shorter than any seen in training.
+    """
     cosine = torch.dot(start, end) / (start.norm() * end.norm()).clamp_min(1e-12)
     angle = math.acos(max(-1.0, min(1.0, float(cosine))))
     if math.sin(angle) < 1e-4:  # parallel: a straight line

@@ -1,7 +1,7 @@
 """Generate images from label maps in Python: ``Synthesizer.load("model.pt")(label_map, seed=0)``.
 
-Owns what a caller's label map, edges and style may be. How a label map goes through the generator is ``synthesis``'s,
-and at which size is that of ``sizes``.
+Owns what a caller's label map, edges and style may be. ``synthesis`` owns how a label map goes through the generator,
+``sizes`` at which size.
 """
 
 from __future__ import annotations
@@ -15,60 +15,57 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from imaginaire_spade.build import layout_spec
 from imaginaire_spade.data.transforms import Geometry, apply_to_map
 from imaginaire_spade.distributed import ProcessInfo, choose_device
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError
-from imaginaire_spade.inference.sizes import Size, SizeRule, read_size, shown
-from imaginaire_spade.inference.style import encode_style, read_style_picture, style_of_seed
+from imaginaire_spade.files import RgbImage
+from imaginaire_spade.inference.model import Model, find_checkpoint
+from imaginaire_spade.inference.sizes import Size, SizeRule, format_size, read_size
+from imaginaire_spade.inference.style import encode_style, read_style_image, style_of_seed
 from imaginaire_spade.inference.synthesis import Request, synthesise
-from imaginaire_spade.inference.weights import LoadedModel, find_checkpoint, load_generator
 from imaginaire_spade.labels import MAX_RAW_ID, LabelSpec, edges_from_ids
-from imaginaire_spade.pictures import Picture
 
 ImageLike = Image.Image | NDArray[Any]
 MODES = ("1", "L", "P", "RGB", "I", "I;16")
-"""Of PIL pictures of ids or colours. Of P the indices count, as in files."""
+"""Of PIL images of ids or colours. Of P the indices count, as in files."""
 WHERE = "the label map"
 
 
 class Synthesizer:
     """A trained generator as a function of label maps.
 
-    The picture of a label map is that of ``inference.py --style_seed SEED`` (or ``--style_image``), ``--size`` and
+    The image of a label map is that of ``inference.py --style_seed SEED`` (or ``--style_image``), ``--size`` and
     ``--resize_back``.
 
     Args:
-        model: what ``load_generator`` gives.
+        model: what ``Model.load`` gives.
         size: at which label maps are generated: "trained" (the size of the training images), "own" (the label map's),
-            or (height, width) or "HEIGHTxWIDTH". None: "trained" for label maps of which a side differs from it by
-            more than 1.5 times (the first of them is warned of, as its picture has another size), "own" for others.
+            or (height, width) or "HEIGHTxWIDTH". None: "trained" if a side of the label map differs from it by a factor
+            of more than 1.5 (the first such label map causes a warning, as its image has another size), else "own".
             Any size can be generated; at one far from the trained, objects come out wrong.
-        resize_back: give pictures the label map's own size (bicubic; areas averaged where they become smaller).
+        resize_back: resize images to the label map's own size (bicubic; areas averaged when shrinking).
 
     Attributes:
         labels: the checkpoint's label table: ``names``, ``palette``, ``num_classes``, ``colourise``.
-        size: (height, width) of the pictures it was trained on, None where they were of many sizes.
-        has_style_encoder: whether ``style`` may be a picture.
-        style_dims: length of a style code; 0: the generator takes none, and a label map has one picture.
+        size: (height, width) of the images it was trained on; None: they were of many sizes.
+        has_style_encoder: whether ``style`` may be an image.
+        style_dims: length of a style code; 0: the generator takes none, and a label map has one image.
         wants_edges: whether the generator sees object borders besides labels.
         sizes: the rule of ``size``: (height, width) of a label map -> that at which it is generated.
         model: what was loaded (generator, encoder, config, ``notes`` for the user).
     """
 
-    def __init__(
-        self, model: LoadedModel, *, size: str | tuple[int, int] | None = None, resize_back: bool = False
-    ) -> None:
+    def __init__(self, model: Model, *, size: str | tuple[int, int] | None = None, resize_back: bool = False) -> None:
         config = model.config
         self.model = model
         self.labels: LabelSpec = config.data.labels
         self.size = model.trained_size
         self.sizes = SizeRule(read_size(size, "size"), self.size)
         self.resize_back = resize_back
-        self._told_of_size = False
+        self._warned_of_size = False
         self.has_style_encoder = model.encoder is not None
         self.style_dims = model.style_dims
-        self.wants_edges = layout_spec(config).has_edges
+        self.wants_edges = model.layout_spec.has_edges
 
     @classmethod
     def load(
@@ -84,8 +81,8 @@ class Synthesizer:
         """Load the generator of a checkpoint file, or of the newest one in a folder or log dir.
 
         Args:
-            weights: "ema" (moving average, where the checkpoint has one) or "raw".
-            device: "auto" (a GPU where there is one), "cpu" or "cuda".
+            weights: "ema" (moving average, if the checkpoint has one) or "raw".
+            device: "auto" (a GPU if there is one), "cpu" or "cuda".
             precision: arithmetic of the convolutions.
             size, resize_back: as above.
         Raises:
@@ -94,7 +91,7 @@ class Synthesizer:
         """
         path = find_checkpoint(Path(checkpoint), None, None)
         where = choose_device(device, ProcessInfo())
-        model = load_generator(path, weights=weights, device=where, precision=precision, frozen=True)
+        model = Model.load(path, weights=weights, device=where, precision=precision)
         return cls(model, size=size, resize_back=resize_back)
 
     def __call__(
@@ -108,25 +105,26 @@ class Synthesizer:
         size: str | tuple[int, int] | None = None,
         resize_back: bool | None = None,
     ) -> Any:
-        """The picture of one label map.
+        """Generate the image of one label map.
 
         Args:
-            label_map: ids as the data set stores them, integer [H, W] or a PIL picture of mode L, P, I or I;16; or
-                colours of the table's palette, uint8 [H, W, 3] or a PIL picture of mode RGB.
-            seed: of the style code, where ``style`` is not given.
-            style: a picture (array uint8 [H, W, 3], PIL, or its file), whose style is taken, or a style code, float
+            label_map: ids as the data set stores them, integer [H, W] or a PIL image of mode L, P, I or I;16; or
+                colours of the table's palette, uint8 [H, W, 3] or a PIL image of mode RGB.
+            seed: of the style code, if ``style`` is not given.
+            style: an image (array uint8 [H, W, 3], PIL, or its file), whose style is taken, or a style code, float
                 [style_dims].
             edges: [H, W], not 0 where objects meet; only for a generator that wants edges. Without it they are drawn
                 from ``instances``, and without these from the label map.
             instances: object ids, integer [H, W], from whose borders edges are drawn.
-            size, resize_back: as above, for this picture; None: as the synthesizer was made.
+            size, resize_back: as above, for this image; None: as the synthesizer was made.
         Returns:
-            The kind that was given: a PIL picture (RGB), or uint8 [H, W, 3], of the size at which it was generated, or
+            The kind that was given: a PIL image (RGB), or uint8 [H, W, 3], of the size at which it was generated, or
             the label map's with ``resize_back``.
         Raises:
-            LabelError: values or colours that are not in the table; DataError: an array or picture of the wrong kind;
-            ConfigError: edges for a generator that takes none, no such size; CheckpointError: a style for one that
-            takes none.
+            LabelError: values or colours that are not in the table.
+            DataError: an array or image of the wrong kind.
+            ConfigError: edges for a generator that takes none, no such size.
+            CheckpointError: a style for a generator that takes none.
         """
         train_ids = self.train_ids(label_map)
         rule = self.sizes if size is None else SizeRule(read_size(size, "size"), self.size)
@@ -134,7 +132,7 @@ class Synthesizer:
         own = (train_ids.shape[0], train_ids.shape[1])
         geometry = Geometry.whole(own, rule(own))
         if rule.asked is None and not resize_back and (geometry.height, geometry.width) != own:
-            self._tell_of_size(own, (geometry.height, geometry.width))
+            self._warn_of_size(own, (geometry.height, geometry.width))
         request = Request(
             WHERE,
             torch.from_numpy(apply_to_map(train_ids, geometry)),
@@ -142,26 +140,32 @@ class Synthesizer:
             self._style(style, seed),
             resize_to=own if resize_back else None,
         )
-        picture: Picture = next(iter(synthesise(self.model, [request])))[1]
-        return Image.fromarray(picture) if isinstance(label_map, Image.Image) else picture
+        image: RgbImage = next(iter(synthesise(self.model, [request])))[1]
+        return Image.fromarray(image) if isinstance(label_map, Image.Image) else image
 
     def train_ids(self, label_map: ImageLike) -> NDArray[np.generic]:
-        """A label map of any accepted kind -> train ids uint8 or int16 [H, W]. Raises LabelError, DataError."""
-        raw = _array(label_map, WHERE)
+        """Convert a label map of any accepted kind to train ids, uint8 or int16 [H, W].
+
+        Raises:
+            LabelError: values or colours that are not in the table.
+            DataError: an array or image of the wrong kind.
+        """
+        raw = _to_array(label_map, WHERE)
         if raw.ndim == 2 and raw.dtype != np.uint8 and not 0 <= raw.min() <= raw.max() <= MAX_RAW_ID:
             raise LabelError(f"{WHERE}: label values {raw.min()}..{raw.max()}; ids are 0..{MAX_RAW_ID}")
         return self.labels.to_train_ids(raw, WHERE)
 
-    def encode(self, picture: ImageLike | str | Path) -> NDArray[np.float32]:
+    def encode(self, image: ImageLike | str | Path) -> NDArray[np.float32]:
         """Encode the style of an image, float32 [style_dims]: to mix, to store, to pass as ``style``.
 
         Raises:
-            CheckpointError: trained without an encoder. DataError: no picture.
+            CheckpointError: trained without an encoder.
+            DataError: no image.
         """
-        if isinstance(picture, str | Path):
-            array = read_style_picture(Path(picture))
+        if isinstance(image, str | Path):
+            array = read_style_image(Path(image))
         else:
-            array = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
+            array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
             raise DataError(f"style: an array of {array.dtype} {list(array.shape)}; give uint8 [H, W, 3], RGB")
         code: NDArray[np.float32] = encode_style(self.model, array)[0].numpy()
@@ -193,25 +197,30 @@ class Synthesizer:
             raise ConfigError("edges and instances are both given: edges are drawn from instances; leave one out")
         if not self.wants_edges:
             return None
-        ids = train_ids if given is None else _array(given, name)
+        ids = train_ids if given is None else _to_array(given, name)
         if ids.shape != train_ids.shape:
             raise DataError(f"{name} {list(ids.shape)} and the label map {list(train_ids.shape)} differ in size")
         cut = apply_to_map(ids, geometry)
         return torch.from_numpy((cut != 0).astype(np.uint8) if edges is not None else edges_from_ids(cut))
 
-    def _tell_of_size(self, own: Size, made: Size) -> None:
-        if not self._told_of_size:
-            self._told_of_size = True
+    def _warn_of_size(self, own: Size, made: Size) -> None:
+        if not self._warned_of_size:
+            self._warned_of_size = True
             warnings.warn(
-                f"the label map is {shown(own)} (height x width); its image is generated at {shown(made)}, the size"
-                " this generator was trained at, and has that size. Write resize_back=True to have it resized to the"
-                ' label map\'s own size, size="own" to generate at that, size="trained" to keep it so (said once)',
+                f"the label map is {format_size(own)} (height x width); its image is generated at {format_size(made)},"
+                " the size this generator was trained at, and has that size. Write resize_back=True to have it resized"
+                ' to the label map\'s own size, size="own" to generate at that, size="trained" to keep it so (said'
+                " once)",
                 stacklevel=3,
             )
 
 
-def _array(given: ImageLike, name: str) -> NDArray[np.generic]:
-    """Integers [H, W], or [H, W, 3] of colours. Raises DataError."""
+def _to_array(given: ImageLike, name: str) -> NDArray[np.generic]:
+    """Return integers [H, W], or [H, W, 3] of colours.
+
+    Raises:
+        DataError: anything else was given.
+    """
     if isinstance(given, Image.Image) and given.mode not in MODES:
         raise DataError(f"{name}: a PIL image of mode {given.mode}; give one of {', '.join(MODES)}")
     if not isinstance(given, Image.Image | np.ndarray):

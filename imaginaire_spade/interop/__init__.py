@@ -1,7 +1,7 @@
 """Convert other systems' checkpoints to ours.
 
 ``import_generator(source, state_dict, hyper)`` and its siblings build one of our networks from the hyper-parameters
-that fix the architecture and load the reference's state dict into it. Every tensor must find its place.
+that fix the architecture and load the other system's state dict into it. Every tensor must find its place.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from imaginaire_spade.build import build_component
-from imaginaire_spade.config import parse_component
+from imaginaire_spade.config_files import parse_component
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.interop import clade, imaginaire, nvlabs_spade
 from imaginaire_spade.models.discriminator import Discriminator
@@ -20,8 +20,8 @@ from imaginaire_spade.models.encoder import ConvEncoder
 from imaginaire_spade.models.generator import Generator, SPADEGenerator
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS
 
-_SOURCES = {"nvlabs_spade": nvlabs_spade, "clade": clade, "imaginaire": imaginaire}
-SOURCES = tuple(_SOURCES)
+SYSTEMS = {"nvlabs_spade": nvlabs_spade, "clade": clade, "imaginaire": imaginaire}
+SOURCES = tuple(SYSTEMS)
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -31,27 +31,36 @@ def import_generator(source: str, state_dict: Mapping[str, Tensor], hyper: Mappi
 
     Args:
         source: ``nvlabs_spade``, ``clade`` or ``imaginaire``.
-        state_dict: the reference's, under its own key names; prefixes of wrappers (``module.``) are removed.
+        state_dict: the other system's, under its own key names; prefixes of wrappers (``module.``) are removed.
         hyper: the hyper-parameters that fix the architecture, as in ``hyper`` of a parity fixture's config.json.
     Raises:
         CheckpointError: listing tensors that are missing, left over or of another shape.
     """
-    component = parse_component(describe(source, "generator", hyper), GENERATORS, "gen")
-    known = describe(source, "layout_spec", hyper), describe(source, "image_size", hyper)
-    return load_reference(build_component(GENERATORS, component, *known), source, state_dict)
+    return _import(source, "gen", state_dict, hyper)
 
 
 def import_discriminator(source: str, state_dict: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> nn.Module:
-    """Like ``import_generator``, for the discriminator."""
-    component = parse_component(describe(source, "discriminator", hyper), DISCRIMINATORS, "dis")
-    network = build_component(DISCRIMINATORS, component, describe(source, "layout_spec", hyper))
-    return load_reference(network, source, state_dict)
+    """Build our discriminator likewise (see ``import_generator``)."""
+    return _import(source, "dis", state_dict, hyper)
 
 
 def import_encoder(source: str, state_dict: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> nn.Module:
-    """Like ``import_generator``, for the style encoder."""
-    component = parse_component(describe(source, "encoder", hyper), ENCODERS, "encoder")
-    network = build_component(ENCODERS, component, describe(source, "style_dims", hyper))
+    """Build our style encoder likewise (see ``import_generator``)."""
+    return _import(source, "encoder", state_dict, hyper)
+
+
+_PARTS = {
+    "gen": ("generator", GENERATORS, ("layout_spec", "image_size")),
+    "dis": ("discriminator", DISCRIMINATORS, ("layout_spec",)),
+    "encoder": ("encoder", ENCODERS, ("style_dims",)),
+}
+"""Key of a config -> its part, registry, and what the pipeline tells such a component."""
+
+
+def _import(source: str, key: str, state_dict: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> nn.Module:
+    part, registry, known = _PARTS[key]
+    component = parse_component(describe(source, part, hyper), registry, key)
+    network = build_component(registry, component, *(describe(source, name, hyper) for name in known))
     return load_reference(network, source, state_dict)
 
 
@@ -74,19 +83,43 @@ def describe(source: str, part: str, hyper: Mapping[str, Any]) -> Any:
         ) from None
 
 
+def describe_networks(source: str, hyper: Mapping[str, Any], dis: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Translate another system's hyper-parameters into ``gen``, ``dis`` and ``encoder`` of a config of ours.
+
+    Args:
+        source: as for ``import_generator``.
+        hyper: likewise; those of the discriminator may stand under ``dis``, imaginaire's must.
+        dis: our discriminator, if ``hyper`` states nothing of it; None: that of the source's defaults.
+    """
+    if hyper.get("add_dist"):  # CLADE gives no position to 0 in its files, which is channel 0 in every data set
+        hyper = {"skip_ids": [0], **hyper}
+    if {"dis", "ndf", "num_D", "n_layers_D", "norm_D"} & hyper.keys():
+        dis = describe(source, "discriminator", {**hyper, **hyper.get("dis", {})})
+    has_encoder = hyper.get("use_vae") or "style_enc_num_filters" in hyper
+    return {
+        "gen": describe(source, "generator", hyper),
+        "dis": dis or {"type": "fpse" if source == "imaginaire" else "multiscale_patch"},
+        "encoder": describe(source, "encoder", hyper) if has_encoder else None,
+    }
+
+
 def reference_names(source: str, network: nn.Module) -> dict[str, str]:
     """Map our state-dict keys to the other system's, for every tensor of ``network``."""
     return {key: _source(source).reference_key(network, key) for key in network.state_dict()}
 
 
 def _source(name: str) -> Any:
-    if name not in _SOURCES:
-        raise CheckpointError(f"unknown source {name!r}; known: {', '.join(_SOURCES)}")
-    return _SOURCES[name]
+    if name not in SYSTEMS:
+        raise CheckpointError(f"unknown source {name!r}; known: {', '.join(SYSTEMS)}")
+    return SYSTEMS[name]
 
 
 def load_reference(network: N, source: str, state_dict: Mapping[str, Tensor]) -> N:
-    """Load another system's state dict into ``network``. Raises CheckpointError like ``import_generator``."""
+    """Load another system's state dict into ``network``.
+
+    Raises:
+        CheckpointError: as ``import_generator``.
+    """
     scope = _source(source).scope(network)
     theirs = {key.removeprefix("module."): value for key, value in state_dict.items()}
     theirs = {key: value for key, value in theirs.items() if key.startswith(scope)}
@@ -113,11 +146,11 @@ _MARKS = {
     "generator": ("head_0.", "spade_generator."),
     "style encoder": ("layer1.", "style_encoder."),
 }
-"""How the tensors of each kind of network begin, in any of the reference systems."""
+"""Prefixes of the tensors of each kind of network, in any of the other systems."""
 
 
 def _plain_reason(network: nn.Module, theirs: Mapping[str, Tensor]) -> str | None:
-    """The usual mistakes in words: another kind of network, label count or up-sampling depth."""
+    """Name a usual mistake: another kind of network, label count or up-sampling depth. None: it is another one."""
     wanted = {Discriminator: "discriminator", Generator: "generator", ConvEncoder: "style encoder"}
     own = next((name for cls, name in wanted.items() if isinstance(network, cls)), None)
     found = [kind for kind, marks in _MARKS.items() if any(key.startswith(marks) for key in theirs)]

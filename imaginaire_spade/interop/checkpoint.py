@@ -1,7 +1,7 @@
 """Convert checkpoint files of other systems to ours, and back.
 
-Owns reading foreign files without running what they hold, finding the networks inside them, and the files that
-``scripts/import_checkpoint.py`` and ``scripts/export_checkpoint.py`` write.
+Owns how to read foreign files without running code in them, how to find the networks inside, and the content of the
+files that ``scripts/import_checkpoint.py`` and ``scripts/export_checkpoint.py`` write.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from imaginaire_spade.build import build_discriminator, build_encoder, build_generator
-from imaginaire_spade.compatibility import explain_old_import
-from imaginaire_spade.config import RunConfig, dump_config, parse_config
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config_diff import explain_old_import
+from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.interop import describe, load_reference, reference_names
+from imaginaire_spade.interop import describe, describe_networks, load_reference, reference_names
 from imaginaire_spade.interop.label_tables import LabelOrder, adapt_config, exported_channels, label_table
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
 from imaginaire_spade.training.checkpoint import FORMAT
-from imaginaire_spade.training.model_average import new_average
+from imaginaire_spade.training.ema import new_average
 
 State = dict[str, Tensor]
 
@@ -36,9 +37,9 @@ def read_weights(path: Path, trust: bool = False) -> dict[str, Any]:
 
     Args:
         path: a file that torch.save wrote, or a .safetensors file.
-        trust: unpickle whatever the file holds where it holds more than tensors and plain types.
+        trust: unpickle everything if the file holds more than tensors and plain types.
     Raises:
-        CheckpointError: absent, damaged, or holding objects that only ``trust`` would load.
+        CheckpointError: the file is absent or damaged, or holds objects that only ``trust`` would load.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
@@ -69,7 +70,7 @@ def _unpickle(path: Path) -> Any:
     print(f"warning: {path} is unpickled without restriction (--trust)", file=sys.stderr, flush=True)
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # whatever the file's own code raises
+    except Exception as error:  # the file's own code may raise anything
         raise CheckpointError(f"{path}: cannot be unpickled ({_first_line(error)})") from None
 
 
@@ -80,8 +81,8 @@ def _first_line(error: Exception) -> str:
 def networks_in(content: Mapping[str, Any], path: Path) -> dict[str, State]:
     """Split another system's file into state dicts by part: ``generator``, ``generator_ema``, ``discriminator``.
 
-    A file of the 2019 SPADE release or of CLADE is one network's state dict and comes out as ``generator``. A file of
-    imaginaire holds ``net_G`` (the network and its average, style encoder included) and ``net_D``.
+    A file of the 2019 SPADE release or of CLADE is one network's state dict, returned as ``generator``. A file of
+    imaginaire holds ``net_G`` (the network and its EMA, both with the style encoder) and ``net_D``.
     """
     if "net_G" not in content:
         return {"generator": _tensors(content, path)}
@@ -113,8 +114,8 @@ def architecture_config(source: str, hyper: Mapping[str, Any], base: RunConfig |
     Args:
         source: as for ``import_generator``.
         hyper: likewise.
-        base: a config of ours, such as the recipe of the same data set, whose label table, schedule and paths are
-            taken (ADE20K's table as ``source`` reads it); None: a table of unnamed classes.
+        base: a config of ours, such as the recipe of the same data set, that gives label table, schedule and paths
+            (ADE20K's table as ``source`` reads it); None: a table of unnamed classes.
     Raises:
         CheckpointError: the hyper-parameters do not describe a network of ours, or ``base`` has other label channels.
     """
@@ -148,21 +149,8 @@ def architecture_config(source: str, hyper: Mapping[str, Any], base: RunConfig |
                 },
             },
         }
-    if hyper.get("add_dist"):  # CLADE gave no position to 0 in its files, which is channel 0 in every data set
-        hyper = {"skip_ids": [0], **hyper}
-    tree["gen"] = describe(source, "generator", hyper)
-    tree["encoder"] = describe(source, "encoder", hyper) if _has_encoder(source, hyper) else None
-    if base is None:
-        tree["dis"] = {"type": "fpse" if source == "imaginaire" else "multiscale_patch"}
-    if isinstance(hyper.get("dis"), Mapping):
-        tree["dis"] = describe(source, "discriminator", {**hyper, **hyper["dis"]})
-    elif source != "imaginaire" and {"ndf", "num_D", "n_layers_D", "norm_D"} & set(hyper):
-        tree["dis"] = describe(source, "discriminator", hyper)
+    tree |= describe_networks(source, hyper, tree.get("dis"))
     return parse_config(tree, source="the architecture")
-
-
-def _has_encoder(source: str, hyper: Mapping[str, Any]) -> bool:
-    return "style_enc_num_filters" in hyper if source == "imaginaire" else bool(hyper.get("use_vae"))
 
 
 def import_checkpoint(
@@ -173,8 +161,8 @@ def import_checkpoint(
     Args:
         source: as for ``import_generator``.
         config: the networks that the weights are for.
-        parts: as ``networks_in`` gives them.
-        encoder: the style encoder's state dict where it has a file of its own.
+        parts: as ``networks_in`` returns them.
+        encoder: the style encoder's state dict, if it has a separate file.
     Raises:
         CheckpointError: tensors are missing, left over or of another shape.
     """
@@ -215,16 +203,16 @@ def export_files(
     Args:
         target: a source that ``import_generator`` knows.
         content: a checkpoint of ours.
-        weights: ``ema`` or ``raw``: of generator and encoder, where the target keeps one of both.
-        label_order: of the label channels, see ``exported_channels``.
+        weights: ``ema`` or ``raw``, of generator and encoder, if the target keeps only one of them.
+        label_order: order of the label channels, see ``exported_channels``.
     Raises:
-        CheckpointError: a network has no counterpart there, or the checkpoint's label table is not that of its weights.
+        CheckpointError: a network has no counterpart there, or the label table does not belong to the weights.
     """
     if wrong := explain_old_import(content, config.data.labels):
         raise CheckpointError(wrong)
     norm = config.gen.args.get("norm")
-    if norm is not None and norm["type"] not in _NORMS[target]:
-        raise CheckpointError(f"gen.norm: {norm['type']}: {target} has {' and '.join(_NORMS[target])}")
+    if norm is not None and norm.type not in _NORMS[target]:
+        raise CheckpointError(f"gen.norm: {norm.type}: {target} has {' and '.join(_NORMS[target])}")
     order = exported_channels(config.data.labels, label_order)
     parts = {}
     for name, build in (
@@ -238,7 +226,7 @@ def export_files(
             if order is not None:
                 state = _reordered(state, order, build, config)
             if average and target == "imaginaire":
-                fold_spectral_norm(network)  # there too, averages are kept folded
+                fold_spectral_norm(network)  # imaginaire keeps averages folded, too
             if average and target != "imaginaire":
                 _load_folded(network, state)
             else:
@@ -263,15 +251,15 @@ def export_files(
 
 
 _NORMS = {"nvlabs_spade": ("spade",), "clade": ("clade", "clade_icpe"), "imaginaire": ("spade",)}
-"""The conditional norms that each system knows."""
+"""The conditional norms that each system has."""
 
 
 def _reordered(
     state: Mapping[str, Tensor], order: Sequence[int], build: Callable[[RunConfig], nn.Module | None], config: RunConfig
 ) -> State:
-    """A network's tensors with label channel ``order[i]`` at place i.
+    """Return a network's tensors with label channel ``order[i]`` at place i.
 
-    Label channels are the dimensions that one class more makes longer; in every network they come first there.
+    One more class makes the dimensions of label channels longer, and only those; label channels come first in them.
     """
     data = config.data
     wider = LabelSpec(num_classes=data.labels.num_classes + 1, dont_care=data.labels.dont_care)
@@ -280,9 +268,9 @@ def _reordered(
         networks = build(config), build(larger)
     own, grown = ({} if network is None else network.state_dict() for network in networks)
     result = dict(state)
-    for key in state.keys() & own.keys():  # an average's folded weights have no vectors of spectral norms
+    for key in state.keys() & own.keys():  # an EMA's folded weights have no vectors of spectral norms
         for dim, size in enumerate(own[key].shape):
-            # 1 for each class; a spectral norm's vector has as many for each place of a kernel.
+            # Values per class: 1, or one for each place of the kernel in a spectral norm's vector.
             step = grown[key].shape[dim] - size
             if step:
                 moved = [channel * step + place for channel in order for place in range(step)]
@@ -293,14 +281,14 @@ def _reordered(
 
 @torch.no_grad()
 def _load_folded(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Weights whose spectral norms are folded, into a network that has spectral norms.
+    """Load weights with folded spectral norms into a network that has spectral norms.
 
-    The norms' vectors are scaled so that u . W v = 1: evaluation mode divides by that.
+    Scale the norms' vectors so that u . W v = 1, by which evaluation mode divides.
     """
     missing, unexpected = network.load_state_dict(state, strict=False)
     assert not unexpected and all(key.endswith(("weight_u", "weight_v")) for key in missing)
     for layer in network.modules():
         if isinstance(layer, SpectralNorm):
-            for _ in range(20):  # so that training can go on from there
+            for _ in range(20):  # training can then continue from here
                 layer.iterate()
             layer.weight_v = layer.weight_v / layer.sigma()

@@ -20,7 +20,7 @@ __all__ = [
 ]  # fmt: skip
 
 DEFAULTS: dict[str, Any] = nvlabs_spade.DEFAULTS | {"norm_mode": "clade", "add_dist": False, "skip_ids": []}
-"""``skip_ids`` is ours: train ids that had no position in training (see ``CLADEICPE``)."""
+"""``skip_ids`` is our addition: train ids that had no position in training (see ``CLADEICPE``)."""
 
 
 def layout_spec(hyper: Mapping[str, Any]) -> LayoutSpec:
@@ -42,7 +42,7 @@ def encoder(hyper: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def reference_key(network: nn.Module, key: str) -> str:
-    """CLADE's name of one of our tensors."""
+    """Return CLADE's name of one of our tensors."""
     name = nvlabs_spade.reference_key(network, key)
     name = re.sub(r"\.(norm_[01s])\.(weight|bias)$", r".\1.class_specified_affine.\2", name)
     name = re.sub(r"\.(norm_[01s])\.scale_position\.", r".\1.class_specified_affine.dist_conv_w.", name)

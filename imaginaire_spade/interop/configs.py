@@ -1,68 +1,106 @@
 """Configs of other systems -> ours: imaginaire's SPADE YAML, the ``opt.txt`` of the 2019 SPADE release and of CLADE.
 
-Every key is either translated or listed as ignored (no equivalent).
+The tables list the keys that translate one by one; the functions below them handle the others. Every key is either
+translated or listed as ignored (no equivalent).
 """
 
 from __future__ import annotations
 
+import itertools
+import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
-
-from imaginaire_spade.config import dump_yaml, load_labels, parse_config, read_yaml
+from imaginaire_spade.config_files import dump_yaml, load_labels, parse_config, read_yaml
 from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.interop import describe
+from imaginaire_spade.interop import SYSTEMS, describe, describe_networks
 from imaginaire_spade.interop.label_tables import ADE20K, label_table
 
 _REQUIRED = object()
+
+
+class Row(NamedTuple):
+    """A key that translates by itself. Where the file does not state it, our default holds, which is theirs too."""
+
+    theirs: str
+    ours: str
+    convert: Callable[[Any], Any] | None = None
 
 
 class Keys:
     """A foreign config that remembers which of its keys were read."""
 
     def __init__(self, tree: Mapping[str, Any], path: Path) -> None:
-        self._tree = tree
+        self._nodes = dict(_dotted(tree))
         self._path = path
         self._read: set[str] = set()
         self.notes: list[str] = []
 
     def take(self, dotted: str, default: Any = _REQUIRED) -> Any:
-        """Return a key's value; ``default`` if the file does not state it. Raises ConfigError if it is required."""
+        """Return a key's value, or ``default`` if the file does not state one. Raises ConfigError if it is required."""
         self._read.add(dotted)
-        if not self.has(dotted):
-            if default is _REQUIRED:
-                raise ConfigError(f"{self._path}: {dotted} is not stated; add it to the file")
-            return default
-        node: Any = self._tree
-        for part in dotted.split("."):
-            node = node[part]
-        return node
+        value = self._nodes.get(dotted)
+        if value is None and default is _REQUIRED:
+            raise ConfigError(f"{self._path}: {dotted} is not stated; add it to the file")
+        return default if value is None else value
+
+    def take_all(self, section: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of a section's keys, by their names without it."""
+        return {name: self.take(f"{section}.{name}", default) for name, default in defaults.items()}
 
     def has(self, dotted: str) -> bool:
         """Whether the file states a key."""
-        node: Any = self._tree
-        for part in dotted.split("."):
-            if not isinstance(node, Mapping) or part not in node:
-                return False
-            node = node[part]
-        return True
+        return dotted in self._nodes
+
+    def translate(self, rows: Iterable[Row]) -> dict[str, Any]:
+        """Return our dotted keys, with values, of those rows that the file states.
+
+        Raises:
+            ConfigError: a value cannot be converted.
+        """
+        ours = {}
+        for row in rows:
+            value = self.take(row.theirs, None)
+            try:
+                if value is not None:
+                    ours[row.ours] = value if row.convert is None else row.convert(value)
+            except (AttributeError, KeyError, TypeError, ValueError):
+                raise ConfigError(f"{self._path}: {row.theirs}: {value!r} is not supported") from None
+        return ours
+
+    def check(self, dotted: str, supported: str | int) -> None:
+        """Raise ConfigError unless the key has the only supported value or is not stated."""
+        if (value := self.take(dotted, supported)) != supported:
+            raise ConfigError(f"{dotted}: {value}: only {supported} is supported")
 
     def unread(self) -> Iterator[str]:
         """List the dotted keys (with values) that nothing read."""
+        for dotted, value in self._nodes.items():
+            with_parents = itertools.accumulate(dotted.split("."), "{}.{}".format)
+            if not (isinstance(value, Mapping) and value) and self._read.isdisjoint(with_parents):
+                yield f"{dotted}: {value}"
 
-        def leaves(node: Any, prefix: str) -> Iterator[str]:
-            if any(prefix == key or prefix.startswith(f"{key}.") for key in self._read):
-                return
-            if isinstance(node, Mapping) and node:
-                for key, value in node.items():
-                    yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
-            else:
-                yield f"{prefix}: {node}"
 
-        yield from leaves(self._tree, "")
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every node of a tree, mappings and what they hold, under its dotted key."""
+    for key, value in tree.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+
+
+def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of ``_dotted``: build the tree of dotted keys."""
+    tree: dict[str, Any] = {}
+    for key, value in dotted.items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
 
 
 def import_config(source: str, path: Path, tables: Path | None = None) -> tuple[str, list[str]]:
@@ -88,70 +126,82 @@ def import_config(source: str, path: Path, tables: Path | None = None) -> tuple[
     else:
         keys = Keys(parse_options(text, path), path)
         ours = _from_options(source, keys, tables)
-    config = parse_config(ours, source=f"{path}, translated")
+    config = parse_config(_nested(ours), source=f"{path}, translated")
     return dump_yaml(config), [*keys.notes, *(f"ignored (no equivalent): {line}" for line in keys.unread())]
 
 
 def parse_options(text: str, path: Path) -> dict[str, Any]:
     """Parse the lines ``name: value [default: ...]`` of an opt.txt."""
-    options = {}
+    options: dict[str, Any] = {}
     for line in text.splitlines():
         if matched := re.fullmatch(r"\s*(\w+): (.*?)\s*(?:\[default: .*\])?\s*", line):
             value = matched[2]
-            number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value)
-            words = {"True": True, "False": False, "None": None}
-            options[matched[1]] = yaml.safe_load(_as_float(value)) if number else words.get(value, value)
+            if re.fullmatch(r"[-+]?\d+", value):
+                options[matched[1]] = int(value)
+            elif re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
+                options[matched[1]] = float(value)
+            else:
+                options[matched[1]] = {"True": True, "False": False, "None": None}.get(value, value)
     if not options:
         raise ConfigError(f"{path}: not an opt.txt, which has lines such as 'label_nc: 182  [default: 182]'")
     return options
 
 
-def _as_float(number: str) -> str:
-    return repr(float(number)) if re.search(r"[.eE]", number) else number
-
-
 # ------------------------------------------------------------------------- the 2019 SPADE release, CLADE
 
-_ARCHITECTURE = (
-    "contain_dontcare_label", "no_instance", "crop_size", "aspect_ratio", "ngf", "norm_G", "use_vae", "z_dim",
-    "num_upsampling_layers", "ndf", "norm_D", "num_D", "n_layers_D", "norm_E",
-)  # fmt: skip
 _GAN_MODES = {"hinge": "hinge", "ls": "least_square", "original": "non_saturated", "w": "wasserstein"}
+_OPTIONS = (
+    Row("name", "data.name", str),
+    Row("init_type", "trainer.init.type"),
+    Row("init_variance", "trainer.init.gain"),
+    Row("gan_mode", "losses.gan.mode", _GAN_MODES.__getitem__),
+    Row("no_flip", "data.train.augmentations.horizontal_flip", operator.not_),
+)
 
 
 def _from_options(source: str, keys: Keys, tables: Path | None) -> dict[str, Any]:
-    hyper = {name: keys.take(name, None) for name in _ARCHITECTURE} | {"label_nc": keys.take("label_nc")}
-    if source == "clade":
-        hyper |= {name: keys.take(name, None) for name in ("norm_mode", "add_dist")}
-    hyper = {name: value for name, value in hyper.items() if value is not None}
-    dataset = keys.take("dataset_mode", "coco")
-    if hyper.get("add_dist"):  # CLADE gives no position to 0 in the files, which is channel 0 in every data set
-        hyper["skip_ids"] = [0]
-    if (net := keys.take("netG", "spade")) != "spade":
-        raise ConfigError(f"netG: {net}: only netG: spade is supported")
-    spec = describe(source, "layout_spec", hyper)
+    # Networks.
+    hyper = {"label_nc": keys.take("label_nc")} | keys.translate(Row(name, name) for name in SYSTEMS[source].DEFAULTS)
+    keys.check("netG", "spade")
+    ours = {
+        **describe_networks(source, hyper),
+        "trainer.iteration": "reference",
+        "trainer.model_average": None,
+        "losses.gan.weight": 1.0,
+        "data.name": "imported",
+        "data.train.augmentations.horizontal_flip": True,
+    } | keys.translate(_OPTIONS)
+
+    # Batch and losses.
     gpus = max(1, len([gpu for gpu in str(keys.take("gpu_ids", "0")).split(",") if gpu.strip() not in ("", "-1")]))
     batch = keys.take("batchSize")
     if batch % gpus:
         raise ConfigError(f"batchSize: {batch} is no multiple of the {gpus} GPUs of gpu_ids")
-    losses: dict[str, Any] = {"gan": {"weight": 1.0, "mode": _GAN_MODES[keys.take("gan_mode", "hinge")]}}
+    ours["data.train.batch_size"] = batch // gpus
     if not keys.take("no_ganFeat_loss", False):
-        losses["feature_matching"] = float(keys.take("lambda_feat", 10.0))
+        ours["losses.feature_matching"] = float(keys.take("lambda_feat", 10.0))
     if not keys.take("no_vgg_loss", False):
-        losses["perceptual"] = {"weight": float(keys.take("lambda_vgg", 10.0)), "imagenet_statistics": False}
+        ours["losses.perceptual"] = {"weight": float(keys.take("lambda_vgg", 10.0)), "imagenet_statistics": False}
     if hyper.get("use_vae"):
-        losses["kl"] = float(keys.take("lambda_kld", 0.05)) * batch / gpus
+        ours["losses.kl"] = float(keys.take("lambda_kld", 0.05)) * batch / gpus
         keys.notes.append(f"lambda_kld sums over the {batch // gpus} images of a GPU: losses.kl is on their mean")
-    lr, betas = float(keys.take("lr", 2e-4)), (float(keys.take("beta1", 0.0)), float(keys.take("beta2", 0.9)))
-    ttur = not keys.take("no_TTUR", False)
-    constant, decaying = keys.take("niter", 50), keys.take("niter_decay", 0)
-    policy = {"type": "linear", "decay_start": constant / (constant + decaying)} if decaying else {"type": "constant"}
-    adam = dict(zip(("adam_beta1", "adam_beta2"), (0.0, 0.9) if ttur else betas, strict=True)) | {"lr_policy": policy}
-    if (optimizer := keys.take("optimizer", "adam")) != "adam":
-        raise ConfigError(f"optimizer: {optimizer}: only adam is supported")
+
+    # Optimizers and schedule.
+    keys.check("optimizer", "adam")
     if (steps := keys.take("D_steps_per_G", 1)) != 1:
         keys.notes.append(f"D_steps_per_G: {steps}: here one update of each per iteration")
-    augmentations, final = _geometry(keys, describe(source, "image_size", hyper))
+    constant, decaying = keys.take("niter", 50), keys.take("niter_decay", 0)
+    policy = {"type": "linear", "decay_start": constant / (constant + decaying)} if decaying else {"type": "constant"}
+    lr, beta1, beta2 = keys.take("lr", 2e-4), keys.take("beta1", 0.0), keys.take("beta2", 0.9)
+    adam = {"lr": lr, "adam_beta1": beta1, "adam_beta2": beta2, "lr_policy": policy}
+    ours["gen_opt"] = ours["dis_opt"] = adam
+    if not keys.take("no_TTUR", False):
+        adam |= {"adam_beta1": 0.0, "adam_beta2": 0.9}
+        ours["gen_opt"], ours["dis_opt"] = adam | {"lr": lr / 2}, adam | {"lr": lr * 2}
+    ours["trainer.max_epochs"] = constant + decaying
+
+    # Data.
+    spec, dataset = describe(source, "layout_spec", hyper), keys.take("dataset_mode", "coco")
     labels = label_table(source, spec, dataset)
     if dataset in ADE20K:
         keys.notes.append(
@@ -165,201 +215,173 @@ def _from_options(source: str, keys: Keys, tables: Path | None) -> dict[str, Any
         f"dataroot: {keys.take('dataroot', None)}: roots here are LMDBs or folders with images/ and seg_maps/: set"
         " data.train.roots and data.val.roots"
     )
-    name = str(keys.take("name", "imported"))
-    return {
-        "gen": describe(source, "generator", hyper),
-        "dis": describe(source, "discriminator", hyper),
-        "encoder": describe(source, "encoder", hyper) if hyper.get("use_vae") else None,
-        "losses": losses,
-        "gen_opt": {"lr": lr / 2 if ttur else lr, **adam},
-        "dis_opt": {"lr": lr * 2 if ttur else lr, **adam},
-        "trainer": {
-            "max_epochs": constant + decaying,
-            "iteration": "reference",
-            "init": {"type": keys.take("init_type", "xavier"), "gain": float(keys.take("init_variance", 0.02))},
-            "model_average": None,
-        },
-        "data": {
-            "name": name,
-            "labels": labels,
-            "edges": "instances" if spec.has_edges else "none",
-            "train": {"roots": [f"dataset/{name}/train"], "batch_size": batch // gpus, "augmentations": augmentations},
-            "val": {"roots": [f"dataset/{name}/val"], "augmentations": {"resize_h_w": final}},
-        },
-    }
+    ours |= {"data.labels": labels, "data.edges": "instances" if spec.has_edges else "none"}
+    ours |= {f"data.{split}.roots": [f"dataset/{ours['data.name']}/{split}"] for split in ("train", "val")}
+    return ours | _geometry(keys, describe(source, "image_size", hyper))
 
 
-def _geometry(keys: Keys, size: tuple[int, int]) -> tuple[dict[str, Any], list[int]]:
-    """``preprocess_mode`` as augmentations, and the final [height, width]."""
+def _geometry(keys: Keys, size: tuple[int, int]) -> dict[str, Any]:
+    """Translate ``preprocess_mode`` into augmentations of both splits; ``size`` is the networks' (height, width)."""
     mode, load = keys.take("preprocess_mode", "resize_and_crop"), keys.take("load_size", 286)
-    result: dict[str, Any] = {"horizontal_flip": not keys.take("no_flip", False)}
+    train, val = "data.train.augmentations.", "data.val.augmentations."
     if mode == "fixed":
-        return result | {"resize_h_w": list(size)}, list(size)
+        return {f"{train}resize_h_w": list(size), f"{val}resize_h_w": list(size)}
     crop = [size[1], size[1]]
+    ours: dict[str, Any] = {f"{val}resize_h_w": crop}
     if "resize" in mode:
-        result["resize_h_w"] = [load, load] if "crop" in mode else crop
-    elif "scale_shortside" in mode:
-        result["resize_smallest_side"] = load
-    elif "scale_width" in mode:
-        result["resize_smallest_side"] = load
-        keys.notes.append(
-            f"preprocess_mode: {mode} has no counterpart: the smaller side is scaled to load_size instead"
-        )
+        ours[f"{train}resize_h_w"] = [load, load] if "crop" in mode else crop
+    elif "scale_shortside" in mode or "scale_width" in mode:
+        ours[f"{train}resize_smallest_side"] = load
+        if "scale_width" in mode:
+            keys.notes.append(
+                f"preprocess_mode: {mode} has no counterpart: the smaller side is scaled to load_size instead"
+            )
     elif mode != "crop":
         keys.notes.append(f"preprocess_mode: {mode} has no counterpart: images are cropped to crop_size")
     if "crop" in mode or mode == "none":
-        result["random_crop_h_w"] = crop
-    return result, crop
+        ours[f"{train}random_crop_h_w"] = crop
+    return ours
 
 
 # ------------------------------------------------------------------------- imaginaire
 
+_GENERATOR = {
+    "out_image_small_side_size": 256, "num_filters": 128, "kernel_size": 3, "style_dims": 256,
+    "weight_norm_type": "spectral", "skip_activation_norm": True, "use_posenc_in_input_layer": True,
+    "output_multiplier": 1.0,
+}  # fmt: skip
+_DISCRIMINATOR = {
+    "kernel_size": 4, "num_filters": 128, "max_num_filters": 512, "num_discriminators": 2, "num_layers": 5,
+    "activation_norm_type": "none", "weight_norm_type": "spectral",
+    "use_fpse": True, "fpse_kernel_size": 3, "fpse_activation_norm_type": "none",
+}  # fmt: skip
+_ADAM = {"lr": _REQUIRED, "adam_beta1": 0.0, "adam_beta2": 0.999}
+_AVERAGE = {"enabled": True, "beta": 0.9999, "start_iteration": 1000, "num_batch_norm_estimation_iterations": 30}
+_ROWS = (
+    Row("max_epoch", "trainer.max_epochs"),
+    Row("max_iter", "trainer.max_iterations"),
+    Row("logging_iter", "trainer.log_every"),
+    Row("image_save_iter", "trainer.image_every"),
+    Row("snapshot_save_iter", "trainer.checkpoint_every"),
+    Row("trainer.init.type", "trainer.init.type"),
+    Row("trainer.init.gain", "trainer.init.gain"),
+    Row("trainer.loss_weight.feature_matching", "losses.feature_matching.weight"),
+    Row("trainer.loss_weight.perceptual", "losses.perceptual.weight"),
+    Row("data.name", "data.name", str),
+    Row("data.num_workers", "data.num_workers"),
+)
+_SPLIT = (
+    "batch_size", "augmentations.resize_smallest_side", "augmentations.random_scale_limit",
+    "augmentations.horizontal_flip", "augmentations.resize_h_w", "augmentations.random_crop_h_w",
+    "augmentations.center_crop_h_w",
+)  # fmt: skip
+_PERCEPTUAL = (
+    Row("trainer.perceptual_loss.layers", "losses.perceptual.layers"),
+    Row("trainer.perceptual_loss.weights", "losses.perceptual.layer_weights"),
+)
+
 
 def _from_imaginaire(keys: Keys) -> dict[str, Any]:
-    inputs = keys.take("data.input_labels")
-    types = {name: options for entry in keys.take("data.input_types") for name, options in entry.items()}
-    if unknown := set(inputs) - {"seg_maps", "edge_maps"}:
-        raise ConfigError(f"data.input_labels: {', '.join(sorted(unknown))}: only seg_maps and edge_maps are supported")
-    if list(inputs) not in (["seg_maps"], ["seg_maps", "edge_maps"]):  # whose channels stand in another order
-        raise ConfigError(f"data.input_labels: {list(inputs)}: only seg_maps, then edge_maps if any, is supported")
-    hyper = {
-        "num_seg_classes": keys.take("data.one_hot_num_classes.seg_maps"),
-        "use_dont_care": keys.take("data.use_dont_care", False),
-        "edge_channels": types["edge_maps"]["num_channels"] if "edge_maps" in inputs else 0,
-        "out_image_small_side_size": keys.take("gen.out_image_small_side_size", 256),
-        "activation_norm_affine": keys.take("gen.activation_norm_params.activation_norm_params.affine", True),
-        "use_posenc_in_input_layer": keys.take("gen.use_posenc_in_input_layer", True),
-    }
-    for name, dotted, default in (
-        ("num_filters", "num_filters", 128), ("kernel_size", "kernel_size", 3), ("style_dims", "style_dims", 256),
-        ("weight_norm_type", "weight_norm_type", "spectral"), ("output_multiplier", "output_multiplier", 1.0),
-        ("spade_hidden_filters", "activation_norm_params.num_filters", 128),
-        ("spade_kernel_size", "activation_norm_params.kernel_size", 3),
-        ("separate_projection", "activation_norm_params.separate_projection", False),
-        ("activation_norm_type", "activation_norm_params.activation_norm_type", "sync_batch"),
-        ("skip_activation_norm", "skip_activation_norm", True),
-        ("style_enc_num_filters", "style_enc.num_filters", 128),
-    ):  # fmt: skip
-        hyper[name] = keys.take(f"gen.{dotted}", default)
-    if (kernel := keys.take("gen.style_enc.kernel_size", 3)) != 3:
-        raise ConfigError(f"gen.style_enc.kernel_size: {kernel}: only 3 is supported")
-    dis = {
-        name: keys.take(f"dis.{name}", default)
-        for name, default in (
-            ("kernel_size", 4), ("num_filters", 128), ("max_num_filters", 512), ("num_discriminators", 2),
-            ("num_layers", 5), ("activation_norm_type", "none"), ("weight_norm_type", "spectral"),
-            ("use_fpse", True), ("fpse_kernel_size", 3), ("fpse_activation_norm_type", "none"),
-        )
-    }  # fmt: skip
-    batch = keys.take("data.train.batch_size")
-    splits = {split: _split(keys, split) for split in ("train", "val")}
-    edges = "file" if hyper["edge_channels"] else "none"
-    average = {"enabled": True, "beta": 0.9999, "start_iteration": 1000, "num_batch_norm_estimation_iterations": 30}
-    average = {name: keys.take(f"trainer.model_average_config.{name}", value) for name, value in average.items()}
-    amp = keys.take("trainer.amp_config.enabled", False) or keys.take("trainer.amp", "O0") not in ("O0", None)
-    trainer: dict[str, Any] = {
-        "precision": "fp16" if amp else "fp32",
-        "iteration": "reference",
-        "init": {"type": keys.take("trainer.init.type", "xavier"), "gain": float(keys.take("trainer.init.gain", 0.02))},
-        "model_average": {
-            "beta": average["beta"], "start_iteration": average["start_iteration"],
-            "batch_norm_images": average["num_batch_norm_estimation_iterations"] * batch,
-        } if average["enabled"] else None,
-    }  # fmt: skip
-    if amp:
-        keys.notes.append("mixed precision is fp16 there; on GPUs since Ampere trainer.precision: bf16 is safer")
-    epochs, iterations = keys.take("max_epoch", None), keys.take("max_iter", None)
-    if epochs is not None and iterations is not None:
-        keys.notes.append(f"max_iter: {iterations} is left out: here a run has one length, max_epoch: {epochs}")
-    trainer |= {"max_epochs": epochs} if epochs is not None else {"max_iterations": iterations}
-    for theirs, ours in (("logging_iter", "log_every"), ("image_save_iter", "image_every"),
-                         ("snapshot_save_iter", "checkpoint_every")):  # fmt: skip
-        if (value := keys.take(theirs, None)) is not None:
-            trainer[ours] = value
-    tree = {
-        "gen": describe("imaginaire", "generator", hyper),
-        "dis": describe("imaginaire", "discriminator", dis),
-        "encoder": describe("imaginaire", "encoder", hyper) if keys.has("gen.style_enc") else None,
-        "losses": _imaginaire_losses(keys, batch),
-        "gen_opt": _adam(keys, "gen_opt"),
-        "dis_opt": _adam(keys, "dis_opt"),
-        "trainer": trainer,
-        "data": {
-            "name": str(keys.take("data.name", "imported")),
-            "labels": label_table("imaginaire", describe("imaginaire", "layout_spec", hyper)),
-            "edges": edges,
-            "num_workers": keys.take("data.num_workers", None),
-            **splits,
-        },
-    }
-    if keys.take("test_data", None) is not None:
-        tree["test_data"] = {
-            "roots": _roots(keys, "test_data"),
-            "batch_size": keys.take("test_data.test.batch_size", 1),
-        }
+    # Networks.
+    hyper = _imaginaire_generator(keys)
+    labels = label_table("imaginaire", describe("imaginaire", "layout_spec", hyper))
     if hyper["use_dont_care"]:
-        here = "255" if tree["data"]["labels"]["ignore"] else "none"
+        here = "255" if labels["ignore"] else "none"
         keys.notes.append(
             f"there every id from num_classes on is don't care; here {here} is: add others to data.labels.ignore"
         )
-    return tree
+    ours = {
+        **describe_networks("imaginaire", hyper | {"dis": keys.take_all("dis", _DISCRIMINATOR)}),
+        "trainer.iteration": "reference",
+        "data.name": "imported",
+        "data.labels": labels,
+        "data.edges": "file" if hyper["edge_channels"] else "none",
+    } | keys.translate(_ROWS)
 
-
-def _imaginaire_losses(keys: Keys, batch: int) -> dict[str, Any]:
-    weights = keys.take("trainer.loss_weight")
+    # Losses.
+    batch = keys.take("data.train.batch_size")
     mode = keys.take("trainer.gan_mode", "hinge")
-    losses: dict[str, Any] = {}
-    for name, value in weights.items():
-        if name == "gan":
-            losses[name] = {"weight": float(value), "mode": "half_least_square" if mode == "least_square" else mode}
-        elif name == "perceptual":
-            losses[name] = {"weight": float(value), "imagenet_statistics": True}
-            for theirs, ours in (("layers", "layers"), ("weights", "layer_weights")):
-                if (stated := keys.take(f"trainer.perceptual_loss.{theirs}", None)) is not None:
-                    losses[name][ours] = stated
-            if (network := keys.take("trainer.perceptual_loss.mode", "vgg19")) != "vgg19":
-                raise ConfigError(f"trainer.perceptual_loss.mode: {network}: only vgg19 is supported")
-        elif name == "kl":
-            losses[name] = float(value) * batch
-            keys.notes.append(f"loss_weight.kl sums over the {batch} images of a GPU: losses.kl is on their mean")
-        elif name == "feature_matching":
-            losses[name] = float(value)
-        else:
-            keys.notes.append(f"ignored (no equivalent): trainer.loss_weight.{name}: {value}")
-    return losses
+    mode = "half_least_square" if mode == "least_square" else mode
+    ours["losses.gan"] = {"weight": keys.take("trainer.loss_weight.gan"), "mode": mode}
+    if "losses.perceptual.weight" in ours:
+        keys.check("trainer.perceptual_loss.mode", "vgg19")
+        ours |= {"losses.perceptual.imagenet_statistics": True} | keys.translate(_PERCEPTUAL)
+    if (kl := keys.take("trainer.loss_weight.kl", None)) is not None:
+        ours["losses.kl"] = float(kl) * batch
+        keys.notes.append(f"loss_weight.kl sums over the {batch} images of a GPU: losses.kl is on their mean")
+
+    # Optimizers and schedule.
+    for section in ("gen_opt", "dis_opt"):
+        keys.check(f"{section}.type", "adam")
+        ours[section] = keys.take_all(section, _ADAM)
+        policy = keys.take_all(f"{section}.lr_policy", {"type": "step", "step_size": 10**9})
+        if policy["type"] != "step" or policy["step_size"] < 10**6:
+            keys.notes.append(
+                f"{section}.lr_policy: {policy['type']} has no counterpart: the learning rate is constant"
+            )
+    average = keys.take_all("trainer.model_average_config", _AVERAGE)
+    average["batch_norm_images"] = batch * average.pop("num_batch_norm_estimation_iterations")
+    ours["trainer.model_average"] = average if average.pop("enabled") else None
+    if keys.take("trainer.amp_config.enabled", False) or keys.take("trainer.amp", "O0") != "O0":
+        ours["trainer.precision"] = "fp16"
+        keys.notes.append("mixed precision is fp16 there; on GPUs since Ampere trainer.precision: bf16 is safer")
+    if "trainer.max_epochs" in ours and (iterations := ours.pop("trainer.max_iterations", None)) is not None:
+        epochs = ours["trainer.max_epochs"]
+        keys.notes.append(f"max_iter: {iterations} is left out: here a run has one length, max_epoch: {epochs}")
+
+    # Data.
+    for split in ("train", "val"):
+        ours |= _split(keys, f"data.{split}")
+    if keys.has("test_data"):
+        roots = keys.take("test_data.roots", None) or keys.take("test_data.test.roots")
+        ours["test_data"] = {"roots": _to_list(roots), "batch_size": keys.take("test_data.test.batch_size", 1)}
+        keys.take("test_data")
+    return ours
 
 
-def _adam(keys: Keys, section: str) -> dict[str, Any]:
-    if (kind := keys.take(f"{section}.type", "adam")) != "adam":
-        raise ConfigError(f"{section}.type: {kind}: only adam is supported")
-    policy, step = keys.take(f"{section}.lr_policy.type", "step"), keys.take(f"{section}.lr_policy.step_size", 10**9)
-    if policy != "step" or step < 10**6:
-        keys.notes.append(f"{section}.lr_policy: {policy} has no counterpart: the learning rate is constant")
-    return {
-        "lr": float(keys.take(f"{section}.lr")),
-        "adam_beta1": float(keys.take(f"{section}.adam_beta1", 0.0)),
-        "adam_beta2": float(keys.take(f"{section}.adam_beta2", 0.999)),
+def _imaginaire_generator(keys: Keys) -> dict[str, Any]:
+    """Return the hyper-parameters of the generator and of its style encoder."""
+    inputs = list(keys.take("data.input_labels"))
+    if unknown := set(inputs) - {"seg_maps", "edge_maps"}:
+        raise ConfigError(f"data.input_labels: {', '.join(sorted(unknown))}: only seg_maps and edge_maps are supported")
+    if inputs not in (["seg_maps"], ["seg_maps", "edge_maps"]):  # whose channels stand in another order
+        raise ConfigError(f"data.input_labels: {inputs}: only seg_maps, then edge_maps if any, is supported")
+    keys.take("data.input_types")
+    edges = keys.translate([Row("data.input_types", "channels", _edge_channels)])
+    norm = "gen.activation_norm_params"
+    hyper = keys.take_all("gen", _GENERATOR) | {
+        "num_seg_classes": keys.take("data.one_hot_num_classes.seg_maps"),
+        "use_dont_care": keys.take("data.use_dont_care", False),
+        "edge_channels": edges["channels"] if "edge_maps" in inputs else 0,
+        "spade_hidden_filters": keys.take(f"{norm}.num_filters", 128),
+        "spade_kernel_size": keys.take(f"{norm}.kernel_size", 3),
+        "separate_projection": keys.take(f"{norm}.separate_projection", False),
+        "activation_norm_type": keys.take(f"{norm}.activation_norm_type", "sync_batch"),
+        "activation_norm_affine": keys.take(f"{norm}.activation_norm_params.affine", True),
     }
+    if keys.has("gen.style_enc"):
+        keys.check("gen.style_enc.kernel_size", 3)
+        hyper["style_enc_num_filters"] = keys.take("gen.style_enc.num_filters", 128)
+    return hyper
 
 
-def _roots(keys: Keys, section: str) -> list[str]:
-    roots = keys.take(f"{section}.roots", None) or keys.take(f"{section}.test.roots", None)
-    return [roots] if isinstance(roots, str) else list(roots)
+def _edge_channels(input_types: list[dict[str, Any]]) -> int:
+    types = {name: options for entry in input_types for name, options in entry.items()}
+    return types["edge_maps"]["num_channels"] if "edge_maps" in types else 0
 
 
 def _split(keys: Keys, split: str) -> dict[str, Any]:
-    augmentations: dict[str, Any] = {}
-    for name in ("resize_smallest_side", "random_scale_limit", "horizontal_flip"):
-        if (value := keys.take(f"data.{split}.augmentations.{name}", None)) is not None:
-            augmentations[name] = float(value) if name == "random_scale_limit" else value
-    for name in ("resize_h_w", "random_crop_h_w", "center_crop_h_w"):
-        if (value := keys.take(f"data.{split}.augmentations.{name}", None)) is not None:
-            augmentations[name] = [int(x) for x in str(value).strip("[]() ").split(",")]
-    if keys.take(f"data.{split}.augmentations.rotate", 0):
-        keys.notes.append(f"data.{split}.augmentations.rotate has no counterpart here")
-    keys.take(f"data.{split}.is_lmdb", None)  # what a root is, is seen from what lies there
-    return {
-        "roots": _roots(keys, f"data.{split}"),
-        "batch_size": keys.take(f"data.{split}.batch_size", 1),
-        "augmentations": augmentations,
-    }
+    keys.take(f"{split}.is_lmdb", None)  # what a root is, is seen from what lies there
+    if keys.take(f"{split}.augmentations.rotate", 0):
+        keys.notes.append(f"{split}.augmentations.rotate has no counterpart here")
+    rows = (Row(f"{split}.{name}", f"{split}.{name}", _to_size if "_h_w" in name else None) for name in _SPLIT)
+    return {f"{split}.roots": _to_list(keys.take(f"{split}.roots"))} | keys.translate(rows)
+
+
+def _to_list(roots: str | list[str]) -> list[str]:
+    return [roots] if isinstance(roots, str) else list(roots)
+
+
+def _to_size(text: str | list[int]) -> list[int]:
+    """``"256, 256"``, or a list -> [256, 256]."""
+    return [int(x) for x in str(text).strip("[]() ").split(",")]

@@ -1,6 +1,6 @@
 """Architecture and tensor names of imaginaire's SPADE checkpoints.
 
-Each function of a part gives that part's tree as YAML would.
+Each function of a part returns that part's tree as YAML would.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from imaginaire_spade.models.fpse import FPSEDiscriminator
 from imaginaire_spade.models.style_generator import StyleSPADEGenerator
 
 DEFAULTS: dict[str, Any] = {}
-"""Nothing is taken for granted: imaginaire's options have no one set of defaults."""
+"""None: imaginaire's options have no single set of defaults."""
 
 
 def layout_spec(hyper: Mapping[str, Any]) -> LayoutSpec:
@@ -31,12 +31,12 @@ def layout_spec(hyper: Mapping[str, Any]) -> LayoutSpec:
 
 
 def image_size(hyper: Mapping[str, Any]) -> tuple[int, int]:
-    """(height, width) of training; the generator is fully convolutional."""
+    """Return (height, width) of training; the generator is fully convolutional."""
     return hyper["out_image_small_side_size"], hyper["out_image_small_side_size"]
 
 
 def generator(hyper: Mapping[str, Any]) -> dict[str, Any]:
-    """The generator of options such as ``spade_kernel_size: 5``, ``separate_projection: true``."""
+    """Describe the generator of options such as ``spade_kernel_size: 5``, ``separate_projection: true``."""
     _check(hyper, "generator", {
         "separate_projection": True, "kernel_size": 3, "weight_norm_type": "spectral", "skip_activation_norm": True,
     })  # fmt: skip
@@ -83,14 +83,14 @@ def _check(hyper: Mapping[str, Any], what: str, known: Mapping[str, Any]) -> Non
 
 
 def scope(network: nn.Module) -> str:
-    """Where the tensors of ``network`` stand in a checkpoint that holds several networks."""
+    """Return the prefix of the tensors of ``network`` in a checkpoint that holds several networks."""
     if isinstance(network, FPSEDiscriminator):
         return ""
     return "style_encoder." if isinstance(network, ConvEncoder) else "spade_generator."
 
 
 def reference_key(network: nn.Module, key: str) -> str:
-    """imaginaire's name of one of our tensors."""
+    """Return imaginaire's name of one of our tensors."""
     owner, leaf = split_key(network, key)
     if isinstance(network, ConvEncoder):
         owner = re.sub(r"^layers\.(\d)$", lambda m: f"layer{int(m[1]) + 1}", owner)

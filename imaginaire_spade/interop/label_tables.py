@@ -1,9 +1,9 @@
-"""Which channel the loaders of other systems give each id of a label map, as our label tables.
+"""Write, as our label tables, the channel that the loaders of other systems give each id of a label map.
 
 They read ids as channels: a pixel of raw id r lights channel r, in every data set. ADE20K is no exception in the 2019
-SPADE release and in CLADE: their loader computes the ids minus one and drops the result, so 0 ("other") lights channel
-0 and class k channel k. Don't care is the channel after the last class. In the release and in CLADE 255 and the id
-``label_nc`` light it, in imaginaire every id from the number of classes on.
+SPADE release and in CLADE: their loader subtracts one from the ids and drops the result, so 0 ("other") lights channel
+0 and class k channel k. Don't care is the channel after the last class. In the release and in CLADE, 255 and the id
+``label_nc`` light it; in imaginaire, every id from the number of classes on does.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from typing import Any, Literal
 
 import numpy as np
 
-from imaginaire_spade.compatibility import counts_ade20k_from_0
-from imaginaire_spade.config import RunConfig, dump_config, parse_config
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config_diff import counts_ade20k_from_0
+from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.layout import LayoutSpec
 
 ADE20K = ("ade20k", "ade20koutdoor")
-"""Values of ``dataset_mode`` (the second is CLADE's) whose don't-care channel is the last class, raw id 150."""
+"""Values of ``dataset_mode`` (the second is CLADE's) in which the last class, raw id 150, is the don't-care channel."""
 
 
 def label_table(source: str, spec: LayoutSpec, dataset: str | None = None) -> dict[str, Any]:
-    """``data.labels`` of a source's networks, without names.
+    """Return ``data.labels`` of a source's networks, without names.
 
     Args:
         source: as for ``import_generator``.
         spec: the label channels of the networks.
-        dataset: the release's ``dataset_mode``; None: not known.
+        dataset: the release's ``dataset_mode``; None: unknown.
     """
     labels: dict[str, Any] = {"num_classes": spec.num_classes, "dont_care": spec.has_dont_care}
     if source == "imaginaire":
@@ -37,17 +38,17 @@ def label_table(source: str, spec: LayoutSpec, dataset: str | None = None) -> di
         return {"num_classes": spec.num_label_channels, "dont_care": False}
     if not spec.has_dont_care:
         return labels
-    # COCO-Stuff's files hold no 182, but label maps that count its classes from 1 do: that should be noticed.
+    # COCO-Stuff's files hold no 182, but label maps that count its classes from 1 do: 182 must be an error.
     return labels | {"ignore": [255] if dataset == "coco" else sorted({spec.num_classes, 255})}
 
 
 def adapt_config(source: str, config: RunConfig, *, has_networks: bool = True) -> tuple[RunConfig, list[str]]:
-    """A config of ours, such as a data set's recipe, as a source's weights need it; and what was changed.
+    """Adapt a config of ours, such as a data set's recipe, to a source's weights; return it with notes on changes.
 
     Args:
         source: as for ``import_generator``.
-        config: with ADE20K's table in either form; any other stays as it is.
-        has_networks: whether the config describes the networks too, no architecture beside it.
+        config: ADE20K's label table, in either form, is adapted; any other stays.
+        has_networks: whether the config also describes the networks, because there is no architecture.
     """
     tree, notes = dump_config(config), []
     norm = tree["gen"].get("norm")
@@ -73,7 +74,7 @@ def adapt_config(source: str, config: RunConfig, *, has_networks: bool = True) -
 
 
 def _with_raw_ids(labels: LabelSpec, order: Sequence[int], other: str) -> dict[str, Any]:
-    """The table in which raw id r is class r, ``labels``' don't care being a class called ``other``."""
+    """Return the table in which raw id r is class r; the don't care of ``labels`` becomes a class named ``other``."""
     known = np.flatnonzero(labels.table != labels.error_id).tolist()
     classes = {raw: order.index(int(labels.table[raw])) for raw in known}
     names, palette = (*labels.names, other), (*labels.palette, (0, 0, 0))
@@ -90,19 +91,19 @@ LabelOrder = Literal["raw", "train"]
 
 
 def exported_channels(labels: LabelSpec, label_order: LabelOrder) -> list[int] | None:
-    """Which of our label channels stands at each place of an exported network; None: each stays where it is.
+    """Return which of our label channels stands at each place of an exported network; None: all stay in place.
 
     Args:
         labels: the table that the network was trained with.
-        label_order: ``raw``: another system must light with raw id r what we do, which is possible where the raw ids
-            from 0 on light each channel once; ``train``: channels stay train ids.
+        label_order: ``raw``: raw id r lights the same channel in the other system as here, which is possible if the raw
+            ids from 0 on light each channel once; ``train``: channels stay train ids.
     """
     order = labels.channel_order if label_order == "raw" else None
     return None if order == sorted(order or ()) else order
 
 
 def export_notes(target: str, config: RunConfig, label_order: LabelOrder) -> list[str]:
-    """What the user of an exported network must know of its label maps."""
+    """Return notes on the label maps that an exported network takes."""
     labels, notes = config.data.labels, []
     order = exported_channels(labels, label_order)
     num_channels = labels.num_classes + labels.dont_care
@@ -120,8 +121,8 @@ def export_notes(target: str, config: RunConfig, label_order: LabelOrder) -> lis
         advice = "replace them" if order is not None else "write train ids (255: don't care)"
         notes.append(f"raw ids {ids} light another channel in {target}, or none: {advice} in the label maps for it")
     norm = config.gen.args.get("norm")
-    if target == "clade" and norm is not None and norm["type"] == "clade_icpe":
-        own, theirs = list(norm["args"]["skip_ids"]), [int(table[0])]
+    if target == "clade" and norm is not None and norm.type == "clade_icpe":
+        own, theirs = list(norm.args["skip_ids"]), [int(table[0])]
         if own != theirs:
             notes.append(
                 f"CLADE gives pixels of raw id 0 no position, this generator was trained with gen.norm.skip_ids: {own}:"
@@ -131,7 +132,7 @@ def export_notes(target: str, config: RunConfig, label_order: LabelOrder) -> lis
 
 
 def _channel(target: str, labels: LabelSpec, raw: int) -> int | None:
-    """The channel that a raw id lights in another system; None: none, or its loader fails."""
+    """Return the channel that a raw id lights in another system; None: none, or its loader fails."""
     if target == "imaginaire":
         return raw if raw < labels.num_classes else labels.num_classes if labels.dont_care else None
     if raw == 255:

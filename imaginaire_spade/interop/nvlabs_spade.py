@@ -1,6 +1,6 @@
 """Architecture and tensor names of the 2019 SPADE / GauGAN release's checkpoints (``latest_net_{G,D,E}.pth``).
 
-Its options (``opt.txt``) are the hyper-parameters. Each function of a part gives that part's tree as YAML would.
+Its options (``opt.txt``) are the hyper-parameters. Each function of a part returns that part's tree as YAML would.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "ngf": 64, "norm_G": "spectralspadesyncbatch3x3", "num_upsampling_layers": "normal", "use_vae": False, "z_dim": 256,
     "ndf": 64, "norm_D": "spectralinstance", "num_D": 2, "n_layers_D": 4, "norm_E": "spectralinstance",
 }  # fmt: skip
-"""The release's own, for options that an architecture leaves out."""
+"""The release's defaults, for options that an architecture leaves out."""
 
 
 def layout_spec(hyper: Mapping[str, Any]) -> LayoutSpec:
@@ -33,14 +33,14 @@ def layout_spec(hyper: Mapping[str, Any]) -> LayoutSpec:
 
 
 def image_size(hyper: Mapping[str, Any]) -> tuple[int, int]:
-    """(height, width): the width is ``crop_size``, both rounded to the generator's multiple."""
+    """Return (height, width): the width is ``crop_size``, both are rounded to the generator's multiple."""
     multiple = 2 ** {"normal": 5, "more": 6, "most": 7}[hyper["num_upsampling_layers"]]
     width = max(1, hyper["crop_size"] // multiple)
     return max(1, round(width / hyper["aspect_ratio"])) * multiple, width * multiple
 
 
 def generator(hyper: Mapping[str, Any]) -> dict[str, Any]:
-    """The generator of options such as ``norm_G: spectralspadesyncbatch3x3``, ``num_upsampling_layers: more``."""
+    """Describe the generator of options such as ``norm_G: spectralspadesyncbatch3x3``."""
     matched = re.fullmatch(r"(spectral)?spade(syncbatch|batch|instance)(\d)x\3", hyper["norm_G"])
     if matched is None:
         raise CheckpointError(f"norm_G {hyper['norm_G']!r}: expected such as spectralspadesyncbatch3x3")
@@ -74,7 +74,7 @@ def discriminator(hyper: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encoder(hyper: Mapping[str, Any]) -> dict[str, Any]:
-    """Its width is the generator's ``ngf``, its pictures are always 256x256."""
+    """Describe the encoder: its width is the generator's ``ngf``, its images are always 256x256."""
     if hyper["norm_E"] != "spectralinstance":
         raise CheckpointError(f"norm_E {hyper['norm_E']!r}: only spectralinstance is supported")
     return {"type": "conv", "num_filters": hyper["ngf"], "image_size": 256, "normalization": "instance"}
@@ -85,7 +85,7 @@ def style_dims(hyper: Mapping[str, Any]) -> int:
 
 
 def scope(network: nn.Module) -> str:
-    """The release keeps one network per file."""
+    """Return the prefix of a network's tensors: none, since the release keeps one network per file."""
     return ""
 
 
@@ -93,14 +93,14 @@ _BLOCKS = ["head_0", "G_middle_0", "G_middle_1", "up_0", "up_1", "up_2", "up_3",
 
 
 def split_key(network: nn.Module, key: str) -> tuple[str, str]:
-    """(module, tensor) of a state-dict key; a weight before its spectral norm has torch's name for it."""
+    """Split a state-dict key into module and tensor; a weight before its spectral norm gets torch's name for it."""
     owner, _, leaf = key.rpartition(".")
     is_spectral = leaf == "weight" and isinstance(network.get_submodule(owner), SpectralNorm)
     return owner, "weight_orig" if is_spectral else leaf
 
 
 def reference_key(network: nn.Module, key: str) -> str:
-    """The release's name of one of our tensors."""
+    """Return the release's name of one of our tensors."""
     owner, leaf = split_key(network, key)
     name = f"{owner}.{leaf}"
     if isinstance(network, SPADEGenerator):

@@ -1,8 +1,8 @@
 """Build a verified LMDB data set from raw folders (``scripts/build_lmdb.py``), in one process or many.
 
-Owns the order of a build: refuse what cannot work, build shard by shard (read, check, write, read back, rename), and
-join the shards' manifests. A shard appears under its final name only when it is complete and verified. Nothing is
-agreed on between processes: each builds the shards of its rank, and whoever finishes last finds all of them there.
+Owns the order of a build: refuse what cannot work; write shard after shard, while workers read and check the samples;
+join the shards' manifests. A shard appears under its final name only when it is complete and verified. Processes do not
+talk to each other: each builds the shards of its rank, and the last to finish finds all of them there and joins them.
 """
 
 from __future__ import annotations
@@ -10,29 +10,34 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from tqdm import tqdm
+
+from imaginaire_spade.data.folders import DISTANCES, FolderSource
+from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS
 from imaginaire_spade.data.lmdb_source import MANIFEST, store_key
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import flush_folder, read_json, write_json
-from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.lmdb_builder.lock import finishing, owning, writing
+from imaginaire_spade.labels import EdgeSource, LabelSpec
 from imaginaire_spade.lmdb_builder.output import (
-    check_free_space,
     check_output,
-    disk_errors,
-    is_finished,
+    choose_root,
+    expect_room,
+    hold_shards,
     kept_shards,
+    locked,
     move_into_place,
-    temporary,
+    remove_if_empty,
 )
 from imaginaire_spade.lmdb_builder.sample import LoadedSample, Plan, load_sample
-from imaginaire_spade.lmdb_builder.selection import select_samples
 from imaginaire_spade.lmdb_builder.shard import Manifest, join_manifests, write_shard
-from imaginaire_spade.lmdb_builder.tally import MAX_PROBLEMS, Tally, shown
-from imaginaire_spade.lmdb_builder.workers import count_workers, map_in_processes
+from imaginaire_spade.lmdb_builder.workers import count_workers, map_in_order
+
+OPTIONAL_TYPES = ("edge_maps", "inst_maps", DISTANCES)
+MAX_PROBLEMS = 20
+"""A build stops after this many."""
 
 
 def build_dataset(
@@ -58,24 +63,24 @@ def build_dataset(
     """Build the data set, or this process's shards of it.
 
     Args:
-        edges: ``data.edges`` of the config; "file" and "instances" make edge_maps/ and inst_maps/ obligatory.
+        edges: ``data.edges`` of the config; "file" requires edge_maps/, "instances" requires inst_maps/.
         data_types: what to build; None: images, seg_maps, what ``edges`` needs, and the other folders that exist.
         num_shards: with 1 the root itself is the shard. None: one per process.
-        num_workers: processes that read, check and write; None: min(8, cores); 0: this process. With at least as many
-            shards each writes shards of its own; with fewer they read and check for one writer.
+        num_workers: processes that read and check what this one writes; None: min(8, cores); 0: this process alone.
         overwrite: replace an existing data set, once the new one is complete.
         resume: keep verified shards of an earlier, interrupted build of the same data.
         drop_unpaired: build from the samples that have all data types.
         input_list: file with one key per line (an extension is ignored): build from these samples only.
         check: decode every file and compare sizes and label values with the table.
         resize_smallest_side, quality: shrink what is larger; JPEGs are then written with this quality.
-        recode_maps: write label, edge and instance maps anew, with the same integers, so that they decode faster.
+        recode_maps: re-encode label, edge and instance maps, with the same integers, so that they decode faster.
         rank, world_size: build every ``world_size``-th shard, from number ``rank`` on.
     Returns:
-        The root's manifest; None where another process completes (or completed) the data set.
+        The root's manifest; None if another process completes (or completed) the data set.
     Raises:
         DataError: with every problem found, up to ``MAX_PROBLEMS``. Nothing incomplete is left under a final name.
     """
+    # Refuse what cannot work.
     raw, output = Path(data_root), Path(output_root).absolute()
     num_shards = world_size if num_shards is None else num_shards
     if num_shards < world_size or (num_workers is not None and num_workers < 0):
@@ -88,166 +93,193 @@ def build_dataset(
     if recode_maps and not check:
         raise DataError("--recode_maps decodes every map, which --no_check excludes: write one of the two")
     check_output(raw, output, overwrite, resume)
-    selection = select_samples(
-        raw,
-        edges=edges,
-        data_types=data_types,
-        drop_unpaired=drop_unpaired,
-        input_list=None if input_list is None else Path(input_list),
-        shrinks=resize_smallest_side is not None,
-        silent=rank > 0,
+    # Plan the shards.
+    source, types, left_out = _select_samples(
+        raw, edges, data_types, drop_unpaired, input_list, shrinks=bool(resize_smallest_side), silent=rank > 0
     )
-    source, types = selection.source, selection.data_types
     if num_shards > len(source.keys):
         raise DataError(f"--num_shards {num_shards}: more shards than samples ({len(source.keys)})")
-    # In the order of the keys, so that the shards one after the other are the folder's order.
-    cuts = [len(source.keys) * i // num_shards for i in range(num_shards + 1)]
-    names = ["."] if num_shards == 1 else [f"shard_{i:05d}" for i in range(num_shards)]
-    parts = {
-        name: sorted(source.keys[a:b], key=store_key)
-        for name, (a, b) in zip(names, itertools.pairwise(cuts), strict=True)
-    }
-    plan = Plan(source, labels, types, check, resize_smallest_side, quality, recode_maps)
-    own = range(num_shards)[rank::world_size]
-    with owning(output, own) as lock_file:
-        build = _Build(plan, parts, _choose_root(output, num_shards, overwrite), lock_file, Tally())
-        # Existing output may be deleted if ``overwrite`` is set or it is our own temporary folder.
-        may_clear = world_size == 1 and (overwrite or build.root != output)
-        try:
-            kept = build.kept([names[i] for i in own], resume, may_clear, rank)
-        except DataError as error:
-            if not overwrite:
-                raise
-            raise DataError(
-                f"{error}. Of several processes none may clear it away from under the others: remove {build.root}"
-                " yourself, then start them again"
-            ) from None
-        todo = [names[i] for i in own if names[i] not in kept]
-        num_bytes = {name: {t: source.total_size(parts[name], t) for t in types} for name in todo}
-        total_bytes = sum(sum(by_type.values()) for by_type in num_bytes.values())
-        check_free_space(output, total_bytes)
-        with disk_errors(output, total_bytes):
-            build.run(num_bytes, count_workers(num_workers, world_size), silent=rank > 0)
-            return build.join(output, selection.left_out)
-
-
-def _choose_root(output: Path, num_shards: int, overwrite: bool) -> Path:
-    """Where to build. (A temporary folder whose output is gone was about to take its place.)"""
-    if is_finished(output):
-        return temporary(output) if overwrite else output
-    return temporary(output) if num_shards == 1 or temporary(output).exists() else output
-
-
-class _Rejected(Exception):
-    """Carries the problems of a shard's samples."""
-
-
-@dataclass(frozen=True)
-class _Build:
-    plan: Plan
-    parts: Mapping[str, Sequence[str]]
-    root: Path
-    lock_file: Path
-    tally: Tally
-
-    def kept(self, names: Sequence[str], resume: bool, may_clear: bool, rank: int) -> dict[str, Manifest]:
-        """Return the finished shards among ``names``; remove other existing output if that is requested."""
-        kept: dict[str, Manifest] = {}
+    shards = _divide(source.keys, num_shards)
+    plan = Plan(source, labels, types, shards, check, resize_smallest_side, quality, recode_maps)
+    own = list(shards)[rank::world_size]
+    with hold_shards(output, range(num_shards)[rank::world_size]):
+        # Keep finished shards; remove other existing output if that is allowed.
+        root = choose_root(output, num_shards, overwrite)
+        may_clear = world_size == 1 and (overwrite or root != output)
+        kept = []
         try:
             if resume:
-                kept = kept_shards(self.root, self.parts, names, self.plan)
-            elif may_clear:
-                shutil.rmtree(self.root, ignore_errors=True)
-        except DataError:
+                kept = kept_shards(plan, root, own)
+        except DataError as error:
+            if overwrite and world_size > 1:
+                raise DataError(
+                    f"{error}. Of several processes none may clear it away from under the others: remove {root}"
+                    " yourself, then start them again"
+                ) from None
             if not may_clear:
                 raise
-            shutil.rmtree(self.root, ignore_errors=True)
+        if may_clear and not kept:
+            shutil.rmtree(root, ignore_errors=True)
         if kept:
-            print(
-                f"rank {rank}: " * (rank > 0)
-                + f"resuming: {len(kept)} of {len(names)} shard(s) are complete and verified"
-            )
-        return kept
+            prefix = f"rank {rank}: " * (rank > 0)
+            print(f"{prefix}resuming: {len(kept)} of {len(own)} shard(s) are complete and verified")
+        # Write the others, and join all of them.
+        todo = [name for name in own if name not in kept]
+        num_bytes = {name: {t: source.total_size(shards[name], t) for t in types} for name in todo}
+        with expect_room(output, sum(sum(by_type.values()) for by_type in num_bytes.values())):
+            _write_shards(plan, root, num_bytes, count_workers(num_workers, world_size), silent=rank > 0)
+            with locked(output):
+                return _join(plan, root, output, left_out)
 
-    def run(self, num_bytes: Mapping[str, Mapping[str, int]], workers: int, silent: bool) -> None:
-        """Build the shards that are the keys of ``num_bytes`` (which gives the size of their files by data type)."""
-        todo = list(num_bytes)
-        total = sum(len(self.parts[name]) for name in todo)
-        problems: list[str] = []
-        try:
-            with shown(self.tally, total, silent or not todo):
-                if workers > len(todo):
-                    load = partial(load_sample, self.plan)
-                    for name in todo:
-                        samples = map_in_processes(load, self.parts[name], workers, chunk=4)
-                        problems += self._build_shard(name, num_bytes[name], samples)
-                else:
-                    whole = list(num_bytes.items())
-                    for found in map_in_processes(self._build_whole_shard, whole, workers, chunk=1, least=1):
-                        problems += found
-        finally:
-            self.tally.stop.get_obj().value = 1  # workers that still write leave off
-            if self.root.is_dir() and not any(self.root.iterdir()):
-                self.root.rmdir()
-        if problems:
-            seen = self.tally.seen()
-            rest = f" (checking stopped after sample {seen} of {total})" if seen < total else ""
-            finished = sum((self.root / name / MANIFEST).is_file() for name in self.parts)
-            state = f"{finished} finished shard(s) are kept" if finished else "nothing was built"
-            listed = "\n  ".join(problems[:MAX_PROBLEMS])
-            raise DataError(f"{self.plan.source.root}: {len(problems)} problem(s), {state}{rest}:\n  {listed}")
 
-    def _build_whole_shard(self, item: tuple[str, Mapping[str, int]]) -> list[str]:
-        name, num_bytes = item
-        return self._build_shard(name, num_bytes, map(partial(load_sample, self.plan), self.parts[name]))
+def _select_samples(
+    raw: Path,
+    edges: str,
+    data_types: Sequence[str] | None,
+    drop_unpaired: bool,
+    input_list: str | Path | None,
+    *,
+    shrinks: bool,
+    silent: bool,
+) -> tuple[FolderSource, tuple[str, ...], list[str]]:
+    """Select what the options of ``build_dataset`` name.
 
-    def _build_shard(self, name: str, num_bytes: Mapping[str, int], samples: Iterable[LoadedSample]) -> list[str]:
-        """Build one shard in its temporary folder and rename it, or return its samples' problems."""
-        if not self.tally.go_on():
-            return []
-        folder = self.root if name == "." else self.root / f"{name}.tmp"
-        with writing(self.lock_file, list(self.parts).index(name)):
+    Args:
+        shrinks: images will be resized, which distance maps cannot be.
+        silent: do not print what is left out.
+    Returns:
+        The samples; their data types; and what the folders hold beyond them, one line per file.
+    Raises:
+        DataError: folders or files are missing, do not pair up, or are not what ``input_list`` says.
+    """
+    if data_types is None:
+        optional = [t for t in OPTIONAL_TYPES if t in EdgeSource(edges).files_needed or (raw / t).is_dir()]
+        types = ("images", "seg_maps", *optional)
+    else:
+        types = tuple(dict.fromkeys(data_types))
+    source = FolderSource(raw, types, drop_unpaired=drop_unpaired or input_list is not None)
+    left_out = _left_out(source, input_list is None)
+    if left_out and not silent:
+        print(f"left out {len(left_out)} file(s) or sample(s)" + f" (all in {MANIFEST})" * (len(left_out) > 20) + ":")
+        print("\n".join(f"  {line}" for line in left_out[:20]))
+    if input_list is not None:
+        source = source.restricted_to(_read_list(Path(input_list), source))
+    if DISTANCES in types and (shrinks or not source.has(DISTANCES)):
+        reason = "does not shrink" if shrinks else "lacks some samples"
+        print(f"{raw / DISTANCES} {reason}: left out (scripts/make_distance_maps.py makes missing ones)")
+        types = tuple(t for t in types if t != DISTANCES)
+    return source, types, left_out
+
+
+def _left_out(source: FolderSource, list_unpaired: bool) -> list[str]:
+    """Describe the files that are no part of the data set, one line each."""
+    lines = [f"{path.relative_to(source.root)}: no image by its extension" for path in source.skipped]
+    for data_type, keys in source.unpaired.items():
+        lines += [f"{key}: dropped, no file in {data_type}" for key in keys if list_unpaired]
+    return lines
+
+
+def _read_list(path: Path, source: FolderSource) -> list[str]:
+    """Read the keys of ``--input_list``.
+
+    Raises:
+        DataError: the file cannot be read, or names a sample that ``source`` lacks.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--input_list {path}: cannot be read: {error}") from None
+    known, wanted, unknown = set(source.keys), set[str](), []
+    for line in filter(None, lines):
+        key = line.removeprefix("./")
+        stem, _, extension = key.rpartition(".")
+        if key not in known and extension.lower() in IMAGE_EXTENSIONS:
+            key = stem
+        if key in known:
+            wanted.add(key)
+        else:
+            unknown.append(line)
+    if unknown or not wanted:
+        shown = ", ".join(unknown[:10]) + (" ..." if len(unknown) > 10 else "")
+        what = f"{len(unknown)} name(s) without a file in every data type: {shown}" if unknown else "no names"
+        raise DataError(f"--input_list {path}: {what}. Write one SEQUENCE/NAME or NAME per line")
+    return list(wanted)
+
+
+def _divide(keys: Sequence[str], num_shards: int) -> dict[str, list[str]]:
+    """Map the path of each shard to its keys. One shard after the other, they are in the folder's order."""
+    cuts = [len(keys) * i // num_shards for i in range(num_shards + 1)]
+    names = ["."] if num_shards == 1 else [f"shard_{i:05d}" for i in range(num_shards)]
+    pairs = zip(names, itertools.pairwise(cuts), strict=True)
+    return {name: sorted(keys[start:end], key=store_key) for name, (start, end) in pairs}
+
+
+def _write_shards(
+    plan: Plan, root: Path, num_bytes: Mapping[str, Mapping[str, int]], num_workers: int, silent: bool
+) -> None:
+    """Write shards one after the other, while workers read and check the samples ahead.
+
+    Args:
+        num_bytes: path of each shard to write -> data type -> size of its files.
+    Raises:
+        DataError: with the problems of all samples, up to ``MAX_PROBLEMS``. Shards without one are finished.
+    """
+    keys = [key for name in num_bytes for key in plan.shards[name]]
+    seen, problems = 0, list[str]()
+
+    def watch(samples: Iterable[LoadedSample]) -> Iterator[LoadedSample]:
+        nonlocal seen
+        silent_bar = silent or not keys
+        for sample in tqdm(samples, "building", len(keys), unit="images", mininterval=0.5, disable=silent_bar):
+            seen += 1
+            problems.extend(sample.problems)
+            yield sample
+            if len(problems) >= MAX_PROBLEMS:
+                return
+
+    try:
+        with map_in_order(partial(load_sample, plan), keys, num_workers) as results:
+            samples = watch(results)
+            for name in num_bytes:
+                if len(problems) < MAX_PROBLEMS:
+                    part = itertools.islice(samples, len(plan.shards[name]))
+                    _write_one(plan, root, name, part, num_bytes[name])
+    finally:
+        remove_if_empty(root)
+    if problems:
+        rest = f" (checking stopped after sample {seen} of {len(keys)})" if seen < len(keys) else ""
+        finished = sum((root / name / MANIFEST).is_file() for name in plan.shards)
+        state = f"{finished} finished shard(s) are kept" if finished else "nothing was built"
+        listed = "\n  ".join(problems[:MAX_PROBLEMS])
+        raise DataError(f"{plan.source.root}: {len(problems)} problem(s), {state}{rest}:\n  {listed}")
+
+
+def _write_one(
+    plan: Plan, root: Path, name: str, samples: Iterable[LoadedSample], num_bytes: Mapping[str, int]
+) -> None:
+    """Write one shard in a temporary folder and rename it, if its samples have no problems."""
+    folder = root if name == "." else root / f"{name}.tmp"
+    is_finished = False
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        is_finished = write_shard(plan, name, samples, folder, num_bytes)
+        if is_finished and name != ".":
+            shutil.rmtree(root / name, ignore_errors=True)  # (--no-resume)
+            folder.replace(root / name)
+            flush_folder(root)
+    finally:
+        if not is_finished:
             shutil.rmtree(folder, ignore_errors=True)
-            # A killed builder's worker may have finished it meanwhile.
-            if name != "." and (self.root / name).exists() and kept_shards(self.root, self.parts, [name], self.plan):
-                return []
-            try:
-                write_shard(self.plan, self.parts[name], self._sound(samples), folder, num_bytes)
-                if name != ".":
-                    folder.replace(self.root / name)
-                    flush_folder(self.root)
-            except _Rejected as rejected:
-                shutil.rmtree(folder, ignore_errors=True)
-                return list(rejected.args[0])
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-        return []
 
-    def _sound(self, samples: Iterable[LoadedSample]) -> Iterator[LoadedSample]:
-        """The samples up to the first with a problem; the problems of all are raised at the end."""
-        problems: list[str] = []
-        for sample in samples:
-            problems += sample.problems
-            if not self.tally.add(len(sample.problems)):
-                raise _Rejected(problems)
-            if not problems:
-                yield sample
-        if problems:
-            raise _Rejected(problems)
 
-    def join(self, output: Path, left_out: Sequence[str]) -> Manifest | None:
-        """Write the root's manifest and give the data set its name, where all shards are there."""
-        with finishing(self.lock_file):
-            manifests = {}
-            for name in self.parts:
-                if not (self.root / name / MANIFEST).is_file():
-                    return None
-                manifests[name] = read_json(self.root / name / MANIFEST)
-            manifest = join_manifests(manifests, left_out)
-            if not (self.root / MANIFEST).is_file() or read_json(self.root / MANIFEST) != manifest:
-                write_json(self.root / MANIFEST, manifest)
-                flush_folder(self.root)
-            if self.root != output:
-                move_into_place(self.root, output)
-            return manifest
+def _join(plan: Plan, root: Path, output: Path, left_out: Sequence[str]) -> Manifest | None:
+    """Write the root's manifest and give the data set its name, if all shards are there."""
+    if not all((root / name / MANIFEST).is_file() for name in plan.shards):
+        return None
+    manifest = join_manifests({name: read_json(root / name / MANIFEST) for name in plan.shards}, left_out)
+    if not (root / MANIFEST).is_file() or read_json(root / MANIFEST) != manifest:
+        write_json(root / MANIFEST, manifest)
+        flush_folder(root)
+    if root != output:
+        move_into_place(root, output)
+    return manifest

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,39 +11,35 @@ from tqdm import tqdm
 from imaginaire_spade.data.folders import DATA_TYPES, Source
 from imaginaire_spade.data.lmdb_source import MANIFEST, open_source
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.files import file_sha256, read_json
+from imaginaire_spade.files import read_json
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.lmdb_builder.sample import check_files
-from imaginaire_spade.lmdb_builder.workers import map_in_processes
+from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, check_sample
+from imaginaire_spade.lmdb_builder.shard import wrong_checksums
+from imaginaire_spade.lmdb_builder.workers import map_in_order
 
 MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"BM", "bmp"), (b"RIFF", "webp"), (b"\x93NUMPY", "npy"))
 
 
-@dataclass(frozen=True)
-class Contents:
-    """Counts over all samples."""
-
-    num_samples: int
-    num_bytes: dict[str, int]
-    """Data type -> bytes of its values."""
-    sizes: Counter[str]
-    """"HxW" of the label maps (or of the first data type) -> samples."""
-    class_pixels: Counter[int]
-    class_samples: Counter[int]
-    problems: tuple[str, ...]
-
-
 def open_data(root: Path) -> Source:
-    """All that lies under ``root``: LMDB shards, or plain folders. Raises DataError."""
+    """Open what lies under ``root``: LMDB shards, or plain folders.
+
+    Raises:
+        DataError: no data set is there.
+    """
     return open_source(root, [t for t in DATA_TYPES if (root / t).is_dir()])
 
 
 def stored_types(source: Source) -> list[str]:
+    """List the data types that every sample has."""
     return [t for t in DATA_TYPES if source.has(t)]
 
 
 def stored_labels(root: Path) -> LabelSpec | None:
-    """The label table that the data set was built with; None for another builder's. Raises DataError."""
+    """Return the label table that the data set was built with; None if another builder made it.
+
+    Raises:
+        DataError: its manifest holds no usable table.
+    """
     if not (root / MANIFEST).is_file():
         return None
     try:
@@ -56,57 +49,30 @@ def stored_labels(root: Path) -> LabelSpec | None:
 
 
 def look_through(root: Path, labels: LabelSpec | None, num_workers: int | None) -> Contents:
-    """Read and decode everything, and compare every file's checksum with the manifest's. Problems are collected."""
-    problems = list(_wrong_checksums(root))
+    """Read and check every sample as the builder does, and compare every file's checksum with the manifest's.
+
+    Problems are collected, not raised.
+    """
     source = open_data(root)
-    types = stored_types(source)
-    num_bytes: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-    pixels: Counter[int] = Counter()
-    holding: Counter[int] = Counter()
-    results = map_in_processes(partial(_look_at, source, types, labels), source.keys, num_workers)
-    for result in tqdm(results, "reading", len(source.keys), unit="images", mininterval=0.5):
-        num_bytes.update(result.num_bytes)
-        sizes.update(result.sizes)
-        pixels.update(result.class_pixels)
-        holding.update(result.class_samples)
-        problems += result.problems
-    return Contents(len(source.keys), dict(num_bytes), sizes, pixels, holding, tuple(problems))
+    contents = Contents(problems=list(wrong_checksums(root)))
+    with map_in_order(partial(_check, source, stored_types(source), labels), source.keys, num_workers) as samples:
+        for sample in tqdm(samples, "reading", len(source.keys), unit="images", mininterval=0.5):
+            contents.add(sample)
+    return contents
 
 
-def _wrong_checksums(root: Path) -> Iterator[str]:
-    if not (root / MANIFEST).is_file():
-        return
-    manifest = read_json(root / MANIFEST)
-    try:
-        expected = {
-            root / shard["path"] / name: entry["sha256"]
-            for shard in manifest["shards"]
-            for name, entry in shard["files"].items()
-        }
-    except (KeyError, TypeError):
-        raise DataError(f"{root / MANIFEST}: lists no files: build the data set again") from None
-    for path, sha256 in expected.items():
-        if not path.is_file():
-            yield f"{path}: missing"
-        elif file_sha256(path) != sha256:
-            yield f"{path}: its checksum differs from the manifest's: copy it again, or build again (--resume mends it)"
-
-
-def _look_at(source: Source, types: list[str], labels: LabelSpec | None, key: str) -> Contents:
-    checked = check_files(source, key, types, labels)
-    return Contents(
-        1,
-        {data_type: len(data) for data_type, data in checked.files.items()},
-        Counter({f"{checked.size[0]}x{checked.size[1]}": 1} if checked.size else {}),
-        Counter(checked.class_pixels),
-        Counter(checked.class_pixels.keys()),
-        tuple(checked.problems),
-    )
+def _check(source: Source, types: list[str], labels: LabelSpec | None, key: str) -> LoadedSample:
+    sample, _ = check_sample(source, key, types, labels)
+    sample.files = {}  # only counts travel between processes
+    return sample
 
 
 def extract(root: Path, key: str, folder: Path) -> list[Path]:
-    """Write the files of one sample as ``folder/TYPE/KEY.ext``. Raises DataError for an unknown key."""
+    """Write the files of one sample as ``folder/TYPE/KEY.ext``; return their paths.
+
+    Raises:
+        DataError: there is no such sample.
+    """
     source = open_data(root)
     if key not in source.keys:
         near = ", ".join(source.keys[:3])

@@ -1,29 +1,36 @@
-"""The output folder of a build: which existing contents are accepted, resuming, and the final rename.
+"""The output folder of a build: which existing contents are accepted, locks, resuming, and the final rename.
 
 A data set of one shard, and one that replaces another, grow beside the output and are renamed; the shards of another
-grow inside it, under temporary names.
+grow inside it, under temporary names. Locks are files beside the output (``OUTPUT.0.lock`` for shard 0); the kernel
+releases them when their process ends, however it ends.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import lmdb
+from filelock import FileLock, Timeout
 
 from imaginaire_spade.data.folders import DATA_TYPES
 from imaginaire_spade.data.lmdb_source import FILENAMES, MANIFEST, METADATA
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.files import file_sha256, flush_folder, read_json
+from imaginaire_spade.files import flush_folder, read_json
 from imaginaire_spade.lmdb_builder.sample import Plan
-from imaginaire_spade.lmdb_builder.shard import Manifest, source_sha256
+from imaginaire_spade.lmdb_builder.shard import Manifest, source_sha256, wrong_checksums
 
 
 def check_output(raw: Path, output: Path, overwrite: bool, resume: bool) -> None:
-    """Raises DataError where the output cannot or must not be written."""
+    """Check that the output can be written without harm to what is there.
+
+    Raises:
+        DataError: it cannot.
+    """
     if not raw.is_dir():
         raise DataError(f"--data_root {raw}: {'not a folder' if raw.exists() else 'no such folder'}")
     here, there = output.resolve(), raw.resolve()
@@ -58,83 +65,127 @@ def _content(folder: Path) -> list[str]:
 
 
 def is_finished(output: Path) -> bool:
-    """Whether a whole data set is there."""
+    """Return whether a complete data set is there."""
     return (output / MANIFEST).is_file() or (output / FILENAMES).is_file()
 
 
-def temporary(output: Path) -> Path:
-    return output.with_name(f"{output.name}.tmp")
-
-
-def check_free_space(output: Path, num_bytes: int) -> None:
-    """Raises DataError where ``num_bytes`` of files do not fit."""
-    free, needed = _free_bytes(output), _needed_bytes(num_bytes)
-    if free < needed:
-        raise DataError(f"--output_root {output}: {free:,} bytes are free there, about {needed:,} are needed")
-
-
-def _free_bytes(output: Path) -> int:
-    return shutil.disk_usage(next(p for p in (output.resolve(), *output.resolve().parents) if p.exists())).free
-
-
-def _needed_bytes(num_bytes: int) -> int:
-    return int(num_bytes * 1.2) + (1 << 20)
+def choose_root(output: Path, num_shards: int, overwrite: bool) -> Path:
+    """Choose where to build: in the output itself, or in a temporary folder beside it."""
+    temporary = output.with_name(f"{output.name}.tmp")
+    if is_finished(output):
+        return temporary if overwrite else output
+    # (A temporary folder without an output was about to take its place.)
+    return temporary if num_shards == 1 or temporary.exists() else output
 
 
 @contextmanager
-def disk_errors(output: Path, num_bytes: int) -> Iterator[None]:
-    """A full or failing disk as a DataError."""
+def hold_shards(output: Path, shards: Sequence[int]) -> Iterator[None]:
+    """Lock ``shards`` of ``output`` while the block runs.
+
+    Raises:
+        DataError: another living process holds one of them, or there can be no locks.
+    """
+    makes_parent = not output.parent.exists()
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # each lock is an open file
+    with ExitStack() as held:
+        try:
+            if makes_parent:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                held.callback(remove_if_empty, output.parent)
+            for shard in shards:
+                held.enter_context(locked(output, f"{shard}.", timeout=0))
+        except Timeout:
+            raise DataError(
+                f"--output_root {output}: another process is building there. Wait for it, end it, or choose another"
+                " folder"
+            ) from None
+        except OSError as error:
+            raise DataError(
+                f"{output.parent}: cannot be locked: {error.strerror}; choose a writable folder on another file system"
+            ) from None
+        yield
+
+
+@contextmanager
+def locked(output: Path, name: str = "", timeout: float = -1) -> Iterator[None]:
+    """Hold one lock of ``output``; wait for it for ``timeout`` seconds (-1: without end).
+
+    Raises:
+        Timeout, OSError: it cannot be had.
+    """
+    path = output.with_name(f"{output.name}.{name}lock")
+    with FileLock(path, timeout=timeout):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # before it is released: whoever opened it meanwhile notices, and tries again
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
+@contextmanager
+def expect_room(output: Path, num_bytes: int) -> Iterator[None]:
+    """Check that ``num_bytes`` of files fit, and explain what a full or failing disk does to the block.
+
+    Raises:
+        DataError: they do not fit, or writing failed.
+    """
+    existing = next(path for path in (output.resolve(), *output.resolve().parents) if path.exists())
+    needed = int(num_bytes * 1.2) + (1 << 20)
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DataError(f"--output_root {output}: {free:,} bytes are free there, about {needed:,} are needed")
     try:
         yield
     except (OSError, lmdb.Error) as error:
+        free = shutil.disk_usage(existing).free
         raise DataError(
-            f"--output_root {output}: writing failed: {error}. {_free_bytes(output):,} bytes are free there, about"
-            f" {_needed_bytes(num_bytes):,} are needed. What was half written was removed; free some space (or raise"
-            " the quota) and run the same command again: finished shards are kept"
+            f"--output_root {output}: writing failed: {error}. {free:,} bytes are free there, about {needed:,} are"
+            " needed. What was half written was removed; free some space (or raise the quota) and run the same command"
+            " again: finished shards are kept"
         ) from error
 
 
-def kept_shards(
-    root: Path, parts: Mapping[str, Sequence[str]], names: Sequence[str], plan: Plan
-) -> dict[str, Manifest]:
-    """Path -> manifest of those of ``names`` that are there, whole, and of this very build. Damaged ones are removed.
+def kept_shards(plan: Plan, root: Path, names: Sequence[str]) -> list[str]:
+    """List those of ``names`` that are there, complete, and of this very build. Damaged ones are removed.
 
     Raises:
         DataError: what is there belongs to another build.
     """
     present = _content(root)
-    if "." in parts:
+    if "." in plan.shards:
         if not (root / MANIFEST).is_file():
             if (root / FILENAMES).is_file():
                 raise DataError(f"{root} has no {MANIFEST}: not built by this script; use --overwrite to replace it")
-            return {}
+            return []
         planned = {FILENAMES, METADATA, MANIFEST, *plan.data_types}
     else:
-        planned = {*parts, *(f"{name}.tmp" for name in parts), MANIFEST}
+        planned = {*plan.shards, *(f"{name}.tmp" for name in plan.shards), MANIFEST}
     foreign = [name for name in present if name not in planned and not name.startswith(MANIFEST)]
     if foreign:
         raise DataError(
             f"{root} holds {', '.join(foreign[:5])}, which is no part of this build (another --num_shards?): use the"
             " same command as before, or --overwrite"
         )
-    kept: dict[str, Manifest] = {}
+    kept = []
     for name in names:
         shard = root / name
         if not (shard / MANIFEST).is_file():
             continue
         try:
-            manifest = read_json(shard / MANIFEST)
-            differs = _difference(manifest, parts[name], plan)
-            files = manifest["shards"][0]["files"]
-            whole = all(
-                file_sha256(shard / t / "data.mdb") == files[f"{t}/data.mdb"]["sha256"] for t in plan.data_types
-            )
-        except (KeyError, IndexError, TypeError, AttributeError, OSError, DataError):
-            differs, whole = "", False
+            differs = _difference(read_json(shard / MANIFEST), plan, name)
+            is_damaged = any(wrong_checksums(shard))
+        except (KeyError, TypeError, OSError, DataError):
+            differs, is_damaged = "", True
         if differs:
             raise DataError(f"{shard} was built with {differs}: use --overwrite to build anew")
-        if whole:
-            kept[name] = manifest
+        if not is_damaged:
+            kept.append(name)
         elif name == ".":
             raise DataError(f"{shard} is damaged (its checksum differs): use --overwrite to build anew")
         else:
@@ -143,19 +194,19 @@ def kept_shards(
     return kept
 
 
-def _difference(manifest: Manifest, keys: Sequence[str], plan: Plan) -> str:
-    """In what a shard differs from the plan, or ""."""
+def _difference(manifest: Manifest, plan: Plan, name: str) -> str:
+    """Name what a shard differs in from the plan, or return ""."""
     if manifest["labels"] != plan.labels.model_dump(mode="json"):
         return "another label table"
     if list(manifest["data_types"]) != list(plan.data_types):
         return f"other data types ({', '.join(manifest['data_types'])})"
-    if any(manifest[name] != planned for name, planned in plan.treatment().items()):
+    if any(manifest[key] != planned for key, planned in plan.treatment().items()):
         return "another --resize_smallest_side, --quality, --recode_maps or --no_check"
-    return "" if manifest["source_sha256"] == source_sha256(plan, keys) else "another set of samples or files"
+    return "" if manifest["source_sha256"] == source_sha256(plan, name) else "another set of samples or files"
 
 
 def move_into_place(root: Path, output: Path) -> None:
-    """Give a finished data set its name; what had it before goes."""
+    """Give a finished data set its name; what had it before is removed."""
     old = root.with_name(f"{root.name}-old")
     if output.exists():
         shutil.rmtree(old, ignore_errors=True)

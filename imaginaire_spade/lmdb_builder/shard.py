@@ -1,4 +1,4 @@
-"""Write one shard, read it back, flush it to disk and describe it in its ``manifest.json``.
+"""Write one shard, read it back, flush it to the disk and describe it in its ``manifest.json``.
 
 Owns the manifest: its content, the sum over several shards, and its summary for people.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,119 +15,121 @@ import lmdb
 import numpy as np
 
 from imaginaire_spade.data.lmdb_source import MANIFEST, EnvironmentWriter, most_common, store_key, write_index
-from imaginaire_spade.files import file_sha256, flush_folder, write_json
+from imaginaire_spade.errors import DataError
+from imaginaire_spade.files import file_sha256, flush_folder, read_json, write_json
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.lmdb_builder.sample import LoadedSample, Plan
+from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, Plan
 from imaginaire_spade.version import __version__
 
 Manifest = dict[str, Any]
 
 
 def write_shard(
-    plan: Plan,
-    keys: Sequence[str],
-    samples: Iterable[LoadedSample],
-    folder: Path,
-    expected_bytes: Mapping[str, int],
-) -> Manifest:
-    """Write one shard, read it back, flush it and return its manifest.
+    plan: Plan, name: str, samples: Iterable[LoadedSample], folder: Path, expected_bytes: Mapping[str, int]
+) -> bool:
+    """Write one shard, read it back and flush it.
 
     Args:
-        keys: in the order of their store keys.
-        samples: of these keys, in this order, without problems.
+        samples: of its keys, in their order.
         folder: to make.
         expected_bytes: data type -> size of all its files, about.
+    Returns:
+        Whether the shard is finished: none of its samples is missing or has a problem.
     Raises:
         DataError, OSError, lmdb.Error: it cannot be written.
     """
-    source_digest = hashlib.sha256()
+    keys = plan.shards[name]
+    digest = source_sha256(plan, name)  # before they are read: a file that changes meanwhile is noticed when resuming
     extensions: dict[str, dict[str, str]] = {t: {} for t in plan.data_types}
-    pixels: Counter[int] = Counter()
-    holding: Counter[int] = Counter()
-    sizes: Counter[str] = Counter()
+    contents = Contents()
     folder.mkdir(parents=True)
     writers: dict[str, EnvironmentWriter] = {}
     try:
+        # Write the samples.
         for t in plan.data_types:
             writers[t] = EnvironmentWriter(folder / t, expected_bytes[t], len(keys))
         for sample in samples:
-            _add_source(source_digest, sample.key, sample.source_bytes)
+            if sample.problems:
+                continue
             for t, data in sample.files.items():
                 writers[t].put(store_key(sample.key), data)
-                extensions[t][sample.key] = sample.extensions[t]
-            pixels.update(sample.class_pixels)
-            holding.update(sample.class_pixels.keys())
-            if sample.size:
-                sizes[f"{sample.size[0]}x{sample.size[1]}"] += 1
+                extensions[t][sample.key] = sample.recoded.get(t) or plan.source.extension(sample.key, t)
+            contents.add(sample)
+        if contents.num_samples < len(keys):
+            return False
         for writer in writers.values():
             writer.close()
-    except BaseException:
+    finally:
         for writer in writers.values():
             writer.abort()
-        raise
     assert all(writer.num_items == len(keys) for writer in writers.values()), "a sample was lost"
+    # Describe them.
     write_index(folder, keys, extensions)
+    write_json(folder / MANIFEST, _manifest(plan, contents, extensions, digest, folder))
+    for written in (*(folder / t for t in plan.data_types), folder):
+        flush_folder(written)
+    return True
+
+
+def _manifest(
+    plan: Plan, contents: Contents, extensions: Mapping[str, Mapping[str, str]], source_sha256: str, folder: Path
+) -> Manifest:
+    """Describe a shard whose files are complete."""
     files = {}
     for name in (f"{t}/data.mdb" for t in plan.data_types):
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
     classes = range(plan.labels.num_classes + 1)  # don't-care last
+    pixels = [contents.class_pixels[i] for i in classes]
     counted = plan.check and "seg_maps" in plan.data_types
-    manifest = {
+    return {
         "format": 1,
         "builder": f"imaginaire_spade {__version__}",
         "lmdb": ".".join(map(str, lmdb.version())),
-        "num_samples": len(keys),
+        "num_samples": contents.num_samples,
         "data_types": {
             t: {
-                "bytes": writers[t].num_bytes,
+                "bytes": contents.num_bytes[t],
                 "extension": (usual := most_common(extensions[t].values())),
                 "other_extensions": {key: e for key, e in sorted(extensions[t].items()) if e != usual},
             }
             for t in plan.data_types
         },
         **plan.treatment(),
-        "sizes_h_w": dict(sorted(sizes.items())),
-        "class_pixels": [pixels[i] for i in classes] if counted else None,
-        "class_samples": [holding[i] for i in classes] if counted else None,
-        "class_shares": _shares([pixels[i] for i in classes]) if counted else None,
+        "sizes_h_w": dict(sorted(contents.sizes.items())),
+        "class_pixels": pixels if counted else None,
+        "class_samples": [contents.class_samples[i] for i in classes] if counted else None,
+        "class_shares": _shares(pixels) if counted else None,
         "labels": plan.labels.model_dump(mode="json"),
         "label_table": _label_table(plan.labels),
-        "source_sha256": source_digest.hexdigest(),
-        "shards": [{"path": ".", "num_samples": len(keys), "files": files}],
+        "source_sha256": source_sha256,
+        "shards": [{"path": ".", "num_samples": contents.num_samples, "files": files}],
     }
-    write_json(folder / MANIFEST, manifest)
-    for written in (*(folder / t for t in plan.data_types), folder):
-        flush_folder(written)
-    return manifest
 
 
-def source_sha256(plan: Plan, keys: Sequence[str]) -> str:
-    """Of the names and sizes of all files that a shard is made of: by it a finished shard is known again."""
+def source_sha256(plan: Plan, name: str) -> str:
+    """Compute the digest by which a finished shard is recognised: of the names and sizes of all its source files."""
     digest = hashlib.sha256()
-    for key in keys:
-        _add_source(digest, key, {t: plan.source.total_size([key], t) for t in plan.data_types})
+    for key in plan.shards[name]:
+        num_bytes = {t: plan.source.total_size([key], t) for t in plan.data_types}
+        digest.update(f"{key}\0{num_bytes}\n".encode())
     return digest.hexdigest()
 
 
-def _add_source(digest: Any, key: str, num_bytes: Mapping[str, int]) -> None:
-    digest.update(f"{key}\0{num_bytes}\n".encode())
-
-
 def _shares(class_pixels: Sequence[int]) -> list[float]:
-    """Of all pixels: 0..1, rounded to a millionth."""
+    """Return the share of all pixels: 0..1, rounded to a millionth."""
     total = max(1, sum(class_pixels))
     return [round(count / total, 6) for count in class_pixels]
 
 
 def _label_table(labels: LabelSpec) -> dict[str, int | str]:
-    """Raw id -> train id, of every raw id that may occur."""
+    """Map every raw id that may occur to its train id, or to "ignored"."""
     allowed = np.flatnonzero(labels.table != labels.error_id).tolist()
     ignored = labels.dont_care_id
     return {str(raw): "ignored" if labels.table[raw] == ignored else int(labels.table[raw]) for raw in allowed}
 
 
 def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -> Manifest:
-    """The root's manifest: sums over the shards' (by path), and the files that were ``left_out`` of the build."""
+    """Return the root's manifest: sums over the shards' (by path), and the files that the build ``left_out``."""
     parts = list(manifests.values())
     if list(manifests) == ["."]:
         return parts[0] | {"left_out": list(left_out)}
@@ -155,8 +157,33 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -
     }
 
 
+def wrong_checksums(root: Path) -> Iterator[str]:
+    """Compare the files of a data set, or of one shard, with its manifest, if it has one.
+
+    Yields:
+        What differs, one line per file.
+    Raises:
+        DataError: the manifest does not list them.
+    """
+    if not (root / MANIFEST).is_file():
+        return
+    try:
+        expected = {
+            root / shard["path"] / name: entry["sha256"]
+            for shard in read_json(root / MANIFEST)["shards"]
+            for name, entry in shard["files"].items()
+        }
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(f"{root / MANIFEST}: lists no files: build the data set again") from None
+    for path, sha256 in expected.items():
+        if not path.is_file():
+            yield f"{path}: missing"
+        elif file_sha256(path) != sha256:
+            yield f"{path}: its checksum differs from the manifest's: copy it again, or build again (--resume mends it)"
+
+
 def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:
-    """What a data set holds, for people."""
+    """Describe in a few lines what a data set holds."""
     num_bytes = sum(entry["bytes"] for shard in manifest["shards"] for entry in shard["files"].values())
     lines = [
         f"{manifest['num_samples']} samples of {', '.join(manifest['data_types'])} in"

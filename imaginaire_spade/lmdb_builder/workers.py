@@ -1,79 +1,92 @@
-"""Run ``map`` in several processes, for work on the files of a data set."""
+"""Map over the samples of a data set in several processes."""
 
 from __future__ import annotations
 
+import ctypes
 import itertools
-import os
 import signal
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import TypeVar
 
-from imaginaire_spade.errors import DataError
+from torch.utils.data import DataLoader, Dataset
+
+from imaginaire_spade.data.loader import PR_SET_PDEATHSIG, default_num_workers
+from imaginaire_spade.errors import DataError, UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_task: Callable[[Any], Any] | None = None
+CHUNK = 4
+"""Items that travel together; two chunks per worker wait for their turn."""
 
 
 def count_workers(num_workers: int | None, num_processes: int = 1) -> int:
-    """``num_workers`` as it was given, or min(8, this process's share of the cores)."""
-    return num_workers if num_workers is not None else max(1, min(8, (os.cpu_count() or 1) // num_processes))
+    """Return ``num_workers`` if it is given, else min(8, this process's share of the cores), at least 1."""
+    return max(1, default_num_workers(num_processes)) if num_workers is None else num_workers
 
 
-def map_in_processes(
-    task: Callable[[T], R], items: Sequence[T], num_workers: int | None, *, chunk: int = 8, least: int = 16
-) -> Iterator[R]:
-    """The results in order, as they come. Few of them wait at any time, however slowly they are taken.
+@contextmanager
+def map_in_order(task: Callable[[T], R], items: Sequence[T], num_workers: int | None) -> Iterator[Iterator[R]]:
+    """Yield an iterator over the results of ``task``, in the order of ``items``.
+
+    The workers end with the block. They run ahead by a few items only, however slowly the results are taken.
 
     Args:
-        task: picklable; sent to each process once.
-        num_workers: processes (None: min(8, cores); 0: this one).
-        chunk: items that travel together.
-        least: for fewer items than this a process does not pay.
+        task, items: picklable.
+        num_workers: processes (None: min(8, cores); 0: this process does the work).
     Raises:
-        DataError: a process was killed. What ``task`` raises ends the work.
+        DataError: ``num_workers`` is negative, or a worker was killed.
+        UserError: the first that ``task`` raised, when the results before it have been taken.
     """
-    workers = min(count_workers(num_workers), -(-len(items) // least))
-    if workers < 1:
-        yield from map(task, items)
-        return
-    # (Not multiprocessing.Pool, which waits for ever when a worker is killed for want of memory.)
-    with ProcessPoolExecutor(workers, initializer=_start, initargs=(task,)) as pool:
-        chunks = iter([items[start : start + chunk] for start in range(0, len(items), chunk)])
-        try:
-            running: deque[Future[list[Any]]] = deque(
-                pool.submit(_run, part) for part in itertools.islice(chunks, 2 * workers)
-            )
-            while running:
-                results = running.popleft().result()
-                running.extend(pool.submit(_run, part) for part in itertools.islice(chunks, 1))
-                yield from results
-        except BrokenProcessPool:
-            raise DataError("a worker process was killed (out of memory?): write a smaller --num_workers") from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    if num_workers is not None and num_workers < 0:
+        raise DataError(f"--num_workers {num_workers}: write at least 0")
+    chunks = _Chunks(task, items)
+    loader = DataLoader(
+        chunks,
+        batch_size=None,
+        collate_fn=list,  # a chunk as it is
+        num_workers=min(count_workers(num_workers), len(chunks)),
+        worker_init_fn=_start_worker,
+    )
+    try:
+        with closing(_results(loader)) as results:
+            yield results
+    except RuntimeError as error:  # in the midst of the block too: torch raises it when a worker's end is signalled
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError("a worker process was killed (out of memory?): write a smaller --num_workers") from None
 
 
-def _start(task: Callable[[Any], Any]) -> None:
-    global _task
-    _task = task
+class _Chunks(Dataset[list[R | UserError]]):
+    """The results of ``task``, a few at a time. What it raises is a value too: a worker's exceptions arrive changed."""
+
+    def __init__(self, task: Callable[[T], R], items: Sequence[T]) -> None:
+        self.task = task
+        self.chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, index: int) -> list[R | UserError]:
+        results: list[R | UserError] = []
+        for item in self.chunks[index]:
+            try:
+                results.append(self.task(item))
+            except UserError as error:
+                results.append(error)
+        return results
+
+
+def _results(loader: DataLoader[list[R | UserError]]) -> Generator[R, None, None]:
+    for result in itertools.chain.from_iterable(loader):
+        if isinstance(result, UserError):
+            raise result
+        yield result
+
+
+def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _leave_with(parent: int) -> None:
-    # A pool's workers do not notice that their parent was killed, and would stay for ever.
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
-
-
-def _run(items: Sequence[Any]) -> list[Any]:
-    assert _task is not None
-    return [_task(item) for item in items]
+    if sys.platform == "linux":  # end at once with a main process that is killed, not at torch's next look at it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

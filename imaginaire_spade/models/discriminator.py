@@ -1,7 +1,9 @@
-"""Discriminators: (layout, pictures) -> one (logits, features) per scale."""
+"""Discriminators: (layout, images) -> one (logits, features) per scale."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from imaginaire_spade.registry import DISCRIMINATORS
 
 
 class Scores(NamedTuple):
-    """What one discriminator says of a batch."""
+    """Logits and features of one discriminator for a batch."""
 
     logits: Tensor
     """[N, 1, h, w], no activation."""
@@ -24,7 +26,7 @@ class Scores(NamedTuple):
 
 
 def split_scores(scores: list[Scores]) -> tuple[list[Scores], list[Scores]]:
-    """Scores of a batch of fake then real pictures -> (fake, real)."""
+    """Split the scores of a batch of fake, then real images into (fake, real)."""
 
     def half(index: int) -> list[Scores]:
         return [Scores(s.logits.chunk(2)[index], [f.chunk(2)[index] for f in s.features]) for s in scores]
@@ -33,61 +35,48 @@ def split_scores(scores: list[Scores]) -> tuple[list[Scores], list[Scores]]:
 
 
 class Discriminator(nn.Module):
-    """What the pipeline asks of every discriminator: ``discriminator(layout, images)`` and which sizes it takes."""
+    """Interface of every discriminator: ``discriminator(layout, images)``, and the sizes that it takes."""
 
     min_size = 1
-    """Smallest height and width of a picture."""
+    """Smallest height and width of an image."""
     size_multiple = 1
     """Height and width must be multiples of this."""
     batch_independent = False
-    """Whether a picture's scores depend on that picture alone: no batch statistics. The training step uses it."""
+    """Whether an image's scores depend on that image alone (no batch statistics). The training step relies on it."""
 
 
 class PatchDiscriminator(nn.Module):
-    """4x4 convolutions down to a map of scores, each of which judges a patch (Isola et al. 2017)."""
+    """Convolutions down to a map of scores, each of which judges a patch (Isola et al. 2017).
 
-    def __init__(
-        self,
-        in_channels: int,
-        num_filters: int,
-        max_num_filters: int,
-        num_layers: int,
-        normalization: str,
-        spectral_norm: bool,
-    ) -> None:
+    A leaky ReLU follows each but the last.
+
+    Args:
+        layers: the first convolves semantics and images and holds nothing but that convolution.
+        to_logits: the last convolution, to one channel.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], to_logits: nn.Conv2d) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Sequential(nn.Conv2d(in_channels, num_filters, 4, 2, 2), nn.LeakyReLU(0.2))]
-        channels = num_filters
-        for index in range(1, num_layers):
-            width = min(channels * 2, max_num_filters)
-            stride = 1 if index == num_layers - 1 else 2
-            with_norm = normalization == "instance"
-            # A bias would be removed by the norm.
-            conv = conv2d(channels, width, 4, stride, 2, bias=not with_norm, spectral=spectral_norm)
-            norm: nn.Module = InstanceNorm2d(width) if with_norm else nn.Identity()
-            layers.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2)))
-            channels = width
         self.layers = nn.ModuleList(layers)
-        self.to_logits = nn.Conv2d(channels, 1, 4, 1, 2)
+        self.to_logits = to_logits
 
     def forward(self, semantics: SemanticLayout | Tensor, images: Tensor) -> Scores:
-        """N label maps, as integers or float [N, C, H, W], and k * N pictures; picture i belongs to label map i % N."""
-        first = self.layers[0]
-        assert isinstance(first, nn.Sequential)
-        x = first[1](convolve_with_images(first[0], semantics, images))
+        """Score k * N images with N label maps, given as integers or float [N, C, H, W]; image i belongs to i % N."""
+        (first,) = (layer for layer in self.layers[0].modules() if isinstance(layer, nn.Conv2d))
+        x = F.leaky_relu(convolve_with_images(first, semantics, images), 0.2)
         features = [x]
         for layer in self.layers[1:]:
-            x = layer(x)
+            x = F.leaky_relu(layer(x), 0.2)
             features.append(x)
         return Scores(self.to_logits(x).float(), features)
 
 
 @DISCRIMINATORS.register("multiscale_patch")
 class MultiscaleDiscriminator(Discriminator):
-    """Patch discriminators on the picture at full, half, quarter ... resolution (Wang et al. 2018; Park et al. 2019).
+    """Patch discriminators on the image at full, half, quarter ... resolution (Wang et al. 2018; Park et al. 2019).
 
     Args:
-        spec: what the layouts hold.
+        spec: channels of the layouts.
         num_discriminators: number of resolutions.
         num_layers: convolutions of each before the last; the last of them has stride 1.
         num_filters: width of the first; doubles per layer.
@@ -110,39 +99,49 @@ class MultiscaleDiscriminator(Discriminator):
         spectral_norm: bool = True,
     ) -> None:
         super().__init__()
-        self.discriminators = nn.ModuleList(
-            PatchDiscriminator(
-                spec.num_channels + 3, num_filters, max_num_filters, num_layers, normalization, spectral_norm
-            )
-            for _ in range(num_discriminators)
-        )
+        widths = [num_filters, *(min(num_filters * 2**index, max_num_filters) for index in range(1, num_layers))]
+        with_norm = normalization == "instance"
+
+        def patch_discriminator() -> PatchDiscriminator:
+            layers = [nn.Sequential(nn.Conv2d(spec.num_channels + 3, num_filters, 4, 2, 2))]
+            for index, (a, b) in enumerate(itertools.pairwise(widths), start=1):
+                stride = 1 if index == num_layers - 1 else 2
+                # A bias would be removed by the norm.
+                conv = conv2d(a, b, 4, stride, 2, bias=not with_norm, spectral=spectral_norm)
+                layers.append(nn.Sequential(conv, InstanceNorm2d(b) if with_norm else nn.Identity()))
+            return PatchDiscriminator(layers, nn.Conv2d(widths[-1], 1, 4, 1, 2))
+
+        self.discriminators = nn.ModuleList(patch_discriminator() for _ in range(num_discriminators))
 
     def forward(self, layout: SemanticLayout, images: Tensor) -> list[Scores]:
-        """Scores per scale, full resolution first.
+        """Return the scores of each scale, full resolution first.
 
         Args:
             layout: N label maps [H, W].
-            images: float [k * N, 3, H, W] in [-1, 1]; picture i belongs to label map i % N, so that fake and real
-                pictures of the same label maps go through together.
+            images: float [k * N, 3, H, W] in [-1, 1]; image i belongs to label map i % N, so one call can score fake
+                and real images of the same label maps.
         """
         semantics: SemanticLayout | Tensor = layout
         scores = []
         for index, discriminator in enumerate(self.discriminators):
             if index:
-                images = _half(images)
-                semantics = _half(semantics) if isinstance(semantics, Tensor) else _half_one_hot(semantics, images)
+                images = _half_by_average(images)
+                semantics = _half_semantics(semantics, images)
             scores.append(discriminator(semantics, images))
         return scores
 
 
-def _half(x: Tensor) -> Tensor:
+def _half_by_average(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
 
 
-def _half_one_hot(layout: SemanticLayout, like: Tensor) -> Tensor:
-    """``_half`` of the one-hot view [N, C, h, w], counted from the labels: the view itself is never made."""
+def _half_semantics(semantics: SemanticLayout | Tensor, like: Tensor) -> Tensor:
+    """Return ``_half_by_average`` of semantics [N, C, h, w]; labels are counted, so no one-hot view of them is made."""
+    if isinstance(semantics, Tensor):
+        return _half_by_average(semantics)
+    layout = semantics
     if layout.is_dense:
-        return _half(layout.one_hot(like.dtype))
+        return _half_by_average(layout.one_hot(like.dtype))
     none, (height, width) = layout.spec.num_label_channels, like.shape[2:]
     channels = layout.windows(3, 2, 1).index % (none + 1)  # [N h w, 9]
     channels = channels.view(len(layout), height, width, 9).permute(0, 3, 1, 2)
@@ -152,4 +151,4 @@ def _half_one_hot(layout: SemanticLayout, like: Tensor) -> Tensor:
     counts = counts[:, :none] / inside
     if layout.edges is None:
         return counts
-    return torch.cat([counts, _half(layout.edges.to(like.dtype).unsqueeze(1))], 1)
+    return torch.cat([counts, _half_by_average(layout.edges.to(like.dtype).unsqueeze(1))], 1)

@@ -21,7 +21,7 @@ class ConvEncoder(nn.Module):
     Args:
         style_dims: length of the style code, the generator's.
         num_filters: width of the first layer; the last has 8 times as many.
-        image_size: pictures of any other size are resized to this square first (bilinear). A multiple of 64,
+        image_size: the encoder resizes images of any other size to this square first (bilinear). A multiple of 64,
             128 or more: six x2 down-samplings, and an instance norm after the last.
         normalization: instance norm after each convolution, or none (as in imaginaire).
     """
@@ -48,7 +48,7 @@ class ConvEncoder(nn.Module):
         self.fc_var = nn.Linear(size, style_dims)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images float [N, 3, H, W] in [-1, 1] -> (mu, logvar), float32 [N, style_dims] each."""
+        """Encode images float [N, 3, H, W] in [-1, 1] -> (mu, logvar), float32 [N, style_dims] each."""
         x = images
         if x.shape[-2:] != (self.image_size, self.image_size):
             x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False)
@@ -60,5 +60,5 @@ class ConvEncoder(nn.Module):
 
 
 def sample_style(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """Reparameterisation z = mu + noise * sigma (Kingma and Welling 2014), all [N, style_dims]."""
+    """Draw z = mu + noise * sigma, the reparameterisation of Kingma and Welling 2014; all [N, style_dims]."""
     return mu + noise * torch.exp(0.5 * logvar)

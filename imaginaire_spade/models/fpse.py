@@ -8,38 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
-from imaginaire_spade.models.discriminator import Discriminator, Scores
+from imaginaire_spade.models.discriminator import Discriminator, PatchDiscriminator, Scores
 from imaginaire_spade.models.layers import SpectralConv2d
-from imaginaire_spade.models.tables import convolve_layout, convolve_with_images
+from imaginaire_spade.models.tables import convolve_layout
 from imaginaire_spade.registry import DISCRIMINATORS
 
 
-class SpectralPatchDiscriminator(nn.Module):
-    """4x4 spectrally normalised convolutions with padding 1 and no other norm, down to a map of scores."""
-
-    def __init__(self, in_channels: int, num_filters: int, max_num_filters: int, num_layers: int) -> None:
-        super().__init__()
-        widths = [min(num_filters * 2**index, max_num_filters) for index in range(num_layers + 1)]
-        strides = [2] * num_layers + [1]
-        self.layers = nn.ModuleList(
-            SpectralConv2d(a, b, 4, stride, 1)
-            for (a, b), stride in zip(itertools.pairwise([in_channels, *widths]), strides, strict=True)
-        )
-        self.to_logits = SpectralConv2d(widths[-1], 1, 3, 1, 1)
-
-    def forward(self, semantics: SemanticLayout | Tensor, images: Tensor) -> Scores:
-        """N label maps, as integers or float [N, C, H, W], and k * N pictures; picture i belongs to label map i % N."""
-        x = F.leaky_relu(convolve_with_images(self.layers[0], semantics, images), 0.2)
-        features = [x]
-        for layer in self.layers[1:]:
-            x = F.leaky_relu(layer(x), 0.2)
-            features.append(x)
-        return Scores(self.to_logits(x).float(), features)
-
-
 class FPSEBranch(nn.Module):
-    """Feature-pyramid semantics-embedding discriminator (Liu et al. 2019, CC-FPSE): is each patch real, and is it of
-    its label? Scores at 1/4, 1/8 and 1/16 of the resolution.
+    """Feature-pyramid semantics-embedding discriminator (Liu et al. 2019, CC-FPSE).
+
+    It judges whether each patch is real and matches its label, at 1/4, 1/8 and 1/16 of the resolution.
     """
 
     def __init__(self, num_labels: int, num_filters: int) -> None:
@@ -54,7 +32,7 @@ class FPSEBranch(nn.Module):
         self.embedding = nn.Conv2d(num_labels, final, 1)
 
     def forward(self, layout: SemanticLayout, images: Tensor) -> list[Tensor]:
-        """N label maps [H, W], images [M, 3, H, W] with N dividing M -> three [M, 1, h, w], fine to coarse."""
+        """Score images [M, 3, H, W] with N label maps [H, W], N dividing M -> three [M, 1, h, w], fine to coarse."""
         encoded, x = [], images
         for enc in self.enc:
             x = F.leaky_relu(enc(x), 0.2)
@@ -77,12 +55,12 @@ class FPSEBranch(nn.Module):
 class FPSEDiscriminator(Discriminator):
     """The discriminator of imaginaire's SPADE: an FPSE branch and patch discriminators at several resolutions.
 
-    The branch's three score maps count like those of the patch discriminators and bring no features along.
+    The losses weigh the branch's three score maps like those of the patch discriminators; the branch has no features.
 
     Args:
-        spec: what the layouts hold.
+        spec: channels of the layouts.
         num_discriminators: number of resolutions of the patch discriminators.
-        num_layers: strided convolutions of each; one of stride 1 and the score follow.
+        num_layers: strided convolutions of each; one of stride 1 and the score's follow.
         num_filters: width of the first; doubles per layer. Also the branch's.
         max_num_filters: widest that a layer gets.
     """
@@ -102,28 +80,32 @@ class FPSEDiscriminator(Discriminator):
         self.size_multiple = 32
         # The convolution of stride 1 needs 2 pixels at the coarsest resolution.
         self.min_size = max(32, 2 ** (num_layers + num_discriminators))
-        self.discriminators = nn.ModuleList(
-            SpectralPatchDiscriminator(spec.num_channels + 3, num_filters, max_num_filters, num_layers)
-            for _ in range(num_discriminators)
-        )
+        widths = [min(num_filters * 2**index, max_num_filters) for index in range(num_layers + 1)]
+        *strided, last = itertools.pairwise([spec.num_channels + 3, *widths])
+
+        def patch_discriminator() -> PatchDiscriminator:
+            layers = [*(SpectralConv2d(a, b, 4, 2, 1) for a, b in strided), SpectralConv2d(*last, 4, 1, 1)]
+            return PatchDiscriminator(layers, SpectralConv2d(widths[-1], 1, 3, 1, 1))
+
+        self.discriminators = nn.ModuleList(patch_discriminator() for _ in range(num_discriminators))
         self.fpse = FPSEBranch(spec.num_channels, num_filters)
 
     def forward(self, layout: SemanticLayout, images: Tensor) -> list[Scores]:
-        """Scores: three of the branch without features, then one per resolution, full first.
+        """Return the branch's three scores, without features, then one per resolution, full first.
 
         Args:
             layout: N label maps [H, W], multiples of ``size_multiple`` and at least ``min_size``.
-            images: float [k * N, 3, H, W] in [-1, 1]; picture i belongs to label map i % N.
+            images: float [k * N, 3, H, W] in [-1, 1]; image i belongs to label map i % N.
         """
         scores = [Scores(logits, []) for logits in self.fpse(layout, images)]
         semantics: SemanticLayout | Tensor = layout
         for index, discriminator in enumerate(self.discriminators):
             if index:
                 dense = semantics if isinstance(semantics, Tensor) else semantics.one_hot(images.dtype)
-                semantics, images = _half(dense), _half(images)
+                semantics, images = _half_bilinear(dense), _half_bilinear(images)
             scores.append(discriminator(semantics, images))
         return scores
 
 
-def _half(x: Tensor) -> Tensor:
+def _half_bilinear(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=True)

@@ -1,4 +1,4 @@
-"""Generators: layout (and style code) -> pictures in [-1, 1]."""
+"""Generators: layout (and style code) -> images in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
-from imaginaire_spade.models.layers import conv2d
-from imaginaire_spade.models.norms import SPADE, ConditionalNorm, enlarged
+from imaginaire_spade.models.layers import conv2d, enlarge
+from imaginaire_spade.models.norms import SPADE, ConditionalNorm
 from imaginaire_spade.registry import GENERATORS, NORMS
 
 NormFactory = Callable[[int, LayoutSpec], ConditionalNorm]
@@ -20,7 +20,7 @@ NormFactory = Callable[[int, LayoutSpec], ConditionalNorm]
 
 
 class Generator(nn.Module):
-    """What the pipeline asks of every generator: ``generator(layout, z=None)`` and two numbers."""
+    """Interface of every generator: ``generator(layout, z=None)`` and two numbers."""
 
     size_multiple: int
     """Height and width of a layout must be multiples of this."""
@@ -28,7 +28,7 @@ class Generator(nn.Module):
     """Length of the style code z; 0: it takes none."""
 
     def check_input(self, layout: SemanticLayout, z: Tensor | None) -> None:
-        """Raises ValueError where the layout's size or the style code is not what this generator takes."""
+        """Raise ValueError if this generator does not take such a layout's size or style code."""
         if layout.height % self.size_multiple or layout.width % self.size_multiple:
             raise ValueError(
                 f"layout of {layout.height}x{layout.width}: both must be multiples of {self.size_multiple}"
@@ -40,7 +40,7 @@ class Generator(nn.Module):
 class SPADEResidualBlock(nn.Module):
     """Residual block with conditional norms (Park et al. 2019, fig. 4 left): norm, leaky ReLU, convolution, twice.
 
-    The shortcut is the identity, or norm and 1x1 convolution without activation where the width changes.
+    The shortcut is the identity; if the width changes, it is a norm and a 1x1 convolution without activation.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class SPADEResidualBlock(nn.Module):
             self.conv_s = conv2d(self.norm_s.out_channels, out_channels, 1, bias=False, spectral=spectral_norm)
 
     def forward(self, x: Tensor, layout: SemanticLayout, upsample: int = 1) -> Tensor:
-        """x [N, in, h, w], enlarged by ``upsample`` first (nearest) -> [N, out, upsample h, upsample w]."""
+        """Enlarge x [N, in, h, w] by ``upsample`` (nearest), then apply the block: [N, out, upsample h, upsample w]."""
         if self.learned_shortcut:  # upsampling is fused into the norms, so x is read at low resolution
             shortcut = self.conv_s(self.norm_s(x, layout, upsample=upsample))
         else:
-            x, upsample = enlarged(x, upsample), 1
+            x, upsample = enlarge(x, upsample), 1
             shortcut = x
         y = self.conv_0(self.norm_0(x, layout, upsample=upsample, slope=0.2))
         y = self.conv_1(self.norm_1(y, layout, slope=0.2))
@@ -74,11 +74,11 @@ class SPADEGenerator(Generator):
     """The generator of Park et al. 2019 (fig. 4 right): residual blocks with x2 nearest up-sampling between them.
 
     It starts from the label map at 1/32 of the resolution (``normal``; 1/64 ``more``, 1/128 ``most``), or from a style
-    code where ``style_dims`` > 0.
+    code if ``style_dims`` > 0.
 
     Args:
-        spec: what the layouts hold.
-        image_size: (height, width) it is trained at; fixes the start resolution of a style code.
+        spec: channels of the layouts.
+        image_size: (height, width) of training; fixes the start resolution of a style code.
         num_filters: width of the last block; the first has 16 times as many.
         style_dims: length of the style code z; 0: none is taken.
         upsampling: number of x2 steps: normal 5, more 6, most 7.
@@ -115,7 +115,7 @@ class SPADEGenerator(Generator):
         self.to_image = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, layout: SemanticLayout, z: Tensor | None = None) -> Tensor:
-        """Pictures float32 [N, 3, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).
+        """Generate images float32 [N, 3, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).
 
         Args:
             layout: N label maps [H, W].
@@ -125,7 +125,7 @@ class SPADEGenerator(Generator):
         start = (layout.height // self.size_multiple, layout.width // self.size_multiple)
         if z is not None:
             x = self.fc(z).unflatten(1, (-1, *self.start_size))  # [N, 16 F, h0, w0]
-            x = F.interpolate(x, size=start, mode="bilinear", align_corners=False)  # exact where nothing changes
+            x = F.interpolate(x, size=start, mode="bilinear", align_corners=False)  # exact if the size is the same
         else:
             x = self.fc(layout.resized(*start).one_hot(self.to_image.weight.dtype))  # [N, 16 F, h0, w0]
         for block, upsample in zip(self.blocks, self.upsample_before, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -11,18 +12,18 @@ from torch.autograd.function import once_differentiable
 
 
 class SpectralNorm(nn.Module):
-    """Mixin for a layer whose weight is divided by its largest singular value (Miyato et al. 2018, algorithm 1).
+    """Mixin that divides a layer's weight by its largest singular value (Miyato et al. 2018, algorithm 1).
 
-    The weight is seen as a matrix W [out, rest]. One power iteration per training-mode forward, v first, then u; none
-    in evaluation mode. u and v are constants for the gradient, W inside sigma = u . W v is not. Always in float32,
-    under autocast too.
+    The weight counts as a matrix W [out, rest]. A forward in training mode does one power iteration, v first, then u;
+    one in evaluation mode none. For the gradient u and v are constants, W inside sigma = u . W v is not. Everything is
+    in float32, under autocast too.
     """
 
     weight: Tensor
     weight_u: Tensor
     weight_v: Tensor
     plain: type[nn.Module]
-    """The layer without spectral norm."""
+    """The same layer without spectral norm."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -31,23 +32,23 @@ class SpectralNorm(nn.Module):
         self.register_buffer("weight_v", F.normalize(torch.randn(columns), dim=0, eps=1e-12))
 
     def normalised_weight(self) -> Tensor:
-        """W / sigma, of the weight's shape; in training mode after one power iteration."""
+        """Return W / sigma, of the weight's shape; in training mode after one power iteration."""
         with torch.autocast(self.weight.device.type, enabled=False):
             sigma = self.iterate() if self.training else self.sigma()
             return _Normalised.apply(self.weight, sigma, self.weight_u, self.weight_v, self._columns_first())
 
     def effective_weight(self) -> Tensor:
-        """W / sigma with u and v as they are: what evaluation mode uses. Without gradient."""
+        """Return W / sigma, without gradient and without an iteration, as evaluation mode uses it."""
         return self.weight.detach() / self.sigma()
 
     @torch.no_grad()
     def sigma(self) -> Tensor:
-        """u . W v, the estimate of the largest singular value: scalar."""
+        """Return u . W v, the estimate of the largest singular value: a scalar."""
         return torch.dot(self.weight_u, self._matrix() @ self.weight_v)
 
     @torch.no_grad()
     def iterate(self) -> Tensor:
-        """One power iteration; sigma after it."""
+        """Do one power iteration and return sigma after it."""
         matrix = self._matrix()
         # New tensors, not in place: a graph of an earlier forward may still hold the old ones.
         self.weight_v = F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12)
@@ -64,7 +65,7 @@ class SpectralNorm(nn.Module):
 
 
 class _Normalised(torch.autograd.Function):
-    """W / sigma. With g the gradient of that, W's is (g - (g . W / sigma) u v^T) / sigma; here in two passes over W."""
+    """W / sigma. If g is its gradient, W's is (g - (g . W / sigma) u v^T) / sigma: here two passes over W."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, sigma: Tensor, u: Tensor, v: Tensor, columns_first: bool) -> Tensor:
@@ -123,7 +124,7 @@ N = TypeVar("N", bound=nn.Module)
 def fold_spectral_norm(network: N) -> N:
     """Turn, in place, every spectrally normalised layer into a plain one that holds W / sigma.
 
-    In evaluation mode the outputs stay what they were; training goes on without spectral norm.
+    Outputs in evaluation mode do not change. Training would continue without spectral norm.
     """
     for layer in network.modules():
         if isinstance(layer, SpectralNorm):
@@ -134,12 +135,12 @@ def fold_spectral_norm(network: N) -> N:
 
 
 def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """Instance norm (Ulyanov et al. 2016) of x [N, C, H, W], as a group norm of one channel per group.
+    """Apply instance norm (Ulyanov et al. 2016) to x [N, C, H, W], as a group norm with one channel per group.
 
-    Faster on a CPU than torch's own, and keeps channels_last. Torch's own (2.15, CPU) also computes a wrong gradient
-    for a single picture if it gets its output's gradient in memory format channels_last.
+    On a CPU this is faster than torch's own instance norm, and it keeps channels_last. Torch's own (2.15, CPU) also
+    computes a wrong gradient for a single image if its output's gradient comes in memory format channels_last.
     """
-    with torch.autocast(x.device.type, enabled=False):  # which would give float32
+    with torch.autocast(x.device.type, enabled=False):  # autocast would return float32
         weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
         return F.group_norm(x, x.shape[1], weight, bias)
 
@@ -151,35 +152,39 @@ class InstanceNorm2d(nn.InstanceNorm2d):
         return instance_norm(x, self.weight, self.bias)
 
 
+def enlarge(x: Tensor, factor: int) -> Tensor:
+    """Up-sample x (nearest): [N, C, H, W] -> [N, C, factor H, factor W]."""
+    return x if factor == 1 else F.interpolate(x, scale_factor=factor, mode="nearest")
+
+
 def conv2d(*args: Any, spectral: bool, **kwargs: Any) -> nn.Conv2d:
-    """nn.Conv2d, spectrally normalised or not."""
+    """Build an nn.Conv2d, spectrally normalised or not."""
     return SpectralConv2d(*args, **kwargs) if spectral else nn.Conv2d(*args, **kwargs)
 
 
 def effective_weight(layer: nn.Conv2d) -> Tensor:
-    """The weight that a convolution applies, for those who compute it in another way. Once per forward."""
+    """Return the weight that a convolution applies, for callers that convolve in another way: once per forward."""
     return layer.normalised_weight() if isinstance(layer, SpectralConv2d) else layer.weight
 
 
 def initialise(network: nn.Module, kind: str, gain: float) -> None:
-    """Draw the weights of all convolutions and linear layers anew; biases become zero.
+    """Draw new weights for all convolutions and linear layers; biases become zero.
 
     Args:
         kind: xavier, normal, kaiming or orthogonal.
         gain: gain of xavier and orthogonal, standard deviation of normal.
     """
+    draw = {
+        "xavier": partial(nn.init.xavier_normal_, gain=gain),
+        "normal": partial(nn.init.normal_, std=gain),
+        "kaiming": partial(nn.init.kaiming_normal_, a=0.2),
+        "orthogonal": partial(nn.init.orthogonal_, gain=gain),
+    }[kind]
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            if kind == "xavier":
-                nn.init.xavier_normal_(module.weight, gain)
-            elif kind == "normal":
-                nn.init.normal_(module.weight, 0.0, gain)
-            elif kind == "kaiming":
-                nn.init.kaiming_normal_(module.weight, a=0.2)
-            else:
-                nn.init.orthogonal_(module.weight, gain)
+            draw(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         if isinstance(module, SpectralNorm):
-            for _ in range(3):  # u and v were drawn for no weight: without this a fresh network's outputs explode
+            for _ in range(3):  # u and v are still random: without this a new network's outputs explode
                 module.iterate()

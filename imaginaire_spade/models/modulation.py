@@ -1,9 +1,9 @@
 """Normalise and modulate pixels in one pass: enlarge, normalise, look up scale and shift, apply, activate.
 
-What SPADE by tables, CLADE and synchronized batch norm have in common. A pixel costs one row of a table and one
-multiply-add per channel. Everything runs on rows [pixels, channels], which is what memory format channels_last is. On a
-CPU the pixels are taken chunk by chunk, so that what is between the steps stays in cache; on a GPU each pass is one
-compiled kernel, whose plain twin is the function that is compiled.
+SPADE by tables, CLADE and synchronized batch norm share this code. A pixel costs one row of a table and one
+multiply-add per channel. Everything runs on rows [pixels, channels], the order of memory format channels_last. On a CPU
+each pass takes the pixels chunk by chunk, so that intermediate results stay in cache. On a GPU each pass is one
+compiled kernel; the function that is compiled is its plain twin.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from imaginaire_spade.distributed import sum_over_processes
+from imaginaire_spade.models.layers import enlarge
 from imaginaire_spade.models.tables import sum_rows, sum_users
 from imaginaire_spade.patterns import Lookup
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """What to do to normalised pixels: x^ gamma[i] + beta[i], i the pixel's neighbourhood."""
+    """Scale and shift of normalised pixels: x^ gamma[i] + beta[i], i the pixel's neighbourhood."""
 
     gamma: Tensor
-    """float [V, C]; the "1 +" of SPADE included."""
+    """float [V, C]; includes the "1 +" of SPADE."""
     beta: Tensor
     """float [V, C]."""
     pixels: Lookup | None
-    """Each pixel's row; None: there is one row (V = 1), and all take it."""
+    """Each pixel's row; None: all pixels use the only row (V = 1)."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Statistics:
     rstd: Tensor
     """1 / standard deviation, [C]."""
     count: Tensor | None = None
-    """Values per channel over which x's own statistics were taken (of all processes); None: they are constants."""
+    """Number of values per channel behind x's own statistics (of all processes); None: mean and rstd are constants."""
     synchronized: bool = False
-    """Whether other processes' values are among those."""
+    """Whether the statistics include other processes' values."""
 
 
 def modulate(
@@ -58,9 +59,10 @@ def modulate(
     If ``statistics`` have a ``count``, they depend on x, and gradients flow through them.
 
     Args:
-        modulation: of the enlarged pixels.
+        modulation: scale and shift of the enlarged pixels.
+        statistics: mean and rstd of x.
         upsample: factor of height and width.
-        slope: of the leaky ReLU that comes last, > 0; 1: none.
+        slope: slope of the leaky ReLU that comes last, > 0; 1: none.
     Returns:
         [N, C, upsample h, upsample w] in memory format channels_last.
     """
@@ -74,10 +76,9 @@ def modulate(
 def _modulate_for_export(
     x: Tensor, gamma: Tensor, beta: Tensor, pixels: Lookup | None, statistics: Statistics, upsample: int, slope: float
 ) -> Tensor:
-    """What ``_Modulate`` computes, in operations that other runtimes have."""
+    """Compute what ``_Modulate`` does, in operations that other runtimes support."""
     assert pixels is not None and statistics.count is None  # evaluation mode
-    if upsample > 1:
-        x = F.interpolate(x, scale_factor=upsample, mode="nearest")
+    x = enlarge(x, upsample)
     scale = gamma * statistics.rstd
     rows = sum_rows(torch.cat([scale, beta - statistics.mean * scale], 1), pixels)
     scale, shift = rows.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2).chunk(2, 1)
@@ -88,10 +89,10 @@ def _modulate_for_export(
 class _Modulate(torch.autograd.Function):
     """y = leaky((x - mean) rstd gamma[i] + beta[i]), computed as y = leaky(x scale[i] + shift[i]).
 
-    Backward, dy being the gradient before the activation: with S and A the sums of dy and of dy x over each row's
-    pixels, d beta = S, d gamma = rstd (A - mean S). dx is dy scale[i]; if mean and rstd are x's own, batch norm takes
-    from dx^ its mean p / n and x^ times its mean product with x^, q / n. These are sums over the table: p = sum_i gamma
-    S, q = sum_i gamma d gamma.
+    Backward: let dy be the gradient before the activation, S and A the sums of dy and of dy x over each row's pixels.
+    Then d beta = S and d gamma = rstd (A - mean S). dx is dy scale[i]. If mean and rstd are x's own, batch norm also
+    subtracts from dx^ its mean p / n, and x^ times its mean product with x^, q / n. Both are sums over the table:
+    p = sum_i gamma S, q = sum_i gamma d gamma.
     """
 
     @staticmethod
@@ -108,7 +109,7 @@ class _Modulate(torch.autograd.Function):
         scale = gamma * statistics.rstd
         table = torch.cat([scale, beta - statistics.mean * scale], 1)
         y = _forward(_grid(x, 1), table, _index(pixels, x, upsample), upsample, slope)
-        y = _picture(y, len(x))
+        y = _images(y, len(x))
         ctx.save_for_backward(x, gamma, *([y] if slope != 1 else []))
         ctx.pixels, ctx.statistics, ctx.upsample, ctx.slope = pixels, statistics, upsample, slope
         return y
@@ -134,19 +135,19 @@ class _Modulate(torch.autograd.Function):
             factor = -rstd * rstd * means[1] * upsample**2
             offset = -rstd * means[0] * upsample**2 - mean * factor
         dx = _before_upsampling(before, products, few, gamma * rstd, _index(pixels, x, upsample), factor, offset)
-        return _picture(dx, len(x)).to(x.dtype), d_gamma, d_beta, None, None, None, None
+        return _images(dx, len(x)).to(x.dtype), d_gamma, d_beta, None, None, None, None
 
 
 def _in_chunks(x: Tensor) -> bool:
-    """Whether pixels are taken chunk by chunk, or all by a compiled kernel."""
+    """Return whether to take pixels chunk by chunk, or all at once by a compiled kernel."""
     return not x.is_cuda
 
 
-# The three passes over the pixels. A grid has shape [N h, upsample, w, upsample, C]: the pixels made of each of x's.
+# The three passes over the pixels. A grid has shape [N h, upsample, w, upsample, C]: upsample^2 pixels for each of x's.
 
 
 def _forward(few: Tensor, table: Tensor, index: Tensor | None, upsample: int, slope: float) -> Tensor:
-    """leaky(x scale[i] + shift[i]). ``table`` [V, 2 C]: scale, shift."""
+    """Compute leaky(x scale[i] + shift[i]). ``table`` [V, 2 C] holds scale, then shift."""
     if not _in_chunks(few):
         return _compiled(forward_pixels)(few, table, index, upsample, slope)
     y = few.new_empty(len(few), upsample, few.shape[2], upsample, few.shape[4])
@@ -167,7 +168,7 @@ def forward_pixels(few: Tensor, table: Tensor, index: Tensor | None, upsample: i
 def _before_activation(
     dy: Tensor, few: Tensor, y: Tensor | None, slope: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The gradient before the activation, and its products with x. y has the sign of what was activated."""
+    """Return the gradient before the activation, and its products with x. y has the sign of the activation's input."""
     if not _in_chunks(few):
         return _compiled(before_activation_pixels)(dy, few, y, slope, dtype)
     before = dy if y is None and dy.dtype == dtype else torch.empty_like(dy, dtype=dtype)
@@ -199,9 +200,9 @@ def _before_upsampling(
     factor: Tensor,
     offset: Tensor,
 ) -> Tensor:
-    """dx [N h, 1, w, 1, C]: the sum over each of x's pixels of before scale[i]; then x factor + offset.
+    """Compute dx [N h, 1, w, 1, C]: the sum of before scale[i] over the pixels of each of x's; then x factor + offset.
 
-    ``buffer``, of the shape of ``before``, is overwritten.
+    Overwrite ``buffer``, which has the shape of ``before``.
     """
     if not _in_chunks(few):
         return _compiled(before_upsampling_pixels)(before, few, scale, index, factor, offset)
@@ -226,7 +227,7 @@ def before_upsampling_pixels(
 
 
 class _Compiled:
-    """A function compiled at its first use; as it is, with one warning, where the compiler cannot."""
+    """A function that is compiled at its first use. If the compiler fails, it warns once and runs uncompiled."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -250,13 +251,16 @@ def _compiled(function: Callable[..., Any]) -> _Compiled:
 
 @torch.no_grad()
 def batch_moments(x: Tensor, synchronized: bool, times: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute mean and biased variance of x [N, C, H, W] per channel, and the count of values; of all processes if
-    asked. Each value counts ``times`` times: as often as x's enlargement, which has the same mean and variance, holds
-    it. So a process may take the moments of either, whichever the others take.
+    """Compute mean and biased variance of x [N, C, H, W] per channel, and the count of values.
 
-    Mean and squares about it are taken chunk by chunk, in one pass over x, and put together in double precision.
+    Take means and squares about them chunk by chunk, in one pass over x, and combine them in double precision.
+
+    Args:
+        synchronized: whether to include the values of all processes.
+        times: how often each value counts: as often as in x's enlargement, which has the same mean and variance. So a
+            process may pass x or its enlargement, whichever the others pass.
     """
-    rows = _rows(x)
+    rows = _grid(x, 1).view(-1, x.shape[1])
     wide = torch.promote_types(x.dtype, torch.float32)
     total = sum_over_processes if synchronized else torch.clone
     counts, means, squares = [], [], []
@@ -273,26 +277,21 @@ def batch_moments(x: Tensor, synchronized: bool, times: int = 1) -> tuple[Tensor
     return mean.to(wide), (total(about_mean.sum(0)) / count).to(wide), count.to(wide)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N * H * W, C], contiguous: a view if x is channels_last, else a copy."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
-
-
 def _grid(x: Tensor, upsample: int) -> Tensor:
-    """[N, C, upsample h, upsample w] -> [N h, upsample, w, upsample, C], contiguous: a view if x is channels_last."""
+    """Reshape [N, C, upsample h, upsample w] -> [N h, upsample, w, upsample, C]: no copy if x is channels_last."""
     n, channels, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).contiguous()
     return rows.view(n * height // upsample, upsample, width // upsample, upsample, channels)
 
 
-def _picture(grid: Tensor, count: int) -> Tensor:
+def _images(grid: Tensor, count: int) -> Tensor:
     """Inverse of ``_grid``: ``count`` images [N, C, H, W] in memory format channels_last."""
     width, channels = grid.shape[2] * grid.shape[3], grid.shape[4]
     return grid.reshape(count, -1, width, channels).permute(0, 3, 1, 2)
 
 
 def _index(pixels: Lookup | None, x: Tensor, upsample: int) -> Tensor | None:
-    """Each pixel's row of the table [N h, upsample, w, upsample], as in a grid."""
+    """Return each pixel's row of the table in the shape of a grid, [N h, upsample, w, upsample]."""
     if pixels is None:
         return None
     n, _, height, width = x.shape
@@ -306,9 +305,9 @@ def _chunks(count: int, values: int) -> Iterator[slice]:
 
 
 def _row_chunks(table: Tensor, index: Tensor | None, grid: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of the table for some rows of a grid at a time, in its shape.
+    """Yield, for some rows of a grid at a time, their rows of the table in the grid's shape.
 
-    One buffer serves all: fresh memory costs more than the sums.
+    All share one buffer: fresh memory costs more than the sums.
     """
     buffer = table.new_empty(0)
     for rows in _chunks(len(grid), grid[0].numel()):

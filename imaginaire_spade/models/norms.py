@@ -1,4 +1,4 @@
-"""Normalisation layers, conditional on a layout or not. Each conditional one has the signature ``norm(x, layout)``."""
+"""Normalisation layers, conditional on a layout or not. A conditional one is called as ``norm(x, layout)``."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor, nn
 
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
-from imaginaire_spade.models.layers import InstanceNorm2d, SpectralLinear, conv2d, effective_weight
+from imaginaire_spade.models.layers import InstanceNorm2d, SpectralLinear, conv2d, effective_weight, enlarge
 from imaginaire_spade.models.modulation import Modulation, Statistics, batch_moments, modulate
 from imaginaire_spade.models.tables import first_convolution, second_convolution, sum_rows, weights_by_place
 from imaginaire_spade.registry import NORMS
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation whose training statistics can span all processes, on any device and backend.
+    """Batch normalisation with training statistics over all processes if wanted, on any device and backend.
 
-    Statistics are float32 and part of the gradient, so K processes with batch B/K equal one process with batch B.
-    ``torch.nn.SyncBatchNorm`` refuses CPU tensors; state dicts are the same as ``torch.nn.BatchNorm2d``'s.
+    Statistics are float32, and gradients flow through them: K processes with batch B/K equal one process with batch B.
+    (``torch.nn.SyncBatchNorm`` refuses CPU tensors.) State dicts are those of ``torch.nn.BatchNorm2d``.
     """
 
     synchronized = False
-    """Set from outside (``synchronize_batch_norm``) once there is a process group."""
+    """``synchronize_batch_norm`` sets it once there is a process group."""
 
     def forward(
         self, x: Tensor, modulation: Modulation | None = None, *, upsample: int = 1, slope: float = 1.0
     ) -> Tensor:
-        """x [N, C, H, W] normalised; with a modulation enlarged, modulated and activated in the same pass."""
+        """Normalise x [N, C, H, W]; given a modulation, also enlarge, modulate and activate x in the same pass."""
         if modulation is None:
             if not (self.training and self.synchronized):
                 return super().forward(x)
             modulation = Modulation(x.new_ones(1, 1), x.new_zeros(1, 1), None)
-        if self.affine:  # (x^ w + b) gamma + beta
+        if self.affine:  # Fold scale and shift into the modulation: (x^ w + b) gamma + beta.
             gamma, beta, pixels = modulation.gamma, modulation.beta, modulation.pixels
             modulation = Modulation(self.weight * gamma, self.bias * gamma + beta, pixels)
         if not self.training:
@@ -58,50 +58,45 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norm(network: nn.Module) -> None:
-    """Make every batch norm of ``network`` take its statistics over all processes, and every SPADE norm the same path
-    as on all others."""
+    """Let every batch norm of ``network`` take its statistics over all processes, and every SPADE norm take one path on
+    all of them."""
     for module in network.modules():
         if isinstance(module, BatchNorm2d | SPADE):
             module.synchronized = True
 
 
 def _normalisation(kind: str, channels: int, affine: bool = False) -> BatchNorm2d | InstanceNorm2d:
-    """The ``batch`` or ``instance`` norm that a conditional norm modulates."""
+    """Build the ``batch`` or ``instance`` norm that a conditional norm modulates."""
     return (BatchNorm2d if kind == "batch" else InstanceNorm2d)(channels, affine=affine)
 
 
 def _normalise_and_modulate(norm: nn.Module, x: Tensor, modulation: Modulation, upsample: int, slope: float) -> Tensor:
-    """In one pass for a batch norm, in two for an instance norm."""
+    """Normalise and modulate x: a batch norm in one pass, an instance norm in two."""
     if isinstance(norm, BatchNorm2d):
         return norm(x, modulation, upsample=upsample, slope=slope)
     statistics = Statistics(x.new_zeros(1), x.new_ones(1))
     return modulate(norm(x), modulation, statistics, upsample=upsample, slope=slope)
 
 
-def enlarged(x: Tensor, upsample: int) -> Tensor:
-    """Nearest up-sampling: [N, C, H, W] -> [N, C, upsample H, upsample W]."""
-    return x if upsample == 1 else F.interpolate(x, scale_factor=upsample, mode="nearest")
-
-
-def activated(x: Tensor, slope: float) -> Tensor:
-    """Leaky ReLU, in place; none where ``slope`` is 1."""
+def activate(x: Tensor, slope: float) -> Tensor:
+    """Apply a leaky ReLU in place, or nothing if ``slope`` is 1."""
     return x if slope == 1 else F.leaky_relu(x, slope, inplace=True)
 
 
 class ConditionalNorm(nn.Module):
-    """What generators ask of every norm: ``norm(x, layout, upsample=1, slope=1.0)``, and how many channels come out.
+    """Interface of every norm: ``norm(x, layout, upsample=1, slope=1.0)``, and the number of channels that it returns.
 
-    ``upsample`` is the factor by which x is enlarged first (nearest), ``slope`` that of a leaky ReLU which comes last:
-    a norm that makes one pass over the pixels of all three is faster than three layers. What comes out is a new tensor.
+    A norm first enlarges x by ``upsample`` (nearest) and last applies a leaky ReLU of ``slope``: all three in one pass
+    over the pixels are faster than three layers. It returns a new tensor.
     """
 
     out_channels: int
     needs_distances: ClassVar[bool] = False
-    """Whether layouts must have distances; the pipeline then computes them."""
+    """Whether the norm needs layouts with distances; the pipeline then computes them."""
 
 
 def _view(layout: SemanticLayout, x: Tensor, upsample: int) -> SemanticLayout:
-    """The layout at the resolution of the enlarged x."""
+    """Return the layout at the resolution of the enlarged x."""
     return layout.resized(upsample * x.shape[2], upsample * x.shape[3])
 
 
@@ -113,12 +108,13 @@ class SPADE(ConditionalNorm):
 
     Args:
         channels: of x.
-        spec: what the layouts hold.
+        spec: channels of the layouts.
         normalization: parameter-free ``batch`` or ``instance`` norm of x.
         hidden_channels: width between the two convolutions.
         kernel_size: of both convolutions, odd.
         path: ``dense`` convolves the one-hot map; ``table`` computes gamma and beta once per distinct neighbourhood of
-            labels, which gives the same numbers; ``auto`` takes the faster one, in training the same on all processes.
+            labels, which gives the same numbers; ``auto`` chooses the faster one, in training the same on all
+            processes.
         affine: whether the norm has a learned scale and shift per channel (as in imaginaire; the paper has none).
         spectral_norm: spectral norm on the convolutions (as in imaginaire; the paper has none).
     """
@@ -150,28 +146,28 @@ class SPADE(ConditionalNorm):
 
     laid_out: Tensor | None
     synchronized = False
-    """Set from outside (``synchronize_batch_norm``)."""
+    """``synchronize_batch_norm`` sets it."""
 
     def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
-        """x [N, channels, h, w], layout of any resolution -> [N, channels, upsample h, upsample w]."""
+        """Modulate x [N, channels, h, w] by a layout of any resolution -> [N, channels, upsample h, upsample w]."""
         view = _view(layout, x, upsample)
         if self._takes_tables(view):
             modulation = self._modulation(view)
             return _normalise_and_modulate(self.normalize, x, modulation, upsample, slope)
         hidden = F.relu(self.shared(view.one_hot(self.shared.weight.dtype)))
-        y = self.normalize(enlarged(x, upsample)) * (1 + self.gamma(hidden)) + self.beta(hidden)
-        return activated(y, slope)
+        y = self.normalize(enlarge(x, upsample)) * (1 + self.gamma(hidden)) + self.beta(hidden)
+        return activate(y, slope)
 
     def _takes_tables(self, view: SemanticLayout) -> bool:
-        """Whether tables are possible and, for ``auto``, faster: few distinct neighbourhoods for the pixels there are.
+        """Return whether tables are possible and, for ``auto``, faster: few distinct neighbourhoods for so many pixels.
 
-        Counted in rows of the second convolution's matrix product, the unit of which both paths' main work is made.
-        Measured on a CPU: reordering the weights costs as much as 200 rows, summing up the pieces of one outer window
-        as much as 32 / hidden rows. In training all processes get one answer, by the mean of their counts: the two
-        paths exchange their statistics and finish their gradients at different points of the backward pass.
+        The unit of cost is one row of the second convolution's matrix product, the main work of both paths. Measured on
+        a CPU: reordering the weights costs as much as 200 rows, summing the pieces of one outer window as much as
+        32 / hidden rows. In training all processes decide alike, by the mean of their counts: the two paths exchange
+        statistics and finish gradients at different points of the backward pass.
         """
         if self.path == "dense" or not view.is_discrete or torch.compiler.is_compiling():
-            return False  # a network that is compiled or exported as a whole cannot look at its data
+            return False  # a network that is compiled or exported as a whole cannot inspect its data
         out, hidden, *_ = self.gamma.weight.shape
         dense_rows = view.labels.numel() * (1 + self.shared.weight.shape[1] / (2 * out))
         if self.path == "table" or dense_rows <= 200:
@@ -193,20 +189,20 @@ class SPADE(ConditionalNorm):
 
     @torch.no_grad()
     def lay_out_tables(self) -> None:
-        """For inference alone: keep the weights in the order that tables need, which else every forward makes."""
+        """Store the weights in the order of tables, instead of reordering them in every forward. For inference only."""
         if self.path != "dense":
             self.laid_out = self._table_weights()
 
 
 @NORMS.register("concat")
 class Concat(ConditionalNorm):
-    """Normalises x and appends the one-hot layout, so that the next convolution sees it: no modulation.
+    """Normalise x and append the one-hot layout for the next convolution to see; no modulation.
 
     In the generator ``spade`` this is the "decoder w/ Concat" of Park et al. 2019 (table 3, "Effectiveness of SPADE").
 
     Args:
         channels: of x.
-        spec: what the layouts hold.
+        spec: channels of the layouts.
         normalization: parameter-free ``batch`` or ``instance`` norm of x.
     """
 
@@ -218,8 +214,8 @@ class Concat(ConditionalNorm):
         self.normalize = _normalisation(normalization, channels)
 
     def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
-        """x [N, channels, h, w], layout of any resolution -> [N, channels + num_channels, H, W]."""
-        y = F.leaky_relu(self.normalize(enlarged(x, upsample)), slope)  # not in place: a synchronized norm gives a view
+        """Normalise x [N, channels, h, w], append a layout of any resolution -> [N, channels + num_channels, H, W]."""
+        y = F.leaky_relu(self.normalize(enlarge(x, upsample)), slope)  # not in place: a synchronized norm gives a view
         return torch.cat([y, _view(layout, x, upsample).one_hot(y.dtype)], 1)  # of 0 and 1, as the leaky ReLU of it
 
 
@@ -227,12 +223,12 @@ class Concat(ConditionalNorm):
 class CLADE(ConditionalNorm):
     """Class-adaptive normalisation (Tan et al. 2021, eq. 5): normalize(x) * weight[c] + bias[c], c the pixel's class.
 
-    Unlike SPADE's there is no "1 +" on the scale. Where the layouts have edges, a 1x1 convolution of the edge map comes
-    out as one more channel. A pixel without a class, in layouts without a don't-care channel, counts as class 0.
+    Unlike SPADE, there is no "1 +" on the scale. If the layouts have edges, a 1x1 convolution of the edge map becomes
+    one more channel. In layouts without a don't-care channel, a pixel without a class counts as class 0.
 
     Args:
         channels: of x.
-        spec: what the layouts hold.
+        spec: channels of the layouts.
         normalization: parameter-free ``batch`` or ``instance`` norm of x.
     """
 
@@ -247,19 +243,19 @@ class CLADE(ConditionalNorm):
         self.edge = nn.Conv2d(1, 1, 1) if spec.has_edges else None
 
     def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
-        """x [N, channels, h, w], layout of any resolution -> [N, out_channels, H, W]."""
+        """Modulate x [N, channels, h, w] by a layout of any resolution -> [N, out_channels, H, W]."""
         view = _view(layout, x, upsample)
-        y = self._modulated(x, view, upsample, slope)
+        y = self._modulate(x, view, upsample, slope)
         if self.edge is None:
             return y
         assert view.edges is not None
-        edges = activated(self.edge(view.edges.to(self.edge.weight.dtype).unsqueeze(1)), slope)  # [N, 1, H, W]
+        edges = activate(self.edge(view.edges.to(self.edge.weight.dtype).unsqueeze(1)), slope)  # [N, 1, H, W]
         # y is channels_last; on a CPU torch.cat takes eight times as long along its channels as along a last dimension.
         pixels = [part.permute(0, 2, 3, 1).to(y.dtype) for part in (y, edges)]
         return torch.cat(pixels, 3).permute(0, 3, 1, 2)
 
-    def _modulated(self, x: Tensor, view: SemanticLayout, upsample: int, slope: float) -> Tensor:
-        """[N, channels, H, W]."""
+    def _modulate(self, x: Tensor, view: SemanticLayout, upsample: int, slope: float) -> Tensor:
+        """Return x enlarged, normalised, modulated and activated: [N, channels, H, W]."""
         modulation = Modulation(self.weight, self.bias, view.classes)
         return _normalise_and_modulate(self.normalize, x, modulation, upsample, slope)
 
@@ -268,12 +264,12 @@ class CLADE(ConditionalNorm):
 class CLADEICPE(CLADE):
     """CLADE with intra-class positional encoding (Tan et al. 2021, section 3.3).
 
-    normalize(x) * weight[c] * (1 + a(d)) + bias[c] * (1 + b(d)), where d is the pixel's offset from the centre of its
-    connected region (``data/distances.py``) and a, b are 1x1 convolutions to one channel. They start at zero: as CLADE.
+    normalize(x) * weight[c] * (1 + a(d)) + bias[c] * (1 + b(d)): d is the pixel's offset from the centre of its
+    connected region (``data/distances.py``), a and b are 1x1 convolutions to one channel. Both start at zero, as CLADE.
 
     Args:
         channels: of x.
-        spec: what the layouts hold.
+        spec: channels of the layouts.
         normalization: parameter-free ``batch`` or ``instance`` norm of x.
         skip_ids: train ids whose pixels have no position (d = 0). None is right for training. CLADE's own checkpoints
             saw no position where the file's label is 0, which is their channel 0 in every data set, ADE20K included:
@@ -299,7 +295,7 @@ class CLADEICPE(CLADE):
         self.scale_position = _Position()
         self.shift_position = _Position()
 
-    def _modulated(self, x: Tensor, view: SemanticLayout, upsample: int, slope: float) -> Tensor:
+    def _modulate(self, x: Tensor, view: SemanticLayout, upsample: int, slope: float) -> Tensor:
         assert view.distances is not None, "clade_icpe needs layouts with distances"
         distances = view.distances.to(self.weight.dtype)
         if self.skip_ids:
@@ -309,7 +305,7 @@ class CLADEICPE(CLADE):
         y = _normalise_and_modulate(self.normalize, x, modulation, upsample, 1.0)
         shift = sum_rows(self.bias, view.classes).view(x.shape[0], *y.shape[2:], -1).permute(0, 3, 1, 2).to(y.dtype)
         scale, weight = (position(distances).to(y.dtype) for position in (self.scale_position, self.shift_position))
-        return activated(torch.addcmul(y * scale, shift, weight), slope)
+        return activate(torch.addcmul(y * scale, shift, weight), slope)
 
 
 class _Position(nn.Module):
@@ -321,7 +317,7 @@ class _Position(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, distances: Tensor) -> Tensor:
-        """[N, 2, H, W] -> [N, 1, H, W]."""
+        """Map distances [N, 2, H, W] -> [N, 1, H, W]."""
         return 1 + F.conv2d(distances, self.weight, self.bias)
 
 
@@ -338,6 +334,6 @@ class AdaptiveBatchNorm(nn.Module):
         self.beta = SpectralLinear(style_channels, channels)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """x [N, channels, H, W], style [N, style_channels] -> [N, channels, H, W]."""
+        """Modulate x [N, channels, H, W] by a style [N, style_channels]; the shape stays."""
         gamma, beta = self.gamma(style)[:, :, None, None], self.beta(style)[:, :, None, None]
         return self.normalize(x) * (1 + gamma) + beta

@@ -24,7 +24,7 @@ class ResidualBlock(nn.Module):
         self.conv_1 = conv2d(channels, channels, 3, padding=1, padding_mode="reflect", spectral=spectral_norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, channels, h, w], both 2 or more -> the same shape."""
+        """Apply the block to x [N, channels, h, w], h and w at least 2; the shape stays."""
         y = F.relu(instance_norm(self.conv_0(x)))
         return x + instance_norm(self.conv_1(y))
 
@@ -33,13 +33,13 @@ class ResidualBlock(nn.Module):
 class Pix2pixHDGenerator(Generator):
     """The global generator of Wang et al. 2018 (pix2pixHD, section 3.1 and appendix), "pix2pixHD" in SPADE's tables.
 
-    The layout enters once, at full resolution; it is down-sampled, goes through residual blocks and is up-sampled
-    again. Instance norm without scale and shift after each convolution but the last. It takes no style code. With
-    ``spectral_norm`` it is the generator of the SPADE paper's stronger "pix2pixHD++".
+    The layout enters once, at full resolution; convolutions down-sample it, then come residual blocks, then transposed
+    convolutions up-sample it again. Instance norm without scale and shift follows each convolution but the last. The
+    generator takes no style code. With ``spectral_norm`` it is that of the SPADE paper's stronger "pix2pixHD++".
 
     Args:
-        spec: what the layouts hold.
-        image_size: (height, width) it is trained at: multiples of 2^num_downsamplings, twice that or more.
+        spec: channels of the layouts.
+        image_size: (height, width) of training: multiples of 2^num_downsamplings, twice that or more.
         num_filters: width of the first and last layers; doubled by each down-sampling.
         num_downsamplings: x2 steps down and up again.
         num_blocks: residual blocks between them.
@@ -83,7 +83,7 @@ class Pix2pixHDGenerator(Generator):
         self.to_image = nn.Conv2d(num_filters, 3, 7, padding=3, padding_mode="reflect")
 
     def forward(self, layout: SemanticLayout, z: Tensor | None = None) -> Tensor:
-        """Pictures float32 [N, 3, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).
+        """Generate images float32 [N, 3, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).
 
         Args:
             layout: N label maps [H, W].

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.generator import Generator, NormFactory, SPADEResidualBlock
-from imaginaire_spade.models.layers import SpectralConv2d, SpectralLinear
+from imaginaire_spade.models.layers import SpectralConv2d, SpectralLinear, enlarge
 from imaginaire_spade.models.norms import SPADE, AdaptiveBatchNorm
 from imaginaire_spade.registry import GENERATORS, NORMS
 
@@ -33,17 +33,17 @@ class StyleSPADEGenerator(Generator):
     """The SPADE generator of imaginaire: residual SPADE blocks with style blocks between them.
 
     It starts from the label map at 1/16, 1/32 or 1/64 of the resolution (``output_size`` 256, 512, 1024) and always
-    takes a style code. All its layers carry spectral norm. Beyond 256 each further pair of blocks has an image head of
-    its own, whose picture is added to the smaller one. Checked against imaginaire's numbers at 256 without positional
-    encoding; 512, 1024 and the encoding follow its description, for want of numbers.
+    takes a style code. All its layers carry spectral norm. Beyond 256, each further pair of blocks has its own image
+    head, and the generator adds that image to the enlarged smaller one. Tested against imaginaire's numbers at 256
+    without positional encoding; there are no numbers for 512, 1024 and the encoding, which follow its description.
 
     Args:
-        spec: what the layouts hold.
+        spec: channels of the layouts.
         image_size: unused; this generator is fully convolutional.
         num_filters: widths are 8, 16, 8, 4, 2 times this, then once and half of it at 512 and 1024.
         style_dims: length of the style code z.
-        output_size: shorter side of the pictures it is made for: 4, 5 or 6 x2 steps.
-        positional_encoding: two more input channels, row and column of each pixel from -1 to 1.
+        output_size: shorter side of its images: 256, 512 or 1024 take 4, 5 or 6 x2 steps.
+        positional_encoding: add two input channels, row and column of each pixel from -1 to 1.
         output_multiplier: factor before the final tanh.
         norm: conditional normalisation layer; imaginaire's has 5x5 convolutions, ``affine`` and ``spectral_norm``.
     """
@@ -99,7 +99,7 @@ class StyleSPADEGenerator(Generator):
             self.to_image_1024 = SpectralConv2d(width // 2, 3, 5, padding=2)
 
     def forward(self, layout: SemanticLayout, z: Tensor | None = None) -> Tensor:
-        """Pictures float32 [N, 3, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).
+        """Generate images float32 [N, 3, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).
 
         Args:
             layout: N label maps [H, W].
@@ -116,18 +116,18 @@ class StyleSPADEGenerator(Generator):
         x = self.up_1a(x, layout, upsample=2)  # [N, 4 F, 4 h, 4 w]
         x = self.up_1b(self.cbn_up_1a(x, style), layout)
         x = self.up_2a(x, layout, upsample=2)  # [N, 4 F, 8 h, 8 w]
-        x = _twice(self.up_2b(self.cbn_up_2a(x, style), layout))  # [N, 2 F, 16 h, 16 w]
+        x = enlarge(self.up_2b(self.cbn_up_2a(x, style), layout), 2)  # [N, 2 F, 16 h, 16 w]
         image = self.to_image(F.leaky_relu(x, 0.2)).float()  # [N, 3, 16 h, 16 w]
         if self.output_size >= 512:
-            x = _twice(self.up_3b(self.up_3a(x, layout), layout))  # [N, F, 32 h, 32 w]
-            image = _twice(image) + self.to_image_512(F.leaky_relu(x, 0.2))
+            x = enlarge(self.up_3b(self.up_3a(x, layout), layout), 2)  # [N, F, 32 h, 32 w]
+            image = enlarge(image, 2) + self.to_image_512(F.leaky_relu(x, 0.2))
         if self.output_size >= 1024:
-            x = _twice(self.up_4b(self.up_4a(x, layout), layout))  # [N, F/2, 64 h, 64 w]
-            image = _twice(image) + self.to_image_1024(F.leaky_relu(x, 0.2))
+            x = enlarge(self.up_4b(self.up_4a(x, layout), layout), 2)  # [N, F/2, 64 h, 64 w]
+            image = enlarge(image, 2) + self.to_image_1024(F.leaky_relu(x, 0.2))
         return torch.tanh(self.output_multiplier * image)  # [N, 3, H, W]
 
     def _start(self, layout: SemanticLayout) -> Tensor:
-        """The input of the first layer: float [N, num_channels, h, w], then the coordinates where they are wanted."""
+        """Return the first layer's input: float [N, num_channels (+ 2 coordinates), h, w]."""
         x = layout.one_hot(self.head_0.weight.dtype)
         if not self.positional_encoding:
             return x
@@ -135,7 +135,3 @@ class StyleSPADEGenerator(Generator):
         grid = torch.stack(torch.meshgrid(line, line, indexing="ij"))  # [2, 16, 16]: row, column
         grid = F.interpolate(grid[None], size=x.shape[-2:], mode="bicubic", align_corners=False)
         return torch.cat([x, grid.to(x.dtype).expand(x.shape[0], -1, -1, -1)], 1)
-
-
-def _twice(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="nearest")

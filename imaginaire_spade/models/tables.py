@@ -1,9 +1,9 @@
-"""Convolutions of label maps by tables: once per distinct neighbourhood, then one row of a table per pixel.
+"""Convolve label maps by tables: compute once per distinct neighbourhood, then look up one row per pixel.
 
 With h hidden channels, C channels of x and L label channels, the dense path costs k k h (L + 2 C) multiply-adds per
-pixel. Here the first convolution is the sum of k k weight rows per distinct inner window; the second is one matrix
-product, k k h 2 C per distinct inner window, whose pieces are added up per distinct outer window. A pixel then costs
-one row of the table and one multiply-add per channel. These are the same sums in another order, padding included.
+pixel. Here the first convolution sums k k weight rows per distinct inner window. The second is one matrix product,
+k k h 2 C per distinct inner window; its pieces are then summed per distinct outer window. A pixel then costs one row of
+the table and one multiply-add per channel. These are the same sums in another order, padding included.
 
 Everything runs on rows [pixels, channels], which is what memory format channels_last is.
 """
@@ -36,21 +36,21 @@ class _SumRows(torch.autograd.Function):
 
 
 def sum_rows(table: Tensor, lookup: Lookup) -> Tensor:
-    """``out[i] = sum_j table[index[i, j]]``: [R, C] -> [P, C]. The gradient turns the lookup round."""
+    """Compute ``out[i] = sum_j table[index[i, j]]``: [R, C] -> [P, C]. The gradient inverts the lookup."""
     if torch.compiler.is_exporting():
         return F.embedding(lookup.index, table).sum(1)
     return _SumRows.apply(table, lookup)
 
 
 def sum_users(values: Tensor, lookup: Lookup | None) -> Tensor:
-    """Add up ``values`` [P, C] over the places that take each row of the table: [R, C]. None: there is one row."""
+    """Sum ``values`` [P, C] over the places that use each row of the table: [R, C]. None: the table has one row."""
     if lookup is None:
         return values.sum(0, keepdim=True)
     return F.embedding_bag(lookup.users, values, lookup.starts, mode="sum")
 
 
 def label_rows(weight: Tensor, num_label_channels: int) -> Tensor:
-    """A weight [out, channels, k, k] as the table that label lookups take: [k k (num_label_channels + 1), out]."""
+    """Turn a weight [out, channels, k, k] into the table of label lookups: [k k (num_label_channels + 1), out]."""
     rows = weight[:, :num_label_channels].flatten(2).permute(2, 1, 0)  # [k k, channels, out]
     return F.pad(rows, (0, 0, 0, 1)).flatten(0, 1)
 
@@ -58,7 +58,7 @@ def label_rows(weight: Tensor, num_label_channels: int) -> Tensor:
 def convolve_layout(
     layout: SemanticLayout, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0
 ) -> Tensor:
-    """``F.conv2d`` of the layout's one-hot view with square windows; the label channels are looked up.
+    """Compute ``F.conv2d`` of the layout's one-hot view, with square windows, by looking up the label channels.
 
     Args:
         weight: float [out, channels of the layout, k, k].
@@ -81,12 +81,12 @@ def convolve_layout(
 
 
 def convolve_with_images(conv: nn.Module, semantics: SemanticLayout | Tensor, images: Tensor) -> Tensor:
-    """``conv`` of semantics and pictures, one after the other along the channels; the semantics' share only once.
+    """Apply ``conv`` to semantics and images, concatenated along the channels; compute the semantics' share only once.
 
     Args:
-        conv: of C + 3 channels.
+        conv: convolution of C + 3 channels.
         semantics: N label maps, or float [N, C, H, W].
-        images: float [k * N, 3, H, W]; picture i belongs to label map i % N.
+        images: float [k * N, 3, H, W]; image i belongs to label map i % N.
     """
     assert isinstance(conv, nn.Conv2d)
     weight = effective_weight(conv)
@@ -101,7 +101,7 @@ def convolve_with_images(conv: nn.Module, semantics: SemanticLayout | Tensor, im
 
 
 def first_convolution(weight: Tensor, bias: Tensor | None, around: LayoutNeighbourhoods) -> Tensor:
-    """The convolution of the one-hot layout at every distinct inner window: [U, h].
+    """Convolve the one-hot layout at every distinct inner window: [U, h].
 
     Args:
         weight: float [h, label channels (+ 1 for edges), k, k].
@@ -115,12 +115,12 @@ def first_convolution(weight: Tensor, bias: Tensor | None, around: LayoutNeighbo
 
 
 def weights_by_place(weights: Sequence[Tensor]) -> Tensor:
-    """Weights [.., h, k, k] of convolutions side by side, for ``second_convolution``: [k k, out, h]."""
+    """Lay weights [.., h, k, k] of convolutions side by side for ``second_convolution``: [k k, out, h]."""
     return torch.cat([weight.flatten(2).permute(2, 0, 1) for weight in weights], 1)
 
 
 def second_convolution(hidden: Tensor, places: Tensor, bias: Tensor, around: LayoutNeighbourhoods) -> Tensor:
-    """A convolution of ``hidden`` [U, h] at every distinct outer window: [V, out].
+    """Convolve ``hidden`` [U, h] at every distinct outer window: [V, out].
 
     Args:
         places: its weight, float [k k, out, h] (``weights_by_place``).

@@ -1,11 +1,10 @@
-"""Segmentation networks: photos in, ids out, names of the classes, and which weights these are.
+"""Load segmentation networks: photos in, ids out, names of the classes, and which weights these are.
 
-Used to label photos that have no label map (``label_photos.py``) and to score generated pictures (``evaluation``).
+They label photos that have no label map (``label_photos.py``) and score generated images (``evaluation``).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from collections.abc import Callable, Sequence
@@ -15,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from imaginaire_spade.errors import ConfigError, how_to_install
+from imaginaire_spade.pretrained.weights import network_sha256
 
 # ImageNet's, which torchvision's segmenters were trained with.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -42,7 +42,8 @@ class Segmenter:
     """What is done to a photo first, as JSON."""
 
     def label(self, photo: NDArray[np.uint8], size: tuple[int, int] | None = None) -> NDArray[np.uint8 | np.uint16]:
-        """RGB uint8 [H, W, 3] -> ids uint8 (uint16 beyond 256 classes) of ``size`` (height, width), else the photo's.
+        """Label a photo: RGB uint8 [H, W, 3] -> ids uint8 (uint16 beyond 256 classes) of ``size`` (height, width), else
+        of the photo's.
 
         The class scores are resized (bilinear), then the highest is taken.
         """
@@ -53,7 +54,7 @@ class Segmenter:
 
 
 def hugging_face_segmenter(model: str, device: torch.device, flag: str = "--model") -> Segmenter:
-    """Any semantic segmentation model of the hub (id) or of a local folder: one class score per pixel (SegFormer,
+    """Load any semantic segmentation model of the hub (id) or of a local folder: one class score per pixel (SegFormer,
     UPerNet, DPT, BEiT, ...) or masks with classes (MaskFormer, Mask2Former).
 
     Args:
@@ -98,7 +99,7 @@ def hugging_face_segmenter(model: str, device: torch.device, flag: str = "--mode
 
 
 def deeplab_segmenter(weights: Path, names: Sequence[str], device: torch.device) -> Segmenter:
-    """torchvision's DeepLabV3 (ResNet-50) with the weights of a file; the classes are counted there.
+    """Load torchvision's DeepLabV3 (ResNet-50) with the weights of a file; the classes are counted there.
 
     Raises:
         ConfigError: unreadable, another architecture, or another number of names.
@@ -124,12 +125,3 @@ def deeplab_segmenter(weights: Path, names: Sequence[str], device: torch.device)
     found = tuple(names) or tuple(f"class {i}" for i in range(num_classes))
     preprocessing = json.dumps({"image_mean": _MEAN, "image_std": _STD})
     return Segmenter(found, scores, str(weights), network_sha256(network), preprocessing)
-
-
-def network_sha256(network: nn.Module) -> str:
-    """Of the tensors of a network in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

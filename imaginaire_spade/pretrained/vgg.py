@@ -1,16 +1,18 @@
-"""Pretrained feature networks for losses. Their weights come from a file: nothing is downloaded implicitly."""
+"""Compute VGG19's activations, for the perceptual loss."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from imaginaire_spade.errors import ConfigError
+from imaginaire_spade.pretrained.weights import PublishedWeights
 
-VGG19_FILE = "vgg19-dcbb9e9d.pth"
-VGG19_URL = f"https://download.pytorch.org/models/{VGG19_FILE}"
+VGG19 = PublishedWeights(
+    "torchvision's vgg19",
+    "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
+    "to train without the perceptual loss, write losses.perceptual.weight: 0",
+)
 VGG19_LAYERS = {
     "relu_1_1": 1, "relu_1_2": 3, "relu_2_1": 6, "relu_2_2": 8, "relu_3_1": 11, "relu_3_2": 13, "relu_3_3": 15,
     "relu_3_4": 17, "relu_4_1": 20, "relu_4_2": 22, "relu_4_3": 24, "relu_4_4": 26, "relu_5_1": 29, "relu_5_2": 31,
@@ -25,10 +27,10 @@ class VGG19Features(nn.Module):
     Args:
         layers: names such as ``relu_3_1``.
         weights_path: state dict of torchvision's vgg19 (its ``features.*`` suffice); None: torch's model cache.
-        imagenet_statistics: whether pictures are shifted from [-1, 1] to the statistics VGG was trained with.
+        imagenet_statistics: whether images are shifted from [-1, 1] to the statistics VGG was trained with.
 
     Raises:
-        ConfigError: unknown layer, or no weights there, saying where to put the file.
+        ConfigError: unknown layer; no weights there, saying where to put the file; or other weights.
     """
 
     mean: Tensor
@@ -43,21 +45,12 @@ class VGG19Features(nn.Module):
 
         with torch.device("meta"):
             self.network = torchvision.models.vgg19(weights=None).features[: max(self.indices) + 1]
-        self._load(vgg19_weights_file(weights_path))
+        path = VGG19.find(weights_path, "losses.perceptual.weights_path:")
+        VGG19.load(path, self.network, lambda name: f"features.{name}")
         self.network.eval().requires_grad_(False)
         mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if imagenet_statistics else ([0.5] * 3, [0.5] * 3)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-
-    def _load(self, path: Path) -> None:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            own = self.network.state_dict()
-            self.network.load_state_dict({key: state[f"features.{key}"] for key in own}, assign=True)
-        except Exception as error:
-            raise ConfigError(
-                f"{path}: not the weights of torchvision's vgg19 ({error}). Get them from {VGG19_URL}"
-            ) from None
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images float [N, 3, H, W] in [-1, 1] -> one [N, C, h, w] per layer, shallow to deep."""
@@ -68,14 +61,3 @@ class VGG19Features(nn.Module):
             if index in self.indices:
                 activations.append(x)
         return activations
-
-
-def vgg19_weights_file(path: str | None) -> Path:
-    """The file of VGG19 weights. Raises ConfigError saying what to do where there is none."""
-    file = Path(path).expanduser() if path else Path(torch.hub.get_dir()) / "checkpoints" / VGG19_FILE
-    if not file.is_file():
-        raise ConfigError(
-            f"{file}: no VGG19 weights for the perceptual loss. Download {VGG19_URL} to that place, or write"
-            " losses.perceptual.weights_path: FILE; to train without, write losses.perceptual.weight: 0"
-        )
-    return file

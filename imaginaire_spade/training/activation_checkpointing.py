@@ -20,7 +20,7 @@ Buffers = dict[tuple[nn.Module, str], Tensor]
 
 
 def checkpoint_activations(generator: Generator) -> None:
-    """Make each block of ``generator``, in place, keep its inputs for the backward pass, and nothing in between.
+    """Change ``generator`` so that each block keeps only its inputs for the backward pass.
 
     Raises:
         ConfigError: it has no block of a supported kind.
@@ -36,9 +36,9 @@ def checkpoint_activations(generator: Generator) -> None:
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Of the forward, and of its repetition: that starts from the same buffers and leaves no trace in them.
+    """Return the contexts of the forward and of its repetition, which starts from the same buffers and changes none.
 
-    So running statistics are updated once, and a power iteration of spectral norm, done again, gives the same weights.
+    So running statistics are updated once, and a repeated power iteration of spectral norm gives the same weights.
     """
     return nullcontext(), _in_place(block, {key: buffer.clone() for key, buffer in _buffers(block).items()})
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.files import file_sha256, flush_folder
+from imaginaire_spade.files import atomic_write, file_sha256, flush_folder
 from imaginaire_spade.version import __version__
 
 FORMAT = "imaginaire_spade.checkpoint.1"
@@ -25,28 +26,24 @@ BEST = "best.pt"
 _NAME = re.compile(r"^checkpoint_(\d{12})\.pt$")
 
 
-def checkpoint_path(directory: Path, images_seen: int) -> Path:
-    return directory / f"checkpoint_{images_seen:012d}.pt"
-
-
 def checkpoints_in(directory: Path) -> list[Path]:
-    """Complete checkpoints of a folder, oldest first."""
+    """List the complete checkpoints of a folder, oldest first."""
     return sorted(p for p in directory.glob("checkpoint_*.pt") if _NAME.match(p.name)) if directory.is_dir() else []
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint of a log dir or of its ``checkpoints`` folder; None where there is none."""
+    """Return the newest checkpoint of a log dir or of its ``checkpoints`` folder; None if there is none."""
     found = checkpoints_in(directory / "checkpoints") or checkpoints_in(directory)
     return found[-1] if found else None
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run into ``directory``, each in the background while training goes on.
+    """Write the checkpoints of a run into ``directory``, each in the background while training goes on.
 
     A context: leaving it waits for the last write. Only one process of a run may save.
 
     Args:
-        keep_last: number of recent checkpoints to keep; older ones are deleted once a newer one is whole on disk.
+        keep_last: number of recent checkpoints to keep; older ones are deleted once a newer one is complete.
     Raises:
         CheckpointError: (from ``save``, ``check``, ``wait``) a write failed; older checkpoints are untouched.
     """
@@ -67,24 +64,23 @@ class CheckpointWriter:
 
         Args:
             keep: also keep it permanently, in ``kept/``.
-            best: also keep it as ``best.pt``, until the next that is.
+            best: also keep it as ``best.pt``, in place of the one before.
         """
         self.wait()
-        path = checkpoint_path(self.directory, images_seen)
+        path = self.directory / f"checkpoint_{images_seen:012d}.pt"
         names = [self.directory / "kept" / path.name] * keep + [self.directory / BEST] * best
         self._write = self._thread.submit(self._finish, path, _on_host(content), names)
         return path
 
-    def check(self) -> None:
-        """Raise what went wrong with a write that is over."""
-        if self._write is not None and self._write.done():
-            self.wait()
+    def check(self, wait: bool = False) -> None:
+        """Raise the error of the last write if it has ended; wait until it has if ``wait``."""
+        if self._write is not None and (wait or self._write.done()):
+            write, self._write = self._write, None
+            write.result()
 
     def wait(self) -> None:
-        """Until the last write is over; raise what went wrong."""
-        write, self._write = self._write, None
-        if write is not None:
-            write.result()
+        """Wait until the last write has ended; raise its error."""
+        self.check(wait=True)
 
     def _finish(self, path: Path, content: dict[str, Any], names: Sequence[Path]) -> None:
         for leftover in self.directory.rglob(".*.tmp"):  # of a process that was killed while it wrote
@@ -98,7 +94,7 @@ class CheckpointWriter:
 
 
 def _on_host(tree: Any) -> Any:
-    """A copy of a tree of plain containers with every tensor copied to the host's memory."""
+    """Copy a tree of plain containers, with every tensor copied to the host's memory."""
     if isinstance(tree, torch.Tensor):
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, dict):
@@ -109,22 +105,16 @@ def _on_host(tree: Any) -> Any:
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint under a temporary name, flush it to the disk, then give it its name; its sha256 beside it.
+    """Write a checkpoint and its sha256, complete or not at all.
 
     Raises:
         CheckpointError: nothing was written; a file of that name stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     content = {"format": FORMAT, "version": __version__, **content}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with _checksummed(path) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _give_name(temporary, path, file_sha256(temporary))
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides it
         raise CheckpointError(
             f"{path}: could not be written ({cause}). Free some space or correct the permissions; earlier checkpoints"
@@ -133,51 +123,56 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def keep_as(path: Path, name: Path) -> None:
-    """Keep a checkpoint under another name too, whatever becomes of the first: a second link, or a copy where the file
-    system has no links. What had that name is replaced at once, or stays.
+    """Keep a checkpoint under a second name too, which replaces what had that name: as a link, or as a copy if the file
+    system has no links.
 
     Raises:
-        CheckpointError: that failed.
+        CheckpointError: nothing was written.
     """
-    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
     try:
-        name.parent.mkdir(parents=True, exist_ok=True)
-        digest = _stated_sha256(path) or file_sha256(path)
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-        _give_name(temporary, name, digest)
+        with _checksummed(name, _stated_sha256(path)) as temporary:
+            try:
+                os.link(path, temporary)
+            except OSError:
+                shutil.copyfile(path, temporary)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{name}: could not be written ({error}); {path} is complete") from None
 
 
-def _give_name(temporary: Path, path: Path, digest: str) -> None:
-    """Give a file that is whole and flushed its name, and put its sha256 beside it."""
-    checksum_path(path).unlink(missing_ok=True)  # at no time does a sha256 stand beside another file's bytes
-    temporary.replace(path)
-    temporary.unlink(missing_ok=True)  # it is still there where both were links to one file
-    temporary.write_text(f"{digest}  {path.name}\n")
-    temporary.replace(checksum_path(path))
+@contextmanager
+def _checksummed(path: Path, digest: str | None = None) -> Iterator[Path]:
+    """Yield a temporary path. When the block ends, the file there is flushed and named ``path``, its sha256 beside it.
+
+    Args:
+        digest: the sha256, if it is known.
+    """
+    with atomic_write(path, flush=True) as temporary:
+        yield temporary
+        digest = digest or file_sha256(temporary)
+        checksum_path(path).unlink(missing_ok=True)  # at no time does a sha256 stand beside another file's bytes
+    temporary.unlink(missing_ok=True)  # it is still there if both were links to one file
+    with atomic_write(checksum_path(path)) as temporary:
+        temporary.write_text(f"{digest}  {path.name}\n")
     flush_folder(path.parent)
 
 
 def checksum_path(path: Path) -> Path:
-    """Where the sha256 of a checkpoint lies, in the format of the command ``sha256sum``."""
+    """Return the file with the sha256 of a checkpoint, in the format of the command ``sha256sum``."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def _stated_sha256(path: Path) -> str | None:
-    """The sha256 that the file beside a checkpoint states; None where there is no such file."""
+    """Read the sha256 from the file beside a checkpoint; None if there is no such file."""
     beside = checksum_path(path)
     return (beside.read_text(errors="replace").split() or [""])[0] if beside.is_file() else None
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of ours. Raises CheckpointError where it is absent, damaged or foreign."""
+    """Read a checkpoint of ours.
+
+    Raises:
+        CheckpointError: it is absent, damaged or foreign.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     if path.suffix == ".safetensors":
@@ -204,10 +199,10 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 
 def check_tensors(stored: Mapping[str, Any], wanted: Mapping[str, torch.Tensor], where: str) -> None:
-    """Compare what is to be loaded with the places for it. Names that one of the two lacks are left to torch.
+    """Compare the tensors to load with those they replace. Names that one of the two lacks are left to torch.
 
     Raises:
-        CheckpointError: something is no tensor, or not of its place's shape, dtype and layout; the first few are named.
+        CheckpointError: one is no tensor, or has another shape, dtype or layout; the message names the first few.
     """
     wrong = [
         f"{name} is {_described(stored[name])}, not {_described(place)}"
@@ -220,7 +215,11 @@ def check_tensors(stored: Mapping[str, Any], wanted: Mapping[str, torch.Tensor],
 
 
 def check_counter(value: Any, where: str) -> int:
-    """Return ``value`` if it can be a number of images. Raises CheckpointError if not."""
+    """Return ``value`` if it can be a number of images.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
     if type(value) is not int or value < 0:
         raise CheckpointError(f"{where}: it is {value!r}, not a whole number from 0 on")
     return value
@@ -234,7 +233,7 @@ def _described(value: Any) -> str:
 
 
 def load_newest(directory: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a folder that can be read; damaged ones are named and passed over."""
+    """Read the newest valid checkpoint of a folder; print the name of each damaged one and take the one before."""
     for path in reversed(checkpoints_in(directory)):
         try:
             return path, load_checkpoint(path)

@@ -1,8 +1,8 @@
 """Score a run's generator while it trains, and remember the best score so far.
 
-Owns the fixed share of the validation samples, the statistics of its photos (kept in the log dir) and what a checkpoint
-remembers of earlier scores. When it is time is asked of ``due``; what the scores are is for the room ``evaluation``.
-Nothing here changes what is trained: no weight, no random number.
+Owns when an evaluation is due, the fixed share of the validation samples, the statistics of their photos (kept in the
+log dir) and what a checkpoint remembers of earlier scores; the package ``evaluation`` computes the scores. Nothing here
+changes what is trained: no weight, no random number.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +24,35 @@ from torch import Tensor
 from imaginaire_spade.config import EvaluationConfig, RunConfig
 from imaginaire_spade.data.batch import Batch, denormalise
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.loader import default_num_workers
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
+from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation.collection import Collection, collect
-from imaginaire_spade.evaluation.features import feature_network
-from imaginaire_spade.evaluation.report import Report, higher_is_better
+from imaginaire_spade.evaluation.evaluate import evaluate
+from imaginaire_spade.evaluation.images import NOT_STORED, PIPELINE, DatasetImages, Made, Samples
+from imaginaire_spade.evaluation.report import higher_is_better
 from imaginaire_spade.evaluation.scores import (
     KEEP_FEATURES,
     NEED_FEATURES,
     NEIGHBOURS,
-    evaluate_pictures,
     kernel_distance,
     precision_recall,
     score_name,
 )
-from imaginaire_spade.evaluation.segmentation import Confusion, SegmentationMetric, network_predictions
-from imaginaire_spade.evaluation.sources import NOT_STORED, PIPELINE, EvaluatedPicture
+from imaginaire_spade.evaluation.segmentation import Segmentation, network_predictions
 from imaginaire_spade.models.generator import Generator
-from imaginaire_spade.noise import style_noise
-from imaginaire_spade.training.reference import ValidationPictures, read_reference, spread, write_reference
+from imaginaire_spade.noise import style_codes
+from imaginaire_spade.pretrained.inception import feature_network
+from imaginaire_spade.training.signals import StopRequested
 
 FOLDER = "evaluation"
-"""Of the log dir: the reference, and a report of every evaluation."""
+"""Of the log dir: the statistics of the photos, and a report of every evaluation."""
+
+Leave = Callable[[], bool]
+"""Asked before each batch, equally often on every process: whether to stop."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Scored:
     """What an evaluation found; the same on every process."""
 
     scores: dict[str, float]
@@ -69,78 +75,65 @@ class Evaluation:
         self.section: EvaluationConfig = config.trainer.evaluation
         self._dataset, self._info, self._device, self._seed = dataset, info, device, config.seed
         self._batch_size = config.data.val.batch_size
-        workers = config.data.num_workers
-        self._num_workers = default_num_workers(info.local_world_size) if workers is None else workers
-        self._labels = config.data.labels
-        self._indices = spread(len(dataset), self.section.num_images)
+        self._indices = evenly_spaced(len(dataset), self.section.num_images)
         _try_libraries(self.section.metrics)
+        self._network = self._segmentation = None
         with torch.random.fork_rng(devices=[]):
-            self._network = None
             if set(self.section.metrics) & set(NEED_FEATURES):
                 self._network = feature_network(
-                    self.section.inception_weights,
-                    dim=self.section.feature_dim,
-                    resize=self.section.resize,
-                    device=device,
-                )
-            self._predictions = None
+                    self.section.inception_weights, dim=self.section.feature_dim, resize=self.section.resize,
+                    device=device, setting="trainer.evaluation.inception_weights:",
+                )  # fmt: skip
             if self.section.segmenter is not None:
-                self._predictions = network_predictions(
-                    self.section.segmenter,
-                    self.section.segmenter_labels,
-                    self._labels,
-                    device,
+                predictions = network_predictions(
+                    self.section.segmenter, self.section.segmenter_labels, config.data.labels, device,
                     "trainer.evaluation.segmenter:",
-                )
+                )  # fmt: skip
+                self._segmentation = Segmentation(config.data.labels, predictions, predictions)
         self._keep_features = bool(set(self.section.metrics) & set(KEEP_FEATURES))
         best = self.section.best
-        named = self._network is not None and best in ("fid", "kid", "precision", "recall")
-        self._deciding = score_name(best, self._network) if named and self._network else best
+        of_features = self._network is not None and best in ("fid", "kid", "precision", "recall")
+        self._deciding = score_name(best, self._network) if of_features and self._network else best
         self.identity = self._identity(config)
         self.evaluated_at = 0
         """Images seen at the last evaluation."""
         self.best: tuple[float, int] | None = None
         """The best of the deciding score so far, and the images seen then."""
         self._real: Collection | None = None
-        self._real_confusion: Confusion | None = None
 
     def _identity(self, config: RunConfig) -> dict[str, Any]:
-        """What scores of this run must share to be comparable, as JSON."""
-        val, network = config.data.val, self._network
-        assert val is not None
+        """Return what scores of this run must share to be comparable, as JSON."""
+        network, segmentation = self._network, self._segmentation
         keys = "\n".join(self._dataset.keys[index] for index in self._indices)
-        return json.loads(
-            json.dumps(
-                {
-                    "samples_sha256": hashlib.sha256(keys.encode()).hexdigest(),
-                    "num_images": len(self._indices),
-                    "augmentations": val.augmentations.model_dump(mode="json"),
-                    "seed": config.seed,
-                    "network": None
-                    if network is None
-                    else [network.name, network.sha256, network.dim, network.resize, network.size],
-                    "features_kept": self._keep_features,
-                    "segmentation": None if self._predictions is None else self._predictions.stamp,
-                    "labels": config.data.labels.model_dump(mode="json"),
-                }
-            )
-        )
+        identity = {
+            "samples_sha256": hashlib.sha256(keys.encode()).hexdigest(),
+            "num_images": len(self._indices),
+            "augmentations": self._dataset.augmentations.model_dump(mode="json"),
+            "seed": config.seed,
+            "network": network and [network.name, network.sha256, network.dim, network.resize, network.size],
+            "features_kept": self._keep_features,
+            "segmentation": segmentation and segmentation.stamp,
+            "labels": config.data.labels.model_dump(mode="json"),
+        }
+        return json.loads(json.dumps(identity))
 
     # -------------------------------------------------------------------------------------------- when, and what was
 
     def due(self, images_seen: int, finished: bool) -> bool:
-        """Whether a multiple of ``every_images`` was passed since the last evaluation, or the run ends unevaluated."""
+        """Tell whether a multiple of ``every_images`` was passed since the last evaluation, or the run ends
+        unevaluated."""
         every = self.section.every_images
         return images_seen // every > self.evaluated_at // every or (finished and images_seen > self.evaluated_at)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint; plain types."""
+        """Return what a checkpoint keeps; plain types."""
         return {
             "identity": {**self.identity, "score": self._deciding}, "evaluated_at": self.evaluated_at, "best": self.best
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> str | None:
-        """Go on from a checkpoint's scores. Says so where they are not comparable with those to come."""
+        """Go on from a checkpoint's scores; return a line for the log, which says if they are not comparable with those
+        to come."""
         if state is None:
             return None
         self.evaluated_at = state["evaluated_at"]
@@ -155,119 +148,130 @@ class Evaluation:
 
     # -------------------------------------------------------------------------------------------- the work
 
-    def find_reference(self, logdir: Path, leave: Callable[[], bool]) -> str:
+    def find_reference(self, logdir: Path, leave: Leave) -> str:
         """Get the statistics of the real photos ready, from the log dir or by computing them (a collective).
 
-        Returns what was done. Raises LeaveAsked.
+        Returns:
+            What was done, for the log.
+        Raises:
+            StopRequested: (on every process) ``leave`` said so.
         """
         path = logdir / FOLDER / "real.npz"
-        found = read_reference(path, self.identity) if self._info.is_main else None
-        if broadcast_object(found is not None):
-            self._real, self._real_confusion = found or (None, None)
+        self._real = broadcast_object(self._stored(path) if self._info.is_main else None)
+        if self._real is not None:
             return f"evaluation: statistics of {len(self._indices)} real photos from {path}"
-        metric = self._metric()
-        source = self._source("photos", _images, PIPELINE, leave)
-        self._real = self._collect(source, "real", metric)
-        if metric is not None:
-            self._real_confusion = metric.confusions["real"].summed_over_processes(self._device)
+        source = self._images("photos", _photos, PIPELINE, leave)
+        segmentation = self._segmentation
+        with self._random_numbers_kept():
+            self._real = collect(
+                source, self._network, batch_size=self._batch_size, keep_features=self._keep_features, info=self._info,
+                judge=None if segmentation is None else partial(segmentation.judge, "real"),
+            )  # fmt: skip
         if self._info.is_main:
-            write_reference(path, self.identity, self._real, self._real_confusion)
+            network = self._network and self._network.identity
+            self._real.save(path, {"network": network, "reference_split": "val", "run": self.identity})
         return f"evaluation: statistics of {len(self._indices)} real photos computed, kept in {path}"
 
-    def __call__(
-        self, generator: Generator, images_seen: int, logdir: Path, name: str, leave: Callable[[], bool]
-    ) -> Outcome:
+    def _stored(self, path: Path) -> Collection | None:
+        """Read the statistics of the photos; None where there are none of this identity, or they are damaged."""
+        try:
+            stored = Collection.load(path)
+        except DataError:
+            return None
+        return stored if stored.origin is not None and stored.origin.get("run") == self.identity else None
+
+    @torch.no_grad()
+    def __call__(self, generator: Generator, images_seen: int, logdir: Path, name: str, leave: Leave) -> Scored:
         """Evaluate (a collective).
 
         Args:
             generator: in evaluation mode.
             name: of the report.
         Raises:
-            LeaveAsked: (on every process) ``leave`` said so; nothing has changed.
+            StopRequested: (on every process) ``leave`` said so; nothing has changed.
         """
+        assert self._real is not None
 
-        @torch.no_grad()
-        def made(batch: Batch) -> Tensor:
-            dims = generator.style_dims
-            z = style_noise(self._seed, list(batch.keys), dims).to(self._device) if dims else None
+        def generate(batch: Batch) -> Tensor:
+            z = style_codes(self._seed, batch.keys, generator.style_dims, self._device)
             return denormalise(generator(batch.layout.to(self._device), z))
 
-        metric = self._metric()
-        fake = self._collect(self._source("generated", made, NOT_STORED, leave), "generated", metric)
-        if metric is not None:
-            metric.confusions["generated"] = metric.confusions["generated"].summed_over_processes(self._device)
-        scores: dict[str, float] = {}
+        subject = {"images_seen": str(images_seen), "samples": f"{len(self._indices)} of data.val"}
+        with self._random_numbers_kept():
+            report = evaluate(
+                self._images("generated", generate, NOT_STORED, leave), self._real, self._network,
+                metrics=self.section.metrics, reference_split="val", segmentation=self._segmentation,
+                photos=self._real, subject=subject, geometry=self._dataset.augmentations,
+                batch_size=self._batch_size, info=self._info,
+            )  # fmt: skip
         if self._info.is_main:
-            report = self._report(fake, metric, images_seen)
             report.save(logdir / FOLDER / f"{name}.json")
-            scores = dict(report.scores)
-        scores = broadcast_object(scores)
         self.evaluated_at = images_seen
-        value = scores[self._deciding]
+        value = report.scores[self._deciding]
         is_best = math.isfinite(value) and (self.best is None or self._is_better(value, self.best[0]))
         if is_best:
             self.best = (value, images_seen)
-        return Outcome(scores, is_best)
+        return Scored(dict(report.scores), is_best)
 
-    def describe(self, outcome: Outcome) -> str:
-        """A line for the log."""
-        scores = " ".join(f"{name} {value:.5g}" for name, value in outcome.scores.items())
-        if outcome.is_best:
+    def describe(self, scored: Scored) -> str:
+        """Return a line for the log."""
+        scores = " ".join(f"{name} {value:.5g}" for name, value in scored.scores.items())
+        if scored.is_best:
             return f"{scores} | the best {self._deciding} so far: checkpoints/best.pt"
         return scores if self.best is None else f"{scores} | best {self._deciding} {self.best[0]:.5g}"
 
     def _is_better(self, value: float, than: float) -> bool:
         return value > than if higher_is_better(self._deciding) else value < than
 
-    def _metric(self) -> SegmentationMetric | None:
-        if self._predictions is None:
-            return None
-        return SegmentationMetric(self._labels, self._predictions, self._predictions)
+    def _images(self, name: str, make: Callable[[Batch], Tensor], format: str, leave: Leave) -> DatasetImages:
+        """Return what ``make`` makes, uint8 [N, 3, H, W], of batches of the run's validation samples."""
+        share = math.ceil(len(self._indices) / self._info.world_size)
 
-    def _source(
-        self, name: str, picture: Callable[[Batch], Tensor], format: str, leave: Callable[[], bool]
-    ) -> ValidationPictures:
-        return ValidationPictures(
-            name, self._dataset, self._indices, picture, batch_size=self._batch_size, num_workers=self._num_workers,
-            world_size=self._info.world_size, format=format, leave=leave,
-        )  # fmt: skip
+        def batch_by_batch(samples: Samples) -> Made:
+            remaining = iter(samples)
+            for _ in range(math.ceil(share / self._batch_size)):
+                if leave():
+                    raise StopRequested
+                if taken := list(islice(remaining, self._batch_size)):
+                    batch = Batch.collate(self._dataset.spec, [sample for _, sample in taken])
+                    for (index, _), pixels in zip(taken, make(batch), strict=True):
+                        yield index, 0, pixels
 
-    def _collect(self, source: ValidationPictures, kind: str, metric: SegmentationMetric | None) -> Collection:
-        def segment(picture: EvaluatedPicture) -> None:
-            if metric is not None:
-                pixels = picture.pixels.permute(1, 2, 0).cpu().numpy()
-                truth = source.labels[picture.index].numpy()
-                metric.add(kind, source.keys[picture.index], pixels, truth)
+        return DatasetImages(self._dataset, name, batch_by_batch, format=format, indices=self._indices, strict=True)
 
-        # Loaders draw from torch's own random numbers, and a component of the user's may in training.
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            return collect(
-                source, self._network, batch_size=self._batch_size, keep_features=self._keep_features, info=self._info,
-                on_picture=segment,
-            )  # fmt: skip
+    def _random_numbers_kept(self) -> AbstractContextManager[None]:
+        """Keep torch's random numbers for the training: a component of the user's may draw from them."""
+        return torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else [])
 
-    def _report(self, fake: Collection, metric: SegmentationMetric | None, images_seen: int) -> Report:
-        assert self._real is not None
-        subject = {"images_seen": str(images_seen), "samples": f"{len(self._indices)} of data.val"}
-        report = evaluate_pictures(
-            self._real, fake, self._network, metrics=self.section.metrics, reference_split="val", subject=subject,
-            geometry=self._dataset.augmentations,
-        )  # fmt: skip
-        if metric is None:
-            return report
-        assert self._real_confusion is not None
-        metric.confusions["real"] = self._real_confusion
-        return metric.added_to(report)
+
+def evenly_spaced(count: int, wanted: int | None) -> list[int]:
+    """Return ``wanted`` evenly spaced positions out of ``count``; None: all.
+
+    Raises:
+        ConfigError: ``count`` is too small.
+    """
+    if count <= NEIGHBOURS:
+        raise ConfigError(
+            f"trainer.evaluation: data.val has {count} samples, and scores need {NEIGHBOURS + 1} at least"
+        )
+    if wanted is None:
+        return list(range(count))
+    if wanted > count:
+        raise ConfigError(
+            f"trainer.evaluation.num_images: {wanted}, but data.val has {count} samples: write a smaller number, or"
+            " null for all of them"
+        )
+    return [i * count // wanted for i in range(wanted)]
 
 
 def _try_libraries(metrics: Sequence[str]) -> None:
-    """Raises ConfigError where a metric's library is not installed."""
+    """Raise ConfigError if a metric's library is not installed."""
     if "kid" in metrics:
         kernel_distance(torch.ones(2, 1), torch.ones(2, 1))
     if "precision_recall" in metrics:
         precision_recall(torch.ones(NEIGHBOURS + 1, 1), torch.ones(NEIGHBOURS + 1, 1))
 
 
-def _images(batch: Batch) -> Tensor:
+def _photos(batch: Batch) -> Tensor:
     assert batch.images is not None
     return batch.images

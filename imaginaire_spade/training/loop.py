@@ -1,4 +1,4 @@
-"""The training loop: it owns the calendar (what is due when); ``step.py`` owns the maths."""
+"""Run the training loop: decide what is due when. ``step.py`` computes an iteration."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 from signal import Signals
 
 from imaginaire_spade import distributed
-from imaginaire_spade.config import RunConfig, dump_yaml
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config_files import dump_yaml
 from imaginaire_spade.data.loader import Prefetcher
 from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.files import atomic_write
-from imaginaire_spade.training.alarms import Alarms
 from imaginaire_spade.training.checkpoint import CheckpointWriter
-from imaginaire_spade.training.faults import FiniteWatch, SkippedUpdates
-from imaginaire_spade.training.meters import LossMeter, RunLog
-from imaginaire_spade.training.model_average import reestimate_batch_norm
+from imaginaire_spade.training.ema import reestimate_batch_norm
+from imaginaire_spade.training.health import Alarms, check_finite, explain_out_of_memory
+from imaginaire_spade.training.meter import LossMeter
 from imaginaire_spade.training.preview import preview_batch, preview_sheet
-from imaginaire_spade.training.reference import LeaveAsked
 from imaginaire_spade.training.resume import content_of, resume
-from imaginaire_spade.training.run import Run, calibration_inputs, calibration_layouts, describe
-from imaginaire_spade.training.signals import LeaveRequest, exit_code
-from imaginaire_spade.training.state import TrainState
+from imaginaire_spade.training.run_log import RunLog
+from imaginaire_spade.training.setup import Run, calibration_inputs, calibration_layouts, describe
+from imaginaire_spade.training.signals import StopRequest, StopRequested, exit_code
+from imaginaire_spade.training.step import train_step
 
 LOST_NODE_S = 20.0
 """Seconds that a failed process waits before it exits, with several nodes. torchrun counts a silent node as lost after
@@ -41,10 +41,10 @@ def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: b
     """Train to the end of the run, or to ``--max_iterations``; continue from the newest checkpoint of ``logdir``.
 
     Args:
-        start_from: checkpoint to begin with where ``logdir`` has none yet.
+        start_from: checkpoint to begin with if ``logdir`` has none yet.
         allow_changed_data: continue although the data set or its labels are not those of the checkpoint.
     Raises:
-        SystemExit: a signal asked the run to leave; it has saved. The code is ``signals.exit_code``.
+        SystemExit: a signal asked the run to stop; it has saved. The code is ``signals.exit_code``.
     """
     resumed = resume(run, logdir, start_from, allow_changed_data)
     state, calendar = run.state, run.calendar
@@ -63,43 +63,33 @@ def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: b
         log.close()
         return
     with (
-        LeaveRequest() as request,
+        StopRequest() as request,
         closing(run.batches()) as batches,
         CheckpointWriter(logdir / "checkpoints", run.config.trainer.keep_last) as writer,
-        _last_step_told(run, request),
+        report_progress_on_failure(run, request),
     ):
-        left_on = _iterate(run, log, batches, request, writer)
+        stop_signal = _iterate(run, log, batches, request, writer)
     log.close()
     distributed.barrier()  # nobody leaves the group while rank 0 still writes
-    if left_on:
-        raise SystemExit(exit_code(left_on))
+    if stop_signal:
+        raise SystemExit(exit_code(stop_signal))
 
 
-def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, writer: CheckpointWriter) -> int:
-    """Iterate to the end of this launch, or until a process was asked to leave; the signal's number then, else 0."""
+def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, writer: CheckpointWriter) -> int:
+    """Iterate to the end of this launch and return 0, or until a process gets a stop signal and return its number."""
     trainer, state, calendar = run.config.trainer, run.state, run.calendar
-    meter, alarms, waited_s = LossMeter(finite_only=state.gen_scaler.is_enabled()), Alarms(), 0.0
-    watch = FiniteWatch(state, run.settings, run.device)
-    ticked_at = saved_at = state.images_seen
-    any_request = distributed.LaggedMaximum(run.device)
+    meter, alarms = LossMeter((state.gen_scaler, state.dis_scaler), run.device), Alarms()
+    batch, saved_at = None, state.images_seen  # the last batch since the log tick
+    any_request = distributed.LaggedMaximum()
 
-    def asked() -> bool:
+    def stop_requested() -> bool:
         return any_request(request.number) > 0
 
     if run.evaluation is not None:
-        with suppress(LeaveAsked):
-            log.say(run.evaluation.find_reference(log.logdir, asked))
+        with suppress(StopRequested):
+            log.say(run.evaluation.find_reference(log.logdir, stop_requested))
     preview = preview_batch(run.val_dataset, trainer.image_rows) if run.info.is_main else None
     calibration = calibration_layouts(run)
-
-    def log_tick() -> None:
-        means, skipped = meter.fetch(), watch.fetch()
-        health = {name: means.pop(name) for name in list(means) if name.startswith("health/")}
-        log.tick(state.images_seen, means, _rates(state, skipped) | health, batches.wait_s - waited_s)
-        watch.check(means, skipped, trainer.max_skipped_updates, log.logdir / f"non_finite_rank{run.info.rank}.json")
-        watch.forget()
-        for warning in alarms.check(health):
-            log.warn(state.images_seen, warning)
 
     while True:
         # What is due?
@@ -110,13 +100,20 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         due_preview = finished or iteration % trainer.image_every == 0
         due_checkpoint = state.images_seen > saved_at and (done or iteration % trainer.checkpoint_every == 0)
         due_scores = run.evaluation is not None and run.evaluation.due(state.images_seen, finished)
-        # No checkpoint and no scores before the losses were looked at.
+        # Losses are checked before every checkpoint and evaluation.
         due_log = due_checkpoint or due_scores or iteration % trainer.log_every == 0
 
         # Log.
-        if due_log and state.images_seen > ticked_at:
-            log_tick()
-            ticked_at, waited_s = state.images_seen, batches.wait_s
+        if due_log and batch is not None:
+            tick = meter.read()
+            optimizers = {"gen": state.gen_optimizer, "dis": state.dis_optimizer}
+            rates = {f"lr/{name}": float(o.param_groups[0]["lr"]) for name, o in optimizers.items()}
+            log.tick(state.images_seen, tick.losses, rates | tick.scaling | tick.health, batches.wait_s)
+            dump = log.logdir / f"non_finite_rank{run.info.rank}.json"
+            check_finite(tick, state, batch, run.settings, trainer.max_skipped_updates, dump)
+            for warning in alarms.check(tick.health):
+                log.warn(state.images_seen, warning)
+            batch = None
 
         # Batch statistics of the EMA.
         due_statistics = due_preview or due_scores or (due_checkpoint and _statistics_due(run))
@@ -127,21 +124,23 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
         is_best = False
         if due_scores and not stop_signal:
             try:
-                is_best = _evaluate(run, log, asked)
-            except LeaveAsked:
+                is_best = _evaluate(run, log, stop_requested)
+            except StopRequested:
                 continue  # the next launch evaluates
         due_checkpoint |= is_best or (finished and due_scores)  # with what is remembered of the scores
 
         # Preview.
         if due_preview and preview is not None:
-            sheet = preview_sheet(state, preview, run.config.data.labels, run.settings.style_dims, run.seed)
-            log.add_picture(state.images_seen, sheet)
+            sheet = preview_sheet(state, preview, run.config.data.labels, run.settings.style_dims, run.config.seed)
+            log.add_preview(state.images_seen, sheet)
 
         # Checkpoint.
-        with _failed_save(run, log):
-            if due_checkpoint:
-                writer.wait()
-            writer.check()
+        try:
+            writer.check(wait=due_checkpoint)
+        except CheckpointError as error:
+            if trainer.on_failed_save == "stop":
+                raise
+            log.say(f"warning: {error}; going on (trainer.on_failed_save)")
         if due_checkpoint and run.info.is_main:
             keep = trainer.keep_every is not None and iteration % trainer.keep_every == 0
             log.say(f"saving {writer.save(state.images_seen, content_of(run), keep, is_best)}")
@@ -158,17 +157,17 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: LeaveRequest, 
 
         # Step.
         batch = next(batches)
-        losses = run.step(batch)
-        meter.add(losses)
-        watch.add(iteration + 1, batch, losses)
+        with explain_out_of_memory(run.config):
+            losses = train_step(state, run.networks, batch, run.settings)
+        meter.add(iteration + 1, batch.keys, losses)
         log.advance()
 
 
-def _evaluate(run: Run, log: RunLog, leave: Callable[[], bool]) -> bool:
-    """Evaluate, and write the scores down. Whether they are the best so far, the same on every process.
+def _evaluate(run: Run, log: RunLog, stop_requested: Callable[[], bool]) -> bool:
+    """Evaluate and log the scores. Return whether they are the best so far, the same on every process.
 
     Raises:
-        LeaveAsked: a process is to leave.
+        StopRequested: a process is asked to stop.
     """
     assert run.evaluation is not None
     started_at = time.perf_counter()
@@ -176,7 +175,7 @@ def _evaluate(run: Run, log: RunLog, leave: Callable[[], bool]) -> bool:
     name = f"iteration_{run.calendar.iteration(seen):09d}"
     generator.eval()
     try:
-        outcome = run.evaluation(generator, seen, log.logdir, name, leave)
+        outcome = run.evaluation(generator, seen, log.logdir, name, stop_requested)
     finally:
         generator.train(generator is run.state.generator)
     seconds = time.perf_counter() - started_at
@@ -186,8 +185,8 @@ def _evaluate(run: Run, log: RunLog, leave: Callable[[], bool]) -> bool:
 
 
 def _statistics_due(run: Run) -> bool:
-    """Whether the checkpoint that is due gets new statistics of the average; else they go on being averaged like the
-    weights, from the last estimate on."""
+    """Return whether the checkpoint that is due gets new batch statistics of the EMA. If not, they are averaged like
+    the weights, from the last estimate on."""
     trainer, images_seen = run.config.trainer, run.state.images_seen
     average, every = trainer.model_average, trainer.checkpoint_every * run.calendar.global_batch
     interval = ESTIMATE_AT_MOST * average.batch_norm_images if average is not None else 0
@@ -195,8 +194,8 @@ def _statistics_due(run: Run) -> bool:
 
 
 @contextmanager
-def _last_step_told(run: Run, request: LeaveRequest) -> Iterator[None]:
-    """If one of several processes fails, the surviving ranks report their last completed iteration."""
+def report_progress_on_failure(run: Run, request: StopRequest) -> Iterator[None]:
+    """Report the last completed iteration if this process fails, as the surviving ranks do when another one dies."""
     info = run.info
     try:
         yield
@@ -211,28 +210,6 @@ def _last_step_told(run: Run, request: LeaveRequest) -> Iterator[None]:
             while time.monotonic() < give_up_at and not request.number:
                 time.sleep(0.1)
         raise
-
-
-@contextmanager
-def _failed_save(run: Run, log: RunLog) -> Iterator[None]:
-    """A failed checkpoint write stops the run, or is logged and retried at the next checkpoint."""
-    try:
-        yield
-    except CheckpointError as error:
-        if run.config.trainer.on_failed_save == "stop":
-            raise
-        log.say(f"warning: {error}; going on (trainer.on_failed_save)")
-
-
-def _rates(state: TrainState, skipped: SkippedUpdates) -> dict[str, float]:
-    rates = {
-        "lr/gen": float(state.gen_optimizer.param_groups[0]["lr"]),
-        "lr/dis": float(state.dis_optimizer.param_groups[0]["lr"]),
-    }
-    if state.gen_scaler.is_enabled():
-        rates |= {"scale/gen": state.gen_scaler.get_scale(), "scale/dis": state.dis_scaler.get_scale()}
-        rates |= {"skipped/gen": float(skipped.gen), "skipped/dis": float(skipped.dis)}
-    return rates
 
 
 def _write_config(config: RunConfig, logdir: Path) -> None:

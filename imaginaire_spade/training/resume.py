@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from imaginaire_spade import distributed
-from imaginaire_spade.compatibility import explain_import, explain_mismatch, explain_old_import
-from imaginaire_spade.config import RunConfig, dump_config, parse_config
+from imaginaire_spade.config_diff import explain_import, explain_mismatch, explain_old_import, list_changes
+from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest
-from imaginaire_spade.training.run import Run
+from imaginaire_spade.training.setup import Run
 
 PARTS = {"gen": "generator", "dis": "discriminator", "encoder": "encoder"}
 """Section of the config -> its network's name in a checkpoint."""
 
 MEANING = ("data.labels.ignore", "data.labels.remap", "data.edges")
-"""Keys that say what a label map means, while the networks stay the same. (``explain_mismatch`` has the others.)"""
+"""Keys that change the meaning of a label map, but not the networks. (``explain_mismatch`` has the others.)"""
 
 
 def content_of(run: Run) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
     """Load the newest valid checkpoint of the log dir, else ``start_from``. Return a summary; None: fresh start.
 
     Raises:
-        CheckpointError: it belongs to another architecture, label table or, unless allowed, data set; said in words.
+        CheckpointError: it belongs to another architecture, label table or, unless allowed, data set.
     """
     newest = load_newest(logdir / "checkpoints")
     # Rank 0 decides, so that no two processes continue from different files.
@@ -57,7 +57,7 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
         old_import = explain_old_import(content, trained.data.labels)
         return started if old_import is None else f"{started}\nwarning: {old_import}"
     before, now = content.get("run") or {}, _facts(run)
-    changed = _changes(trained, run.config)
+    changed = list_changes(trained, run.config)
     other_data = [f"{key}: {changed[key]}" for key in MEANING if key in changed]
     if before and before["data_sha256"] != now["data_sha256"]:
         count = f"{before['data_samples']} samples then, {now['data_samples']} now"
@@ -87,24 +87,8 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _changes(trained: RunConfig, given: RunConfig) -> dict[str, str]:
-    """Dotted key -> "old -> new"."""
-    old, new = _flat(dump_config(trained)), _flat(dump_config(given))
-    keys = [*old, *(key for key in new if key not in old)]
-    return {key: f"{old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        whole = not isinstance(value, dict) or name == "data.labels.remap"
-        flat |= {name: value} if whole else _flat(value, f"{name}.")
-    return flat
-
-
 def _other_processes(before: Mapping[str, Any], now: Mapping[str, Any], run: Run) -> list[str]:
-    """What another number of processes, or another batch, changes."""
+    """Describe what another number of processes, or another batch, changes."""
     if not before or (before["world_size"], before["global_batch"]) == (now["world_size"], now["global_batch"]):
         return []
     was, batch = before["global_batch"], now["global_batch"]

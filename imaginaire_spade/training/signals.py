@@ -1,4 +1,4 @@
-"""Note signals that ask a run to stop; the loop obeys them between two iterations."""
+"""Record the signals that ask a run to stop; the loop obeys them between two iterations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from types import FrameType
 from typing import Any
 
-LEAVE_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """SIGTERM: preemption, a launcher that stops its processes, ``kill``. SIGUSR1: a batch system's warning before the time
 limit (SLURM's ``--signal``). SIGINT: Ctrl-C."""
 
@@ -17,25 +17,30 @@ INSIST_AFTER_S = 2.0
 
 
 def exit_code(number: int) -> int:
-    """What shells and schedulers read as "ended by this signal": 143 for SIGTERM, 138 for SIGUSR1, 130 for SIGINT."""
+    """Return the code by which shells know the signal: 143 for SIGTERM, 138 for SIGUSR1, 130 for SIGINT."""
     return 128 + number
 
 
-class LeaveRequest:
-    """While entered, the signals of ``LEAVE_ON`` end nothing; the first is noted in ``number``.
+class StopRequested(Exception):
+    """A process was asked to stop while an evaluation ran; raised on all processes at the same point."""
 
-    Another Ctrl-C more than ``INSIST_AFTER_S`` later raises KeyboardInterrupt.
+
+class StopRequest:
+    """Hold back the signals of ``STOP_SIGNALS`` while entered; ``number`` is the first one that arrived.
+
+    Raises:
+        KeyboardInterrupt: another Ctrl-C arrived more than ``INSIST_AFTER_S`` later.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        """Of the first signal; 0: none yet."""
+        """The number of the first signal; 0: none yet."""
         self._noted_at = 0.0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> LeaveRequest:
+    def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            self._before = {number: signal.signal(number, self._note) for number in LEAVE_ON}
+            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""TrainState: everything that a training run would lose if it stopped now. Its fields are the checkpoint."""
+"""Define the state of training: all that a run would lose if it stopped now. Its fields are the checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.training.checkpoint import check_counter, check_tensors
-from imaginaire_spade.training.model_average import new_average, update_average
+from imaginaire_spade.training.ema import new_average, update_average
 
 
 @dataclass
@@ -26,7 +26,7 @@ class TrainState:
     discriminator: Discriminator
     encoder: nn.Module | None
     generator_ema: Generator | None
-    """Moving average of the generator; always in evaluation mode, without gradients, spectral norms folded."""
+    """EMA of the generator; always in evaluation mode, without gradients, spectral norms folded."""
     encoder_ema: nn.Module | None
     """Likewise of the encoder."""
     gen_optimizer: torch.optim.Optimizer
@@ -36,7 +36,7 @@ class TrainState:
     images_seen: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Field -> its state (tensors and plain types only)."""
+        """Return field -> its state (tensors and plain types only)."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             name: value if value is None or isinstance(value, int) else value.state_dict()
@@ -44,7 +44,11 @@ class TrainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], where: str) -> None:
-        """Load every field, or none: raises CheckpointError where one is missing, new, or does not fit."""
+        """Load every field, or none.
+
+        Raises:
+            CheckpointError: a field is missing, new, or does not fit.
+        """
         names = {field.name for field in fields(self)}
         if missing := names - set(state):
             raise CheckpointError(f"{where}: not a training checkpoint, it lacks {', '.join(sorted(missing))}")
@@ -62,29 +66,39 @@ class TrainState:
                 _load(own, stored, field.name, where)
 
     def start_from(self, content: Mapping[str, Any], where: str) -> list[str]:
-        """Take over the networks of a checkpoint that holds no optimizers, such as an imported one; at image 0.
+        """Load the networks of a checkpoint without optimizers, such as an imported one; stay at image 0.
 
-        The average starts as a copy where the checkpoint has none. Returns the networks that start afresh.
+        The EMA starts as a copy if the checkpoint has none. Return the networks that the checkpoint lacks.
+
+        Raises:
+            CheckpointError: a network does not fit.
         """
         fresh = []
+
+        def load(field: str) -> bool:
+            owner, stored = getattr(self, field), content.get(field)
+            if owner is not None and stored is not None:
+                _check(owner, stored, field, where)
+                _load(owner, stored, field, where)
+            return owner is None or stored is not None
+
         for name in ("generator", "discriminator", "encoder"):
-            network, stored = getattr(self, name), content.get(name)
-            if network is not None and stored is None:
+            if not load(name):
                 fresh.append(name)
-            elif network is not None:
-                _check(network, stored, name, where)
-                _load(network, stored, name, where)
-            average = getattr(self, f"{name}_ema", None)
+        for name in ("generator", "encoder"):
+            average = getattr(self, f"{name}_ema")
             if average is not None:
-                update_average(average, network, 0.0)
-                if content.get(f"{name}_ema") is not None:
-                    _check(average, content[f"{name}_ema"], f"{name}_ema", where)
-                    _load(average, content[f"{name}_ema"], f"{name}_ema", where)
+                update_average(average, getattr(self, name), 0.0)
+                load(f"{name}_ema")
         return fresh
 
 
 def _check(owner: Any, stored: Any, name: str, where: str) -> None:
-    """Raises CheckpointError where a tensor in ``stored`` is not what ``owner`` would load into its place."""
+    """Check that every tensor in ``stored`` fits its place in ``owner``.
+
+    Raises:
+        CheckpointError: one does not.
+    """
     where = f"{where}: {name} does not fit this config"
     whole = isinstance(stored, Mapping) and (isinstance(owner, nn.Module) or isinstance(stored.get("state"), Mapping))
     if isinstance(owner, nn.Module | torch.optim.Optimizer) and not whole:
@@ -118,22 +132,20 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def _in_the_parameters_order(state: Mapping[int, Any], parameters: Sequence[nn.Parameter]) -> dict[int, Any]:
-    """Adam's moments in the memory format of their parameters, whatever it was when they were saved: torch keeps the
-    saved one, and fused Adam then pairs weights with other weights' moments."""
+    """Copy Adam's moments into the memory format of their parameters, whatever it was when they were saved: torch keeps
+    the saved one, and fused Adam then pairs weights with other weights' moments."""
 
-    def ordered(value: Any, parameter: nn.Parameter) -> Any:
-        if not isinstance(value, Tensor) or value.shape != parameter.shape:  # "step"
-            return value
-        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    def ordered(moment: Tensor, parameter: nn.Parameter) -> Tensor:
+        return torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
 
     return {
-        index: {name: ordered(value, parameters[index]) for name, value in moments.items()}
+        index: {name: value if name == "step" else ordered(value, parameters[index]) for name, value in moments.items()}
         for index, moments in state.items()
     }
 
 
 def new_train_state(config: RunConfig, device: torch.device, seed: int) -> TrainState:
-    """A run's state at image 0: the same on every process for the same seed."""
+    """Build a run's state at image 0: the same on every process for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         generator = build_generator(config)

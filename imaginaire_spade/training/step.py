@@ -1,4 +1,4 @@
-"""One training iteration, from the learning rates to the counter: see ``train_step``."""
+"""Compute one training iteration, from the learning rates to the counter: see ``train_step``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.losses import GANLoss, GeneratorOutputs
 from imaginaire_spade.models.discriminator import Discriminator, Scores, split_scores
 from imaginaire_spade.models.encoder import sample_style
-from imaginaire_spade.noise import style_noise
-from imaginaire_spade.training.alarms import saturation
-from imaginaire_spade.training.model_average import update_average
+from imaginaire_spade.noise import style_codes
+from imaginaire_spade.training.ema import update_average
 from imaginaire_spade.training.state import TrainState
+
+SATURATED = 0.99
+"""A value of [-1, 1] beyond it is the first or the last of the 256 steps of an image file."""
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """``precision`` -> the dtype of autocast."""
@@ -43,18 +45,12 @@ class StepSettings:
     dis_lr: Callable[[int], float]
     """images_seen -> learning rate of the discriminator."""
     ema_beta: Callable[[int], float]
-    """images_seen -> weight of the old average in this update."""
-
-    @property
-    def gan(self) -> GANLoss:
-        gan = self.terms["gan"]
-        assert isinstance(gan, GANLoss)
-        return gan
+    """images_seen -> weight of the old EMA in this update."""
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks as they are called in training: wrapped for their process group, where there is one."""
+    """The networks as training calls them: wrapped in DistributedDataParallel if there are several processes."""
 
     generator: nn.Module
     discriminator: nn.Module
@@ -63,6 +59,8 @@ class Networks:
 
 @dataclass(frozen=True)
 class Generated:
+    """Generated images, float32 [N, 3, H, W] in [-1, 1], with the distributions of their style codes, if any."""
+
     fake: Tensor
     mu: Tensor | None
     logvar: Tensor | None
@@ -76,7 +74,7 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
     graphs of all pieces would have to be kept.
 
     Returns:
-        Unweighted losses by name, and the ``health/...`` measures of ``alarms.py``; detached, on the device.
+        Unweighted losses by name, and the ``health/...`` measures of ``health.py``; detached, on the device.
     """
     # Learning rates.
     for optimizer, rate in ((state.gen_optimizer, settings.gen_lr), (state.dis_optimizer, settings.dis_lr)):
@@ -85,25 +83,27 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
 
     # Images that serve both updates.
     shared, pieces = settings.form == "shared", settings.accumulation
-    made = _generate(networks, batch, settings) if shared and pieces == 1 else None
+    made = generate(networks, batch, settings) if shared and pieces == 1 else None
     losses: dict[str, Tensor] = {}
+    gan = settings.terms["gan"]
+    assert isinstance(gan, GANLoss)
 
     def update_discriminator() -> None:
         state.discriminator.requires_grad_(True)
         state.dis_optimizer.zero_grad(set_to_none=True)
         for number, piece in enumerate(batch.split(pieces), 1):
             with torch.no_grad():
-                fake = (made or _generate(networks, piece, settings)).fake.detach()
-                real = _real(piece)
+                fake = (made or generate(networks, piece, settings)).fake.detach()
+                real = real_images(piece)
             with _synced(networks.discriminator, number == pieces):
-                with _autocast(real.device, settings):
+                with autocast(real.device, settings):
                     # Fake and real in one forward: one power iteration, and one DDP forward per backward.
                     scores = networks.discriminator(piece.layout, torch.cat([fake, real]))
                     fake_scores, real_scores = split_scores(scores)
-                    terms = settings.gan.discriminator(fake_scores, real_scores)
+                    terms = gan.discriminator(fake_scores, real_scores)
                 total = torch.stack(list(terms.values())).sum()
                 state.dis_scaler.scale(total / pieces).backward()
-            health = {"health/d_accuracy": settings.gan.accuracy(fake_scores, real_scores)}
+            health = {"health/d_accuracy": gan.accuracy(fake_scores, real_scores)}
             _add(losses, terms | {"d_total": total} | health, pieces)
         state.dis_scaler.step(state.dis_optimizer)
         state.dis_scaler.update()
@@ -112,10 +112,10 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
         state.discriminator.requires_grad_(False)
         state.gen_optimizer.zero_grad(set_to_none=True)
         for number, piece in enumerate(batch.split(pieces), 1):
-            real, last = _real(piece), number == pieces
+            real, last = real_images(piece), number == pieces
             with _synced(networks.generator, last), _synced(networks.encoder, last):
-                generated = made or _generate(networks, piece, settings)
-                with _autocast(real.device, settings):
+                generated = made or generate(networks, piece, settings)
+                with autocast(real.device, settings):
                     # D has no gradients here, so the raw module serves: its wrapper would wait for some.
                     scored = _judge(state.discriminator, piece.layout, generated.fake, real)
                     outputs = GeneratorOutputs(generated.fake, real, *scored, generated.mu, generated.logvar)
@@ -131,7 +131,7 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
     for update in (update_discriminator, update_generator) if shared else (update_generator, update_discriminator):
         update()
 
-    # Moving average, counter.
+    # EMA, counter.
     beta = settings.ema_beta(state.images_seen)
     for average, network in ((state.generator_ema, state.generator), (state.encoder_ema, state.encoder)):
         if average is not None and network is not None:
@@ -143,7 +143,7 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
 def _judge(
     discriminator: Discriminator, layout: SemanticLayout, fake: Tensor, real: Tensor
 ) -> tuple[list[Scores], list[Scores]]:
-    """Scores of fake and of real pictures; the real ones without a graph, where they do not depend on the fake ones."""
+    """Score fake and real images; the real ones without a graph if their scores do not depend on the fake ones."""
     if not discriminator.batch_independent:
         return split_scores(discriminator(layout, torch.cat([fake, real])))
     of_fake = discriminator(layout, fake)
@@ -154,31 +154,39 @@ def _judge(
     return of_fake, of_real
 
 
-def _generate(networks: Networks, piece: Batch, settings: StepSettings) -> Generated:
+def generate(networks: Networks, piece: Batch, settings: StepSettings) -> Generated:
+    """Generate images for a batch on the device, with the style codes of its samples."""
     device = piece.layout.device
-    with _autocast(device, settings):
-        z = mu = logvar = None
-        if settings.style_dims:
-            z = style_noise(settings.seed, piece.positions, settings.style_dims).to(device)
+    with autocast(device, settings):
+        z = style_codes(settings.seed, piece.positions, settings.style_dims, device)
+        mu = logvar = None
         if networks.encoder is not None:
             assert z is not None
-            mu, logvar = networks.encoder(_real(piece))
+            mu, logvar = networks.encoder(real_images(piece))
             z = sample_style(mu, logvar, z)
         return Generated(networks.generator(piece.layout, z), mu, logvar)
 
 
-def _real(piece: Batch) -> Tensor:
+def real_images(piece: Batch) -> Tensor:
+    """Return the photos of a batch as float32 [N, 3, H, W] in [-1, 1]."""
     assert piece.images is not None
     return normalise(piece.images)
 
 
-def _autocast(device: torch.device, settings: StepSettings) -> torch.autocast:
+def autocast(device: torch.device, settings: StepSettings) -> torch.autocast:
+    """Compute at the run's precision inside this context."""
     enabled = settings.autocast_dtype is not None
     return torch.autocast(device.type, dtype=settings.autocast_dtype, enabled=enabled)
 
 
+@torch.no_grad()
+def saturation(images: Tensor) -> Tensor:
+    """Compute the share of black and white values in images in [-1, 1]."""
+    return (images.abs() > SATURATED).float().mean()
+
+
 def _synced(network: nn.Module | None, last: bool) -> AbstractContextManager[None]:
-    """Gradients travel between processes with the last piece only."""
+    """Exchange gradients between processes with the last piece only."""
     if isinstance(network, nn.parallel.DistributedDataParallel) and not last:
         return network.no_sync()
     return nullcontext()

@@ -7,8 +7,7 @@ from pathlib import Path
 import cv2
 
 from imaginaire_spade.data.image_files import encode_map
-from imaginaire_spade.files import write_bytes
-from imaginaire_spade.pictures import encode_picture
+from imaginaire_spade.files import encode_image, write_bytes
 from projects.sample.scenes.scene import draw_scene
 
 
@@ -53,7 +52,7 @@ def _write_scene(job: tuple[Path, int, int, int, int]) -> None:
     scene = draw_scene(seed, index, height, width)
     name = f"scene_{index:05d}"
     for path, content in (
-        (split / "images" / f"{name}.jpg", encode_picture(scene.image, ".jpg")),
+        (split / "images" / f"{name}.jpg", encode_image(scene.image, ".jpg")),
         (split / "seg_maps" / f"{name}.png", encode_map(scene.labels)),
         (split / "inst_maps" / f"{name}.png", encode_map(scene.instances)),
         (split / "edge_maps" / f"{name}.png", encode_map(scene.edges)),

@@ -1,4 +1,4 @@
-"""Pictures: what is drawn, and that files are whole or absent."""
+"""Image files, contact sheets, curves and the gallery: what is drawn, and that files are complete or absent."""
 
 import errno
 from html.parser import HTMLParser
@@ -9,10 +9,14 @@ import cv2
 import numpy as np
 import pytest
 
-from imaginaire_spade import pictures
 from imaginaire_spade.errors import UserError
+from imaginaire_spade.files import write_image
+from imaginaire_spade.inference import gallery
+from imaginaire_spade.inference.gallery import write_gallery
+from imaginaire_spade.inference.output import Output
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.pictures import GalleryEntry, contact_sheet, curves, label_legend, write_gallery, write_image
+from imaginaire_spade.sheets import BACKGROUND, draw_contact_sheet
+from imaginaire_spade.training import curves
 
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -49,18 +53,18 @@ def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_sheet_shows_every_picture_unchanged_in_equal_cells():
+def test_a_sheet_shows_every_image_unchanged_in_equal_cells():
     assert_sheet_shows([[RNG.integers(0, 200, (30, 128, 3), dtype=np.uint8) for _ in range(3)] for _ in range(2)], 1)
 
 
-def test_narrow_pictures_are_enlarged_by_a_whole_number_pixel_for_pixel():
+def test_narrow_images_are_enlarged_by_a_whole_number_pixel_for_pixel():
     assert_sheet_shows([[RNG.integers(0, 200, (30, 48, 3), dtype=np.uint8) for _ in range(3)] for _ in range(2)], 3)
 
 
 def assert_sheet_shows(rows, factor):
-    sheet = contact_sheet(rows, ["label map", "real", "generated"], row_titles=["a", "b"])
+    sheet = draw_contact_sheet(rows, ["label map", "real", "generated"], row_titles=["a", "b"])
     assert sheet.dtype == np.uint8
-    assert sheet[0, 0].tolist() == list(pictures.BACKGROUND)
+    assert sheet[0, 0].tolist() == list(BACKGROUND)
     for cell in [cell for row in rows for cell in row]:
         shown = np.kron(cell, np.ones((factor, factor, 1), np.uint8))
         windows = np.lib.stride_tricks.sliding_window_view(sheet, shown.shape)[:, :, 0]
@@ -70,20 +74,9 @@ def assert_sheet_shows(rows, factor):
 
 @pytest.mark.parametrize("rows", [[], [[]], [[PHOTO], [PHOTO[:5], PHOTO[:, :7]]]])
 def test_a_sheet_of_anything(rows):
-    sheet = contact_sheet(rows, ["a" * 300, "b"], cell_h_w=(32, 32))
+    sheet = draw_contact_sheet(rows, ["a" * 300, "b"], cell_h_w=(32, 32))
     assert sheet.ndim == 3 and sheet.shape[2] == 3
-    assert (sheet != np.array(pictures.BACKGROUND)).any()  # the titles at least
-
-
-def test_a_legend_has_the_colours_of_what_is_present_and_no_other():
-    spec = LabelSpec(num_classes=40, ignore=(255,), names=tuple(f"name of class {i}" for i in range(40)))
-    legend = label_legend(spec, [3, 7, 40], width=300)
-    assert legend.shape[1] == 300
-    shown = {tuple(c) for c in legend.reshape(-1, 3).tolist()}
-    assert {tuple(spec.colours[i].tolist()) for i in (3, 7, 40)} <= shown
-    assert tuple(spec.colours[4].tolist()) not in shown
-    assert label_legend(spec, range(41), width=300).shape[0] > legend.shape[0]
-    assert label_legend(spec, []).shape[1] == 960
+    assert (sheet != np.array(BACKGROUND)).any()  # the titles at least
 
 
 def records(count: int) -> list[dict]:
@@ -96,20 +89,20 @@ def records(count: int) -> list[dict]:
 
 @pytest.mark.parametrize("count", [0, 1, 2, 200])
 def test_curves_are_drawn_from_any_number_of_records(tmp_path, count):
-    curves(records(count), tmp_path / "curves.png")
+    curves.write_curves(records(count), tmp_path / "curves.png")
     assert read(tmp_path / "curves.png").std() > 1
 
 
 def test_a_resumed_run_counts_once():
-    course = pictures._last_course([{"images_seen": s, "x": 0} for s in (1, 2, 3)] + [{"images_seen": 2, "x": 1}])
+    course = curves._drop_repeated([{"images_seen": s, "x": 0} for s in (1, 2, 3)] + [{"images_seen": 2, "x": 1}])
     assert [(r["images_seen"], r["x"]) for r in course] == [(1, 0), (2, 1)]
-    course = pictures._last_course([{"images_seen": 1, "loss/a": 0.0}, {"images_seen": 1, "eval/fid": 9.0}])
-    assert list(pictures._grouped(course)) == ["loss", "eval"]
+    course = curves._drop_repeated([{"images_seen": 1, "loss/a": 0.0}, {"images_seen": 1, "eval/fid": 9.0}])
+    assert list(curves._group(course)) == ["loss", "eval"]
 
 
 def test_every_evaluation_score_has_a_panel_of_its_own():
     names = ("fid", "kid", "kid_std", "miou", "miou_real")
-    groups = pictures._grouped([{"images_seen": 1} | {f"evaluation/{name}": 1.0 for name in names}])
+    groups = curves._group([{"images_seen": 1} | {f"evaluation/{name}": 1.0 for name in names}])
     assert {title: list(series) for title, series in groups.items()} == {
         "evaluation: fid": ["fid"], "evaluation: kid": ["kid", "kid_std"], "evaluation: miou": ["miou", "miou_real"],
     }  # fmt: skip
@@ -118,7 +111,7 @@ def test_every_evaluation_score_has_a_panel_of_its_own():
 def test_smoothing_leaves_out_what_is_not_finite():
     y = np.ones(400)
     y[17] = np.nan
-    assert np.array_equal(pictures._smoothed(y), np.ones(400))
+    assert np.array_equal(curves._smooth(y), np.ones(400))
 
 
 class Page(HTMLParser):
@@ -143,13 +136,16 @@ class Page(HTMLParser):
         self.text += data
 
 
+LABELS = LabelSpec(num_classes=1, names=("<sky>",), palette=((1, 2, 3),))
+
+
 def test_gallery_links_lead_to_files_whatever_the_names(tmp_path):
     keys = ["plain", "seq/ü ö", "a b/c#d%20?&<i>\"'", "x:y/z", "日本"]
-    entries = [GalleryEntry(k, f"_labels/{k}.png", (f"{k}_00.png", f"{k}_01.png")) for k in keys]
-    for entry in entries:
-        for file in (entry.label_map, *entry.pictures):
+    outputs = [Output(k, i, (f"{k}_00.png", f"{k}_01.png"), f"_labels/{k}.png") for i, k in enumerate(keys)]
+    for output in outputs:
+        for file in (output.label_map, *output.images):
             write_image(tmp_path / file, PHOTO)
-    path = write_gallery(tmp_path, entries, "<b>title & more</b>", legend=[("<sky>", (1, 2, 3))])
+    path = write_gallery(tmp_path, outputs, "<b>title & more</b>", LABELS)
     page = Page(path)
     assert len(page.images) == 3 * len(keys)
     for url in page.images:
@@ -157,13 +153,13 @@ def test_gallery_links_lead_to_files_whatever_the_names(tmp_path):
         assert (tmp_path / unquote(url)).is_file() and "#" not in url and "?" not in url
     for key in keys:
         assert key in page.text
-    assert "<b>title" in page.text and "<sky>" in page.text
+    assert "<b>title" in page.text and "<sky>" in page.text and "rgb(1,2,3)" in page.source
     assert "http" not in page.source and "//" not in page.source
 
 
 def test_a_large_gallery_has_pages(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "ENTRIES_PER_PAGE", 2)
-    write_gallery(tmp_path, [GalleryEntry(str(i), f"_labels/{i}.png", (f"{i}.png",)) for i in range(5)], "many")
+    monkeypatch.setattr(gallery, "OUTPUTS_PER_PAGE", 2)
+    write_gallery(tmp_path, [Output(str(i), i, (f"{i}.png",), f"_labels/{i}.png") for i in range(5)], "many", LABELS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["index-2.html", "index-3.html", "index.html"]
     pages = [Page(tmp_path / name) for name in ("index.html", "index-2.html", "index-3.html")]
     assert [len(page.images) for page in pages] == [4, 4, 2]
@@ -171,4 +167,4 @@ def test_a_large_gallery_has_pages(tmp_path, monkeypatch):
 
 
 def test_an_empty_gallery(tmp_path):
-    assert Page(write_gallery(tmp_path, [], "none")).images == []
+    assert Page(write_gallery(tmp_path, [], "none", LABELS)).images == []

@@ -14,12 +14,15 @@ from imaginaire_spade.models.norms import SPADE, ConditionalNorm
 N = TypeVar("N", bound=nn.Module)
 
 
-def freeze(network: N, *, winograd: bool) -> N:
-    """Prepare a network, in place, for inference and nothing else; its pictures stay what they were up to rounding.
+def optimise_for_inference(network: N, *, winograd: bool) -> N:
+    """Prepare a network, in place, for inference alone; its images change by rounding only.
 
-    Spectral norms are folded into the weights, SPADE's tables get theirs laid out, convolutions theirs in the order of
-    channels_last, and wide 3x3 convolutions become Winograd ones if asked (float32 on a CPU; on GPUs cuDNN chooses).
+    Fold spectral norms into the weights, lay out the weights of SPADE's tables and those of convolutions in the order
+    of channels_last, and turn wide 3x3 convolutions into Winograd ones.
 
+    Args:
+        network: a generator or a style encoder.
+        winograd: whether to use Winograd convolutions: for float32 on a CPU; on GPUs cuDNN chooses.
     Returns:
         The network, in evaluation mode and without gradients.
     """
@@ -39,7 +42,7 @@ def freeze(network: N, *, winograd: bool) -> N:
 class WinogradConv2d(nn.Module):
     """A 3x3 convolution in 16 multiplications per four pixels instead of 36 (Lavin and Gray 2016, F(2x2, 3x3)).
 
-    Y = A^T [(G g G^T) * (B^T d B)] A for each 4x4 tile d of the picture: sums of pixels, 16 matrix products over the
+    Y = A^T [(G g G^T) * (B^T d B)] A for each 4x4 tile d of the image: sums of pixels, 16 matrix products over the
     channels, sums of products. In float32 it rounds less than the direct sum over 9 C products.
 
     Args:
@@ -59,27 +62,27 @@ class WinogradConv2d(nn.Module):
 
     @staticmethod
     def pays_for(conv: nn.Conv2d) -> bool:
-        """Whether it is such a convolution, and wide enough to be faster (measured on CPUs)."""
+        """Return whether ``conv`` is such a convolution, and wide enough to be faster (measured on CPUs)."""
         shape = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
         return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and min(conv.in_channels, conv.out_channels) >= 256
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, in, H, W] -> [N, out, H, W] in memory format channels_last."""
+        """Convolve x [N, in, H, W] -> [N, out, H, W] in memory format channels_last."""
         n, channels, height, width = x.shape
         rows, columns, out = (height + 1) // 2, (width + 1) // 2, self.products.shape[2]
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1 + width % 2, 1, 1 + height % 2))
         y = x.new_empty(n, 2 * rows, 2 * columns, out)
-        # As many tiles at a time as fit the processor's cache: some rows of one picture or some pictures.
+        # As many tiles at a time as fit the processor's cache: some rows of one image or some images.
         many = max(1, 2**21 // (16 * columns * max(channels, out)))
         for first in range(0, n, max(1, many // rows)):
-            pictures = slice(first, first + max(1, many // rows))
+            images = slice(first, first + max(1, many // rows))
             for row in range(0, rows, many):
-                tiles = padded[pictures, 2 * row : 2 * (row + many) + 2]
-                self._tiles(tiles, y[pictures, 2 * row : 2 * (row + many)])
+                tiles = padded[images, 2 * row : 2 * (row + many) + 2]
+                self._tiles(tiles, y[images, 2 * row : 2 * (row + many)])
         return y[:, :height, :width].permute(0, 3, 1, 2)
 
     def _tiles(self, x: Tensor, y: Tensor) -> None:
-        """x [n, 2 r + 2, 2 c + 2, in] -> y [n, 2 r, 2 c, out]."""
+        """Convolve x [n, 2 r + 2, 2 c + 2, in] into y [n, 2 r, 2 c, out]."""
         n, height, width, _ = y.shape
         rows, columns = height // 2, width // 2
         down = x.new_empty(4, n, rows, width + 2, x.shape[3])
@@ -93,7 +96,7 @@ class WinogradConv2d(nn.Module):
 
 
 def _combine(d: list[Tensor], out: Tensor) -> None:
-    """out = B^T d."""
+    """Compute B^T d into ``out``."""
     torch.sub(d[0], d[2], out=out[0])
     torch.add(d[1], d[2], out=out[1])
     torch.sub(d[2], d[1], out=out[2])
@@ -101,5 +104,5 @@ def _combine(d: list[Tensor], out: Tensor) -> None:
 
 
 def _sums(m: Tensor) -> tuple[Tensor, Tensor]:
-    """A^T m."""
+    """Return A^T m."""
     return (m[0] + m[1]).add_(m[2]), (m[1] - m[2]).sub_(m[3])

@@ -9,24 +9,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from imaginaire_spade.errors import ConfigError, DataError, UserError, how_to_install
-from imaginaire_spade.evaluation.features import (
-    RANDOM,
-    find_weights,
-    not_weights,
-    random_seed,
-    read_state,
-)
 from imaginaire_spade.files import file_sha256
-from imaginaire_spade.pretrained.segmenters import network_sha256
+from imaginaire_spade.pretrained.weights import RANDOM, UNTRAINED, PublishedWeights, network_sha256, random_seed
 
-ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
-ALEXNET_URL = f"https://download.pytorch.org/models/{ALEXNET_FILE}"
+ALEXNET = PublishedWeights(
+    "torchvision's AlexNet", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", UNTRAINED
+)
 MIN_SIDE = 32
 """Pixels below which AlexNet's last layers have nothing left."""
 PAIRS_AT_ONCE = 16
@@ -46,22 +39,22 @@ class PerceptualNetwork:
         return self.name.startswith(RANDOM)
 
     @torch.no_grad()
-    def diversity(self, pictures: Sequence[Tensor], where: str) -> float:
-        """Mean LPIPS over all pairs of pictures, uint8 [3, H, W] of one size.
+    def diversity(self, images: Sequence[Tensor], where: str) -> float:
+        """Compute the mean LPIPS over all pairs of images, uint8 [3, H, W] of one size.
 
         Raises:
             DataError: fewer than two, of several sizes, or smaller than ``MIN_SIDE``.
             UserError: the distance is not finite.
         """
-        if len(pictures) < 2:
+        if len(images) < 2:
             raise DataError(f"{where}: diversity needs at least 2 samples per label map: write --num_samples 2 or more")
-        if len({picture.shape for picture in pictures}) > 1:
+        if len({image.shape for image in images}) > 1:
             raise DataError(f"{where}: its samples are of different sizes")
-        if min(pictures[0].shape[1:]) < MIN_SIDE:
+        if min(images[0].shape[1:]) < MIN_SIDE:
             raise DataError(f"{where}: LPIPS needs images of at least {MIN_SIDE} x {MIN_SIDE} pixels")
         device = next(self.layers.parameters()).device
-        scaled = torch.stack(list(pictures)).to(device).float() / 127.5 - 1
-        pairs = list(itertools.combinations(range(len(pictures)), 2))
+        scaled = torch.stack(list(images)).to(device).float() / 127.5 - 1
+        pairs = list(itertools.combinations(range(len(images)), 2))
         distances = []
         for start in range(0, len(pairs), PAIRS_AT_ONCE):
             first, second = zip(*pairs[start : start + PAIRS_AT_ONCE], strict=True)
@@ -74,36 +67,28 @@ class PerceptualNetwork:
 
 
 def perceptual_network(weights: str | None = None, *, device: torch.device | str = "cpu") -> PerceptualNetwork:
-    """LPIPS ready for use.
+    """Build LPIPS.
 
     Args:
         weights: file of torchvision's AlexNet; None: torch's cache; ``random:SEED``: untrained, for tests.
     Raises:
         ConfigError: no weights there, saying where to put which file; damaged; torchmetrics is not installed.
     """
-    is_random = weights is not None and weights.startswith(RANDOM)
-    seed, path, state = 0, None, {}
-    if weights is not None and is_random:
-        seed = random_seed(weights, "--lpips_weights")
+    setting = "--lpips_weights"
+    if weights is not None and weights.startswith(RANDOM):
+        layers = _untrained_lpips(random_seed(weights, setting))
+        name, sha256 = weights, network_sha256(layers)
     else:
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE
-        path = find_weights(weights, [cached], "--lpips_weights", ALEXNET_URL)
-        state = read_state(path, "torchvision's AlexNet", ALEXNET_URL)
-    layers = _untrained_lpips(seed)
-    if path is not None:
-        backbone: nn.Module = layers.get_submodule("net")
-        try:  # torchvision's features.I.weight are LPIPS's sliceS.I.weight
-            backbone.load_state_dict({k: state[f"features.{k.partition('.')[2]}"] for k in backbone.state_dict()})
-        except (KeyError, RuntimeError) as error:
-            raise not_weights(path, "torchvision's AlexNet", ALEXNET_URL, error) from None
+        path, layers = ALEXNET.find(weights, setting), _untrained_lpips(0)
+        # torchvision's features.I.weight are LPIPS's sliceS.I.weight
+        ALEXNET.load(path, layers.get_submodule("net"), lambda name: f"features.{name.partition('.')[2]}")
+        name, sha256 = "lpips alex", file_sha256(path)
     layers.eval().requires_grad_(False).to(device)
-    if path is None:
-        return PerceptualNetwork(str(weights), network_sha256(layers), layers)
-    return PerceptualNetwork("lpips alex", file_sha256(path), layers)
+    return PerceptualNetwork(name, sha256, layers)
 
 
 def _untrained_lpips(seed: int) -> nn.Module:
-    """LPIPS with its trained heads on an untrained backbone."""
+    """Build LPIPS with its trained heads on an untrained backbone."""
     try:
         from torchmetrics.functional.image.lpips import _LPIPS
     except ImportError:

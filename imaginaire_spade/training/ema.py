@@ -1,4 +1,4 @@
-"""Keep the EMA of the generator's weights, and its batch statistics."""
+"""Keep the exponential moving average (EMA) of the networks' weights, and its batch statistics."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def new_average(network: N) -> N:
-    """A copy of ``network`` in evaluation mode, without gradients and with its spectral norms folded."""
+    """Copy ``network`` as its EMA: in evaluation mode, without gradients, its spectral norms folded."""
     return fold_spectral_norm(copy.deepcopy(network)).eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def update_average(average: nn.Module, source: nn.Module, beta: float) -> None:
-    """average = beta * average + (1 - beta) * source, for parameters and running statistics alike.
+    """Set average = beta * average + (1 - beta) * source, for parameters and running statistics alike.
 
-    Of a spectrally normalised layer the normalised weight is averaged, under the present u and v (as imaginaire does):
-    an average of raw weights would have another norm than each of them.
+    A layer with spectral norm gives its normalised weight, under the present u and v (as in imaginaire): an average of
+    raw weights would have another norm than each of them.
 
     Args:
-        average: as ``new_average`` makes it.
+        average: from ``new_average``.
         source: the trained network.
     """
     values = {name: value for name, value in source.state_dict().items() if value.is_floating_point()}
@@ -41,10 +41,10 @@ def update_average(average: nn.Module, source: nn.Module, beta: float) -> None:
 
 @torch.no_grad()
 def reestimate_batch_norm(generator: nn.Module, inputs: Iterable[tuple[object, Tensor | None]]) -> None:
-    """Set the running statistics to their plain average over ``inputs`` (layout, style code).
+    """Set the running statistics of an EMA to their plain average over ``inputs`` (label maps, style codes).
 
-    An averaged generator's activations have statistics of their own: neither the average of the statistics nor those
-    of the trained weights. Only the batch norms see training mode, so spectral-norm vectors stay.
+    The activations of averaged weights have other statistics than the average of the statistics. Only the batch norms
+    are in training mode meanwhile, so spectral-norm vectors stay.
     """
     norms = [module for module in generator.modules() if isinstance(module, BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]

@@ -1,12 +1,15 @@
-"""Explain in words, not tensor shapes, whether a checkpoint fits a configuration."""
+"""Compare configurations: list what changed, and explain in words, not tensor shapes, whether a checkpoint fits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from imaginaire_spade.config import Component, RunConfig
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config_files import dump_config
+from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.registry import Component
 
 RUNTIME_KEYS = {"path"}
 """Keys of components that change how numbers are computed, not which: weights fit either way."""
@@ -15,7 +18,7 @@ RUNTIME_KEYS = {"path"}
 def explain_mismatch(
     trained: RunConfig, given: RunConfig, *, parts: Sequence[str] = ("gen", "dis", "encoder")
 ) -> list[str]:
-    """Every difference that keeps weights trained with one config from another's networks; empty where they fit.
+    """List every difference that keeps weights trained with one config from another's networks; empty if they fit.
 
     Compares what networks are made of: the layout's channels and the components ``parts`` with each of their keys.
     How raw label maps are read (``ignore``, ``remap``), names, colours and everything about the run may differ.
@@ -28,8 +31,8 @@ def explain_mismatch(
             f" {'none' if new.edges == 'none' else 'one'} (data.edges: {old.edges}, now {new.edges})"
         )
     for part in parts:
-        differences += _component_differences(part, _tree(getattr(trained, part)), _tree(getattr(given, part)))
-    # A style code is turned into a start picture of fixed size (gen.style_dims > 0 only).
+        differences += _component_differences(part, getattr(trained, part), getattr(given, part))
+    # A style code is turned into a start image of fixed size (gen.style_dims > 0 only).
     sizes = [config.data.train.augmentations.output_h_w for config in (trained, given)]
     if not differences and given.gen.args.get("style_dims") and sizes[0] != sizes[1]:
         before, now = ("x".join(map(str, size)) if size else "their own sizes" for size in sizes)
@@ -38,6 +41,22 @@ def explain_mismatch(
             " gen.style_dims > 0 the generator starts from a code of that size"
         )
     return differences
+
+
+def check_fits(trained: RunConfig, given: RunConfig, where: str, *, parts: Sequence[str] = ("gen",)) -> None:
+    """Check that a config describes the networks of a checkpoint.
+
+    Args:
+        where: what describes them, for the message.
+        parts: of the config, to compare.
+    Raises:
+        CheckpointError: it describes others; with an explanation.
+    """
+    if differences := explain_mismatch(trained, given, parts=parts):
+        raise CheckpointError(
+            f"{where} does not fit the checkpoint:\n  " + "\n  ".join(differences) + "\nThe checkpoint carries its own"
+            " config: leave that out, or give the checkpoint of this config"
+        )
 
 
 def _label_differences(old: LabelSpec, new: LabelSpec) -> list[str]:
@@ -70,7 +89,10 @@ def has_ade20ks_raw_ids(labels: LabelSpec) -> bool:
 
 
 def explain_import(content: Mapping[str, Any], given: LabelSpec) -> list[str]:
-    """Why an imported checkpoint cannot be fine-tuned on a label table though the networks fit; empty where it can."""
+    """Explain why an imported checkpoint cannot be fine-tuned on a label table though the networks fit.
+
+    Returns an empty list if it can be.
+    """
     if content.get("imported_from") not in ("nvlabs_spade", "clade") or not counts_ade20k_from_0(given):
         return []
     return [
@@ -81,7 +103,7 @@ def explain_import(content: Mapping[str, Any], given: LabelSpec) -> list[str]:
 
 
 def explain_old_import(content: Mapping[str, Any], labels: LabelSpec) -> str | None:
-    """What is wrong with a checkpoint of ADE20K that import_checkpoint.py wrote before it knew better; None: nothing.
+    """Explain what is wrong with a checkpoint of ADE20K that an older import_checkpoint.py wrote; None: nothing.
 
     Args:
         content: the checkpoint.
@@ -97,33 +119,38 @@ def explain_old_import(content: Mapping[str, Any], labels: LabelSpec) -> str | N
     )
 
 
-def _tree(component: Component | None) -> Mapping[str, Any] | None:
-    return None if component is None else component.model_dump(mode="json")
+def list_changes(trained: RunConfig, given: RunConfig) -> dict[str, str]:
+    """Map every dotted key whose value differs to "old -> new"."""
+    return _changes(dump_config(trained), dump_config(given), "")
+
+
+def _changes(old: Any, new: Any, key: str) -> dict[str, str]:
+    if key == "data.labels.remap" or not all(value is None or isinstance(value, dict) for value in (old, new)):
+        return {} if old == new else {key: f"{old} -> {new}"}
+    old, new = old or {}, new or {}
+    names = [*old, *(name for name in new if name not in old)]
+    below = [_changes(old.get(name), new.get(name), f"{key}.{name}" if key else name) for name in names]
+    return {name: change for changes in below for name, change in changes.items()}
 
 
 def _component_differences(key: str, trained: Any, given: Any) -> list[str]:
     if trained == given:
         return []
-    if _is_component(trained) and _is_component(given) and trained["type"] == given["type"]:
-        old, new = trained["args"], given["args"]
-        return [
-            line
-            for name in [*old, *(name for name in new if name not in old)]
-            if name not in RUNTIME_KEYS
-            for line in _component_differences(f"{key}.{name}", old.get(name), new.get(name))
-        ]
-    if _is_component(trained) and _is_component(given):
+    if isinstance(trained, Component) and isinstance(given, Component):
+        if trained.type == given.type:
+            return [
+                line
+                for name, value in trained.args.items()
+                if name not in RUNTIME_KEYS
+                for line in _component_differences(f"{key}.{name}", value, given.args[name])
+            ]
         key = f"{key}.type"
-    return [f"trained with {key}: {_shown(trained)}, this config has {_shown(given)}"]
+    return [f"trained with {key}: {_in_words(trained)}, this config has {_in_words(given)}"]
 
 
-def _is_component(value: Any) -> bool:
-    return isinstance(value, Mapping) and set(value) == {"type", "args"}
-
-
-def _shown(value: Any) -> str:
-    if _is_component(value):
-        return str(value["type"])
+def _in_words(value: Any) -> str:
+    if isinstance(value, Component):
+        return value.type
     if isinstance(value, bool):
         return str(value).lower()
-    return "none" if value is None else str(value)
+    return "none" if value is None else str(list(value) if isinstance(value, tuple) else value)

@@ -19,18 +19,17 @@ from imaginaire_spade.data.loader import Prefetcher, default_num_workers, sequen
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.norms import synchronize_batch_norm
-from imaginaire_spade.noise import style_noise
+from imaginaire_spade.noise import style_codes
 from imaginaire_spade.training.activation_checkpointing import checkpoint_activations
 from imaginaire_spade.training.evaluation import Evaluation
-from imaginaire_spade.training.faults import explain_out_of_memory
 from imaginaire_spade.training.schedule import Calendar
 from imaginaire_spade.training.state import TrainState, new_train_state
-from imaginaire_spade.training.step import AUTOCAST, Networks, StepSettings, train_step
+from imaginaire_spade.training.step import AUTOCAST, Networks, StepSettings
 
 
 @dataclass
 class Run:
-    """The parts of a run, made by ``prepare``; the loop only calls them."""
+    """The parts of a run. ``prepare`` makes them, the loop calls them."""
 
     config: RunConfig
     info: ProcessInfo
@@ -43,21 +42,13 @@ class Run:
     calendar: Calendar
     evaluation: Evaluation | None
 
-    @property
-    def seed(self) -> int:
-        return self.config.seed
-
-    @property
-    def process_batch(self) -> int:
-        return self.config.data.train.batch_size
-
     def batches(self, num_workers: int | None = None) -> Prefetcher:
         """Yield this process's batches on the device, from the current position on."""
         workers = self.config.data.num_workers if num_workers is None else num_workers
         loader = training_loader(
             self.dataset,
-            self.process_batch,
-            seed=self.seed,
+            self.config.data.train.batch_size,
+            seed=self.config.seed,
             images_seen=self.state.images_seen,
             rank=self.info.rank,
             world_size=self.info.world_size,
@@ -67,11 +58,6 @@ class Run:
         )
         return Prefetcher(loader, self.device)
 
-    def step(self, batch: Batch) -> dict[str, Tensor]:
-        """Train for one iteration, see ``train_step``. Raises OutOfMemory, which names what to set."""
-        with explain_out_of_memory(self.config):
-            return train_step(self.state, self.networks, batch, self.settings)
-
 
 def prepare(
     config: RunConfig,
@@ -80,10 +66,10 @@ def prepare(
     device: torch.device,
     stop_after: int | None = None,
 ) -> Run:
-    """Open the data and make everything a run consists of, at image 0. Call after joining the process group.
+    """Open the data and build all parts of a run, at image 0. Call after joining the process group.
 
     Args:
-        objective: terms and weights, as ``build_losses`` makes them.
+        objective: terms and weights, from ``build_losses``.
         stop_after: stop this launch at this iteration, counted over the whole run (``--max_iterations``).
     """
     seed = config.seed
@@ -92,10 +78,9 @@ def prepare(
     val_dataset = dataset if config.data.val is None else build_split(config, config.data.val)
     state = new_train_state(config, device, seed)
     if config.trainer.sync_batch_norm and info.world_size > 1:
-        synchronize_batch_norm(state.generator)
-        synchronize_batch_norm(state.discriminator)
-        if state.generator_ema is not None:
-            synchronize_batch_norm(state.generator_ema)
+        for network in (state.generator, state.discriminator, state.generator_ema):
+            if network is not None:
+                synchronize_batch_norm(network)
     global_batch = config.data.train.batch_size * info.world_size
     calendar = Calendar.of(config.trainer, global_batch, len(dataset), stop_after)
     settings = StepSettings(
@@ -137,7 +122,7 @@ def describe(run: Run) -> str:
         f" encoder {millions(state.encoder)}",
         f"data: {len(run.dataset)} training and {len(run.val_dataset)} preview samples",
         f"losses: {losses}",
-        f"batch: {run.process_batch} per process x {run.info.world_size} process(es) ="
+        f"batch: {run.config.data.train.batch_size} per process x {run.info.world_size} process(es) ="
         f" {calendar.global_batch} globally, on {run.device.type}, {trainer.precision}",
         f"schedule: {calendar.total_iterations} iterations = {epochs:.1f} epochs; learning rates {rates};"
         f" EMA {'off' if averaged is None else f'beta {averaged.beta:g}'}",
@@ -146,17 +131,17 @@ def describe(run: Run) -> str:
 
 
 def calibration_layouts(run: Run) -> list[Batch]:
-    """Yield this process's share of the label maps that estimate the EMA's statistics, a batch per forward.
+    """Read this process's share of the label maps that estimate the EMA's batch statistics, one batch per forward.
 
-    They are spread evenly over the training set, each drawn by the seed from its part of it, and each forward's are
-    spread likewise: the first ones by name are often one sequence, city or kind of scene. The processes together have
-    the same label maps, whatever their number.
+    The label maps are spread evenly over the training set, in each forward too, since the first ones by name are often
+    one sequence, city or kind of scene; the seed draws each from its part of the set. Together the processes have the
+    same label maps, whatever their number.
     """
     average = run.config.trainer.model_average
     if average is None or not average.batch_norm_images:
         return []
     count = max(min(average.batch_norm_images, len(run.dataset)), run.info.world_size, 2)
-    within = np.random.default_rng(run.seed).random(count)
+    within = np.random.default_rng(run.config.seed).random(count)
     indices = ((np.arange(count) + within) * len(run.dataset) / count).astype(int).tolist()
     forwards = max(1, count // run.calendar.global_batch)
     dataset = run.dataset.without_images()
@@ -168,7 +153,7 @@ def calibration_layouts(run: Run) -> list[Batch]:
 
 
 def calibration_inputs(run: Run, batches: list[Batch]) -> Iterator[tuple[SemanticLayout, Tensor | None]]:
-    dims = run.settings.style_dims
+    """Yield (label maps, style codes) of ``calibration_layouts`` on the device."""
     for batch in batches:
-        z = style_noise(run.seed, list(batch.keys), dims).to(run.device) if dims else None
+        z = style_codes(run.config.seed, batch.keys, run.settings.style_dims, run.device)
         yield batch.layout.to(run.device), z

@@ -1,0 +1,247 @@
+"""Read the images to evaluate: stored files, or what is made of the samples of a data set.
+
+Owns the one form in which images reach the scores, and what an image file may look like. A label map may have several
+samples: sample 0 is the image that counts, the others show diversity.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from imaginaire_spade.data.batch import Sample
+from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.folders import Source
+from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_image
+from imaginaire_spade.data.lmdb_source import open_source
+from imaginaire_spade.data.loader import read_ahead
+from imaginaire_spade.errors import DataError
+from imaginaire_spade.files import LABELS_FOLDER
+from imaginaire_spade.labels import LabelSpec
+
+READ_THREADS = 4
+PIPELINE, NOT_STORED = "photo through the data pipeline", "generated, not stored"
+"""The format of images that come from no file of their own."""
+_GREY, _ALPHA = ("1", "L", "LA", "I", "I;16", "I;16B", "F"), ("RGBA", "LA", "PA", "RGBa", "La")
+
+Ids = NDArray[np.generic]
+"""Train ids [H, W]; the number of classes stands for "none of them"."""
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """One image on its way into the scores."""
+
+    index: int
+    """Place of its key in the source."""
+    pixels: Tensor
+    """uint8 [3, H, W] RGB."""
+    sample: int = 0
+    """Which of the samples of its label map."""
+    format: str = ""
+    """File format (png, jpeg), or what the pixels went through."""
+    remark: str = ""
+    """What was done to make it RGB, if anything."""
+    label_map: Callable[[], Ids] | None = None
+    """Reads the label map that belongs to it; None: not known, or not sample 0."""
+
+    def rgb(self) -> NDArray[np.uint8]:
+        """Return uint8 [H, W, 3] on the CPU."""
+        return np.ascontiguousarray(self.pixels.permute(1, 2, 0).cpu().numpy())
+
+    def labels(self) -> Ids:
+        """Return the train ids of its label map."""
+        assert self.label_map is not None, "an image without a label map"
+        return self.label_map()
+
+
+@dataclass(frozen=True)
+class UnreadableImage:
+    """An image that cannot be used."""
+
+    index: int
+    message: str
+
+
+class ImageSource(ABC):
+    """Images under keys."""
+
+    name: str
+    """What to call it in messages and reports."""
+    keys: Sequence[str]
+    """One per label map (or photo), sorted."""
+    num_samples: int = 1
+    """Images of each key."""
+    label_table: LabelSpec | None = None
+    """Of the label maps, where they are known."""
+
+    @abstractmethod
+    def read(self, indices: Sequence[int]) -> Iterator[SourceImage | UnreadableImage]:
+        """Read the images of ``keys[i]`` for each i of ``indices``, in any order."""
+
+
+class StoredImages(ImageSource):
+    """Image files: a folder of them (with sub-folders), ``ROOT/images/``, or an LMDB root of ours or imaginaire's.
+
+    The coloured label maps of inference.py's gallery are left out. Grey images become RGB, alpha is dropped.
+
+    Args:
+        num_samples: more than 1: the folder holds ``KEY_00.png`` .. of each label map (inference.py --num_samples k).
+        label_maps: data set of the label maps, which join by key; not every image needs one.
+    Raises:
+        DataError: no images there, or not num_samples of each key.
+    """
+
+    def __init__(self, root: str | Path, num_samples: int = 1, label_maps: LabelMapDataset | None = None) -> None:
+        self.name = str(root)
+        self.num_samples = num_samples
+        self._source = _open(Path(root))
+        files = sorted(key for key in self._source.keys if not key.startswith(f"{LABELS_FOLDER}/"))
+        if not files:
+            raise DataError(f"{root}: no images there")
+        self._files = [[key] for key in files] if num_samples == 1 else _grouped(files, num_samples, self.name)
+        self.keys = files if num_samples == 1 else [group[0].rpartition("_")[0] for group in self._files]
+        self._label_maps: dict[str, Callable[[], Ids]] = {}
+        if label_maps is not None:
+            self.label_table = label_maps.labels
+            self._label_maps = {
+                key: partial(_labels_of, label_maps, index) for index, key in enumerate(label_maps.keys)
+            }
+
+    def read(self, indices: Sequence[int]) -> Iterator[SourceImage | UnreadableImage]:
+        wanted = [(index, sample, key) for index in indices for sample, key in enumerate(self._files[index])]
+        yield from read_ahead(self._read, wanted, 4 * READ_THREADS, num_threads=READ_THREADS)
+
+    def _read(self, item: tuple[int, int, str]) -> SourceImage | UnreadableImage:
+        index, sample, key = item
+        where = self._source.describe(key, "images")
+        try:
+            data = self._source.read(key, "images")
+            pixels = torch.from_numpy(decode_image(data, where)).permute(2, 0, 1)
+        except DataError as error:
+            return UnreadableImage(index, str(error))
+        label_map = None if sample else self._label_maps.get(self.keys[index])
+        return SourceImage(index, pixels, sample, *_kind(data), label_map)
+
+
+def _labels_of(label_maps: LabelMapDataset, index: int) -> Ids:
+    return label_maps[index].labels.numpy()
+
+
+def _open(root: Path) -> Source:
+    if root.is_file():
+        raise DataError(f"{root}: a file; expected a folder of images, an LMDB root, or statistics (.npz)")
+    try:
+        return open_source(root, ["images"], bare=True)
+    except DataError as error:
+        if not root.is_dir() or any(root.iterdir()):
+            raise
+        raise DataError(f"{root}: the folder is empty; expected images ({' '.join(IMAGE_EXTENSIONS)})") from error
+
+
+def _grouped(files: Sequence[str], num_samples: int, where: str) -> list[list[str]]:
+    """Group files ``KEY_00`` .. ``KEY_<num_samples - 1>`` by key."""
+    groups: dict[str, dict[int, str]] = {}
+    for file in files:
+        found = re.fullmatch(r"(.+)_(\d{2,})", file)
+        key, number = (found[1], int(found[2])) if found else (file, -1)
+        groups.setdefault(key, {})[number] = file
+    for key, group in groups.items():
+        if sorted(group) != list(range(num_samples)):
+            raise DataError(
+                f"{where}: not {num_samples} samples of {key!r} (found {', '.join(sorted(group.values())[:6])}). Make"
+                f" them with inference.py --num_samples {num_samples}, or give the --num_samples it was run with"
+            )
+    return [[group[number] for number in range(num_samples)] for _, group in sorted(groups.items())]
+
+
+def _kind(data: bytes) -> tuple[str, str]:
+    """Return (file format, what decoding to RGB did to it)."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            mode, kind = image.mode, (image.format or "unknown").lower()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):  # OpenCV could read it all the same
+        return "unknown", ""
+    remarks = ["alpha dropped"] if mode in _ALPHA else []
+    remarks += ["grey made RGB"] if mode in _GREY else []
+    return kind, " and ".join(remarks)
+
+
+Samples = Iterable[tuple[int, Sample]]
+"""(place of its key in the source, sample of the data set)."""
+
+Made = Iterable[tuple[int, int, Tensor]]
+"""(place of the key, number of the sample, uint8 [3, H, W])."""
+
+
+def photos_of(samples: Samples) -> Made:
+    """Give the photo of each sample, as the augmentations leave it."""
+    for index, sample in samples:
+        assert sample.image is not None, "a data set without its photos"
+        yield index, 0, sample.image
+
+
+class DatasetImages(ImageSource):
+    """Images of the samples of a data set: their photos, or what a generator makes of their label maps.
+
+    Args:
+        dataset: its augmentations decide the size of the images.
+        make: samples -> their images, in any order.
+        format: of what it makes.
+        indices: the samples that are used; None: all.
+        strict: raise the DataError of a sample that cannot be read, instead of yielding an UnreadableImage.
+    """
+
+    def __init__(
+        self,
+        dataset: LabelMapDataset,
+        name: str,
+        make: Callable[[Samples], Made] = photos_of,
+        *,
+        format: str = PIPELINE,
+        indices: Sequence[int] | None = None,
+        num_samples: int = 1,
+        strict: bool = False,
+    ) -> None:
+        self._dataset, self._make, self._format, self._strict = dataset, make, format, strict
+        self._indices = range(len(dataset)) if indices is None else indices
+        self.name, self.num_samples, self.label_table = name, num_samples, dataset.labels
+        self.keys = [dataset.keys[index] for index in self._indices]
+
+    def read(self, indices: Sequence[int]) -> Iterator[SourceImage | UnreadableImage]:
+        unreadable: list[UnreadableImage] = []
+        labels: dict[int, Ids] = {}
+
+        def samples() -> Iterator[tuple[int, Sample]]:
+            for read in read_ahead(self._read, indices, 4 * READ_THREADS, num_threads=READ_THREADS):
+                if isinstance(read, UnreadableImage):
+                    unreadable.append(read)
+                else:
+                    labels[read[0]] = read[1].labels.numpy()
+                    yield read
+
+        for index, sample, pixels in self._make(samples()):
+            while unreadable:  # at once, as it may end the evaluation
+                yield unreadable.pop(0)
+            label_map = None if sample else partial(np.asarray, labels.pop(index))
+            yield SourceImage(index, pixels, sample, self._format, label_map=label_map)
+        yield from unreadable
+
+    def _read(self, index: int) -> tuple[int, Sample] | UnreadableImage:
+        try:
+            return index, self._dataset[self._indices[index]]
+        except DataError as error:
+            if self._strict:
+                raise
+            return UnreadableImage(index, str(error))

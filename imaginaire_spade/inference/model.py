@@ -1,0 +1,287 @@
+"""Load a trained generator to make images with it, and publish one.
+
+Owns which checkpoint file is meant (and its download), and the format of published generators: one file of weights for
+inference in safetensors, which runs no code when read. Its tensors are ``generator.*`` and, where there is a style
+encoder, ``encoder.*``, spectral norms folded. The metadata holds ``format``, ``version`` (of this package), ``config``
+(JSON, fully resolved, label table included), ``weights`` (``ema`` or ``raw``) and ``images_seen``. Folders of the
+machine it was trained on are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.error
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from imaginaire_spade.build import build_encoder, build_generator, layout_spec
+from imaginaire_spade.config import RunConfig, WeightSource
+from imaginaire_spade.config_diff import check_fits, explain_old_import
+from imaginaire_spade.config_files import dump_config, parse_config
+from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.files import atomic_write, file_sha256
+from imaginaire_spade.layout import LayoutSpec
+from imaginaire_spade.models.for_inference import optimise_for_inference
+from imaginaire_spade.models.generator import Generator
+from imaginaire_spade.models.layers import fold_spectral_norm
+from imaginaire_spade.training.checkpoint import check_counter, check_tensors, load_checkpoint, newest_checkpoint
+from imaginaire_spade.version import __version__
+
+PUBLISHED = "imaginaire_spade.generator.1"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained generator, ready for use."""
+
+    generator: Generator
+    """In evaluation mode, without gradients, on ``device``."""
+    encoder: nn.Module | None
+    config: RunConfig
+    """The checkpoint's own, with overrides."""
+    images_seen: int
+    weights: str
+    """"ema" or "raw": what was loaded."""
+    device: torch.device
+    notes: tuple[str, ...] = ()
+    """What the user should know."""
+    precision: str = "fp32"
+    """Arithmetic of the convolutions: "fp32", "bf16" or "fp16"; weights and statistics are float32 in any case."""
+    for_inference: bool = False
+    """Whether layers and names of weights are those that are fastest here, not those that were trained."""
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        weights: str = "ema",
+        overrides: Sequence[str] = (),
+        device: torch.device | str = "cpu",
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        compiled: bool = False,
+        for_inference: bool = True,
+    ) -> Model:
+        """Load a checkpoint's generator, and its style encoder if it has one.
+
+        Args:
+            path: a checkpoint file of this package, or a generator that ``publish`` wrote (``.safetensors``).
+            weights: "ema" (moving average; "raw" if the checkpoint has none, with a note) or "raw".
+            overrides: ``KEY=VALUE`` for keys of the checkpoint's config that its weights do not depend on.
+            precision: see the field.
+            compiled: compile the generator (``torch.compile``) at its first use, which takes minutes.
+            for_inference: bring the weights into the form that is fastest here (``models/for_inference.py``). Export
+                and ``publish`` need them as they were trained.
+        Raises:
+            CheckpointError: absent, damaged, foreign, or not of the architecture that its own config (or
+                ``overrides``) describes.
+            ConfigError: a component of the user's own is not registered, or ``overrides`` are wrong.
+        """
+        content = _read_published(path) if path.suffix == ".safetensors" else load_checkpoint(path)
+        if missing := {"config", "generator"} - set(content):
+            names = " and ".join(sorted(missing))
+            raise CheckpointError(f"{path}: a checkpoint without {names}: not one to generate with")
+        # Read its config and apply the overrides.
+        if not _has_label_table(content["config"]):
+            raise CheckpointError(
+                f"{path}: a checkpoint without a label table (data.labels of its config), so label maps mean nothing to"
+                " it. What train.py and scripts/import_checkpoint.py write has one: take that file as it is"
+            )
+        trained = parse_config(content["config"], str(path))
+        config = parse_config(content["config"], f"config of {path.name}", overrides) if overrides else trained
+        check_fits(trained, config, f"--set {' '.join(overrides)}", parts=("gen", "encoder"))
+        # Choose the weights.
+        notes = []
+        if wrong := explain_old_import(content, trained.data.labels):
+            notes.append(f"{path}: {wrong}")
+        if weights == "ema" and content.get("generator_ema") is None:
+            weights = "raw"
+            notes.append(f"{path} has no EMA of the weights: the raw (non-averaged) weights are used")
+        if weights == "raw" and content["generator"] is None:
+            raise CheckpointError(f"{path} holds only the EMA of the weights: leave --weights raw out")
+        # Build the networks, fill them, prepare them.
+        generator = build_generator(config)
+        _fill(generator, content, "generator", weights, path)
+        has_encoder = any(content.get(name) is not None for name in ("encoder", "encoder_ema"))
+        encoder = build_encoder(config) if has_encoder else None
+        if encoder is not None:
+            _fill(encoder, content, "encoder", weights, path)
+        device = torch.device(device)
+        winograd = device.type == "cpu" and precision == "fp32"
+        for network in filter(None, (generator, encoder)):
+            if for_inference:
+                optimise_for_inference(network, winograd=winograd)
+            network.eval().requires_grad_(False).to(device)
+        if compiled:
+            generator.compile(dynamic=True)
+        seen = content.get("images_seen")
+        images_seen = 0 if seen is None else check_counter(seen, f"{path}: images_seen does not fit")
+        return cls(generator, encoder, config, images_seen, weights, device, tuple(notes), precision, for_inference)
+
+    def publish(self, path: Path) -> None:
+        """Write the model to ``path`` as a published generator, whole or not at all.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        assert not self.for_inference, "load it with for_inference=False"
+        tensors = {
+            f"{name}.{key}": tensor.cpu().contiguous()
+            for name, network in (("generator", self.generator), ("encoder", self.encoder))
+            if network is not None
+            for key, tensor in network.state_dict().items()
+        }
+        config = dump_config(self.config) | {"test_data": None, "pretrained_weight": None}
+        for split in filter(None, (config["data"]["train"], config["data"]["val"])):
+            split["roots"] = [Path(root).name for root in split["roots"]]
+        metadata = {
+            "format": PUBLISHED,
+            "version": __version__,
+            "config": json.dumps(config),
+            "weights": self.weights,
+            "images_seen": str(self.images_seen),
+        }
+        try:
+            with atomic_write(path) as temporary:
+                temporary.touch()
+                mode = temporary.stat().st_mode  # what the umask leaves; save_file makes a file for its owner alone
+                save_file(tensors, temporary, metadata)
+                temporary.chmod(mode)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: could not be written ({error})") from None
+
+    @cached_property
+    def layout_spec(self) -> LayoutSpec:
+        """What the generator takes."""
+        return layout_spec(self.config)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether images of a batch are made singly: on a CPU batching saves nothing, and some convolutions and all
+        matrix products round differently by batch size."""
+        return self.device.type == "cpu"
+
+    @property
+    def trained_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images it was trained on; None if they were of many sizes."""
+        return self.config.data.train.augmentations.output_h_w
+
+    @property
+    def size_multiple(self) -> int:
+        return self.generator.size_multiple
+
+    @property
+    def style_dims(self) -> int:
+        return self.generator.style_dims
+
+
+def _has_label_table(tree: Any) -> bool:
+    return isinstance(tree, Mapping) and isinstance(data := tree.get("data"), Mapping) and "labels" in data
+
+
+def _fill(network: nn.Module, content: Mapping[str, Any], name: str, weights: str, path: Path) -> None:
+    """Load weights into a network and fold its spectral norms: EMAs are stored folded, raw weights are not."""
+    average = content.get(f"{name}_ema") if weights == "ema" else None
+    stored = content[name] if average is None else average
+    try:
+        if average is not None or content["format"] == PUBLISHED:
+            fold_spectral_norm(network)
+        check_tensors(stored, network.state_dict(), f"{path}: its {name} does not fit its own config")
+        network.load_state_dict(stored)
+        fold_spectral_norm(network)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: the weights of its {name} do not fit the architecture of its own config; it is damaged, or its"
+            f" components were changed since ({error})"
+        ) from None
+
+
+def _read_published(path: Path) -> dict[str, Any]:
+    """Read a published generator as a checkpoint that holds the networks or their EMAs, whichever were published."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        if metadata.get("format") != PUBLISHED:
+            raise CheckpointError(f"{path}: not written by scripts/export_generator.py, so it does not say what it is")
+        config, images_seen = json.loads(metadata["config"]), int(metadata["images_seen"])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: cannot be read as a published generator, it is damaged ({error})") from None
+    content: dict[str, Any] = {"format": PUBLISHED, "config": config, "images_seen": images_seen}
+    suffix = "_ema" if metadata.get("weights") == "ema" else ""
+    for name in ("generator", "encoder"):
+        state = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
+        content |= {name: None, f"{name}_ema": None} | ({f"{name}{suffix}": state} if state else {})
+    return content
+
+
+def find_checkpoint(checkpoint: Path | None, logdir: Path | None, config: RunConfig | None) -> Path:
+    """Find the checkpoint file of the command line: --checkpoint, else --logdir, else pretrained_weight.
+
+    Raises:
+        CheckpointError: nothing is given, or nothing is there.
+    """
+    for flag, place in (("--checkpoint", checkpoint), ("--logdir", logdir)):
+        if place is None:
+            continue
+        if flag == "--checkpoint" and place.is_file():
+            return place
+        if not place.is_dir():
+            wanted = "file or folder" if flag == "--checkpoint" else "log dir"
+            raise CheckpointError(f"{flag} {place}: no such {wanted}")
+        newest = newest_checkpoint(place)
+        if newest is None:
+            raise CheckpointError(f"{flag} {place}: no checkpoint_*.pt there or in its checkpoints/ folder")
+        return newest
+    if config is not None and config.pretrained_weight is not None:
+        return _fetch(config.pretrained_weight)
+    raise CheckpointError(
+        "no checkpoint: give --checkpoint FILE, or --logdir DIR of a training run, or a --config with"
+        " pretrained_weight: {path: FILE}"
+    )
+
+
+def _fetch(source: WeightSource) -> Path:
+    """Return the file of a config's ``pretrained_weight``; download it into torch's hub cache on first use.
+
+    Raises:
+        CheckpointError: no such file, no connection, or other bytes than its sha256 says.
+    """
+    if source.path is not None:
+        if not Path(source.path).is_file():
+            raise CheckpointError(f"pretrained_weight.path: {source.path}: no such file")
+        return Path(source.path)
+    assert source.url is not None and source.sha256 is not None
+    name = PurePosixPath(urlparse(source.url).path).name or "checkpoint.pt"
+    target = Path(torch.hub.get_dir(), "checkpoints", f"{source.sha256[:16]}-{name}")
+    if target.is_file() and file_sha256(target) == source.sha256:
+        return target
+    print(f"downloading {source.url} to {target}", file=sys.stderr, flush=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(source.url, str(target), hash_prefix=source.sha256, progress=sys.stderr.isatty())
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"pretrained_weight.url: {source.url} cannot be downloaded ({error}). Without a connection: fetch the file"
+            f" elsewhere and give it as --checkpoint FILE, or put it at {target}"
+        ) from None
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"pretrained_weight.url: {source.url} is not the file with sha256 {source.sha256} ({error}). Nothing was"
+            " kept; correct the url or the sha256"
+        ) from None
+    return target

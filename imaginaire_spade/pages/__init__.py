@@ -1,0 +1,30 @@
+"""Render the HTML pages of this folder: templates, and the style sheet that they share."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+
+def render(template: str, **values: object) -> str:
+    """Render ``template``, such as ``gallery.html``: one self-contained page. Texts among ``values`` are escaped."""
+    pages = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=pages, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"url": _quote_url, "number": _format_number}
+    return environment.get_template(template).render(values)
+
+
+def _quote_url(path: str) -> str:
+    """Quote a relative path. "./" keeps a first folder with a colon ("a:b/c.png") from being read as a scheme."""
+    return "./" + quote(path)
+
+
+def _format_number(value: float, digits: int | None = None) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.4g}" if digits is None else f"{value:.{digits}f}"

@@ -1,0 +1,126 @@
+"""Draw contact sheets and class charts: rows of images, or bars, under titles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from imaginaire_spade.files import RgbImage
+from imaginaire_spade.labels import LabelSpec
+
+BACKGROUND = (250, 250, 249)
+INK = (38, 40, 43)
+FAINT = (120, 124, 130)
+NARROW_CELL = 120
+"""A narrower cell, in pixels, has no room for its title, and the eye sees little in it."""
+
+
+@cache
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    import matplotlib  # brings DejaVu Sans along: Latin, Greek, Cyrillic, the same on every machine
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
+
+
+def _shorten(draw: ImageDraw.ImageDraw, text: str, width: float, font: Any) -> str:
+    """Replace the middle of a text that is wider than ``width`` pixels by an ellipsis."""
+    if draw.textlength(text, font) <= width:
+        return text
+    kept = len(text)
+    while kept > 1 and draw.textlength(short := f"{text[: kept // 2]}…{text[-(kept // 2) :]}", font) > width:
+        kept -= 1
+    return short if kept > 1 else "…"
+
+
+def draw_contact_sheet(
+    rows: Sequence[Sequence[RgbImage]],
+    column_titles: Sequence[str],
+    *,
+    row_titles: Sequence[str] = (),
+    cell_h_w: tuple[int, int] | None = None,
+) -> RgbImage:
+    """Lay images out in rows of equal cells under column titles, on a light ground: uint8 [H, W, 3].
+
+    Args:
+        rows: the images; a short row leaves its last cells empty.
+        column_titles: one per column.
+        row_titles: one per row, written above the row; none: no space is taken.
+        cell_h_w: size of a cell; default: the largest height and width, times a whole number where that is narrower
+            than ``NARROW_CELL``. Images fit in, aspect ratio kept.
+    """
+    # Measures, from the size of a cell.
+    cells = [cell for row in rows for cell in row]
+    if cell_h_w is None:
+        widest = max((c.shape[1] for c in cells), default=64)
+        factor = math.ceil(NARROW_CELL / widest)
+        cell_h_w = (factor * max((c.shape[0] for c in cells), default=64), factor * widest)
+    height, width = cell_h_w
+    size = round(min(max(width / 18, 12), 24))
+    title_font, row_font = _font(size, bold=True), _font(max(round(size * 0.8), 11))
+    gap, margin = max(size // 2, 6), max(size, 12)
+    title_h, row_title_h = round(size * 1.9), round(size * 1.7) if row_titles else 0
+    row_h = row_title_h + height + gap
+    sheet_w = 2 * margin + len(column_titles) * (width + gap) - gap
+    sheet = Image.new("RGB", (sheet_w, 2 * margin + title_h + len(rows) * row_h - gap), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+
+    # Column titles.
+    for column, title in enumerate(column_titles):
+        middle = margin + column * (width + gap) + width / 2
+        text = _shorten(draw, title, width, title_font)
+        draw.text((middle, margin + title_h * 0.4), text, INK, title_font, anchor="mm")
+
+    # Rows: a title, and cells in the middle of their places.
+    for number, row in enumerate(rows):
+        top = margin + title_h + number * row_h
+        if number < len(row_titles):
+            text = _shorten(draw, row_titles[number], sheet_w - 2 * margin, row_font)
+            draw.text((margin, top + row_title_h * 0.5), text, FAINT, row_font, anchor="lm")
+        for column, cell in enumerate(row):
+            image = _fit(cell, height, width)
+            left = margin + column * (width + gap) + (width - image.shape[1]) // 2
+            sheet.paste(Image.fromarray(image), (left, top + row_title_h + (height - image.shape[0]) // 2))
+    return np.asarray(sheet)
+
+
+def _fit(image: RgbImage, height: int, width: int) -> RgbImage:
+    """Resize an image to fit into a cell, aspect ratio kept."""
+    scale = min(height / image.shape[0], width / image.shape[1])
+    if scale == 1:
+        return np.ascontiguousarray(image)
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    # Whole-number enlargement shows the pixels as they are.
+    enlarging = cv2.INTER_NEAREST if scale == int(scale) else cv2.INTER_LINEAR
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else enlarging)  # type: ignore[return-value]
+
+
+def draw_class_chart(spec: LabelSpec, shares: Sequence[float], *, width: int = 720) -> RgbImage:
+    """Draw id, colour, name and share of pixels of every class, as rows with bars: uint8 [H, width, 3].
+
+    Args:
+        shares: of all pixels, 0..1, of each train id (don't-care last, if it is there).
+    """
+    font = _font(13)
+    line_h, gap, left, bar_left = 20, 12, 80, 330
+    chart = Image.new("RGB", (width, 2 * gap + line_h * len(shares)), BACKGROUND)
+    draw = ImageDraw.Draw(chart)
+    longest = max(max(shares, default=0.0), 1e-9)
+    for train_id, share in enumerate(shares):
+        middle = gap + line_h * (train_id + 0.5)
+        colour = tuple(spec.colours[train_id].tolist())
+        draw.text((36, middle), str(train_id), FAINT, font, anchor="rm")
+        draw.rounded_rectangle((48, middle - 7, 68, middle + 7), 3, colour, outline=(190, 192, 196))
+        name = _shorten(draw, spec.name(train_id), bar_left - left - gap, font)
+        draw.text((left, middle), name, INK if share else FAINT, font, anchor="lm")
+        end = bar_left + share / longest * (width - bar_left - 90)
+        draw.rectangle((bar_left, middle - 6, end, middle + 6), colour, outline=(190, 192, 196))
+        draw.text((end + 8, middle), f"{100 * share:.2f} %" if share else "never", FAINT, font, anchor="lm")
+    return np.asarray(chart)

@@ -1,0 +1,182 @@
+"""Judge whether a run is healthy, and explain why it stops: collapse, numbers that are not finite, lack of memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.data.batch import Batch
+from imaginaire_spade.errors import UserError, is_out_of_memory
+from imaginaire_spade.files import write_bytes
+from imaginaire_spade.training.meter import Tick
+from imaginaire_spade.training.state import TrainState
+from imaginaire_spade.training.step import Networks, StepSettings, autocast, generate, real_images
+
+EXCESS_SATURATION = 0.5
+"""Alarm where more than this share of what real images leave unsaturated is saturated in generated ones."""
+DISCRIMINATOR_WON = 0.98
+"""Alarm where D is right about more than this share of the patches (hinge losses of some 0.05 each; the patches at the
+border are mostly padding, so that 1 is out of reach)."""
+PATIENCE = 5
+"""Log ticks in a row that a sign must last."""
+
+_MORE_IMAGES = (
+    "train on more images at a time (more processes, or a larger data.train.batch_size; if memory is short, raise"
+    " trainer.gradient_accumulation with it)"
+)
+
+
+class NonFiniteLoss(UserError):
+    """A loss became NaN or infinite, or too many consecutive updates were skipped for non-finite gradients."""
+
+
+class OutOfMemory(UserError):
+    """An iteration needs more memory than there is."""
+
+
+class Alarms:
+    """Warn of a collapsing run, once per episode, when a sign has lasted for ``PATIENCE`` log ticks.
+
+    It happens to small batches above all: the generator's outputs saturate (white or black images), or the
+    discriminator has won and the generator has nothing left to learn from it.
+    """
+
+    def __init__(self) -> None:
+        self._d_won_ticks = 0
+        self._saturated_ticks = 0
+
+    def check(self, health: Mapping[str, float]) -> list[str]:
+        """Return the warnings that are due at a log tick.
+
+        Args:
+            health: means since the last tick of ``GANLoss.accuracy`` and of ``saturation``, by the step's names.
+        """
+        accuracy = health["health/d_accuracy"]
+        fake, real = health["health/fake_saturation"], health["health/real_saturation"]
+        self._d_won_ticks = self._d_won_ticks + 1 if accuracy > DISCRIMINATOR_WON else 0
+        self._saturated_ticks = self._saturated_ticks + 1 if fake - real > EXCESS_SATURATION * (1 - real) else 0
+        warnings = []
+        if self._d_won_ticks == PATIENCE:
+            warnings.append(
+                f"the discriminator has won: it classifies {accuracy:.1%} of the patches correctly, and the generator"
+                f" learns little from it. What to do: {_MORE_IMAGES}, lower dis_opt.lr to gen_opt.lr or"
+                " less, or dis.num_filters; few training images need horizontal_flip and random crops"
+            )
+        if self._saturated_ticks == PATIENCE:
+            warnings.append(
+                f"the outputs saturate: {fake:.0%} of the generated values are black or white (real images:"
+                f" {real:.0%}). What to do: restart from an earlier checkpoint, {_MORE_IMAGES}, lower"
+                " gen_opt.lr, or gen.output_multiplier if the generator has one"
+            )
+        return warnings
+
+
+def check_finite(
+    tick: Tick, state: TrainState, batch: Batch, settings: StepSettings, max_skipped: int, dump: Path
+) -> None:
+    """Stop the run if a loss is not finite or too many updates in a row were skipped. All processes raise together.
+
+    Args:
+        batch: the last one, on the device.
+        max_skipped: number of consecutive skipped updates that is too many.
+        dump: JSON file in which each process describes what it knows.
+    Raises:
+        NonFiniteLoss: the run must stop; the networks are left in evaluation mode.
+    """
+    if bad := [name for name, value in tick.losses.items() if not math.isfinite(value)]:
+        what = f"{', '.join(bad)} became NaN or infinite"
+    elif tick.skipped_in_a_row >= max_skipped:
+        what = f"{tick.skipped_in_a_row} updates in a row were skipped (trainer.max_skipped_updates: {max_skipped})"
+    else:
+        return
+    report = {"first_iteration": tick.first_bad, **_describe_non_finite(state, batch, settings)}
+    write_bytes(dump, (json.dumps(report, indent=2) + "\n").encode())
+    at = f", first in {tick.first_bad['iteration']}" if tick.first_bad else ""
+    raise NonFiniteLoss(
+        f"{what} between iterations {tick.first_iteration} and {tick.last_iteration}{at}; the newest checkpoint is"
+        f" older and valid. {dump} names the batch and the first weight, gradient and layer. Lower the learning rates,"
+        " or write trainer.precision: bf16 or fp32"
+    )
+
+
+@torch.no_grad()
+def _describe_non_finite(state: TrainState, batch: Batch, settings: StepSettings) -> dict[str, Any]:
+    """Name the first weight, gradient and layer whose numbers are not finite. The networks run on ``batch`` once more,
+    in evaluation mode."""
+    parts = {"encoder": state.encoder, "generator": state.generator, "discriminator": state.discriminator}
+    networks = nn.ModuleDict({name: network for name, network in parts.items() if network is not None}).eval()
+    gradients = ((name, p.grad) for name, p in networks.named_parameters() if p.grad is not None)
+    names = {layer: name for name, layer in networks.named_modules() if not any(layer.children())}
+    found: list[str] = []
+
+    def look(layer: nn.Module, _: Any, output: Any) -> None:
+        if layer in names and isinstance(output, Tensor) and not output.isfinite().all():
+            found.append(names[layer])
+
+    with register_module_forward_hook(look), autocast(batch.layout.device, settings):
+        fake = generate(Networks(state.generator, state.discriminator, state.encoder), batch, settings).fake
+        state.discriminator(batch.layout, torch.cat([fake, real_images(batch)]))
+    return {
+        "images_seen": state.images_seen,
+        "first_non_finite": {
+            "weight": _first(networks.state_dict().items()),
+            "gradient": _first(gradients),
+            "output on the last batch": next(iter(found), None),
+        },
+        "last_batch_keys": list(batch.keys),
+    }
+
+
+def _first(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    return next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
+
+
+@contextmanager
+def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
+    """Explain a failed allocation by the keys that need less.
+
+    Raises:
+        OutOfMemory: memory did not suffice.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        train, trainer = config.data.train, config.trainer
+        size = train.augmentations.output_h_w
+        filters = [f"{part}.num_filters" for part, component in (("gen", config.gen), ("dis", config.dis))
+                   if "num_filters" in component.args]  # fmt: skip
+        knobs = {
+            "trainer.activation_checkpointing: true: the same result, the generator's backward pass takes longer":
+                not trainer.activation_checkpointing,
+            f"trainer.gradient_accumulation: {_next_divisor(train.batch_size, trainer.gradient_accumulation)}"
+            f" (now {trainer.gradient_accumulation}): the same batch in smaller pieces, the same result but for batch"
+            " statistics": trainer.gradient_accumulation < train.batch_size,
+            f"data.train.batch_size (now {train.batch_size} per process)": train.batch_size > 1,
+            "trainer.precision: bf16 (now fp32)": trainer.precision == "fp32",
+            f"data.train.augmentations, smaller images (now {'x'.join(map(str, size)) if size else 'of any size'})":
+                True,
+            f"{' and '.join(filters)}, narrower networks": bool(filters),
+        }  # fmt: skip
+        raise OutOfMemory(
+            f"out of memory ({str(error).splitlines()[0][:300]}). What needs less, the mildest first:\n  "
+            + "\n  ".join(knob for knob, helps in knobs.items() if helps)
+            + "\ntrain.py --dry_run measures the peak of one iteration. Other programs on the same GPU take theirs too:"
+            f" see nvidia-smi (process {os.getpid()} is this one)"
+        ) from None
+
+
+def _next_divisor(batch_size: int, pieces: int) -> int:
+    """Return the next larger number of equal pieces."""
+    return next((n for n in range(pieces + 1, batch_size + 1) if batch_size % n == 0), batch_size)

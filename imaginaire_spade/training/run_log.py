@@ -1,0 +1,212 @@
+"""Write a run's log: TensorBoard, ``metrics.jsonl``, curves, images and lines of text."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from imaginaire_spade.errors import UserError
+from imaginaire_spade.files import write_bytes, write_image
+from imaginaire_spade.training import curves
+from imaginaire_spade.training.schedule import Calendar
+
+
+class RunLog:
+    """Write the TensorBoard events, ``metrics.jsonl``, ``curves.png``, preview images and lines of text of one log dir.
+
+    On a terminal progress is a bar; in a log file it is one line per tick. Ranks other than 0 write nothing. A failed
+    write (disk full) is reported and skipped: the log has a gap, the run continues.
+
+    Args:
+        images_seen: where this launch begins. Later records, of a launch that died after its last checkpoint, are
+            dropped.
+    """
+
+    def __init__(self, logdir: Path, calendar: Calendar, images_seen: int, enabled: bool) -> None:
+        self.logdir, self.calendar, self.enabled = logdir, calendar, enabled
+        self._ticked_at = time.perf_counter()
+        self._ticked_images = images_seen
+        self._waited_s = 0.0
+        if not enabled:
+            return
+        terminal = sys.stderr.isatty()
+        done = calendar.iteration(images_seen)
+        self._bar = tqdm(
+            total=calendar.stop_iteration, initial=done, unit="it", disable=not terminal, dynamic_ncols=True
+        )
+        self._events: SummaryWriter | None = None
+        self._next_step = done + 1
+        self._metrics = logdir / "metrics.jsonl"
+        self._records = [r for r in _read_jsonl(self._metrics) if r["images_seen"] <= images_seen]
+        with self.report_write_errors():
+            write_bytes(self._metrics, "".join(map(_line, self._records)).encode())
+
+    def say(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def warn(self, images_seen: int, text: str) -> None:
+        """Print a warning and write it to TensorBoard's text."""
+        iteration = self.calendar.iteration(images_seen)
+        self.say(f"warning: iteration {iteration}: {text}")
+        if self.enabled:
+            with self.report_write_errors():
+                self._tensorboard().add_text("warnings", text, iteration)
+
+    def tick(self, images_seen: int, losses: dict[str, float], rates: dict[str, float], wait_s: float) -> None:
+        """Write one record.
+
+        Args:
+            losses: mean losses since the last tick.
+            rates: learning rates, health and the like by name.
+            wait_s: seconds spent waiting for data since launch.
+        """
+        now = time.perf_counter()
+        elapsed, images, waited_s = now - self._ticked_at, images_seen - self._ticked_images, wait_s - self._waited_s
+        self._ticked_at, self._ticked_images, self._waited_s = now, images_seen, wait_s
+        if not self.enabled or not images:
+            return
+        values = {
+            **{f"loss/{name}": value for name, value in losses.items()},
+            **rates,
+            "speed/images_per_s": images / elapsed,
+            "data/share_waiting": waited_s / elapsed,
+            "memory/peak_gib": peak_memory_gib(),
+        }
+        self._write(images_seen, values)
+        text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        if self._bar.disable:
+            iteration, stop = self.calendar.iteration(images_seen), self.calendar.stop_iteration
+            left_s = (stop - iteration) * self.calendar.global_batch * elapsed / images
+            print(
+                f"iteration {iteration}/{stop} (epoch {self.calendar.epoch(images_seen):.2f})"
+                f" {text} | {images / elapsed:.1f} images/s, {waited_s / elapsed:.0%} waiting for data,"
+                f" {_duration(left_s)} left",
+                flush=True,
+            )
+        else:
+            self._bar.set_postfix_str(text)
+
+    def add_scores(self, images_seen: int, scores: dict[str, float], seconds: float) -> None:
+        """Write the record of an evaluation; the time it took does not count as training time."""
+        self._ticked_at += seconds
+        if self.enabled:
+            finite = {f"evaluation/{name}": value for name, value in scores.items() if math.isfinite(value)}
+            self._write(images_seen, finite)
+
+    def advance(self) -> None:
+        """Count one finished iteration."""
+        if self.enabled:
+            self._bar.update()
+
+    def add_preview(self, images_seen: int, sheet: NDArray[np.uint8]) -> None:
+        """Write a preview sheet, uint8 RGB [H, W, 3], in TensorBoard and under ``images/``."""
+        if self.enabled:
+            iteration = self.calendar.iteration(images_seen)
+            with self.report_write_errors():
+                self._tensorboard().add_image("preview", sheet, iteration, dataformats="HWC")
+                write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", sheet)
+            self._draw_curves()
+
+    def close(self) -> None:
+        """Draw the curves a last time and close the files."""
+        if self.enabled:
+            self._draw_curves()
+            self._bar.close()
+            with self.report_write_errors():
+                if self._events is not None:
+                    self._events.close()
+
+    def _write(self, images_seen: int, values: dict[str, float]) -> None:
+        """Write one record to ``metrics.jsonl`` and TensorBoard."""
+        iteration, epoch = self.calendar.iteration(images_seen), round(self.calendar.epoch(images_seen), 4)
+        values = {"epoch": epoch, **values}
+        self._records.append({"iteration": iteration, "images_seen": images_seen, **values})
+        with self.report_write_errors():
+            _append(self._metrics, _line(self._records[-1]))
+            events = self._tensorboard()
+            for name, value in values.items():
+                events.add_scalar(name, value, iteration)
+            events.flush()
+            self._next_step = iteration + 1
+
+    def _draw_curves(self) -> None:
+        with self.report_write_errors():
+            if self._records:
+                curves.write_curves(self._records, self.logdir / "curves.png")
+
+    def _tensorboard(self) -> SummaryWriter:
+        """Return the writer of events; after one that failed, a new one with a new file."""
+        if self._events is None:
+            self._events = SummaryWriter(str(self.logdir), purge_step=self._next_step)
+        return self._events
+
+    @contextmanager
+    def report_write_errors(self) -> Iterator[None]:
+        """Report that a file of the log cannot be written, and go on."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            self._events = None
+            self.say(f"warning: the log in {self.logdir} has a gap here: {error}")
+
+
+def peak_memory_gib() -> float:
+    """Return the peak memory of this process in GiB: of the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:  # the last line of a run that was killed while writing it
+            continue
+    return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _append(path: Path, line: str) -> None:
+    """Append the whole line, or nothing.
+
+    Raises:
+        OSError: the line cannot be written.
+    """
+    content = line.encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(content) < len(content):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
