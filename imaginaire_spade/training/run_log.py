@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,13 @@ class RunLog:
         self._waited_s = 0.0
         if not enabled:
             return
-        terminal = sys.stderr.isatty()
         done = calendar.iteration(images_seen)
-        self._bar = tqdm(
-            total=calendar.stop_iteration, initial=done, unit="it", disable=not terminal, dynamic_ncols=True
-        )
+        total = calendar.stop_iteration
+        self._bar = tqdm(total=total, initial=done, unit="it", disable=None, dynamic_ncols=True)  # None: on a terminal
         self._events: SummaryWriter | None = None
         self._next_step = done + 1
         self._metrics = logdir / "metrics.jsonl"
-        self._records = [r for r in _read_jsonl(self._metrics) if r["images_seen"] <= images_seen]
+        self._records = [r for r in _read_records(self._metrics) if r["images_seen"] <= images_seen]
         with self.report_write_errors():
             write_bytes(self._metrics, "".join(map(_line, self._records)).encode())
 
@@ -95,11 +93,10 @@ class RunLog:
         if self._bar.disable:
             iteration, stop = self.calendar.iteration(images_seen), self.calendar.stop_iteration
             left_s = (stop - iteration) * self.calendar.global_batch * elapsed / images
-            print(
+            self.say(
                 f"iteration {iteration}/{stop} (epoch {self.calendar.epoch(images_seen):.2f})"
                 f" {text} | {images / elapsed:.1f} images/s, {waited_s / elapsed:.0%} waiting for data,"
-                f" {_duration(left_s)} left",
-                flush=True,
+                f" {tqdm.format_interval(left_s)} left"
             )
         else:
             self._bar.set_postfix_str(text)
@@ -123,14 +120,14 @@ class RunLog:
             with self.report_write_errors():
                 self._tensorboard().add_image("preview", sheet, iteration, dataformats="HWC")
                 write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", sheet)
-            self._draw_curves()
+                self._draw_curves()
 
     def close(self) -> None:
         """Draw the curves a last time and close the files."""
         if self.enabled:
-            self._draw_curves()
             self._bar.close()
             with self.report_write_errors():
+                self._draw_curves()
                 if self._events is not None:
                     self._events.close()
 
@@ -148,9 +145,8 @@ class RunLog:
             self._next_step = iteration + 1
 
     def _draw_curves(self) -> None:
-        with self.report_write_errors():
-            if self._records:
-                curves.write_curves(self._records, self.logdir / "curves.png")
+        if self._records:
+            curves.write_curves(self._records, self.logdir / "curves.png")
 
     def _tensorboard(self) -> SummaryWriter:
         """Return the writer of events; after one that failed, a new one with a new file."""
@@ -176,16 +172,10 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:  # the last line of a run that was killed while writing it
-            continue
-    return records
+def _read_records(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):  # the last line of a run that was killed while writing it
+            yield json.loads(line)
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -204,9 +194,3 @@ def _append(path: Path, line: str) -> None:
         if file.write(content) < len(content):
             file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    minutes, seconds = divmod(rest, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
