@@ -160,11 +160,6 @@ def total_over_processes(values: Tensor) -> Tensor:
     return _reduce(values, dist.ReduceOp.SUM)
 
 
-def mean_over_processes(values: Tensor) -> Tensor:
-    """Average ``values`` over the processes (no gradient)."""
-    return total_over_processes(values) / (dist.get_world_size() if dist.is_initialized() else 1)
-
-
 def maximum_over_processes(values: Tensor) -> Tensor:
     """Compute the element-wise maximum of ``values`` over the processes."""
     return _reduce(values, dist.ReduceOp.MAX)
@@ -181,8 +176,7 @@ def mean_of_host_numbers(first: float, second: float) -> tuple[float, float]:
     """Average two numbers over the processes, exactly the same on all of them. Does not wait for a GPU."""
     if not dist.is_initialized():
         return first, second
-    values = torch.tensor([first, second], dtype=torch.float64)
-    dist.all_reduce(values, group=_own_group("host"))
+    values = _reduce(torch.tensor([first, second], dtype=torch.float64), dist.ReduceOp.SUM, _own_group("host"))
     first, second = (values / dist.get_world_size()).tolist()
     return first, second
 

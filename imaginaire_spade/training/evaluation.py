@@ -12,9 +12,9 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ from imaginaire_spade.evaluation.segmentation import Segmentation, network_predi
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.pretrained.inception import feature_network
-from imaginaire_spade.training.signals import StopRequested
 
 FOLDER = "evaluation"
 """Of the log dir: the statistics of the photos, and a report of every evaluation."""
@@ -51,12 +50,8 @@ Leave = Callable[[], bool]
 """Asked before each batch, equally often on every process: whether to stop."""
 
 
-@dataclass(frozen=True)
-class Scored:
-    """What an evaluation found; the same on every process."""
-
-    scores: dict[str, float]
-    is_best: bool
+class StopRequested(Exception):
+    """A process was asked to stop while an evaluation ran; raised on all processes at the same point."""
 
 
 class Evaluation:
@@ -91,9 +86,8 @@ class Evaluation:
                 )  # fmt: skip
                 self._segmentation = Segmentation(config.data.labels, predictions, predictions)
         self._keep_features = bool(set(self.section.metrics) & set(KEEP_FEATURES))
-        best = self.section.best
-        of_features = self._network is not None and best in ("fid", "kid", "precision", "recall")
-        self._deciding = score_name(best, self._network) if of_features and self._network else best
+        best, of_features = self.section.best, ("fid", "kid", "precision", "recall")
+        self._deciding = score_name(best, self._network) if self._network and best in of_features else best
         self.identity = self._identity(config)
         self.evaluated_at = 0
         """Images seen at the last evaluation."""
@@ -137,8 +131,7 @@ class Evaluation:
         if state is None:
             return None
         self.evaluated_at = state["evaluated_at"]
-        best = state["best"]
-        if best is None:
+        if (best := state["best"]) is None:
             return None
         own = self.state_dict()["identity"]
         if changed := [key for key, value in own.items() if state["identity"].get(key) != value]:
@@ -160,7 +153,7 @@ class Evaluation:
         self._real = broadcast_object(self._stored(path) if self._info.is_main else None)
         if self._real is not None:
             return f"evaluation: statistics of {len(self._indices)} real photos from {path}"
-        source = self._images("photos", _photos, PIPELINE, leave)
+        source = self._images("photos", attrgetter("images"), PIPELINE, leave)
         segmentation = self._segmentation
         with self._random_numbers_kept():
             self._real = collect(
@@ -181,8 +174,10 @@ class Evaluation:
         return stored if stored.origin is not None and stored.origin.get("run") == self.identity else None
 
     @torch.no_grad()
-    def __call__(self, generator: Generator, images_seen: int, logdir: Path, name: str, leave: Leave) -> Scored:
-        """Evaluate (a collective).
+    def __call__(
+        self, generator: Generator, images_seen: int, logdir: Path, name: str, leave: Leave
+    ) -> tuple[dict[str, float], bool]:
+        """Evaluate (a collective). Return the scores, and whether they are the best so far: the same on every process.
 
         Args:
             generator: in evaluation mode.
@@ -207,21 +202,18 @@ class Evaluation:
         if self._info.is_main:
             report.save(logdir / FOLDER / f"{name}.json")
         self.evaluated_at = images_seen
-        value = report.scores[self._deciding]
-        is_best = math.isfinite(value) and (self.best is None or self._is_better(value, self.best[0]))
+        value, sign = report.scores[self._deciding], 1 if higher_is_better(self._deciding) else -1
+        is_best = math.isfinite(value) and (self.best is None or sign * value > sign * self.best[0])
         if is_best:
             self.best = (value, images_seen)
-        return Scored(dict(report.scores), is_best)
+        return dict(report.scores), is_best
 
-    def describe(self, scored: Scored) -> str:
+    def describe(self, scores: Mapping[str, float], is_best: bool) -> str:
         """Return a line for the log."""
-        scores = " ".join(f"{name} {value:.5g}" for name, value in scored.scores.items())
-        if scored.is_best:
-            return f"{scores} | the best {self._deciding} so far: checkpoints/best.pt"
-        return scores if self.best is None else f"{scores} | best {self._deciding} {self.best[0]:.5g}"
-
-    def _is_better(self, value: float, than: float) -> bool:
-        return value > than if higher_is_better(self._deciding) else value < than
+        text = " ".join(f"{name} {value:.5g}" for name, value in scores.items())
+        if is_best:
+            return f"{text} | the best {self._deciding} so far: checkpoints/best.pt"
+        return text if self.best is None else f"{text} | best {self._deciding} {self.best[0]:.5g}"
 
     def _images(self, name: str, make: Callable[[Batch], Tensor], format: str, leave: Leave) -> DatasetImages:
         """Return what ``make`` makes, uint8 [N, 3, H, W], of batches of the run's validation samples."""
@@ -270,8 +262,3 @@ def _try_libraries(metrics: Sequence[str]) -> None:
         kernel_distance(torch.ones(2, 1), torch.ones(2, 1))
     if "precision_recall" in metrics:
         precision_recall(torch.ones(NEIGHBOURS + 1, 1), torch.ones(NEIGHBOURS + 1, 1))
-
-
-def _photos(batch: Batch) -> Tensor:
-    assert batch.images is not None
-    return batch.images

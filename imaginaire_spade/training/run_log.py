@@ -23,7 +23,7 @@ from tqdm import tqdm
 from imaginaire_spade.errors import UserError
 from imaginaire_spade.files import write_bytes, write_image
 from imaginaire_spade.training import curves
-from imaginaire_spade.training.schedule import Calendar
+from imaginaire_spade.training.setup import Calendar
 
 
 class RunLog:

@@ -105,8 +105,8 @@ def _losses(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
         gan = losses.GANLoss(mode=_GAN_MODES[kind], relative=mode != kind)
         terms = {
             "gan": gan(outputs),
-            "feature_matching": losses.feature_matching_loss(fake, real),
-            "kl": losses.kl_loss(leaves["mu"], leaves["logvar"]),
+            "feature_matching": losses.FeatureMatchingLoss()(outputs),
+            "kl": losses.KLLoss()(outputs) * len(leaves["mu"]),
         }
         names = {"gan": "GAN", "feature_matching": "FeatureMatching", "kl": "GaussianKL"}
         for name, term in terms.items():
