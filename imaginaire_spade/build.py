@@ -111,11 +111,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
     Raises:
         ConfigError: apex is requested, and NVIDIA's is not installed.
     """
-    settings: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": (float(config.adam_beta1), float(config.adam_beta2)),
-        "eps": config.adam_eps,
-    }
+    betas = (config.adam_beta1, config.adam_beta2)
+    settings: dict[str, Any] = {"lr": config.lr, "betas": betas, "eps": config.adam_eps}
     if config.fused == "apex":
         return _apex_adam()(list(parameters), adam_w_mode=False, **settings)
     return torch.optim.Adam(parameters, fused=config.fused != "off", **settings)

@@ -98,16 +98,13 @@ def init_process_group(info: ProcessInfo, device: torch.device, timeout_s: float
     """Join the process group (NCCL on GPUs, gloo on CPUs) if a launcher started several processes."""
     if info.world_size > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
         open_own_groups(timeout)
 
 
 _own_groups: dict[str, dist.ProcessGroup] = {}
-"""Purpose -> the process group for it; "default": the default group beside which they were made."""
+"""Purpose -> the process group for it; none before ``open_own_groups``."""
 
 
 def open_own_groups(timeout: timedelta | None = None) -> None:
@@ -118,14 +115,12 @@ def open_own_groups(timeout: timedelta | None = None) -> None:
     the order of the two kinds in one group would depend on what each process computes. "host" is for numbers in the
     host's memory (gloo on any device), so that a decision does not wait for a GPU.
     """
-    if not dist.is_initialized() or _own_groups.get("default") is dist.group.WORLD:
+    if not dist.is_initialized() or _own_groups:
         return
     for purpose, backend in (("statistics", None), ("host", "gloo")):
         group = dist.new_group(timeout=timeout, backend=backend)
         assert isinstance(group, dist.ProcessGroup)  # which all processes are in
         _own_groups[purpose] = group
-    assert dist.group.WORLD is not None
-    _own_groups["default"] = dist.group.WORLD
 
 
 def _own_group(purpose: Literal["statistics", "host"]) -> dist.ProcessGroup:

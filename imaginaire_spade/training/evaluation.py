@@ -46,12 +46,8 @@ from imaginaire_spade.pretrained.inception import feature_network
 FOLDER = "evaluation"
 """Of the log dir: the statistics of the photos, and a report of every evaluation."""
 
-Leave = Callable[[], bool]
-"""Asked before each batch, equally often on every process: whether to stop."""
-
-
-class StopRequested(Exception):
-    """A process was asked to stop while an evaluation ran; raised on all processes at the same point."""
+CheckStop = Callable[[], None]
+"""Called before each batch, equally often on every process: raises to stop, on all of them."""
 
 
 class Evaluation:
@@ -141,19 +137,17 @@ class Evaluation:
 
     # -------------------------------------------------------------------------------------------- the work
 
-    def find_reference(self, logdir: Path, leave: Leave) -> str:
+    def find_reference(self, logdir: Path, check_stop: CheckStop) -> str:
         """Get the statistics of the real photos ready, from the log dir or by computing them (a collective).
 
         Returns:
             What was done, for the log.
-        Raises:
-            StopRequested: (on every process) ``leave`` said so.
         """
         path = logdir / FOLDER / "real.npz"
         self._real = broadcast_object(self._stored(path) if self._info.is_main else None)
         if self._real is not None:
             return f"evaluation: statistics of {len(self._indices)} real photos from {path}"
-        source = self._images("photos", attrgetter("images"), PIPELINE, leave)
+        source = self._images("photos", attrgetter("images"), PIPELINE, check_stop)
         segmentation = self._segmentation
         with self._random_numbers_kept():
             self._real = collect(
@@ -175,15 +169,14 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(
-        self, generator: Generator, images_seen: int, logdir: Path, name: str, leave: Leave
+        self, generator: Generator, images_seen: int, logdir: Path, name: str, check_stop: CheckStop
     ) -> tuple[dict[str, float], bool]:
         """Evaluate (a collective). Return the scores, and whether they are the best so far: the same on every process.
 
         Args:
             generator: in evaluation mode.
             name: of the report.
-        Raises:
-            StopRequested: (on every process) ``leave`` said so; nothing has changed.
+            check_stop: if it raises, nothing has changed.
         """
         assert self._real is not None
 
@@ -194,7 +187,7 @@ class Evaluation:
         subject = {"images_seen": str(images_seen), "samples": f"{len(self._indices)} of data.val"}
         with self._random_numbers_kept():
             report = evaluate(
-                self._images("generated", generate, NOT_STORED, leave), self._real, self._network,
+                self._images("generated", generate, NOT_STORED, check_stop), self._real, self._network,
                 metrics=self.section.metrics, reference_split="val", segmentation=self._segmentation,
                 photos=self._real, subject=subject, geometry=self._dataset.augmentations,
                 batch_size=self._batch_size, info=self._info,
@@ -215,15 +208,14 @@ class Evaluation:
             return f"{text} | the best {self._deciding} so far: checkpoints/best.pt"
         return text if self.best is None else f"{text} | best {self._deciding} {self.best[0]:.5g}"
 
-    def _images(self, name: str, make: Callable[[Batch], Tensor], format: str, leave: Leave) -> DatasetImages:
+    def _images(self, name: str, make: Callable[[Batch], Tensor], format: str, check_stop: CheckStop) -> DatasetImages:
         """Return what ``make`` makes, uint8 [N, 3, H, W], of batches of the run's validation samples."""
         share = math.ceil(len(self._indices) / self._info.world_size)
 
         def batch_by_batch(samples: Samples) -> Made:
             remaining = iter(samples)
             for _ in range(math.ceil(share / self._batch_size)):
-                if leave():
-                    raise StopRequested
+                check_stop()
                 if taken := list(islice(remaining, self._batch_size)):
                     batch = Batch.collate(self._dataset.spec, [sample for _, sample in taken])
                     for (index, _), pixels in zip(taken, make(batch), strict=True):

@@ -233,13 +233,14 @@ def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         train, trainer = config.data.train, config.trainer
-        size = train.augmentations.output_h_w
+        size, pieces = train.augmentations.output_h_w, range(trainer.gradient_accumulation + 1, train.batch_size)
+        more_pieces = next((number for number in pieces if train.batch_size % number == 0), train.batch_size)
         filters = [f"{part}.num_filters" for part, component in (("gen", config.gen), ("dis", config.dis))
                    if "num_filters" in component.args]  # fmt: skip
         knobs = {
             "trainer.activation_checkpointing: true: the same result, the generator's backward pass takes longer":
                 not trainer.activation_checkpointing,
-            f"trainer.gradient_accumulation: {_next_divisor(train.batch_size, trainer.gradient_accumulation)}"
+            f"trainer.gradient_accumulation: {more_pieces}"
             f" (now {trainer.gradient_accumulation}): the same batch in smaller pieces, the same result but for batch"
             " statistics": trainer.gradient_accumulation < train.batch_size,
             f"data.train.batch_size (now {train.batch_size} per process)": train.batch_size > 1,
@@ -254,8 +255,3 @@ def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
             + "\ntrain.py --dry_run measures the peak of one iteration. Other programs on the same GPU take theirs too:"
             f" see nvidia-smi (process {os.getpid()} is this one)"
         ) from None
-
-
-def _next_divisor(batch_size: int, pieces: int) -> int:
-    """Return the next larger number of equal pieces."""
-    return next((n for n in range(pieces + 1, batch_size + 1) if batch_size % n == 0), batch_size)

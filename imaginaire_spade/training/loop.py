@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -19,13 +19,12 @@ from imaginaire_spade.data.loader import Prefetcher
 from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.files import write_bytes
 from imaginaire_spade.training.checkpoint import CheckpointWriter
-from imaginaire_spade.training.ema import reestimate_batch_norm
-from imaginaire_spade.training.evaluation import StopRequested
+from imaginaire_spade.training.evaluation import CheckStop
 from imaginaire_spade.training.health import Alarms, LossMeter, check_finite, explain_out_of_memory
-from imaginaire_spade.training.preview import preview_batch, preview_sheet
 from imaginaire_spade.training.resume import content_of, resume
-from imaginaire_spade.training.run_log import RunLog
+from imaginaire_spade.training.run_log import RunLog, preview_batch, preview_sheet
 from imaginaire_spade.training.setup import Run, calibration_inputs, calibration_layouts, describe
+from imaginaire_spade.training.state import reestimate_batch_norm
 from imaginaire_spade.training.step import train_step
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -43,6 +42,10 @@ ESTIMATE_AT_MOST = 20
 """Checkpoints re-estimate the EMA's batch statistics at most once every ``ESTIMATE_AT_MOST * batch_norm_images``
 training images: one forward of the generator then costs less than 1.5 % of the iterations, however often a checkpoint
 is due."""
+
+
+class StopRequested(Exception):
+    """A process was asked to stop while an evaluation ran; raised on all processes at the same point."""
 
 
 class StopRequest:
@@ -123,12 +126,13 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
     batch, saved_at = None, state.images_seen  # the last batch since the log tick
     any_request = distributed.LaggedMaximum()
 
-    def stop_requested() -> bool:
-        return any_request(request.number) > 0
+    def check_stop() -> None:
+        if any_request(request.number):
+            raise StopRequested
 
     if run.evaluation is not None:
         with suppress(StopRequested):
-            log.say(run.evaluation.find_reference(log.logdir, stop_requested))
+            log.say(run.evaluation.find_reference(log.logdir, check_stop))
     preview = preview_batch(run) if run.info.is_main else None
     calibration = calibration_layouts(run)
 
@@ -164,7 +168,7 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
         is_best = False
         if due_scores and not stop_signal:
             try:
-                is_best = _evaluate(run, log, stop_requested)
+                is_best = _evaluate(run, log, check_stop)
             except StopRequested:
                 continue  # the next launch evaluates
         due_checkpoint |= is_best or (finished and due_scores)  # with what is remembered of the scores
@@ -204,7 +208,7 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
         log.advance()
 
 
-def _evaluate(run: Run, log: RunLog, stop_requested: Callable[[], bool]) -> bool:
+def _evaluate(run: Run, log: RunLog, check_stop: CheckStop) -> bool:
     """Evaluate and log the scores. Return whether they are the best so far, the same on every process.
 
     Raises:
@@ -216,7 +220,7 @@ def _evaluate(run: Run, log: RunLog, stop_requested: Callable[[], bool]) -> bool
     name = f"iteration_{run.calendar.iteration(seen):09d}"
     generator.eval()
     try:
-        scores, is_best = run.evaluation(generator, seen, log.logdir, name, stop_requested)
+        scores, is_best = run.evaluation(generator, seen, log.logdir, name, check_stop)
     finally:
         generator.train(generator is run.state.generator)
     seconds = time.perf_counter() - started_at

@@ -1,10 +1,14 @@
-"""Define the state of training: all that a run would lose if it stopped now. Its fields are the checkpoint."""
+"""Define the state of training: all that a run would lose if it stopped now. Its fields are the checkpoint.
+
+Owns the exponential moving average (EMA) of the networks' weights, and its batch statistics.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +18,11 @@ from imaginaire_spade.config import RunConfig
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
+from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
+from imaginaire_spade.models.norms import BatchNorm2d
 from imaginaire_spade.training.checkpoint import check_counter, check_tensors
-from imaginaire_spade.training.ema import new_average, update_average
+
+N = TypeVar("N", bound=nn.Module)
 
 
 @dataclass
@@ -37,10 +44,9 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return field -> its state (tensors and plain types only)."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             name: value if value is None or isinstance(value, int) else value.state_dict()
-            for name, value in values.items()
+            for name, value in vars(self).items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any], where: str) -> None:
@@ -49,10 +55,9 @@ class TrainState:
         Raises:
             CheckpointError: a field is missing, new, or does not fit.
         """
-        names = [field.name for field in fields(self)]
-        if missing := set(names) - set(state):
+        places = dict(vars(self))
+        if missing := places.keys() - state.keys():
             raise CheckpointError(f"{where}: not a training checkpoint, it lacks {', '.join(sorted(missing))}")
-        places = {name: getattr(self, name) for name in names}
         for name, own in places.items():
             if (own is None) != (state[name] is None):
                 has, lacks = ("this config", where) if own is not None else (where, "this config")
@@ -129,6 +134,50 @@ def _load(owner: Any, stored: Any, name: str, where: str) -> None:
         for parameter, moments in owner.state.items():
             for key in moments.keys() - {"step"}:
                 moments[key] = torch.empty_like(parameter, dtype=moments[key].dtype).copy_(moments[key])
+
+
+def new_average(network: N) -> N:
+    """Copy ``network`` as its EMA: in evaluation mode, without gradients, its spectral norms folded."""
+    return fold_spectral_norm(copy.deepcopy(network)).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, source: nn.Module, beta: float) -> None:
+    """Set average = beta * average + (1 - beta) * source, for parameters and running statistics alike.
+
+    A layer with spectral norm gives its normalised weight, under the present u and v (as in imaginaire): an average of
+    raw weights would have another norm than each of them.
+
+    Args:
+        average: from ``new_average``.
+        source: the trained network.
+    """
+    values = {name: value for name, value in source.state_dict().items() if value.is_floating_point()}
+    for name, layer in source.named_modules():
+        if isinstance(layer, SpectralNorm):
+            values[f"{name}.weight"] = layer.effective_weight()
+    averages = {name: value for name, value in average.state_dict().items() if name in values}
+    torch._foreach_lerp_(list(averages.values()), [values[name] for name in averages], 1.0 - beta)
+
+
+@torch.no_grad()
+def reestimate_batch_norm(generator: nn.Module, inputs: Iterable[tuple[object, Tensor | None]]) -> None:
+    """Set the running statistics of an EMA to their plain average over ``inputs`` (label maps, style codes).
+
+    The activations of averaged weights have other statistics than the average of the statistics. Only the batch norms
+    are in training mode meanwhile, so spectral-norm vectors stay.
+    """
+    norms = [module for module in generator.modules() if isinstance(module, BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+        norm.train()
+    for layout, z in inputs:
+        generator(layout, z)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
 
 
 def new_train_state(config: RunConfig, device: torch.device, seed: int) -> TrainState:

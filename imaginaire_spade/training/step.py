@@ -15,8 +15,7 @@ from imaginaire_spade.losses import GANLoss, GeneratorOutputs
 from imaginaire_spade.models.discriminator import Discriminator, Scores, split_scores
 from imaginaire_spade.models.encoder import sample_style
 from imaginaire_spade.noise import style_codes
-from imaginaire_spade.training.ema import update_average
-from imaginaire_spade.training.state import TrainState
+from imaginaire_spade.training.state import TrainState, update_average
 
 SATURATED = 0.99
 """A value of [-1, 1] beyond it is the first or the last of the 256 steps of an image file."""

@@ -17,7 +17,7 @@ from imaginaire_spade.models.discriminator import Scores
 from imaginaire_spade.models.encoder import sample_style
 from imaginaire_spade.models.layers import SpectralConv2d, SpectralLinear
 from imaginaire_spade.models.norms import BatchNorm2d
-from imaginaire_spade.training.ema import new_average, reestimate_batch_norm, update_average
+from imaginaire_spade.training.state import new_average, reestimate_batch_norm, update_average
 from parity.fixture import MODES, Check, Fixture, buffers, gradients, matching_layout
 
 
