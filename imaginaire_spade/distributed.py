@@ -39,12 +39,11 @@ def process_info_from_environment() -> ProcessInfo:
     Raises:
         ConfigError: the environment names only a part of it.
     """
-    names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
-    present = {field: os.environ[name] for field, name in names.items() if name in os.environ}
-    if present and len(present) < len(names):
-        missing = [name for field, name in names.items() if field not in present]
-        raise ConfigError(f"the launcher's environment lacks {', '.join(missing)}: start with torchrun")
-    info = {field: int(value) for field, value in present.items()}
+    names = ("rank", "world_size", "local_rank")
+    info = {name: int(os.environ[name.upper()]) for name in names if name.upper() in os.environ}
+    if info and len(info) < len(names):
+        missing = ", ".join(name.upper() for name in names if name not in info)
+        raise ConfigError(f"the launcher's environment lacks {missing}: start with torchrun")
     return ProcessInfo(**info, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", info.get("world_size", 1))))
 
 

@@ -49,14 +49,13 @@ class RunLog:
         done, total = calendar.iteration(images_seen), calendar.stop_iteration
         hidden = None if enabled else True  # None: unless on a terminal
         self._bar = tqdm(total=total, initial=done, unit="it", disable=hidden, dynamic_ncols=True)
-        if not enabled:
-            return
         self._events: SummaryWriter | None = None
         self._next_step = done + 1
         self._metrics = logdir / "metrics.jsonl"
-        self._records = [r for r in _read_records(self._metrics) if r["images_seen"] <= images_seen]
-        with self.report_write_errors():
-            write_bytes(self._metrics, b"".join(map(_line, self._records)))
+        self._records = [r for r in _read_records(self._metrics) if r["images_seen"] <= images_seen] if enabled else []
+        if enabled:
+            with self.report_write_errors():
+                write_bytes(self._metrics, b"".join(map(_line, self._records)))
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -117,22 +116,20 @@ class RunLog:
         self._bar.update()
 
     def add_preview(self, images_seen: int, sheet: NDArray[np.uint8]) -> None:
-        """Write a preview sheet, uint8 RGB [H, W, 3], in TensorBoard and under ``images/``."""
-        if self.enabled:
-            iteration = self.calendar.iteration(images_seen)
-            with self.report_write_errors():
-                self._tensorboard().add_image("preview", sheet, iteration, dataformats="HWC")
-                write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", sheet)
-                self._draw_curves()
+        """Write a preview sheet, uint8 RGB [H, W, 3], in TensorBoard and under ``images/``. For rank 0 only."""
+        iteration = self.calendar.iteration(images_seen)
+        with self.report_write_errors():
+            self._tensorboard().add_image("preview", sheet, iteration, dataformats="HWC")
+            write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", sheet)
+            self._draw_curves()
 
     def close(self) -> None:
         """Draw the curves a last time and close the files."""
-        if self.enabled:
-            self._bar.close()
-            with self.report_write_errors():
-                self._draw_curves()
-                if self._events is not None:
-                    self._events.close()
+        self._bar.close()
+        with self.report_write_errors():
+            self._draw_curves()
+            if self._events is not None:
+                self._events.close()
 
     def _write(self, images_seen: int, values: dict[str, float]) -> None:
         """Write one record to ``metrics.jsonl`` and TensorBoard."""
