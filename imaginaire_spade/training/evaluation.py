@@ -26,18 +26,11 @@ from imaginaire_spade.data.batch import Batch, denormalise
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
 from imaginaire_spade.errors import ConfigError, DataError
+from imaginaire_spade.evaluation import scores
 from imaginaire_spade.evaluation.collection import Collection, collect
 from imaginaire_spade.evaluation.evaluate import evaluate
 from imaginaire_spade.evaluation.images import NOT_STORED, PIPELINE, DatasetImages, Made, Samples
 from imaginaire_spade.evaluation.report import higher_is_better
-from imaginaire_spade.evaluation.scores import (
-    KEEP_FEATURES,
-    NEED_FEATURES,
-    NEIGHBOURS,
-    kernel_distance,
-    precision_recall,
-    score_name,
-)
 from imaginaire_spade.evaluation.segmentation import Segmentation, network_predictions
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.noise import style_codes
@@ -70,7 +63,7 @@ class Evaluation:
         _try_libraries(self.section.metrics)
         self._network = self._segmentation = None
         with torch.random.fork_rng(devices=[]):
-            if set(self.section.metrics) & set(NEED_FEATURES):
+            if set(self.section.metrics) & set(scores.NEED_FEATURES):
                 self._network = feature_network(
                     self.section.inception_weights, dim=self.section.feature_dim, resize=self.section.resize,
                     device=device, setting="trainer.evaluation.inception_weights:",
@@ -81,9 +74,9 @@ class Evaluation:
                     "trainer.evaluation.segmenter:",
                 )  # fmt: skip
                 self._segmentation = Segmentation(config.data.labels, predictions, predictions)
-        self._keep_features = bool(set(self.section.metrics) & set(KEEP_FEATURES))
+        self._keep_features = bool(set(self.section.metrics) & set(scores.KEEP_FEATURES))
         best, of_features = self.section.best, ("fid", "kid", "precision", "recall")
-        self._deciding = score_name(best, self._network) if self._network and best in of_features else best
+        self._deciding = scores.score_name(best, self._network) if self._network and best in of_features else best
         self.identity = self._identity(config)
         self.evaluated_at = 0
         """Images seen at the last evaluation."""
@@ -201,9 +194,9 @@ class Evaluation:
             self.best = (value, images_seen)
         return dict(report.scores), is_best
 
-    def describe(self, scores: Mapping[str, float], is_best: bool) -> str:
-        """Return a line for the log."""
-        text = " ".join(f"{name} {value:.5g}" for name, value in scores.items())
+    def describe(self, found: Mapping[str, float], is_best: bool) -> str:
+        """Return a line for the log: of the scores ``found``."""
+        text = " ".join(f"{name} {value:.5g}" for name, value in found.items())
         if is_best:
             return f"{text} | the best {self._deciding} so far: checkpoints/best.pt"
         return text if self.best is None else f"{text} | best {self._deciding} {self.best[0]:.5g}"
@@ -234,9 +227,9 @@ def evenly_spaced(count: int, wanted: int | None) -> list[int]:
     Raises:
         ConfigError: ``count`` is too small.
     """
-    if count <= NEIGHBOURS:
+    if count <= scores.NEIGHBOURS:
         raise ConfigError(
-            f"trainer.evaluation: data.val has {count} samples, and scores need {NEIGHBOURS + 1} at least"
+            f"trainer.evaluation: data.val has {count} samples, and scores need {scores.NEIGHBOURS + 1} at least"
         )
     if wanted is None:
         return list(range(count))
@@ -251,6 +244,6 @@ def evenly_spaced(count: int, wanted: int | None) -> list[int]:
 def _try_libraries(metrics: Sequence[str]) -> None:
     """Raise ConfigError if a metric's library is not installed."""
     if "kid" in metrics:
-        kernel_distance(torch.ones(2, 1), torch.ones(2, 1))
+        scores.kernel_distance(torch.ones(2, 1), torch.ones(2, 1))
     if "precision_recall" in metrics:
-        precision_recall(torch.ones(NEIGHBOURS + 1, 1), torch.ones(NEIGHBOURS + 1, 1))
+        scores.precision_recall(torch.ones(scores.NEIGHBOURS + 1, 1), torch.ones(scores.NEIGHBOURS + 1, 1))

@@ -55,8 +55,9 @@ class Calendar:
 
     def ema_beta(self, average: ModelAverageConfig | None, images_seen: int) -> float:
         """Return the weight of the old EMA in the next update; 0, which copies the weights, until it starts."""
-        warm = average is not None and self.iteration(images_seen) >= average.start_iteration
-        return average.beta if average is not None and warm else 0.0
+        if average is None or self.iteration(images_seen) < average.start_iteration:
+            return 0.0
+        return average.beta
 
 
 @dataclass
@@ -110,9 +111,8 @@ def prepare(
     val_dataset = dataset if config.data.val is None else build_split(config, config.data.val)
     state = new_train_state(config, device, config.seed)
     if trainer.sync_batch_norm and info.world_size > 1:
-        for network in (state.generator, state.discriminator, state.generator_ema):
-            if network is not None:
-                synchronize_batch_norm(network)
+        for network in filter(None, (state.generator, state.discriminator, state.generator_ema)):
+            synchronize_batch_norm(network)
     # Schedule and settings of an iteration.
     global_batch = config.data.train.batch_size * info.world_size
     if (total := trainer.max_iterations) is None:
