@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from imaginaire_spade.errors import ConfigError
 
@@ -201,8 +202,7 @@ class LaggedMaximum:
         if self._exchange is not None:
             self._exchange.wait()
         known, self._largest = int(self._largest), torch.tensor([value], dtype=torch.int32)
-        group = _own_group("host")
-        self._exchange = dist.all_reduce(self._largest, dist.ReduceOp.MAX, group=group, async_op=True)
+        self._exchange = dist.all_reduce(self._largest, dist.ReduceOp.MAX, _own_group("host"), async_op=True)
         return known
 
 
@@ -232,9 +232,7 @@ def wrap(model: nn.Module, device: torch.device, bucket_cap_mb: float) -> nn.Mod
     """
     if not dist.is_initialized():
         return model
-    parallel = nn.parallel.DistributedDataParallel
-    renamed = "forward_sync_buffers" in signature(parallel).parameters  # in torch 2.15
+    renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # in torch 2.15
     options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    if device.type == "cuda":
-        options["device_ids"] = [device.index]
-    return parallel(model, bucket_cap_mb=bucket_cap_mb, gradient_as_bucket_view=True, **options)
+    options["device_ids"] = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb, gradient_as_bucket_view=True, **options)
