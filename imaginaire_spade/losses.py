@@ -107,7 +107,7 @@ class GANLoss(nn.Module):
 
 @LOSSES.register("feature_matching")
 class FeatureMatchingLoss(nn.Module):
-    """Mean absolute difference of D's features, summed over layers, averaged over scales (SPADE: weight 10).
+    """Distance of the discriminator's features: summed over layers, averaged over scales (SPADE: weight 10).
 
     This is eq. 4 of Wang et al. 2018 without the division by the number of layers, as SPADE's published weights assume.
     No gradient flows into the real features. Scores without features do not count as a scale.
@@ -159,7 +159,7 @@ class PerceptualLoss(nn.Module):
 
 @LOSSES.register("kl")
 class KLLoss(nn.Module):
-    """KL divergence of N(mu, exp(logvar)) from N(0, 1), summed over style dimensions, mean over the batch.
+    """KL divergence of the encoder's style codes, N(mu, exp(logvar)), from N(0, 1): mean over the batch.
 
     SPADE sums over the batch of each GPU instead: its weight 0.05 with 4 images per GPU is 0.2 here.
     """
