@@ -24,8 +24,7 @@ from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss, PerceptualLoss
 from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
-from imaginaire_spade.training.ema import new_average
-from imaginaire_spade.training.state import TrainState
+from imaginaire_spade.training.state import TrainState, new_average
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
 
 VARIANTS = {"SPADE dense, reference": "SPADE", "SPADE": "SPADE", "CLADE": "CLADE", "CLADE-ICPE": "CLADE-ICPE"}

@@ -111,11 +111,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
     Raises:
         ConfigError: apex is requested, and NVIDIA's is not installed.
     """
-    settings: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": (float(config.adam_beta1), float(config.adam_beta2)),
-        "eps": config.adam_eps,
-    }
+    betas = (config.adam_beta1, config.adam_beta2)
+    settings: dict[str, Any] = {"lr": config.lr, "betas": betas, "eps": config.adam_eps}
     if config.fused == "apex":
         return _apex_adam()(list(parameters), adam_w_mode=False, **settings)
     return torch.optim.Adam(parameters, fused=config.fused != "off", **settings)
@@ -166,25 +163,22 @@ def check_run(config: RunConfig, world_size: int) -> None:
         discriminator = build_discriminator(config)
         build_encoder(config)
     multiple = generator.size_multiple
+    given = f"data.train.augmentations gives images of {size[0]}x{size[1]}, but"
     if size[0] % multiple or size[1] % multiple:
         near = [max(multiple, round(length / multiple) * multiple) for length in size]
-        raise ConfigError(
-            f"data.train.augmentations gives images of {size[0]}x{size[1]}, but gen ({config.gen.type}) needs"
-            f" multiples of {multiple}: such as {near}"
-        )
+        raise ConfigError(f"{given} gen ({config.gen.type}) needs multiples of {multiple}: such as {near}")
     if min(size) < discriminator.min_size or any(length % discriminator.size_multiple for length in size):
         raise ConfigError(
-            f"data.train.augmentations gives images of {size[0]}x{size[1]}, but dis ({config.dis.type}) needs at"
-            f" least {discriminator.min_size}, and multiples of {discriminator.size_multiple}: enlarge them, or lower"
-            " dis.num_layers or dis.num_discriminators"
+            f"{given} dis ({config.dis.type}) needs at least {discriminator.min_size}, and multiples of"
+            f" {discriminator.size_multiple}: enlarge them, or lower dis.num_layers or dis.num_discriminators"
         )
     # Validation.
     val = config.data.val
     val_size = None if val is None else val.augmentations.output_h_w
     if val is not None and (val_size is None or val_size[0] % multiple or val_size[1] % multiple):
-        given = "images of different sizes" if val_size is None else f"images of {val_size[0]}x{val_size[1]}"
+        images = "images of different sizes" if val_size is None else f"images of {val_size[0]}x{val_size[1]}"
         raise ConfigError(
-            f"data.val.augmentations gives {given}, but previews need one size, a multiple of {multiple}. Write"
+            f"data.val.augmentations gives {images}, but previews need one size, a multiple of {multiple}. Write"
             f" data.val.augmentations.resize_h_w: {list(size)}"
         )
     if trainer.evaluation is not None and val is None:

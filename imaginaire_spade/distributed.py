@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from imaginaire_spade.errors import ConfigError
 
@@ -39,12 +40,11 @@ def process_info_from_environment() -> ProcessInfo:
     Raises:
         ConfigError: the environment names only a part of it.
     """
-    names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
-    present = {field: os.environ[name] for field, name in names.items() if name in os.environ}
-    if present and len(present) < len(names):
-        missing = [name for field, name in names.items() if field not in present]
-        raise ConfigError(f"the launcher's environment lacks {', '.join(missing)}: start with torchrun")
-    info = {field: int(value) for field, value in present.items()}
+    names = ("rank", "world_size", "local_rank")
+    info = {name: int(os.environ[name.upper()]) for name in names if name.upper() in os.environ}
+    if info and len(info) < len(names):
+        missing = ", ".join(name.upper() for name in names if name not in info)
+        raise ConfigError(f"the launcher's environment lacks {missing}: start with torchrun")
     return ProcessInfo(**info, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", info.get("world_size", 1))))
 
 
@@ -98,16 +98,13 @@ def init_process_group(info: ProcessInfo, device: torch.device, timeout_s: float
     """Join the process group (NCCL on GPUs, gloo on CPUs) if a launcher started several processes."""
     if info.world_size > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
         open_own_groups(timeout)
 
 
 _own_groups: dict[str, dist.ProcessGroup] = {}
-"""Purpose -> the process group for it; "default": the default group beside which they were made."""
+"""Purpose -> the process group for it; none before ``open_own_groups``."""
 
 
 def open_own_groups(timeout: timedelta | None = None) -> None:
@@ -118,14 +115,12 @@ def open_own_groups(timeout: timedelta | None = None) -> None:
     the order of the two kinds in one group would depend on what each process computes. "host" is for numbers in the
     host's memory (gloo on any device), so that a decision does not wait for a GPU.
     """
-    if not dist.is_initialized() or _own_groups.get("default") is dist.group.WORLD:
+    if not dist.is_initialized() or _own_groups:
         return
     for purpose, backend in (("statistics", None), ("host", "gloo")):
         group = dist.new_group(timeout=timeout, backend=backend)
         assert isinstance(group, dist.ProcessGroup)  # which all processes are in
         _own_groups[purpose] = group
-    assert dist.group.WORLD is not None
-    _own_groups["default"] = dist.group.WORLD
 
 
 def _own_group(purpose: Literal["statistics", "host"]) -> dist.ProcessGroup:
@@ -160,11 +155,6 @@ def total_over_processes(values: Tensor) -> Tensor:
     return _reduce(values, dist.ReduceOp.SUM)
 
 
-def mean_over_processes(values: Tensor) -> Tensor:
-    """Average ``values`` over the processes (no gradient)."""
-    return total_over_processes(values) / (dist.get_world_size() if dist.is_initialized() else 1)
-
-
 def maximum_over_processes(values: Tensor) -> Tensor:
     """Compute the element-wise maximum of ``values`` over the processes."""
     return _reduce(values, dist.ReduceOp.MAX)
@@ -181,8 +171,7 @@ def mean_of_host_numbers(first: float, second: float) -> tuple[float, float]:
     """Average two numbers over the processes, exactly the same on all of them. Does not wait for a GPU."""
     if not dist.is_initialized():
         return first, second
-    values = torch.tensor([first, second], dtype=torch.float64)
-    dist.all_reduce(values, group=_own_group("host"))
+    values = _reduce(torch.tensor([first, second], dtype=torch.float64), dist.ReduceOp.SUM, _own_group("host"))
     first, second = (values / dist.get_world_size()).tolist()
     return first, second
 
@@ -213,8 +202,7 @@ class LaggedMaximum:
         if self._exchange is not None:
             self._exchange.wait()
         known, self._largest = int(self._largest), torch.tensor([value], dtype=torch.int32)
-        group = _own_group("host")
-        self._exchange = dist.all_reduce(self._largest, dist.ReduceOp.MAX, group=group, async_op=True)
+        self._exchange = dist.all_reduce(self._largest, dist.ReduceOp.MAX, _own_group("host"), async_op=True)
         return known
 
 
@@ -244,9 +232,7 @@ def wrap(model: nn.Module, device: torch.device, bucket_cap_mb: float) -> nn.Mod
     """
     if not dist.is_initialized():
         return model
-    parallel = nn.parallel.DistributedDataParallel
-    renamed = "forward_sync_buffers" in signature(parallel).parameters  # in torch 2.15
+    renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # in torch 2.15
     options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    if device.type == "cuda":
-        options["device_ids"] = [device.index]
-    return parallel(model, bucket_cap_mb=bucket_cap_mb, gradient_as_bucket_view=True, **options)
+    options["device_ids"] = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb, gradient_as_bucket_view=True, **options)

@@ -6,7 +6,7 @@ discriminator's loss. Users register their own in ``LOSSES``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,66 +42,18 @@ def _mean_over_scales(values: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(values)).mean()
 
 
-def _square_factor(mode: GANMode) -> float:
-    return 0.5 if mode == "half_least_square" else 1.0
+ADVERSARIAL: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "hinge": (lambda x: F.relu(1 + x).mean(), lambda x: F.relu(1 - x).mean()),
+    "least_square": (lambda x: x.square().mean(), lambda x: F.mse_loss(x, torch.ones_like(x))),
+    "half_least_square": (lambda x: 0.5 * x.square().mean(), lambda x: 0.5 * F.mse_loss(x, torch.ones_like(x))),
+    "non_saturated": (lambda x: F.softplus(x).mean(), lambda x: F.softplus(-x).mean()),
+    "wasserstein": (lambda x: x.mean(), lambda x: -x.mean()),
+}
+"""Mode -> the discriminator's losses for the logits of generated and of real images, [N, 1, h, w] -> scalar.
 
-
-def relativistic(scores: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
-    """Subtract from each score map its counterpart of the other kind (Jolicoeur-Martineau 2018)."""
-    return [x - y for x, y in zip(scores, others, strict=True)]
-
-
-def generator_gan_loss(fake: Sequence[Tensor], mode: GANMode) -> Tensor:
-    """Compute the generator's GAN loss: the mean over positions and batch, then over scales.
-
-    Args:
-        fake: logits of generated images, one map [N, 1, h, w] per scale.
-    """
-    if mode in ("least_square", "half_least_square"):
-        return _square_factor(mode) * _mean_over_scales([F.mse_loss(x, torch.ones_like(x)) for x in fake])
-    if mode == "non_saturated":
-        return _mean_over_scales([F.softplus(-x).mean() for x in fake])
-    return _mean_over_scales([-x.mean() for x in fake])  # hinge (Lim and Ye 2017), wasserstein
-
-
-def discriminator_gan_loss(fake: Sequence[Tensor], real: Sequence[Tensor], mode: GANMode) -> tuple[Tensor, Tensor]:
-    """Compute the discriminator's adversarial losses (fake, real); it minimises their sum.
-
-    hinge: Lim and Ye 2017; least_square: Mao et al. 2017 without the factor 1/2, half_least_square: with it;
-    non_saturated: Goodfellow et al. 2014; wasserstein: Arjovsky et al. 2017, without any constraint.
-
-    Args:
-        fake: logits of generated images, one map [N, 1, h, w] per scale.
-        real: likewise of real images.
-    """
-    if mode == "hinge":
-        fakes, reals = [F.relu(1 + x).mean() for x in fake], [F.relu(1 - x).mean() for x in real]
-    elif mode in ("least_square", "half_least_square"):
-        fakes = [_square_factor(mode) * x.square().mean() for x in fake]
-        reals = [_square_factor(mode) * F.mse_loss(x, torch.ones_like(x)) for x in real]
-    elif mode == "non_saturated":
-        fakes, reals = [F.softplus(x).mean() for x in fake], [F.softplus(-x).mean() for x in real]
-    else:
-        fakes, reals = [x.mean() for x in fake], [-x.mean() for x in real]
-    return _mean_over_scales(fakes), _mean_over_scales(reals)
-
-
-def feature_matching_loss(fake: Sequence[Scores], real: Sequence[Scores]) -> Tensor:
-    """Compute the mean absolute difference of D's features, summed over layers, averaged over scales.
-
-    This is eq. 4 of Wang et al. 2018 without the division by the number of layers, as SPADE's published weights assume.
-    No gradient flows into the real features. Scores without features do not count as a scale.
-    """
-    total = torch.stack(
-        [F.l1_loss(f.float(), r.detach().float()) for a, b in zip(fake, real, strict=True)
-         for f, r in zip(a.features, b.features, strict=True)]
-    ).sum()  # fmt: skip
-    return total / sum(bool(scores.features) for scores in fake)
-
-
-def kl_loss(mu: Tensor, logvar: Tensor) -> Tensor:
-    """Sum the KL divergence of N(mu, exp(logvar)) from N(0, 1) over style dimensions and batch: [N, D] -> scalar."""
-    return -0.5 * torch.sum(1 + logvar - mu.square() - logvar.exp())
+hinge: Lim and Ye 2017; least_square: Mao et al. 2017 without the factor 1/2, half_least_square: with it;
+non_saturated: Goodfellow et al. 2014; wasserstein: Arjovsky et al. 2017, without any constraint.
+"""
 
 
 @LOSSES.register("gan")
@@ -120,12 +72,18 @@ class GANLoss(nn.Module):
 
     def forward(self, outputs: GeneratorOutputs) -> Tensor:
         fake, _ = self._logits(outputs.fake_scores, outputs.real_scores)
-        return generator_gan_loss(fake, self.mode)
+        # The generator wants its images taken for real ones. Hinge has no bound there.
+        _, of_real = ADVERSARIAL["wasserstein" if self.mode == "hinge" else self.mode]
+        return _mean_over_scales([of_real(x) for x in fake])
 
     def discriminator(self, fake: list[Scores], real: list[Scores]) -> dict[str, Tensor]:
         """Compute the discriminator's terms ``d_fake`` and ``d_real``; it minimises their sum."""
-        of_fake, of_real = discriminator_gan_loss(*self._logits(fake, real), self.mode)
-        return {"d_fake": of_fake, "d_real": of_real}
+        of_fake, of_real = ADVERSARIAL[self.mode]
+        fakes, reals = self._logits(fake, real)
+        return {
+            "d_fake": _mean_over_scales([of_fake(x) for x in fakes]),
+            "d_real": _mean_over_scales([of_real(x) for x in reals]),
+        }
 
     @torch.no_grad()
     def accuracy(self, fake: list[Scores], real: list[Scores]) -> Tensor:
@@ -141,15 +99,27 @@ class GANLoss(nn.Module):
 
     def _logits(self, fake: list[Scores], real: list[Scores]) -> tuple[list[Tensor], list[Tensor]]:
         fakes, reals = [s.logits for s in fake], [s.logits for s in real]
-        return (relativistic(fakes, reals), relativistic(reals, fakes)) if self.relative else (fakes, reals)
+        if not self.relative:
+            return fakes, reals
+        differences = [f - r for f, r in zip(fakes, reals, strict=True)]  # Jolicoeur-Martineau 2018
+        return differences, [-difference for difference in differences]
 
 
 @LOSSES.register("feature_matching")
 class FeatureMatchingLoss(nn.Module):
-    """Distance of the discriminator's features (SPADE: weight 10)."""
+    """Distance of the discriminator's features: summed over layers, averaged over scales (SPADE: weight 10).
+
+    This is eq. 4 of Wang et al. 2018 without the division by the number of layers, as SPADE's published weights assume.
+    No gradient flows into the real features. Scores without features do not count as a scale.
+    """
 
     def forward(self, outputs: GeneratorOutputs) -> Tensor:
-        return feature_matching_loss(outputs.fake_scores, outputs.real_scores)
+        total = torch.stack(
+            [F.l1_loss(f.float(), r.detach().float())
+             for fake, real in zip(outputs.fake_scores, outputs.real_scores, strict=True)
+             for f, r in zip(fake.features, real.features, strict=True)]
+        ).sum()  # fmt: skip
+        return total / sum(bool(scores.features) for scores in outputs.fake_scores)
 
 
 @LOSSES.register("perceptual")
@@ -183,20 +153,21 @@ class PerceptualLoss(nn.Module):
         with torch.no_grad():
             real = self.network(outputs.real)
         fake = self.network(outputs.fake)
-        distances = [F.l1_loss(f.float(), r.float()) for f, r in zip(fake, real, strict=True)]
-        return torch.stack([w * d for w, d in zip(self.layer_weights, distances, strict=True)]).sum()
+        layers = zip(self.layer_weights, fake, real, strict=True)
+        return torch.stack([weight * F.l1_loss(f.float(), r.float()) for weight, f, r in layers]).sum()
 
 
 @LOSSES.register("kl")
 class KLLoss(nn.Module):
-    """KL divergence of the encoder's style codes, mean over the batch.
+    """KL divergence of the encoder's style codes, N(mu, exp(logvar)), from N(0, 1): mean over the batch.
 
     SPADE sums over the batch of each GPU instead: its weight 0.05 with 4 images per GPU is 0.2 here.
     """
 
     def forward(self, outputs: GeneratorOutputs) -> Tensor:
-        assert outputs.mu is not None and outputs.logvar is not None, "build.py refuses kl without an encoder"
-        return kl_loss(outputs.mu, outputs.logvar) / len(outputs.mu)
+        mu, logvar = outputs.mu, outputs.logvar
+        assert mu is not None and logvar is not None, "build.py refuses kl without an encoder"
+        return -0.5 * torch.sum(1 + logvar - mu.square() - logvar.exp()) / len(mu)
 
 
 @LOSSES.register("l1")

@@ -18,10 +18,9 @@ from test_training import REPOSITORY, assert_same, tiny_run  # noqa: F401
 from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.training import checkpoint, loop
-from imaginaire_spade.training.health import NonFiniteLoss, OutOfMemory, explain_out_of_memory
-from imaginaire_spade.training.meter import LossMeter
+from imaginaire_spade.training.health import LossMeter, NonFiniteLoss, OutOfMemory, explain_out_of_memory
 from imaginaire_spade.training.run_log import RunLog
-from imaginaire_spade.training.schedule import Calendar
+from imaginaire_spade.training.setup import Calendar
 
 SMALL = (
     "gen.num_filters=1", "trainer.image_rows=0", "trainer.model_average.batch_norm_images=4",

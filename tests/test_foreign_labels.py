@@ -36,7 +36,7 @@ from imaginaire_spade.interop.label_tables import adapt_config, export_notes
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.registry import GENERATORS
 from imaginaire_spade.training.checkpoint import write_checkpoint
-from imaginaire_spade.training.ema import new_average, update_average
+from imaginaire_spade.training.state import new_average, update_average
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = REPOSITORY / "configs/projects"

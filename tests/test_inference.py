@@ -31,7 +31,7 @@ from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.layers import fold_spectral_norm
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.checkpoint import write_checkpoint
-from imaginaire_spade.training.ema import new_average
+from imaginaire_spade.training.state import new_average
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TREE = {

@@ -4,12 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from imaginaire_spade.losses import discriminator_gan_loss, feature_matching_loss, generator_gan_loss, kl_loss
+from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss, GeneratorOutputs, KLLoss
 from imaginaire_spade.models.discriminator import Scores
 
 torch.manual_seed(0)
 FAKE = [torch.randn(2, 1, 5, 5), torch.randn(2, 1, 3, 3)]
 REAL = [torch.randn(2, 1, 5, 5), torch.randn(2, 1, 3, 3)]
+
+
+def outputs(fake=(), real=(), mu=None, logvar=None):
+    return GeneratorOutputs(torch.empty(0), torch.empty(0), list(fake), list(real), mu, logvar)
 
 
 def both_scales(function):
@@ -44,26 +48,28 @@ FORMULAS = {  # mode: generator's loss, discriminator's of fake, of real
 @pytest.mark.parametrize("mode", FORMULAS)
 def test_adversarial_losses(mode):
     generator, of_fake, of_real = FORMULAS[mode]
-    torch.testing.assert_close(generator_gan_loss(FAKE, mode), both_scales(generator))
-    fake, real = discriminator_gan_loss(FAKE, REAL, mode)
-    torch.testing.assert_close(fake, both_scales(of_fake))
-    torch.testing.assert_close(real, both_scales(of_real))
+    gan, fake, real = GANLoss(mode=mode), [Scores(x, []) for x in FAKE], [Scores(x, []) for x in REAL]
+    torch.testing.assert_close(gan(outputs(fake, real)), both_scales(generator))
+    losses = gan.discriminator(fake, real)
+    torch.testing.assert_close(losses["d_fake"], both_scales(of_fake))
+    torch.testing.assert_close(losses["d_real"], both_scales(of_real))
 
 
 def test_feature_matching_sums_layers_averages_scales_and_leaves_the_real_side_alone():
     fake = [torch.randn(2, c, 4, 4, requires_grad=True) for c in (3, 5)]
     real = [torch.randn(2, c, 4, 4, requires_grad=True) for c in (3, 5)]
     logits = torch.zeros(2, 1, 4, 4)
-    loss = feature_matching_loss([Scores(logits, fake), Scores(logits, fake)], [Scores(logits, real)] * 2)
+    loss = FeatureMatchingLoss()(outputs([Scores(logits, fake)] * 2, [Scores(logits, real)] * 2))
     torch.testing.assert_close(loss, sum((f - r).abs().mean() for f, r in zip(fake, real, strict=True)))
     loss.backward()
     assert all(f.grad is not None for f in fake) and all(r.grad is None for r in real)
 
 
 def test_kl_is_zero_for_the_standard_normal_and_agrees_with_torch():
-    assert kl_loss(torch.zeros(3, 4), torch.zeros(3, 4)).item() == 0
+    kl, zeros = KLLoss(), torch.zeros(3, 4)
+    assert kl(outputs(mu=zeros, logvar=zeros)).item() == 0
     mu, logvar = torch.randn(3, 4), torch.randn(3, 4)
     expected = torch.distributions.kl_divergence(
         torch.distributions.Normal(mu, (0.5 * logvar).exp()), torch.distributions.Normal(0.0, 1.0)
     ).sum()
-    torch.testing.assert_close(kl_loss(mu, logvar), expected)
+    torch.testing.assert_close(kl(outputs(mu=mu, logvar=logvar)), expected / 3)

@@ -30,7 +30,7 @@ from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.models.pix2pixhd import Pix2pixHDGenerator
 from imaginaire_spade.models.style_generator import StyleSPADEGenerator
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Registry
-from imaginaire_spade.training.ema import reestimate_batch_norm, update_average
+from imaginaire_spade.training.state import reestimate_batch_norm, update_average
 
 SPEC = LayoutSpec(5, has_dont_care=True, has_edges=True)
 SMALL_NORM = partial(SPADE, hidden_channels=8)

@@ -27,7 +27,7 @@ from imaginaire_spade.interop.label_tables import LabelOrder, adapt_config, expo
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
 from imaginaire_spade.training.checkpoint import FORMAT
-from imaginaire_spade.training.ema import new_average
+from imaginaire_spade.training.state import new_average
 
 State = dict[str, Tensor]
 

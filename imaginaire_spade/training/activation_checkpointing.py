@@ -16,8 +16,6 @@ from imaginaire_spade.models.style_generator import StyleBlock
 
 BLOCKS = (SPADEResidualBlock, StyleBlock, ResidualBlock)
 
-Buffers = dict[tuple[nn.Module, str], Tensor]
-
 
 def checkpoint_activations(generator: Generator) -> None:
     """Change ``generator`` so that each block keeps only its inputs for the backward pass.
@@ -40,25 +38,20 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractC
 
     So running statistics are updated once, and a repeated power iteration of spectral norm gives the same weights.
     """
-    return nullcontext(), _in_place(block, {key: buffer.clone() for key, buffer in _buffers(block).items()})
+    return nullcontext(), _in_place(block, {name: buffer.clone() for name, buffer in block.named_buffers()})
 
 
 @contextmanager
-def _in_place(block: nn.Module, buffers: Buffers) -> Iterator[None]:
-    present = _buffers(block)
-    _set(buffers)
+def _in_place(block: nn.Module, buffers: dict[str, Tensor]) -> Iterator[None]:
+    present = dict(block.named_buffers())
+    _set(block, buffers)
     try:
         yield
     finally:
-        _set(present)
+        _set(block, present)
 
 
-def _buffers(block: nn.Module) -> Buffers:
-    return {
-        (module, name): buffer for module in block.modules() for name, buffer in module.named_buffers(recurse=False)
-    }
-
-
-def _set(buffers: Buffers) -> None:
-    for (module, name), buffer in buffers.items():
-        setattr(module, name, buffer)
+def _set(block: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for path, buffer in buffers.items():
+        module, _, name = path.rpartition(".")
+        setattr(block.get_submodule(module), name, buffer)

@@ -7,7 +7,6 @@ table included), ``run`` (batch and data it was trained with, see ``resume.py``)
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,12 +22,11 @@ from imaginaire_spade.version import __version__
 
 FORMAT = "imaginaire_spade.checkpoint.1"
 BEST = "best.pt"
-_NAME = re.compile(r"^checkpoint_(\d{12})\.pt$")
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
     """List the complete checkpoints of a folder, oldest first."""
-    return sorted(p for p in directory.glob("checkpoint_*.pt") if _NAME.match(p.name)) if directory.is_dir() else []
+    return sorted(directory.glob(f"checkpoint_{'[0-9]' * 12}.pt"))
 
 
 def newest_checkpoint(directory: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaginaire_spade.files import write_image
+from imaginaire_spade.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,72 +19,48 @@ if TYPE_CHECKING:
 MAX_POINTS = 2000
 SERIES_COLOURS = ("#3b6fb6", "#d9662b", "#3a9a5b", "#b8478f", "#7a5cc2", "#a98613", "#2b9fb0", "#7d7d7d")
 
-
-def write_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw a run's metrics over images seen, one panel per group (the part of a key before the ``/``), as an image.
-
-    Args:
-        metrics: the records of metrics.jsonl, oldest first: ``images_seen`` and numbers. If a resumed run repeats a
-            stretch, the later records count.
-        path: the file to write, .png or .jpg.
-    Raises:
-        UserError: the file cannot be written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    groups = _group(_drop_repeated(metrics))
-    columns = min(max(len(groups), 1), 3)
-    lines = max(math.ceil(len(groups) / columns), 1)
-    background = "#fafaf9"
-    figure = Figure(figsize=(5.0 * columns, 3.5 * lines), dpi=110, facecolor=background)
-    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
-    canvas = FigureCanvasAgg(figure)
-    if not groups:
-        figure.text(0.5, 0.5, "no measurements yet", ha="center", va="center", color="#787c82", size=13)
-    panels: list[Axes] = list(figure.subplots(lines, columns, squeeze=False).flat) if groups else []
-    for panel in panels[len(groups) :]:
-        panel.set_visible(False)
-    for panel, (title, series) in zip(panels, groups.items(), strict=False):
-        _draw_panel(panel, title, series)
-    canvas.draw()
-    write_image(path, np.asarray(canvas.buffer_rgba())[..., :3])
-
-
 Series = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 """Name -> (images seen, values)."""
 
 
-def _drop_repeated(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Drop the records that a resumed run repeated."""
-    course: list[Mapping[str, Any]] = []
-    for record in metrics:
-        seen = record.get("images_seen")
-        if isinstance(seen, int | float):
-            if course and seen < course[-1]["images_seen"]:
-                course = [earlier for earlier in course if earlier["images_seen"] < seen]
-            course.append(record)
-    return course
+def write_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw a run's metrics over images seen, one panel per group (the part of a key before the ``/``), as PNG.
+
+    Args:
+        metrics: at least one record of metrics.jsonl, oldest first: ``images_seen`` and numbers.
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    groups = _group(metrics)
+    columns = max(min(len(groups), 3), 1)
+    lines = max(math.ceil(len(groups) / columns), 1)
+    figure = Figure(figsize=(5.0 * columns, 3.5 * lines), dpi=110, facecolor="#fafaf9")
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for panel in panels[len(groups) :]:
+        panel.set_visible(False)
+    for panel, (title, series) in zip(panels, groups.items(), strict=False):
+        _draw_panel(panel, title, series)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_bytes(path, png.getvalue())
 
 
-def _group(course: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
+def _group(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     """Collect the points of each number, by panel."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for record in course:
-        for key, value in record.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if key in ("images_seen", "iteration", "epoch") or not is_number:
-                continue
-            points.setdefault(key, []).append((record["images_seen"], value))
     groups: dict[str, Series] = {}
-    for key, pairs in points.items():
+    for key in dict.fromkeys(key for record in metrics for key in record):
+        if key in ("images_seen", "iteration", "epoch"):
+            continue
         group, _, name = key.rpartition("/")
         if name.startswith("d_") and group:  # the discriminator's terms have a scale of their own
             group = f"{group}: discriminator"
         if group == "evaluation":  # each score too, beside what belongs to it
             group = f"evaluation: {name.removesuffix('_real').removesuffix('_std')}"
-        xy = np.array(pairs, np.float64)
-        groups.setdefault(group or key, {})[name] = (xy[:, 0], xy[:, 1])
+        x, y = np.array([(record["images_seen"], record[key]) for record in metrics if key in record], np.float64).T
+        groups.setdefault(group or key, {})[name] = (x, y)
     return groups
 
 
@@ -94,23 +71,23 @@ def _draw_panel(panel: Axes, title: str, series: Series) -> None:
     # Curves.
     panel.set_title(title.replace("_", " "), loc="left", fontsize=11, fontweight="bold", color="#26282b")
     panel.set_facecolor("white")
-    levels = []
+    levels, lowest = [], math.inf
     for number, (name, (x, y)) in enumerate(series.items()):
         colour = SERIES_COLOURS[number % len(SERIES_COLOURS)]
-        smooth = _smooth(y)
+        smooth, finite = _smooth(y), y[np.isfinite(y)]
         step = max(1, len(x) // MAX_POINTS)
-        if not np.array_equal(smooth, y, equal_nan=True):
+        if smooth is not y:
             panel.plot(x[::step], y[::step], color=colour, alpha=0.22, linewidth=0.9)
-        last = f"{y[np.isfinite(y)][-1]:.4g}" if np.isfinite(y).any() else "not finite"
-        style = {"marker": "o", "markersize": 4} if len(x) == 1 else {}
-        dashes = "-" if number < len(SERIES_COLOURS) else "--"
+        last = f"{finite[-1]:.4g}" if len(finite) else "not finite"
         label = last if name == title else f"{name}  {last}"
-        panel.plot(x[::step], smooth[::step], dashes, color=colour, linewidth=1.8, label=label, **style)  # type: ignore[arg-type]
-        levels += [np.median(y[np.isfinite(y)])] if np.isfinite(y).any() else []
+        dashes, marker = "-" if number < len(SERIES_COLOURS) else "--", "o" if len(x) == 1 else ""
+        panel.plot(x[::step], smooth[::step], dashes + marker, color=colour, markersize=4, linewidth=1.8, label=label)
+        if len(finite):
+            levels.append(np.median(finite))
+            lowest = min(lowest, finite.min())
 
     # A logarithmic scale if the curves lie far apart.
-    everything = np.concatenate([y[np.isfinite(y)] for _, y in series.values()])
-    if len(levels) > 1 and everything.min() > 0 and max(levels) > 30 * min(levels):
+    if len(levels) > 1 and lowest > 0 and max(levels) > 30 * min(levels):
         panel.set_yscale("log")
 
     # Axes and legend.
@@ -119,9 +96,8 @@ def _draw_panel(panel: Axes, title: str, series: Series) -> None:
     panel.tick_params(which="both", labelsize=8.5, colors="#5c6066", length=0)
     panel.grid(True, color="#e8e9eb", linewidth=0.8)
     panel.set_axisbelow(True)
-    for side, spine in panel.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color("#c9ccd1")
+    panel.spines[["left", "top", "right"]].set_visible(False)
+    panel.spines["bottom"].set_color("#c9ccd1")
     panel.set_xlabel("images seen", fontsize=8.5, color="#5c6066")
     panel.margins(x=0.02)
     columns = 1 + (len(series) > 5)
@@ -129,14 +105,11 @@ def _draw_panel(panel: Axes, title: str, series: Series) -> None:
 
 
 def _smooth(y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Average over a moving window of about 1/40 of the points, without values that are not finite."""
+    """Average over a moving window of about 1/40 of the points, without values that are not finite; a few points stay
+    as they are."""
     reach = min(len(y) // 80, 250)
     if reach == 0:
         return y
-    finite = np.isfinite(y)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    low = np.clip(np.arange(len(y)) - reach, 0, None)
-    high = np.clip(np.arange(len(y)) + reach + 1, None, len(y))
-    number = counts[high] - counts[low]
-    return np.where(number > 0, (sums[high] - sums[low]) / np.maximum(number, 1), np.nan)
+    finite, window = np.isfinite(y), np.ones(2 * reach + 1)
+    sums, counts = (np.convolve(values, window, "same") for values in (np.where(finite, y, 0.0), finite))
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)

@@ -12,9 +12,9 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +26,21 @@ from imaginaire_spade.data.batch import Batch, denormalise
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
 from imaginaire_spade.errors import ConfigError, DataError
+from imaginaire_spade.evaluation import scores
 from imaginaire_spade.evaluation.collection import Collection, collect
 from imaginaire_spade.evaluation.evaluate import evaluate
 from imaginaire_spade.evaluation.images import NOT_STORED, PIPELINE, DatasetImages, Made, Samples
 from imaginaire_spade.evaluation.report import higher_is_better
-from imaginaire_spade.evaluation.scores import (
-    KEEP_FEATURES,
-    NEED_FEATURES,
-    NEIGHBOURS,
-    kernel_distance,
-    precision_recall,
-    score_name,
-)
 from imaginaire_spade.evaluation.segmentation import Segmentation, network_predictions
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.pretrained.inception import feature_network
-from imaginaire_spade.training.signals import StopRequested
 
 FOLDER = "evaluation"
 """Of the log dir: the statistics of the photos, and a report of every evaluation."""
 
-Leave = Callable[[], bool]
-"""Asked before each batch, equally often on every process: whether to stop."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What an evaluation found; the same on every process."""
-
-    scores: dict[str, float]
-    is_best: bool
+CheckStop = Callable[[], None]
+"""Called before each batch, equally often on every process: raises to stop, on all of them."""
 
 
 class Evaluation:
@@ -79,7 +63,7 @@ class Evaluation:
         _try_libraries(self.section.metrics)
         self._network = self._segmentation = None
         with torch.random.fork_rng(devices=[]):
-            if set(self.section.metrics) & set(NEED_FEATURES):
+            if set(self.section.metrics) & set(scores.NEED_FEATURES):
                 self._network = feature_network(
                     self.section.inception_weights, dim=self.section.feature_dim, resize=self.section.resize,
                     device=device, setting="trainer.evaluation.inception_weights:",
@@ -90,10 +74,9 @@ class Evaluation:
                     "trainer.evaluation.segmenter:",
                 )  # fmt: skip
                 self._segmentation = Segmentation(config.data.labels, predictions, predictions)
-        self._keep_features = bool(set(self.section.metrics) & set(KEEP_FEATURES))
-        best = self.section.best
-        of_features = self._network is not None and best in ("fid", "kid", "precision", "recall")
-        self._deciding = score_name(best, self._network) if of_features and self._network else best
+        self._keep_features = bool(set(self.section.metrics) & set(scores.KEEP_FEATURES))
+        best, of_features = self.section.best, ("fid", "kid", "precision", "recall")
+        self._deciding = scores.score_name(best, self._network) if self._network and best in of_features else best
         self.identity = self._identity(config)
         self.evaluated_at = 0
         """Images seen at the last evaluation."""
@@ -137,8 +120,7 @@ class Evaluation:
         if state is None:
             return None
         self.evaluated_at = state["evaluated_at"]
-        best = state["best"]
-        if best is None:
+        if (best := state["best"]) is None:
             return None
         own = self.state_dict()["identity"]
         if changed := [key for key, value in own.items() if state["identity"].get(key) != value]:
@@ -148,19 +130,17 @@ class Evaluation:
 
     # -------------------------------------------------------------------------------------------- the work
 
-    def find_reference(self, logdir: Path, leave: Leave) -> str:
+    def find_reference(self, logdir: Path, check_stop: CheckStop) -> str:
         """Get the statistics of the real photos ready, from the log dir or by computing them (a collective).
 
         Returns:
             What was done, for the log.
-        Raises:
-            StopRequested: (on every process) ``leave`` said so.
         """
         path = logdir / FOLDER / "real.npz"
         self._real = broadcast_object(self._stored(path) if self._info.is_main else None)
         if self._real is not None:
             return f"evaluation: statistics of {len(self._indices)} real photos from {path}"
-        source = self._images("photos", _photos, PIPELINE, leave)
+        source = self._images("photos", attrgetter("images"), PIPELINE, check_stop)
         segmentation = self._segmentation
         with self._random_numbers_kept():
             self._real = collect(
@@ -181,14 +161,15 @@ class Evaluation:
         return stored if stored.origin is not None and stored.origin.get("run") == self.identity else None
 
     @torch.no_grad()
-    def __call__(self, generator: Generator, images_seen: int, logdir: Path, name: str, leave: Leave) -> Scored:
-        """Evaluate (a collective).
+    def __call__(
+        self, generator: Generator, images_seen: int, logdir: Path, name: str, check_stop: CheckStop
+    ) -> tuple[dict[str, float], bool]:
+        """Evaluate (a collective). Return the scores, and whether they are the best so far: the same on every process.
 
         Args:
             generator: in evaluation mode.
             name: of the report.
-        Raises:
-            StopRequested: (on every process) ``leave`` said so; nothing has changed.
+            check_stop: if it raises, nothing has changed.
         """
         assert self._real is not None
 
@@ -199,7 +180,7 @@ class Evaluation:
         subject = {"images_seen": str(images_seen), "samples": f"{len(self._indices)} of data.val"}
         with self._random_numbers_kept():
             report = evaluate(
-                self._images("generated", generate, NOT_STORED, leave), self._real, self._network,
+                self._images("generated", generate, NOT_STORED, check_stop), self._real, self._network,
                 metrics=self.section.metrics, reference_split="val", segmentation=self._segmentation,
                 photos=self._real, subject=subject, geometry=self._dataset.augmentations,
                 batch_size=self._batch_size, info=self._info,
@@ -207,31 +188,27 @@ class Evaluation:
         if self._info.is_main:
             report.save(logdir / FOLDER / f"{name}.json")
         self.evaluated_at = images_seen
-        value = report.scores[self._deciding]
-        is_best = math.isfinite(value) and (self.best is None or self._is_better(value, self.best[0]))
+        value, sign = report.scores[self._deciding], 1 if higher_is_better(self._deciding) else -1
+        is_best = math.isfinite(value) and (self.best is None or sign * value > sign * self.best[0])
         if is_best:
             self.best = (value, images_seen)
-        return Scored(dict(report.scores), is_best)
+        return dict(report.scores), is_best
 
-    def describe(self, scored: Scored) -> str:
-        """Return a line for the log."""
-        scores = " ".join(f"{name} {value:.5g}" for name, value in scored.scores.items())
-        if scored.is_best:
-            return f"{scores} | the best {self._deciding} so far: checkpoints/best.pt"
-        return scores if self.best is None else f"{scores} | best {self._deciding} {self.best[0]:.5g}"
+    def describe(self, found: Mapping[str, float], is_best: bool) -> str:
+        """Return a line for the log: of the scores ``found``."""
+        text = " ".join(f"{name} {value:.5g}" for name, value in found.items())
+        if is_best:
+            return f"{text} | the best {self._deciding} so far: checkpoints/best.pt"
+        return text if self.best is None else f"{text} | best {self._deciding} {self.best[0]:.5g}"
 
-    def _is_better(self, value: float, than: float) -> bool:
-        return value > than if higher_is_better(self._deciding) else value < than
-
-    def _images(self, name: str, make: Callable[[Batch], Tensor], format: str, leave: Leave) -> DatasetImages:
+    def _images(self, name: str, make: Callable[[Batch], Tensor], format: str, check_stop: CheckStop) -> DatasetImages:
         """Return what ``make`` makes, uint8 [N, 3, H, W], of batches of the run's validation samples."""
         share = math.ceil(len(self._indices) / self._info.world_size)
 
         def batch_by_batch(samples: Samples) -> Made:
             remaining = iter(samples)
             for _ in range(math.ceil(share / self._batch_size)):
-                if leave():
-                    raise StopRequested
+                check_stop()
                 if taken := list(islice(remaining, self._batch_size)):
                     batch = Batch.collate(self._dataset.spec, [sample for _, sample in taken])
                     for (index, _), pixels in zip(taken, make(batch), strict=True):
@@ -250,9 +227,9 @@ def evenly_spaced(count: int, wanted: int | None) -> list[int]:
     Raises:
         ConfigError: ``count`` is too small.
     """
-    if count <= NEIGHBOURS:
+    if count <= scores.NEIGHBOURS:
         raise ConfigError(
-            f"trainer.evaluation: data.val has {count} samples, and scores need {NEIGHBOURS + 1} at least"
+            f"trainer.evaluation: data.val has {count} samples, and scores need {scores.NEIGHBOURS + 1} at least"
         )
     if wanted is None:
         return list(range(count))
@@ -267,11 +244,6 @@ def evenly_spaced(count: int, wanted: int | None) -> list[int]:
 def _try_libraries(metrics: Sequence[str]) -> None:
     """Raise ConfigError if a metric's library is not installed."""
     if "kid" in metrics:
-        kernel_distance(torch.ones(2, 1), torch.ones(2, 1))
+        scores.kernel_distance(torch.ones(2, 1), torch.ones(2, 1))
     if "precision_recall" in metrics:
-        precision_recall(torch.ones(NEIGHBOURS + 1, 1), torch.ones(NEIGHBOURS + 1, 1))
-
-
-def _photos(batch: Batch) -> Tensor:
-    assert batch.images is not None
-    return batch.images
+        scores.precision_recall(torch.ones(scores.NEIGHBOURS + 1, 1), torch.ones(scores.NEIGHBOURS + 1, 1))

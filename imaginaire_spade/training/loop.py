@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from signal import Signals
+from types import FrameType
+from typing import Any
 
 from imaginaire_spade import distributed
-from imaginaire_spade.config import RunConfig
 from imaginaire_spade.config_files import dump_yaml
 from imaginaire_spade.data.loader import Prefetcher
 from imaginaire_spade.errors import CheckpointError, UserError
-from imaginaire_spade.files import atomic_write
+from imaginaire_spade.files import write_bytes
 from imaginaire_spade.training.checkpoint import CheckpointWriter
-from imaginaire_spade.training.ema import reestimate_batch_norm
-from imaginaire_spade.training.health import Alarms, check_finite, explain_out_of_memory
-from imaginaire_spade.training.meter import LossMeter
-from imaginaire_spade.training.preview import preview_batch, preview_sheet
+from imaginaire_spade.training.evaluation import CheckStop
+from imaginaire_spade.training.health import Alarms, LossMeter, check_finite, explain_out_of_memory
 from imaginaire_spade.training.resume import content_of, resume
-from imaginaire_spade.training.run_log import RunLog
+from imaginaire_spade.training.run_log import RunLog, preview_batch, preview_sheet
 from imaginaire_spade.training.setup import Run, calibration_inputs, calibration_layouts, describe
-from imaginaire_spade.training.signals import StopRequest, StopRequested, exit_code
+from imaginaire_spade.training.state import reestimate_batch_norm
 from imaginaire_spade.training.step import train_step
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""SIGTERM: preemption, a launcher that stops its processes, ``kill``. SIGUSR1: a batch system's warning before the time
+limit (SLURM's ``--signal``). SIGINT: Ctrl-C."""
+
+INSIST_AFTER_S = 2.0
+"""A Ctrl-C arrives twice within moments, from the terminal and from the launcher; a later one means "at once"."""
 
 LOST_NODE_S = 20.0
 """Seconds that a failed process waits before it exits, with several nodes. torchrun counts a silent node as lost after
@@ -37,6 +44,39 @@ training images: one forward of the generator then costs less than 1.5 % of the 
 is due."""
 
 
+class StopRequested(Exception):
+    """A process was asked to stop while an evaluation ran; raised on all processes at the same point."""
+
+
+class StopRequest:
+    """Hold back the signals of ``STOP_SIGNALS`` while entered; ``number`` is the first one that arrived.
+
+    Raises:
+        KeyboardInterrupt: another Ctrl-C arrived more than ``INSIST_AFTER_S`` later.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        """The number of the first signal; 0: none yet."""
+        self._noted_at = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.number:
+            self.number, self._noted_at = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._noted_at > INSIST_AFTER_S:
+            raise KeyboardInterrupt
+
+
 def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: bool = False) -> None:
     """Train to the end of the run, or to ``--max_iterations``; continue from the newest checkpoint of ``logdir``.
 
@@ -44,12 +84,16 @@ def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: b
         start_from: checkpoint to begin with if ``logdir`` has none yet.
         allow_changed_data: continue although the data set or its labels are not those of the checkpoint.
     Raises:
-        SystemExit: a signal asked the run to stop; it has saved. The code is ``signals.exit_code``.
+        SystemExit: a signal asked the run to stop; it has saved. The code is that by which shells know the signal: 143
+            for SIGTERM, 138 for SIGUSR1, 130 for SIGINT.
     """
     resumed = resume(run, logdir, start_from, allow_changed_data)
     state, calendar = run.state, run.calendar
     if run.info.is_main:
-        _write_config(run.config, logdir)
+        try:
+            write_bytes(logdir / "config.yaml", dump_yaml(run.config).encode())
+        except UserError as error:
+            raise UserError(f"{error}. Give another --logdir") from None
     log = RunLog(logdir, calendar, state.images_seen, enabled=run.info.is_main)
     log.say(describe(run))
     if resumed is not None:
@@ -72,7 +116,7 @@ def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: b
     log.close()
     distributed.barrier()  # nobody leaves the group while rank 0 still writes
     if stop_signal:
-        raise SystemExit(exit_code(stop_signal))
+        raise SystemExit(128 + stop_signal)
 
 
 def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, writer: CheckpointWriter) -> int:
@@ -82,13 +126,14 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
     batch, saved_at = None, state.images_seen  # the last batch since the log tick
     any_request = distributed.LaggedMaximum()
 
-    def stop_requested() -> bool:
-        return any_request(request.number) > 0
+    def check_stop() -> None:
+        if any_request(request.number):
+            raise StopRequested
 
     if run.evaluation is not None:
         with suppress(StopRequested):
-            log.say(run.evaluation.find_reference(log.logdir, stop_requested))
-    preview = preview_batch(run.val_dataset, trainer.image_rows) if run.info.is_main else None
+            log.say(run.evaluation.find_reference(log.logdir, check_stop))
+    preview = preview_batch(run) if run.info.is_main else None
     calibration = calibration_layouts(run)
 
     while True:
@@ -109,8 +154,7 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
             optimizers = {"gen": state.gen_optimizer, "dis": state.dis_optimizer}
             rates = {f"lr/{name}": float(o.param_groups[0]["lr"]) for name, o in optimizers.items()}
             log.tick(state.images_seen, tick.losses, rates | tick.scaling | tick.health, batches.wait_s)
-            dump = log.logdir / f"non_finite_rank{run.info.rank}.json"
-            check_finite(tick, state, batch, run.settings, trainer.max_skipped_updates, dump)
+            check_finite(tick, run, batch, log.logdir)
             for warning in alarms.check(tick.health):
                 log.warn(state.images_seen, warning)
             batch = None
@@ -124,15 +168,14 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
         is_best = False
         if due_scores and not stop_signal:
             try:
-                is_best = _evaluate(run, log, stop_requested)
+                is_best = _evaluate(run, log, check_stop)
             except StopRequested:
                 continue  # the next launch evaluates
         due_checkpoint |= is_best or (finished and due_scores)  # with what is remembered of the scores
 
         # Preview.
         if due_preview and preview is not None:
-            sheet = preview_sheet(state, preview, run.config.data.labels, run.settings.style_dims, run.config.seed)
-            log.add_preview(state.images_seen, sheet)
+            log.add_preview(state.images_seen, preview_sheet(run, preview))
 
         # Checkpoint.
         try:
@@ -152,7 +195,9 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
         if finished and not (stop_signal and due_scores):
             return 0
         if stop_signal:
-            log.say(f"leaving on {Signals(stop_signal).name}; the same command continues from iteration {iteration}")
+            log.say(
+                f"leaving on {signal.Signals(stop_signal).name}; the same command continues from iteration {iteration}"
+            )
             return stop_signal
 
         # Step.
@@ -163,7 +208,7 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
         log.advance()
 
 
-def _evaluate(run: Run, log: RunLog, stop_requested: Callable[[], bool]) -> bool:
+def _evaluate(run: Run, log: RunLog, check_stop: CheckStop) -> bool:
     """Evaluate and log the scores. Return whether they are the best so far, the same on every process.
 
     Raises:
@@ -175,13 +220,13 @@ def _evaluate(run: Run, log: RunLog, stop_requested: Callable[[], bool]) -> bool
     name = f"iteration_{run.calendar.iteration(seen):09d}"
     generator.eval()
     try:
-        outcome = run.evaluation(generator, seen, log.logdir, name, stop_requested)
+        scores, is_best = run.evaluation(generator, seen, log.logdir, name, check_stop)
     finally:
         generator.train(generator is run.state.generator)
     seconds = time.perf_counter() - started_at
-    log.add_scores(seen, outcome.scores, seconds)
-    log.say(f"evaluation in {seconds:.1f} s: {run.evaluation.describe(outcome)}")
-    return outcome.is_best
+    log.add_scores(seen, scores, seconds)
+    log.say(f"evaluation in {seconds:.1f} s: {run.evaluation.describe(scores, is_best)}")
+    return is_best
 
 
 def _statistics_due(run: Run) -> bool:
@@ -210,11 +255,3 @@ def report_progress_on_failure(run: Run, request: StopRequest) -> Iterator[None]
             while time.monotonic() < give_up_at and not request.number:
                 time.sleep(0.1)
         raise
-
-
-def _write_config(config: RunConfig, logdir: Path) -> None:
-    try:
-        with atomic_write(logdir / "config.yaml") as temporary:
-            temporary.write_text(dump_yaml(config), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{logdir}: cannot be written to ({error}). Give another --logdir") from None

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from imaginaire_spade.data.batch import Batch
@@ -73,15 +72,13 @@ def profile(run: Run, logdir: Path) -> Path:
     """Trace ``MEASURED`` iterations after ``WARM_UP``; print the top operations and write ``profile/trace.json``."""
     batches = run.batches()
     _train(run, islice(batches, WARM_UP))
-    on_gpu = run.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile() as profiler:
         _train(run, islice(batches, MEASURED))
     path = logdir / "profile" / f"trace_rank{run.info.rank}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))
     if run.info.is_main:
-        key = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+        key = f"self_{run.device.type}_time_total"
         print(profiler.key_averages().table(sort_by=key, row_limit=20))
         print(f"trace: {path} (open it at chrome://tracing or ui.perfetto.dev)")
     return path

@@ -1,4 +1,4 @@
-"""Write a run's log: TensorBoard, ``metrics.jsonl``, curves, images and lines of text."""
+"""Write a run's log: TensorBoard, ``metrics.jsonl``, curves, previews and lines of text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,14 @@ from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from imaginaire_spade.data.batch import Batch, denormalise
+from imaginaire_spade.data.loader import sequential_batches
 from imaginaire_spade.errors import UserError
 from imaginaire_spade.files import write_bytes, write_image
+from imaginaire_spade.noise import style_codes
+from imaginaire_spade.sheets import draw_contact_sheet
 from imaginaire_spade.training import curves
-from imaginaire_spade.training.schedule import Calendar
+from imaginaire_spade.training.setup import Calendar, Run
 
 
 class RunLog:
@@ -42,19 +46,16 @@ class RunLog:
         self._ticked_at = time.perf_counter()
         self._ticked_images = images_seen
         self._waited_s = 0.0
-        if not enabled:
-            return
-        terminal = sys.stderr.isatty()
-        done = calendar.iteration(images_seen)
-        self._bar = tqdm(
-            total=calendar.stop_iteration, initial=done, unit="it", disable=not terminal, dynamic_ncols=True
-        )
+        done, total = calendar.iteration(images_seen), calendar.stop_iteration
+        hidden = None if enabled else True  # None: unless on a terminal
+        self._bar = tqdm(total=total, initial=done, unit="it", disable=hidden, dynamic_ncols=True)
         self._events: SummaryWriter | None = None
         self._next_step = done + 1
         self._metrics = logdir / "metrics.jsonl"
-        self._records = [r for r in _read_jsonl(self._metrics) if r["images_seen"] <= images_seen]
-        with self.report_write_errors():
-            write_bytes(self._metrics, "".join(map(_line, self._records)).encode())
+        self._records = [r for r in _read_records(self._metrics) if r["images_seen"] <= images_seen] if enabled else []
+        if enabled:
+            with self.report_write_errors():
+                write_bytes(self._metrics, b"".join(map(_line, self._records)))
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -95,11 +96,10 @@ class RunLog:
         if self._bar.disable:
             iteration, stop = self.calendar.iteration(images_seen), self.calendar.stop_iteration
             left_s = (stop - iteration) * self.calendar.global_batch * elapsed / images
-            print(
+            self.say(
                 f"iteration {iteration}/{stop} (epoch {self.calendar.epoch(images_seen):.2f})"
                 f" {text} | {images / elapsed:.1f} images/s, {waited_s / elapsed:.0%} waiting for data,"
-                f" {_duration(left_s)} left",
-                flush=True,
+                f" {tqdm.format_interval(left_s)} left"
             )
         else:
             self._bar.set_postfix_str(text)
@@ -113,26 +113,23 @@ class RunLog:
 
     def advance(self) -> None:
         """Count one finished iteration."""
-        if self.enabled:
-            self._bar.update()
+        self._bar.update()
 
     def add_preview(self, images_seen: int, sheet: NDArray[np.uint8]) -> None:
-        """Write a preview sheet, uint8 RGB [H, W, 3], in TensorBoard and under ``images/``."""
-        if self.enabled:
-            iteration = self.calendar.iteration(images_seen)
-            with self.report_write_errors():
-                self._tensorboard().add_image("preview", sheet, iteration, dataformats="HWC")
-                write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", sheet)
+        """Write a preview sheet, uint8 RGB [H, W, 3], in TensorBoard and under ``images/``. For rank 0 only."""
+        iteration = self.calendar.iteration(images_seen)
+        with self.report_write_errors():
+            self._tensorboard().add_image("preview", sheet, iteration, dataformats="HWC")
+            write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", sheet)
             self._draw_curves()
 
     def close(self) -> None:
         """Draw the curves a last time and close the files."""
-        if self.enabled:
+        self._bar.close()
+        with self.report_write_errors():
             self._draw_curves()
-            self._bar.close()
-            with self.report_write_errors():
-                if self._events is not None:
-                    self._events.close()
+            if self._events is not None:
+                self._events.close()
 
     def _write(self, images_seen: int, values: dict[str, float]) -> None:
         """Write one record to ``metrics.jsonl`` and TensorBoard."""
@@ -140,7 +137,12 @@ class RunLog:
         values = {"epoch": epoch, **values}
         self._records.append({"iteration": iteration, "images_seen": images_seen, **values})
         with self.report_write_errors():
-            _append(self._metrics, _line(self._records[-1]))
+            line = _line(self._records[-1])
+            with self._metrics.open("ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(line) < len(line):  # all of it, or nothing
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             events = self._tensorboard()
             for name, value in values.items():
                 events.add_scalar(name, value, iteration)
@@ -148,9 +150,8 @@ class RunLog:
             self._next_step = iteration + 1
 
     def _draw_curves(self) -> None:
-        with self.report_write_errors():
-            if self._records:
-                curves.write_curves(self._records, self.logdir / "curves.png")
+        if self._records:
+            curves.write_curves(self._records, self.logdir / "curves.png")
 
     def _tensorboard(self) -> SummaryWriter:
         """Return the writer of events; after one that failed, a new one with a new file."""
@@ -176,37 +177,42 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:  # the last line of a run that was killed while writing it
-            continue
-    return records
+def _read_records(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):  # the last line of a run that was killed while writing it
+            yield json.loads(line)
 
 
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record) + "\n"
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
 
 
-def _append(path: Path, line: str) -> None:
-    """Append the whole line, or nothing.
-
-    Raises:
-        OSError: the line cannot be written.
-    """
-    content = line.encode()
-    with path.open("ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        if file.write(content) < len(content):
-            file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def preview_batch(run: Run) -> Batch | None:
+    """Read validation samples spread evenly over the data set, the same at every launch; None for no rows."""
+    last = len(run.val_dataset) - 1
+    count = min(run.config.trainer.image_rows, last + 1)
+    if not count:
+        return None
+    indices = [round(i * last / max(1, count - 1)) for i in range(count)]
+    return next(iter(sequential_batches(run.val_dataset, indices, count)))
 
 
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    minutes, seconds = divmod(rest, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+@torch.no_grad()
+def preview_sheet(run: Run, batch: Batch) -> NDArray[np.uint8]:
+    """Draw a sheet, uint8 RGB [H, W, 3], with one row per sample. The generators run in evaluation mode."""
+    state = run.state
+    columns = {"label map": run.config.data.labels.colourise(batch.layout.labels.numpy())}
+    if batch.layout.edges is not None:
+        columns["edges"] = (255 - batch.layout.edges.numpy() * 255).astype(np.uint8)[..., None].repeat(3, -1)
+    assert batch.images is not None
+    images = {"real": batch.images}
+    z = style_codes(run.config.seed, batch.keys, run.settings.style_dims, run.device)
+    layout = batch.layout.to(run.device)
+    state.generator.eval()
+    images["generated"] = denormalise(state.generator(layout, z))
+    state.generator.train()
+    if state.generator_ema is not None:
+        images["average"] = denormalise(state.generator_ema(layout, z))
+    columns |= {name: made.permute(0, 2, 3, 1).cpu().numpy() for name, made in images.items()}
+    rows = [[column[i] for column in columns.values()] for i in range(len(batch))]
+    return draw_contact_sheet(rows, list(columns))

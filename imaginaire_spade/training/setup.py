@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from imaginaire_spade import distributed
 from imaginaire_spade.build import build_split
-from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config import ModelAverageConfig, OptimizerConfig, RunConfig
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import Prefetcher, default_num_workers, sequential_batches, training_loader
@@ -22,9 +23,41 @@ from imaginaire_spade.models.norms import synchronize_batch_norm
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.training.activation_checkpointing import checkpoint_activations
 from imaginaire_spade.training.evaluation import Evaluation
-from imaginaire_spade.training.schedule import Calendar
 from imaginaire_spade.training.state import TrainState, new_train_state
 from imaginaire_spade.training.step import AUTOCAST, Networks, StepSettings
+
+
+@dataclass(frozen=True)
+class Calendar:
+    """The length and schedule of a run. Times are iterations; progress is images."""
+
+    global_batch: int
+    dataset_size: int
+    total_iterations: int
+    stop_iteration: int
+    """Where this launch ends (``--max_iterations``); the schedule stays that of the whole run."""
+
+    def iteration(self, images_seen: int) -> int:
+        """Return the number of completed iterations."""
+        return images_seen // self.global_batch
+
+    def epoch(self, images_seen: int) -> float:
+        """Return the number of passes over the training set."""
+        return images_seen / self.dataset_size
+
+    def learning_rate(self, optimizer: OptimizerConfig, images_seen: int) -> float:
+        """Return the learning rate; under ``linear`` it falls to 0 from ``decay_start`` to the end of the run."""
+        progress = min(1.0, images_seen / (self.total_iterations * self.global_batch))
+        policy = optimizer.lr_policy
+        if policy.type == "constant" or progress <= policy.decay_start:
+            return optimizer.lr
+        return optimizer.lr * ((1.0 - progress) / (1.0 - policy.decay_start))
+
+    def ema_beta(self, average: ModelAverageConfig | None, images_seen: int) -> float:
+        """Return the weight of the old EMA in the next update; 0, which copies the weights, until it starts."""
+        if average is None or self.iteration(images_seen) < average.start_iteration:
+            return 0.0
+        return average.beta
 
 
 @dataclass
@@ -72,37 +105,42 @@ def prepare(
         objective: terms and weights, from ``build_losses``.
         stop_after: stop this launch at this iteration, counted over the whole run (``--max_iterations``).
     """
-    seed = config.seed
-    terms, weights = objective
+    # Data and networks.
+    trainer = config.trainer
     dataset = build_split(config, config.data.train)
     val_dataset = dataset if config.data.val is None else build_split(config, config.data.val)
-    state = new_train_state(config, device, seed)
-    if config.trainer.sync_batch_norm and info.world_size > 1:
-        for network in (state.generator, state.discriminator, state.generator_ema):
-            if network is not None:
-                synchronize_batch_norm(network)
+    state = new_train_state(config, device, config.seed)
+    if trainer.sync_batch_norm and info.world_size > 1:
+        for network in filter(None, (state.generator, state.discriminator, state.generator_ema)):
+            synchronize_batch_norm(network)
+    # Schedule and settings of an iteration.
     global_batch = config.data.train.batch_size * info.world_size
-    calendar = Calendar.of(config.trainer, global_batch, len(dataset), stop_after)
+    if (total := trainer.max_iterations) is None:
+        assert trainer.max_epochs is not None, "checked by TrainerConfig"
+        total = math.ceil(trainer.max_epochs * len(dataset) / global_batch)
+    calendar = Calendar(global_batch, len(dataset), total, min(total, stop_after or total))
+    terms, weights = objective
     settings = StepSettings(
         terms=terms.to(device),
         weights=weights,
-        form=config.trainer.iteration,
-        autocast_dtype=AUTOCAST[config.trainer.precision],
-        accumulation=config.trainer.gradient_accumulation,
+        form=trainer.iteration,
+        autocast_dtype=AUTOCAST[trainer.precision],
+        accumulation=trainer.gradient_accumulation,
         style_dims=state.generator.style_dims,
-        seed=seed,
+        seed=config.seed,
         global_batch=global_batch,
         gen_lr=partial(calendar.learning_rate, config.gen_opt),
         dis_lr=partial(calendar.learning_rate, config.dis_opt),
-        ema_beta=partial(calendar.ema_beta, config.trainer.model_average),
+        ema_beta=partial(calendar.ema_beta, trainer.model_average),
     )
-    if config.trainer.activation_checkpointing:
+    # The networks as training calls them.
+    if trainer.activation_checkpointing:
         checkpoint_activations(state.generator)
-    wrap = partial(distributed.wrap, device=device, bucket_cap_mb=config.trainer.bucket_cap_mb)
+    wrap = partial(distributed.wrap, device=device, bucket_cap_mb=trainer.bucket_cap_mb)
     networks = Networks(
         wrap(state.generator), wrap(state.discriminator), None if state.encoder is None else wrap(state.encoder)
     )
-    evaluation = None if config.trainer.evaluation is None else Evaluation(config, val_dataset, info, device)
+    evaluation = None if trainer.evaluation is None else Evaluation(config, val_dataset, info, device)
     return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar, evaluation)
 
 

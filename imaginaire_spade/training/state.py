@@ -1,10 +1,14 @@
-"""Define the state of training: all that a run would lose if it stopped now. Its fields are the checkpoint."""
+"""Define the state of training: all that a run would lose if it stopped now. Its fields are the checkpoint.
+
+Owns the exponential moving average (EMA) of the networks' weights, and its batch statistics.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +18,11 @@ from imaginaire_spade.config import RunConfig
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
+from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
+from imaginaire_spade.models.norms import BatchNorm2d
 from imaginaire_spade.training.checkpoint import check_counter, check_tensors
-from imaginaire_spade.training.ema import new_average, update_average
+
+N = TypeVar("N", bound=nn.Module)
 
 
 @dataclass
@@ -37,10 +44,9 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return field -> its state (tensors and plain types only)."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             name: value if value is None or isinstance(value, int) else value.state_dict()
-            for name, value in values.items()
+            for name, value in vars(self).items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any], where: str) -> None:
@@ -49,21 +55,24 @@ class TrainState:
         Raises:
             CheckpointError: a field is missing, new, or does not fit.
         """
-        names = {field.name for field in fields(self)}
-        if missing := names - set(state):
+        places = dict(vars(self))
+        if missing := places.keys() - state.keys():
             raise CheckpointError(f"{where}: not a training checkpoint, it lacks {', '.join(sorted(missing))}")
-        for field in fields(self):
-            own, stored = getattr(self, field.name), state[field.name]
-            if (own is None) != (stored is None):
-                has, lacks = ("this config", where) if stored is None else (where, "this config")
-                raise CheckpointError(f"{has} has {field.name}, {lacks} has none")
-            _check(own, stored, field.name, where)
-        for field in fields(self):
-            own, stored = getattr(self, field.name), state[field.name]
+        for name, own in places.items():
+            if (own is None) != (state[name] is None):
+                has, lacks = ("this config", where) if own is not None else (where, "this config")
+                raise CheckpointError(f"{has} has {name}, {lacks} has none")
+            _check(own, state[name], name, where)
+        for name, own in places.items():
             if isinstance(own, int):
-                setattr(self, field.name, stored)
+                setattr(self, name, state[name])
             elif own is not None:
-                _load(own, stored, field.name, where)
+                _load(own, state[name], name, where)
+
+    def averages(self) -> list[tuple[nn.Module, nn.Module]]:
+        """List each EMA with the network that it follows."""
+        pairs = [(self.generator_ema, self.generator), (self.encoder_ema, self.encoder)]
+        return [(average, network) for average, network in pairs if average is not None and network is not None]
 
     def start_from(self, content: Mapping[str, Any], where: str) -> list[str]:
         """Load the networks of a checkpoint without optimizers, such as an imported one; stay at image 0.
@@ -73,24 +82,20 @@ class TrainState:
         Raises:
             CheckpointError: a network does not fit.
         """
-        fresh = []
 
-        def load(field: str) -> bool:
-            owner, stored = getattr(self, field), content.get(field)
-            if owner is not None and stored is not None:
-                _check(owner, stored, field, where)
-                _load(owner, stored, field, where)
-            return owner is None or stored is not None
+        def load(*names: str) -> None:
+            for name in names:
+                owner, stored = getattr(self, name), content.get(name)
+                if owner is not None and stored is not None:
+                    _check(owner, stored, name, where)
+                    _load(owner, stored, name, where)
 
-        for name in ("generator", "discriminator", "encoder"):
-            if not load(name):
-                fresh.append(name)
-        for name in ("generator", "encoder"):
-            average = getattr(self, f"{name}_ema")
-            if average is not None:
-                update_average(average, getattr(self, name), 0.0)
-                load(f"{name}_ema")
-        return fresh
+        networks = ("generator", "discriminator", "encoder")
+        load(*networks)
+        for average, network in self.averages():
+            update_average(average, network, 0.0)
+        load("generator_ema", "encoder_ema")
+        return [name for name in networks if getattr(self, name) is not None and content.get(name) is None]
 
 
 def _check(owner: Any, stored: Any, name: str, where: str) -> None:
@@ -106,7 +111,7 @@ def _check(owner: Any, stored: Any, name: str, where: str) -> None:
     if isinstance(owner, nn.Module):
         check_tensors(stored, owner.state_dict(), where)
     elif isinstance(owner, torch.optim.Optimizer):
-        parameters = _parameters(owner)
+        parameters = [parameter for group in owner.param_groups for parameter in group["params"]]
         for index, moments in stored["state"].items():
             if index not in range(len(parameters)):
                 raise CheckpointError(f"{where}: it has a parameter {index}, and this config {len(parameters)} of them")
@@ -119,29 +124,60 @@ def _check(owner: Any, stored: Any, name: str, where: str) -> None:
 
 
 def _load(owner: Any, stored: Any, name: str, where: str) -> None:
-    if isinstance(owner, torch.optim.Optimizer):
-        stored = {**stored, "state": _in_the_parameters_order(stored["state"], _parameters(owner))}
     try:
         owner.load_state_dict(stored)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{where}: {name} does not fit this config: {error}") from None
+    if isinstance(owner, torch.optim.Optimizer):
+        # Adam's moments get the memory format of their parameters, whatever it was when they were saved: torch keeps
+        # the saved one, and fused Adam then pairs weights with other weights' moments.
+        for parameter, moments in owner.state.items():
+            for key in moments.keys() - {"step"}:
+                moments[key] = torch.empty_like(parameter, dtype=moments[key].dtype).copy_(moments[key])
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def new_average(network: N) -> N:
+    """Copy ``network`` as its EMA: in evaluation mode, without gradients, its spectral norms folded."""
+    return fold_spectral_norm(copy.deepcopy(network)).eval().requires_grad_(False)
 
 
-def _in_the_parameters_order(state: Mapping[int, Any], parameters: Sequence[nn.Parameter]) -> dict[int, Any]:
-    """Copy Adam's moments into the memory format of their parameters, whatever it was when they were saved: torch keeps
-    the saved one, and fused Adam then pairs weights with other weights' moments."""
+@torch.no_grad()
+def update_average(average: nn.Module, source: nn.Module, beta: float) -> None:
+    """Set average = beta * average + (1 - beta) * source, for parameters and running statistics alike.
 
-    def ordered(moment: Tensor, parameter: nn.Parameter) -> Tensor:
-        return torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
+    A layer with spectral norm gives its normalised weight, under the present u and v (as in imaginaire): an average of
+    raw weights would have another norm than each of them.
 
-    return {
-        index: {name: value if name == "step" else ordered(value, parameters[index]) for name, value in moments.items()}
-        for index, moments in state.items()
-    }
+    Args:
+        average: from ``new_average``.
+        source: the trained network.
+    """
+    values = {name: value for name, value in source.state_dict().items() if value.is_floating_point()}
+    for name, layer in source.named_modules():
+        if isinstance(layer, SpectralNorm):
+            values[f"{name}.weight"] = layer.effective_weight()
+    averages = {name: value for name, value in average.state_dict().items() if name in values}
+    torch._foreach_lerp_(list(averages.values()), [values[name] for name in averages], 1.0 - beta)
+
+
+@torch.no_grad()
+def reestimate_batch_norm(generator: nn.Module, inputs: Iterable[tuple[object, Tensor | None]]) -> None:
+    """Set the running statistics of an EMA to their plain average over ``inputs`` (label maps, style codes).
+
+    The activations of averaged weights have other statistics than the average of the statistics. Only the batch norms
+    are in training mode meanwhile, so spectral-norm vectors stay.
+    """
+    norms = [module for module in generator.modules() if isinstance(module, BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+        norm.train()
+    for layout, z in inputs:
+        generator(layout, z)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
 
 
 def new_train_state(config: RunConfig, device: torch.device, seed: int) -> TrainState:

@@ -15,8 +15,7 @@ from imaginaire_spade.losses import GANLoss, GeneratorOutputs
 from imaginaire_spade.models.discriminator import Discriminator, Scores, split_scores
 from imaginaire_spade.models.encoder import sample_style
 from imaginaire_spade.noise import style_codes
-from imaginaire_spade.training.ema import update_average
-from imaginaire_spade.training.state import TrainState
+from imaginaire_spade.training.state import TrainState, update_average
 
 SATURATED = 0.99
 """A value of [-1, 1] beyond it is the first or the last of the 256 steps of an image file."""
@@ -57,13 +56,8 @@ class Networks:
     encoder: nn.Module | None
 
 
-@dataclass(frozen=True)
-class Generated:
-    """Generated images, float32 [N, 3, H, W] in [-1, 1], with the distributions of their style codes, if any."""
-
-    fake: Tensor
-    mu: Tensor | None
-    logvar: Tensor | None
+Generated = tuple[Tensor, Tensor | None, Tensor | None]
+"""Generated images, float32 [N, 3, H, W] in [-1, 1]; mean and log-variance of their style codes, if any."""
 
 
 def train_step(state: TrainState, networks: Networks, batch: Batch, settings: StepSettings) -> dict[str, Tensor]:
@@ -93,7 +87,7 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
         state.dis_optimizer.zero_grad(set_to_none=True)
         for number, piece in enumerate(batch.split(pieces), 1):
             with torch.no_grad():
-                fake = (made or generate(networks, piece, settings)).fake.detach()
+                fake = (made or generate(networks, piece, settings))[0].detach()
                 real = real_images(piece)
             with _synced(networks.discriminator, number == pieces):
                 with autocast(real.device, settings):
@@ -114,15 +108,15 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
         for number, piece in enumerate(batch.split(pieces), 1):
             real, last = real_images(piece), number == pieces
             with _synced(networks.generator, last), _synced(networks.encoder, last):
-                generated = made or generate(networks, piece, settings)
+                fake, mu, logvar = made or generate(networks, piece, settings)
                 with autocast(real.device, settings):
                     # D has no gradients here, so the raw module serves: its wrapper would wait for some.
-                    scored = _judge(state.discriminator, piece.layout, generated.fake, real)
-                    outputs = GeneratorOutputs(generated.fake, real, *scored, generated.mu, generated.logvar)
+                    scored = _judge(state.discriminator, piece.layout, fake, real)
+                    outputs = GeneratorOutputs(fake, real, *scored, mu, logvar)
                     terms = {name: term(outputs) for name, term in settings.terms.items()}
                 total = torch.stack([settings.weights[name] * term for name, term in terms.items()]).sum()
                 state.gen_scaler.scale(total / pieces).backward()
-            health = {"health/fake_saturation": saturation(generated.fake), "health/real_saturation": saturation(real)}
+            health = {"health/fake_saturation": saturation(fake), "health/real_saturation": saturation(real)}
             _add(losses, terms | {"g_total": total} | health, pieces)
         state.gen_scaler.step(state.gen_optimizer)
         state.gen_scaler.update()
@@ -133,9 +127,8 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
 
     # EMA, counter.
     beta = settings.ema_beta(state.images_seen)
-    for average, network in ((state.generator_ema, state.generator), (state.encoder_ema, state.encoder)):
-        if average is not None and network is not None:
-            update_average(average, network, beta)
+    for average, network in state.averages():
+        update_average(average, network, beta)
     state.images_seen += settings.global_batch
     return losses
 
@@ -164,7 +157,7 @@ def generate(networks: Networks, piece: Batch, settings: StepSettings) -> Genera
             assert z is not None
             mu, logvar = networks.encoder(real_images(piece))
             z = sample_style(mu, logvar, z)
-        return Generated(networks.generator(piece.layout, z), mu, logvar)
+        return networks.generator(piece.layout, z), mu, logvar
 
 
 def real_images(piece: Batch) -> Tensor:

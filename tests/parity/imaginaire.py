@@ -17,7 +17,7 @@ from imaginaire_spade.models.discriminator import Scores
 from imaginaire_spade.models.encoder import sample_style
 from imaginaire_spade.models.layers import SpectralConv2d, SpectralLinear
 from imaginaire_spade.models.norms import BatchNorm2d
-from imaginaire_spade.training.ema import new_average, reestimate_batch_norm, update_average
+from imaginaire_spade.training.state import new_average, reestimate_batch_norm, update_average
 from parity.fixture import MODES, Check, Fixture, buffers, gradients, matching_layout
 
 
@@ -105,8 +105,8 @@ def _losses(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
         gan = losses.GANLoss(mode=_GAN_MODES[kind], relative=mode != kind)
         terms = {
             "gan": gan(outputs),
-            "feature_matching": losses.feature_matching_loss(fake, real),
-            "kl": losses.kl_loss(leaves["mu"], leaves["logvar"]),
+            "feature_matching": losses.FeatureMatchingLoss()(outputs),
+            "kl": losses.KLLoss()(outputs) * len(leaves["mu"]),
         }
         names = {"gan": "GAN", "feature_matching": "FeatureMatching", "kl": "GaussianKL"}
         for name, term in terms.items():

@@ -97,14 +97,15 @@ def _losses(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
         ]
 
     fake, real = scores("fake"), scores("real")
+    outputs = losses.GeneratorOutputs(torch.empty(0), torch.empty(0), fake, real, leaves["mu"], leaves["logvar"])
     for mode in hyper["gan_modes"]:
-        ours = GAN_MODES[mode]
+        gan = losses.GANLoss(mode=GAN_MODES[mode])
         terms = {
-            "GAN": losses.generator_gan_loss([s.logits for s in fake], ours),
-            "GAN_Feat": hyper["lambda_feat"] * losses.feature_matching_loss(fake, real),
-            "KLD": hyper["lambda_kld"] * losses.kl_loss(leaves["mu"], leaves["logvar"]),
+            "GAN": gan(outputs),
+            "GAN_Feat": hyper["lambda_feat"] * losses.FeatureMatchingLoss()(outputs),
+            "KLD": hyper["lambda_kld"] * losses.KLLoss()(outputs) * len(leaves["mu"]),
         }
-        of_fake, of_real = losses.discriminator_gan_loss([s.logits for s in fake], [s.logits for s in real], ours)
+        of_fake, of_real = gan.discriminator(fake, real).values()
         totals = {"G": torch.stack(list(terms.values())).sum(), "D": of_fake + of_real}
         for name, term in terms.items():
             yield f"{mode}/G/{name}", term
