@@ -1,21 +1,23 @@
-"""Plan and write the output folder: file names, accepted existing contents, background writing."""
+"""Plan the output folder: file names, accepted existing contents, the gallery page."""
 
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from imaginaire_spade.data.folders import DATA_TYPES
+from imaginaire_spade.data.folders import DATA_TYPES, stays_inside
 from imaginaire_spade.errors import DataError, UserError
-from imaginaire_spade.files import IMAGE_SUFFIXES, LABELS_FOLDER, PARTIAL, is_plain_path
+from imaginaire_spade.files import IMAGE_SUFFIXES, LABELS_FOLDER, PARTIAL, write_bytes
+from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.pages import render
 
 LEFTOVER_AFTER_S = 60
 """A partial file of this age belongs to a process that was killed: writing an image takes milliseconds."""
+OUTPUTS_PER_PAGE = 240
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def plan_outputs(
     outputs = []
     taken: dict[str, str] = {}
     for index, key in sorted(enumerate(keys), key=lambda item: item[1]):
-        if not is_plain_path(key):
+        if not stays_inside(key) or re.match(r"[A-Za-z]:", key):  # or leads to a drive
             raise DataError(
                 f"{key!r}: a sample's key must be a plain relative path (SEQUENCE/NAME): no '..', no leading '/', drive"
                 " letter or backslash. Rename it in the data set"
@@ -127,30 +129,26 @@ def make_folder(directory: Path) -> None:
             pass
 
 
-class Writer:
-    """Write files in a few threads, with a bounded queue. Leaving the block waits for all of them.
+def write_gallery(directory: Path, outputs: Sequence[Output], title: str, labels: LabelSpec) -> Path:
+    """Write ``index.html``, and ``index-2.html`` ... if there are many label maps.
 
+    The pages need nothing but the images beside them: no script, no request elsewhere. A click enlarges an entry.
+
+    Args:
+        directory: the output folder.
+        outputs: what to show, in this order.
+        title: heading, plain text.
+        labels: names and colours of the legend.
+    Returns:
+        The path of ``index.html``.
     Raises:
-        UserError: a file cannot be written; from ``put`` or on leaving.
+        UserError: a page cannot be written.
     """
-
-    def __init__(self, num_threads: int = 3) -> None:
-        self._pool = ThreadPoolExecutor(num_threads, "write")
-        self._pending: deque[Future[None]] = deque()
-        self._bound = 8 * num_threads
-
-    def put(self, write: Callable[..., None], path: Path, content: object) -> None:
-        """Have ``write(path, content)`` called; wait if too many files are due."""
-        self._pending.append(self._pool.submit(write, path, content))
-        while self._pending and (len(self._pending) > self._bound or self._pending[0].done()):
-            self._pending.popleft().result()
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            while kind is None and self._pending:
-                self._pending.popleft().result()
-        finally:
-            self._pool.shutdown(cancel_futures=True)
+    chunks = [outputs[i : i + OUTPUTS_PER_PAGE] for i in range(0, len(outputs), OUTPUTS_PER_PAGE)] or [()]
+    names = ["index.html", *(f"index-{number}.html" for number in range(2, len(chunks) + 1))]
+    for name, chunk in zip(names, chunks, strict=True):
+        page = render(
+            "gallery.html", title=title, count=len(outputs), labels=labels, outputs=chunk, pages=names, here=name
+        )
+        write_bytes(directory / name, page.encode())
+    return directory / "index.html"
