@@ -298,7 +298,7 @@ def test_ema_and_raw_weights(run, checkpoint, plain_checkpoint, label_maps, tmp_
         assert all(torch.equal(state[weights][key], value) for key, value in stored.items())
     model = Model.load(plain_checkpoint, for_inference=False)
     assert model.weights == "raw" and "no EMA of the weights" in model.notes[0]
-    assert not model.generator.training and model.style_dims == 0
+    assert not model.generator.training and model.generator.style_dims == 0
     run("--checkpoint", plain_checkpoint, "--input_dir", label_maps, "--output_dir", tmp_path / "o", "--num_samples", 2)
     err = capsys.readouterr().err
     assert "no EMA of the weights" in err and "takes no style code" in err and "edges" not in err

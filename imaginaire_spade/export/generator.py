@@ -95,7 +95,7 @@ def export_model(model: Model, output: Path, on_checked: Callable[[str, float], 
     """
     # Trace and convert.
     network = ExportedGenerator(model.generator, model.layout_spec)
-    multiple = model.size_multiple
+    multiple = model.generator.size_multiple
     is_onnx = output.suffix == ".onnx"
     try:
         with _quiet(), torch.no_grad():
@@ -141,9 +141,9 @@ def metadata(model: Model) -> dict[str, Any]:
     config = model.config
     return {
         "images": "float32 [N, 3, H, W], RGB, -1 to 1",
-        "size_multiple": model.size_multiple,
+        "size_multiple": model.generator.size_multiple,
         "trained_size": image_size(config),
-        "style_dims": model.style_dims,
+        "style_dims": model.generator.style_dims,
         "edges": config.data.edges,
         "label_table": config.data.labels.model_dump(),
         "generator": config.gen.type,

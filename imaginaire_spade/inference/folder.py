@@ -128,7 +128,7 @@ def generate_folder(
         DataError: a label map that cannot be used; the message names its file. Images written by then are complete.
     """
     info, options, sizes = info or ProcessInfo(), options or FolderOptions(), sizes or SizeRule()
-    style_of = style_of or drawn_styles(0, model.style_dims, options.num_samples)
+    style_of = style_of or drawn_styles(0, model.generator.style_dims, options.num_samples)
 
     def tell(note: str | None) -> None:
         if note is not None and info.is_main:

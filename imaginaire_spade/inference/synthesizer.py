@@ -64,7 +64,7 @@ class Synthesizer:
         self.resize_back = resize_back
         self._warned_of_size = False
         self.has_style_encoder = model.encoder is not None
-        self.style_dims = model.style_dims
+        self.style_dims = model.generator.style_dims
         self.wants_edges = model.layout_spec.has_edges
 
     @classmethod
