@@ -24,10 +24,9 @@ from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError, LabelError, positive_integer, run_command_line
 from imaginaire_spade.inference import style
-from imaginaire_spade.inference.animation import check_animation
 from imaginaire_spade.inference.folder import PROBLEMS_SHOWN, FolderOptions, Progress, RunReport, generate_folder
 from imaginaire_spade.inference.model import Model, load_named
-from imaginaire_spade.inference.output import check_apart
+from imaginaire_spade.inference.output import check_animation, check_apart
 from imaginaire_spade.inference.sizes import MAX_PIXELS, SIZE_HELP, SizeRule, read_size
 from imaginaire_spade.labels import LabelSpec
 
@@ -95,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    asked = read_size(arguments.size, "--size", raise_with="--max_pixels", max_pixels=arguments.max_pixels)
+    asked = read_size(arguments.size, "--size", max_pixels=arguments.max_pixels)
     if arguments.resize_back and asked == "own":
         raise ConfigError("--resize_back: with --size own images have their label maps' size already; leave one out")
     import_modules(arguments.imports)

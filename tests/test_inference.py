@@ -25,7 +25,7 @@ from imaginaire_spade.config_files import dump_config, load_config, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
 from imaginaire_spade.inference.model import Model, find_checkpoint
-from imaginaire_spade.inference.output import check_output_folder, plan_outputs
+from imaginaire_spade.inference.output import check_empty, plan_outputs
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, group_by_size, pad_to_layout, synthesise
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.layers import fold_spectral_norm
@@ -329,9 +329,9 @@ def test_existing_pictures_are_refused_kept_or_replaced(run, checkpoint, label_m
 def test_processes_refuse_existing_pictures_without_seeing_each_others_as_such(tmp_path):
     everything = plan_outputs(["a", "b"])
     write_png(tmp_path / "b.png", np.zeros((2, 2), np.uint8))
-    check_output_folder(tmp_path, everything[:1], everything)  # b belongs to the other process
+    check_empty(tmp_path, everything[:1], everything)  # b belongs to the other process
     with pytest.raises(UserError, match=r"b\.png"):
-        check_output_folder(tmp_path, everything[1:], everything)
+        check_empty(tmp_path, everything[1:], everything)
 
 
 # ------------------------------------------------------------------------------------------------ what is taken

@@ -84,7 +84,7 @@ def test_what_a_size_may_be():
     with pytest.raises(ConfigError, match=r"--size 100000x100000: 10,000,000,000 pixels.* at most 16,777,216 pixels$"):
         read_size("100000x100000", "--size")
     with pytest.raises(ConfigError, match=r"at most 50 pixels, or --max_pixels 51 if the memory is there$"):
-        read_size("3x17", "--size", raise_with="--max_pixels", max_pixels=50)
+        read_size("3x17", "--size", max_pixels=50)
     assert read_size("4096x4096", "--size") == (4096, 4096) and MAX_PIXELS == 4096**2
 
 

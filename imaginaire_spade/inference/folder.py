@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -23,10 +22,9 @@ from imaginaire_spade.data.image_files import image_size
 from imaginaire_spade.data.loader import read_ahead
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.files import RgbImage, write_image
-from imaginaire_spade.inference.animation import write_animation
+from imaginaire_spade.files import write_image
 from imaginaire_spade.inference.model import Model
-from imaginaire_spade.inference.output import Output, check_output_folder, make_folder, plan_outputs, write_gallery
+from imaginaire_spade.inference.output import Output, check_empty, make_folder, plan_outputs, plan_writes, write_gallery
 from imaginaire_spade.inference.sizes import MAX_PIXELS, Size, SizeRule, format_size
 from imaginaire_spade.inference.style import StyleOf, drawn_styles
 from imaginaire_spade.inference.synthesis import Request, synthesise
@@ -47,21 +45,19 @@ class Progress:
 
     def __init__(self, *, shown: bool = True) -> None:
         self._shown = shown
-        self._bar = tqdm(unit="image", dynamic_ncols=True) if shown and sys.stderr.isatty() else None
+        self._bar = tqdm(unit="image", dynamic_ncols=True, disable=not (shown and sys.stderr.isatty()))
         self._started_at = self._line_at = time.perf_counter()
 
     def __call__(self, done: int, total: int) -> None:
-        if self._bar is not None:
-            self._bar.total = total
-            self._bar.update(done - self._bar.n)
-        elif self._shown and time.perf_counter() - self._line_at >= self.SECONDS_BETWEEN_LINES:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+        if self._bar.disable and self._shown and time.perf_counter() - self._line_at >= self.SECONDS_BETWEEN_LINES:
             self._line_at = time.perf_counter()
             rate = done / (self._line_at - self._started_at)
             print(f"{done} of {total} images, {rate:.2f} images/s", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 @dataclass(frozen=True)
@@ -138,7 +134,7 @@ def generate_folder(
     everything = plan_outputs(dataset.keys, options.num_samples, options.suffix, options.animation)
     own = everything[info.rank :: info.world_size]
     if options.existing == "refuse":
-        check_output_folder(directory, own, everything)
+        check_empty(directory, own, everything)
     make_folder(directory)
     jobs = {output: samples for output in own if (samples := _find_missing(output, directory, options)) is not None}
     share = _Share(dataset, directory, options)
@@ -153,7 +149,7 @@ def generate_folder(
     # Read ahead, generate in batches of one size, write.
     started_at = time.perf_counter()
     images = synthesise(model, share.requests(jobs, style_of), options.batch_size)
-    writes = _plan_writes(images, jobs, directory, on_written)
+    writes = plan_writes(images, jobs, directory, on_written)
     for _ in read_ahead(lambda write: write(), writes, WRITES_HELD, num_threads=THREADS):
         pass
     seconds = time.perf_counter() - started_at
@@ -251,29 +247,6 @@ class _Share:
                 f"{key}: a label map of {format_size(stored)}, {pixels:,} pixels, to which its image would be resized"
                 f" back. Leave --resize_back out, or write --max_pixels {pixels} if the memory is there"
             )
-
-
-def _plan_writes(
-    images: Iterable[tuple[str, RgbImage]],
-    jobs: Mapping[Output, Sequence[int]],
-    directory: Path,
-    on_written: Callable[[int, int], None],
-) -> Iterator[Callable[[], None]]:
-    """Yield what writes each image, and each animation once all its frames are made."""
-    number = sum(map(len, jobs.values()))
-    animated = {
-        path: (output.animation, output.images) for output in jobs if output.animation for path in output.images
-    }
-    frames: defaultdict[str, dict[str, RgbImage]] = defaultdict(dict)
-    for done, (path, image) in enumerate(images, 1):
-        yield partial(write_image, directory / path, image)
-        if path in animated:
-            animation, paths = animated[path]
-            frames[animation][path] = image
-            if len(frames[animation]) == len(paths):
-                made = frames.pop(animation)
-                yield partial(write_animation, directory / animation, [made[path] for path in paths])
-        on_written(done, number)
 
 
 def _find_missing(output: Output, directory: Path, options: FolderOptions) -> Sequence[int] | None:

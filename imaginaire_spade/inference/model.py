@@ -20,7 +20,7 @@ from urllib.parse import urlparse
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from imaginaire_spade.build import build_encoder, build_generator, layout_spec
@@ -28,7 +28,7 @@ from imaginaire_spade.config import RunConfig, WeightSource
 from imaginaire_spade.config_diff import check_fits, explain_old_import
 from imaginaire_spade.config_files import dump_config, load_config, parse_config
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.files import atomic_write, file_sha256
+from imaginaire_spade.files import file_sha256, write_bytes
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.generator import Generator
@@ -131,7 +131,7 @@ class Model:
         """Write the model to ``path`` as a published generator, whole or not at all.
 
         Raises:
-            CheckpointError: the file cannot be written.
+            UserError: the file cannot be written.
         """
         assert not self.for_inference, "load it with for_inference=False"
         tensors = {
@@ -150,14 +150,7 @@ class Model:
             "weights": self.weights,
             "images_seen": str(self.images_seen),
         }
-        try:
-            with atomic_write(path) as temporary:
-                temporary.touch()
-                mode = temporary.stat().st_mode  # what the umask leaves; save_file makes a file for its owner alone
-                save_file(tensors, temporary, metadata)
-                temporary.chmod(mode)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: could not be written ({error})") from None
+        write_bytes(path, save(tensors, metadata))
 
     @cached_property
     def layout_spec(self) -> LayoutSpec:

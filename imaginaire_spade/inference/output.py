@@ -1,23 +1,32 @@
-"""Plan the output folder: file names, accepted existing contents, the gallery page."""
+"""Plan and fill the output folder: file names, accepted existing contents, animations, the gallery page."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+
+import cv2
+import numpy as np
+from PIL import Image
 
 from imaginaire_spade.data.folders import DATA_TYPES, stays_inside
 from imaginaire_spade.errors import DataError, UserError
-from imaginaire_spade.files import IMAGE_SUFFIXES, LABELS_FOLDER, PARTIAL, write_bytes
+from imaginaire_spade.files import IMAGE_SUFFIXES, LABELS_FOLDER, PARTIAL, RgbImage, write_bytes, write_image
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.pages import render
 
 LEFTOVER_AFTER_S = 60
 """A partial file of this age belongs to a process that was killed: writing an image takes milliseconds."""
 OUTPUTS_PER_PAGE = 240
+FRAMES_PER_SECOND = 10
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ def plan_outputs(
     return outputs
 
 
-def check_output_folder(directory: Path, own: Sequence[Output], everything: Sequence[Output]) -> None:
+def check_empty(directory: Path, own: Sequence[Output], everything: Sequence[Output]) -> None:
     """Check that the folder holds no images yet: an evaluation of it would mix two runs.
 
     Several processes check without waiting for each other: each looks for what no other process writes, which is its
@@ -152,3 +161,77 @@ def write_gallery(directory: Path, outputs: Sequence[Output], title: str, labels
         )
         write_bytes(directory / name, page.encode())
     return directory / "index.html"
+
+
+def plan_writes(
+    images: Iterable[tuple[str, RgbImage]],
+    jobs: Mapping[Output, Sequence[int]],
+    directory: Path,
+    on_written: Callable[[int, int], None],
+) -> Iterator[Callable[[], None]]:
+    """Yield what writes each image, and each animation once all its frames are made.
+
+    Args:
+        images: (path below ``directory``, image).
+        jobs: label maps of ``images`` and which of their samples are made.
+        on_written: called after each image with (images done, images to do).
+    """
+    number = sum(map(len, jobs.values()))
+    animated = {
+        path: (output.animation, output.images) for output in jobs if output.animation for path in output.images
+    }
+    frames: defaultdict[str, dict[str, RgbImage]] = defaultdict(dict)
+    for done, (path, image) in enumerate(images, 1):
+        yield partial(write_image, directory / path, image)
+        if path in animated:
+            animation, paths = animated[path]
+            frames[animation][path] = image
+            if len(frames[animation]) == len(paths):
+                made = frames.pop(animation)
+                yield partial(_write_animation, directory / animation, [made[path] for path in paths])
+        on_written(done, number)
+
+
+def _write_animation(path: Path, frames: Sequence[RgbImage]) -> None:
+    """Write ``frames`` and their way back as GIF or MP4, by suffix; complete or not at all.
+
+    An MP4 of odd height or width repeats the last row or column, for its codec.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    encode = _encode_gif if path.suffix == ".gif" else _encode_mp4
+    write_bytes(path, encode([*frames, *frames[-2:0:-1]]))
+
+
+def check_animation(suffix: str) -> None:
+    """Check that files of this suffix can be made here.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if suffix == ".mp4":
+        _encode_mp4([np.zeros((64, 64, 3), np.uint8)] * 2)
+
+
+def _encode_gif(frames: Sequence[RgbImage]) -> bytes:
+    first, *others = (Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE) for frame in frames)
+    file = io.BytesIO()
+    first.save(file, "GIF", save_all=True, append_images=others, duration=1000 // FRAMES_PER_SECOND, loop=0)
+    return file.getvalue()
+
+
+def _encode_mp4(frames: Sequence[RgbImage]) -> bytes:
+    height, width = frames[0].shape[:2]
+    to_even = ((0, height % 2), (0, width % 2), (0, 0))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "animation.mp4")
+        video = cv2.VideoWriter(
+            str(path), cv2.VideoWriter.fourcc(*"mp4v"), FRAMES_PER_SECOND, (width + width % 2, height + height % 2)
+        )
+        for frame in frames:
+            video.write(np.ascontiguousarray(np.pad(frame, to_even, "edge")[..., ::-1]))
+        video.release()
+        if not path.is_file() or not path.stat().st_size:
+            raise UserError("--animation mp4: this build of OpenCV writes no MP4; write --animation gif")
+        return path.read_bytes()

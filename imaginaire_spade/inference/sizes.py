@@ -28,14 +28,12 @@ MAX_PIXELS = 2**24
 """4096 squared: what is larger by mistake would take all memory."""
 
 
-def read_size(
-    given: str | tuple[int, int] | None, name: str, *, raise_with: str | None = None, max_pixels: int = MAX_PIXELS
-) -> Asked:
+def read_size(given: str | tuple[int, int] | None, name: str, *, max_pixels: int | None = None) -> Asked:
     """Parse a size from the command line's text or a caller's (height, width).
 
     Args:
         name: of the flag or argument, for messages.
-        raise_with: the flag that sets ``max_pixels``, the most that an image may have, if there is one.
+        max_pixels: what --max_pixels says, where there is such a flag; None: ``MAX_PIXELS``.
     Raises:
         ConfigError: no such size, or too many pixels.
     """
@@ -46,12 +44,12 @@ def read_size(
     size = (int(found[1]), int(found[2])) if found else (0, 0)
     if min(size) < 1:
         raise ConfigError(f"{name} {given}: write trained, own, or HEIGHTxWIDTH in pixels, such as 256x512")
-    pixels = size[0] * size[1]
-    if pixels > max_pixels:
-        more = f", or {raise_with} {pixels} if the memory is there" if raise_with else ""
+    pixels, most = size[0] * size[1], max_pixels or MAX_PIXELS
+    if pixels > most:
+        more = f", or --max_pixels {pixels} if the memory is there" if max_pixels else ""
         raise ConfigError(
             f"{name} {format_size(size)}: {pixels:,} pixels, and an image is made in one piece: write a size of at most"
-            f" {max_pixels:,} pixels{more}"
+            f" {most:,} pixels{more}"
         )
     return size
 
