@@ -141,7 +141,7 @@ def generate_folder(
 
     # Check all label maps before the first image, unless unusable ones are left out as they come.
     if options.existing == "skip":
-        tell(_describe_kept(dataset, directory, own, options))
+        tell(share.describe_kept(own))
     if options.on_bad_label == "fail":
         share.sizes.update(size for _, size in share.attempt(share.check, jobs))
         tell(sizes.note(share.sizes, resize_back=options.resize_back))
@@ -248,6 +248,24 @@ class _Share:
                 f" back. Leave --resize_back out, or write --max_pixels {pixels} if the memory is there"
             )
 
+    def describe_kept(self, outputs: Sequence[Output]) -> str | None:
+        """Warn if the first of the images that stay has another size than this run would write."""
+        first = next((output for output in outputs if (self.directory / output.images[0]).is_file()), None)
+        if first is None:
+            return None
+        path = self.directory / first.images[0]
+        try:
+            stored, read = self.dataset.check_label_map(first.index)
+            kept = image_size(path.read_bytes(), str(path))
+        except DataError:
+            return None
+        if kept == (size := stored if self.options.resize_back else read):
+            return None
+        return (
+            f"{path} is kept at {format_size(kept)}, but this run would write {format_size(size)}: the folder will hold"
+            " images of several sizes (--overwrite generates all again)"
+        )
+
 
 def _find_missing(output: Output, directory: Path, options: FolderOptions) -> Sequence[int] | None:
     """Return the numbers of the samples to make; None if not even the gallery lacks anything."""
@@ -256,24 +274,3 @@ def _find_missing(output: Output, directory: Path, options: FolderOptions) -> Se
     if output.animation is not None and (missing or not (directory / output.animation).is_file()):
         missing = list(range(len(output.images)))  # an animation is made of all its frames
     return missing if missing or (options.gallery and not (directory / output.label_map).is_file()) else None
-
-
-def _describe_kept(
-    dataset: LabelMapDataset, directory: Path, outputs: Sequence[Output], options: FolderOptions
-) -> str | None:
-    """Warn if the first of the images that stay has another size than this run would write."""
-    first = next((output for output in outputs if (directory / output.images[0]).is_file()), None)
-    if first is None:
-        return None
-    path = directory / first.images[0]
-    try:
-        stored, read = dataset.check_label_map(first.index)
-        kept = image_size(path.read_bytes(), str(path))
-    except DataError:
-        return None
-    if kept == (size := stored if options.resize_back else read):
-        return None
-    return (
-        f"{path} is kept at {format_size(kept)}, but this run would write {format_size(size)}: the folder will hold"
-        " images of several sizes (--overwrite generates all again)"
-    )

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -131,11 +132,9 @@ def make_folder(directory: Path) -> None:
     if not os.access(directory, os.W_OK | os.X_OK):
         raise UserError(f"--output_dir {directory}: no permission to write there")
     for path in directory.rglob(f"{PARTIAL}*"):
-        try:
+        with suppress(FileNotFoundError):  # another process was faster
             if path.is_file() and time.time() - path.stat().st_mtime > LEFTOVER_AFTER_S:
                 path.unlink()
-        except FileNotFoundError:  # another process was faster
-            pass
 
 
 def write_gallery(directory: Path, outputs: Sequence[Output], title: str, labels: LabelSpec) -> Path:
@@ -223,14 +222,13 @@ def _encode_gif(frames: Sequence[RgbImage]) -> bytes:
 
 def _encode_mp4(frames: Sequence[RgbImage]) -> bytes:
     height, width = frames[0].shape[:2]
-    to_even = ((0, height % 2), (0, width % 2), (0, 0))
+    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "animation.mp4")
-        video = cv2.VideoWriter(
-            str(path), cv2.VideoWriter.fourcc(*"mp4v"), FRAMES_PER_SECOND, (width + width % 2, height + height % 2)
-        )
-        for frame in frames:
-            video.write(np.ascontiguousarray(np.pad(frame, to_even, "edge")[..., ::-1]))
+        codec = cv2.VideoWriter.fourcc(*"mp4v")
+        video = cv2.VideoWriter(str(path), codec, FRAMES_PER_SECOND, (even.shape[2], even.shape[1]))
+        for frame in even:
+            video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
         video.release()
         if not path.is_file() or not path.stat().st_size:
             raise UserError("--animation mp4: this build of OpenCV writes no MP4; write --animation gif")
