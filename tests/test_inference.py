@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import http.client
 import importlib.util
 import os
 import random
@@ -372,6 +373,13 @@ def test_published_weights_are_checked_by_their_sha256(run, checkpoint, label_ma
     assert not [p for p in (tmp_path / "hub2").rglob("*") if p.is_file()]
     gone = with_weight(url=(tmp_path / "gone.pt").as_uri(), sha256=digest)
     with pytest.raises(CheckpointError, match=r"cannot be downloaded .* give it as --checkpoint"):
+        find_checkpoint(None, None, load_config(gone))
+
+    def break_off(*_: object, **__: object) -> None:
+        raise http.client.IncompleteRead(b"half")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", break_off)
+    with pytest.raises(CheckpointError, match=r"cannot be downloaded \(IncompleteRead"):
         find_checkpoint(None, None, load_config(gone))
     with pytest.raises(CheckpointError, match=r"pretrained_weight.path: nowhere.pt: no such file"):
         find_checkpoint(None, None, load_config(with_weight(path="nowhere.pt")))

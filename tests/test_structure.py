@@ -270,9 +270,9 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1740, "pages": 20, "data": 1400, "models": 1130, "pretrained": 140, "training": 1860,
-    "inference": 1170, "evaluation": 1320,
-    "lmdb_builder": 930, "dataset_prep": 510, "interop": 920, "export": 170, "demo": 450,
+    "top level": 1700, "pages": 20, "data": 1400, "models": 1130, "pretrained": 140, "training": 1860,
+    "inference": 1070, "evaluation": 1320,
+    "lmdb_builder": 930, "dataset_prep": 510, "interop": 920, "export": 160, "demo": 420,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""

@@ -9,6 +9,7 @@ machine it was trained on are left out.
 
 from __future__ import annotations
 
+import http.client
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -282,7 +283,7 @@ def _fetch(source: WeightSource) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(source.url, str(target), hash_prefix=source.sha256, progress=sys.stderr.isatty())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise CheckpointError(
             f"pretrained_weight.url: {source.url} cannot be downloaded ({error}). Without a connection: fetch the file"
             f" elsewhere and give it as --checkpoint FILE, or put it at {target}"

@@ -56,9 +56,8 @@ class Synthesizer:
     """
 
     def __init__(self, model: Model, *, size: str | tuple[int, int] | None = None, resize_back: bool = False) -> None:
-        config = model.config
         self.model = model
-        self.labels: LabelSpec = config.data.labels
+        self.labels: LabelSpec = model.config.data.labels
         self.size = model.trained_size
         self.sizes = SizeRule(read_size(size, "size"), self.size)
         self.resize_back = resize_back
