@@ -10,6 +10,7 @@ Under torchrun the processes share the work. Weights come from files: docs/evalu
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from imaginaire_spade import distributed
 from imaginaire_spade.build import import_modules
+from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.errors import ConfigError, positive_integer, run_command_line
 from imaginaire_spade.evaluation.collection import holds_statistics
 from imaginaire_spade.evaluation.evaluate import evaluate, page_samples
@@ -27,6 +29,7 @@ from imaginaire_spade.evaluation.scores import METRICS, NEED_FEATURES
 from imaginaire_spade.evaluation.segmentation import Predictor, Segmentation, StoredPredictions, network_predictions
 from imaginaire_spade.inference.folder import Progress
 from imaginaire_spade.inference.images_to_score import ImagesToScore, checkpoint_images, stored_images
+from imaginaire_spade.inference.model import load_named
 from imaginaire_spade.inference.sizes import SIZE_HELP, Asked, read_size
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.pretrained.inception import FEATURE_DIMS, RESIZES, FeatureNetwork, feature_network
@@ -47,17 +50,12 @@ def parse_arguments() -> argparse.Namespace:
     fake.add_argument(
         "--config", type=Path, metavar="C.yaml", help="config whose data is used (default: the checkpoint's own)"
     )
-    fake.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="ema (default); raw: non-averaged weights"
-    )
+    add_shared_flags(fake, "--weights", "--set", "--import")
     fake.add_argument("--size", metavar="trained|own|HxW",
                       help=f"{SIZE_HELP}; photos of the data likewise (default: the geometry of data.val)")  # fmt: skip
     fake.add_argument("--num_samples", type=positive_integer, default=1, metavar="k",
                       help="images per label map; diversity uses all, other scores the first")  # fmt: skip
     fake.add_argument("--seed", type=int, metavar="S", help="seed of the style codes (default: the config's seed)")
-    fake.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key (repeat)")
-    fake.add_argument("--import", action="append", default=[], dest="modules", metavar="MODULE",
-                      help="import your module, which registers your components (repeat)")  # fmt: skip
     real = parser.add_argument_group("real images")
     real.add_argument("--real", type=Path, metavar="DIR",
                       help="photos, or statistics of them (default with a checkpoint: its data's photos)")  # fmt: skip
@@ -81,12 +79,12 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--feature_dim", type=int, choices=FEATURE_DIMS, default=2048, help="2048: standard FID")
     how.add_argument("--resize", choices=RESIZES, default="legacy", help="legacy: as pytorch-fid; clean: antialiased")
     how.add_argument("--batch_size", type=positive_integer, default=32, metavar="B")
-    how.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_shared_flags(how, "--device")
     how.add_argument("--skip_bad", action="store_true", help="skip unreadable images; the report counts and names them")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the report as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report page, one HTML file with images")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="compare two reports")
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
+    add_shared_flags(parser, "--local-rank")
     return parser.parse_args()
 
 
@@ -96,7 +94,7 @@ def main() -> None:
         print(compare(tuple(arguments.compare)))
         return
     metrics, size = _check(arguments), read_size(arguments.size, "--size")
-    import_modules(arguments.modules)
+    import_modules(arguments.imports)
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
     # Networks first: whether their weights are there is known before any image is generated.
@@ -192,11 +190,16 @@ def _images(
             arguments.fake, arguments.real, reference_split=arguments.reference_split, network=network,
             num_samples=arguments.num_samples, label_maps=arguments.label_maps, label_table=arguments.label_table,
         )  # fmt: skip
+    path, model, given = load_named(
+        arguments.checkpoint, arguments.logdir, arguments.config, arguments.overrides, weights=arguments.weights,
+        device=device,
+    )  # fmt: skip
+    for note in model.notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
     return checkpoint_images(
-        arguments.checkpoint, arguments.logdir, arguments.config, arguments.set, weights=arguments.weights,
-        size=size, device=device, real=arguments.real,
-        reference_split=arguments.reference_split, network=network, seed=arguments.seed,
-        num_samples=arguments.num_samples, batch_size=arguments.batch_size, with_photos="segmentation" in metrics,
+        path, model, given, size=size, real=arguments.real, reference_split=arguments.reference_split, network=network,
+        num_samples=arguments.num_samples, seed=arguments.seed, batch_size=arguments.batch_size,
+        with_photos="segmentation" in metrics,
     )  # fmt: skip
 
 

@@ -21,16 +21,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from imaginaire_spade import distributed
 from imaginaire_spade.build import import_modules
 from imaginaire_spade.cli import add_shared_flags
-from imaginaire_spade.config import RunConfig
-from imaginaire_spade.config_diff import check_fits
-from imaginaire_spade.config_files import load_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError, LabelError, positive_integer, run_command_line
 from imaginaire_spade.inference import style
-from imaginaire_spade.inference.animation import check_animation
 from imaginaire_spade.inference.folder import PROBLEMS_SHOWN, FolderOptions, Progress, RunReport, generate_folder
-from imaginaire_spade.inference.model import Model, find_checkpoint
-from imaginaire_spade.inference.output import check_apart
+from imaginaire_spade.inference.model import Model, load_named
+from imaginaire_spade.inference.output import check_animation, check_apart
 from imaginaire_spade.inference.sizes import MAX_PIXELS, SIZE_HELP, SizeRule, read_size
 from imaginaire_spade.labels import LabelSpec
 
@@ -98,25 +94,25 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    asked = read_size(arguments.size, "--size", raise_with="--max_pixels", max_pixels=arguments.max_pixels)
+    asked = read_size(arguments.size, "--size", max_pixels=arguments.max_pixels)
     if arguments.resize_back and asked == "own":
         raise ConfigError("--resize_back: with --size own images have their label maps' size already; leave one out")
     import_modules(arguments.imports)
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
-    given = load_config(arguments.config, arguments.overrides) if arguments.config else None
-    checkpoint = find_checkpoint(arguments.checkpoint, arguments.logdir, given)
-    model = Model.load(
-        checkpoint,
-        weights=arguments.weights, overrides=arguments.overrides, device=device, precision=arguments.precision,
-        compiled=arguments.compile,
+    _, model, given = load_named(
+        arguments.checkpoint, arguments.logdir, arguments.config, arguments.overrides, weights=arguments.weights,
+        device=device, precision=arguments.precision, compiled=arguments.compile,
     )  # fmt: skip
-    config = model.config
-    if given is not None:
-        check_fits(config, given, str(arguments.config))
-    sizes = SizeRule(asked, model.trained_size)
+    config, sizes = model.config, SizeRule(asked, model.trained_size)
     test_data = (given.test_data if given else None) or config.test_data
-    notes = [*model.notes, *_notes(arguments, model, given)]
+    notes = list(model.notes)
+    varied = arguments.num_samples > 1 or arguments.seed is not None or arguments.style_seed is not None
+    if not model.generator.style_dims and varied:
+        notes.append(
+            "this generator takes no style code, so its images do not vary: seeds change nothing, samples of a label"
+            " map are equal"
+        )
 
     roots = (str(arguments.input_dir),) if arguments.input_dir else test_data.roots if test_data else ()
     if not roots:
@@ -174,8 +170,8 @@ def _styles(arguments: argparse.Namespace, model: Model, keys: list[str], seed: 
     if arguments.style_image is not None:
         return style.image_styles(model, arguments.style_image, keys, seed, arguments.num_samples)
     if arguments.style_seed is not None:
-        return style.shared_styles(arguments.style_seed, model.style_dims)
-    return style.drawn_styles(seed, model.style_dims, arguments.num_samples)
+        return style.shared_styles(arguments.style_seed, model.generator.style_dims)
+    return style.drawn_styles(seed, model.generator.style_dims, arguments.num_samples)
 
 
 def _replacement(labels: LabelSpec, text: str) -> tuple[int, int]:
@@ -190,21 +186,6 @@ def _replacement(labels: LabelSpec, text: str) -> tuple[int, int]:
 
 def _remember(problems: list[str], error: LabelError) -> None:
     problems.append(str(error))
-
-
-def _notes(arguments: argparse.Namespace, model: Model, given: RunConfig | None) -> list[str]:
-    notes = []
-    if given is not None and given.data.labels != model.config.data.labels:
-        notes.append(
-            f"data.labels of {arguments.config} differs from the checkpoint's, which is used (change it with --set)"
-        )
-    varied = arguments.num_samples > 1 or arguments.seed is not None or arguments.style_seed is not None
-    if not model.style_dims and varied:
-        notes.append(
-            "this generator takes no style code, so its images do not vary: seeds change nothing, samples of a label"
-            " map are equal"
-        )
-    return notes
 
 
 def _tell(notes: list[str]) -> None:

@@ -1,9 +1,13 @@
-"""Flags that several command lines share: each has one spelling, one help text and one name in what is parsed."""
+"""What several command lines share: flags, each of one spelling, one help text and one parsed name; checks of them."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from imaginaire_spade.errors import ConfigError
 
 SHARED: dict[tuple[str, ...], dict[str, Any]] = {
     ("--set",): {
@@ -31,3 +35,19 @@ def add_shared_flags(parser: argparse._ActionsContainer, *flags: str, **changes:
     for flag in flags:
         spellings = next(spellings for spellings in SHARED if spellings[0] == flag)
         parser.add_argument(*spellings, **SHARED[spellings] | changes)
+
+
+def check_output_file(output: Path, *, overwrite: bool, suffixes: Sequence[str] = ()) -> None:
+    """Check, before any work, that ``--output`` names a file that may be written.
+
+    Args:
+        suffixes: how the name may end; none: any way.
+    Raises:
+        ConfigError: the name is wrong, a folder's, or taken while ``overwrite`` is False.
+    """
+    if suffixes and output.suffix not in suffixes:
+        raise ConfigError(f"--output {output}: write a name that ends in {' or '.join(suffixes)}")
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder: give the name of a file")
+    if output.exists() and not overwrite:
+        raise ConfigError(f"--output {output} is there already: give another name, or --overwrite to replace it")

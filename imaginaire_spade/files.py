@@ -1,11 +1,10 @@
-"""Write files complete or not at all: images, JSON, any bytes. Checksums, and which keys may name files."""
+"""Write files complete or not at all: images, JSON, any bytes. Checksums."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,18 +85,6 @@ def resize_image(rgb: RgbImage, height: int, width: int) -> RgbImage:
         return rgb
     method = cv2.INTER_AREA if height * width < rgb.shape[0] * rgb.shape[1] else cv2.INTER_CUBIC
     return cv2.resize(rgb, (width, height), interpolation=method)  # type: ignore[return-value]
-
-
-def is_plain_path(path: str) -> bool:
-    """Check that a key or name, joined to a folder, stays inside it on every system.
-
-    It has no empty part, ``.`` or ``..``, no drive letter, backslash or zero byte.
-    """
-    return not (
-        any(part in ("", ".", "..") for part in path.split("/"))
-        or any(character in path for character in "\\\0")
-        or re.match(r"[A-Za-z]:", path)
-    )
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -40,66 +40,50 @@ def _shorten(draw: ImageDraw.ImageDraw, text: str, width: float, font: Any) -> s
     return short if kept > 1 else "…"
 
 
-def draw_contact_sheet(
-    rows: Sequence[Sequence[RgbImage]],
-    column_titles: Sequence[str],
-    *,
-    row_titles: Sequence[str] = (),
-    cell_h_w: tuple[int, int] | None = None,
-) -> RgbImage:
+def draw_contact_sheet(rows: Sequence[Sequence[RgbImage]], column_titles: Sequence[str]) -> RgbImage:
     """Lay images out in rows of equal cells under column titles, on a light ground: uint8 [H, W, 3].
+
+    A cell has the largest height and width, times a whole number where that is narrower than ``NARROW_CELL``. Images
+    are enlarged to fit in, aspect ratio kept.
 
     Args:
         rows: the images; a short row leaves its last cells empty.
         column_titles: one per column.
-        row_titles: one per row, written above the row; none: no space is taken.
-        cell_h_w: size of a cell; default: the largest height and width, times a whole number where that is narrower
-            than ``NARROW_CELL``. Images fit in, aspect ratio kept.
     """
     # Measures, from the size of a cell.
     cells = [cell for row in rows for cell in row]
-    if cell_h_w is None:
-        widest = max((c.shape[1] for c in cells), default=64)
-        factor = math.ceil(NARROW_CELL / widest)
-        cell_h_w = (factor * max((c.shape[0] for c in cells), default=64), factor * widest)
-    height, width = cell_h_w
+    widest = max((cell.shape[1] for cell in cells), default=64)
+    factor = math.ceil(NARROW_CELL / widest)
+    height, width = factor * max((cell.shape[0] for cell in cells), default=64), factor * widest
     size = round(min(max(width / 18, 12), 24))
-    title_font, row_font = _font(size, bold=True), _font(max(round(size * 0.8), 11))
-    gap, margin = max(size // 2, 6), max(size, 12)
-    title_h, row_title_h = round(size * 1.9), round(size * 1.7) if row_titles else 0
-    row_h = row_title_h + height + gap
+    font, gap, margin, title_h = _font(size, bold=True), max(size // 2, 6), max(size, 12), round(size * 1.9)
     sheet_w = 2 * margin + len(column_titles) * (width + gap) - gap
-    sheet = Image.new("RGB", (sheet_w, 2 * margin + title_h + len(rows) * row_h - gap), BACKGROUND)
+    sheet = Image.new("RGB", (sheet_w, 2 * margin + title_h + len(rows) * (height + gap) - gap), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
 
     # Column titles.
     for column, title in enumerate(column_titles):
         middle = margin + column * (width + gap) + width / 2
-        text = _shorten(draw, title, width, title_font)
-        draw.text((middle, margin + title_h * 0.4), text, INK, title_font, anchor="mm")
+        text = _shorten(draw, title, width, font)
+        draw.text((middle, margin + title_h * 0.4), text, INK, font, anchor="mm")
 
-    # Rows: a title, and cells in the middle of their places.
+    # Rows, with cells in the middle of their places.
     for number, row in enumerate(rows):
-        top = margin + title_h + number * row_h
-        if number < len(row_titles):
-            text = _shorten(draw, row_titles[number], sheet_w - 2 * margin, row_font)
-            draw.text((margin, top + row_title_h * 0.5), text, FAINT, row_font, anchor="lm")
+        top = margin + title_h + number * (height + gap)
         for column, cell in enumerate(row):
-            image = _fit(cell, height, width)
+            image = _enlarge(cell, height, width)
             left = margin + column * (width + gap) + (width - image.shape[1]) // 2
-            sheet.paste(Image.fromarray(image), (left, top + row_title_h + (height - image.shape[0]) // 2))
+            sheet.paste(Image.fromarray(image), (left, top + (height - image.shape[0]) // 2))
     return np.asarray(sheet)
 
 
-def _fit(image: RgbImage, height: int, width: int) -> RgbImage:
-    """Resize an image to fit into a cell, aspect ratio kept."""
+def _enlarge(image: RgbImage, height: int, width: int) -> RgbImage:
+    """Enlarge an image to fit into a cell, aspect ratio kept."""
     scale = min(height / image.shape[0], width / image.shape[1])
-    if scale == 1:
-        return np.ascontiguousarray(image)
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     # Whole-number enlargement shows the pixels as they are.
-    enlarging = cv2.INTER_NEAREST if scale == int(scale) else cv2.INTER_LINEAR
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else enlarging)  # type: ignore[return-value]
+    method = cv2.INTER_NEAREST if scale == int(scale) else cv2.INTER_LINEAR
+    return cv2.resize(image, size, interpolation=method)  # type: ignore[return-value]
 
 
 def draw_class_chart(spec: LabelSpec, shares: Sequence[float], *, width: int = 720) -> RgbImage:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.config_files import load_data
 from imaginaire_spade.data.folders import DATA_TYPES
 from imaginaire_spade.distributed import rank_from_environment
@@ -59,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no_check", action="store_true",
                         help="decode nothing: check neither sizes nor labels, and count no labels")
     parser.add_argument("--paired", action="store_true", help="accepted and ignored: data here is always paired")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
+    add_shared_flags(parser, "--set")
     parser.add_argument("--import", metavar="MODULE", help="accepted and ignored: no components are used here")
     # fmt: on
     return parser.parse_args()
@@ -68,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     started_at = time.perf_counter()
-    data = load_data(arguments.config, arguments.set)
+    data = load_data(arguments.config, arguments.overrides)
     rank, world_size = rank_from_environment()
     manifest = build_dataset(
         arguments.data_root,

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade import distributed
 from imaginaire_spade.build import build_split
+from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.evaluation.collection import collect
@@ -37,11 +38,8 @@ def main() -> None:
         "--resize", choices=RESIZES, default="legacy", help="legacy: as pytorch-fid; clean: antialiased"
     )
     parser.add_argument("--batch_size", type=int, default=32, metavar="B")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_shared_flags(parser, "--device", "--set")
     parser.add_argument("--skip_bad", action="store_true", help="skip unreadable images; they are counted and named")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key (repeat)"
-    )
     arguments = parser.parse_args()
     if arguments.output.suffix != ".npz":
         raise ConfigError(f"--output {arguments.output}: the name must end with .npz")
@@ -68,7 +66,7 @@ def main() -> None:
 def _source(arguments: argparse.Namespace) -> ImageSource:
     if arguments.real:
         return StoredImages(arguments.real)
-    config = load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, arguments.overrides)
     val = config.data.val
     if val is None:
         raise ConfigError(f"{arguments.config}: no data.val, whose geometry the photos would go through")

@@ -11,8 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade.build import import_modules
-from imaginaire_spade.cli import add_shared_flags
-from imaginaire_spade.errors import ConfigError, run_command_line
+from imaginaire_spade.cli import add_shared_flags, check_output_file
+from imaginaire_spade.errors import run_command_line
 from imaginaire_spade.files import file_sha256
 from imaginaire_spade.inference.model import Model, find_checkpoint
 
@@ -24,10 +24,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     add_shared_flags(parser, "--weights", "--import")
     arguments = parser.parse_args()
-    if arguments.output.suffix != ".safetensors":
-        raise ConfigError(f"--output {arguments.output}: give it the suffix .safetensors")
-    if arguments.output.exists() and not arguments.overwrite:
-        raise ConfigError(f"--output {arguments.output} exists: give another name, or --overwrite")
+    check_output_file(arguments.output, overwrite=arguments.overwrite, suffixes=[".safetensors"])
     import_modules(arguments.imports)
     model = Model.load(
         find_checkpoint(arguments.checkpoint, None, None), weights=arguments.weights, for_inference=False

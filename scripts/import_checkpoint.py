@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.cli import add_shared_flags
+from imaginaire_spade.cli import add_shared_flags, check_output_file
 from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import CheckpointError, ConfigError, run_command_line
 from imaginaire_spade.interop import SOURCES
@@ -42,8 +42,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.output.exists() and not arguments.overwrite:
-        raise ConfigError(f"--output {arguments.output} exists: give another name, or --overwrite")
+    check_output_file(arguments.output, overwrite=arguments.overwrite)
     if arguments.architecture is None and arguments.config is None:
         raise ConfigError(
             "give --architecture A.json (the other system's hyper-parameters), or --config C.yaml, or both"

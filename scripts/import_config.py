@@ -9,7 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.errors import ConfigError, run_command_line
+from imaginaire_spade.cli import check_output_file
+from imaginaire_spade.errors import run_command_line
 from imaginaire_spade.files import write_bytes
 from imaginaire_spade.interop import SOURCES
 from imaginaire_spade.interop.configs import import_config
@@ -24,8 +25,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="C.yaml", help="where to write it (default: the screen)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing C.yaml")
     arguments = parser.parse_args()
-    if arguments.output is not None and arguments.output.exists() and not arguments.overwrite:
-        raise ConfigError(f"--output {arguments.output} exists: give another name, or --overwrite")
+    if arguments.output is not None:
+        check_output_file(arguments.output, overwrite=arguments.overwrite)
     text, notes = import_config(arguments.source, arguments.file, LABELS)
     text = f"# Translated from {arguments.file.name} ({arguments.source}).\n{text}"
     if arguments.output is None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.dataset_prep.maps import label_photos
 from imaginaire_spade.distributed import (
     ProcessInfo,
@@ -34,7 +35,7 @@ def main() -> None:
     which.add_argument("--model", help="Hugging Face model id, or a local folder")
     which.add_argument("--deeplab", type=Path, metavar="WEIGHTS", help="state dict of deeplabv3_resnet50")
     parser.add_argument("--names", type=Path, help="--deeplab: file of class names, one per line")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add_shared_flags(parser, "--device")
     parser.add_argument("--overwrite", action="store_true", help="replace existing label maps")
     arguments = parser.parse_args()
     rank, world_size = rank_from_environment()

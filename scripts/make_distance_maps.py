@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.config_files import load_data
 from imaginaire_spade.data.folders import DISTANCES
 from imaginaire_spade.dataset_prep.maps import make_distance_maps
@@ -28,11 +29,10 @@ def main() -> None:
     parser.add_argument("--data_root", required=True, type=Path, help="folder of seg_maps/")
     parser.add_argument("--num_workers", type=int, help="processes (default: min(8, cores))")
     parser.add_argument("--overwrite", action="store_true", help="replace all distance maps")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
+    add_shared_flags(parser, "--set", "--local-rank")
     parser.add_argument("--import", metavar="MODULE", help="accepted and ignored: no components are used here")
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it
     arguments = parser.parse_args()
-    labels = load_data(arguments.config, arguments.set).labels
+    labels = load_data(arguments.config, arguments.overrides).labels
     rank, world_size = rank_from_environment()
     started_at = time.perf_counter()
     made, kept = make_distance_maps(

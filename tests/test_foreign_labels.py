@@ -403,7 +403,11 @@ def see(config: RunConfig, content: dict[str, Any], raw: np.ndarray, folder: Pat
     sample = data[0]
     offsets = None if sample.distances is None else sample.distances[None]
     layout = SemanticLayout(spec, sample.labels[None], sample.edges[None], offsets)
-    z = torch.randn(1, model.style_dims, generator=torch.Generator().manual_seed(1)) if model.style_dims else None
+    z = (
+        torch.randn(1, model.generator.style_dims, generator=torch.Generator().manual_seed(1))
+        if model.generator.style_dims
+        else None
+    )
     discriminator = build_discriminator(config)
     discriminator.load_state_dict(content["discriminator"])
     with torch.no_grad():

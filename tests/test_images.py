@@ -11,9 +11,8 @@ import pytest
 
 from imaginaire_spade.errors import UserError
 from imaginaire_spade.files import write_image
-from imaginaire_spade.inference import gallery
-from imaginaire_spade.inference.gallery import write_gallery
-from imaginaire_spade.inference.output import Output
+from imaginaire_spade.inference import output as output_folder
+from imaginaire_spade.inference.output import Output, write_gallery
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.sheets import BACKGROUND, draw_contact_sheet
 from imaginaire_spade.training import curves
@@ -62,7 +61,7 @@ def test_narrow_images_are_enlarged_by_a_whole_number_pixel_for_pixel():
 
 
 def assert_sheet_shows(rows, factor):
-    sheet = draw_contact_sheet(rows, ["label map", "real", "generated"], row_titles=["a", "b"])
+    sheet = draw_contact_sheet(rows, ["label map", "real", "generated"])
     assert sheet.dtype == np.uint8
     assert sheet[0, 0].tolist() == list(BACKGROUND)
     for cell in [cell for row in rows for cell in row]:
@@ -74,7 +73,7 @@ def assert_sheet_shows(rows, factor):
 
 @pytest.mark.parametrize("rows", [[], [[]], [[PHOTO], [PHOTO[:5], PHOTO[:, :7]]]])
 def test_a_sheet_of_anything(rows):
-    sheet = draw_contact_sheet(rows, ["a" * 300, "b"], cell_h_w=(32, 32))
+    sheet = draw_contact_sheet(rows, ["a" * 300, "b"])
     assert sheet.ndim == 3 and sheet.shape[2] == 3
     assert (sheet != np.array(BACKGROUND)).any()  # the titles at least
 
@@ -151,7 +150,7 @@ def test_gallery_links_lead_to_files_whatever_the_names(tmp_path):
 
 
 def test_a_large_gallery_has_pages(tmp_path, monkeypatch):
-    monkeypatch.setattr(gallery, "OUTPUTS_PER_PAGE", 2)
+    monkeypatch.setattr(output_folder, "OUTPUTS_PER_PAGE", 2)
     write_gallery(tmp_path, [Output(str(i), i, (f"{i}.png",), f"_labels/{i}.png") for i in range(5)], "many", LABELS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["index-2.html", "index-3.html", "index.html"]
     pages = [Page(tmp_path / name) for name in ("index.html", "index-2.html", "index-3.html")]

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import http.client
 import importlib.util
 import os
 import random
@@ -25,7 +26,7 @@ from imaginaire_spade.config_files import dump_config, load_config, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
 from imaginaire_spade.inference.model import Model, find_checkpoint
-from imaginaire_spade.inference.output import check_output_folder, plan_outputs
+from imaginaire_spade.inference.output import check_empty, plan_outputs
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, group_by_size, pad_to_layout, synthesise
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.layers import fold_spectral_norm
@@ -298,7 +299,7 @@ def test_ema_and_raw_weights(run, checkpoint, plain_checkpoint, label_maps, tmp_
         assert all(torch.equal(state[weights][key], value) for key, value in stored.items())
     model = Model.load(plain_checkpoint, for_inference=False)
     assert model.weights == "raw" and "no EMA of the weights" in model.notes[0]
-    assert not model.generator.training and model.style_dims == 0
+    assert not model.generator.training and model.generator.style_dims == 0
     run("--checkpoint", plain_checkpoint, "--input_dir", label_maps, "--output_dir", tmp_path / "o", "--num_samples", 2)
     err = capsys.readouterr().err
     assert "no EMA of the weights" in err and "takes no style code" in err and "edges" not in err
@@ -329,9 +330,9 @@ def test_existing_pictures_are_refused_kept_or_replaced(run, checkpoint, label_m
 def test_processes_refuse_existing_pictures_without_seeing_each_others_as_such(tmp_path):
     everything = plan_outputs(["a", "b"])
     write_png(tmp_path / "b.png", np.zeros((2, 2), np.uint8))
-    check_output_folder(tmp_path, everything[:1], everything)  # b belongs to the other process
+    check_empty(tmp_path, everything[:1], everything)  # b belongs to the other process
     with pytest.raises(UserError, match=r"b\.png"):
-        check_output_folder(tmp_path, everything[1:], everything)
+        check_empty(tmp_path, everything[1:], everything)
 
 
 # ------------------------------------------------------------------------------------------------ what is taken
@@ -372,6 +373,13 @@ def test_published_weights_are_checked_by_their_sha256(run, checkpoint, label_ma
     assert not [p for p in (tmp_path / "hub2").rglob("*") if p.is_file()]
     gone = with_weight(url=(tmp_path / "gone.pt").as_uri(), sha256=digest)
     with pytest.raises(CheckpointError, match=r"cannot be downloaded .* give it as --checkpoint"):
+        find_checkpoint(None, None, load_config(gone))
+
+    def break_off(*_: object, **__: object) -> None:
+        raise http.client.IncompleteRead(b"half")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", break_off)
+    with pytest.raises(CheckpointError, match=r"cannot be downloaded \(IncompleteRead"):
         find_checkpoint(None, None, load_config(gone))
     with pytest.raises(CheckpointError, match=r"pretrained_weight.path: nowhere.pt: no such file"):
         find_checkpoint(None, None, load_config(with_weight(path="nowhere.pt")))

@@ -308,7 +308,7 @@ def test_options_of_the_spade_release_become_a_config(tmp_path):
 
     again = run("scripts/import_config.py", tmp_path / "opt.txt", "--source", "nvlabs_spade",
                 "--output", tmp_path / "c.yaml")  # fmt: skip
-    assert again.returncode == 2 and "exists" in again.stderr
+    assert again.returncode == 2 and "is there already" in again.stderr
 
 
 IMAGINAIRE = """

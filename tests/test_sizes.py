@@ -25,14 +25,13 @@ from imaginaire_spade.errors import ConfigError, DataError, UserError
 from imaginaire_spade.evaluation.report import load_report
 from imaginaire_spade.files import resize_image
 from imaginaire_spade.inference import images_to_score
-from imaginaire_spade.inference.model import Model
+from imaginaire_spade.inference.model import Model, load_named
 from imaginaire_spade.inference.sizes import MAX_PIXELS, SizeRule, read_size
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.models.for_inference import WinogradConv2d
 from imaginaire_spade.models.norms import SPADE
 
 EVALUATE = module_of("evaluate.py")
-CPU = torch.device("cpu")
 TRAINED, OWN = (64, 96), (130, 150)
 """Of the checkpoints here, and of the label maps of ``val``."""
 
@@ -85,7 +84,7 @@ def test_what_a_size_may_be():
     with pytest.raises(ConfigError, match=r"--size 100000x100000: 10,000,000,000 pixels.* at most 16,777,216 pixels$"):
         read_size("100000x100000", "--size")
     with pytest.raises(ConfigError, match=r"at most 50 pixels, or --max_pixels 51 if the memory is there$"):
-        read_size("3x17", "--size", raise_with="--max_pixels", max_pixels=50)
+        read_size("3x17", "--size", max_pixels=50)
     assert read_size("4096x4096", "--size") == (4096, 4096) and MAX_PIXELS == 4096**2
 
 
@@ -396,7 +395,7 @@ def differences(monkeypatch, data_set, tmp_path) -> Callable[..., int]:
         command_line.main()
         at = read_size(size if evaluated_at is ... else evaluated_at, "--size")
         source = images_to_score.checkpoint_images(
-            path, None, None, overrides, weights=weights, size=at, device=CPU, real=None, reference_split="val",
+            *load_named(path, None, None, overrides, weights=weights), size=at, real=None, reference_split="val",
             num_samples=1, seed=5, batch_size=3, with_photos=False,
         ).fake  # fmt: skip
         pictures = list(source.read(range(len(source.keys))))
@@ -448,7 +447,7 @@ def test_overrides_reach_the_network_that_is_evaluated(model_of, monkeypatch):
 
     def norms(*overrides: str) -> set[str]:
         fake = images_to_score.checkpoint_images(
-            path, None, None, overrides, weights="ema", device=CPU, real=None, reference_split="val",
+            *load_named(path, None, None, overrides), real=None, reference_split="val",
             num_samples=1, seed=None, batch_size=1, with_photos=False,
         ).fake  # fmt: skip
         assert list(fake.read([])) == []

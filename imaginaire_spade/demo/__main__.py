@@ -5,7 +5,6 @@ Needs nothing but the checkpoint. The page is for this machine alone unless --ho
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
 from imaginaire_spade.build import import_modules
@@ -47,14 +46,11 @@ def find_samples(config: RunConfig, given: str | None) -> LabelMapDataset | None
     if not roots:
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            samples = LabelMapDataset(roots, config.data.labels, with_images=False)
+        return LabelMapDataset(roots, config.data.labels, with_images=False)
     except DataError:
         if given:
             raise
         return None
-    return samples if len(samples) else None
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from socketserver import TCPServer
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from imaginaire_spade.demo.service import BusyError, PaintingService
@@ -28,6 +28,7 @@ from imaginaire_spade.inference.sizes import format_size
 MAX_JSON_BYTES = 4 * 2**20
 """A label map of ``MAX_SIDE`` squared with two bytes per id, in base64, is 2.7 MiB."""
 MAX_UPLOAD_BYTES = 32 * 2**20
+SIZE = ("height", "width")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 PAGE_FILES = {
@@ -64,7 +65,7 @@ class RefusedError(Exception):
 @dataclass(frozen=True)
 class _Answer:
     content: bytes
-    content_type: str
+    content_type: str = "image/png"
     headers: Mapping[str, str] | None = None
 
 
@@ -134,16 +135,10 @@ class _Handler(BaseHTTPRequestHandler):
     server: PaintingServer
 
     def do_GET(self) -> None:
-        self._respond("GET")
-
-    def do_POST(self) -> None:
-        self._respond("POST")
-
-    def _respond(self, method: str) -> None:
         self._body_read = "Content-Length" not in self.headers and "Transfer-Encoding" not in self.headers
         try:
             self._check_origin()
-            self._send(HTTPStatus.OK, self._answer(method))
+            self._send(HTTPStatus.OK, self._answer())
         except RefusedError as refused:
             self._send(refused.status, _error(str(refused), refused.headers))
         except BusyError as error:
@@ -159,14 +154,16 @@ class _Handler(BaseHTTPRequestHandler):
                 _error("a fault of the painting page itself; the terminal it was started in says more"),
             )
 
-    def _answer(self, method: str) -> _Answer:
+    do_POST = do_GET
+
+    def _answer(self) -> _Answer:
         path, _, query = self.path.partition("?")
-        if path not in self._ROUTES:
+        if path not in ROUTES:
             raise RefusedError(HTTPStatus.NOT_FOUND, "no such page")
-        wanted, function = self._ROUTES[path]
-        if method != wanted:
+        wanted, function = ROUTES[path]
+        if self.command != wanted:
             raise RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, f"{wanted} is wanted here", {"Allow": wanted})
-        return function(self, query)
+        return function(self, self.server.service, query)
 
     def _check_origin(self) -> None:
         """Refuse requests that a page from elsewhere sends through the user's browser."""
@@ -184,46 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
         if origin is not None and urlsplit(origin).netloc != host:
             raise RefusedError(HTTPStatus.FORBIDDEN, "a request from a page of another origin")
 
-    # -------------------------------------------------------------------------------------------- routes
-
-    def _page_file(self, _: str) -> _Answer:
-        name, content_type = PAGE_FILES[self.path.partition("?")[0]]
-        return _Answer((files("imaginaire_spade.demo") / "page" / name).read_bytes(), content_type)
-
-    def _model(self, _: str) -> _Answer:
-        return _json(self.server.service.describe())
-
-    def _sample(self, query: str) -> _Answer:
-        return _json(self.server.service.read_sample(**_numbers(query, "number", "height", "width")))
-
-    def _picture(self, _: str) -> _Answer:
-        fields, service = self._read_json(), self.server.service
-        image = service.generate(fields)
-        return _Answer(image, "image/png", {"Generated-Size": format_size(service.generated_size(fields))})
-
-    def _label_map_file(self, _: str) -> _Answer:
-        return _Answer(self.server.service.encode_label_map(self._read_json()), "image/png")
-
-    def _label_map(self, query: str) -> _Answer:
-        size = _numbers(query, "height", "width")
-        return _json(self.server.service.read_label_map(self._read_file(), **size))
-
-    def _style(self, _: str) -> _Answer:
-        return _json(self.server.service.encode_style(self._read_file()))
-
-    _ROUTES: ClassVar[dict[str, tuple[str, Callable[[_Handler, str], _Answer]]]] = {
-        **dict.fromkeys(PAGE_FILES, ("GET", _page_file)),
-        "/api/model": ("GET", _model),
-        "/api/sample": ("GET", _sample),
-        "/api/picture": ("POST", _picture),
-        "/api/label_map": ("POST", _label_map),
-        "/api/label_map_file": ("POST", _label_map_file),
-        "/api/style": ("POST", _style),
-    }
-
-    # -------------------------------------------------------------------------------------------- the wire
-
-    def _read_json(self) -> dict[str, Any]:
+    def read_json(self) -> dict[str, Any]:
         # A page of another origin must ask this server before it sends this type or those below; it never consents.
         if self.headers.get_content_type() != "application/json":
             raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "application/json is wanted here")
@@ -235,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise DataError("the request is not a JSON object")
         return fields
 
-    def _read_file(self) -> bytes:
+    def read_file(self) -> bytes:
         content_type = self.headers.get_content_type()
         if content_type != "application/octet-stream" and not content_type.startswith("image/"):
             raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"an image file is wanted here, not {content_type}")
@@ -290,3 +248,29 @@ def _numbers(query: str, *names: str) -> dict[str, int]:
     if set(given) != set(names) or not all(v.isascii() and v.isdecimal() and len(v) < 10 for v in given.values()):
         raise DataError(f"whole numbers {', '.join(names)} are wanted in the address")
     return {name: int(value) for name, value in given.items()}
+
+
+def _page_file(handler: _Handler, *_: object) -> _Answer:
+    name, content_type = PAGE_FILES[handler.path.partition("?")[0]]
+    return _Answer((files("imaginaire_spade.demo") / "page" / name).read_bytes(), content_type)
+
+
+def _generate(handler: _Handler, service: PaintingService, _: str) -> _Answer:
+    fields = handler.read_json()
+    image = service.generate(fields)
+    return _Answer(image, headers={"Generated-Size": format_size(service.generated_size(fields))})
+
+
+ROUTES: dict[str, tuple[str, Callable[[_Handler, PaintingService, str], _Answer]]] = {
+    **dict.fromkeys(PAGE_FILES, ("GET", _page_file)),
+    "/api/model": ("GET", lambda _, service, query: _json(service.describe())),
+    "/api/sample": ("GET", lambda _, service, query: _json(service.read_sample(**_numbers(query, "number", *SIZE)))),
+    "/api/picture": ("POST", _generate),
+    "/api/label_map": (
+        "POST",
+        lambda handler, service, query: _json(service.read_label_map(handler.read_file(), **_numbers(query, *SIZE))),
+    ),
+    "/api/label_map_file": ("POST", lambda handler, service, _: _Answer(service.encode_label_map(handler.read_json()))),
+    "/api/style": ("POST", lambda handler, service, _: _json(service.encode_style(handler.read_file()))),
+}
+"""Path -> method, and what answers it: (request, service, query)."""

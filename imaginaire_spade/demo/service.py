@@ -179,10 +179,9 @@ class PaintingService:
                 f"labels: {len(content)} bytes; {height} x {width} ids take {height * width * self._dtype.itemsize}"
             )
         train_ids = np.frombuffer(content, self._dtype).reshape(height, width)
-        known = np.zeros(np.iinfo(self._dtype).max + 1, np.bool_)
-        known[: len(self._raw_ids)] = self._raw_ids >= 0
-        if not known[train_ids].all():
-            wrong = np.unique(train_ids[~known[train_ids]])[:10].tolist()
+        known = np.isin(train_ids, np.flatnonzero(self._raw_ids >= 0))
+        if not known.all():
+            wrong = np.unique(train_ids[~known])[:10].tolist()
             raise DataError(f"labels: ids {', '.join(map(str, wrong))}, which are no class of this model")
         return self._raw_ids[train_ids].astype(np.uint16)
 

@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from imaginaire_spade.build import image_size
-from imaginaire_spade.errors import CheckpointError, ConfigError, UserError, how_to_install
+from imaginaire_spade.cli import check_output_file
+from imaginaire_spade.errors import CheckpointError, UserError, how_to_install
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.generator import Generator
 
-SUFFIXES = (".onnx", ".pt2")
 TOLERANCE = 1e-3
 """The largest difference allowed between a file's images and the generator's, on the scale of [-1, 1]."""
 CHECKED = ((1, 2, 2), (2, 2, 3), (3, 4, 2))
@@ -63,14 +63,9 @@ def check_output(output: Path, *, overwrite: bool = False) -> None:
     """Check, before any work, that ``output`` can be written.
 
     Raises:
-        UserError: the name is wrong or taken, or a package for this format is not installed.
+        UserError: the name does not say the format or is taken, or a package for this format is not installed.
     """
-    if output.suffix not in SUFFIXES:
-        raise ConfigError(f"--output {output}: the name says the format; write a name that ends in .onnx or .pt2")
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder: give the name of a file")
-    if output.exists() and not overwrite:
-        raise UserError(f"--output {output} is there already: give another name, or --overwrite to replace it")
+    check_output_file(output, overwrite=overwrite, suffixes=(".onnx", ".pt2"))
     if output.suffix == ".onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             try:
@@ -95,7 +90,7 @@ def export_model(model: Model, output: Path, on_checked: Callable[[str, float], 
     """
     # Trace and convert.
     network = ExportedGenerator(model.generator, model.layout_spec)
-    multiple = model.size_multiple
+    multiple = model.generator.size_multiple
     is_onnx = output.suffix == ".onnx"
     try:
         with _quiet(), torch.no_grad():
@@ -141,9 +136,9 @@ def metadata(model: Model) -> dict[str, Any]:
     config = model.config
     return {
         "images": "float32 [N, 3, H, W], RGB, -1 to 1",
-        "size_multiple": model.size_multiple,
+        "size_multiple": model.generator.size_multiple,
         "trained_size": image_size(config),
-        "style_dims": model.style_dims,
+        "style_dims": model.generator.style_dims,
         "edges": config.data.edges,
         "label_table": config.data.labels.model_dump(),
         "generator": config.gen.type,

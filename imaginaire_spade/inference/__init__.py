@@ -7,7 +7,7 @@ An image is a function of the checkpoint, the seed and the label map's key: neit
 number of processes changes it (on a GPU up to the rounding of its kernels; on a CPU label maps go through the
 generator one by one, which costs nothing there and makes files equal bit by bit).
 
-``weights``: checkpoint -> generator; ``sizes``: at which size a label map is generated; ``style``: style codes;
+``model``: checkpoint -> generator; ``sizes``: at which size a label map is generated; ``style``: style codes;
 ``synthesis``: label maps -> images; ``folder``: a data set -> a folder of image files; ``synthesizer``: one label map
 at a time, in Python. Each imports only those before.
 """

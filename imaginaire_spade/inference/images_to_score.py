@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from imaginaire_spade.build import build_split
-from imaginaire_spade.config import AugmentationConfig
-from imaginaire_spade.config_diff import check_fits
-from imaginaire_spade.config_files import load_config, load_labels
+from imaginaire_spade.config import AugmentationConfig, RunConfig
+from imaginaire_spade.config_files import load_labels
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation.collection import Collection, holds_statistics, load_statistics
 from imaginaire_spade.evaluation.images import NOT_STORED, DatasetImages, ImageSource, Made, Samples, StoredImages
-from imaginaire_spade.inference.model import Model, find_checkpoint
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.sizes import Asked, SizeRule
-from imaginaire_spade.inference.style import drawn_styles
+from imaginaire_spade.inference.style import StyleOf, drawn_styles
 from imaginaire_spade.inference.synthesis import Request, synthesise
 from imaginaire_spade.pretrained.inception import FeatureNetwork
 
@@ -83,14 +82,11 @@ def _open_real(
 
 
 def checkpoint_images(
-    checkpoint: Path | None,
-    logdir: Path | None,
-    config_file: Path | None,
-    overrides: Sequence[str],
+    path: Path,
+    model: Model,
+    given: RunConfig | None = None,
     *,
-    weights: str,
     size: Asked = None,
-    device: torch.device,
     real: Path | None,
     reference_split: str,
     network: FeatureNetwork | None = None,
@@ -102,46 +98,39 @@ def checkpoint_images(
     """Prepare the images of data.val that a checkpoint generates when they are asked for.
 
     Args:
-        checkpoint, logdir, config_file: which, as ``find_checkpoint`` reads them.
+        path, model, given: the checkpoint and the config whose data is used, as ``load_named`` returns them.
         size: at which images are generated, and photos of the data compared; None: through the geometry of data.val.
         real: photos, or statistics of ``reference_split`` and ``network``; None: the photos of the data, of
             ``reference_split``.
         seed: of the style codes; None: the config's.
         with_photos: whether the photos of data.val are needed, whatever ``real`` is.
     Raises:
-        CheckpointError, ConfigError, DataError: what is named does not fit.
+        ConfigError, DataError: what is named does not fit.
     """
-    # The generator.
-    given = load_config(config_file, overrides) if config_file else None
-    path = find_checkpoint(checkpoint, logdir, given)
-    model = Model.load(path, weights=weights, overrides=overrides, device=device)
-    config = model.config
-    if given is not None:
-        check_fits(config, given, str(config_file))
-    if given is not None and given.data.labels != config.data.labels:
-        print(f"note: data.labels of {config_file} differs from the checkpoint's, which is used", file=sys.stderr)
-    for note in model.notes:
-        print(f"note: {note}", file=sys.stderr, flush=True)
-    if num_samples > 1 and not model.style_dims:
+    # The label maps.
+    config, style_dims = model.config, model.generator.style_dims
+    data = (given or config).data
+    if data.val is None:
+        where = "--config" if given else path
+        raise ConfigError(f"{where}: no data.val to evaluate on: write data: {{val: {{roots: [DIR]}}}}")
+    if num_samples > 1 and not style_dims:
         raise ConfigError(
             f"--num_samples {num_samples}: this generator takes no style code, so that the samples of a label map are"
             " equal: leave the flag out"
         )
-    # Its label maps.
-    data = (given or config).data
-    if data.val is None:
-        raise ConfigError(f"{config_file or path}: no data.val to evaluate on: write data: {{val: {{roots: [DIR]}}}}")
     val = data.val
     if size is not None:
         resize_to = SizeRule(size, model.trained_size).one_size
         val = val.model_copy(update={"augmentations": AugmentationConfig(resize_h_w=resize_to)})
-    seed = config.seed if seed is None else seed
     maps, of_val = build_split(config, val, with_images=False), ", ".join(val.roots)
+    # Their images.
+    seed = config.seed if seed is None else seed
+    make = partial(_generate, model, drawn_styles(seed, style_dims, num_samples), num_samples, batch_size)
+    fake = DatasetImages(maps, str(path), make, format=NOT_STORED, num_samples=num_samples)
     subject = {
         "real": str(real), "fake": str(path),
         "weights": f"{model.weights} after {model.images_seen} images", "style_seed": str(seed), "label_maps": of_val,
     }  # fmt: skip
-    fake = generated_images(model, maps, str(path), num_samples=num_samples, seed=seed, batch_size=batch_size)
     # Photos: of the data through the same geometry, so that real and generated images are of one size.
     photos: ImageSource | None = None
     if real is not None:
@@ -156,29 +145,16 @@ def checkpoint_images(
     return ImagesToScore(fake, compared, photos, subject, val.augmentations)
 
 
-def generated_images(
-    model: Model, dataset: LabelMapDataset, name: str, *, num_samples: int, seed: int, batch_size: int
-) -> DatasetImages:
-    """Generate the images of a data set's label maps: the pixels that inference.py writes.
+def _generate(model: Model, style_of: StyleOf, num_samples: int, batch_size: int, samples: Samples) -> Made:
+    """Generate the images of label maps: the pixels that inference.py writes."""
+    asked: dict[str, tuple[int, int]] = {}
 
-    Args:
-        dataset: label maps; its augmentations decide the size of the images.
-        num_samples: images per label map, each with a style code of its own.
-        seed: of the style codes.
-    """
-    style_of = drawn_styles(seed, model.style_dims, num_samples)
+    def requests() -> Iterator[Request]:
+        for index, sample in samples:
+            for j in range(num_samples):
+                name = f"{sample.key}#{j}"
+                asked[name] = index, j
+                yield Request(name, sample.labels, sample.edges, style_of(sample.key, j), sample.distances)
 
-    def generate(samples: Samples) -> Made:
-        asked: dict[str, tuple[int, int]] = {}
-
-        def requests() -> Iterator[Request]:
-            for index, sample in samples:
-                for j in range(num_samples):
-                    name = f"{sample.key}#{j}"
-                    asked[name] = index, j
-                    yield Request(name, sample.labels, sample.edges, style_of(sample.key, j), sample.distances)
-
-        for name, image in synthesise(model, requests(), batch_size):
-            yield *asked.pop(name), torch.from_numpy(image).permute(2, 0, 1)
-
-    return DatasetImages(dataset, name, generate, format=NOT_STORED, num_samples=num_samples)
+    for name, image in synthesise(model, requests(), batch_size):
+        yield *asked.pop(name), torch.from_numpy(image).permute(2, 0, 1)

@@ -9,11 +9,11 @@ machine it was trained on are left out.
 
 from __future__ import annotations
 
+import http.client
 import json
 import sys
-import urllib.error
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -21,15 +21,15 @@ from urllib.parse import urlparse
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from imaginaire_spade.build import build_encoder, build_generator, layout_spec
 from imaginaire_spade.config import RunConfig, WeightSource
 from imaginaire_spade.config_diff import check_fits, explain_old_import
-from imaginaire_spade.config_files import dump_config, parse_config
+from imaginaire_spade.config_files import dump_config, load_config, parse_config
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.files import atomic_write, file_sha256
+from imaginaire_spade.files import file_sha256, write_bytes
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.generator import Generator
@@ -132,7 +132,7 @@ class Model:
         """Write the model to ``path`` as a published generator, whole or not at all.
 
         Raises:
-            CheckpointError: the file cannot be written.
+            UserError: the file cannot be written.
         """
         assert not self.for_inference, "load it with for_inference=False"
         tensors = {
@@ -151,14 +151,7 @@ class Model:
             "weights": self.weights,
             "images_seen": str(self.images_seen),
         }
-        try:
-            with atomic_write(path) as temporary:
-                temporary.touch()
-                mode = temporary.stat().st_mode  # what the umask leaves; save_file makes a file for its owner alone
-                save_file(tensors, temporary, metadata)
-                temporary.chmod(mode)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: could not be written ({error})") from None
+        write_bytes(path, save(tensors, metadata))
 
     @cached_property
     def layout_spec(self) -> LayoutSpec:
@@ -175,14 +168,6 @@ class Model:
     def trained_size(self) -> tuple[int, int] | None:
         """(height, width) of the images it was trained on; None if they were of many sizes."""
         return self.config.data.train.augmentations.output_h_w
-
-    @property
-    def size_multiple(self) -> int:
-        return self.generator.size_multiple
-
-    @property
-    def style_dims(self) -> int:
-        return self.generator.style_dims
 
 
 def _has_label_table(tree: Any) -> bool:
@@ -229,22 +214,46 @@ def _read_published(path: Path) -> dict[str, Any]:
     return content
 
 
+def load_named(
+    checkpoint: Path | None, logdir: Path | None, config_file: Path | None, overrides: Sequence[str], **loading: Any
+) -> tuple[Path, Model, RunConfig | None]:
+    """Load the generator that a command line names, and its --config.
+
+    Args:
+        checkpoint, logdir, config_file: as ``find_checkpoint`` reads them.
+        overrides: ``KEY=VALUE`` for both configs.
+        loading: of ``Model.load``.
+    Returns:
+        The checkpoint's file, the model, and the config, if one is given.
+    Raises:
+        CheckpointError, ConfigError: what is named is not there, or does not fit.
+    """
+    given = load_config(config_file, overrides) if config_file else None
+    path = find_checkpoint(checkpoint, logdir, given)
+    model = Model.load(path, overrides=overrides, **loading)
+    if given is not None:
+        check_fits(model.config, given, str(config_file))
+        if given.data.labels != model.config.data.labels:
+            note = f"data.labels of {config_file} differs from the checkpoint's, which is used (change it with --set)"
+            model = replace(model, notes=(*model.notes, note))
+    return path, model, given
+
+
 def find_checkpoint(checkpoint: Path | None, logdir: Path | None, config: RunConfig | None) -> Path:
     """Find the checkpoint file of the command line: --checkpoint, else --logdir, else pretrained_weight.
 
     Raises:
         CheckpointError: nothing is given, or nothing is there.
     """
-    for flag, place in (("--checkpoint", checkpoint), ("--logdir", logdir)):
-        if place is None:
-            continue
-        if flag == "--checkpoint" and place.is_file():
-            return place
+    if checkpoint is not None and checkpoint.is_file():
+        return checkpoint
+    flag, place, wanted = (
+        ("--checkpoint", checkpoint, "file or folder") if checkpoint else ("--logdir", logdir, "log dir")
+    )
+    if place is not None:
         if not place.is_dir():
-            wanted = "file or folder" if flag == "--checkpoint" else "log dir"
             raise CheckpointError(f"{flag} {place}: no such {wanted}")
-        newest = newest_checkpoint(place)
-        if newest is None:
+        if (newest := newest_checkpoint(place)) is None:
             raise CheckpointError(f"{flag} {place}: no checkpoint_*.pt there or in its checkpoints/ folder")
         return newest
     if config is not None and config.pretrained_weight is not None:
@@ -274,7 +283,7 @@ def _fetch(source: WeightSource) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(source.url, str(target), hash_prefix=source.sha256, progress=sys.stderr.isatty())
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise CheckpointError(
             f"pretrained_weight.url: {source.url} cannot be downloaded ({error}). Without a connection: fetch the file"
             f" elsewhere and give it as --checkpoint FILE, or put it at {target}"

@@ -1,21 +1,33 @@
-"""Plan and write the output folder: file names, accepted existing contents, background writing."""
+"""Plan and fill the output folder: file names, accepted existing contents, animations, the gallery page."""
 
 from __future__ import annotations
 
+import io
 import os
+import re
+import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
-from imaginaire_spade.data.folders import DATA_TYPES
+import cv2
+import numpy as np
+from PIL import Image
+
+from imaginaire_spade.data.folders import DATA_TYPES, stays_inside
 from imaginaire_spade.errors import DataError, UserError
-from imaginaire_spade.files import IMAGE_SUFFIXES, LABELS_FOLDER, PARTIAL, is_plain_path
+from imaginaire_spade.files import IMAGE_SUFFIXES, LABELS_FOLDER, PARTIAL, RgbImage, write_bytes, write_image
+from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.pages import render
 
 LEFTOVER_AFTER_S = 60
 """A partial file of this age belongs to a process that was killed: writing an image takes milliseconds."""
+OUTPUTS_PER_PAGE = 240
+FRAMES_PER_SECOND = 10
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ def plan_outputs(
     outputs = []
     taken: dict[str, str] = {}
     for index, key in sorted(enumerate(keys), key=lambda item: item[1]):
-        if not is_plain_path(key):
+        if not stays_inside(key) or re.match(r"[A-Za-z]:", key):  # or leads to a drive
             raise DataError(
                 f"{key!r}: a sample's key must be a plain relative path (SEQUENCE/NAME): no '..', no leading '/', drive"
                 " letter or backslash. Rename it in the data set"
@@ -67,7 +79,7 @@ def plan_outputs(
     return outputs
 
 
-def check_output_folder(directory: Path, own: Sequence[Output], everything: Sequence[Output]) -> None:
+def check_empty(directory: Path, own: Sequence[Output], everything: Sequence[Output]) -> None:
     """Check that the folder holds no images yet: an evaluation of it would mix two runs.
 
     Several processes check without waiting for each other: each looks for what no other process writes, which is its
@@ -120,37 +132,104 @@ def make_folder(directory: Path) -> None:
     if not os.access(directory, os.W_OK | os.X_OK):
         raise UserError(f"--output_dir {directory}: no permission to write there")
     for path in directory.rglob(f"{PARTIAL}*"):
-        try:
+        with suppress(FileNotFoundError):  # another process was faster
             if path.is_file() and time.time() - path.stat().st_mtime > LEFTOVER_AFTER_S:
                 path.unlink()
-        except FileNotFoundError:  # another process was faster
-            pass
 
 
-class Writer:
-    """Write files in a few threads, with a bounded queue. Leaving the block waits for all of them.
+def write_gallery(directory: Path, outputs: Sequence[Output], title: str, labels: LabelSpec) -> Path:
+    """Write ``index.html``, and ``index-2.html`` ... if there are many label maps.
+
+    The pages need nothing but the images beside them: no script, no request elsewhere. A click enlarges an entry.
+
+    Args:
+        directory: the output folder.
+        outputs: what to show, in this order.
+        title: heading, plain text.
+        labels: names and colours of the legend.
+    Returns:
+        The path of ``index.html``.
+    Raises:
+        UserError: a page cannot be written.
+    """
+    chunks = [outputs[i : i + OUTPUTS_PER_PAGE] for i in range(0, len(outputs), OUTPUTS_PER_PAGE)] or [()]
+    names = ["index.html", *(f"index-{number}.html" for number in range(2, len(chunks) + 1))]
+    for name, chunk in zip(names, chunks, strict=True):
+        page = render(
+            "gallery.html", title=title, count=len(outputs), labels=labels, outputs=chunk, pages=names, here=name
+        )
+        write_bytes(directory / name, page.encode())
+    return directory / "index.html"
+
+
+def plan_writes(
+    images: Iterable[tuple[str, RgbImage]],
+    jobs: Mapping[Output, Sequence[int]],
+    directory: Path,
+    on_written: Callable[[int, int], None],
+) -> Iterator[Callable[[], None]]:
+    """Yield what writes each image, and each animation once all its frames are made.
+
+    Args:
+        images: (path below ``directory``, image).
+        jobs: label maps of ``images`` and which of their samples are made.
+        on_written: called after each image with (images done, images to do).
+    """
+    number = sum(map(len, jobs.values()))
+    animated = {
+        path: (output.animation, output.images) for output in jobs if output.animation for path in output.images
+    }
+    frames: defaultdict[str, dict[str, RgbImage]] = defaultdict(dict)
+    for done, (path, image) in enumerate(images, 1):
+        yield partial(write_image, directory / path, image)
+        if path in animated:
+            animation, paths = animated[path]
+            frames[animation][path] = image
+            if len(frames[animation]) == len(paths):
+                made = frames.pop(animation)
+                yield partial(_write_animation, directory / animation, [made[path] for path in paths])
+        on_written(done, number)
+
+
+def _write_animation(path: Path, frames: Sequence[RgbImage]) -> None:
+    """Write ``frames`` and their way back as GIF or MP4, by suffix; complete or not at all.
+
+    An MP4 of odd height or width repeats the last row or column, for its codec.
 
     Raises:
-        UserError: a file cannot be written; from ``put`` or on leaving.
+        UserError: it cannot be written.
     """
+    encode = _encode_gif if path.suffix == ".gif" else _encode_mp4
+    write_bytes(path, encode([*frames, *frames[-2:0:-1]]))
 
-    def __init__(self, num_threads: int = 3) -> None:
-        self._pool = ThreadPoolExecutor(num_threads, "write")
-        self._pending: deque[Future[None]] = deque()
-        self._bound = 8 * num_threads
 
-    def put(self, write: Callable[..., None], path: Path, content: object) -> None:
-        """Have ``write(path, content)`` called; wait if too many files are due."""
-        self._pending.append(self._pool.submit(write, path, content))
-        while self._pending and (len(self._pending) > self._bound or self._pending[0].done()):
-            self._pending.popleft().result()
+def check_animation(suffix: str) -> None:
+    """Check that files of this suffix can be made here.
 
-    def __enter__(self) -> Writer:
-        return self
+    Raises:
+        UserError: they cannot.
+    """
+    if suffix == ".mp4":
+        _encode_mp4([np.zeros((64, 64, 3), np.uint8)] * 2)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            while kind is None and self._pending:
-                self._pending.popleft().result()
-        finally:
-            self._pool.shutdown(cancel_futures=True)
+
+def _encode_gif(frames: Sequence[RgbImage]) -> bytes:
+    first, *others = (Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE) for frame in frames)
+    file = io.BytesIO()
+    first.save(file, "GIF", save_all=True, append_images=others, duration=1000 // FRAMES_PER_SECOND, loop=0)
+    return file.getvalue()
+
+
+def _encode_mp4(frames: Sequence[RgbImage]) -> bytes:
+    height, width = frames[0].shape[:2]
+    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "animation.mp4")
+        codec = cv2.VideoWriter.fourcc(*"mp4v")
+        video = cv2.VideoWriter(str(path), codec, FRAMES_PER_SECOND, (even.shape[2], even.shape[1]))
+        for frame in even:
+            video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        video.release()
+        if not path.is_file() or not path.stat().st_size:
+            raise UserError("--animation mp4: this build of OpenCV writes no MP4; write --animation gif")
+        return path.read_bytes()

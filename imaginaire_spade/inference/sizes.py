@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Literal
 
 from imaginaire_spade.errors import ConfigError
@@ -29,39 +28,30 @@ MAX_PIXELS = 2**24
 """4096 squared: what is larger by mistake would take all memory."""
 
 
-def read_size(
-    given: str | tuple[int, int] | None, name: str, *, raise_with: str | None = None, max_pixels: int = MAX_PIXELS
-) -> Asked:
+def read_size(given: str | tuple[int, int] | None, name: str, *, max_pixels: int | None = None) -> Asked:
     """Parse a size from the command line's text or a caller's (height, width).
 
     Args:
         name: of the flag or argument, for messages.
-        raise_with: the flag that sets ``max_pixels``, the most that an image may have, if there is one.
+        max_pixels: what --max_pixels says, where there is such a flag; None: ``MAX_PIXELS``.
     Raises:
         ConfigError: no such size, or too many pixels.
     """
     if given is None or given == "trained" or given == "own":
         return given  # type: ignore[return-value]
-    size = _parse_size(given)
-    if size is None or min(size) < 1:
+    text = "x".join(map(str, given)) if isinstance(given, tuple | list) else str(given)
+    found = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text, re.IGNORECASE)
+    size = (int(found[1]), int(found[2])) if found else (0, 0)
+    if min(size) < 1:
         raise ConfigError(f"{name} {given}: write trained, own, or HEIGHTxWIDTH in pixels, such as 256x512")
-    pixels = size[0] * size[1]
-    if pixels > max_pixels:
-        more = f", or {raise_with} {pixels} if the memory is there" if raise_with else ""
+    pixels, most = size[0] * size[1], max_pixels or MAX_PIXELS
+    if pixels > most:
+        more = f", or --max_pixels {pixels} if the memory is there" if max_pixels else ""
         raise ConfigError(
             f"{name} {format_size(size)}: {pixels:,} pixels, and an image is made in one piece: write a size of at most"
-            f" {max_pixels:,} pixels{more}"
+            f" {most:,} pixels{more}"
         )
     return size
-
-
-def _parse_size(given: str | tuple[int, int]) -> Size | None:
-    if isinstance(given, str):
-        found = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", given, re.IGNORECASE)
-        return (int(found[1]), int(found[2])) if found else None
-    if isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(side, Integral) for side in given):
-        return int(given[0]), int(given[1])
-    return None
 
 
 def format_size(size: Size) -> str:
@@ -112,18 +102,16 @@ class SizeRule:
             label_maps: own size -> how many have it.
             resize_back: whether images are resized to the label maps' own size.
         """
+        total = sum(label_maps.values())
         resized = {size: number for size, number in label_maps.items() if self(size) != size}
-        if resized:
-            return self._describe_resized(resized, sum(label_maps.values()), resize_back)
         far = {size: number for size, number in label_maps.items() if self.is_far(size)}
-        if not far or self.trained is None:
+        if not resized and far and self.trained is not None:
+            return (
+                f"{_count(far, total)} generated at their own size; this generator was trained at"
+                f" {format_size(self.trained)} and has never seen such sizes (--size trained generates at that one)"
+            )
+        if not resized:
             return None
-        return (
-            f"{_count(far, sum(label_maps.values()))} generated at their own size; this generator was trained at"
-            f" {format_size(self.trained)} and has never seen such sizes (--size trained generates at that one)"
-        )
-
-    def _describe_resized(self, resized: Mapping[Size, int], total: int, resize_back: bool) -> str:
         target = self(next(iter(resized)))
         at_trained = "the size this generator was trained at"
         facts, hints = [f"{_count(resized, total)} generated at {format_size(target)}"], []
@@ -139,7 +127,7 @@ class SizeRule:
             before = ratios[0] if len(ratios) == 1 else f"{ratios[0]} to {ratios[-1]}"
             facts.append(f"the aspect ratio{some} changes, width / height {before} becomes {target[1] / target[0]:.2f}")
             if len(resized) == 1:
-                hints.append(f"--size {format_size(_scale(next(iter(resized)), min(target)))} keeps it")
+                hints.append(f"--size {format_size(scale(next(iter(resized)), min(target)))} keeps it")
         if self.asked is None:
             hints.append("--size own generates at their own size")
         if resize_back:
@@ -149,7 +137,8 @@ class SizeRule:
         return "; ".join(facts) + (f" ({'; '.join(hints)})" if hints else "")
 
 
-def _scale(size: Size, smaller_side: int) -> Size:
+def scale(size: Size, smaller_side: int) -> Size:
+    """Return the size of this aspect ratio whose smaller side is ``smaller_side``."""
     factor = smaller_side / min(size)
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 

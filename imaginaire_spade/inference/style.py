@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import cv2
 import torch
 from torch import Tensor
 
@@ -19,8 +18,9 @@ from imaginaire_spade.data.batch import normalise
 from imaginaire_spade.data.image_files import decode_image
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.errors import CheckpointError, DataError
-from imaginaire_spade.files import RgbImage
+from imaginaire_spade.files import RgbImage, resize_image
 from imaginaire_spade.inference.model import Model
+from imaginaire_spade.inference.sizes import scale
 from imaginaire_spade.models.encoder import sample_style
 from imaginaire_spade.noise import style_noise
 
@@ -120,7 +120,7 @@ def check_has_encoder(model: Model) -> None:
         CheckpointError: it was not.
     """
     if model.encoder is None:
-        instead = "a seed gives it a style (--style_seed)" if model.style_dims else "it takes no style at all"
+        instead = "a seed gives it a style (--style_seed)" if model.generator.style_dims else "it takes no style at all"
         raise CheckpointError(
             f"the style of an image: this checkpoint was trained without a style encoder; {instead}. Take a checkpoint"
             " whose config has encoder: {type: conv}"
@@ -139,10 +139,8 @@ def encode_style(model: Model, image: RgbImage) -> tuple[Tensor, Tensor]:
     check_has_encoder(model)
     assert model.encoder is not None
     # Shrunk by area average to about the size of the training images; the encoder's own resizing would alias.
-    scale = min(model.trained_size) / min(image.shape[:2]) if model.trained_size else 1
-    if scale < 1:
-        size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
+    if model.trained_size and min(model.trained_size) < min(image.shape[:2]):
+        image = resize_image(image, *scale((image.shape[0], image.shape[1]), min(model.trained_size)))
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(model.device)
     mu, logvar = model.encoder(normalise(pixels))
     return mu[0].float().cpu(), logvar[0].float().cpu()
@@ -163,13 +161,12 @@ def style_named(model: Model, name: str) -> Tensor:
         CheckpointError: the generator takes no style code, or the checkpoint has no encoder.
         DataError: no image.
     """
-    if not model.style_dims:
+    if not model.generator.style_dims:
         raise CheckpointError(
             "this generator takes no style code: a label map has one image, so there is nothing to interpolate"
         )
     if name.isdecimal():
-        return style_of_seed(int(name), model.style_dims)
-    check_has_encoder(model)
+        return style_of_seed(int(name), model.generator.style_dims)
     return encode_style(model, read_style_image(Path(name)))[0]
 
 

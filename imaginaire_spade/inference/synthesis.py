@@ -57,7 +57,7 @@ def synthesise(model: Model, requests: Iterable[Request], batch_size: int = 1) -
     """
     # The next batch is launched before the last one is fetched, so that a GPU does not wait for the host.
     launched: tuple[list[Request], Tensor] | None = None
-    for batch in group_by_size(requests, model.size_multiple, batch_size):
+    for batch in group_by_size(requests, model.generator.size_multiple, batch_size):
         previous, launched = launched, (batch, _forward(model, batch))
         if previous is not None:
             yield from _fetch(*previous)
@@ -82,7 +82,7 @@ def group_by_size(requests: Iterable[Request], multiple: int, batch_size: int) -
 def pad_to_layout(model: Model, requests: Sequence[Request]) -> SemanticLayout:
     """Stack requests of one padded size, filled up with don't-care (no edges) at the bottom and on the right."""
     spec = model.layout_spec
-    height, width = requests[0].padded_size(model.size_multiple)
+    height, width = requests[0].padded_size(model.generator.size_multiple)
 
     def stack(maps: Sequence[Tensor], fill: int) -> Tensor:
         return torch.stack([F.pad(m, (0, width - m.shape[-1], 0, height - m.shape[-2]), value=fill) for m in maps])
@@ -121,7 +121,7 @@ def _forward(model: Model, requests: Sequence[Request]) -> Tensor:
             raise UserError(f"--compile: torch cannot compile this generator here ({reason}); leave it out") from error
         if not is_out_of_memory(error):
             raise
-        height, width = requests[0].padded_size(model.size_multiple)
+        height, width = requests[0].padded_size(model.generator.size_multiple)
         raise UserError(
             f"{requests[0].name}: not enough memory on {model.device} for {step} image(s) of {height}x{width} at once. "
             + ("Write a smaller --batch_size" if step > 1 else "Make the label map smaller, or use a machine with more")

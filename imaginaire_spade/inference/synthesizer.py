@@ -20,7 +20,7 @@ from imaginaire_spade.distributed import ProcessInfo, choose_device
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError
 from imaginaire_spade.files import RgbImage
 from imaginaire_spade.inference.model import Model, find_checkpoint
-from imaginaire_spade.inference.sizes import Size, SizeRule, format_size, read_size
+from imaginaire_spade.inference.sizes import SizeRule, format_size, read_size
 from imaginaire_spade.inference.style import encode_style, read_style_image, style_of_seed
 from imaginaire_spade.inference.synthesis import Request, synthesise
 from imaginaire_spade.labels import MAX_RAW_ID, LabelSpec, edges_from_ids
@@ -56,15 +56,14 @@ class Synthesizer:
     """
 
     def __init__(self, model: Model, *, size: str | tuple[int, int] | None = None, resize_back: bool = False) -> None:
-        config = model.config
         self.model = model
-        self.labels: LabelSpec = config.data.labels
+        self.labels: LabelSpec = model.config.data.labels
         self.size = model.trained_size
         self.sizes = SizeRule(read_size(size, "size"), self.size)
         self.resize_back = resize_back
         self._warned_of_size = False
         self.has_style_encoder = model.encoder is not None
-        self.style_dims = model.style_dims
+        self.style_dims = model.generator.style_dims
         self.wants_edges = model.layout_spec.has_edges
 
     @classmethod
@@ -131,8 +130,16 @@ class Synthesizer:
         resize_back = self.resize_back if resize_back is None else resize_back
         own = (train_ids.shape[0], train_ids.shape[1])
         geometry = Geometry.whole(own, rule(own))
-        if rule.asked is None and not resize_back and (geometry.height, geometry.width) != own:
-            self._warn_of_size(own, (geometry.height, geometry.width))
+        made = geometry.height, geometry.width
+        if rule.asked is None and not resize_back and made != own and not self._warned_of_size:
+            self._warned_of_size = True
+            warnings.warn(
+                f"the label map is {format_size(own)} (height x width); its image is generated at {format_size(made)},"
+                " the size this generator was trained at, and has that size. Write resize_back=True to have it resized"
+                ' to the label map\'s own size, size="own" to generate at that, size="trained" to keep it so (said'
+                " once)",
+                stacklevel=2,
+            )
         request = Request(
             WHERE,
             torch.from_numpy(apply_to_map(train_ids, geometry)),
@@ -183,14 +190,9 @@ class Synthesizer:
         return torch.from_numpy(self.encode(style))
 
     def _edges(
-        self,
-        train_ids: NDArray[np.generic],
-        edges: ImageLike | None,
-        instances: ImageLike | None,
-        geometry: Geometry,
+        self, train_ids: NDArray[np.generic], edges: ImageLike | None, instances: ImageLike | None, geometry: Geometry
     ) -> torch.Tensor | None:
-        given = instances if edges is None else edges
-        name = "instances" if edges is None else "edges"
+        name, given = ("instances", instances) if edges is None else ("edges", edges)
         if given is not None and not self.wants_edges:
             raise ConfigError(f"{name}: this generator takes label maps alone (data.edges: none); leave {name} out")
         if edges is not None and instances is not None:
@@ -202,17 +204,6 @@ class Synthesizer:
             raise DataError(f"{name} {list(ids.shape)} and the label map {list(train_ids.shape)} differ in size")
         cut = apply_to_map(ids, geometry)
         return torch.from_numpy((cut != 0).astype(np.uint8) if edges is not None else edges_from_ids(cut))
-
-    def _warn_of_size(self, own: Size, made: Size) -> None:
-        if not self._warned_of_size:
-            self._warned_of_size = True
-            warnings.warn(
-                f"the label map is {format_size(own)} (height x width); its image is generated at {format_size(made)},"
-                " the size this generator was trained at, and has that size. Write resize_back=True to have it resized"
-                ' to the label map\'s own size, size="own" to generate at that, size="trained" to keep it so (said'
-                " once)",
-                stacklevel=3,
-            )
 
 
 def _to_array(given: ImageLike, name: str) -> NDArray[np.generic]:
