@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -317,12 +318,9 @@ class Pix2pixHDGenerator(Generator):
             )
         channels = [num_filters * 2**i for i in range(num_downsamplings + 1)]
         transposed = SpectralConvTranspose2d if spectral_norm else nn.ConvTranspose2d
-        self.first = conv2d(
-            spec.num_channels, num_filters, 7, padding=3, padding_mode="reflect", spectral=spectral_norm
-        )
-        self.down = nn.ModuleList(
-            conv2d(a, b, 3, stride=2, padding=1, spectral=spectral_norm) for a, b in itertools.pairwise(channels)
-        )
+        conv = partial(conv2d, spectral=spectral_norm)
+        self.first = conv(spec.num_channels, num_filters, 7, padding=3, padding_mode="reflect")
+        self.down = nn.ModuleList(conv(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(channels))
         self.blocks = nn.Sequential(*(ResidualBlock(channels[-1], spectral_norm) for _ in range(num_blocks)))
         self.up = nn.ModuleList(
             transposed(a, b, 3, stride=2, padding=1, output_padding=1) for a, b in itertools.pairwise(channels[::-1])
