@@ -136,10 +136,8 @@ class LabelSpec(BaseModel):
         """Tabulate raw id -> train id, ``dont_care_id`` or ``error_id``: ``dtype`` [65536]."""
         table = np.full(MAX_RAW_ID + 1, self.error_id, self.dtype)
         table[: self.num_classes] = np.arange(self.num_classes)
-        for raw, train in self.remap.items():
-            table[raw] = train
-        for raw in self.ignore:
-            table[raw] = self.dont_care_id
+        table[list(self.remap)] = list(self.remap.values())
+        table[list(self.ignore)] = self.dont_care_id
         return table
 
     @property
