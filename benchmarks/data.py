@@ -274,12 +274,12 @@ class PlainDataset(Dataset):
         place = None
         out = []
         for t, how in (("images", InterpolationMode.BILINEAR), ("seg_maps", InterpolationMode.NEAREST)):
-            picture = v2.functional.resize(Image.open(self.source.path(key, t)), [side], how)
+            image = v2.functional.resize(Image.open(self.source.path(key, t)), [side], how)
             if place is None:
-                top = int(torch.randint(picture.height - 255, ()))
-                place = top, int(torch.randint(picture.width - 255, ()))
-            picture = v2.functional.crop(picture, *place, 256, 256)
-            out.append(v2.functional.pil_to_tensor(v2.functional.hflip(picture) if flip else picture))
+                top = int(torch.randint(image.height - 255, ()))
+                place = top, int(torch.randint(image.width - 255, ()))
+            image = v2.functional.crop(image, *place, 256, 256)
+            out.append(v2.functional.pil_to_tensor(v2.functional.hflip(image) if flip else image))
         return tuple(out)
 
 

@@ -11,12 +11,13 @@ from conftest import REPOSITORY
 from imaginaire_spade.data.distances import class_distances, encode_distances
 from imaginaire_spade.data.folders import DATA_TYPES, FolderSource
 from imaginaire_spade.data.image_files import decode_edges, decode_instances, decode_label
-from imaginaire_spade.data.lmdb_source import EnvironmentWriter, store_key, write_index
+from imaginaire_spade.data.lmdb_source import store_key
 from imaginaire_spade.dataset_prep.maps import make_edge_maps
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.labels import LabelSpec, edges_from_ids
 from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.lmdb_builder.inspection import extract, look_through, stored_labels
+from imaginaire_spade.lmdb_builder.lmdb_writer import EnvironmentWriter, write_index
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import inspect_lmdb

@@ -404,6 +404,18 @@ def test_features_that_are_not_finite_name_the_picture(fake):
         collect(StoredImages(fake), network)
 
 
+def test_too_little_memory_says_what_to_write(fake):
+    network = feature_network("random:0", dim=64)
+    for error in (torch.OutOfMemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")):
+
+        def fail(images, error=error):
+            raise error
+
+        network.layers.forward = fail
+        with pytest.raises(UserError, match="features of 19 images at once: write a smaller --batch_size"):
+            collect(StoredImages(fake), network)
+
+
 def test_too_few_pictures(run, real, fake, tmp_path):
     one = photos(tmp_path / "one", 1, 3)
     with pytest.raises(DataError, match=r"one: 1 image.*at least 2"):

@@ -29,7 +29,7 @@ from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.errors import CheckpointError, LabelError
 from imaginaire_spade.inference.model import Model
-from imaginaire_spade.interop import describe, import_generator, reference_names
+from imaginaire_spade.interop import describe, foreign_names, import_generator
 from imaginaire_spade.interop.checkpoint import architecture_config, export_files, import_checkpoint, networks_in
 from imaginaire_spade.interop.configs import import_config
 from imaginaire_spade.interop.label_tables import adapt_config, export_notes
@@ -172,7 +172,7 @@ def release_weights(source: str, hyper: dict[str, Any]) -> dict[str, torch.Tenso
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0  # the statistics of one forward
     network.train()(release_layout(spec, ade20k_map()))
-    names = reference_names(source, network)
+    names = foreign_names(source, network)
     return {names[key]: value for key, value in network.state_dict().items()}
 
 

@@ -17,7 +17,7 @@ from imaginaire_spade.build import check_run, layout_spec
 from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.inference.model import Model
-from imaginaire_spade.interop import import_generator, reference_names
+from imaginaire_spade.interop import foreign_names, import_generator
 from imaginaire_spade.interop.checkpoint import read_weights
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpoint
@@ -241,10 +241,10 @@ def test_code_in_a_checkpoint_is_not_run(shared_dir, tmp_path, zipped):
         assert "unpickled without restriction" in trusted.stderr and "are no tensors" in trusted.stderr
 
 
-def test_reference_names_are_one_to_one(shared_dir):
+def test_foreign_names_are_one_to_one(shared_dir):
     hyper = json.loads((shared_dir / "parity/spade_g_normal/config.json").read_text())["hyper"]
     weights = load_file(shared_dir / "parity/spade_g_normal/weights.safetensors")
-    names = reference_names("nvlabs_spade", import_generator("nvlabs_spade", weights, hyper))
+    names = foreign_names("nvlabs_spade", import_generator("nvlabs_spade", weights, hyper))
     assert sorted(names.values()) == sorted(weights)
 
 

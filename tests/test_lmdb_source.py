@@ -37,10 +37,11 @@ from imaginaire_spade.data.image_files import (
     encode_map,
     image_size,
 )
-from imaginaire_spade.data.lmdb_source import EnvironmentWriter, open_source, store_key, usable_memory
+from imaginaire_spade.data.lmdb_source import open_source, store_key, usable_memory
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
+from imaginaire_spade.lmdb_builder.lmdb_writer import EnvironmentWriter
 
 LABELS = LabelSpec(num_classes=5)
 TYPES = ("images", "seg_maps", "edge_maps", "inst_maps")

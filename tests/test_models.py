@@ -241,6 +241,13 @@ def test_every_discriminator_scores_fake_and_real_of_the_same_maps_together(name
             assert len(a.features) == len(b.features)
 
 
+def test_a_discriminators_width_doubles_up_to_its_maximum():
+    for num_filters, widths in ((3, [3, 6, 8, 8]), (16, [16, 8, 8, 8])):
+        with torch.device("meta"):
+            network = DISCRIMINATORS["multiscale_patch"](SPEC, num_filters=num_filters, max_num_filters=8)
+        assert [layer[0].out_channels for layer in network.discriminators[0].layers] == widths
+
+
 @pytest.mark.parametrize("name", ENCODERS.names())
 def test_every_encoder_takes_any_size(name):
     encoder = ENCODERS[name](7, num_filters=2, image_size=128)

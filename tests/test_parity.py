@@ -16,11 +16,11 @@ from imaginaire_spade.build import build_component
 from imaginaire_spade.config_files import parse_component
 from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.interop import (
+    foreign_names,
     imaginaire,
     import_discriminator,
     import_encoder,
     import_generator,
-    reference_names,
 )
 from imaginaire_spade.registry import GENERATORS
 
@@ -98,7 +98,7 @@ def test_imaginaires_larger_generators_are_imported_under_their_names(shared_dir
     ours = build_component(GENERATORS, component, imaginaire.layout_spec(hyper), imaginaire.image_size(hyper))
     layout, z = random_layout(imaginaire.layout_spec(hyper), 2, 64, 128), torch.randn(2, hyper["style_dims"])
     ours(layout, z)  # one power iteration: new spectral-norm vectors fit no weights
-    names = reference_names("imaginaire", ours)
+    names = foreign_names("imaginaire", ours)
     expected = {"conv_img256.layers.conv.weight_orig", f"conv_img{size}.layers.conv.weight_orig",
                 "up_3a.conv_block_s.layers.norm.mlps.0.0.layers.conv.bias", "up_3b.conv_block_1.layers.conv.weight_u",
                 "head_0.layers.conv.weight_orig"}  # fmt: skip

@@ -205,6 +205,15 @@ def test_the_readme_says_when_weights_are_needed_and_where_that_is_told():
     assert link[1] in [heading.lower().replace(" ", "-") for heading in headings]
 
 
+def test_the_readmes_lines_of_python_run(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    page = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    text = re.search(r"To build only a network.*?\n\n((?: {4}.*\n|\n)+)", page)[1]
+    names: dict = {}
+    exec(re.sub(r"^ {4}", "", text, flags=re.MULTILINE), names)  # noqa: S102
+    assert names["image"].shape == (1, 3, 256, 256) and names["image"].abs().max() <= 1
+
+
 # ------------------------------------------------------------------------------------------------ label tables
 
 LABEL_READERS = {

@@ -61,7 +61,7 @@ def _import(source: str, key: str, state_dict: Mapping[str, Tensor], hyper: Mapp
     part, registry, known = _PARTS[key]
     component = parse_component(describe(source, part, hyper), registry, key)
     network = build_component(registry, component, *(describe(source, name, hyper) for name in known))
-    return load_reference(network, source, state_dict)
+    return load_foreign(network, source, state_dict)
 
 
 def describe(source: str, part: str, hyper: Mapping[str, Any]) -> Any:
@@ -93,8 +93,9 @@ def describe_networks(source: str, hyper: Mapping[str, Any], dis: Mapping[str, A
     """
     if hyper.get("add_dist"):  # CLADE gives no position to 0 in its files, which is channel 0 in every data set
         hyper = {"skip_ids": [0], **hyper}
-    if {"dis", "ndf", "num_D", "n_layers_D", "norm_D"} & hyper.keys():
-        dis = describe(source, "discriminator", {**hyper, **hyper.get("dis", {})})
+    own = hyper.get("dis") or {}
+    if own or {"ndf", "num_D", "n_layers_D", "norm_D"} & hyper.keys():
+        dis = describe(source, "discriminator", {**hyper, **own})
     has_encoder = hyper.get("use_vae") or "style_enc_num_filters" in hyper
     return {
         "gen": describe(source, "generator", hyper),
@@ -103,9 +104,9 @@ def describe_networks(source: str, hyper: Mapping[str, Any], dis: Mapping[str, A
     }
 
 
-def reference_names(source: str, network: nn.Module) -> dict[str, str]:
+def foreign_names(source: str, network: nn.Module) -> dict[str, str]:
     """Map our state-dict keys to the other system's, for every tensor of ``network``."""
-    return {key: _source(source).reference_key(network, key) for key in network.state_dict()}
+    return {key: _source(source).foreign_key(network, key) for key in network.state_dict()}
 
 
 def _source(name: str) -> Any:
@@ -114,7 +115,7 @@ def _source(name: str) -> Any:
     return SYSTEMS[name]
 
 
-def load_reference(network: N, source: str, state_dict: Mapping[str, Tensor]) -> N:
+def load_foreign(network: N, source: str, state_dict: Mapping[str, Tensor]) -> N:
     """Load another system's state dict into ``network``.
 
     Raises:
@@ -123,7 +124,7 @@ def load_reference(network: N, source: str, state_dict: Mapping[str, Tensor]) ->
     scope = _source(source).scope(network)
     theirs = {key.removeprefix("module."): value for key, value in state_dict.items()}
     theirs = {key: value for key, value in theirs.items() if key.startswith(scope)}
-    names = reference_names(source, network)
+    names = foreign_names(source, network)
     missing = [f"{name} {list(network.state_dict()[key].shape)}" for key, name in names.items() if name not in theirs]
     left_over = [f"{name} {list(theirs[name].shape)}" for name in theirs if name not in names.values()]
     reshaped = [

@@ -22,7 +22,7 @@ from imaginaire_spade.config import RunConfig
 from imaginaire_spade.config_diff import explain_old_import
 from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.interop import describe, describe_networks, load_reference, reference_names
+from imaginaire_spade.interop import describe, describe_networks, foreign_names, load_foreign
 from imaginaire_spade.interop.label_tables import LabelOrder, adapt_config, exported_channels, label_table
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
@@ -167,7 +167,7 @@ def import_checkpoint(
         CheckpointError: tensors are missing, left over or of another shape.
     """
     notes = []
-    generator = load_reference(build_generator(config), source, parts["generator"])
+    generator = load_foreign(build_generator(config), source, parts["generator"])
     content: dict[str, Any] = {"config": dump_config(config), "images_seen": 0, "imported_from": source}
     content |= {"generator": generator.state_dict()}
     content |= {"generator_ema": None, "encoder": None, "encoder_ema": None, "discriminator": None}
@@ -176,17 +176,17 @@ def import_checkpoint(
         if source != "imaginaire" and encoder is None:
             notes.append("no --encoder_weights: images in the style of another (--style_image) are not possible")
         else:
-            load_reference(own_encoder, source, parts["generator"] if encoder is None else encoder)
+            load_foreign(own_encoder, source, parts["generator"] if encoder is None else encoder)
             content["encoder"] = own_encoder.state_dict()
     elif encoder is not None:
         raise CheckpointError("--encoder_weights, but the architecture has no style encoder (use_vae: true)")
     if "generator_ema" in parts:
-        content["generator_ema"] = load_reference(new_average(generator), source, parts["generator_ema"]).state_dict()
+        content["generator_ema"] = load_foreign(new_average(generator), source, parts["generator_ema"]).state_dict()
         if own_encoder is not None:
-            average = load_reference(new_average(own_encoder), source, parts["generator_ema"])
+            average = load_foreign(new_average(own_encoder), source, parts["generator_ema"])
             content["encoder_ema"] = average.state_dict()
     if "discriminator" in parts:
-        discriminator = load_reference(build_discriminator(config), source, parts["discriminator"])
+        discriminator = load_foreign(build_discriminator(config), source, parts["discriminator"])
         content["discriminator"] = discriminator.state_dict()
     else:
         notes.append("no discriminator's weights: fine-tuning starts with a fresh one")
@@ -231,7 +231,7 @@ def export_files(
                 _load_folded(network, state)
             else:
                 network.load_state_dict(state)
-            names = reference_names(target, network)
+            names = foreign_names(target, network)
             parts[name, average] = {names[key]: value.contiguous() for key, value in network.state_dict().items()}
     if target == "imaginaire":
         net_g: State = {}

@@ -15,7 +15,7 @@ from imaginaire_spade.interop.nvlabs_spade import discriminator, image_size, sco
 from imaginaire_spade.layout import LayoutSpec
 
 __all__ = [
-    "DEFAULTS", "discriminator", "encoder", "generator", "image_size", "layout_spec", "reference_key", "scope",
+    "DEFAULTS", "discriminator", "encoder", "foreign_key", "generator", "image_size", "layout_spec", "scope",
     "style_dims",
 ]  # fmt: skip
 
@@ -41,9 +41,9 @@ def encoder(hyper: Mapping[str, Any]) -> dict[str, Any]:
     raise CheckpointError("CLADE has no style encoder")
 
 
-def reference_key(network: nn.Module, key: str) -> str:
+def foreign_key(network: nn.Module, key: str) -> str:
     """Return CLADE's name of one of our tensors."""
-    name = nvlabs_spade.reference_key(network, key)
+    name = nvlabs_spade.foreign_key(network, key)
     name = re.sub(r"\.(norm_[01s])\.(weight|bias)$", r".\1.class_specified_affine.\2", name)
     name = re.sub(r"\.(norm_[01s])\.scale_position\.", r".\1.class_specified_affine.dist_conv_w.", name)
     name = re.sub(r"\.(norm_[01s])\.shift_position\.", r".\1.class_specified_affine.dist_conv_b.", name)

@@ -22,7 +22,7 @@ _REQUIRED = object()
 
 
 class Row(NamedTuple):
-    """A key that translates by itself. Where the file does not state it, our default holds, which is theirs too."""
+    """A key of theirs and its key here. If the file does not state it, our default holds, which equals theirs."""
 
     theirs: str
     ours: str
@@ -51,7 +51,7 @@ class Keys:
         return {name: self.take(f"{section}.{name}", default) for name, default in defaults.items()}
 
     def has(self, dotted: str) -> bool:
-        """Whether the file states a key."""
+        """Return whether the file states a key."""
         return dotted in self._nodes
 
     def translate(self, rows: Iterable[Row]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of ``_dotted``: build the tree of dotted keys."""
+    """Build the tree of dotted keys: the inverse of ``_dotted``."""
     tree: dict[str, Any] = {}
     for key, value in dotted.items():
         *parents, last = key.split(".")

@@ -89,7 +89,7 @@ def scope(network: nn.Module) -> str:
     return "style_encoder." if isinstance(network, ConvEncoder) else "spade_generator."
 
 
-def reference_key(network: nn.Module, key: str) -> str:
+def foreign_key(network: nn.Module, key: str) -> str:
     """Return imaginaire's name of one of our tensors."""
     owner, leaf = split_key(network, key)
     if isinstance(network, ConvEncoder):

@@ -99,7 +99,7 @@ def split_key(network: nn.Module, key: str) -> tuple[str, str]:
     return owner, "weight_orig" if is_spectral else leaf
 
 
-def reference_key(network: nn.Module, key: str) -> str:
+def foreign_key(network: nn.Module, key: str) -> str:
     """Return the release's name of one of our tensors."""
     owner, leaf = split_key(network, key)
     name = f"{owner}.{leaf}"

@@ -24,11 +24,12 @@ from imaginaire_spade.data.image_files import (
     decode_label,
     encode_map,
 )
-from imaginaire_spade.data.lmdb_source import MAX_KEY_BYTES, store_key
+from imaginaire_spade.data.lmdb_source import store_key
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import encode_image
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.lmdb_builder.lmdb_writer import MAX_KEY_BYTES
 
 
 @dataclass(frozen=True)

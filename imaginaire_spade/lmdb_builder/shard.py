@@ -14,10 +14,11 @@ from typing import Any
 import lmdb
 import numpy as np
 
-from imaginaire_spade.data.lmdb_source import MANIFEST, EnvironmentWriter, most_common, store_key, write_index
+from imaginaire_spade.data.lmdb_source import MANIFEST, store_key
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import file_sha256, flush_folder, read_json, write_json
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.lmdb_builder.lmdb_writer import EnvironmentWriter, most_common, write_index
 from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, Plan
 from imaginaire_spade.version import __version__
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from imaginaire_spade import losses
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.distances import class_distances
-from imaginaire_spade.interop import import_discriminator, import_generator, reference_names
+from imaginaire_spade.interop import foreign_names, import_discriminator, import_generator
 from imaginaire_spade.interop.nvlabs_spade import layout_spec
 from imaginaire_spade.layout import SemanticLayout, borders
 from imaginaire_spade.models.discriminator import Discriminator
@@ -83,7 +83,7 @@ def _training(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
         yield f"iter{iteration}/D_Fake", found["d_fake"]
         yield f"iter{iteration}/D_real", found["d_real"]
     for part, network in (("generator", generator), ("discriminator", discriminator)):
-        keys = reference_names(fixture.source, network)
+        keys = foreign_names(fixture.source, network)
         for key, tensor in network.state_dict().items():
             yield f"final/{prefixes[part]}{keys[key]}", tensor
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from imaginaire_spade.errors import UserError
-from imaginaire_spade.interop import reference_names
+from imaginaire_spade.interop import foreign_names
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 
 MODES = ("eval", "train")
@@ -108,7 +108,7 @@ def gradients(
 ) -> Iterator[tuple[str, Tensor]]:
     """Gradients of ``loss`` for every ``<mode>_grad/...`` of the fixture: of parameters and of ``input.*``."""
     parameters: dict[str, Tensor] = dict(network.named_parameters())
-    ours = {reference_names(fixture.source, network)[key]: tensor for key, tensor in parameters.items()}
+    ours = {foreign_names(fixture.source, network)[key]: tensor for key, tensor in parameters.items()}
     ours |= {f"input.{name}": tensor for name, tensor in inputs.items()}
     wanted = [n.removeprefix(f"{mode}_grad/") for n in fixture.outputs if n.startswith(f"{mode}_grad/")]
     present = [name for name in wanted if name in ours]
@@ -119,7 +119,7 @@ def gradients(
 
 
 def buffers(fixture: Fixture, network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    names = reference_names(fixture.source, network)
+    names = foreign_names(fixture.source, network)
     for key, buffer in network.named_buffers():
         yield f"train_state/{names[key]}", buffer
 

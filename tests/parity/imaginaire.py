@@ -150,7 +150,7 @@ class _SmallModule(nn.Module):
         return self.fc(x.mean((2, 3)))
 
     @classmethod
-    def reference_names(cls, network: nn.Module) -> dict[str, str]:
+    def foreign_names(cls, network: nn.Module) -> dict[str, str]:
         return {key: f"{cls.prefixes[split_key(network, key)[0]]}.{split_key(network, key)[1]}"
                 for key in network.state_dict()}  # fmt: skip
 
@@ -158,13 +158,13 @@ class _SmallModule(nn.Module):
 def _model_average(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     hyper, inputs = fixture.config["hyper"], fixture.inputs
     network = _SmallModule(hyper).train()
-    names = _SmallModule.reference_names(network)
+    names = _SmallModule.foreign_names(network)
 
     def load(tensors: Mapping[str, Tensor], prefix: str) -> None:
         network.load_state_dict({key: tensors[f"{prefix}module.{name}"] for key, name in names.items()})
 
     def averaged() -> Iterator[tuple[str, Tensor]]:
-        for key, name in _SmallModule.reference_names(average).items():
+        for key, name in _SmallModule.foreign_names(average).items():
             yield f"averaged_model.{name}", average.state_dict()[key].clone()
 
     load(fixture.weights, "")
