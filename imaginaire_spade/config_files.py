@@ -31,9 +31,6 @@ class _Loader(yaml.SafeLoader):
     """yaml.SafeLoader that reads 1e-4 as a number (YAML 1.1 reads it as a string)."""
 
 
-_Loader.yaml_implicit_resolvers = {  # the dict is shared with SafeLoader: copy before adding
-    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )

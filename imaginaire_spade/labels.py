@@ -6,11 +6,11 @@ wording of every complaint about label values. Knows nothing of files or tensors
 
 from __future__ import annotations
 
+import colorsys
 import difflib
-from collections.abc import Sequence
 from enum import StrEnum
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -60,12 +60,17 @@ def edges_from_ids(ids: NDArray[np.generic]) -> NDArray[np.uint8]:
         uint8 [H, W], 1 where the left, right, upper or lower neighbour has another id.
     """
     edges = np.zeros(ids.shape, np.bool_)
-    across, down = ids[:, 1:] != ids[:, :-1], ids[1:] != ids[:-1]
-    edges[:, 1:] |= across
-    edges[:, :-1] |= across
-    edges[1:] |= down
-    edges[:-1] |= down
+    mark_borders(ids, edges)
     return edges.view(np.uint8)
+
+
+def mark_borders(ids: Any, edges: Any) -> None:
+    """Set ``edges`` [..., H, W], bool, where a neighbour in ``ids`` has another id; both are arrays or both tensors."""
+    across, down = ids[..., 1:] != ids[..., :-1], ids[..., 1:, :] != ids[..., :-1, :]
+    edges[..., 1:] |= across
+    edges[..., :-1] |= across
+    edges[..., 1:, :] |= down
+    edges[..., :-1, :] |= down
 
 
 class LabelSpec(BaseModel):
@@ -131,10 +136,8 @@ class LabelSpec(BaseModel):
         """Tabulate raw id -> train id, ``dont_care_id`` or ``error_id``: ``dtype`` [65536]."""
         table = np.full(MAX_RAW_ID + 1, self.error_id, self.dtype)
         table[: self.num_classes] = np.arange(self.num_classes)
-        for raw, train in self.remap.items():
-            table[raw] = train
-        for raw in self.ignore:
-            table[raw] = self.dont_care_id
+        table[list(self.remap)] = list(self.remap.values())
+        table[list(self.ignore)] = self.dont_care_id
         return table
 
     @property
@@ -208,31 +211,21 @@ class LabelSpec(BaseModel):
         Raises:
             LabelError: as ``to_train_ids``.
         """
-        if raw.ndim == 3:
-            raw = self._from_rgb(raw, where)
-            table: NDArray[np.generic] = np.arange(self.num_classes + 1)
-        else:
-            table = self.table
-        flat = raw.ravel()
-        # By runs of one id, which are some twenty times fewer than pixels.
-        is_start = np.ones(flat.size, np.bool_)
-        np.not_equal(flat[1:], flat[:-1], out=is_start[1:])
+        pixels = raw.reshape(-1, *raw.shape[2:])  # [H W] or [H W, 3]
+        # By runs of one value, which are some twenty times fewer than pixels.
+        differs = pixels[1:] != pixels[:-1]
+        is_start = np.ones(len(pixels), np.bool_)
+        is_start[1:] = differs.any(1) if raw.ndim == 3 else differs
         starts = np.flatnonzero(is_start)
-        raw_counts = np.bincount(flat[starts], np.diff(starts, append=flat.size)).astype(np.int64)
-        present = np.flatnonzero(raw_counts)
-        mapped = table[present]
-        if (mapped == self.error_id).any():
-            raise LabelError(self._complain(present[mapped == self.error_id], present, where))
-        train_counts = np.bincount(mapped, raw_counts[present]).astype(np.int64)
-        return {i: int(train_counts[i]) for i in np.flatnonzero(train_counts).tolist()}
+        ids = self.to_train_ids(pixels[starts][None], where)[0]
+        counts = np.bincount(ids, np.diff(starts, append=len(pixels))).astype(np.int64)
+        return {i: int(counts[i]) for i in np.flatnonzero(counts).tolist()}
 
     def colourise(self, train_ids: NDArray[np.generic]) -> NDArray[np.uint8]:
         """Convert train ids [...] to RGB uint8 [..., 3]."""
         return self.colours[train_ids]
 
-    def _from_rgb(
-        self, rgb: NDArray[np.generic], where: str, unknown: Literal["error", "dont_care"] = "error"
-    ) -> NDArray[np.generic]:
+    def _from_rgb(self, rgb: NDArray[np.generic], where: str, unknown: str) -> NDArray[np.generic]:
         if rgb.shape[2] != 3 or rgb.dtype != np.uint8:
             raise LabelError(
                 f"{where}: a label map of {rgb.shape[2]} channels ({rgb.dtype}); it must be single-channel (8 or 16"
@@ -245,13 +238,14 @@ class LabelSpec(BaseModel):
             )
         code = rgb.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
         codes = np.array(self.palette, np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
-        order = np.argsort(codes, kind="stable")
-        place = np.searchsorted(codes[order], code).clip(max=len(codes) - 1)
-        found = order[place]
-        wrong = codes[found] != code
-        distinct, uses = np.unique(codes, return_counts=True)
-        shared = np.isin(code, distinct[uses > 1])
-        if shared.any() and unknown == "error":
+        colours, classes, uses = np.unique(codes, return_index=True, return_counts=True)
+        place = np.searchsorted(colours, code).clip(max=len(colours) - 1)
+        known = colours[place] == code
+        shared = known & (uses[place] > 1)
+        ids = np.where(known & ~shared, classes[place], self.dont_care_id).astype(self.dtype)
+        if unknown == "dont_care":
+            return ids
+        if shared.any():
             same = np.flatnonzero(codes == code[shared][0]).tolist()
             raise LabelError(
                 f"{where}: the colour {self.palette[same[0]]} stands for several classes of data.labels.palette:"
@@ -259,23 +253,21 @@ class LabelSpec(BaseModel):
                 " or give these classes colours of their own, there and in the file"
             )
         # Black is "no class" in colour maps that colourise() wrote, unless a class of the palette is black.
-        black = wrong & (code == 0)
-        if unknown == "dont_care":
-            return np.where(wrong | shared, self.dont_care_id, found).astype(self.dtype)
-        if (wrong & ~black).any():
-            values = np.unique(code[wrong & ~black])
-            colours = ", ".join(f"({v >> 16}, {v >> 8 & 255}, {v & 255})" for v in values[:5].tolist())
+        wrong = ~known & (code != 0)
+        if wrong.any():
+            values = np.unique(code[wrong])
+            listed = ", ".join(f"({v >> 16}, {v >> 8 & 255}, {v & 255})" for v in values[:5].tolist())
             raise LabelError(
-                f"{where}: {len(values)} colour(s) that data.labels.palette does not have: {colours}"
+                f"{where}: {len(values)} colour(s) that data.labels.palette does not have: {listed}"
                 f"{' ...' if len(values) > 5 else ''}. Add them to the palette, or save the map without"
                 " compression, antialiasing or resizing"
             )
-        if black.any() and not self.ignore:
+        if not known.all() and not self.ignore:
             raise LabelError(
                 f'{where}: black pixels, which are no class of data.labels.palette. If they mean "no class", write'
                 " data.labels.ignore: [255]; else add black to the palette"
             )
-        return np.where(black, self.dont_care_id, found).astype(self.dtype)
+        return ids
 
     def _complain(self, wrong: NDArray[np.generic], present: NDArray[np.generic], where: str) -> str:
         values = ", ".join(map(str, wrong[:10].tolist())) + (" ..." if len(wrong) > 10 else "")
@@ -297,10 +289,6 @@ class LabelSpec(BaseModel):
 
 def distinct_colours(count: int) -> NDArray[np.uint8]:
     """Return ``count`` distinguishable RGB colours, the same on every machine: uint8 [count, 3]."""
-    import colorsys
-
     golden = 0.61803398875
-    hsv: Sequence[tuple[float, float, float]] = [
-        ((i * golden) % 1.0, 0.55 + 0.3 * (i % 2), 0.95 - 0.2 * (i % 3)) for i in range(count)
-    ]
+    hsv = [((i * golden) % 1.0, 0.55 + 0.3 * (i % 2), 0.95 - 0.2 * (i % 3)) for i in range(count)]
     return (np.array([colorsys.hsv_to_rgb(*c) for c in hsv]) * 255).round().astype(np.uint8)

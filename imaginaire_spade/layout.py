@@ -6,7 +6,7 @@ a layer asks for is made once per resolution and cached. Knows nothing of files,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imaginaire_spade.distributed import mean_of_host_numbers
-from imaginaire_spade.labels import EdgeSource, LabelSpec
+from imaginaire_spade.labels import EdgeSource, LabelSpec, mark_borders
 from imaginaire_spade.patterns import Lookup, find_neighbourhoods
 
 
@@ -158,17 +158,16 @@ class SemanticLayout:
         for view in (self, *self._resized):  # no dict: while a network is exported, sizes are symbols without a hash
             if (view.height, view.width) == (height, width):
                 return view
-        self._resized.append(self._resize(height, width))
-        return self._resized[-1]
 
-    def _resize(self, height: int, width: int) -> SemanticLayout:
         def nearest(maps: Tensor) -> Tensor:
             # interpolate knows uint8 and floats; indexing by its own rule, floor(i * in / out), knows every dtype.
             rows = nearest_indices(self.height, height, maps.device)
             columns = nearest_indices(self.width, width, maps.device)
             return maps.index_select(-2, rows).index_select(-1, columns)
 
-        return self._map(nearest, self.edges)  # drawn at this size, not at the other
+        self._edges = self.edges  # drawn at this size, not at the other
+        self._resized.append(self.map(nearest))
+        return self._resized[-1]
 
     def one_hot(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Build the dense view [N, num_channels, H, W] of 0/1 (edges as given): classes, don't-care, edges."""
@@ -227,19 +226,19 @@ class SemanticLayout:
             codes = self.labels.int() * bits
             if self.edges is not None:
                 codes += self.edges
-            found = find_neighbourhoods(codes, (self.spec.num_classes + 1) * bits, kernel_size)
+            inner, outer, pixels = find_neighbourhoods(codes, (self.spec.num_classes + 1) * bits, kernel_size)
             none = self.spec.num_label_channels
             places = torch.arange(kernel_size**2, device=self.device)
-            channels = (found.inner // bits).clamp_(max=none)
+            channels = (inner // bits).clamp_(max=none)
             self._neighbourhoods[kernel_size] = LayoutNeighbourhoods(
                 labels=Lookup(channels + places * (none + 1), len(places) * (none + 1)),
-                edges=(found.inner % bits).bool() if self.spec.has_edges else None,
-                outside=(found.inner[:, [len(places) // 2]] // bits) > self.spec.num_classes,
+                edges=(inner % bits).bool() if self.spec.has_edges else None,
+                outside=(inner[:, [len(places) // 2]] // bits) > self.spec.num_classes,
                 outer=tuple(
-                    Lookup(part * part.shape[1] + places[: part.shape[1]], len(found.inner) * part.shape[1])
-                    for part in found.outer.split(9, 1)
+                    Lookup(part * part.shape[1] + places[: part.shape[1]], len(inner) * part.shape[1])
+                    for part in outer.split(9, 1)
                 ),
-                pixels=Lookup(found.index.view(-1, 1), len(found.outer)),
+                pixels=Lookup(pixels.view(-1, 1), len(outer)),
             )
         return self._neighbourhoods[kernel_size]
 
@@ -259,7 +258,15 @@ class SemanticLayout:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SemanticLayout:
         """Apply a function to every tensor; the caches of the new layout are empty."""
-        return self._map(function, self._edges)
+        layout = SemanticLayout(
+            self.spec,
+            function(self.labels),
+            function(self._edges) if isinstance(self._edges, Tensor) else self._edges,
+            None if self.distances is None else function(self.distances),
+        )
+        if self._dense is not None:
+            layout._dense = function(self._dense)
+        return layout
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SemanticLayout:
         """Move the layout to a device."""
@@ -268,43 +275,15 @@ class SemanticLayout:
     def __getitem__(self, index: slice) -> SemanticLayout:
         return self.map(lambda t: t[index])
 
-    def _map(self, function: Callable[[Tensor], Tensor], edges: Edges) -> SemanticLayout:
-        """Apply a function to every tensor, with these in place of its edges."""
-        layout = SemanticLayout(
-            self.spec,
-            function(self.labels),
-            function(edges) if isinstance(edges, Tensor) else edges,
-            None if self.distances is None else function(self.distances),
-        )
-        if self._dense is not None:
-            layout._dense = function(self._dense)
-        return layout
-
-    @staticmethod
-    def cat(layouts: Sequence[SemanticLayout]) -> SemanticLayout:
-        """Concatenate layouts of one spec and size along the batch."""
-        edges = [layout.edges for layout in layouts if layout.edges is not None]
-        distances = [layout.distances for layout in layouts if layout.distances is not None]
-        return SemanticLayout(
-            layouts[0].spec,
-            torch.cat([layout.labels for layout in layouts]),
-            torch.cat(edges) if edges else None,
-            torch.cat(distances) if distances else None,
-        )
-
 
 def borders(ids: Tensor) -> Tensor:
     """Compute borders of id maps [..., H, W]: uint8, 1 where the left, right, upper or lower neighbour has another id.
 
     Both pixels of a differing pair are marked; the map does not wrap around.
     """
-    marked = torch.zeros_like(ids, dtype=torch.uint8)
-    for dim in (-1, -2):
-        pairs = ids.shape[dim] - 1
-        differ = (ids.narrow(dim, 0, pairs) != ids.narrow(dim, 1, pairs)).view(torch.uint8)
-        marked.narrow(dim, 0, pairs).bitwise_or_(differ)
-        marked.narrow(dim, 1, pairs).bitwise_or_(differ)
-    return marked
+    marked = torch.zeros_like(ids, dtype=torch.bool)
+    mark_borders(ids, marked)
+    return marked.view(torch.uint8)
 
 
 def nearest_indices(size: int, new_size: int, device: torch.device | None = None) -> Tensor:

@@ -39,23 +39,19 @@ class Lookup:
         return counts.cumsum(0) - counts
 
 
-@dataclass(frozen=True)
-class Neighbourhoods:
-    """The distinct neighbourhoods of the pixels of a batch of code maps: U inner windows, V outer windows of those."""
-
-    inner: Tensor
-    """int64 [U, k * k]: codes of each inner window, row by row; ``num_codes`` for places outside the map."""
-    outer: Tensor
-    """int64 [V, k * k]: rows of ``inner`` around a pixel, row by row; some have their centre outside the map."""
-    index: Tensor
-    """int64 [N, H, W]: each pixel's row of ``outer``."""
-
-
-def find_neighbourhoods(codes: Tensor, num_codes: int, kernel_size: int) -> Neighbourhoods:
-    """Find the distinct neighbourhoods in integer maps [N, H, W] of values 0..num_codes-1; ``kernel_size`` k is odd.
+def find_neighbourhoods(codes: Tensor, num_codes: int, kernel_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the distinct neighbourhoods of pixels in a batch of code maps: U inner windows, V outer windows of those.
 
     With r = k // 2, a pixel's outer window reaches codes up to 2r away. Around each map come 2r places of the code
     ``num_codes``: windows at the border are windows like any other, and padding is exact.
+
+    Args:
+        codes: integers [N, H, W], 0..num_codes-1.
+        kernel_size: k, odd.
+    Returns:
+        Codes of each inner window, row by row: int64 [U, k * k]; ``num_codes`` for places outside the map.
+        Rows of the former around a pixel, row by row: int64 [V, k * k]; some have their centre outside the map.
+        Each pixel's row of these: int64 [N, H, W].
     """
     radius = kernel_size // 2
     count, height, width = codes.shape
@@ -92,7 +88,7 @@ def find_neighbourhoods(codes: Tensor, num_codes: int, kernel_size: int) -> Neig
         ids, total, places = _combine(ids, total, uniform, square((-radius, radius)), wanted.flatten())
     alone = torch.arange(uniform, device=codes.device)
     outer = torch.cat([alone[:, None].expand(-1, len(window)), inner_ids[places[:, None] + window]])
-    return Neighbourhoods(inner, outer, ids.view(shape)[inside].long().contiguous())
+    return inner, outer, ids.view(shape)[inside].long().contiguous()
 
 
 def _combine(

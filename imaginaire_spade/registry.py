@@ -166,13 +166,8 @@ def _schema_of(cls: type, title: str) -> type[BaseModel]:
     return create_model(title, __config__=ConfigDict(extra="forbid", strict=True), **fields)
 
 
-GENERATORS = Registry(
-    "generator",
-    "imaginaire_spade.models.generator",
-    "imaginaire_spade.models.style_generator",
-    "imaginaire_spade.models.pix2pixhd",
-)
-DISCRIMINATORS = Registry("discriminator", "imaginaire_spade.models.discriminator", "imaginaire_spade.models.fpse")
+GENERATORS = Registry("generator", "imaginaire_spade.models.generator")
+DISCRIMINATORS = Registry("discriminator", "imaginaire_spade.models.discriminator")
 ENCODERS = Registry("encoder", "imaginaire_spade.models.encoder")
 NORMS = Registry("norm", "imaginaire_spade.models.norms")
 LOSSES = Registry("loss", "imaginaire_spade.losses")

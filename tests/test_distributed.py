@@ -143,7 +143,8 @@ def compute_in_one(case: Case) -> dict[str, np.ndarray]:
     joined = []
     for piece in range(case.pieces):
         layouts, *tensors = zip(*(inputs_of(case, spec, r, piece) for r in range(len(case.blocks))), strict=True)
-        joined.append((SemanticLayout.cat(layouts), *(torch.cat(parts) for parts in tensors)))
+        labels, *distances = map(torch.cat, zip(*(part.tensors() for part in layouts), strict=True))
+        joined.append((SemanticLayout(spec, labels, "labels", *distances), *(torch.cat(parts) for parts in tensors)))
     return iterate(case, generator, generator, joined)
 
 

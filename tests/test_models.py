@@ -18,7 +18,7 @@ from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.losses import GeneratorOutputs
 from imaginaire_spade.models.discriminator import split_scores
 from imaginaire_spade.models.for_inference import WinogradConv2d
-from imaginaire_spade.models.generator import SPADEGenerator
+from imaginaire_spade.models.generator import Pix2pixHDGenerator, SPADEGenerator, StyleSPADEGenerator
 from imaginaire_spade.models.layers import (
     InstanceNorm2d,
     SpectralConv2d,
@@ -27,8 +27,6 @@ from imaginaire_spade.models.layers import (
     initialise,
 )
 from imaginaire_spade.models.norms import SPADE
-from imaginaire_spade.models.pix2pixhd import Pix2pixHDGenerator
-from imaginaire_spade.models.style_generator import StyleSPADEGenerator
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Registry
 from imaginaire_spade.training.state import reestimate_batch_norm, update_average
 

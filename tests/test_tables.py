@@ -15,13 +15,11 @@ from imaginaire_spade import patterns
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models import modulation
 from imaginaire_spade.models import norms as norms_module
-from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
+from imaginaire_spade.models.discriminator import FPSEDiscriminator, MultiscaleDiscriminator
 from imaginaire_spade.models.for_inference import WinogradConv2d, optimise_for_inference
-from imaginaire_spade.models.fpse import FPSEDiscriminator
-from imaginaire_spade.models.generator import SPADEGenerator
+from imaginaire_spade.models.generator import SPADEGenerator, StyleSPADEGenerator
 from imaginaire_spade.models.layers import initialise
 from imaginaire_spade.models.norms import CLADE, SPADE
-from imaginaire_spade.models.style_generator import StyleSPADEGenerator
 from imaginaire_spade.models.tables import second_convolution, sum_rows
 from imaginaire_spade.patterns import Lookup, find_neighbourhoods
 
@@ -51,18 +49,18 @@ def windows(maps: torch.Tensor, kernel_size: int, outside: int) -> torch.Tensor:
 )
 def test_every_window_is_found_again_and_only_once(n, h, w, num_codes, block, kernel_size, seed):
     codes = code_map(n, h, w, num_codes, block, seed)
-    found = find_neighbourhoods(codes, num_codes, kernel_size)
+    inner, outer, pixels = find_neighbourhoods(codes, num_codes, kernel_size)
     wide = 2 * kernel_size - 1
-    around = found.inner[found.outer][found.index]  # [N, H, W, k * k, k * k]
+    around = inner[outer][pixels]  # [N, H, W, k * k, k * k]
     places = torch.arange(wide**2).view(1, wide, wide)
     order = windows(places, kernel_size, -1)[0]
     order = order[kernel_size // 2 : wide - kernel_size // 2, kernel_size // 2 : wide - kernel_size // 2].flatten(0, 1)
     assert torch.equal(around, windows(codes.long(), wide, num_codes)[..., order])
 
     plain = windows(codes, wide, num_codes).flatten(0, 2)
-    used = found.index.unique()
+    used = pixels.unique()
     assert len(used) == len(plain.unique(dim=0))
-    assert len(found.outer.unique(dim=0)) == len(found.outer)
+    assert len(outer.unique(dim=0)) == len(outer)
 
 
 @settings(max_examples=50, deadline=None)

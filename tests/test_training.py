@@ -20,7 +20,7 @@ from imaginaire_spade.config_files import load_config, parse_config
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
-from imaginaire_spade.models.pix2pixhd import Pix2pixHDGenerator
+from imaginaire_spade.models.generator import Pix2pixHDGenerator
 from imaginaire_spade.training import checkpoint, loop
 from imaginaire_spade.training.profile import multiply_adds
 from imaginaire_spade.training.setup import calibration_layouts, prepare

@@ -14,9 +14,9 @@ from torch import nn
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.interop.nvlabs_spade import split_key
 from imaginaire_spade.layout import LayoutSpec
+from imaginaire_spade.models.discriminator import FPSEDiscriminator
 from imaginaire_spade.models.encoder import ConvEncoder
-from imaginaire_spade.models.fpse import FPSEDiscriminator
-from imaginaire_spade.models.style_generator import StyleSPADEGenerator
+from imaginaire_spade.models.generator import StyleSPADEGenerator
 
 DEFAULTS: dict[str, Any] = {}
 """None: imaginaire's options have no single set of defaults."""

@@ -192,13 +192,7 @@ def before_activation_pixels(
 
 
 def _before_upsampling(
-    before: Tensor,
-    buffer: Tensor,
-    few: Tensor,
-    scale: Tensor,
-    index: Tensor | None,
-    factor: Tensor,
-    offset: Tensor,
+    before: Tensor, buffer: Tensor, few: Tensor, scale: Tensor, index: Tensor | None, factor: Tensor, offset: Tensor
 ) -> Tensor:
     """Compute dx [N h, 1, w, 1, C]: the sum of before scale[i] over the pixels of each of x's; then x factor + offset.
 

@@ -13,7 +13,7 @@ from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.layers import InstanceNorm2d, SpectralLinear, conv2d, effective_weight, enlarge
 from imaginaire_spade.models.modulation import Modulation, Statistics, batch_moments, modulate
-from imaginaire_spade.models.tables import first_convolution, second_convolution, sum_rows, weights_by_place
+from imaginaire_spade.models.tables import first_convolution, second_convolution, sum_rows
 from imaginaire_spade.registry import NORMS
 
 
@@ -38,23 +38,18 @@ class BatchNorm2d(nn.BatchNorm2d):
         if self.affine:  # Fold scale and shift into the modulation: (x^ w + b) gamma + beta.
             gamma, beta, pixels = modulation.gamma, modulation.beta, modulation.pixels
             modulation = Modulation(self.weight * gamma, self.bias * gamma + beta, pixels)
-        if not self.training:
-            assert self.running_mean is not None and self.running_var is not None
-            statistics = Statistics(self.running_mean, torch.rsqrt(self.running_var + self.eps))
-        else:
-            mean, variance, count = batch_moments(x, self.synchronized, times=upsample**2)
-            self._track(mean, variance, count)
-            statistics = Statistics(mean, torch.rsqrt(variance + self.eps), count, self.synchronized)
-        return modulate(x, modulation, statistics, upsample=upsample, slope=slope)
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Update the running statistics (with the unbiased variance), as torch does."""
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        if not self.training:
+            statistics = Statistics(self.running_mean, torch.rsqrt(self.running_var + self.eps))
+            return modulate(x, modulation, statistics, upsample=upsample, slope=slope)
+        mean, variance, count = batch_moments(x, self.synchronized, times=upsample**2)  # without gradients
+        # Update the running statistics (with the unbiased variance), as torch does.
         self.num_batches_tracked.add_(1)
         momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(variance * (count / (count - 1)), momentum)
+        statistics = Statistics(mean, torch.rsqrt(variance + self.eps), count, self.synchronized)
+        return modulate(x, modulation, statistics, upsample=upsample, slope=slope)
 
 
 def synchronize_batch_norm(network: nn.Module) -> None:
@@ -185,7 +180,8 @@ class SPADE(ConditionalNorm):
         return Modulation(gamma, beta, around.pixels)
 
     def _table_weights(self) -> Tensor:
-        return weights_by_place([effective_weight(self.gamma), effective_weight(self.beta)])
+        """Lay the weights of gamma and beta side by side for ``second_convolution``: [k k, 2 channels, hidden]."""
+        return torch.cat([effective_weight(conv).flatten(2).permute(2, 0, 1) for conv in (self.gamma, self.beta)], 1)
 
     @torch.no_grad()
     def lay_out_tables(self) -> None:

@@ -10,7 +10,6 @@ Everything runs on rows [pixels, channels], which is what memory format channels
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,18 +55,20 @@ def label_rows(weight: Tensor, num_label_channels: int) -> Tensor:
 
 
 def convolve_layout(
-    layout: SemanticLayout, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0
+    layout: SemanticLayout | Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0
 ) -> Tensor:
     """Compute ``F.conv2d`` of the layout's one-hot view, with square windows, by looking up the label channels.
 
     Args:
+        layout: label maps, or a dense view of some: float [N, channels, H, W].
         weight: float [out, channels of the layout, k, k].
         bias: float [out].
     Returns:
         [N, out, h, w], channels_last.
     """
-    if layout.is_dense:
-        return F.conv2d(layout.one_hot(weight.dtype), weight, bias, stride, padding)
+    if isinstance(layout, Tensor) or layout.is_dense:
+        dense = layout if isinstance(layout, Tensor) else layout.one_hot(weight.dtype)
+        return F.conv2d(dense, weight, bias, stride, padding)
     size = weight.shape[-1]
     height, width = ((length + 2 * padding - size) // stride + 1 for length in (layout.height, layout.width))
     table = label_rows(weight, layout.spec.num_label_channels)
@@ -93,10 +94,7 @@ def convolve_with_images(conv: nn.Module, semantics: SemanticLayout | Tensor, im
     stride, padding = conv.stride[0], int(conv.padding[0])
     channels = weight.shape[1] - images.shape[1]
     y = F.conv2d(images, weight[:, channels:], conv.bias, stride, padding)
-    if isinstance(semantics, SemanticLayout):
-        shared = convolve_layout(semantics, weight[:, :channels], None, stride, padding)
-    else:
-        shared = F.conv2d(semantics, weight[:, :channels], None, stride, padding)
+    shared = convolve_layout(semantics, weight[:, :channels], None, stride, padding)
     return (y.unflatten(0, (-1, len(shared))) + shared.to(y.dtype)).flatten(0, 1)
 
 
@@ -114,16 +112,11 @@ def first_convolution(weight: Tensor, bias: Tensor | None, around: LayoutNeighbo
     return hidden if bias is None else hidden + bias
 
 
-def weights_by_place(weights: Sequence[Tensor]) -> Tensor:
-    """Lay weights [.., h, k, k] of convolutions side by side for ``second_convolution``: [k k, out, h]."""
-    return torch.cat([weight.flatten(2).permute(2, 0, 1) for weight in weights], 1)
-
-
 def second_convolution(hidden: Tensor, places: Tensor, bias: Tensor, around: LayoutNeighbourhoods) -> Tensor:
     """Convolve ``hidden`` [U, h] at every distinct outer window: [V, out].
 
     Args:
-        places: its weight, float [k k, out, h] (``weights_by_place``).
+        places: its weight, float [out, h, k, k] in the order [k k, out, h].
         bias: float [out].
     """
     hidden = hidden.masked_fill(around.outside, 0)  # zero padding

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.models.generator import Generator, SPADEResidualBlock
-from imaginaire_spade.models.pix2pixhd import ResidualBlock
-from imaginaire_spade.models.style_generator import StyleBlock
+from imaginaire_spade.models.generator import Generator, ResidualBlock, SPADEResidualBlock, StyleBlock
 
 BLOCKS = (SPADEResidualBlock, StyleBlock, ResidualBlock)
 
