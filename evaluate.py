@@ -19,9 +19,8 @@ from imaginaire_spade import distributed
 from imaginaire_spade.build import import_modules
 from imaginaire_spade.errors import ConfigError, positive_integer, run_command_line
 from imaginaire_spade.evaluation.collection import holds_statistics
-from imaginaire_spade.evaluation.evaluate import evaluate, page_samples
-from imaginaire_spade.evaluation.protocol import REFERENCE_SPLITS
-from imaginaire_spade.evaluation.report import compare
+from imaginaire_spade.evaluation.evaluate import evaluate
+from imaginaire_spade.evaluation.report import REFERENCE_SPLITS, compare
 from imaginaire_spade.evaluation.report_page import write_report_page
 from imaginaire_spade.evaluation.scores import METRICS, NEED_FEATURES
 from imaginaire_spade.evaluation.segmentation import Predictor, Segmentation, StoredPredictions, network_predictions
@@ -130,8 +129,7 @@ def main() -> None:
     if arguments.output:
         report.save(arguments.output)
     if arguments.html:
-        grid, worst = page_samples(report, images.fake, images.photos)
-        write_report_page(arguments.html, report, grid, worst, images.fake.label_table)
+        write_report_page(arguments.html, report, images.fake, images.photos)
 
 
 def _check(arguments: argparse.Namespace) -> list[str]:

@@ -16,9 +16,14 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from imaginaire_spade.errors import ConfigError, DataError, UserError
 from imaginaire_spade.evaluation.collection import Collection, Description, load_statistics
-from imaginaire_spade.evaluation.scores import kernel_distance, precision_recall
+from imaginaire_spade.evaluation.scores import (
+    FeatureStats,
+    Gaussian,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
 from imaginaire_spade.evaluation.segmentation import Confusion
-from imaginaire_spade.evaluation.statistics import FeatureStats, Gaussian, frechet_distance
 from imaginaire_spade.files import file_sha256
 from imaginaire_spade.pretrained.inception import FEATURE_DIMS, feature_network, resize_for_network
 from imaginaire_spade.pretrained.lpips import perceptual_network
@@ -106,11 +111,11 @@ def test_kernel_distance_equals_that_of_torchmetrics():
     metric.set_dtype(torch.float64)
     metric.update(numbered(90), real=True)
     metric.update(numbered(90, first=90), real=False)
-    ours = kernel_distance(real, fake)
-    assert ours.mean == pytest.approx(metric.compute()[0].item(), rel=1e-6)
-    assert (ours.std, ours.rule) == (None, "1 subset(s) of 90, kernel (x.y/D + 1)^3, seed 0")
-    subsets = kernel_distance(real, correlated(60, 32, 2, shift=0.05))
-    assert subsets.rule.startswith("100 subset(s) of 60") and (subsets.std or 0) > 0
+    mean, spread, rule = kernel_distance(real, fake)
+    assert mean == pytest.approx(metric.compute()[0].item(), rel=1e-6)
+    assert (spread, rule) == (None, "1 subset(s) of 90, kernel (x.y/D + 1)^3, seed 0")
+    _, spread, rule = kernel_distance(real, correlated(60, 32, 2, shift=0.05))
+    assert rule.startswith("100 subset(s) of 60") and (spread or 0) > 0
     with pytest.raises(DataError, match="at least 2 images on each side, not 90 and 1"):
         kernel_distance(real, fake[:1])
 

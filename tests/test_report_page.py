@@ -14,8 +14,8 @@ from test_evaluation import RANDOM, checkpoint, run  # noqa: F401 (fixtures)
 
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation import segmentation
-from imaginaire_spade.evaluation.protocol import Protocol
-from imaginaire_spade.evaluation.report import Report, load_report
+from imaginaire_spade.evaluation.images import StoredImages
+from imaginaire_spade.evaluation.report import Protocol, Report, load_report
 from imaginaire_spade.evaluation.report_page import write_report_page
 from imaginaire_spade.pretrained.segmenters import Segmenter
 
@@ -124,7 +124,9 @@ def test_a_class_that_real_photos_lack_has_a_dash(tmp_path):
     classes = [{"id": 0, "name": "sky", "share": 1.0, "iou": 0.5, "iou_real": float("nan"), "mistaken_for": None}]
     details = {"segmentation": {"classes": classes, "absent_classes": [], "unscored_classes": []}}
     protocol = Protocol("1.0.0", "val", "0" * 64, 2, 2, "8x8", "8x8", "PNG", "PNG")
-    write_report_page(tmp_path / "page.html", Report({"miou": 0.5}, protocol, {"fake": "<i>"}, details=details))
+    write_png(tmp_path / "fake/0.png", np.zeros((8, 8, 3), np.uint8))
+    report = Report({"miou": 0.5}, protocol, {"fake": "<i>"}, details=details)
+    write_report_page(tmp_path / "page.html", report, StoredImages(tmp_path / "fake"))
     page = Page(tmp_path / "page.html")
     assert "0.50 / –" in page.text and "Evaluation of <i>" in page.text
     assert page.labels == ["sky: IoU 0.500 generated, – real"] and 'class=tick x="' not in page.source

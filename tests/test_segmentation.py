@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 
 from imaginaire_spade.errors import ConfigError, DataError, LabelError
 from imaginaire_spade.evaluation.images import SourceImage
-from imaginaire_spade.evaluation.label_names import LabelMapping, match_labels, read_mapping
-from imaginaire_spade.evaluation.protocol import Protocol
-from imaginaire_spade.evaluation.report import Report
+from imaginaire_spade.evaluation.report import Protocol, Report
 from imaginaire_spade.evaluation.segmentation import (
     Confusion,
+    LabelMapping,
     NetworkPredictions,
     Segmentation,
     StoredPredictions,
+    match_labels,
+    read_mapping,
 )
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.pretrained.segmenters import Segmenter, hugging_face_segmenter
@@ -144,7 +145,7 @@ def by_redness(names: tuple[str, ...]) -> Segmenter:
 
 def image_of(classes: np.ndarray, truth: np.ndarray) -> SourceImage:
     """A grey image of these levels, and the label map that belongs to it."""
-    return SourceImage(0, torch.from_numpy(np.stack([classes.astype(np.uint8)] * 3)), label_map=lambda: truth)
+    return SourceImage(torch.from_numpy(np.stack([classes.astype(np.uint8)] * 3)), label_map=truth)
 
 
 def report_of(segmentation: Segmentation, generated: Confusion, real: Confusion) -> Report:

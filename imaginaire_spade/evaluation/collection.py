@@ -24,9 +24,9 @@ from torch import Tensor
 
 from imaginaire_spade.distributed import ProcessInfo, gather_objects
 from imaginaire_spade.errors import DataError, UserError, is_out_of_memory
-from imaginaire_spade.evaluation.images import ImageSource, SourceImage, UnreadableImage
+from imaginaire_spade.evaluation.images import ImageSource, SourceImage
+from imaginaire_spade.evaluation.scores import FeatureStats, Gaussian
 from imaginaire_spade.evaluation.segmentation import Confusion
-from imaginaire_spade.evaluation.statistics import FeatureStats, Gaussian
 from imaginaire_spade.files import file_sha256, write_bytes
 from imaginaire_spade.pretrained.inception import FeatureNetwork
 from imaginaire_spade.pretrained.lpips import PerceptualNetwork
@@ -115,28 +115,22 @@ class Collection:
                 f"{path}: no feature statistics ({', '.join(arrays) or 'nothing'} in it). Expected .npz with mu and"
                 " sigma (pytorch-fid) or of scripts/compute_fid_stats.py, or a folder with m.npy and s.npy (CLADE)"
             )
-        stats = features = confusion = None
+        stats = gaussian = features = confusion = None
         try:
-            origin = json.loads(str(arrays["origin"]))
-            if not isinstance(origin, dict):
-                raise TypeError("its origin is no object")
             if "count" in arrays:
                 stats = FeatureStats(int(arrays["count"]), *_matrices(path, arrays, "sum", "outer"))
+                gaussian = stats.gaussian(str(path))
             if "features" in arrays:
                 features = torch.from_numpy(arrays["features"])
             if "confusion_counts" in arrays:
                 counts, ignored, images = (arrays[f"confusion_{name}"] for name in ("counts", "ignored", "images"))
                 confusion = Confusion(counts, int(ignored), int(images))
+            origin = json.loads(str(arrays["origin"]))
+            description, warnings = Description(**origin["description"]), tuple(origin.get("warnings", ()))
         except DataError:
             raise
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}: damaged statistics ({error}): compute them again") from None
-        gaussian = None if stats is None else stats.gaussian(str(path))
-        try:
-            description = Description(**origin["description"])
-            warnings = tuple(origin.get("warnings", ()))
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: its origin is incomplete ({error}): compute the statistics again") from None
         return cls(
             str(path), description, gaussian, stats, features, confusion=confusion, warnings=warnings, origin=origin
         )
@@ -163,10 +157,7 @@ def load_statistics(path: Path, network: FeatureNetwork, reference_split: str) -
         )
     if stored.origin is None:
         return stored
-    try:
-        known: Mapping[str, Any] = {**stored.origin["network"], "split": stored.origin["reference_split"]}
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: its origin is incomplete ({error}): compute the statistics again") from None
+    known = {**stored.origin.get("network", {}), "split": stored.origin.get("reference_split")}
     wanted = network.identity | {"split": reference_split}
     if different := [
         f"{name}: {known.get(name)} there, {wanted[name]} here" for name in wanted if known.get(name) != wanted[name]
@@ -221,6 +212,8 @@ class _Found:
     format: str
     remark: str
     diversity: float | None
+    classes: NDArray[np.int64] | None
+    """Pixels of each class in the label map."""
 
 
 @dataclass
@@ -232,8 +225,6 @@ class _Share:
     unreadable: dict[int, str] = field(default_factory=dict)
     features: list[Tensor] = field(default_factory=list)
     confusion: Confusion | None = None
-    most: dict[int, tuple[int, str]] = field(default_factory=dict)
-    """Class -> the most pixels of it in a label map, and that one's key."""
 
 
 def collect(
@@ -265,11 +256,24 @@ def collect(
     stats = FeatureStats.zeros(network.dim, network.device) if network else None
     wanted = range(len(source.keys))[info.rank :: info.world_size]
 
-    def looked_at() -> Iterator[SourceImage]:
-        for done, samples in enumerate(_usable(source, wanted, skip_bad, share), 1):
-            _look_at(samples, source, perceptual, judge, share)
-            on_image(done, len(wanted))
-            yield samples[0]
+    def looked_at() -> Iterator[tuple[str, Tensor]]:
+        """Take down everything but the features, and yield what these are computed of."""
+        for index, image in source.read(wanted):
+            if isinstance(image, DataError):
+                if not skip_bad:
+                    raise DataError(f"{str(image).rstrip('.')}. Repair or remove it; --skip_bad leaves such images out")
+                share.unreadable[index] = str(image)
+                continue
+            key, diversity, classes = source.keys[index], None, None
+            if perceptual is not None:
+                diversity = perceptual.diversity([image.pixels, *image.others], f"{source.name}: {key}")
+            if judge is not None and (confusion := judge(key, image)) is not None:
+                share.confusion = confusion if share.confusion is None else share.confusion + confusion
+                classes = confusion.counts.sum(1)
+            size = image.pixels.shape[1], image.pixels.shape[2]
+            share.found[index] = _Found(size, image.format, image.remark, diversity, classes)
+            on_image(len(share.found), len(wanted))
+            yield key, image.pixels
 
     images = looked_at()
     while batch := list(islice(images, batch_size)):
@@ -281,45 +285,9 @@ def collect(
     return _join(source, gather_objects(share), stats.over_processes() if stats else None)
 
 
-def _usable(source: ImageSource, indices: Sequence[int], skip_bad: bool, share: _Share) -> Iterator[list[SourceImage]]:
-    """Yield the samples of one key after the other; keys with an image that cannot be read are left out whole."""
-    waiting: dict[int, list[SourceImage]] = {}
-    for image in source.read(indices):
-        if isinstance(image, UnreadableImage):
-            if not skip_bad:
-                raise DataError(f"{image.message.rstrip('.')}. Repair or remove it; --skip_bad leaves such images out")
-            share.unreadable.setdefault(image.index, image.message)
-            continue
-        samples = waiting.setdefault(image.index, [])
-        samples.append(image)
-        if len(samples) == source.num_samples:
-            yield sorted(waiting.pop(image.index), key=lambda image: image.sample)
-    assert waiting.keys() <= share.unreadable.keys(), f"{source.name}: incomplete samples"
-
-
-def _look_at(
-    samples: Sequence[SourceImage],
-    source: ImageSource,
-    perceptual: PerceptualNetwork | None,
-    judge: Judge | None,
-    share: _Share,
-) -> None:
-    """Take down everything but the features of one key's samples."""
-    first, key, diversity = samples[0], source.keys[samples[0].index], None
-    if perceptual is not None:
-        diversity = perceptual.diversity([image.pixels for image in samples], f"{source.name}: {key}")
-    size = first.pixels.shape[1], first.pixels.shape[2]
-    share.found[first.index] = _Found(size, first.format, first.remark, diversity)
-    if judge is not None and (confusion := judge(key, first)) is not None:
-        share.confusion = confusion if share.confusion is None else share.confusion + confusion
-        for index, count in enumerate(confusion.counts.sum(1).tolist()):
-            if count:
-                share.most[index] = max(share.most.get(index, (0, "")), (count, key))
-
-
-def _features(network: FeatureNetwork, batch: Sequence[SourceImage], source: ImageSource) -> Tensor:
+def _features(network: FeatureNetwork, batch: Sequence[tuple[str, Tensor]], source: ImageSource) -> Tensor:
     try:
-        features = network([image.pixels for image in batch])
+        features = network([pixels for _, pixels in batch])
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -328,7 +296,7 @@ def _features(network: FeatureNetwork, batch: Sequence[SourceImage], source: Ima
             " write a smaller --batch_size"
         ) from None
     finite = features.isfinite().all(1).tolist()
-    if bad := [source.keys[image.index] for image, fine in zip(batch, finite, strict=True) if not fine]:
+    if bad := [key for (key, _), fine in zip(batch, finite, strict=True) if not fine]:
         raise UserError(
             f"{source.name}: the features of {bad[0]} are not finite: the feature network's weights are damaged"
             " (compare their sha256 with the published one), or the device computes wrongly (try --device cpu)"
@@ -353,9 +321,9 @@ def _join(source: ImageSource, shares: Sequence[_Share], stats: FeatureStats | N
     features = [batch for share in shares for batch in share.features]
     diversities = [found[index].diversity for index in used]
     confusions = [share.confusion for share in shares if share.confusion is not None]
-    most: dict[int, tuple[int, str]] = {}
-    for share in shares:
-        most |= {index: max(most.get(index, (0, "")), largest) for index, largest in share.most.items()}
+    confusion = sum(confusions[1:], confusions[0]) if confusions else None
+    classes = {keys[index]: one.classes for index, one in found.items() if one.classes is not None}
+    present = np.flatnonzero(confusion.present).tolist() if confusion else []
     warnings = []
     for remark in sorted({one.remark for one in found.values()} - {""}):
         remarked = [keys[index] for index in used if found[index].remark == remark]
@@ -369,9 +337,9 @@ def _join(source: ImageSource, shares: Sequence[_Share], stats: FeatureStats | N
         stats,
         torch.cat(features)[torch.tensor(list(found)).argsort()] if features else None,
         None if None in diversities else sum(filter(None, diversities)) / len(used),
-        sum(confusions[1:], confusions[0]) if confusions else None,
+        confusion,
         {keys[index]: found[index].size for index in used},
-        {index: key for index, (_, key) in most.items()},
+        {index: max((counts[index], key) for key, counts in classes.items())[1] for index in present},
         tuple(warnings),
         tuple(unreadable[index] for index in sorted(unreadable)),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -12,25 +12,21 @@ from imaginaire_spade.distributed import ProcessInfo, broadcast_object
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation.collection import Collection, Judge, collect
 from imaginaire_spade.evaluation.images import ImageSource, SourceImage
-from imaginaire_spade.evaluation.protocol import Protocol, geometry_stamp
-from imaginaire_spade.evaluation.report import Report
-from imaginaire_spade.evaluation.report_page import Example, worst_classes
+from imaginaire_spade.evaluation.report import Protocol, Report, geometry_stamp
 from imaginaire_spade.evaluation.scores import (
     KEEP_FEATURES,
     NEIGHBOURS,
+    frechet_distance,
     kernel_distance,
     precision_recall,
     score_name,
 )
 from imaginaire_spade.evaluation.segmentation import Confusion, Segmentation
-from imaginaire_spade.evaluation.statistics import frechet_distance
 from imaginaire_spade.pretrained.inception import INCEPTION_SHA256, FeatureNetwork
 from imaginaire_spade.pretrained.lpips import PerceptualNetwork
 from imaginaire_spade.version import __version__
 
 FEW_IMAGES = 2048
-SHOWN = 12
-"""Samples in the grid of a report page."""
 
 
 def evaluate(
@@ -139,11 +135,10 @@ def _report(
         if "fid" in metrics:
             scores[score_name("fid", network)] = frechet_distance(real.gaussian, fake.gaussian)
         if "kid" in metrics:
-            kid = kernel_distance(_features(real, "kid"), _features(fake, "kid"))
-            kid_rule = kid.rule
-            scores[score_name("kid", network)] = kid.mean
-            if kid.std is not None:
-                scores[score_name("kid", network) + "_std"] = kid.std
+            kid, spread, kid_rule = kernel_distance(_features(real, "kid"), _features(fake, "kid"))
+            scores[score_name("kid", network)] = kid
+            if spread is not None:
+                scores[score_name("kid", network) + "_std"] = spread
         if "precision_recall" in metrics:
             found = precision_recall(*(_features(side, "precision_recall") for side in (real, fake)))
             scores |= {score_name(n, network): v for n, v in zip(("precision", "recall"), found, strict=True)}
@@ -209,35 +204,3 @@ def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metri
             " of the distance is that of the sizes"
         )
     return found
-
-
-# ------------------------------------------------------------------------------------------------ for the page
-
-
-def page_samples(
-    report: Report, fake: ImageSource, photos: ImageSource | None
-) -> tuple[list[Example], dict[int, Example]]:
-    """Read images again for ``write_report_page``: (samples for the grid, class -> sample for the worst classes)."""
-    count = min(SHOWN, len(fake.keys))
-    grid = [fake.keys[i * len(fake.keys) // count] for i in range(count)]
-    worst: dict[int, str] = {}
-    if "segmentation" in report.details:
-        worst = {c["id"]: report.examples[c["id"]] for c in worst_classes(report.details["segmentation"])}
-    wanted = list(dict.fromkeys([*grid, *worst.values()]))
-    real = {} if photos is None else {key: image.rgb() for key, image in _images_of(photos, wanted)}
-    examples = {
-        key: Example(key, image.rgb(), real.get(key), image.labels() if image.label_map else None)
-        for key, image in _images_of(fake, wanted)
-    }
-    return (
-        [examples[key] for key in grid if key in examples],
-        {index: examples[key] for index, key in worst.items() if key in examples},
-    )
-
-
-def _images_of(source: ImageSource, keys: Sequence[str]) -> Iterator[tuple[str, SourceImage]]:
-    """Yield (key, image) of those of ``keys`` that the source has and can read."""
-    places = {key: index for index, key in enumerate(source.keys)}
-    for image in source.read([places[key] for key in keys if key in places]):
-        if isinstance(image, SourceImage) and image.sample == 0:
-            yield source.keys[image.index], image
