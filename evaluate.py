@@ -28,8 +28,13 @@ from imaginaire_spade.inference.folder import Progress
 from imaginaire_spade.inference.images_to_score import ImagesToScore, checkpoint_images, stored_images
 from imaginaire_spade.inference.sizes import SIZE_HELP, Asked, read_size
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.pretrained.inception import FEATURE_DIMS, RESIZES, FeatureNetwork, feature_network
-from imaginaire_spade.pretrained.lpips import perceptual_network
+from imaginaire_spade.pretrained.feature_networks import (
+    FEATURE_DIMS,
+    RESIZES,
+    FeatureNetwork,
+    feature_network,
+    perceptual_network,
+)
 
 PROCESS_GROUP_TIMEOUT_S = 3600.0
 """Shares of the work end at different times."""

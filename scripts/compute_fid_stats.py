@@ -20,7 +20,7 @@ from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.evaluation.collection import collect
 from imaginaire_spade.evaluation.images import DatasetImages, ImageSource, StoredImages
 from imaginaire_spade.evaluation.report import REFERENCE_SPLITS
-from imaginaire_spade.pretrained.inception import FEATURE_DIMS, RESIZES, feature_network
+from imaginaire_spade.pretrained.feature_networks import FEATURE_DIMS, RESIZES, feature_network
 
 
 def main() -> None:

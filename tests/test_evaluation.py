@@ -28,7 +28,7 @@ from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.style import drawn_styles
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
-from imaginaire_spade.pretrained.inception import feature_network
+from imaginaire_spade.pretrained.feature_networks import feature_network
 from imaginaire_spade.training.checkpoint import write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -28,8 +28,7 @@ from imaginaire_spade.evaluation.images import ImageSource, SourceImage
 from imaginaire_spade.evaluation.scores import FeatureStats, Gaussian
 from imaginaire_spade.evaluation.segmentation import Confusion
 from imaginaire_spade.files import file_sha256, write_bytes
-from imaginaire_spade.pretrained.inception import FeatureNetwork
-from imaginaire_spade.pretrained.lpips import PerceptualNetwork
+from imaginaire_spade.pretrained.feature_networks import FeatureNetwork, PerceptualNetwork
 
 Judge = Callable[[str, SourceImage], Confusion | None]
 """(key, image) -> what a segmenter finds in it; None: the image is left out."""

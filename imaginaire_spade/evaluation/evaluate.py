@@ -22,8 +22,7 @@ from imaginaire_spade.evaluation.scores import (
     score_name,
 )
 from imaginaire_spade.evaluation.segmentation import Confusion, Segmentation
-from imaginaire_spade.pretrained.inception import INCEPTION_SHA256, FeatureNetwork
-from imaginaire_spade.pretrained.lpips import PerceptualNetwork
+from imaginaire_spade.pretrained.feature_networks import INCEPTION_SHA256, FeatureNetwork, PerceptualNetwork
 from imaginaire_spade.version import __version__
 
 FEW_IMAGES = 2048
@@ -185,7 +184,7 @@ def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metri
         found.append(
             f"{network.name} is an untrained network: its scores say nothing about the images, and are no FID or KID"
         )
-    elif not network.is_published:
+    elif network.sha256 != INCEPTION_SHA256:
         found.append(
             f"these Inception weights (sha256 {network.sha256}) are not those that FID and KID are defined with"
             f" ({INCEPTION_SHA256}): no published score compares with these"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imaginaire_spade.distributed import total_over_processes
 from imaginaire_spade.errors import ConfigError, DataError, how_to_install
-from imaginaire_spade.pretrained.inception import FeatureNetwork
+from imaginaire_spade.pretrained.feature_networks import FeatureNetwork
 
 METRICS = ("fid", "kid", "precision_recall", "diversity", "segmentation")
 NEED_FEATURES = ("fid", "kid", "precision_recall")

@@ -21,7 +21,7 @@ from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.sizes import Asked, SizeRule
 from imaginaire_spade.inference.style import drawn_styles
 from imaginaire_spade.inference.synthesis import Request, synthesise
-from imaginaire_spade.pretrained.inception import FeatureNetwork
+from imaginaire_spade.pretrained.feature_networks import FeatureNetwork
 
 
 @dataclass(frozen=True)

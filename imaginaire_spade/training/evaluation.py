@@ -41,7 +41,7 @@ from imaginaire_spade.evaluation.scores import (
 from imaginaire_spade.evaluation.segmentation import Segmentation, network_predictions
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.noise import style_codes
-from imaginaire_spade.pretrained.inception import feature_network
+from imaginaire_spade.pretrained.feature_networks import feature_network
 from imaginaire_spade.training.signals import StopRequested
 
 FOLDER = "evaluation"
