@@ -23,7 +23,7 @@ from imaginaire_spade.evaluation.evaluate import evaluate
 from imaginaire_spade.evaluation.report import REFERENCE_SPLITS, compare
 from imaginaire_spade.evaluation.report_page import write_report_page
 from imaginaire_spade.evaluation.scores import METRICS, NEED_FEATURES
-from imaginaire_spade.evaluation.segmentation import Predictor, Segmentation, StoredPredictions, network_predictions
+from imaginaire_spade.evaluation.segmentation import Segmentation, StoredSegmentation, load_segmentation
 from imaginaire_spade.inference.folder import Progress
 from imaginaire_spade.inference.images_to_score import ImagesToScore, checkpoint_images, stored_images
 from imaginaire_spade.inference.sizes import SIZE_HELP, Asked, read_size
@@ -204,15 +204,9 @@ def _images(
 
 
 def _segmentation(arguments: argparse.Namespace, labels: LabelSpec, device: torch.device) -> Segmentation:
-    of_fake: Predictor
-    of_real: Predictor
     if arguments.predictions:
-        of_fake, of_real = (StoredPredictions(folder, labels) for folder in arguments.predictions)
-    else:
-        of_fake = of_real = network_predictions(
-            arguments.segmenter, arguments.segmenter_labels, labels, device, "--segmenter"
-        )
-    return Segmentation(labels, of_fake, of_real)
+        return StoredSegmentation(*arguments.predictions, labels)
+    return load_segmentation(arguments.segmenter, arguments.segmenter_labels, labels, device, "--segmenter")
 
 
 class _PassProgress:

@@ -30,6 +30,9 @@ from imaginaire_spade.evaluation.segmentation import Confusion
 from imaginaire_spade.files import file_sha256, write_bytes
 from imaginaire_spade.pretrained.feature_networks import FeatureNetwork, PerceptualNetwork
 
+CLADE_FILES = {"mu": "m.npy", "sigma": "s.npy"}
+"""Of a folder of statistics."""
+
 Judge = Callable[[str, SourceImage], Confusion | None]
 """(key, image) -> what a segmenter finds in it; None: the image is left out."""
 
@@ -55,7 +58,7 @@ class Collection:
     gaussian: Gaussian | None = None
     """None where no features were asked for."""
     stats: FeatureStats | None = None
-    """The sums; None also in other systems' files."""
+    """The sums that ``gaussian`` is of, for the file; None in what was read from one."""
     features: Tensor | None = None
     """float32 [N, D] in the order of keys, on the CPU (4 N D bytes on every process); only where asked for."""
     diversity: float | None = None
@@ -102,23 +105,20 @@ class Collection:
             DataError: nothing of the kind, damaged, or not finite.
         """
         arrays = _arrays(path)
-        if "origin" not in arrays and {"mu", "sigma"} <= set(arrays):
-            told = Gaussian(*_matrices(path, arrays, "mu", "sigma"), None)
+        features = confusion = None
+        gaussian = _gaussian(path, arrays["mu"], arrays["sigma"]) if {"mu", "sigma"} <= set(arrays) else None
+        if "origin" not in arrays and gaussian is not None:
             warning = (
                 f"{path}: these statistics do not say what network, resizing or images they are of. The distance is"
                 " right only if all that is as in this protocol (pytorch-fid's: --resize legacy)"
             )
-            return cls(str(path), Description(None, None, None, _digest_of(path)), told, warnings=(warning,))
+            return cls(str(path), Description(None, None, None, _digest_of(path)), gaussian, warnings=(warning,))
         if "origin" not in arrays:
             raise DataError(
                 f"{path}: no feature statistics ({', '.join(arrays) or 'nothing'} in it). Expected .npz with mu and"
                 " sigma (pytorch-fid) or of scripts/compute_fid_stats.py, or a folder with m.npy and s.npy (CLADE)"
             )
-        stats = gaussian = features = confusion = None
         try:
-            if "count" in arrays:
-                stats = FeatureStats(int(arrays["count"]), *_matrices(path, arrays, "sum", "outer"))
-                gaussian = stats.gaussian(str(path))
             if "features" in arrays:
                 features = torch.from_numpy(arrays["features"])
             if "confusion_counts" in arrays:
@@ -126,18 +126,16 @@ class Collection:
                 confusion = Confusion(counts, int(ignored), int(images))
             origin = json.loads(str(arrays["origin"]))
             description, warnings = Description(**origin["description"]), tuple(origin.get("warnings", ()))
-        except DataError:
-            raise
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}: damaged statistics ({error}): compute them again") from None
         return cls(
-            str(path), description, gaussian, stats, features, confusion=confusion, warnings=warnings, origin=origin
+            str(path), description, gaussian, features=features, confusion=confusion, warnings=warnings, origin=origin
         )
 
 
 def holds_statistics(path: Path) -> bool:
     """Tell whether ``path`` names statistics rather than images."""
-    return path.suffix == ".npz" or (path.is_dir() and (path / "m.npy").is_file() and (path / "s.npy").is_file())
+    return path.suffix == ".npz" or all((path / file).is_file() for file in CLADE_FILES.values())
 
 
 def load_statistics(path: Path, network: FeatureNetwork, reference_split: str) -> Collection:
@@ -171,33 +169,25 @@ def load_statistics(path: Path, network: FeatureNetwork, reference_split: str) -
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
         if path.is_dir():
-            files = {"mu": "m.npy", "sigma": "s.npy"}
-            return {name: np.load(path / file, allow_pickle=False) for name, file in files.items()}
+            return {name: np.load(path / file, allow_pickle=False) for name, file in CLADE_FILES.items()}
         stored = np.load(path, allow_pickle=False)
-        if not isinstance(stored, np.lib.npyio.NpzFile):
-            return {}
-        with stored:
-            return {name: stored[name] for name in stored.files}
+        return dict(stored) if isinstance(stored, np.lib.npyio.NpzFile) else {}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not readable as feature statistics: {error}") from None
 
 
-def _matrices(path: Path, arrays: Mapping[str, NDArray[Any]], vector: str, matrix: str) -> tuple[Tensor, Tensor]:
-    first, second = arrays[vector], arrays[matrix]
-    dim = first.size
-    if first.shape != (dim,) or second.shape != (dim, dim) or not dim:
-        raise DataError(
-            f"{path}: {vector} is {list(first.shape)} and {matrix} {list(second.shape)}; expected [D] and [D, D]"
-        )
-    if first.dtype.kind not in "fiu" or not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise DataError(f"{path}: {vector} or {matrix} holds numbers that are not finite: compute them again")
-    return torch.from_numpy(first.astype(np.float64)), torch.from_numpy(second.astype(np.float64))
+def _gaussian(path: Path, mu: NDArray[Any], sigma: NDArray[Any]) -> Gaussian:
+    if mu.shape != (mu.size,) or sigma.shape != (mu.size, mu.size) or not mu.size:
+        raise DataError(f"{path}: mu is {list(mu.shape)} and sigma {list(sigma.shape)}; expected [D] and [D, D]")
+    if mu.dtype.kind not in "fiu" or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise DataError(f"{path}: mu or sigma holds numbers that are not finite: compute them again")
+    return Gaussian(*(torch.from_numpy(array.astype(np.float64)) for array in (mu, sigma)))
 
 
 def _digest_of(path: Path) -> str:
     if path.is_file():
         return file_sha256(path)
-    return hashlib.sha256("".join(file_sha256(path / name) for name in ("m.npy", "s.npy")).encode()).hexdigest()
+    return hashlib.sha256("".join(file_sha256(path / file) for file in CLADE_FILES.values()).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ collecting

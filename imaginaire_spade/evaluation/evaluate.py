@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-
-from torch import Tensor
+from functools import partial
+from typing import Any
 
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
-from imaginaire_spade.errors import ConfigError, DataError
-from imaginaire_spade.evaluation.collection import Collection, Judge, collect
+from imaginaire_spade.errors import DataError
+from imaginaire_spade.evaluation.collection import Collection, collect
 from imaginaire_spade.evaluation.images import ImageSource, SourceImage
 from imaginaire_spade.evaluation.report import Protocol, Report, geometry_stamp
 from imaginaire_spade.evaluation.scores import (
@@ -57,43 +57,40 @@ def evaluate(
         geometry: through which the label maps of generated images went, for the protocol; None for stored ones.
         batch_size, skip_bad, on_image: see ``collect``.
     Raises:
-        ConfigError: a metric needs what statistics in a file do not have; a library is missing.
+        ConfigError: a library is missing.
         DataError: an image that cannot be used, too few of them, or no label map, photo or prediction for one.
         UserError: a network's output is not finite, or memory ran out.
     """
     info = info or ProcessInfo()
     keep_features = bool(set(metrics) & set(KEEP_FEATURES))
     if segmentation is not None:
-        _check_photos(fake, photos)
+        if isinstance(photos, ImageSource) and (missing := sorted(set(fake.keys) - set(photos.keys))):
+            raise DataError(
+                f"{photos.name}: no photo for {len(missing)} of the {len(fake.keys)} images of {fake.name}, such as"
+                f" {missing[0]}. A segmentation score means little without that of the photos of the same label maps"
+            )
         segmentation.check(fake.keys)
 
-    def collected(
-        source: ImageSource | Collection,
-        network: FeatureNetwork | None,
-        judge: Judge | None,
-        perceptual: PerceptualNetwork | None = None,
-    ) -> Collection:
+    def collected(source: ImageSource | Collection, **options: Any) -> Collection:
         if isinstance(source, Collection):
             return source
         return collect(
-            source, network, batch_size=batch_size, keep_features=keep_features,
-            perceptual=perceptual, judge=judge, skip_bad=skip_bad, info=info, on_image=on_image,
+            source, batch_size=batch_size, keep_features=keep_features, skip_bad=skip_bad, info=info, on_image=on_image,
+            **options,
         )  # fmt: skip
-
-    def judge_generated(key: str, image: SourceImage) -> Confusion | None:
-        return segmentation.judge("generated", key, image) if segmentation else None
 
     def judge_photo(key: str, image: SourceImage) -> Confusion | None:
         # At the size of the generated image, or the larger one would score higher.
         size = made.sizes.get(key)
         return segmentation.judge("real", key, image, size) if segmentation and size else None
 
-    made = collected(fake, network, judge_generated, perceptual)
+    judge_made = partial(segmentation.judge, "generated") if segmentation else None
+    made = collected(fake, network=network, judge=judge_made, perceptual=perceptual)
     if segmentation is None or photos is None or photos is real:
-        measured = judged = collected(real, network, judge_photo)
+        measured = judged = collected(real, network=network, judge=judge_photo)
     else:
-        judged = collected(photos, None, judge_photo)
-        measured = collected(real, network, None)
+        judged = collected(photos, network=None, judge=judge_photo)
+        measured = collected(real, network=network)
     report = None
     if info.is_main:
         report = _report(measured, made, network, perceptual, metrics, reference_split, geometry, fake.num_samples)
@@ -103,14 +100,6 @@ def evaluate(
     report = broadcast_object(report)
     assert report is not None
     return report
-
-
-def _check_photos(fake: ImageSource, photos: ImageSource | Collection | None) -> None:
-    if isinstance(photos, ImageSource) and (missing := sorted(set(fake.keys) - set(photos.keys))):
-        raise DataError(
-            f"{photos.name}: no photo for {len(missing)} of the {len(fake.keys)} images of {fake.name}, such as"
-            f" {missing[0]}. A segmentation score means little without that of the photos of the same label maps"
-        )
 
 
 def _report(
@@ -133,13 +122,15 @@ def _report(
         warnings += _warnings(real, fake, network, metrics)
         if "fid" in metrics:
             scores[score_name("fid", network)] = frechet_distance(real.gaussian, fake.gaussian)
+        features = [side.features for side in (real, fake) if side.features is not None]
+        assert len(features) == 2 or not set(metrics) & set(KEEP_FEATURES), "statistics serve fid only"
         if "kid" in metrics:
-            kid, spread, kid_rule = kernel_distance(_features(real, "kid"), _features(fake, "kid"))
+            kid, spread, kid_rule = kernel_distance(*features)
             scores[score_name("kid", network)] = kid
             if spread is not None:
                 scores[score_name("kid", network) + "_std"] = spread
         if "precision_recall" in metrics:
-            found = precision_recall(*(_features(side, "precision_recall") for side in (real, fake)))
+            found = precision_recall(*features)
             scores |= {score_name(n, network): v for n, v in zip(("precision", "recall"), found, strict=True)}
     # Diversity.
     if perceptual is not None and fake.diversity is not None:
@@ -170,14 +161,6 @@ def _report(
     return Report(scores, protocol, {}, tuple(warnings), (*real.problems, *fake.problems))
 
 
-def _features(side: Collection, metric: str) -> Tensor:
-    if side.features is None:
-        raise ConfigError(
-            f"--metrics {metric} needs the images themselves; {side.name} holds statistics, which do for fid only"
-        )
-    return side.features
-
-
 def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metrics: Sequence[str]) -> list[str]:
     found = []
     if network.is_random:
@@ -189,14 +172,14 @@ def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metri
             f"these Inception weights (sha256 {network.sha256}) are not those that FID and KID are defined with"
             f" ({INCEPTION_SHA256}): no published score compares with these"
         )
-    counts = [side.gaussian.count for side in (real, fake) if side.gaussian and side.gaussian.count is not None]
+    counts = [side.description.count for side in (real, fake) if side.description.count]
     if "fid" in metrics and min(counts) < FEW_IMAGES:
-        few = f"only {min(counts)} images: a Frechet distance of fewer than {FEW_IMAGES} is too high, by how much"
-        few += " depends on their number. Compare equal numbers only, and report KID (--metrics kid), which has no such"
-        few += " bias"
-        if min(counts) <= network.dim:
-            few += f". With features of {network.dim} dimensions their covariance is also singular"
-        found.append(few)
+        singular = f". With features of {network.dim} dimensions their covariance is also singular"
+        found.append(
+            f"only {min(counts)} images: a Frechet distance of fewer than {FEW_IMAGES} is too high, by how much depends"
+            " on their number. Compare equal numbers only, and report KID (--metrics kid), which has no such bias"
+            f"{singular if min(counts) <= network.dim else ''}"
+        )
     if real.description.size and real.description.size != fake.description.size:
         found.append(
             f"real images are {real.description.size}, generated ones {fake.description.size} (height x width): part"

@@ -39,8 +39,6 @@ class Gaussian:
     """float64 [D]."""
     covariance: Tensor
     """float64 [D, D], unbiased (divided by count - 1)."""
-    count: int | None
-    """Images they were computed from; None: the file does not say."""
 
     @property
     def dim(self) -> int:
@@ -59,11 +57,8 @@ class FeatureStats:
 
     @classmethod
     def zeros(cls, dim: int, device: torch.device | str = "cpu") -> FeatureStats:
-        return cls(
-            0,
-            torch.zeros(dim, dtype=torch.float64, device=device),
-            torch.zeros(dim, dim, dtype=torch.float64, device=device),
-        )
+        outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        return cls(0, outer.sum(0), outer)
 
     @classmethod
     def of(cls, features: Tensor) -> FeatureStats:
@@ -89,7 +84,7 @@ class FeatureStats:
             raise DataError(f"{where}: {self.count} image(s); a covariance needs at least 2")
         mean = self.sum.cpu() / self.count
         scatter = self.outer.cpu() - self.count * torch.outer(mean, mean)
-        return Gaussian(mean, scatter / (self.count - 1), self.count)
+        return Gaussian(mean, scatter / (self.count - 1))
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:

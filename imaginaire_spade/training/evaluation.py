@@ -38,7 +38,7 @@ from imaginaire_spade.evaluation.scores import (
     precision_recall,
     score_name,
 )
-from imaginaire_spade.evaluation.segmentation import Segmentation, network_predictions
+from imaginaire_spade.evaluation.segmentation import load_segmentation
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.pretrained.feature_networks import feature_network
@@ -85,11 +85,10 @@ class Evaluation:
                     device=device, setting="trainer.evaluation.inception_weights:",
                 )  # fmt: skip
             if self.section.segmenter is not None:
-                predictions = network_predictions(
+                self._segmentation = load_segmentation(
                     self.section.segmenter, self.section.segmenter_labels, config.data.labels, device,
                     "trainer.evaluation.segmenter:",
                 )  # fmt: skip
-                self._segmentation = Segmentation(config.data.labels, predictions, predictions)
         self._keep_features = bool(set(self.section.metrics) & set(KEEP_FEATURES))
         best = self.section.best
         of_features = self._network is not None and best in ("fid", "kid", "precision", "recall")
