@@ -62,7 +62,7 @@ def main() -> None:
             print(f"note: {message}", file=sys.stderr)
         collection.save(arguments.output, {"network": network.identity, "reference_split": arguments.reference_split})
         told = f"{network.name} (sha256 {network.sha256}), {network.dim} dimensions, {network.resize} resizing"
-        print(f"{arguments.output}: {collection.description.count} images of {source.name}; {told}")
+        print(f"{arguments.output}: {collection.count} images of {source.name}; {told}")
 
 
 def _source(arguments: argparse.Namespace) -> ImageSource:

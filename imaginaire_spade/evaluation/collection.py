@@ -12,7 +12,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,28 +33,19 @@ from imaginaire_spade.pretrained.feature_networks import FeatureNetwork, Percept
 CLADE_FILES = {"mu": "m.npy", "sigma": "s.npy"}
 """Of a folder of statistics."""
 
-Judge = Callable[[str, SourceImage], Confusion | None]
-"""(key, image) -> what a segmenter finds in it; None: the image is left out."""
-
-
-@dataclass(frozen=True)
-class Description:
-    """What stands in the protocol about a set of images."""
-
-    count: int | None
-    """Images used; None: a file of statistics that does not say."""
-    size: str | None
-    format: str | None
-    digest: str
-    """sha256 of the keys used (one a line, sorted), or of the file of statistics."""
-
 
 @dataclass(frozen=True)
 class Collection:
     """What was collected of a set of images; the same on every process."""
 
     name: str
-    description: Description
+    digest: str
+    """sha256 of the keys used (one a line, sorted), or of another system's file of statistics."""
+    count: int | None = None
+    """Images used; None, as ``size`` and ``format``: another system's file, which does not say."""
+    size: str | None = None
+    """HEIGHTxWIDTH, or how many sizes."""
+    format: str | None = None
     gaussian: Gaussian | None = None
     """None where no features were asked for."""
     stats: FeatureStats | None = None
@@ -84,7 +75,8 @@ class Collection:
         Raises:
             UserError: the file cannot be written.
         """
-        told = {**origin, "description": asdict(self.description), "warnings": self.warnings}
+        described = {"count": self.count, "size": self.size, "format": self.format, "digest": self.digest}
+        told = {**origin, "description": described, "warnings": self.warnings}
         arrays: dict[str, Any] = {"origin": np.array(json.dumps(told))}
         if self.stats is not None and self.gaussian is not None:
             arrays |= {"count": self.stats.count, "sum": self.stats.sum.cpu(), "outer": self.stats.outer.cpu()}
@@ -112,7 +104,7 @@ class Collection:
                 f"{path}: these statistics do not say what network, resizing or images they are of. The distance is"
                 " right only if all that is as in this protocol (pytorch-fid's: --resize legacy)"
             )
-            return cls(str(path), Description(None, None, None, _digest_of(path)), gaussian, warnings=(warning,))
+            return cls(str(path), _digest_of(path), gaussian=gaussian, warnings=(warning,))
         if "origin" not in arrays:
             raise DataError(
                 f"{path}: no feature statistics ({', '.join(arrays) or 'nothing'} in it). Expected .npz with mu and"
@@ -125,12 +117,12 @@ class Collection:
                 counts, ignored, images = (arrays[f"confusion_{name}"] for name in ("counts", "ignored", "images"))
                 confusion = Confusion(counts, int(ignored), int(images))
             origin = json.loads(str(arrays["origin"]))
-            description, warnings = Description(**origin["description"]), tuple(origin.get("warnings", ()))
+            return cls(
+                str(path), **origin["description"], gaussian=gaussian, features=features, confusion=confusion,
+                warnings=tuple(origin.get("warnings", ())), origin=origin,
+            )  # fmt: skip
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}: damaged statistics ({error}): compute them again") from None
-        return cls(
-            str(path), description, gaussian, features=features, confusion=confusion, warnings=warnings, origin=origin
-        )
 
 
 def holds_statistics(path: Path) -> bool:
@@ -223,7 +215,7 @@ def collect(
     batch_size: int = 32,
     keep_features: bool = False,
     perceptual: PerceptualNetwork | None = None,
-    judge: Judge | None = None,
+    judge: Callable[[str, SourceImage], Confusion | None] | None = None,
     skip_bad: bool = False,
     info: ProcessInfo | None = None,
     on_image: Callable[[int, int], None] = lambda done, total: None,
@@ -234,7 +226,7 @@ def collect(
         network: None: no features.
         keep_features: KID, precision and recall need them all in memory.
         perceptual: measures the diversity of the samples of each key.
-        judge: finds the classes in each image that counts (sample 0).
+        judge: (key, image) -> what a segmenter finds in it; None: the image is left out.
         skip_bad: leave out images that cannot be read, and say so, instead of raising.
         on_image: called with the numbers of images done and to do of this process.
     Raises:
@@ -321,7 +313,10 @@ def _join(source: ImageSource, shares: Sequence[_Share], stats: FeatureStats | N
         warnings.append(f"{source.name}: {len(unreadable)} of {total} images cannot be read and are left out")
     return Collection(
         source.name,
-        Description(len(used), _size_range([one.size for one in found.values()]), formats, digest),
+        digest,
+        len(used),
+        _size_range([one.size for one in found.values()]),
+        formats,
         stats.gaussian(source.name) if stats else None,
         stats,
         torch.cat(features)[torch.tensor(list(found)).argsort()] if features else None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
@@ -71,13 +70,9 @@ def evaluate(
             )
         segmentation.check(fake.keys)
 
-    def collected(source: ImageSource | Collection, **options: Any) -> Collection:
-        if isinstance(source, Collection):
-            return source
-        return collect(
-            source, batch_size=batch_size, keep_features=keep_features, skip_bad=skip_bad, info=info, on_image=on_image,
-            **options,
-        )  # fmt: skip
+    gather = partial(
+        collect, batch_size=batch_size, keep_features=keep_features, skip_bad=skip_bad, info=info, on_image=on_image
+    )
 
     def judge_photo(key: str, image: SourceImage) -> Confusion | None:
         # At the size of the generated image, or the larger one would score higher.
@@ -85,18 +80,17 @@ def evaluate(
         return segmentation.judge("real", key, image, size) if segmentation and size else None
 
     judge_made = partial(segmentation.judge, "generated") if segmentation else None
-    made = collected(fake, network=network, judge=judge_made, perceptual=perceptual)
-    if segmentation is None or photos is None or photos is real:
-        measured = judged = collected(real, network=network, judge=judge_photo)
-    else:
-        judged = collected(photos, network=None, judge=judge_photo)
-        measured = collected(real, network=network)
+    made = gather(fake, network, judge=judge_made, perceptual=perceptual)
+    judged = None
+    if segmentation is not None and isinstance(photos, ImageSource) and photos is not real:
+        judged = gather(photos, None, judge=judge_photo)
+    measured = real if isinstance(real, Collection) else gather(real, network, judge=None if judged else judge_photo)
     report = None
     if info.is_main:
         report = _report(measured, made, network, perceptual, metrics, reference_split, geometry, fake.num_samples)
         report = replace(report, subject=subject or {}, examples=made.examples)
         if segmentation is not None:
-            report = segmentation.add_to(report, made.confusion, judged.confusion)
+            report = segmentation.add_to(report, made.confusion, (judged or measured).confusion)
     report = broadcast_object(report)
     assert report is not None
     return report
@@ -137,17 +131,17 @@ def _report(
         scores["random_feature_diversity" if perceptual.is_random else "lpips_diversity"] = fake.diversity
         diversity_rule = f"{perceptual.name} (sha256 {perceptual.sha256}), {num_samples} samples per label map"
     # The protocol.
-    assert fake.description.count and fake.description.size and fake.description.format
+    assert fake.count and fake.size and fake.format
     protocol = Protocol(
         version=__version__,
         reference_split=reference_split,
-        reference=real.description.digest,
-        num_real=real.description.count,
-        num_fake=fake.description.count,
-        real_size=real.description.size,
-        fake_size=fake.description.size,
-        real_format=real.description.format,
-        fake_format=fake.description.format,
+        reference=real.digest,
+        num_real=real.count,
+        num_fake=fake.count,
+        real_size=real.size,
+        fake_size=fake.size,
+        real_format=real.format,
+        fake_format=fake.format,
         geometry=None if geometry is None else geometry_stamp(geometry),
         feature_network=network.name if network else None,
         weights_sha256=network.sha256 if network else None,
@@ -172,7 +166,7 @@ def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metri
             f"these Inception weights (sha256 {network.sha256}) are not those that FID and KID are defined with"
             f" ({INCEPTION_SHA256}): no published score compares with these"
         )
-    counts = [side.description.count for side in (real, fake) if side.description.count]
+    counts = [side.count for side in (real, fake) if side.count]
     if "fid" in metrics and min(counts) < FEW_IMAGES:
         singular = f". With features of {network.dim} dimensions their covariance is also singular"
         found.append(
@@ -180,9 +174,9 @@ def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metri
             " on their number. Compare equal numbers only, and report KID (--metrics kid), which has no such bias"
             f"{singular if min(counts) <= network.dim else ''}"
         )
-    if real.description.size and real.description.size != fake.description.size:
+    if real.size and real.size != fake.size:
         found.append(
-            f"real images are {real.description.size}, generated ones {fake.description.size} (height x width): part"
+            f"real images are {real.size}, generated ones {fake.size} (height x width): part"
             " of the distance is that of the sizes"
         )
     return found

@@ -1,6 +1,6 @@
 """Load segmentation networks: photos in, ids out, names of the classes, and which weights these are.
 
-They label photos that have no label map (``label_photos.py``) and score generated images (``evaluation``).
+They label photos that have no label map (``scripts/label_images.py``) and score generated images (``evaluation``).
 """
 
 from __future__ import annotations
