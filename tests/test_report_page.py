@@ -132,6 +132,15 @@ def test_a_class_that_real_photos_lack_has_a_dash(tmp_path):
     assert page.labels == ["sky: IoU 0.500 generated, – real"] and 'class=tick x="' not in page.source
 
 
+def test_a_damaged_label_map_of_stored_images_is_named_or_left_out_of_both_sides(run, scene):  # noqa: F811
+    (scene / "seg_maps/seq/002.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"seg_maps/seq/002\.png: .*--skip_bad leaves such images out"):
+        run(*flags(scene))
+    report = run(*flags(scene), "--skip_bad")
+    assert (report.protocol.num_fake, report.protocol.num_real, len(report.problems)) == (4, 4, 2)
+    assert report.details["segmentation"]["pictures"] == 4 and report.scores["miou_real"] == 1.0
+
+
 def test_what_does_not_go_together_is_said(run, scene, tmp_path):  # noqa: F811
     given = flags(scene)
     for changed, message in (

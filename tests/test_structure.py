@@ -271,7 +271,7 @@ def test_the_readmes_tree_is_true():
 
 BUDGET = {
     "top level": 1701, "pages": 18, "data": 1282, "models": 1089, "pretrained": 311, "training": 1612,
-    "inference": 1134, "evaluation": 991,
+    "inference": 1134, "evaluation": 992,
     "lmdb_builder": 768, "dataset_prep": 411, "interop": 904, "export": 160, "demo": 431,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments

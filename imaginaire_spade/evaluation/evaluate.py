@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 from imaginaire_spade.config import AugmentationConfig
@@ -85,14 +84,14 @@ def evaluate(
     if segmentation is not None and isinstance(photos, ImageSource) and photos is not real:
         judged = gather(photos, None, judge=judge_photo)
     measured = real if isinstance(real, Collection) else gather(real, network, judge=None if judged else judge_photo)
-    report = None
+    scored = None
     if info.is_main:
-        report = _report(measured, made, network, perceptual, metrics, reference_split, geometry, fake.num_samples)
-        report = replace(report, subject=subject or {}, examples=made.examples)
-        if segmentation is not None:
-            report = segmentation.add_to(report, made.confusion, (judged or measured).confusion)
-    report = broadcast_object(report)
-    assert report is not None
+        scored = _report(
+            measured, made, network, perceptual, metrics, reference_split, geometry, fake.num_samples, subject or {}
+        )
+    report: Report = broadcast_object(scored)
+    if segmentation is not None:
+        report = segmentation.add_to(report, made.confusion, (judged or measured).confusion)
     return report
 
 
@@ -105,6 +104,7 @@ def _report(
     reference_split: str,
     geometry: AugmentationConfig | None,
     num_samples: int,
+    subject: Mapping[str, str],
 ) -> Report:
     """Compute the scores of two collections, but for those of a segmenter. Not a collective."""
     scores: dict[str, float] = {}
@@ -152,7 +152,8 @@ def _report(
         precision_recall=f"{NEIGHBOURS} nearest neighbours" if "precision_recall" in metrics else None,
         diversity=diversity_rule,
     )
-    return Report(scores, protocol, {}, tuple(warnings), (*real.problems, *fake.problems))
+    problems = (*real.problems, *fake.problems)
+    return Report(scores, protocol, subject, tuple(warnings), problems, examples=fake.examples)
 
 
 def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metrics: Sequence[str]) -> list[str]:
