@@ -21,19 +21,23 @@ from imaginaire_spade.build import import_modules
 from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.errors import ConfigError, positive_integer, run_command_line
 from imaginaire_spade.evaluation.collection import holds_statistics
-from imaginaire_spade.evaluation.evaluate import evaluate, page_samples
-from imaginaire_spade.evaluation.protocol import REFERENCE_SPLITS
-from imaginaire_spade.evaluation.report import compare
+from imaginaire_spade.evaluation.evaluate import evaluate
+from imaginaire_spade.evaluation.report import REFERENCE_SPLITS, compare
 from imaginaire_spade.evaluation.report_page import write_report_page
 from imaginaire_spade.evaluation.scores import METRICS, NEED_FEATURES
-from imaginaire_spade.evaluation.segmentation import Predictor, Segmentation, StoredPredictions, network_predictions
+from imaginaire_spade.evaluation.segmentation import Segmentation, StoredSegmentation, load_segmentation
 from imaginaire_spade.inference.folder import Progress
 from imaginaire_spade.inference.images_to_score import ImagesToScore, checkpoint_images, stored_images
 from imaginaire_spade.inference.model import load_named
 from imaginaire_spade.inference.sizes import SIZE_HELP, Asked, read_size
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.pretrained.inception import FEATURE_DIMS, RESIZES, FeatureNetwork, feature_network
-from imaginaire_spade.pretrained.lpips import perceptual_network
+from imaginaire_spade.pretrained.feature_networks import (
+    FEATURE_DIMS,
+    RESIZES,
+    FeatureNetwork,
+    feature_network,
+    perceptual_network,
+)
 
 PROCESS_GROUP_TIMEOUT_S = 3600.0
 """Shares of the work end at different times."""
@@ -128,8 +132,7 @@ def main() -> None:
     if arguments.output:
         report.save(arguments.output)
     if arguments.html:
-        grid, worst = page_samples(report, images.fake, images.photos)
-        write_report_page(arguments.html, report, grid, worst, images.fake.label_table)
+        write_report_page(arguments.html, report, images.fake, images.photos)
 
 
 def _check(arguments: argparse.Namespace) -> list[str]:
@@ -204,15 +207,9 @@ def _images(
 
 
 def _segmentation(arguments: argparse.Namespace, labels: LabelSpec, device: torch.device) -> Segmentation:
-    of_fake: Predictor
-    of_real: Predictor
     if arguments.predictions:
-        of_fake, of_real = (StoredPredictions(folder, labels) for folder in arguments.predictions)
-    else:
-        of_fake = of_real = network_predictions(
-            arguments.segmenter, arguments.segmenter_labels, labels, device, "--segmenter"
-        )
-    return Segmentation(labels, of_fake, of_real)
+        return StoredSegmentation(*arguments.predictions, labels)
+    return load_segmentation(arguments.segmenter, arguments.segmenter_labels, labels, device, "--segmenter")
 
 
 class _PassProgress:

@@ -12,6 +12,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 EXIT_CODE = 2
 
@@ -52,6 +56,18 @@ def positive_integer(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def catch_data_error(function: Callable[[T], R]) -> Callable[[T], R | DataError]:
+    """Make a function return the DataError that it raises, so that whoever reads ahead goes on with the next item."""
+
+    def call(item: T) -> R | DataError:
+        try:
+            return function(item)
+        except DataError as error:
+            return error
+
+    return call
 
 
 def how_to_install(extra: str) -> str:

@@ -20,8 +20,8 @@ from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.evaluation.collection import collect
 from imaginaire_spade.evaluation.images import DatasetImages, ImageSource, StoredImages
-from imaginaire_spade.evaluation.protocol import REFERENCE_SPLITS
-from imaginaire_spade.pretrained.inception import FEATURE_DIMS, RESIZES, feature_network
+from imaginaire_spade.evaluation.report import REFERENCE_SPLITS
+from imaginaire_spade.pretrained.feature_networks import FEATURE_DIMS, RESIZES, feature_network
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
             print(f"note: {message}", file=sys.stderr)
         collection.save(arguments.output, {"network": network.identity, "reference_split": arguments.reference_split})
         told = f"{network.name} (sha256 {network.sha256}), {network.dim} dimensions, {network.resize} resizing"
-        print(f"{arguments.output}: {collection.description.count} images of {source.name}; {told}")
+        print(f"{arguments.output}: {collection.count} images of {source.name}; {told}")
 
 
 def _source(arguments: argparse.Namespace) -> ImageSource:

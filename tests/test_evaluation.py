@@ -21,15 +21,14 @@ from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, Use
 from imaginaire_spade.evaluation.collection import collect
 from imaginaire_spade.evaluation.evaluate import evaluate
 from imaginaire_spade.evaluation.images import StoredImages
-from imaginaire_spade.evaluation.protocol import Protocol, differences
-from imaginaire_spade.evaluation.report import load_report
+from imaginaire_spade.evaluation.report import Protocol, differences, load_report
 from imaginaire_spade.files import write_image
 from imaginaire_spade.inference.folder import FolderOptions, generate_folder
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.style import drawn_styles
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
-from imaginaire_spade.pretrained.inception import feature_network
+from imaginaire_spade.pretrained.feature_networks import feature_network
 from imaginaire_spade.training.checkpoint import write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -97,8 +96,8 @@ def test_scores_stamp_and_file(run, real, fake, capsys):
     assert (stamp.real_format, stamp.reference_split, len(stamp.weights_sha256 or "")) == ("png", "val", 64)
     assert stamp.kid == "100 subset(s) of 19, kernel (x.y/D + 1)^3, seed 0"
     printed = capsys.readouterr().out
-    for line in stamp.lines():
-        assert line in printed
+    for name, value in stamp.stated().items():
+        assert f"{name}: {value}" in printed
     assert "only 19 images" in printed and "--metrics kid" in printed and "untrained network" in printed
     assert f"random_feature_distance: {report.scores['random_feature_distance']:.6g}" in printed
 
@@ -164,10 +163,11 @@ def test_shares_of_processes_are_disjoint_and_complete(fake, monkeypatch):
             collect(source, network, keep_features=True, info=ProcessInfo(rank, 3), batch_size=2)
     assert sorted(index for share in shares for index in share.found) == list(range(19))
     monkeypatch.setattr("imaginaire_spade.evaluation.collection.gather_objects", lambda _: shares)
-    monkeypatch.setattr("imaginaire_spade.evaluation.statistics.total_over_processes", lambda value: value * 0 + 19)
+    monkeypatch.setattr("imaginaire_spade.evaluation.scores.total_over_processes", lambda value: value * 0 + 19)
     joined = collect(source, network, keep_features=True, info=ProcessInfo(0, 3))
     torch.testing.assert_close(joined.features, whole.features)
-    assert joined.description == whole.description
+    for name in ("count", "size", "format", "digest"):
+        assert getattr(joined, name) == getattr(whole, name)
 
 
 def test_an_lmdb_scores_as_the_folder_it_was_built_from(run, tiny_folder, fake, tmp_path):

@@ -14,8 +14,8 @@ from test_evaluation import RANDOM, checkpoint, run  # noqa: F401 (fixtures)
 
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation import segmentation
-from imaginaire_spade.evaluation.protocol import Protocol
-from imaginaire_spade.evaluation.report import Report, load_report
+from imaginaire_spade.evaluation.images import StoredImages
+from imaginaire_spade.evaluation.report import Protocol, Report, load_report
 from imaginaire_spade.evaluation.report_page import write_report_page
 from imaginaire_spade.pretrained.segmenters import Segmenter
 
@@ -124,10 +124,21 @@ def test_a_class_that_real_photos_lack_has_a_dash(tmp_path):
     classes = [{"id": 0, "name": "sky", "share": 1.0, "iou": 0.5, "iou_real": float("nan"), "mistaken_for": None}]
     details = {"segmentation": {"classes": classes, "absent_classes": [], "unscored_classes": []}}
     protocol = Protocol("1.0.0", "val", "0" * 64, 2, 2, "8x8", "8x8", "PNG", "PNG")
-    write_report_page(tmp_path / "page.html", Report({"miou": 0.5}, protocol, {"fake": "<i>"}, details=details))
+    write_png(tmp_path / "fake/0.png", np.zeros((8, 8, 3), np.uint8))
+    report = Report({"miou": 0.5}, protocol, {"fake": "<i>"}, details=details)
+    write_report_page(tmp_path / "page.html", report, StoredImages(tmp_path / "fake"))
     page = Page(tmp_path / "page.html")
     assert "0.50 / –" in page.text and "Evaluation of <i>" in page.text
     assert page.labels == ["sky: IoU 0.500 generated, – real"] and 'class=tick x="' not in page.source
+
+
+def test_a_damaged_label_map_of_stored_images_is_named_or_left_out_of_both_sides(run, scene):  # noqa: F811
+    (scene / "seg_maps/seq/002.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"seg_maps/seq/002\.png: .*--skip_bad leaves such images out"):
+        run(*flags(scene))
+    report = run(*flags(scene), "--skip_bad")
+    assert (report.protocol.num_fake, report.protocol.num_real, len(report.problems)) == (4, 4, 2)
+    assert report.details["segmentation"]["pictures"] == 4 and report.scores["miou_real"] == 1.0
 
 
 def test_what_does_not_go_together_is_said(run, scene, tmp_path):  # noqa: F811

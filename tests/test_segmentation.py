@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from imaginaire_spade.errors import ConfigError, DataError, LabelError
 from imaginaire_spade.evaluation.images import SourceImage
-from imaginaire_spade.evaluation.label_names import LabelMapping, match_labels, read_mapping
-from imaginaire_spade.evaluation.protocol import Protocol
-from imaginaire_spade.evaluation.report import Report
+from imaginaire_spade.evaluation.report import Protocol, Report
 from imaginaire_spade.evaluation.segmentation import (
     Confusion,
-    NetworkPredictions,
+    NetworkSegmentation,
     Segmentation,
-    StoredPredictions,
+    StoredSegmentation,
+    match_labels,
+    read_mapping,
 )
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.pretrained.segmenters import Segmenter, hugging_face_segmenter
@@ -81,20 +81,20 @@ def test_parts_add_up_to_the_whole_and_agree_with_the_definition(num_classes, se
 
 
 def test_labels_are_matched_by_name():
-    mapping = match_labels(["Road", "tree; palm tree", "Traffic-Sign ", "car", "SKY"], TABLE)
-    assert mapping.train_ids.tolist() == [1, 3, 2, 4, 0] and mapping.unscored == ()
+    train_ids, unscored = match_labels(["Road", "tree; palm tree", "Traffic-Sign ", "car", "SKY"], TABLE)
+    assert train_ids.tolist() == [1, 3, 2, 4, 0] and unscored == ()
 
 
 def test_a_stated_mapping_joins_leaves_out_and_goes_before_names():
     stated = {"tree": ["grass", "bush"], "traffic sign": None, 1: "street"}
-    mapping = match_labels(["sky", "street", "grass", "bush", "road"], TABLE, stated)
-    assert mapping.train_ids.tolist() == [0, 1, 3, 3, 4] and mapping.unscored == (2,)
+    train_ids, unscored = match_labels(["sky", "street", "grass", "bush", "road"], TABLE, stated)
+    assert train_ids.tolist() == [0, 1, 3, 3, 4] and unscored == (2,)
 
 
 def test_without_names_ids_serve():
     nameless = LabelSpec(num_classes=3)
-    assert match_labels(["a", "b", "c"], nameless).train_ids.tolist() == [0, 1, 2]
-    assert match_labels([f"LABEL_{i}" for i in range(4)], TABLE).train_ids.tolist() == [0, 1, 2, 3]
+    assert match_labels(["a", "b", "c"], nameless)[0].tolist() == [0, 1, 2]
+    assert match_labels([f"LABEL_{i}" for i in range(4)], TABLE)[0].tolist() == [0, 1, 2, 3]
     with pytest.raises(ConfigError, match=r"2 labels and the label table 3 classes, and the table has no names"):
         match_labels(["a", "b"], nameless)
 
@@ -144,7 +144,7 @@ def by_redness(names: tuple[str, ...]) -> Segmenter:
 
 def image_of(classes: np.ndarray, truth: np.ndarray) -> SourceImage:
     """A grey image of these levels, and the label map that belongs to it."""
-    return SourceImage(0, torch.from_numpy(np.stack([classes.astype(np.uint8)] * 3)), label_map=lambda: truth)
+    return SourceImage(torch.from_numpy(np.stack([classes.astype(np.uint8)] * 3)), label_map=truth)
 
 
 def report_of(segmentation: Segmentation, generated: Confusion, real: Confusion) -> Report:
@@ -154,8 +154,7 @@ def report_of(segmentation: Segmentation, generated: Confusion, real: Confusion)
 
 def test_generated_and_real_stand_side_by_side():
     labels = LabelSpec(num_classes=3, names=("a", "b", "c"), ignore=(255,))
-    predict = NetworkPredictions(by_redness(("c", "b", "a")), match_labels(["c", "b", "a"], labels))
-    segmentation = Segmentation(labels, predict, predict)
+    segmentation = NetworkSegmentation(by_redness(("c", "b", "a")), labels)
     truth = np.kron(ids("01", "13"), np.ones((4, 4), np.uint8))  # 3: don't care
     real = segmentation.judge("real", "x", image_of(2 - np.minimum(truth, 2), truth))
     # Half the size of the label map; the quarter of class a is taken for c.
@@ -174,8 +173,8 @@ def test_generated_and_real_stand_side_by_side():
     assert (details["pixels"], details["ignored_pixels"]) == (48, 16)
     stamp = report.protocol.segmentation
     assert details["segmenter"] == "by redness" and stamp.startswith(f"sha256 {'0' * 64}, input")
-    other = NetworkPredictions(by_redness(("c", "b", "a")), match_labels(["a", "b", "c"], labels))
-    assert report_of(Segmentation(labels, other, other), generated, real).protocol.segmentation != stamp
+    other = NetworkSegmentation(by_redness(("a", "b", "c")), labels)
+    assert report_of(other, generated, real).protocol.segmentation != stamp
     assert report_of(segmentation, generated + generated, real).warnings == (
         "segmentation: 2 generated images, but 1 of their photos could be read",
     )
@@ -186,19 +185,18 @@ def test_a_photo_is_judged_at_the_size_of_the_generated_image():
     seen = []
     segmenter = by_redness(("a", "b"))
     spy = replace(segmenter, scores=lambda photo: seen.append(photo.shape) or segmenter.scores(photo))
-    predict = NetworkPredictions(spy, match_labels(["a", "b"], labels))
     image = image_of(np.zeros((8, 12)), np.zeros((6, 6), int))
-    Segmentation(labels, predict, predict).judge("real", "x", image, size=(4, 6))
+    NetworkSegmentation(spy, labels).judge("real", "x", image, size=(4, 6))
     assert seen == [(4, 6, 3)]
 
 
 def test_stored_id_maps(tmp_path):
     labels = LabelSpec(num_classes=3, ignore=(255,))
     write_png(tmp_path / "maps/seq/x.png", ids("02", "10"))
-    stored = StoredPredictions(tmp_path / "maps", labels)
+    segmentation = StoredSegmentation(tmp_path / "maps", tmp_path / "maps", labels)
     picture = np.zeros((4, 4, 3), np.uint8)
-    assert stored("seq/x", picture, (4, 4)).tolist() == np.kron(ids("02", "10"), np.ones((2, 2), int)).tolist()
-    segmentation = Segmentation(labels, stored, stored)
+    predicted = segmentation.predict("real", "seq/x", picture, (4, 4))
+    assert predicted.tolist() == np.kron(ids("02", "10"), np.ones((2, 2), int)).tolist()
     real = segmentation.judge("real", "seq/x", image_of(np.zeros((4, 4)), ids("02", "10")))
     one, other = (report_of(segmentation, real, judged) for judged in (real, Confusion.zero(3)))
     assert one.scores["miou_real"] == 1.0 and one.protocol.segmentation != other.protocol.segmentation
@@ -209,9 +207,9 @@ def test_stored_id_maps(tmp_path):
         segmentation.check(["seq/x", "seq/y"])
     write_png(tmp_path / "maps/z.png", ids("07"))
     with pytest.raises(LabelError, match=r"z\.png: label value\(s\) 7 outside the table"):
-        StoredPredictions(tmp_path / "maps", labels)("z", picture, (1, 2))
+        StoredSegmentation(tmp_path / "maps", tmp_path / "maps", labels).predict("generated", "z", picture, (1, 2))
     with pytest.raises(DataError, match="no such folder of predicted id maps"):
-        StoredPredictions(tmp_path / "nowhere", labels)
+        StoredSegmentation(tmp_path / "maps", tmp_path / "nowhere", labels)
 
 
 def test_a_mask_classifying_network_of_hugging_face_gives_the_librarys_own_ids(tmp_path):
@@ -237,4 +235,4 @@ def test_a_mask_classifying_network_of_hugging_face_gives_the_librarys_own_ids(t
     (expected,) = processor.post_process_semantic_segmentation(outputs, [(40, 56)])
     assert (segmenter.label(photo) == expected.numpy()).mean() > 0.98  # the library resizes masks before the sigmoid
     assert len(segmenter.sha256) == 64 and '"image_mean"' in segmenter.preprocessing
-    assert LabelMapping(np.arange(3), ()).train_ids[segmenter.label(photo)].shape == (40, 56)
+    assert segmenter.label(photo).shape == (40, 56)

@@ -19,9 +19,8 @@ from imaginaire_spade.build import build_losses, check_run
 from imaginaire_spade.config_files import load_config
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import ConfigError, DataError
-from imaginaire_spade.evaluation.protocol import differences
-from imaginaire_spade.evaluation.report import load_report
-from imaginaire_spade.pretrained.inception import FeatureNetwork
+from imaginaire_spade.evaluation.report import differences, load_report
+from imaginaire_spade.pretrained.feature_networks import FeatureNetwork
 from imaginaire_spade.training import checkpoint, loop
 from imaginaire_spade.training.setup import prepare
 

@@ -12,7 +12,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,27 +24,14 @@ from torch import Tensor
 
 from imaginaire_spade.distributed import ProcessInfo, gather_objects
 from imaginaire_spade.errors import DataError, UserError, is_out_of_memory
-from imaginaire_spade.evaluation.images import ImageSource, SourceImage, UnreadableImage
+from imaginaire_spade.evaluation.images import ImageSource, SourceImage
+from imaginaire_spade.evaluation.scores import FeatureStats, Gaussian
 from imaginaire_spade.evaluation.segmentation import Confusion
-from imaginaire_spade.evaluation.statistics import FeatureStats, Gaussian
 from imaginaire_spade.files import file_sha256, write_bytes
-from imaginaire_spade.pretrained.inception import FeatureNetwork
-from imaginaire_spade.pretrained.lpips import PerceptualNetwork
+from imaginaire_spade.pretrained.feature_networks import FeatureNetwork, PerceptualNetwork
 
-Judge = Callable[[str, SourceImage], Confusion | None]
-"""(key, image) -> what a segmenter finds in it; None: the image is left out."""
-
-
-@dataclass(frozen=True)
-class Description:
-    """What stands in the protocol about a set of images."""
-
-    count: int | None
-    """Images used; None: a file of statistics that does not say."""
-    size: str | None
-    format: str | None
-    digest: str
-    """sha256 of the keys used (one a line, sorted), or of the file of statistics."""
+CLADE_FILES = {"mu": "m.npy", "sigma": "s.npy"}
+"""Of a folder of statistics."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +39,17 @@ class Collection:
     """What was collected of a set of images; the same on every process."""
 
     name: str
-    description: Description
+    digest: str
+    """sha256 of the keys used (one a line, sorted), or of another system's file of statistics."""
+    count: int | None = None
+    """Images used; None, as ``size`` and ``format``: another system's file, which does not say."""
+    size: str | None = None
+    """HEIGHTxWIDTH, or how many sizes."""
+    format: str | None = None
     gaussian: Gaussian | None = None
     """None where no features were asked for."""
     stats: FeatureStats | None = None
-    """The sums; None also in other systems' files."""
+    """The sums that ``gaussian`` is of, for the file; None in what was read from one."""
     features: Tensor | None = None
     """float32 [N, D] in the order of keys, on the CPU (4 N D bytes on every process); only where asked for."""
     diversity: float | None = None
@@ -82,7 +75,8 @@ class Collection:
         Raises:
             UserError: the file cannot be written.
         """
-        told = {**origin, "description": asdict(self.description), "warnings": self.warnings}
+        described = {"count": self.count, "size": self.size, "format": self.format, "digest": self.digest}
+        told = {**origin, "description": described, "warnings": self.warnings}
         arrays: dict[str, Any] = {"origin": np.array(json.dumps(told))}
         if self.stats is not None and self.gaussian is not None:
             arrays |= {"count": self.stats.count, "sum": self.stats.sum.cpu(), "outer": self.stats.outer.cpu()}
@@ -103,48 +97,37 @@ class Collection:
             DataError: nothing of the kind, damaged, or not finite.
         """
         arrays = _arrays(path)
-        if "origin" not in arrays and {"mu", "sigma"} <= set(arrays):
-            told = Gaussian(*_matrices(path, arrays, "mu", "sigma"), None)
+        features = confusion = None
+        gaussian = _gaussian(path, arrays["mu"], arrays["sigma"]) if {"mu", "sigma"} <= set(arrays) else None
+        if "origin" not in arrays and gaussian is not None:
             warning = (
                 f"{path}: these statistics do not say what network, resizing or images they are of. The distance is"
                 " right only if all that is as in this protocol (pytorch-fid's: --resize legacy)"
             )
-            return cls(str(path), Description(None, None, None, _digest_of(path)), told, warnings=(warning,))
+            return cls(str(path), _digest_of(path), gaussian=gaussian, warnings=(warning,))
         if "origin" not in arrays:
             raise DataError(
                 f"{path}: no feature statistics ({', '.join(arrays) or 'nothing'} in it). Expected .npz with mu and"
                 " sigma (pytorch-fid) or of scripts/compute_fid_stats.py, or a folder with m.npy and s.npy (CLADE)"
             )
-        stats = features = confusion = None
         try:
-            origin = json.loads(str(arrays["origin"]))
-            if not isinstance(origin, dict):
-                raise TypeError("its origin is no object")
-            if "count" in arrays:
-                stats = FeatureStats(int(arrays["count"]), *_matrices(path, arrays, "sum", "outer"))
             if "features" in arrays:
                 features = torch.from_numpy(arrays["features"])
             if "confusion_counts" in arrays:
                 counts, ignored, images = (arrays[f"confusion_{name}"] for name in ("counts", "ignored", "images"))
                 confusion = Confusion(counts, int(ignored), int(images))
-        except DataError:
-            raise
+            origin = json.loads(str(arrays["origin"]))
+            return cls(
+                str(path), **origin["description"], gaussian=gaussian, features=features, confusion=confusion,
+                warnings=tuple(origin.get("warnings", ())), origin=origin,
+            )  # fmt: skip
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}: damaged statistics ({error}): compute them again") from None
-        gaussian = None if stats is None else stats.gaussian(str(path))
-        try:
-            description = Description(**origin["description"])
-            warnings = tuple(origin.get("warnings", ()))
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: its origin is incomplete ({error}): compute the statistics again") from None
-        return cls(
-            str(path), description, gaussian, stats, features, confusion=confusion, warnings=warnings, origin=origin
-        )
 
 
 def holds_statistics(path: Path) -> bool:
     """Tell whether ``path`` names statistics rather than images."""
-    return path.suffix == ".npz" or (path.is_dir() and (path / "m.npy").is_file() and (path / "s.npy").is_file())
+    return path.suffix == ".npz" or all((path / file).is_file() for file in CLADE_FILES.values())
 
 
 def load_statistics(path: Path, network: FeatureNetwork, reference_split: str) -> Collection:
@@ -163,10 +146,7 @@ def load_statistics(path: Path, network: FeatureNetwork, reference_split: str) -
         )
     if stored.origin is None:
         return stored
-    try:
-        known: Mapping[str, Any] = {**stored.origin["network"], "split": stored.origin["reference_split"]}
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: its origin is incomplete ({error}): compute the statistics again") from None
+    known = {**stored.origin.get("network", {}), "split": stored.origin.get("reference_split")}
     wanted = network.identity | {"split": reference_split}
     if different := [
         f"{name}: {known.get(name)} there, {wanted[name]} here" for name in wanted if known.get(name) != wanted[name]
@@ -181,33 +161,25 @@ def load_statistics(path: Path, network: FeatureNetwork, reference_split: str) -
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
         if path.is_dir():
-            files = {"mu": "m.npy", "sigma": "s.npy"}
-            return {name: np.load(path / file, allow_pickle=False) for name, file in files.items()}
+            return {name: np.load(path / file, allow_pickle=False) for name, file in CLADE_FILES.items()}
         stored = np.load(path, allow_pickle=False)
-        if not isinstance(stored, np.lib.npyio.NpzFile):
-            return {}
-        with stored:
-            return {name: stored[name] for name in stored.files}
+        return dict(stored) if isinstance(stored, np.lib.npyio.NpzFile) else {}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not readable as feature statistics: {error}") from None
 
 
-def _matrices(path: Path, arrays: Mapping[str, NDArray[Any]], vector: str, matrix: str) -> tuple[Tensor, Tensor]:
-    first, second = arrays[vector], arrays[matrix]
-    dim = first.size
-    if first.shape != (dim,) or second.shape != (dim, dim) or not dim:
-        raise DataError(
-            f"{path}: {vector} is {list(first.shape)} and {matrix} {list(second.shape)}; expected [D] and [D, D]"
-        )
-    if first.dtype.kind not in "fiu" or not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise DataError(f"{path}: {vector} or {matrix} holds numbers that are not finite: compute them again")
-    return torch.from_numpy(first.astype(np.float64)), torch.from_numpy(second.astype(np.float64))
+def _gaussian(path: Path, mu: NDArray[Any], sigma: NDArray[Any]) -> Gaussian:
+    if mu.shape != (mu.size,) or sigma.shape != (mu.size, mu.size) or not mu.size:
+        raise DataError(f"{path}: mu is {list(mu.shape)} and sigma {list(sigma.shape)}; expected [D] and [D, D]")
+    if mu.dtype.kind not in "fiu" or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise DataError(f"{path}: mu or sigma holds numbers that are not finite: compute them again")
+    return Gaussian(*(torch.from_numpy(array.astype(np.float64)) for array in (mu, sigma)))
 
 
 def _digest_of(path: Path) -> str:
     if path.is_file():
         return file_sha256(path)
-    return hashlib.sha256("".join(file_sha256(path / name) for name in ("m.npy", "s.npy")).encode()).hexdigest()
+    return hashlib.sha256("".join(file_sha256(path / file) for file in CLADE_FILES.values()).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ collecting
@@ -221,6 +193,8 @@ class _Found:
     format: str
     remark: str
     diversity: float | None
+    classes: NDArray[np.int64] | None
+    """Pixels of each class in the label map."""
 
 
 @dataclass
@@ -232,8 +206,6 @@ class _Share:
     unreadable: dict[int, str] = field(default_factory=dict)
     features: list[Tensor] = field(default_factory=list)
     confusion: Confusion | None = None
-    most: dict[int, tuple[int, str]] = field(default_factory=dict)
-    """Class -> the most pixels of it in a label map, and that one's key."""
 
 
 def collect(
@@ -243,7 +215,7 @@ def collect(
     batch_size: int = 32,
     keep_features: bool = False,
     perceptual: PerceptualNetwork | None = None,
-    judge: Judge | None = None,
+    judge: Callable[[str, SourceImage], Confusion | None] | None = None,
     skip_bad: bool = False,
     info: ProcessInfo | None = None,
     on_image: Callable[[int, int], None] = lambda done, total: None,
@@ -254,7 +226,7 @@ def collect(
         network: None: no features.
         keep_features: KID, precision and recall need them all in memory.
         perceptual: measures the diversity of the samples of each key.
-        judge: finds the classes in each image that counts (sample 0).
+        judge: (key, image) -> what a segmenter finds in it; None: the image is left out.
         skip_bad: leave out images that cannot be read, and say so, instead of raising.
         on_image: called with the numbers of images done and to do of this process.
     Raises:
@@ -265,11 +237,24 @@ def collect(
     stats = FeatureStats.zeros(network.dim, network.device) if network else None
     wanted = range(len(source.keys))[info.rank :: info.world_size]
 
-    def looked_at() -> Iterator[SourceImage]:
-        for done, samples in enumerate(_usable(source, wanted, skip_bad, share), 1):
-            _look_at(samples, source, perceptual, judge, share)
-            on_image(done, len(wanted))
-            yield samples[0]
+    def looked_at() -> Iterator[tuple[str, Tensor]]:
+        """Take down everything but the features, and yield what these are computed of."""
+        for index, image in source.read(wanted):
+            if isinstance(image, DataError):
+                if not skip_bad:
+                    raise DataError(f"{str(image).rstrip('.')}. Repair or remove it; --skip_bad leaves such images out")
+                share.unreadable[index] = str(image)
+                continue
+            key, diversity, classes = source.keys[index], None, None
+            if perceptual is not None:
+                diversity = perceptual.diversity([image.pixels, *image.others], f"{source.name}: {key}")
+            if judge is not None and (confusion := judge(key, image)) is not None:
+                share.confusion = confusion if share.confusion is None else share.confusion + confusion
+                classes = confusion.counts.sum(1)
+            size = image.pixels.shape[1], image.pixels.shape[2]
+            share.found[index] = _Found(size, image.format, image.remark, diversity, classes)
+            on_image(len(share.found), len(wanted))
+            yield key, image.pixels
 
     images = looked_at()
     while batch := list(islice(images, batch_size)):
@@ -281,45 +266,9 @@ def collect(
     return _join(source, gather_objects(share), stats.over_processes() if stats else None)
 
 
-def _usable(source: ImageSource, indices: Sequence[int], skip_bad: bool, share: _Share) -> Iterator[list[SourceImage]]:
-    """Yield the samples of one key after the other; keys with an image that cannot be read are left out whole."""
-    waiting: dict[int, list[SourceImage]] = {}
-    for image in source.read(indices):
-        if isinstance(image, UnreadableImage):
-            if not skip_bad:
-                raise DataError(f"{image.message.rstrip('.')}. Repair or remove it; --skip_bad leaves such images out")
-            share.unreadable.setdefault(image.index, image.message)
-            continue
-        samples = waiting.setdefault(image.index, [])
-        samples.append(image)
-        if len(samples) == source.num_samples:
-            yield sorted(waiting.pop(image.index), key=lambda image: image.sample)
-    assert waiting.keys() <= share.unreadable.keys(), f"{source.name}: incomplete samples"
-
-
-def _look_at(
-    samples: Sequence[SourceImage],
-    source: ImageSource,
-    perceptual: PerceptualNetwork | None,
-    judge: Judge | None,
-    share: _Share,
-) -> None:
-    """Take down everything but the features of one key's samples."""
-    first, key, diversity = samples[0], source.keys[samples[0].index], None
-    if perceptual is not None:
-        diversity = perceptual.diversity([image.pixels for image in samples], f"{source.name}: {key}")
-    size = first.pixels.shape[1], first.pixels.shape[2]
-    share.found[first.index] = _Found(size, first.format, first.remark, diversity)
-    if judge is not None and (confusion := judge(key, first)) is not None:
-        share.confusion = confusion if share.confusion is None else share.confusion + confusion
-        for index, count in enumerate(confusion.counts.sum(1).tolist()):
-            if count:
-                share.most[index] = max(share.most.get(index, (0, "")), (count, key))
-
-
-def _features(network: FeatureNetwork, batch: Sequence[SourceImage], source: ImageSource) -> Tensor:
+def _features(network: FeatureNetwork, batch: Sequence[tuple[str, Tensor]], source: ImageSource) -> Tensor:
     try:
-        features = network([image.pixels for image in batch])
+        features = network([pixels for _, pixels in batch])
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -328,7 +277,7 @@ def _features(network: FeatureNetwork, batch: Sequence[SourceImage], source: Ima
             " write a smaller --batch_size"
         ) from None
     finite = features.isfinite().all(1).tolist()
-    if bad := [source.keys[image.index] for image, fine in zip(batch, finite, strict=True) if not fine]:
+    if bad := [key for (key, _), fine in zip(batch, finite, strict=True) if not fine]:
         raise UserError(
             f"{source.name}: the features of {bad[0]} are not finite: the feature network's weights are damaged"
             " (compare their sha256 with the published one), or the device computes wrongly (try --device cpu)"
@@ -353,9 +302,9 @@ def _join(source: ImageSource, shares: Sequence[_Share], stats: FeatureStats | N
     features = [batch for share in shares for batch in share.features]
     diversities = [found[index].diversity for index in used]
     confusions = [share.confusion for share in shares if share.confusion is not None]
-    most: dict[int, tuple[int, str]] = {}
-    for share in shares:
-        most |= {index: max(most.get(index, (0, "")), largest) for index, largest in share.most.items()}
+    confusion = sum(confusions[1:], confusions[0]) if confusions else None
+    classes = {keys[index]: one.classes for index, one in found.items() if one.classes is not None}
+    present = np.flatnonzero(confusion.present).tolist() if confusion else []
     warnings = []
     for remark in sorted({one.remark for one in found.values()} - {""}):
         remarked = [keys[index] for index in used if found[index].remark == remark]
@@ -364,14 +313,17 @@ def _join(source: ImageSource, shares: Sequence[_Share], stats: FeatureStats | N
         warnings.append(f"{source.name}: {len(unreadable)} of {total} images cannot be read and are left out")
     return Collection(
         source.name,
-        Description(len(used), _size_range([one.size for one in found.values()]), formats, digest),
+        digest,
+        len(used),
+        _size_range([one.size for one in found.values()]),
+        formats,
         stats.gaussian(source.name) if stats else None,
         stats,
         torch.cat(features)[torch.tensor(list(found)).argsort()] if features else None,
         None if None in diversities else sum(filter(None, diversities)) / len(used),
-        sum(confusions[1:], confusions[0]) if confusions else None,
+        confusion,
         {keys[index]: found[index].size for index in used},
-        {index: key for index, (_, key) in most.items()},
+        {index: max((counts[index], key) for key, counts in classes.items())[1] for index in present},
         tuple(warnings),
         tuple(unreadable[index] for index in sorted(unreadable)),
     )

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-
-from torch import Tensor
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
-from imaginaire_spade.errors import ConfigError, DataError
-from imaginaire_spade.evaluation.collection import Collection, Judge, collect
+from imaginaire_spade.errors import DataError
+from imaginaire_spade.evaluation.collection import Collection, collect
 from imaginaire_spade.evaluation.images import ImageSource, SourceImage
-from imaginaire_spade.evaluation.protocol import Protocol, geometry_stamp
-from imaginaire_spade.evaluation.report import Report
-from imaginaire_spade.evaluation.report_page import Example, worst_classes
+from imaginaire_spade.evaluation.report import Protocol, Report, geometry_stamp
 from imaginaire_spade.evaluation.scores import (
     KEEP_FEATURES,
     NEIGHBOURS,
+    frechet_distance,
     kernel_distance,
     precision_recall,
     score_name,
 )
 from imaginaire_spade.evaluation.segmentation import Confusion, Segmentation
-from imaginaire_spade.evaluation.statistics import frechet_distance
-from imaginaire_spade.pretrained.inception import INCEPTION_SHA256, FeatureNetwork
-from imaginaire_spade.pretrained.lpips import PerceptualNetwork
+from imaginaire_spade.pretrained.feature_networks import INCEPTION_SHA256, FeatureNetwork, PerceptualNetwork
 from imaginaire_spade.version import __version__
 
 FEW_IMAGES = 2048
-SHOWN = 12
-"""Samples in the grid of a report page."""
 
 
 def evaluate(
@@ -62,60 +55,44 @@ def evaluate(
         geometry: through which the label maps of generated images went, for the protocol; None for stored ones.
         batch_size, skip_bad, on_image: see ``collect``.
     Raises:
-        ConfigError: a metric needs what statistics in a file do not have; a library is missing.
+        ConfigError: a library is missing.
         DataError: an image that cannot be used, too few of them, or no label map, photo or prediction for one.
         UserError: a network's output is not finite, or memory ran out.
     """
     info = info or ProcessInfo()
     keep_features = bool(set(metrics) & set(KEEP_FEATURES))
     if segmentation is not None:
-        _check_photos(fake, photos)
+        if isinstance(photos, ImageSource) and (missing := sorted(set(fake.keys) - set(photos.keys))):
+            raise DataError(
+                f"{photos.name}: no photo for {len(missing)} of the {len(fake.keys)} images of {fake.name}, such as"
+                f" {missing[0]}. A segmentation score means little without that of the photos of the same label maps"
+            )
         segmentation.check(fake.keys)
 
-    def collected(
-        source: ImageSource | Collection,
-        network: FeatureNetwork | None,
-        judge: Judge | None,
-        perceptual: PerceptualNetwork | None = None,
-    ) -> Collection:
-        if isinstance(source, Collection):
-            return source
-        return collect(
-            source, network, batch_size=batch_size, keep_features=keep_features,
-            perceptual=perceptual, judge=judge, skip_bad=skip_bad, info=info, on_image=on_image,
-        )  # fmt: skip
-
-    def judge_generated(key: str, image: SourceImage) -> Confusion | None:
-        return segmentation.judge("generated", key, image) if segmentation else None
+    gather = partial(
+        collect, batch_size=batch_size, keep_features=keep_features, skip_bad=skip_bad, info=info, on_image=on_image
+    )
 
     def judge_photo(key: str, image: SourceImage) -> Confusion | None:
         # At the size of the generated image, or the larger one would score higher.
         size = made.sizes.get(key)
         return segmentation.judge("real", key, image, size) if segmentation and size else None
 
-    made = collected(fake, network, judge_generated, perceptual)
-    if segmentation is None or photos is None or photos is real:
-        measured = judged = collected(real, network, judge_photo)
-    else:
-        judged = collected(photos, None, judge_photo)
-        measured = collected(real, network, None)
-    report = None
+    judge_made = partial(segmentation.judge, "generated") if segmentation else None
+    made = gather(fake, network, judge=judge_made, perceptual=perceptual)
+    judged = None
+    if segmentation is not None and isinstance(photos, ImageSource) and photos is not real:
+        judged = gather(photos, None, judge=judge_photo)
+    measured = real if isinstance(real, Collection) else gather(real, network, judge=None if judged else judge_photo)
+    scored = None
     if info.is_main:
-        report = _report(measured, made, network, perceptual, metrics, reference_split, geometry, fake.num_samples)
-        report = replace(report, subject=subject or {}, examples=made.examples)
-        if segmentation is not None:
-            report = segmentation.add_to(report, made.confusion, judged.confusion)
-    report = broadcast_object(report)
-    assert report is not None
-    return report
-
-
-def _check_photos(fake: ImageSource, photos: ImageSource | Collection | None) -> None:
-    if isinstance(photos, ImageSource) and (missing := sorted(set(fake.keys) - set(photos.keys))):
-        raise DataError(
-            f"{photos.name}: no photo for {len(missing)} of the {len(fake.keys)} images of {fake.name}, such as"
-            f" {missing[0]}. A segmentation score means little without that of the photos of the same label maps"
+        scored = _report(
+            measured, made, network, perceptual, metrics, reference_split, geometry, fake.num_samples, subject or {}
         )
+    report: Report = broadcast_object(scored)
+    if segmentation is not None:
+        report = segmentation.add_to(report, made.confusion, (judged or measured).confusion)
+    return report
 
 
 def _report(
@@ -127,6 +104,7 @@ def _report(
     reference_split: str,
     geometry: AugmentationConfig | None,
     num_samples: int,
+    subject: Mapping[str, str],
 ) -> Report:
     """Compute the scores of two collections, but for those of a segmenter. Not a collective."""
     scores: dict[str, float] = {}
@@ -138,31 +116,32 @@ def _report(
         warnings += _warnings(real, fake, network, metrics)
         if "fid" in metrics:
             scores[score_name("fid", network)] = frechet_distance(real.gaussian, fake.gaussian)
+        features = [side.features for side in (real, fake) if side.features is not None]
+        assert len(features) == 2 or not set(metrics) & set(KEEP_FEATURES), "statistics serve fid only"
         if "kid" in metrics:
-            kid = kernel_distance(_features(real, "kid"), _features(fake, "kid"))
-            kid_rule = kid.rule
-            scores[score_name("kid", network)] = kid.mean
-            if kid.std is not None:
-                scores[score_name("kid", network) + "_std"] = kid.std
+            kid, spread, kid_rule = kernel_distance(*features)
+            scores[score_name("kid", network)] = kid
+            if spread is not None:
+                scores[score_name("kid", network) + "_std"] = spread
         if "precision_recall" in metrics:
-            found = precision_recall(*(_features(side, "precision_recall") for side in (real, fake)))
+            found = precision_recall(*features)
             scores |= {score_name(n, network): v for n, v in zip(("precision", "recall"), found, strict=True)}
     # Diversity.
     if perceptual is not None and fake.diversity is not None:
         scores["random_feature_diversity" if perceptual.is_random else "lpips_diversity"] = fake.diversity
         diversity_rule = f"{perceptual.name} (sha256 {perceptual.sha256}), {num_samples} samples per label map"
     # The protocol.
-    assert fake.description.count and fake.description.size and fake.description.format
+    assert fake.count and fake.size and fake.format
     protocol = Protocol(
         version=__version__,
         reference_split=reference_split,
-        reference=real.description.digest,
-        num_real=real.description.count,
-        num_fake=fake.description.count,
-        real_size=real.description.size,
-        fake_size=fake.description.size,
-        real_format=real.description.format,
-        fake_format=fake.description.format,
+        reference=real.digest,
+        num_real=real.count,
+        num_fake=fake.count,
+        real_size=real.size,
+        fake_size=fake.size,
+        real_format=real.format,
+        fake_format=fake.format,
         geometry=None if geometry is None else geometry_stamp(geometry),
         feature_network=network.name if network else None,
         weights_sha256=network.sha256 if network else None,
@@ -173,15 +152,8 @@ def _report(
         precision_recall=f"{NEIGHBOURS} nearest neighbours" if "precision_recall" in metrics else None,
         diversity=diversity_rule,
     )
-    return Report(scores, protocol, {}, tuple(warnings), (*real.problems, *fake.problems))
-
-
-def _features(side: Collection, metric: str) -> Tensor:
-    if side.features is None:
-        raise ConfigError(
-            f"--metrics {metric} needs the images themselves; {side.name} holds statistics, which do for fid only"
-        )
-    return side.features
+    problems = (*real.problems, *fake.problems)
+    return Report(scores, protocol, subject, tuple(warnings), problems, examples=fake.examples)
 
 
 def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metrics: Sequence[str]) -> list[str]:
@@ -190,54 +162,22 @@ def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metri
         found.append(
             f"{network.name} is an untrained network: its scores say nothing about the images, and are no FID or KID"
         )
-    elif not network.is_published:
+    elif network.sha256 != INCEPTION_SHA256:
         found.append(
             f"these Inception weights (sha256 {network.sha256}) are not those that FID and KID are defined with"
             f" ({INCEPTION_SHA256}): no published score compares with these"
         )
-    counts = [side.gaussian.count for side in (real, fake) if side.gaussian and side.gaussian.count is not None]
+    counts = [side.count for side in (real, fake) if side.count]
     if "fid" in metrics and min(counts) < FEW_IMAGES:
-        few = f"only {min(counts)} images: a Frechet distance of fewer than {FEW_IMAGES} is too high, by how much"
-        few += " depends on their number. Compare equal numbers only, and report KID (--metrics kid), which has no such"
-        few += " bias"
-        if min(counts) <= network.dim:
-            few += f". With features of {network.dim} dimensions their covariance is also singular"
-        found.append(few)
-    if real.description.size and real.description.size != fake.description.size:
+        singular = f". With features of {network.dim} dimensions their covariance is also singular"
         found.append(
-            f"real images are {real.description.size}, generated ones {fake.description.size} (height x width): part"
+            f"only {min(counts)} images: a Frechet distance of fewer than {FEW_IMAGES} is too high, by how much depends"
+            " on their number. Compare equal numbers only, and report KID (--metrics kid), which has no such bias"
+            f"{singular if min(counts) <= network.dim else ''}"
+        )
+    if real.size and real.size != fake.size:
+        found.append(
+            f"real images are {real.size}, generated ones {fake.size} (height x width): part"
             " of the distance is that of the sizes"
         )
     return found
-
-
-# ------------------------------------------------------------------------------------------------ for the page
-
-
-def page_samples(
-    report: Report, fake: ImageSource, photos: ImageSource | None
-) -> tuple[list[Example], dict[int, Example]]:
-    """Read images again for ``write_report_page``: (samples for the grid, class -> sample for the worst classes)."""
-    count = min(SHOWN, len(fake.keys))
-    grid = [fake.keys[i * len(fake.keys) // count] for i in range(count)]
-    worst: dict[int, str] = {}
-    if "segmentation" in report.details:
-        worst = {c["id"]: report.examples[c["id"]] for c in worst_classes(report.details["segmentation"])}
-    wanted = list(dict.fromkeys([*grid, *worst.values()]))
-    real = {} if photos is None else {key: image.rgb() for key, image in _images_of(photos, wanted)}
-    examples = {
-        key: Example(key, image.rgb(), real.get(key), image.labels() if image.label_map else None)
-        for key, image in _images_of(fake, wanted)
-    }
-    return (
-        [examples[key] for key in grid if key in examples],
-        {index: examples[key] for index, key in worst.items() if key in examples},
-    )
-
-
-def _images_of(source: ImageSource, keys: Sequence[str]) -> Iterator[tuple[str, SourceImage]]:
-    """Yield (key, image) of those of ``keys`` that the source has and can read."""
-    places = {key: index for index, key in enumerate(source.keys)}
-    for image in source.read([places[key] for key in keys if key in places]):
-        if isinstance(image, SourceImage) and image.sample == 0:
-            yield source.keys[image.index], image

@@ -11,7 +11,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from imaginaire_spade.data.folders import Source
 from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_image
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.data.loader import read_ahead
-from imaginaire_spade.errors import DataError
+from imaginaire_spade.errors import DataError, catch_data_error
 from imaginaire_spade.files import LABELS_FOLDER
 from imaginaire_spade.labels import LabelSpec
 
@@ -41,37 +40,22 @@ Ids = NDArray[np.generic]
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One image on its way into the scores."""
+    """One image on its way into the scores, and the other samples of its label map."""
 
-    index: int
-    """Place of its key in the source."""
     pixels: Tensor
     """uint8 [3, H, W] RGB."""
-    sample: int = 0
-    """Which of the samples of its label map."""
     format: str = ""
     """File format (png, jpeg), or what the pixels went through."""
     remark: str = ""
     """What was done to make it RGB, if anything."""
-    label_map: Callable[[], Ids] | None = None
-    """Reads the label map that belongs to it; None: not known, or not sample 0."""
+    label_map: Ids | None = None
+    """The label map that belongs to it; None: not known."""
+    others: Sequence[Tensor] = ()
+    """Its label map's samples 1, 2, ..., as ``pixels``."""
 
     def rgb(self) -> NDArray[np.uint8]:
         """Return uint8 [H, W, 3] on the CPU."""
         return np.ascontiguousarray(self.pixels.permute(1, 2, 0).cpu().numpy())
-
-    def labels(self) -> Ids:
-        """Return the train ids of its label map."""
-        assert self.label_map is not None, "an image without a label map"
-        return self.label_map()
-
-
-@dataclass(frozen=True)
-class UnreadableImage:
-    """An image that cannot be used."""
-
-    index: int
-    message: str
 
 
 class ImageSource(ABC):
@@ -87,8 +71,9 @@ class ImageSource(ABC):
     """Of the label maps, where they are known."""
 
     @abstractmethod
-    def read(self, indices: Sequence[int]) -> Iterator[SourceImage | UnreadableImage]:
-        """Read the images of ``keys[i]`` for each i of ``indices``, in any order."""
+    def read(self, indices: Sequence[int]) -> Iterator[tuple[int, SourceImage | DataError]]:
+        """Read the images of ``keys[i]`` for each i of ``indices``: (i, what is there, or why it cannot be used), in
+        any order."""
 
 
 class StoredImages(ImageSource):
@@ -112,31 +97,20 @@ class StoredImages(ImageSource):
             raise DataError(f"{root}: no images there")
         self._files = [[key] for key in files] if num_samples == 1 else _grouped(files, num_samples, self.name)
         self.keys = files if num_samples == 1 else [group[0].rpartition("_")[0] for group in self._files]
-        self._label_maps: dict[str, Callable[[], Ids]] = {}
-        if label_maps is not None:
-            self.label_table = label_maps.labels
-            self._label_maps = {
-                key: partial(_labels_of, label_maps, index) for index, key in enumerate(label_maps.keys)
-            }
+        self._label_maps = label_maps
+        self.label_table = label_maps.labels if label_maps else None
+        self._label_map_of = {key: index for index, key in enumerate(label_maps.keys)} if label_maps else {}
 
-    def read(self, indices: Sequence[int]) -> Iterator[SourceImage | UnreadableImage]:
-        wanted = [(index, sample, key) for index in indices for sample, key in enumerate(self._files[index])]
-        yield from read_ahead(self._read, wanted, 4 * READ_THREADS, num_threads=READ_THREADS)
+    def read(self, indices: Sequence[int]) -> Iterator[tuple[int, SourceImage | DataError]]:
+        images = read_ahead(catch_data_error(self._read), indices, 4 * READ_THREADS, num_threads=READ_THREADS)
+        return zip(indices, images, strict=True)
 
-    def _read(self, item: tuple[int, int, str]) -> SourceImage | UnreadableImage:
-        index, sample, key = item
-        where = self._source.describe(key, "images")
-        try:
-            data = self._source.read(key, "images")
-            pixels = torch.from_numpy(decode_image(data, where)).permute(2, 0, 1)
-        except DataError as error:
-            return UnreadableImage(index, str(error))
-        label_map = None if sample else self._label_maps.get(self.keys[index])
-        return SourceImage(index, pixels, sample, *_kind(data), label_map)
-
-
-def _labels_of(label_maps: LabelMapDataset, index: int) -> Ids:
-    return label_maps[index].labels.numpy()
+    def _read(self, index: int) -> SourceImage:
+        files = [(self._source.describe(key, "images"), self._source.read(key, "images")) for key in self._files[index]]
+        first, *others = (torch.from_numpy(decode_image(data, where)).permute(2, 0, 1) for where, data in files)
+        place = self._label_map_of.get(self.keys[index])
+        label_map = None if place is None or not self._label_maps else self._label_maps[place].labels.numpy()
+        return SourceImage(first, *_kind(files[0][1]), label_map, others)
 
 
 def _open(root: Path) -> Source:
@@ -200,7 +174,7 @@ class DatasetImages(ImageSource):
         make: samples -> their images, in any order.
         format: of what it makes.
         indices: the samples that are used; None: all.
-        strict: raise the DataError of a sample that cannot be read, instead of yielding an UnreadableImage.
+        strict: raise the DataError of a sample that cannot be read, instead of yielding it.
     """
 
     def __init__(
@@ -219,29 +193,28 @@ class DatasetImages(ImageSource):
         self.name, self.num_samples, self.label_table = name, num_samples, dataset.labels
         self.keys = [dataset.keys[index] for index in self._indices]
 
-    def read(self, indices: Sequence[int]) -> Iterator[SourceImage | UnreadableImage]:
-        unreadable: list[UnreadableImage] = []
+    def read(self, indices: Sequence[int]) -> Iterator[tuple[int, SourceImage | DataError]]:
+        unreadable: list[tuple[int, DataError]] = []
         labels: dict[int, Ids] = {}
+        made: dict[int, dict[int, Tensor]] = {}  # of keys that still lack samples
 
         def samples() -> Iterator[tuple[int, Sample]]:
-            for read in read_ahead(self._read, indices, 4 * READ_THREADS, num_threads=READ_THREADS):
-                if isinstance(read, UnreadableImage):
-                    unreadable.append(read)
+            read = self._dataset.__getitem__ if self._strict else catch_data_error(self._dataset.__getitem__)
+            places = [self._indices[index] for index in indices]
+            found = read_ahead(read, places, 4 * READ_THREADS, num_threads=READ_THREADS)
+            for index, sample in zip(indices, found, strict=True):
+                if isinstance(sample, DataError):
+                    unreadable.append((index, sample))
                 else:
-                    labels[read[0]] = read[1].labels.numpy()
-                    yield read
+                    labels[index] = sample.labels.numpy()
+                    yield index, sample
 
-        for index, sample, pixels in self._make(samples()):
+        for index, number, pixels in self._make(samples()):
             while unreadable:  # at once, as it may end the evaluation
                 yield unreadable.pop(0)
-            label_map = None if sample else partial(np.asarray, labels.pop(index))
-            yield SourceImage(index, pixels, sample, self._format, label_map=label_map)
+            made.setdefault(index, {})[number] = pixels
+            if len(made[index]) == self.num_samples:
+                first, *others = (image for _, image in sorted(made.pop(index).items()))
+                yield index, SourceImage(first, self._format, label_map=labels.pop(index), others=others)
+        assert not made, f"{self.name}: incomplete samples"
         yield from unreadable
-
-    def _read(self, index: int) -> tuple[int, Sample] | UnreadableImage:
-        try:
-            return index, self._dataset[self._indices[index]]
-        except DataError as error:
-            if self._strict:
-                raise
-            return UnreadableImage(index, str(error))

@@ -1,4 +1,8 @@
-"""Write a report as one JSON file: scores, their evaluation protocol, and warnings for the reader."""
+"""Write a report as one JSON file: scores, their evaluation protocol, and warnings for the reader. Compare two.
+
+The protocol is everything that two scores must share to be comparable. One model was reported with an FID of 71.8, 63,
+57.6, 51.98 and 50.38 on one data set, because nobody could see this.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,57 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.errors import DataError, UserError
-from imaginaire_spade.evaluation.protocol import Protocol, differences
 from imaginaire_spade.files import read_json, write_bytes
 
+REFERENCE_SPLITS = ("train", "val")
+DTYPE = "uint8 pictures, float32 features, float64 statistics"
 HIGHER_IS_BETTER = ("precision", "recall", "diversity", "accuracy", "miou", "iou")
 """A score whose name contains one of these; all others are distances."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How scores were obtained. None: does not apply to what was measured (or, for the reference, is not known)."""
+
+    version: str
+    """Of imaginaire_spade."""
+    reference_split: str
+    """train or val."""
+    reference: str
+    """sha256 of the real images' keys, or of the file of statistics."""
+    num_real: int | None
+    num_fake: int
+    real_size: str | None
+    """HEIGHTxWIDTH, or how many sizes."""
+    fake_size: str
+    real_format: str | None
+    fake_format: str
+    geometry: str | None = None
+    """How label maps (and photos of the same data) were cut and resized; None for stored images."""
+    feature_network: str | None = None
+    weights_sha256: str | None = None
+    feature_dim: int | None = None
+    resize: str | None = None
+    """legacy (pytorch-fid's bilinear) or clean (antialiased bicubic)."""
+    resized_to: int | None = None
+    dtype: str = DTYPE
+    kid: str | None = None
+    precision_recall: str | None = None
+    diversity: str | None = None
+    segmentation: str | None = None
+    """Network or folder of id maps, with the sha256 of what it is."""
+    ignore: str | None = None
+    """What segmentation scores leave out."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def stated(self) -> dict[str, Any]:
+        """Return name and value of what applies."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -33,6 +82,8 @@ class Report:
     examples: Mapping[int, str] = field(default_factory=dict)
     """Class -> key of the sample that has most of it, for the report page; not saved."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     def save(self, path: Path) -> None:
         """Write JSON.
 
@@ -45,7 +96,7 @@ class Report:
 
     def text(self) -> str:
         """Return lines for the screen: the stamp, then the scores, then the warnings."""
-        lines = ["protocol", *(f"  {line}" for line in self.protocol.lines())]
+        lines = ["protocol", *(f"  {name}: {value}" for name, value in self.protocol.stated().items())]
         lines += ["evaluated", *(f"  {name}: {value}" for name, value in self.subject.items())]
         lines += ["scores", *(f"  {name}: {value:.6g}" for name, value in self.scores.items())]
         lines += [f"left out: {problem}" for problem in self.problems]
@@ -56,18 +107,14 @@ def load_report(path: Path) -> Report:
     """Read what ``save`` wrote.
 
     Raises:
-        DataError: the file is no report.
+        DataError: the file is no report, or states other things than this version does.
     """
-    tree = read_json(path)
-    names = ("scores", "protocol", "subject", "warnings", "problems", "details")
-    if not isinstance(tree, dict) or set(tree) != set(names):
-        raise DataError(f"{path}: not a report of evaluate.py (expected {', '.join(names)})")
-    scores, protocol = tree["scores"], tree["protocol"]
-    numbers = isinstance(scores, dict) and all(isinstance(value, int | float) for value in scores.values())
-    if not numbers or not isinstance(protocol, dict):
-        raise DataError(f"{path}: not a report of evaluate.py: its scores are no numbers, or it has no protocol")
-    stamp = Protocol.from_json(protocol, str(path))
-    return Report(scores, stamp, tree["subject"], tuple(tree["warnings"]), tuple(tree["problems"]), tree["details"])
+    try:
+        return TypeAdapter(Report).validate_python(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise DataError(f"{path}: not a report of this version of evaluate.py: {where}: {first['msg']}") from None
 
 
 def compare(paths: tuple[Path, Path]) -> str:
@@ -93,6 +140,23 @@ def compare(paths: tuple[Path, Path]) -> str:
     return "\n".join(
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def geometry_stamp(augmentations: AugmentationConfig) -> str:
+    """Write an augmentation in one line: its keys, as JSON, other than the defaults."""
+    changed = augmentations.model_dump(mode="json", exclude_defaults=True)
+    return json.dumps(changed) if changed else "own sizes"
+
+
+def differences(a: Protocol, b: Protocol) -> list[str]:
+    """List what differs, one line each; what only one of the two measured is no difference."""
+    optional = ("geometry", "kid", "precision_recall", "diversity", "segmentation", "ignore")
+    features = ("feature_network", "weights_sha256", "feature_dim", "resize", "resized_to")
+    ours, theirs = asdict(a), asdict(b)
+    skipped = {name for name in optional if ours[name] is None or theirs[name] is None}
+    if a.feature_network is None or b.feature_network is None:
+        skipped |= set(features)
+    return [f"{n}: {ours[n]} / {theirs[n]}" for n in ours if n not in skipped and ours[n] != theirs[n]]
 
 
 def higher_is_better(name: str) -> bool:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
+from imaginaire_spade.evaluation.images import Ids, ImageSource, SourceImage
 from imaginaire_spade.evaluation.report import Report
 from imaginaire_spade.files import RgbImage, encode_image, write_bytes
-from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.pages import render
 
 MAX_WIDTH = 384
 """Pixels of an image's width on the page; larger ones are shrunk."""
 OUTLINE = (217, 102, 43)
+SHOWN = 12
+"""Images in the grid."""
 SHOWN_WORST = 8
 """Classes in the list of the worst."""
 
@@ -30,47 +29,36 @@ TITLES = {
 """Score -> its usual name."""
 
 
-@dataclass(frozen=True)
-class Example:
-    """One sample on the page: RGB uint8 [H, W, 3] each, of any sizes."""
-
-    key: str
-    generated: RgbImage
-    real: RgbImage | None = None
-    truth: NDArray[np.generic] | None = None
-    """Train ids [H, W]."""
-
-
-def worst_classes(details: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the classes of a report that fall furthest behind the real photos in IoU, worst first."""
-    classes = [c for c in details["classes"] if c["iou_real"] - c["iou"] > 0]
-    return sorted(classes, key=lambda c: c["iou"] - c["iou_real"])[:SHOWN_WORST]
-
-
-def write_report_page(
-    path: Path,
-    report: Report,
-    examples: Sequence[Example] = (),
-    worst: Mapping[int, Example] | None = None,
-    labels: LabelSpec | None = None,
-) -> None:
-    """Write the page of a report.
+def write_report_page(path: Path, report: Report, fake: ImageSource, photos: ImageSource | None = None) -> None:
+    """Write the page of a report. Images are read again: some, spread over the data, and one for each class that falls
+    far behind the real photos in IoU.
 
     Args:
-        examples: samples for the grid.
-        worst: class -> a sample that shows it, for the list of the worst.
-        labels: the label table, if there are label maps.
+        fake: the images that were scored.
+        photos: of their label maps, where they are known.
     Raises:
         UserError: the file cannot be written.
     """
     segmentation = report.details.get("segmentation")
+    behind = [c for c in segmentation["classes"] if c["iou_real"] - c["iou"] > 0] if segmentation else []
+    worst_classes = sorted(behind, key=lambda c: c["iou"] - c["iou_real"])[:SHOWN_WORST]
+    count = min(SHOWN, len(fake.keys))
+    grid = [fake.keys[i * len(fake.keys) // count] for i in range(count)]
+    wanted = list(dict.fromkeys([*grid, *(report.examples[c["id"]] for c in worst_classes)]))
     page = render(
         "report.html",
-        report=report, titles=TITLES, examples=examples, labels=labels,
-        segmentation=segmentation, worst_classes=worst_classes(segmentation) if segmentation else [], worst=worst or {},
+        report=report, titles=TITLES, labels=fake.label_table, segmentation=segmentation, worst_classes=worst_classes,
+        grid=grid, generated=_read(fake, wanted), real=_read(photos, wanted) if photos else {},
         data_url=_data_url, highlight=_highlight,
     )  # fmt: skip
     write_bytes(path, page.encode())
+
+
+def _read(source: ImageSource, keys: Sequence[str]) -> dict[str, SourceImage]:
+    """Read those of ``keys`` that the source has and can read."""
+    places = {key: index for index, key in enumerate(source.keys)}
+    images = source.read([places[key] for key in keys if key in places])
+    return {source.keys[index]: image for index, image in images if isinstance(image, SourceImage)}
 
 
 def _data_url(image: RgbImage) -> str:
@@ -81,7 +69,7 @@ def _data_url(image: RgbImage) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(encode_image(image, '.jpg', quality=88)).decode()}"
 
 
-def _highlight(image: RgbImage, truth: NDArray[np.generic] | None, train_id: int) -> RgbImage:
+def _highlight(image: RgbImage, truth: Ids | None, train_id: int) -> RgbImage:
     """Outline a class, and make the image pale and grey where the label map has another one."""
     if truth is None:
         return image

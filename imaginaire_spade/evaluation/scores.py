@@ -1,6 +1,7 @@
-"""Compute the scores of features: kernel distance, precision and recall.
+"""Compute the scores of features: Frechet distance (from exact sums), kernel distance, precision and recall.
 
-Scores of an untrained feature network are never called FID or KID: their names say ``random``.
+Knows nothing of images or files. Scores of an untrained feature network are never called FID or KID: their names say
+``random``.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from imaginaire_spade.distributed import total_over_processes
 from imaginaire_spade.errors import ConfigError, DataError, how_to_install
-from imaginaire_spade.pretrained.inception import FeatureNetwork
+from imaginaire_spade.pretrained.feature_networks import FeatureNetwork
 
 METRICS = ("fid", "kid", "precision_recall", "diversity", "segmentation")
 NEED_FEATURES = ("fid", "kid", "precision_recall")
@@ -29,20 +32,88 @@ def score_name(name: str, network: FeatureNetwork) -> str:
 
 
 @dataclass(frozen=True)
-class Kid:
-    """Kernel distance of features: mean and spread over subsets, and how it was computed."""
+class Gaussian:
+    """Mean and covariance of features."""
 
-    mean: float
-    std: float | None
-    """None for a single subset."""
-    rule: str
+    mean: Tensor
+    """float64 [D]."""
+    covariance: Tensor
+    """float64 [D, D], unbiased (divided by count - 1)."""
+
+    @property
+    def dim(self) -> int:
+        return len(self.mean)
 
 
-def kernel_distance(real: Tensor, fake: Tensor, *, seed: int = 0) -> Kid:
+@dataclass(frozen=True)
+class FeatureStats:
+    """(count, sum, sum of outer products) of features: ``+`` joins batches, processes and runs, in any order."""
+
+    count: int
+    sum: Tensor
+    """float64 [D]."""
+    outer: Tensor
+    """float64 [D, D]: the sum of f f^T."""
+
+    @classmethod
+    def zeros(cls, dim: int, device: torch.device | str = "cpu") -> FeatureStats:
+        outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        return cls(0, outer.sum(0), outer)
+
+    @classmethod
+    def of(cls, features: Tensor) -> FeatureStats:
+        """Sum up a batch of features, float [N, D]."""
+        exact = features.double()
+        return cls(len(exact), exact.sum(0), exact.T @ exact)
+
+    def __add__(self, other: FeatureStats) -> FeatureStats:
+        return FeatureStats(self.count + other.count, self.sum + other.sum, self.outer + other.outer)
+
+    def over_processes(self) -> FeatureStats:
+        """Add up all processes' statistics, on every process."""
+        count = total_over_processes(torch.tensor([self.count], device=self.sum.device))
+        return FeatureStats(int(count), total_over_processes(self.sum), total_over_processes(self.outer))
+
+    def gaussian(self, where: str = "features") -> Gaussian:
+        """Compute mean and covariance.
+
+        Raises:
+            DataError: fewer than two images: they have no covariance. The message begins with ``where``.
+        """
+        if self.count < 2:
+            raise DataError(f"{where}: {self.count} image(s); a covariance needs at least 2")
+        mean = self.sum.cpu() / self.count
+        scatter = self.outer.cpu() - self.count * torch.outer(mean, mean)
+        return Gaussian(mean, scatter / (self.count - 1))
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Compute the squared Frechet (Wasserstein-2) distance of two Gaussians, at least 0.
+
+    |mu_a - mu_b|^2 + tr A + tr B - 2 tr (A B)^(1/2) (Heusel et al. 2017, equation 6). The last trace is the sum of the
+    singular values of A^(1/2) B^(1/2), which needs no root of an indefinite matrix: covariances of fewer images than
+    dimensions do no harm.
+    """
+    assert a.dim == b.dim, f"features of {a.dim} and {b.dim} dimensions"
+    cross = torch.linalg.svdvals(_root(a.covariance).T @ _root(b.covariance)).sum()
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
+    return max(0.0, distance.item())
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """Compute R [D, rank] with R R^T = covariance; eigenvalues that are zero but for rounding are left out."""
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+def kernel_distance(real: Tensor, fake: Tensor, *, seed: int = 0) -> tuple[float, float | None, str]:
     """Compute KID (Binkowski et al. 2018): the unbiased MMD^2 under the kernel (x.y / D + 1)^3, in float64.
 
     Args:
         real, fake: float [N, D] and [M, D]; subsets of the smaller of 1000, N and M are drawn by ``seed``.
+    Returns:
+        Mean and spread over the subsets (None for a single one), and how they were computed.
     Raises:
         ConfigError: torchmetrics is not installed.
         DataError: fewer than two images.
@@ -61,7 +132,7 @@ def kernel_distance(real: Tensor, fake: Tensor, *, seed: int = 0) -> Kid:
         a, b = (side[rng.permutation(len(side))[:size]].double() for side in (real, fake))
         values.append(poly_mmd(a, b).item())
     rule = f"{subsets} subset(s) of {size}, kernel (x.y/D + 1)^3, seed {seed}"
-    return Kid(float(np.mean(values)), float(np.std(values)) if subsets > 1 else None, rule)
+    return float(np.mean(values)), float(np.std(values)) if subsets > 1 else None, rule
 
 
 def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:

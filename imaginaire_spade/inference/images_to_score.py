@@ -20,7 +20,7 @@ from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.sizes import Asked, SizeRule
 from imaginaire_spade.inference.style import StyleOf, drawn_styles
 from imaginaire_spade.inference.synthesis import Request, synthesise
-from imaginaire_spade.pretrained.inception import FeatureNetwork
+from imaginaire_spade.pretrained.feature_networks import FeatureNetwork
 
 
 @dataclass(frozen=True)

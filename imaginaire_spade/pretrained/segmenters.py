@@ -1,6 +1,6 @@
 """Load segmentation networks: photos in, ids out, names of the classes, and which weights these are.
 
-They label photos that have no label map (``label_photos.py``) and score generated images (``evaluation``).
+They label photos that have no label map (``scripts/label_images.py``) and score generated images (``evaluation``).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Segmenter:
     model: str = ""
     """What the user called it."""
     sha256: str = ""
-    """Of the weights (names and bytes of all tensors)."""
+    """Of the weights (names and bytes of all tensors); empty where no score depends on it."""
     preprocessing: str = ""
-    """What is done to a photo first, as JSON."""
+    """What is done to a photo first, as JSON; likewise."""
 
     def label(self, photo: NDArray[np.uint8], size: tuple[int, int] | None = None) -> NDArray[np.uint8 | np.uint16]:
         """Label a photo: RGB uint8 [H, W, 3] -> ids uint8 (uint16 beyond 256 classes) of ``size`` (height, width), else
@@ -63,25 +63,20 @@ def hugging_face_segmenter(model: str, device: torch.device, flag: str = "--mode
         ConfigError: transformers is not installed, or the model cannot be used.
     """
     try:
-        from transformers import (
-            AutoConfig,
-            AutoImageProcessor,
-            AutoModelForSemanticSegmentation,
-            AutoModelForUniversalSegmentation,
-        )
+        import transformers
         from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
-        from transformers.utils.logging import disable_progress_bar
     except ImportError:
         raise ConfigError(
             f"{flag} needs the package transformers: {how_to_install('eval')}"
             f"{' (or give --deeplab WEIGHTS)' if flag == '--model' else ''}"
         ) from None
-    disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     try:
-        by_masks = AutoConfig.from_pretrained(model).model_type in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
-        processor = AutoImageProcessor.from_pretrained(model)
-        kind = AutoModelForUniversalSegmentation if by_masks else AutoModelForSemanticSegmentation
-        network = kind.from_pretrained(model).to(device).eval()
+        model_type = transformers.AutoConfig.from_pretrained(model).model_type
+        by_masks = model_type in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
+        processor = transformers.AutoImageProcessor.from_pretrained(model)
+        kind = "AutoModelForUniversalSegmentation" if by_masks else "AutoModelForSemanticSegmentation"
+        network = getattr(transformers, kind).from_pretrained(model).to(device).eval()
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"{flag} {model}: not usable for semantic segmentation: {error}") from None
     names = tuple(network.config.id2label[i] for i in range(network.config.num_labels))
@@ -122,6 +117,4 @@ def deeplab_segmenter(weights: Path, names: Sequence[str], device: torch.device)
         pixels = torch.from_numpy(photo).to(device).permute(2, 0, 1).float() / 255
         return network(((pixels - mean) / std)[None])["out"][0]
 
-    found = tuple(names) or tuple(f"class {i}" for i in range(num_classes))
-    preprocessing = json.dumps({"image_mean": _MEAN, "image_std": _STD})
-    return Segmenter(found, scores, str(weights), network_sha256(network), preprocessing)
+    return Segmenter(tuple(names) or tuple(f"class {i}" for i in range(num_classes)), scores, str(weights))

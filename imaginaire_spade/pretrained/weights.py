@@ -12,10 +12,6 @@ from torch import Tensor, nn
 
 from imaginaire_spade.errors import ConfigError
 
-RANDOM = "random:"
-"""Start of the name of an untrained network: ``random:SEED``."""
-UNTRAINED = "random:0 in place of FILE tries everything out with an untrained network, whose scores mean nothing"
-
 
 @dataclass(frozen=True)
 class PublishedWeights:
@@ -80,18 +76,6 @@ class PublishedWeights:
         """Return the error for a file of anything but these weights."""
         text = str(reason).strip().partition("\n")[0]
         return ConfigError(f"{path}: not the weights of {self.network} ({text}). Get them from {self.url}")
-
-
-def random_seed(name: str, setting: str) -> int:
-    """Return SEED of ``random:SEED``.
-
-    Raises:
-        ConfigError: SEED is no whole number.
-    """
-    seed = name.removeprefix(RANDOM)
-    if not seed.isdecimal():
-        raise ConfigError(f"{setting} {name}: write random: and a seed, such as random:0")
-    return int(seed)
 
 
 def network_sha256(network: nn.Module) -> str:

@@ -31,10 +31,10 @@ from imaginaire_spade.evaluation.collection import Collection, collect
 from imaginaire_spade.evaluation.evaluate import evaluate
 from imaginaire_spade.evaluation.images import NOT_STORED, PIPELINE, DatasetImages, Made, Samples
 from imaginaire_spade.evaluation.report import higher_is_better
-from imaginaire_spade.evaluation.segmentation import Segmentation, network_predictions
+from imaginaire_spade.evaluation.segmentation import load_segmentation
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.noise import style_codes
-from imaginaire_spade.pretrained.inception import feature_network
+from imaginaire_spade.pretrained.feature_networks import feature_network
 
 FOLDER = "evaluation"
 """Of the log dir: the statistics of the photos, and a report of every evaluation."""
@@ -69,11 +69,10 @@ class Evaluation:
                     device=device, setting="trainer.evaluation.inception_weights:",
                 )  # fmt: skip
             if self.section.segmenter is not None:
-                predictions = network_predictions(
+                self._segmentation = load_segmentation(
                     self.section.segmenter, self.section.segmenter_labels, config.data.labels, device,
                     "trainer.evaluation.segmenter:",
                 )  # fmt: skip
-                self._segmentation = Segmentation(config.data.labels, predictions, predictions)
         self._keep_features = bool(set(self.section.metrics) & set(scores.KEEP_FEATURES))
         best, of_features = self.section.best, ("fid", "kid", "precision", "recall")
         self._deciding = scores.score_name(best, self._network) if self._network and best in of_features else best
