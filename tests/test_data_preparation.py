@@ -27,9 +27,8 @@ from imaginaire_spade.data.image_files import decode_image, decode_instances, de
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.dataset_prep.download import download as fetch
 from imaginaire_spade.dataset_prep.download import unpack
-from imaginaire_spade.dataset_prep.downloads import DATASETS, Options
 from imaginaire_spade.dataset_prep.maps import label_photos, make_edge_maps
-from imaginaire_spade.dataset_prep.prepare import prepare
+from imaginaire_spade.dataset_prep.prepare import DATASETS, Options, prepare
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.labels import edges_from_ids
 from imaginaire_spade.lmdb_builder.build import build_dataset
