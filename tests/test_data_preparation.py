@@ -185,6 +185,7 @@ def test_cocos_instances_become_numbers_above_the_label_ids(tmp_path, monkeypatc
     for change, message in (
         ({"images": []}, "no instances JSON of COCO"),
         ({"annotations": [{}]}, "no instances JSON of COCO"),
+        ({"images": [], "annotations": []}, r"lists no image 000000000139\.jpg"),
         ({"images": [tree["images"][0] | {"file_name": "000000000140.jpg"}]}, r"lists no image 000000000139\.jpg"),
         ({"images": [tree["images"][0] | {"height": 25}]}, "says 8 bit, 25 x 32"),
         ({"annotations": [tree["annotations"][0] | {"segmentation": 5}]}, "annotation 7: unreadable"),

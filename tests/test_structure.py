@@ -272,7 +272,7 @@ def test_the_readmes_tree_is_true():
 BUDGET = {
     "top level": 1701, "pages": 18, "data": 1282, "models": 1089, "pretrained": 348, "training": 1612,
     "inference": 1134, "evaluation": 1160,
-    "lmdb_builder": 768, "dataset_prep": 383, "interop": 879, "export": 160, "demo": 431,
+    "lmdb_builder": 768, "dataset_prep": 383, "interop": 875, "export": 160, "demo": 431,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""

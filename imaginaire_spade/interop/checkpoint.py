@@ -148,32 +148,28 @@ def architecture_config(source: str, hyper: Mapping[str, Any], base: RunConfig |
     return parse_config(tree, source="the architecture")
 
 
-def import_checkpoint(
-    source: str, config: RunConfig, parts: Mapping[str, State], encoder: State | None = None
-) -> tuple[dict[str, Any], list[str]]:
+def import_checkpoint(source: str, config: RunConfig, parts: Mapping[str, State]) -> tuple[dict[str, Any], list[str]]:
     """Build the content of our checkpoint, and notes for the user.
 
     Args:
         source: as for ``import_generator``.
         config: the networks that the weights are for.
-        parts: as ``networks_in`` returns them.
-        encoder: the style encoder's state dict, if it has a separate file.
+        parts: as ``networks_in`` returns them; also ``encoder``, if the style encoder has a separate file.
     Raises:
         CheckpointError: tensors are missing, left over or of another shape.
     """
     generator, own_encoder, notes = build_generator(config), build_encoder(config), []
-    if own_encoder is None and encoder is not None:
+    if own_encoder is None and "encoder" in parts:
         raise CheckpointError("--encoder_weights, but the architecture has no style encoder (use_vae: true)")
-    if encoder is None and source == "imaginaire":
-        encoder = parts["generator"]
-    average = parts.get("generator_ema")
+    encoder = parts.get("encoder", parts["generator"] if source == "imaginaire" else None)
+    average, discriminator = parts.get("generator_ema"), parts.get("discriminator")
     content: dict[str, Any] = {"config": dump_config(config), "images_seen": 0, "imported_from": source}
     for name, network, state in (
         ("generator", generator, parts["generator"]),
         ("generator_ema", generator, average),
         ("encoder", own_encoder, encoder),
         ("encoder_ema", own_encoder, average),
-        ("discriminator", build_discriminator(config), parts.get("discriminator")),
+        ("discriminator", build_discriminator(config) if discriminator else None, discriminator),
     ):
         content[name] = None
         if network is not None and state is not None:
@@ -210,8 +206,7 @@ def export_files(
     parts: dict[str, State] = {}
     for part, build in _BUILDERS.items():
         for name in (part, f"{part}_ema"):
-            state, network = content.get(name), build(config)
-            if network is None or state is None:
+            if (state := content.get(name)) is None or (network := build(config)) is None:
                 continue
             if order is not None:
                 state = _reordered(state, order, build, config)
