@@ -55,14 +55,10 @@ def main() -> None:
         config = architecture_config(arguments.source, _hyper(arguments.architecture), config)
     assert config is not None
     parts = networks_in(read_weights(arguments.weights, arguments.trust), arguments.weights)
-    encoder = None
-    if arguments.encoder_weights is not None:
-        path = arguments.encoder_weights
-        encoder = networks_in(read_weights(path, arguments.trust), path)["generator"]
-    if arguments.discriminator_weights is not None:
-        path = arguments.discriminator_weights
-        parts["discriminator"] = networks_in(read_weights(path, arguments.trust), path)["generator"]
-    content, more = import_checkpoint(arguments.source, config, parts, encoder)
+    for part, path in (("encoder", arguments.encoder_weights), ("discriminator", arguments.discriminator_weights)):
+        if path is not None:
+            parts[part] = networks_in(read_weights(path, arguments.trust), path)["generator"]
+    content, more = import_checkpoint(arguments.source, config, parts)
     write_checkpoint(arguments.output, content)
     for note in [*notes, *more]:
         print(f"note: {note}", file=sys.stderr)

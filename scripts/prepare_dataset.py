@@ -29,9 +29,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade.config_files import load_labels
-from imaginaire_spade.dataset_prep.downloads import DATASETS, Options
 from imaginaire_spade.dataset_prep.maps import BORDERS, make_edge_maps
-from imaginaire_spade.dataset_prep.prepare import prepare
+from imaginaire_spade.dataset_prep.prepare import DATASETS, Options, prepare
 from imaginaire_spade.distributed import rank_from_environment
 from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.lmdb_builder.build import build_dataset

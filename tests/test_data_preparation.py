@@ -27,9 +27,8 @@ from imaginaire_spade.data.image_files import decode_image, decode_instances, de
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.dataset_prep.download import download as fetch
 from imaginaire_spade.dataset_prep.download import unpack
-from imaginaire_spade.dataset_prep.downloads import DATASETS, Options
 from imaginaire_spade.dataset_prep.maps import label_photos, make_edge_maps
-from imaginaire_spade.dataset_prep.prepare import prepare
+from imaginaire_spade.dataset_prep.prepare import DATASETS, Options, prepare
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.labels import edges_from_ids
 from imaginaire_spade.lmdb_builder.build import build_dataset
@@ -186,6 +185,7 @@ def test_cocos_instances_become_numbers_above_the_label_ids(tmp_path, monkeypatc
     for change, message in (
         ({"images": []}, "no instances JSON of COCO"),
         ({"annotations": [{}]}, "no instances JSON of COCO"),
+        ({"images": [], "annotations": []}, r"lists no image 000000000139\.jpg"),
         ({"images": [tree["images"][0] | {"file_name": "000000000140.jpg"}]}, r"lists no image 000000000139\.jpg"),
         ({"images": [tree["images"][0] | {"height": 25}]}, "says 8 bit, 25 x 32"),
         ({"annotations": [tree["annotations"][0] | {"segmentation": 5}]}, "annotation 7: unreadable"),

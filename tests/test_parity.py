@@ -15,13 +15,7 @@ from test_layout import random_layout
 from imaginaire_spade.build import build_component
 from imaginaire_spade.config_files import parse_component
 from imaginaire_spade.errors import CheckpointError, UserError
-from imaginaire_spade.interop import (
-    foreign_names,
-    imaginaire,
-    import_discriminator,
-    import_encoder,
-    import_generator,
-)
+from imaginaire_spade.interop import describe, foreign_names, import_discriminator, import_encoder, import_generator
 from imaginaire_spade.registry import GENERATORS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -94,9 +88,10 @@ def test_imaginaires_larger_generators_are_imported_under_their_names(shared_dir
     # No fixture holds one: random weights of ours go out under imaginaire's names and come back.
     hyper = json.loads((shared_dir / "parity/imaginaire_g/config.json").read_text())["hyper"]
     hyper |= {"out_image_small_side_size": size, "use_posenc_in_input_layer": True}
-    component = parse_component(imaginaire.generator(hyper), GENERATORS, "gen")
-    ours = build_component(GENERATORS, component, imaginaire.layout_spec(hyper), imaginaire.image_size(hyper))
-    layout, z = random_layout(imaginaire.layout_spec(hyper), 2, 64, 128), torch.randn(2, hyper["style_dims"])
+    component = parse_component(describe("imaginaire", "generator", hyper), GENERATORS, "gen")
+    spec = describe("imaginaire", "layout_spec", hyper)
+    ours = build_component(GENERATORS, component, spec, describe("imaginaire", "image_size", hyper))
+    layout, z = random_layout(spec, 2, 64, 128), torch.randn(2, hyper["style_dims"])
     ours(layout, z)  # one power iteration: new spectral-norm vectors fit no weights
     names = foreign_names("imaginaire", ours)
     expected = {"conv_img256.layers.conv.weight_orig", f"conv_img{size}.layers.conv.weight_orig",

@@ -7,10 +7,9 @@ Command lines: ``scripts/make_edge_maps.py``, ``make_distance_maps.py``, ``label
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypedDict, TypeVar, Unpack
+from typing import TypedDict, TypeVar, Unpack
 
 import numpy as np
 import yaml
@@ -18,10 +17,11 @@ from tqdm import tqdm
 
 from imaginaire_spade.data.distances import class_distances, encode_distances, read_header
 from imaginaire_spade.data.folders import DISTANCES, FolderSource
-from imaginaire_spade.data.image_files import decode_image, decode_instances, decode_label, encode_map, image_size
+from imaginaire_spade.data.image_files import decode_image, decode_label, encode_map, image_size
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import atomic_write, write_bytes
 from imaginaire_spade.labels import LabelSpec, edges_from_ids
+from imaginaire_spade.lmdb_builder.sample import DECODERS
 from imaginaire_spade.lmdb_builder.workers import map_in_order
 from imaginaire_spade.pretrained.segmenters import Segmenter
 
@@ -67,29 +67,29 @@ def write_maps(
     """
     num_workers, rank = writing.get("num_workers"), writing.get("rank", 0)
     own = targets[rank :: writing.get("world_size", 1)]
-    with map_in_order(_Write(make, is_stale, writing.get("overwrite", False)), own, num_workers) as results:
+    task = partial(_write, make, is_stale, writing.get("overwrite", False))
+    with map_in_order(task, own, num_workers) as results:
         made = sum(tqdm(results, title, len(own), unit="files", mininterval=0.5, disable=rank > 0))
     return made, len(own) - made
 
 
-@dataclass(frozen=True)
-class _Write(Generic[T]):
-    make: Callable[[T], bytes | Path]
-    is_stale: Callable[[Path, T], bool] | None
-    overwrite: bool
-
-    def __call__(self, target: tuple[Path, T]) -> bool:
-        """Return whether the file was written."""
-        path, argument = target
-        if path.exists() and not self.overwrite and not (self.is_stale and self.is_stale(path, argument)):
-            return False
-        content = self.make(argument)
-        if isinstance(content, bytes):
-            write_bytes(path, content)
-        else:
-            with atomic_write(path) as temporary:
-                temporary.symlink_to(content)
-        return True
+def _write(
+    make: Callable[[T], bytes | Path],
+    is_stale: Callable[[Path, T], bool] | None,
+    overwrite: bool,
+    target: tuple[Path, T],
+) -> bool:
+    """Return whether the file was written."""
+    path, argument = target
+    if path.exists() and not overwrite and not (is_stale and is_stale(path, argument)):
+        return False
+    content = make(argument)
+    if isinstance(content, bytes):
+        write_bytes(path, content)
+    else:
+        with atomic_write(path) as temporary:
+            temporary.symlink_to(content)
+    return True
 
 
 # ------------------------------------------------------------------------------------------------ edge maps
@@ -113,8 +113,7 @@ def make_edge_maps(root: Path, of: str, **writing: Unpack[Writing]) -> tuple[int
 def _edge_map(source: FolderSource, data_types: Sequence[str], key: str) -> bytes:
     edges = []
     for data_type in data_types:
-        where, data = source.describe(key, data_type), source.read(key, data_type)
-        ids = decode_instances(data, where) if data_type == "inst_maps" else decode_label(data, where)
+        ids = DECODERS[data_type](source.read(key, data_type), source.describe(key, data_type))
         channels = [ids] if ids.ndim == 2 else list(ids.transpose(2, 0, 1))
         edges += [edges_from_ids(channel) for channel in channels]
     if len({channel.shape for channel in edges}) > 1:

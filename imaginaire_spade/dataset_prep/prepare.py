@@ -7,22 +7,291 @@ linked), not decoded, wherever nothing has to change.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Unpack
+from pathlib import Path, PurePosixPath
+from typing import Any, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 
-from imaginaire_spade.data.image_files import decode_label, encode_map
+from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_label, encode_map
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
-from imaginaire_spade.dataset_prep.coco_instances import draw_instances
-from imaginaire_spade.dataset_prep.downloads import DATASETS, Options, RawSample
 from imaginaire_spade.dataset_prep.maps import Writing, write_maps
-from imaginaire_spade.errors import DataError
-from imaginaire_spade.files import encode_image
+from imaginaire_spade.errors import ConfigError, DataError, how_to_install
+from imaginaire_spade.files import encode_image, read_json
 from imaginaire_spade.lmdb_builder.sample import DECODERS
+
+FIRST_OBJECT = 256
+"""In an instance map, smaller numbers are label ids of pixels that belong to no object."""
+
+Objects = Mapping[str, Any]
+"""The annotated objects of one image of COCO: ``height``, ``width`` and, in COCO's form, ``annotations``."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One sample of a download, and where to put it."""
+
+    split: str
+    key: str
+    files: dict[str, Path]
+    """Data type -> file."""
+    resize_h_w: tuple[int, int] | None = None
+    replace_ids: dict[int, int] = field(default_factory=dict)
+    """Label id in the file -> id to write."""
+    objects: Objects | None = None
+    """To draw the instance map from: the file of ``inst_maps`` lists them."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of scripts/prepare_dataset.py that concern the download."""
+
+    resize_h_w: tuple[int, int] | None = None
+    scene_list: Path | None = None
+    num_val: int = 0
+    images: Path | None = None
+    labels: Path | None = None
+    instances: Path | None = None
+
+
+def _find(source: Path, *candidates: str) -> Path | None:
+    """Return the first of ``candidates`` that is there."""
+    return next((source / candidate for candidate in candidates if (source / candidate).exists()), None)
+
+
+def _folder(source: Path, *candidates: str) -> Path:
+    """Return the first of ``candidates`` that is there.
+
+    Raises:
+        DataError: none is.
+    """
+    found = _find(source, *candidates)
+    if found is None:
+        raise DataError(f"--source {source}: none of {', '.join(c + '/' for c in candidates)} is there")
+    return found
+
+
+def _pairs(images: Path, suffix: str = "", extensions: Sequence[str] = IMAGE_EXTENSIONS) -> dict[str, Path]:
+    """Map the key (without ``suffix``) of every image below a folder to its file, sorted by path."""
+    return {
+        path.relative_to(images).with_suffix("").as_posix().removesuffix(suffix): path
+        for path in sorted(images.rglob("*"))
+        if path.suffix[1:].lower() in extensions and path.stem.endswith(suffix) and not path.name.startswith(".")
+    }
+
+
+def _cocostuff(source: Path, options: Options) -> Iterator[RawSample]:
+    for split in ("train", "val"):
+        year = f"{split}2017"
+        images = _folder(source, year, f"images/{year}")
+        maps = ("stuffthingmaps_trainval2017", "stuffthingmaps", "annotations/stuffthingmaps", "pixelmaps")
+        labels = _folder(source, *(f"{m}/{year}" for m in maps))
+        panoptic = _find(source, *(f"{folder}panoptic_{year}" for folder in ("annotations/", "", "panoptic/")))
+        instances = _find(source, *(f"{folder}instances_{year}.json" for folder in ("annotations/", "")))
+        objects = _read_objects(instances) if instances and not panoptic else {}
+        for key, image in _pairs(images).items():
+            files = {"images": image, "seg_maps": labels / f"{key}.png"}
+            if panoptic:  # true colour: the id is R + 256 G + 65536 B
+                files["inst_maps"] = panoptic / f"{key}.png"
+            elif instances:
+                if key not in objects:
+                    raise DataError(f"{instances}: lists no image {image.name}, which {image.parent} has")
+                files["inst_maps"] = instances
+            yield RawSample(split, key, files, objects=objects.get(key))
+
+
+_ADE20K = ("ADEChallengeData2016/", "")
+"""Where the folders of ADE20K's download are: below this one, or right there."""
+# Raw ids of its label maps.
+_OUTDOOR = {3: "sky", 14: "earth", 17: "mountain"}
+_INDOOR = {6: "ceiling", 8: "bed", 48: "sink"}
+
+
+def _ade20k(source: Path, options: Options) -> Iterator[RawSample]:
+    for split, name in (("train", "training"), ("val", "validation")):
+        images, labels = (_folder(source, *(f"{r}{t}/{name}" for r in _ADE20K)) for t in ("images", "annotations"))
+        for key, image in _pairs(images).items():
+            yield RawSample(split, key, {"images": image, "seg_maps": labels / f"{key}.png"})
+
+
+def _ade20k_outdoor(source: Path, options: Options) -> Iterator[RawSample]:
+    """Yield the scenes of ``options.scene_list``, or those that show something of the outside and nothing of a room.
+
+    No list of the papers' subset (Qi et al. 2018) was published. The second rule is how the authors of OASIS say that
+    they rebuilt it (boschresearch/OASIS, issue 23), except for the few indoor scenes that they then removed by eye.
+    """
+    if options.scene_list is None:
+        yield from filter(_is_outdoor, _ade20k(source, options))
+        return
+    wanted = {line.split()[0] for line in _read_lines(options.scene_list) if line.strip()}
+    categories = _find(source, *(f"{r}sceneCategories.txt" for r in _ADE20K))
+    lines = _read_lines(categories) if categories else []
+    scene_of = dict(line.split()[:2] for line in lines if len(line.split()) > 1)
+    unknown = wanted - set(scene_of) - set(scene_of.values()) if scene_of else set()
+    if unknown:
+        raise DataError(f"--scene_list {options.scene_list}: not in sceneCategories.txt: {', '.join(sorted(unknown))}")
+    for sample in _ade20k(source, options):
+        if wanted & {sample.key, scene_of.get(sample.key)}:
+            yield sample
+
+
+def _is_outdoor(sample: RawSample) -> bool:
+    path = sample.files["seg_maps"]
+    if not path.is_file():
+        return True  # ``prepare`` names what is missing
+    present = set(np.unique(decode_label(path.read_bytes(), str(path))).tolist())
+    return bool(present & _OUTDOOR.keys()) and not present & _INDOOR.keys()
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _cityscapes(source: Path, options: Options) -> Iterator[RawSample]:
+    for split in ("train", "val"):
+        labels = _folder(source, f"gtFine/{split}", f"gtFine_trainvaltest/gtFine/{split}")
+        images = _folder(source, f"leftImg8bit/{split}", f"leftImg8bit_trainvaltest/leftImg8bit/{split}")
+        for key, image in _pairs(images, "_leftImg8bit").items():
+            files = {
+                "images": image,
+                "seg_maps": labels / f"{key}_gtFine_labelIds.png",
+                "inst_maps": labels / f"{key}_gtFine_instanceIds.png",
+            }
+            yield RawSample(split, key, files, resize_h_w=(256, 512))
+
+
+def _camvid(source: Path, options: Options) -> Iterator[RawSample]:
+    for split in ("train", "val", "test"):
+        labels = _folder(source, f"{split}annot")
+        for key, image in _pairs(_folder(source, split)).items():
+            # SegNet's files count "unlabelled" as 11; the table calls it 255.
+            yield RawSample(split, key, {"images": image, "seg_maps": labels / f"{key}.png"}, replace_ids={11: 255})
+
+
+def _facades(source: Path, options: Options) -> Iterator[RawSample]:
+    images = {
+        image.stem: image for part in ("base", "extended") for image in _pairs(source / part, "", ["jpg"]).values()
+    }
+    if not images:
+        raise DataError(f"--source {source}: no base/*.jpg or extended/*.jpg there (CMP_facade_DB)")
+    labels = {key: image.with_suffix(".png") for key, image in images.items()}
+    return _split({"images": images, "seg_maps": labels}, options.num_val or 106)
+
+
+def _photos(source: Path, options: Options) -> Iterator[RawSample]:
+    return _split({"images": _pairs(source)}, options.num_val)
+
+
+def _custom(source: Path, options: Options) -> Iterator[RawSample]:
+    folders = {"images": source / (options.images or "images"), "seg_maps": source / (options.labels or "labels")}
+    if options.instances:
+        folders["inst_maps"] = source / options.instances
+    found = {data_type: _pairs(_folder(folder.parent, folder.name)) for data_type, folder in folders.items()}
+    expected = {t: {key: folder / f"{key}.png" for key in found["images"]} for t, folder in folders.items()}
+    return _split({data_type: expected[data_type] | found[data_type] for data_type in folders}, options.num_val)
+
+
+def _split(found: dict[str, dict[str, Path]], num_val: int) -> Iterator[RawSample]:
+    """Yield the sample of every image; ``num_val`` of them, evenly spread, are for validation.
+
+    Args:
+        found: data type -> key -> file.
+    """
+    keys = list(found["images"])
+    if num_val >= len(keys) > 0:
+        raise DataError(f"--num_val {num_val}: there are {len(keys)} images")
+    val = {len(keys) * i // num_val for i in range(num_val)}
+    for number, key in enumerate(keys):
+        yield RawSample("val" if number in val else "train", key, {t: files[key] for t, files in found.items()})
+
+
+DATASETS: dict[str, Callable[[Path, Options], Iterator[RawSample]]] = {
+    "cocostuff": _cocostuff,
+    "ade20k": _ade20k,
+    "ade20k_outdoor": _ade20k_outdoor,
+    "cityscapes": _cityscapes,
+    "camvid": _camvid,
+    "facades": _facades,
+    "landscapes": _photos,
+    "custom": _custom,
+}
+
+
+# ------------------------------------------------------------------------------------------------ COCO's objects
+
+
+def _read_objects(path: Path) -> dict[str, Objects]:
+    """Map the file stem of every image in COCO's ``instances_*.json`` to its objects.
+
+    Raises:
+        ConfigError: pycocotools (extra ``data``) is not installed.
+        DataError: the file is no instances JSON of COCO.
+    """
+    try:
+        import pycocotools.mask  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            f"{path}: reading it needs the package pycocotools: {how_to_install('data')} (or unpack the panoptic maps,"
+            " or move the file away to go without instance maps)"
+        ) from None
+    tree = read_json(path)
+    try:
+        of_image: dict[int, list[Mapping[str, Any]]] = {image["id"]: [] for image in tree["images"]}
+        for annotation in tree["annotations"]:
+            kept = {name: annotation[name] for name in ("id", "area", "segmentation")}
+            of_image[annotation["image_id"]].append(kept)
+        return {
+            PurePosixPath(image["file_name"]).stem: {
+                "height": image["height"], "width": image["width"], "annotations": of_image[image["id"]]
+            }
+            for image in tree["images"]
+        }  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: no instances JSON of COCO: {error!r}") from None
+
+
+def _draw_instances(objects: Objects, where: Path, label_file: Path) -> NDArray[Any]:
+    """Number the objects in a label map: uint16 [H, W].
+
+    Pixels of the k-th object become ``FIRST_OBJECT`` + k, large objects beneath small ones; all others keep their label
+    id. So the borders are those of objects and of stuff alike (COCO-Stuff's combined boundary maps).
+
+    Args:
+        where: the file that lists the objects, for messages.
+        label_file: uint8 [H, W].
+    Raises:
+        DataError: the sizes differ, or a segmentation is unreadable.
+    """
+    from pycocotools import mask
+
+    label_map = decode_label(label_file.read_bytes(), str(label_file))
+    height, width = objects["height"], objects["width"]
+    if label_map.shape != (height, width) or label_map.dtype != np.uint8:
+        raise DataError(
+            f"{label_file}: {label_map.dtype} {list(label_map.shape)}, but {where} says 8 bit, {height} x {width}"
+            " (height x width): they are of different images"
+        )
+    instances = label_map.astype(np.uint16)
+    numbered = enumerate(objects["annotations"], FIRST_OBJECT)
+    for number, annotation in sorted(numbered, key=lambda item: -item[1]["area"]):
+        try:
+            coded = mask.frPyObjects(annotation["segmentation"], height, width)
+            inside = mask.decode(mask.merge(coded) if isinstance(coded, list) else coded) != 0
+        except Exception as error:  # pycocotools raises whatever comes
+            raise DataError(f"{where}: annotation {annotation['id']}: unreadable: {error!r}") from None
+        if inside.shape != instances.shape:
+            raise DataError(f"{where}: annotation {annotation['id']} is of another size than its image")
+        instances[inside] = number
+    return instances
+
+
+# ------------------------------------------------------------------------------------------------ writing
 
 
 def prepare(
@@ -59,29 +328,27 @@ _RawFile = tuple[RawSample, str]
 
 
 def _targets(sample: RawSample, output: Path) -> Iterator[tuple[Path, _RawFile]]:
-    for data_type in [*sample.files, *(["inst_maps"] if sample.objects else [])]:
-        path = sample.files.get(data_type)
-        keeps_format = path and (data_type == "images" or not _changes(sample, data_type))
-        extension = path.suffix[1:].lower() if path and keeps_format else "png"
+    for data_type, path in sample.files.items():
+        keeps_format = data_type == "images" or not _changes(sample, data_type)
+        extension = path.suffix[1:].lower() if keeps_format else "png"
         yield output / sample.split / data_type / f"{sample.key}.{extension}", (sample, data_type)
 
 
 def _changes(sample: RawSample, data_type: str) -> bool:
     """Return whether the file that is written differs from the downloaded one."""
-    return bool(sample.resize_h_w or (data_type == "seg_maps" and sample.replace_ids))
+    changed = {"seg_maps": sample.replace_ids, "inst_maps": sample.objects}.get(data_type)
+    return bool(sample.resize_h_w or changed)
 
 
 def _content(link: bool, file: _RawFile) -> bytes | Path:
     sample, data_type = file
-    path = sample.files.get(data_type)
-    if path and not _changes(sample, data_type):
+    path = sample.files[data_type]
+    if not _changes(sample, data_type):
         return path.resolve() if link else path.read_bytes()
-    if path:
-        array = DECODERS[data_type](path.read_bytes(), str(path))
+    if data_type == "inst_maps" and sample.objects:
+        array = _draw_instances(sample.objects, path, sample.files["seg_maps"])
     else:
-        assert sample.objects
-        path = sample.files["seg_maps"]
-        array = draw_instances(sample.objects, decode_label(path.read_bytes(), str(path)), str(path))
+        array = DECODERS[data_type](path.read_bytes(), str(path))
     if data_type == "seg_maps":
         for old, new in sample.replace_ids.items():
             array = np.where(array == old, array.dtype.type(new), array)

@@ -6,7 +6,8 @@ that fix the architecture and load the other system's state dict into it. Every 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -14,14 +15,20 @@ from torch import Tensor, nn
 from imaginaire_spade.build import build_component
 from imaginaire_spade.config_files import parse_component
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.interop import clade, imaginaire, nvlabs_spade
+from imaginaire_spade.interop.imaginaire import Imaginaire
+from imaginaire_spade.interop.nvlabs_spade import CLADE, SPADERelease
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.encoder import ConvEncoder
 from imaginaire_spade.models.generator import Generator, SPADEGenerator
+from imaginaire_spade.models.layers import SpectralNorm
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS
 
-SYSTEMS = {"nvlabs_spade": nvlabs_spade, "clade": clade, "imaginaire": imaginaire}
+SYSTEMS: dict[str, Any] = {"nvlabs_spade": SPADERelease(), "clade": CLADE(), "imaginaire": Imaginaire()}
 SOURCES = tuple(SYSTEMS)
+
+Names = Mapping[type[nn.Module], tuple[str, Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]]]
+"""A network of ours -> the prefix of its tensors there, and substitutions that turn a module's path into theirs, one
+after the other."""
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -73,9 +80,9 @@ def describe(source: str, part: str, hyper: Mapping[str, Any]) -> Any:
     Raises:
         CheckpointError: a hyper-parameter is missing, or has a value that our networks do not know.
     """
-    module = _source(source)
+    system = _system(source)
     try:
-        return getattr(module, part)(module.DEFAULTS | dict(hyper))
+        return getattr(system, part)(system.defaults | dict(hyper))
     except KeyError as error:
         raise CheckpointError(
             f"the architecture lacks {error.args[0]!r}, which a {part.replace('_', ' ')} of {source} needs. Given:"
@@ -104,15 +111,44 @@ def describe_networks(source: str, hyper: Mapping[str, Any], dis: Mapping[str, A
     }
 
 
+def _system(source: str) -> Any:
+    if source not in SYSTEMS:
+        raise CheckpointError(f"unknown source {source!r}; known: {', '.join(SYSTEMS)}")
+    return SYSTEMS[source]
+
+
 def foreign_names(source: str, network: nn.Module) -> dict[str, str]:
     """Map our state-dict keys to the other system's, for every tensor of ``network``."""
-    return {key: _source(source).foreign_key(network, key) for key in network.state_dict()}
+    prefix, rows = _names(source, network)
+    names = {}
+    for key in network.state_dict():
+        path, leaf = split_key(network, key)
+        for ours, theirs in rows:
+            path = re.sub(ours, theirs, path)
+        names[key] = f"{prefix}{path}.{leaf}"
+    return names
 
 
-def _source(name: str) -> Any:
-    if name not in SYSTEMS:
-        raise CheckpointError(f"unknown source {name!r}; known: {', '.join(SYSTEMS)}")
-    return SYSTEMS[name]
+def _names(source: str, network: nn.Module) -> Any:
+    names: Names = _system(source).names
+    for cls, found in names.items():
+        if isinstance(network, cls):
+            return found
+    raise CheckpointError(f"a {type(network).__name__} has no counterpart in {source}")
+
+
+def split_key(network: nn.Module, key: str) -> tuple[str, str]:
+    """Split a state-dict key into the module's path and the tensor's name, as all these systems count and call them.
+
+    The last convolution of a patch discriminator is one more layer; a weight before its spectral norm is
+    ``weight_orig``, as in torch.
+    """
+    path, _, leaf = key.rpartition(".")
+    is_spectral = leaf == "weight" and isinstance(network.get_submodule(path), SpectralNorm)
+    owner, _, name = path.rpartition(".")
+    if name == "to_logits":
+        path = f"{owner}.layers.{len(network.get_submodule(owner).layers)}"  # type: ignore[arg-type]
+    return path, "weight_orig" if is_spectral else leaf
 
 
 def load_foreign(network: N, source: str, state_dict: Mapping[str, Tensor]) -> N:
@@ -121,16 +157,17 @@ def load_foreign(network: N, source: str, state_dict: Mapping[str, Tensor]) -> N
     Raises:
         CheckpointError: as ``import_generator``.
     """
-    scope = _source(source).scope(network)
+    prefix, _ = _names(source, network)
     theirs = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    theirs = {key: value for key, value in theirs.items() if key.startswith(scope)}
+    theirs = {key: value for key, value in theirs.items() if key.startswith(prefix)}
     names = foreign_names(source, network)
-    missing = [f"{name} {list(network.state_dict()[key].shape)}" for key, name in names.items() if name not in theirs]
-    left_over = [f"{name} {list(theirs[name].shape)}" for name in theirs if name not in names.values()]
+    ours = {names[key]: value for key, value in network.state_dict().items()}
+    missing = [f"{name} {list(value.shape)}" for name, value in ours.items() if name not in theirs]
+    left_over = [f"{name} {list(value.shape)}" for name, value in theirs.items() if name not in ours]
     reshaped = [
-        f"{names[key]} is {list(theirs[names[key]].shape)}, these hyper-parameters make it {list(value.shape)}"
-        for key, value in network.state_dict().items()
-        if names[key] in theirs and theirs[names[key]].shape != value.shape
+        f"{name} is {list(theirs[name].shape)}, these hyper-parameters make it {list(value.shape)}"
+        for name, value in ours.items()
+        if name in theirs and theirs[name].shape != value.shape
     ]
     if missing or left_over or reshaped:
         if reason := _plain_reason(network, theirs):
@@ -142,20 +179,19 @@ def load_foreign(network: N, source: str, state_dict: Mapping[str, Tensor]) -> N
     return network
 
 
-_MARKS = {
-    "discriminator": ("discriminator_", "discriminators.", "fpse_discriminator."),
-    "generator": ("head_0.", "spade_generator."),
-    "style encoder": ("layer1.", "style_encoder."),
-}
-"""Prefixes of the tensors of each kind of network, in any of the other systems."""
+_KINDS = (
+    ("discriminator", Discriminator, ("discriminator_", "discriminators.", "fpse_discriminator.")),
+    ("generator", Generator, ("head_0.", "spade_generator.")),
+    ("style encoder", ConvEncoder, ("layer1.", "style_encoder.")),
+)
+"""Networks, and prefixes of their tensors in any of the other systems."""
 
 
 def _plain_reason(network: nn.Module, theirs: Mapping[str, Tensor]) -> str | None:
     """Name a usual mistake: another kind of network, label count or up-sampling depth. None: it is another one."""
-    wanted = {Discriminator: "discriminator", Generator: "generator", ConvEncoder: "style encoder"}
-    own = next((name for cls, name in wanted.items() if isinstance(network, cls)), None)
-    found = [kind for kind, marks in _MARKS.items() if any(key.startswith(marks) for key in theirs)]
-    if own is not None and found and own not in found:
+    own = next(kind for kind, cls, _ in _KINDS if isinstance(network, cls))
+    found = [kind for kind, _, marks in _KINDS if any(key.startswith(marks) for key in theirs)]
+    if found and own not in found:
         return f"these are the weights of a {' and a '.join(found)}, not of a {own}: give the file of the {own}"
     if not isinstance(network, SPADEGenerator):
         return None

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -47,18 +46,17 @@ def read_weights(path: Path, trust: bool = False) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if not trust and "GLOBAL" in str(error):
+    except Exception as error:
+        if trust and isinstance(error, pickle.UnpicklingError):
+            content = _unpickle(path)
+        elif isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             named = str(error).partition("GLOBAL ")[2].split()[0]
             raise CheckpointError(
                 f"{path}: holds more than tensors and plain types ({named}); nothing of it was executed. If you know"
                 " where it comes from, --trust unpickles it, which runs whatever code is in it"
             ) from None
-        if not trust:
+        else:
             raise CheckpointError(f"{path}: damaged, or no checkpoint ({_first_line(error)})") from None
-        content = _unpickle(path)
-    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged, or no checkpoint ({_first_line(error)})") from None
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{path}: holds {type(content).__name__}, not named tensors")
     if content.get("format") == FORMAT:
@@ -89,10 +87,9 @@ def networks_in(content: Mapping[str, Any], path: Path) -> dict[str, State]:
     parts: dict[str, State] = {"generator": {}}
     for key, value in _tensors(content["net_G"], path).items():
         name = key.removeprefix("module.")
-        if name.startswith("averaged_model."):
-            parts.setdefault("generator_ema", {})[name.removeprefix("averaged_model.")] = value
-        elif name != "num_updates_tracked":
-            parts["generator"][name.removeprefix("module.")] = value
+        part = "generator_ema" if name.startswith("averaged_model.") else "generator"
+        if name != "num_updates_tracked":
+            parts.setdefault(part, {})[name.removeprefix("averaged_model.")] = value
     if "net_D" in content:
         parts["discriminator"] = _tensors(content["net_D"], path)
     return parts
@@ -135,6 +132,7 @@ def architecture_config(source: str, hyper: Mapping[str, Any], base: RunConfig |
                     " data.edges of the config, or take the config of the data set that the checkpoint was trained on"
                 )
     else:
+        size = list(describe(source, "image_size", hyper))
         tree = {
             "losses": {"gan": 1.0, "feature_matching": 10.0, "perceptual": 10.0},
             "gen_opt": {"lr": 1e-4, "adam_beta2": 0.9},
@@ -143,52 +141,43 @@ def architecture_config(source: str, hyper: Mapping[str, Any], base: RunConfig |
             "data": {
                 "labels": label_table(source, spec),
                 "edges": "instances" if spec.has_edges else "none",
-                "train": {
-                    "roots": ["dataset/train"],
-                    "augmentations": {"resize_h_w": list(describe(source, "image_size", hyper))},
-                },
+                "train": {"roots": ["dataset/train"], "augmentations": {"resize_h_w": size}},
             },
         }
     tree |= describe_networks(source, hyper, tree.get("dis"))
     return parse_config(tree, source="the architecture")
 
 
-def import_checkpoint(
-    source: str, config: RunConfig, parts: Mapping[str, State], encoder: State | None = None
-) -> tuple[dict[str, Any], list[str]]:
+def import_checkpoint(source: str, config: RunConfig, parts: Mapping[str, State]) -> tuple[dict[str, Any], list[str]]:
     """Build the content of our checkpoint, and notes for the user.
 
     Args:
         source: as for ``import_generator``.
         config: the networks that the weights are for.
-        parts: as ``networks_in`` returns them.
-        encoder: the style encoder's state dict, if it has a separate file.
+        parts: as ``networks_in`` returns them; also ``encoder``, if the style encoder has a separate file.
     Raises:
         CheckpointError: tensors are missing, left over or of another shape.
     """
-    notes = []
-    generator = load_foreign(build_generator(config), source, parts["generator"])
-    content: dict[str, Any] = {"config": dump_config(config), "images_seen": 0, "imported_from": source}
-    content |= {"generator": generator.state_dict()}
-    content |= {"generator_ema": None, "encoder": None, "encoder_ema": None, "discriminator": None}
-    own_encoder = build_encoder(config)
-    if own_encoder is not None:
-        if source != "imaginaire" and encoder is None:
-            notes.append("no --encoder_weights: images in the style of another (--style_image) are not possible")
-        else:
-            load_foreign(own_encoder, source, parts["generator"] if encoder is None else encoder)
-            content["encoder"] = own_encoder.state_dict()
-    elif encoder is not None:
+    generator, own_encoder, notes = build_generator(config), build_encoder(config), []
+    if own_encoder is None and "encoder" in parts:
         raise CheckpointError("--encoder_weights, but the architecture has no style encoder (use_vae: true)")
-    if "generator_ema" in parts:
-        content["generator_ema"] = load_foreign(new_average(generator), source, parts["generator_ema"]).state_dict()
-        if own_encoder is not None:
-            average = load_foreign(new_average(own_encoder), source, parts["generator_ema"])
-            content["encoder_ema"] = average.state_dict()
-    if "discriminator" in parts:
-        discriminator = load_foreign(build_discriminator(config), source, parts["discriminator"])
-        content["discriminator"] = discriminator.state_dict()
-    else:
+    encoder = parts.get("encoder", parts["generator"] if source == "imaginaire" else None)
+    average, discriminator = parts.get("generator_ema"), parts.get("discriminator")
+    content: dict[str, Any] = {"config": dump_config(config), "images_seen": 0, "imported_from": source}
+    for name, network, state in (
+        ("generator", generator, parts["generator"]),
+        ("generator_ema", generator, average),
+        ("encoder", own_encoder, encoder),
+        ("encoder_ema", own_encoder, average),
+        ("discriminator", build_discriminator(config) if discriminator else None, discriminator),
+    ):
+        content[name] = None
+        if network is not None and state is not None:
+            own = new_average(network) if name.endswith("_ema") else network
+            content[name] = load_foreign(own, source, state).state_dict()
+    if own_encoder is not None and encoder is None:
+        notes.append("no --encoder_weights: images in the style of another (--style_image) are not possible")
+    if content["discriminator"] is None:
         notes.append("no discriminator's weights: fine-tuning starts with a fresh one")
     if other := [key for key in parts["generator"] if own_encoder is None and key.startswith("style_encoder.")]:
         notes.append(f"{len(other)} tensors of a style encoder are left out: the architecture names none")
@@ -214,42 +203,37 @@ def export_files(
     if norm is not None and norm.type not in _NORMS[target]:
         raise CheckpointError(f"gen.norm: {norm.type}: {target} has {' and '.join(_NORMS[target])}")
     order = exported_channels(config.data.labels, label_order)
-    parts = {}
-    for name, build in (
-        ("generator", build_generator), ("encoder", build_encoder), ("discriminator", build_discriminator)
-    ):  # fmt: skip
-        for average in (False, True):
-            state = content.get(f"{name}_ema" if average else name)
-            network: nn.Module | None = None if state is None else build(config)
-            if network is None or state is None:
+    parts: dict[str, State] = {}
+    for part, build in _BUILDERS.items():
+        for name in (part, f"{part}_ema"):
+            if (state := content.get(name)) is None or (network := build(config)) is None:
                 continue
             if order is not None:
                 state = _reordered(state, order, build, config)
-            if average and target == "imaginaire":
-                fold_spectral_norm(network)  # imaginaire keeps averages folded, too
-            if average and target != "imaginaire":
-                _load_folded(network, state)
-            else:
+            if name == part:
                 network.load_state_dict(state)
+            elif target == "imaginaire":  # which keeps averages folded, too
+                fold_spectral_norm(network).load_state_dict(state)
+            else:
+                _load_folded(network, state)
             names = foreign_names(target, network)
-            parts[name, average] = {names[key]: value.contiguous() for key, value in network.state_dict().items()}
-    if target == "imaginaire":
-        net_g: State = {}
-        for (name, average), state in parts.items():
-            if name != "discriminator":
-                net_g |= {f"{'averaged_model' if average else 'module'}.{key}": value for key, value in state.items()}
-        files: dict[str, Any] = {"imaginaire.pt": {"net_G": net_g}}
-        if ("discriminator", False) in parts:
-            files["imaginaire.pt"]["net_D"] = parts["discriminator", False]
-        return files
-    letters = {"generator": "G", "encoder": "E", "discriminator": "D"}
-    return {
-        f"latest_net_{letters[name]}.pth": state
-        for (name, average), state in parts.items()
-        if average == (weights == "ema" and (name, True) in parts)
-    }
+            parts[name] = {names[key]: value.contiguous() for key, value in network.state_dict().items()}
+    if target != "imaginaire":
+        letters = {"generator": "G", "encoder": "E", "discriminator": "D"}
+        kept = {part: f"{part}_ema" if weights == "ema" and f"{part}_ema" in parts else part for part in letters}
+        return {f"latest_net_{letters[part]}.pth": parts[name] for part, name in kept.items() if name in parts}
+    net_g: State = {}
+    for name, state in parts.items():
+        if name != "discriminator":
+            prefix = "averaged_model" if name.endswith("_ema") else "module"
+            net_g |= {f"{prefix}.{key}": value for key, value in state.items()}
+    net_d = {"net_D": parts["discriminator"]} if "discriminator" in parts else {}
+    return {"imaginaire.pt": {"net_G": net_g} | net_d}
 
 
+_BUILDERS: dict[str, Callable[[RunConfig], nn.Module | None]] = {
+    "generator": build_generator, "encoder": build_encoder, "discriminator": build_discriminator
+}  # fmt: skip
 _NORMS = {"nvlabs_spade": ("spade",), "clade": ("clade", "clade_icpe"), "imaginaire": ("spade",)}
 """The conditional norms that each system has."""
 

@@ -33,7 +33,8 @@ class Keys:
     """A foreign config that remembers which of its keys were read."""
 
     def __init__(self, tree: Mapping[str, Any], path: Path) -> None:
-        self._nodes = dict(_dotted(tree))
+        self.nodes = dict(_dotted(tree))
+        """What the file states, by dotted keys: values, and sections too."""
         self._path = path
         self._read: set[str] = set()
         self.notes: list[str] = []
@@ -41,7 +42,7 @@ class Keys:
     def take(self, dotted: str, default: Any = _REQUIRED) -> Any:
         """Return a key's value, or ``default`` if the file does not state one. Raises ConfigError if it is required."""
         self._read.add(dotted)
-        value = self._nodes.get(dotted)
+        value = self.nodes.get(dotted)
         if value is None and default is _REQUIRED:
             raise ConfigError(f"{self._path}: {dotted} is not stated; add it to the file")
         return default if value is None else value
@@ -49,10 +50,6 @@ class Keys:
     def take_all(self, section: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values of a section's keys, by their names without it."""
         return {name: self.take(f"{section}.{name}", default) for name, default in defaults.items()}
-
-    def has(self, dotted: str) -> bool:
-        """Return whether the file states a key."""
-        return dotted in self._nodes
 
     def translate(self, rows: Iterable[Row]) -> dict[str, Any]:
         """Return our dotted keys, with values, of those rows that the file states.
@@ -77,7 +74,7 @@ class Keys:
 
     def unread(self) -> Iterator[str]:
         """List the dotted keys (with values) that nothing read."""
-        for dotted, value in self._nodes.items():
+        for dotted, value in self.nodes.items():
             with_parents = itertools.accumulate(dotted.split("."), "{}.{}".format)
             if not (isinstance(value, Mapping) and value) and self._read.isdisjoint(with_parents):
                 yield f"{dotted}: {value}"
@@ -161,7 +158,7 @@ _OPTIONS = (
 
 def _from_options(source: str, keys: Keys, tables: Path | None) -> dict[str, Any]:
     # Networks.
-    hyper = {"label_nc": keys.take("label_nc")} | keys.translate(Row(name, name) for name in SYSTEMS[source].DEFAULTS)
+    hyper = {"label_nc": keys.take("label_nc")} | keys.translate(Row(name, name) for name in SYSTEMS[source].defaults)
     keys.check("netG", "spade")
     ours = {
         **describe_networks(source, hyper),
@@ -332,18 +329,15 @@ def _from_imaginaire(keys: Keys) -> dict[str, Any]:
     # Data.
     for split in ("train", "val"):
         ours |= _split(keys, f"data.{split}")
-    if keys.has("test_data"):
+    if keys.take("test_data", None) is not None:
         roots = keys.take("test_data.roots", None) or keys.take("test_data.test.roots")
         ours["test_data"] = {"roots": _to_list(roots), "batch_size": keys.take("test_data.test.batch_size", 1)}
-        keys.take("test_data")
     return ours
 
 
 def _imaginaire_generator(keys: Keys) -> dict[str, Any]:
     """Return the hyper-parameters of the generator and of its style encoder."""
     inputs = list(keys.take("data.input_labels"))
-    if unknown := set(inputs) - {"seg_maps", "edge_maps"}:
-        raise ConfigError(f"data.input_labels: {', '.join(sorted(unknown))}: only seg_maps and edge_maps are supported")
     if inputs not in (["seg_maps"], ["seg_maps", "edge_maps"]):  # whose channels stand in another order
         raise ConfigError(f"data.input_labels: {inputs}: only seg_maps, then edge_maps if any, is supported")
     keys.take("data.input_types")
@@ -359,7 +353,7 @@ def _imaginaire_generator(keys: Keys) -> dict[str, Any]:
         "activation_norm_type": keys.take(f"{norm}.activation_norm_type", "sync_batch"),
         "activation_norm_affine": keys.take(f"{norm}.activation_norm_params.affine", True),
     }
-    if keys.has("gen.style_enc"):
+    if "gen.style_enc" in keys.nodes:
         keys.check("gen.style_enc.kernel_size", 3)
         hyper["style_enc_num_filters"] = keys.take("gen.style_enc.num_filters", 128)
     return hyper

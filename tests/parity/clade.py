@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from imaginaire_spade import losses
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.distances import class_distances
-from imaginaire_spade.interop import foreign_names, import_discriminator, import_generator
-from imaginaire_spade.interop.nvlabs_spade import layout_spec
+from imaginaire_spade.interop import describe, foreign_names, import_discriminator, import_generator
 from imaginaire_spade.layout import SemanticLayout, borders
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
@@ -63,7 +62,7 @@ def _training(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
         terms, weights, "reference", None, 1, style_dims=0, seed=0, global_batch=1,
         gen_lr=lambda _: rates[0], dis_lr=lambda _: rates[1], ema_beta=lambda _: 0.0,
     )  # fmt: skip
-    spec = layout_spec(hyper)
+    spec = describe(fixture.source, "layout_spec", hyper)
     for iteration in range(1, fixture.config["iterations"] + 1):
         label, instance, image = (fixture.inputs[f"iter{iteration}/{n}"] for n in ("label", "instance", "image"))
         edges = borders(instance[:, 0]) if spec.has_edges else None

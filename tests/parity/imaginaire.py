@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade import losses
-from imaginaire_spade.interop import import_discriminator, import_encoder, import_generator
-from imaginaire_spade.interop.imaginaire import layout_spec
-from imaginaire_spade.interop.nvlabs_spade import split_key
+from imaginaire_spade.interop import describe, import_discriminator, import_encoder, import_generator, split_key
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.discriminator import Scores
 from imaginaire_spade.models.encoder import sample_style
@@ -23,7 +21,7 @@ from parity.fixture import MODES, Check, Fixture, buffers, gradients, matching_l
 
 def _style_generator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     hyper, inputs = fixture.config["hyper"], fixture.inputs
-    spec = layout_spec(hyper)
+    spec = describe(fixture.source, "layout_spec", hyper)
     layout = matching_layout(fixture, spec, dense="label")
     for mode in MODES:
         training = mode == "train"
@@ -51,7 +49,7 @@ def _style_generator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
 
 def _fpse_discriminator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     hyper, inputs = fixture.config["hyper"], fixture.inputs
-    layout = matching_layout(fixture, layout_spec(hyper), dense="label")
+    layout = matching_layout(fixture, describe(fixture.source, "layout_spec", hyper), dense="label")
     weights = {name.removeprefix("R/"): tensor for name, tensor in inputs.items() if name.startswith("R/")}
 
     def outputs(network: nn.Module, images: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from imaginaire_spade import losses
 from imaginaire_spade.interop import describe, import_discriminator, import_encoder, import_generator
-from imaginaire_spade.interop.nvlabs_spade import layout_spec
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.discriminator import Scores, split_scores
 from imaginaire_spade.models.encoder import sample_style
@@ -39,7 +38,7 @@ def check_generator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
 
 def _discriminator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     hyper, inputs = fixture.config["hyper"], fixture.inputs
-    layout = matching_layout(fixture, layout_spec(hyper))
+    layout = matching_layout(fixture, describe(fixture.source, "layout_spec", hyper))
     pictures = torch.cat([inputs["fake_image"], inputs["real_image"]])
     for mode in MODES:
         network = import_discriminator(fixture.source, fixture.weights, hyper).train(mode == "train")
