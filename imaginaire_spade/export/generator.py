@@ -37,6 +37,7 @@ from imaginaire_spade.inference.model import Model
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.generator import Generator
 
+SUFFIXES = (".onnx", ".pt2")
 TOLERANCE = 1e-3
 """The largest difference allowed between a file's images and the generator's, on the scale of [-1, 1]."""
 CHECKED = ((1, 2, 2), (2, 2, 3), (3, 4, 2))
@@ -65,7 +66,7 @@ def check_output(output: Path, *, overwrite: bool = False) -> None:
     Raises:
         UserError: the name does not say the format or is taken, or a package for this format is not installed.
     """
-    check_output_file(output, overwrite=overwrite, suffixes=(".onnx", ".pt2"))
+    check_output_file(output, overwrite=overwrite, suffixes=SUFFIXES)
     if output.suffix == ".onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             try:
