@@ -56,7 +56,7 @@ def adapt_config(source: str, config: RunConfig, *, has_networks: bool = True) -
     if source != "imaginaire" and counts_ade20k_from_0(config.data.labels):
         order = config.data.labels.channel_order
         assert order is not None
-        tree["data"]["labels"] = _with_raw_ids(config.data.labels, order, "other")
+        tree["data"]["labels"] = _with_raw_ids(config.data.labels, order)
         if skips:
             norm["skip_ids"] = [order.index(i) for i in norm["skip_ids"]]
         notes.append(
@@ -73,11 +73,11 @@ def adapt_config(source: str, config: RunConfig, *, has_networks: bool = True) -
     return (parse_config(tree, source="--config") if notes else config), notes
 
 
-def _with_raw_ids(labels: LabelSpec, order: Sequence[int], other: str) -> dict[str, Any]:
-    """Return the table in which raw id r is class r; the don't care of ``labels`` becomes a class named ``other``."""
+def _with_raw_ids(labels: LabelSpec, order: Sequence[int]) -> dict[str, Any]:
+    """Return the table in which raw id r is class r; the don't care of ``labels`` becomes a class, "other"."""
     known = np.flatnonzero(labels.table != labels.error_id).tolist()
     classes = {raw: order.index(int(labels.table[raw])) for raw in known}
-    names, palette = (*labels.names, other), (*labels.palette, (0, 0, 0))
+    names, palette = (*labels.names, "other"), (*labels.palette, (0, 0, 0))
     return {
         "num_classes": len(order),
         "dont_care": False,
