@@ -26,10 +26,10 @@ from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import (
     PREFETCH,
     Prefetcher,
-    ResumableSampler,
     default_num_workers,
     sequential_batches,
     training_loader,
+    training_order,
 )
 from imaginaire_spade.data.transforms import (
     Geometry,
@@ -463,6 +463,11 @@ def test_different_sizes_do_not_make_a_batch(tiny_folder):
 # ------------------------------------------------------------------------------------------------ order
 
 
+def take_order(count: int, *arguments, **options) -> list[tuple[int, int]]:
+    """The first (index, position) of ``training_order``, whatever the batches."""
+    return list(itertools.islice(itertools.chain.from_iterable(training_order(*arguments, **options)), count))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=6), st.none() | st.integers(1, 4), st.integers(1, 5),
@@ -470,8 +475,7 @@ def test_different_sizes_do_not_make_a_batch(tiny_folder):
 )  # fmt: skip
 def test_ranks_together_are_one_process_and_resume_goes_on(shards, mixed, batch_size, world_size, images_seen):
     def take(count: int, batch: int, **keys: int) -> list[tuple[int, int]]:
-        order = {"shuffle_shards": mixed, "shard_sizes": shards}
-        return list(itertools.islice(ResumableSampler(sum(shards), batch, seed=7, **order, **keys), count))
+        return take_order(count, shards, batch, seed=7, shuffle_shards=mixed, **keys)
 
     iterations = 5
     whole = take(images_seen + iterations * batch_size * world_size, batch_size * world_size)
@@ -487,11 +491,11 @@ def test_ranks_together_are_one_process_and_resume_goes_on(shards, mixed, batch_
 
 
 def test_every_sample_once_per_epoch_in_changing_order():
-    order = [index for index, _ in itertools.islice(ResumableSampler(50, 8, seed=0), 150)]
+    order = [index for index, _ in take_order(150, [50], 8, seed=0)]
     epochs = [order[:50], order[50:100], order[100:]]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [i for i, _ in itertools.islice(ResumableSampler(50, 8, seed=1), 50)] != epochs[0]
+    assert [i for i, _ in take_order(50, [50], 8, seed=1)] != epochs[0]
 
 
 def test_shards_are_taken_in_turns_and_mixed(tiny_folder, tmp_path):
@@ -499,8 +503,7 @@ def test_shards_are_taken_in_turns_and_mixed(tiny_folder, tmp_path):
     shard_of = np.repeat(np.arange(5), sizes)
     orders = []
     for epoch in range(6):
-        sampler = ResumableSampler(26, 2, seed=3, images_seen=26 * epoch, shuffle_shards=2, shard_sizes=sizes)
-        order = [index for index, _ in itertools.islice(sampler, 26)]
+        order = [i for i, _ in take_order(26, sizes, 2, seed=3, images_seen=26 * epoch, shuffle_shards=2)]
         assert sorted(order) == list(range(26))
         for shard in range(5):  # all its samples come within a stretch of two shards' length
             places = np.flatnonzero(shard_of[order] == shard)

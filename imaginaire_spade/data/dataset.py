@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,12 +46,14 @@ from imaginaire_spade.labels import EdgeSource, LabelSpec
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.noise import four_numbers
 
-_DECODERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {
+DECODERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {
+    "images": decode_image,
     "seg_maps": decode_label,
     "edge_maps": decode_edges,
     "inst_maps": decode_instances,
     DISTANCES: decode_distances,
 }
+"""Data type -> how its files are decoded: [H, W] or [H, W, 3]; distances are [2, H, W]."""
 
 
 @dataclass
@@ -67,7 +69,7 @@ class _Root:
 
     def decode(self, key: str, data_type: str) -> NDArray[Any]:
         """Read and decode a map."""
-        return _DECODERS[data_type](self.source.read(key, data_type), self.source.describe(key, data_type))
+        return DECODERS[data_type](self.source.read(key, data_type), self.source.describe(key, data_type))
 
     def check_size(self, shape: tuple[int, ...], key: str, data_type: str, label_size: tuple[int, int]) -> None:
         """Refuse a file of another size than its label map."""
@@ -77,17 +79,6 @@ class _Root:
                 f" {self.source.describe(key, 'seg_maps')} is {label_size[0]} x {label_size[1]}: they must be of one"
                 " size. Resize the label map with nearest neighbour, or export both from the original"
             )
-
-
-class _Maps(NamedTuple):
-    """The maps of one sample, and what its photo needs."""
-
-    labels: Tensor
-    edges: Tensor | None
-    distances: Tensor | None
-    size: tuple[int, int]
-    """(height, width) of the stored label map."""
-    geometry: Geometry
 
 
 class LabelMapDataset(Dataset[Sample]):
@@ -218,15 +209,17 @@ class LabelMapDataset(Dataset[Sample]):
         Raises:
             DataError, LabelError: naming the file and what is wrong with it.
         """
-        maps = [self._read_maps(index, position, draw_edges) for index, position in items]
+        read = [self._read_maps(*item, draw_edges) for item in items]
+        if not self.with_images:
+            return [sample for sample, _ in read]
         outs: Sequence[NDArray[np.uint8] | None] = images_out or [None] * len(items)
-        images = [self._read_image(i, found, out) for (i, _), found, out in zip(items, maps, outs, strict=True)]
         return [
-            Sample(image, found.labels, found.edges, found.distances, self.keys[index], found.size, position)
-            for (index, position), found, image in zip(items, maps, images, strict=True)
+            sample._replace(image=self._read_image(index, sample.original_size, geometry, out))
+            for (index, _), (sample, geometry), out in zip(items, read, outs, strict=True)
         ]
 
-    def _read_maps(self, index: int, position: int, draw_edges: bool) -> _Maps:
+    def _read_maps(self, index: int, position: int, draw_edges: bool) -> tuple[Sample, Geometry]:
+        """Read a sample without its photo."""
         root, key = self._place(index)
         where, raw = root.source.describe(key, "seg_maps"), root.decode(key, "seg_maps")
         size = raw.shape[0], raw.shape[1]
@@ -237,28 +230,29 @@ class LabelMapDataset(Dataset[Sample]):
         if draw_edges or root.edges is not EdgeSource.LABELS:
             edges = _read_edges(root, key, geometry, size, labels)
         if self.spec.has_distances:
-            distances = _read_distances(root, key, geometry, size, labels)
-        return _Maps(
+            distances = torch.from_numpy(_read_distances(root, key, geometry, size, labels))
+        sample = Sample(
+            None,
             torch.from_numpy(labels),
             None if edges is None else torch.from_numpy(edges),
-            None if distances is None else torch.from_numpy(distances),
+            distances,
+            self.keys[index],
             size,
-            geometry,
+            position,
         )
+        return sample, geometry
 
-    def _read_image(self, index: int, maps: _Maps, out: NDArray[np.uint8] | None) -> Tensor | None:
+    def _read_image(
+        self, index: int, size: tuple[int, int], geometry: Geometry, out: NDArray[np.uint8] | None
+    ) -> Tensor:
         """Read a photo: uint8 [3, H, W] RGB, in memory channels last. A JPEG is decoded no larger than need be."""
-        if not self.with_images:
-            return None
         root, key = self._place(index)
         where, data = root.source.describe(key, "images"), root.source.read(key, "images")
-        reduction = maps.geometry.reduction if is_jpeg(data) else 1
-        if reduction > 1:  # then its size is known from the header alone
-            root.check_size(image_size(data, where), key, "images", maps.size)
+        # (Once a JPEG is decoded at a part of its size, only the header tells that.)
+        root.check_size(image_size(data, where), key, "images", size)
+        reduction = geometry.reduction if is_jpeg(data) else 1
         image = decode_image(data, where, reduction=reduction)
-        if reduction == 1:
-            root.check_size(image.shape, key, "images", maps.size)
-        return torch.from_numpy(apply_to_image(image, maps.geometry, reduction=reduction, out=out)).permute(2, 0, 1)
+        return torch.from_numpy(apply_to_image(image, geometry, reduction=reduction, out=out)).permute(2, 0, 1)
 
     def expect_random_reads(self, shards_at_a_time: int | None = None) -> None:
         """Enable readahead only if the working set fits in memory; otherwise pages are evicted before use.
