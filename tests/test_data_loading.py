@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
+import select
+import signal
 import time
 from dataclasses import replace
 
@@ -21,6 +24,7 @@ from safetensors.numpy import load_file
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.data import dataset as dataset_module
 from imaginaire_spade.data import lmdb_source as lmdb_module
+from imaginaire_spade.data import loader as loader_module
 from imaginaire_spade.data.batch import Batch, Sample, denormalise, normalise
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import (
@@ -583,6 +587,29 @@ def test_workers_start_after_opencv_was_used_in_the_main_process(tiny_folder, tm
     assert cv2.getNumThreads() == 1
     assert equal(next(training_loader(data, 2, seed=0, num_workers=2)), expected)
     build_dataset(root, tmp_path / "out", LABELS, num_workers=2)
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_ends_though_its_main_process_was_killed_before_it_started(tiny_folder, monkeypatch):
+    data = LabelMapDataset(tiny_folder(keys=2), LABELS)
+    start, (alive, held) = loader_module.start_worker, os.pipe()
+    main = os.fork()
+    if main == 0:
+        main = os.getpid()
+
+        def start_late(worker: int) -> None:
+            os.kill(main, signal.SIGKILL)
+            while os.getppid() == main:
+                time.sleep(0.01)
+            start(worker)
+
+        monkeypatch.setattr(loader_module, "start_worker", start_late)
+        next(sequential_batches(data, range(2), 1, num_workers=1))
+        os._exit(0)
+    os.close(held)
+    assert os.waitstatus_to_exitcode(os.waitpid(main, 0)[1]) == -signal.SIGKILL
+    assert select.select([alive], [], [], 60)[0], "the worker lives on, and holds what it inherited open"
+    os.close(alive)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -155,16 +155,17 @@ class FolderSource(Source):
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
-    def total_size(self, keys: Sequence[str], data_type: str) -> int:
-        """Return the bytes of all their files.
+    def file_size(self, key: str, data_type: str) -> int:
+        """Return a file's number of bytes.
 
         Raises:
-            DataError: one of the files is gone.
+            DataError: it is gone.
         """
+        path = self.path(key, data_type)
         try:
-            return sum(self.path(key, data_type).stat().st_size for key in keys)
+            return path.stat().st_size
         except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
     def restricted_to(self, keys: Sequence[str]) -> FolderSource:
         """Return the same source with a part of its keys, in its own order."""

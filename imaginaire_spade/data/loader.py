@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import multiprocessing
 import os
 import signal
 import sys
@@ -241,15 +242,20 @@ def _unchanged(batch: Any) -> Any:
 
 
 def start_worker(worker: int) -> None:
-    """Set what signals do to a worker process of a DataLoader, also where the data set's owner handles them itself."""
-    # Schedulers and launchers send their signals to every process of a job. The main one needs batches until it has
-    # saved, and closes its loader itself; should it fail to, the alarm ends this worker. Ctrl-C is for the main one too.
+    """Set what signals do to a worker process of a DataLoader, whose main process may have handlers of its own."""
+    # Schedulers and launchers send their signals to every process of a job, and a terminal sends Ctrl-C. The main one
+    # needs batches until it has saved, and closes its loader itself; should it fail to, the alarm ends this worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     if sys.platform == "linux":
         # A worker that outlives its killed process holds that one's connections open, and its peers wait for answers.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    if multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent.pid:
+        # It was killed before the line above, and torch takes whoever adopted this worker for it: nobody else ends it.
+        os._exit(1)
 
 
 def default_num_workers(num_processes: int = 1) -> int:

@@ -15,6 +15,7 @@ from typing import Unpack
 
 import numpy as np
 
+from imaginaire_spade.data.dataset import DECODERS
 from imaginaire_spade.data.image_files import decode_label, encode_map
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.dataset_prep.coco_instances import draw_instances
@@ -22,7 +23,6 @@ from imaginaire_spade.dataset_prep.downloads import DATASETS, Options, RawSample
 from imaginaire_spade.dataset_prep.maps import Writing, write_maps
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import encode_image
-from imaginaire_spade.lmdb_builder.sample import DECODERS
 
 
 def prepare(

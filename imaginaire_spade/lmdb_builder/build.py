@@ -83,11 +83,9 @@ def build_dataset(
     # Refuse what cannot work.
     raw, output = Path(data_root), Path(output_root).absolute()
     num_shards = world_size if num_shards is None else num_shards
-    if num_shards < world_size or (num_workers is not None and num_workers < 0):
-        raise DataError(
-            f"--num_shards {num_shards} --num_workers {num_workers}: write at least {world_size} shard(s), one per"
-            " process, and 0 workers"
-        )
+    num_workers = count_workers(num_workers, world_size)
+    if num_shards < world_size:
+        raise DataError(f"--num_shards {num_shards}: write at least {world_size} shard(s), one per process")
     if resize_smallest_side is not None and (resize_smallest_side < 1 or not check or not 1 <= quality <= 100):
         raise DataError("--resize_smallest_side takes at least 1, with --quality 1..100, and excludes --no_check")
     if recode_maps and not check:
@@ -124,10 +122,10 @@ def build_dataset(
             prefix = f"rank {rank}: " * (rank > 0)
             print(f"{prefix}resuming: {len(kept)} of {len(own)} shard(s) are complete and verified")
         # Write the others, and join all of them.
-        todo = [name for name in own if name not in kept]
-        num_bytes = {name: {t: source.total_size(shards[name], t) for t in types} for name in todo}
-        with expect_room(output, sum(sum(by_type.values()) for by_type in num_bytes.values())):
-            _write_shards(plan, root, num_bytes, count_workers(num_workers, world_size), silent=rank > 0)
+        todo = {name: keys for name, keys in shards.items() if name in own and name not in kept}
+        num_bytes = sum(source.file_size(key, t) for keys in todo.values() for key in keys for t in types)
+        with expect_room(output, num_bytes):
+            _write_shards(plan, root, todo, num_workers, silent=rank > 0)
             with locked(output):
                 return _join(plan, root, output, left_out)
 
@@ -214,17 +212,15 @@ def _divide(keys: Sequence[str], num_shards: int) -> dict[str, list[str]]:
     return {name: sorted(keys[start:end], key=store_key) for name, (start, end) in pairs}
 
 
-def _write_shards(
-    plan: Plan, root: Path, num_bytes: Mapping[str, Mapping[str, int]], num_workers: int, silent: bool
-) -> None:
+def _write_shards(plan: Plan, root: Path, shards: Mapping[str, Sequence[str]], num_workers: int, silent: bool) -> None:
     """Write shards one after the other, while workers read and check the samples ahead.
 
     Args:
-        num_bytes: path of each shard to write -> data type -> size of its files.
+        shards: path of each shard to write -> its keys.
     Raises:
         DataError: with the problems of all samples, up to ``MAX_PROBLEMS``. Shards without one are finished.
     """
-    keys = [key for name in num_bytes for key in plan.shards[name]]
+    keys = [key for part in shards.values() for key in part]
     seen, problems = 0, list[str]()
 
     def watch(samples: Iterable[LoadedSample]) -> Iterator[LoadedSample]:
@@ -240,10 +236,9 @@ def _write_shards(
     try:
         with map_in_order(partial(load_sample, plan), keys, num_workers) as results:
             samples = watch(results)
-            for name in num_bytes:
+            for name, part in shards.items():
                 if len(problems) < MAX_PROBLEMS:
-                    part = itertools.islice(samples, len(plan.shards[name]))
-                    _write_one(plan, root, name, part, num_bytes[name])
+                    write_shard(plan, root, name, itertools.islice(samples, len(part)))
     finally:
         remove_if_empty(root)
     if problems:
@@ -252,24 +247,6 @@ def _write_shards(
         state = f"{finished} finished shard(s) are kept" if finished else "nothing was built"
         listed = "\n  ".join(problems[:MAX_PROBLEMS])
         raise DataError(f"{plan.source.root}: {len(problems)} problem(s), {state}{rest}:\n  {listed}")
-
-
-def _write_one(
-    plan: Plan, root: Path, name: str, samples: Iterable[LoadedSample], num_bytes: Mapping[str, int]
-) -> None:
-    """Write one shard in a temporary folder and rename it, if its samples have no problems."""
-    folder = root if name == "." else root / f"{name}.tmp"
-    is_finished = False
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        is_finished = write_shard(plan, name, samples, folder, num_bytes)
-        if is_finished and name != ".":
-            shutil.rmtree(root / name, ignore_errors=True)  # (--no-resume)
-            folder.replace(root / name)
-            flush_folder(root)
-    finally:
-        if not is_finished:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _join(plan: Plan, root: Path, output: Path, left_out: Sequence[str]) -> Manifest | None:
