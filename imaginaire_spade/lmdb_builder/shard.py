@@ -10,7 +10,7 @@ import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,13 @@ def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSampl
         DataError, OSError, lmdb.Error: it cannot be written. Nothing is left of it.
     """
     keys = plan.shards[name]
-    digest = source_sha256(plan, name)  # before they are read: a file that changes meanwhile is noticed when resuming
+    digest = _source_sha256(plan, name)  # before they are read: a file that changes meanwhile is noticed when resuming
     extensions: dict[str, dict[str, str]] = {t: {} for t in plan.data_types}
     contents = Contents()
     folder = root if name == "." else root / f"{name}.tmp"
     shutil.rmtree(folder, ignore_errors=True)
     with ExitStack() as unfinished:
+        unfinished.callback(remove_if_empty, root)
         unfinished.callback(shutil.rmtree, folder, ignore_errors=True)
         with ExitStack() as opened:
             # Write the samples.
@@ -70,6 +71,12 @@ def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSampl
             folder.replace(root / name)
             flush_folder(root)
         unfinished.pop_all()
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 class EnvironmentWriter:
@@ -198,13 +205,24 @@ def _manifest(
     }
 
 
-def source_sha256(plan: Plan, name: str) -> str:
+def _source_sha256(plan: Plan, name: str) -> str:
     """Compute the digest by which a finished shard is recognised: of the names and sizes of all its source files."""
     digest = hashlib.sha256()
     for key in plan.shards[name]:
         num_bytes = {t: plan.source.file_size(key, t) for t in plan.data_types}
         digest.update(f"{key}\0{num_bytes}\n".encode())
     return digest.hexdigest()
+
+
+def difference(manifest: Manifest, plan: Plan, name: str) -> str:
+    """Name what a shard differs in from the plan, or return ""."""
+    if manifest["labels"] != plan.labels.model_dump(mode="json"):
+        return "another label table"
+    if list(manifest["data_types"]) != list(plan.data_types):
+        return f"other data types ({', '.join(manifest['data_types'])})"
+    if any(manifest[key] != planned for key, planned in plan.treatment().items()):
+        return "another --resize_smallest_side, --quality, --recode_maps or --no_check"
+    return "" if manifest["source_sha256"] == _source_sha256(plan, name) else "another set of samples or files"
 
 
 def _shares(class_pixels: Sequence[int] | None) -> list[float] | None:
