@@ -23,37 +23,15 @@ from torch.utils.data import Dataset
 
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.data.batch import Sample
-from imaginaire_spade.data.distances import NOT_FINITE, class_distances, decode_distances
+from imaginaire_spade.data.distances import NOT_FINITE, class_distances
 from imaginaire_spade.data.folders import DISTANCES, Source
-from imaginaire_spade.data.image_files import (
-    decode_edges,
-    decode_image,
-    decode_instances,
-    decode_label,
-    image_size,
-    is_jpeg,
-)
+from imaginaire_spade.data.image_files import DECODERS, decode_image, image_size, is_jpeg
 from imaginaire_spade.data.lmdb_source import open_source, usable_memory
-from imaginaire_spade.data.transforms import (
-    Geometry,
-    apply_to_distances,
-    apply_to_image,
-    apply_to_map,
-    draw_geometry,
-)
+from imaginaire_spade.data.transforms import Geometry, apply_to_distances, apply_to_image, apply_to_map, draw_geometry
 from imaginaire_spade.errors import DataError, LabelError
-from imaginaire_spade.labels import EdgeSource, LabelSpec
+from imaginaire_spade.labels import EdgeSource, LabelSpec, edges_from_ids
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.noise import four_numbers
-
-DECODERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {
-    "images": decode_image,
-    "seg_maps": decode_label,
-    "edge_maps": decode_edges,
-    "inst_maps": decode_instances,
-    DISTANCES: decode_distances,
-}
-"""Data type -> how its files are decoded: [H, W] or [H, W, 3]; distances are [2, H, W]."""
 
 
 @dataclass
@@ -151,7 +129,8 @@ class LabelMapDataset(Dataset[Sample]):
                 )
             self._roots.append(_Root(source, edges if found else EdgeSource.LABELS, stored))
         sources = [root.source for root in self._roots]
-        self._starts = np.cumsum([0, *(len(source.keys) for source in sources)])
+        self._places = [(root, key) for root in self._roots for key in root.source.keys]
+        """The root that has a sample, and the sample's key there."""
         self.keys = _unique_keys(sources)
         self.shard_sizes = [size for source in sources for size in source.shard_sizes]
         """Numbers of samples, in the order of ``keys``, whose files lie together."""
@@ -190,26 +169,24 @@ class LabelMapDataset(Dataset[Sample]):
         Raises:
             DataError, LabelError: naming the file and what is wrong with it.
         """
-        return self.read([item if isinstance(item, tuple) else (item, item)])[0]
+        [sample] = self.read([item if isinstance(item, tuple) else (item, item)])
+        if self.edges_follow_labels:
+            sample = sample._replace(edges=torch.from_numpy(edges_from_ids(sample.labels.numpy())))
+        return sample
 
     def read(
-        self,
-        items: Sequence[tuple[int, int]],
-        *,
-        draw_edges: bool = True,
-        images_out: Sequence[NDArray[np.uint8]] | None = None,
+        self, items: Sequence[tuple[int, int]], *, images_out: Sequence[NDArray[np.uint8]] | None = None
     ) -> list[Sample]:
-        """Read the samples of these (index, position) pairs.
+        """Read the samples of these (index, position) pairs, and leave edges that follow the labels to the layout.
 
         All maps, then all photos: an eighth faster, since what a stage uses stays in the processor's cache.
 
         Args:
-            draw_edges: False: leave edges that follow the labels to the layout.
             images_out: uint8 [H, W, 3] for each sample, to lay its photo in.
         Raises:
             DataError, LabelError: naming the file and what is wrong with it.
         """
-        read = [self._read_maps(*item, draw_edges) for item in items]
+        read = [self._read_maps(*item) for item in items]
         if not self.with_images:
             return [sample for sample, _ in read]
         outs: Sequence[NDArray[np.uint8] | None] = images_out or [None] * len(items)
@@ -218,16 +195,16 @@ class LabelMapDataset(Dataset[Sample]):
             for (index, _), (sample, geometry), out in zip(items, read, outs, strict=True)
         ]
 
-    def _read_maps(self, index: int, position: int, draw_edges: bool) -> tuple[Sample, Geometry]:
+    def _read_maps(self, index: int, position: int) -> tuple[Sample, Geometry]:
         """Read a sample without its photo."""
-        root, key = self._place(index)
+        root, key = self._places[index]
         where, raw = root.source.describe(key, "seg_maps"), root.decode(key, "seg_maps")
         size = raw.shape[0], raw.shape[1]
         geometry = self._geometry(size, where, position)
         # Only values that reach the network are looked at; the builder has looked at all.
         labels = self._train_ids(apply_to_map(raw, geometry), where)
         edges, distances = None, None
-        if draw_edges or root.edges is not EdgeSource.LABELS:
+        if not self.edges_follow_labels:
             edges = _read_edges(root, key, geometry, size, labels)
         if self.spec.has_distances:
             distances = torch.from_numpy(_read_distances(root, key, geometry, size, labels))
@@ -246,7 +223,7 @@ class LabelMapDataset(Dataset[Sample]):
         self, index: int, size: tuple[int, int], geometry: Geometry, out: NDArray[np.uint8] | None
     ) -> Tensor:
         """Read a photo: uint8 [3, H, W] RGB, in memory channels last. A JPEG is decoded no larger than need be."""
-        root, key = self._place(index)
+        root, key = self._places[index]
         where, data = root.source.describe(key, "images"), root.source.read(key, "images")
         # (Once a JPEG is decoded at a part of its size, only the header tells that.)
         root.check_size(image_size(data, where), key, "images", size)
@@ -271,7 +248,7 @@ class LabelMapDataset(Dataset[Sample]):
         Raises:
             DataError, LabelError: it cannot be used.
         """
-        root, key = self._place(index)
+        root, key = self._places[index]
         where, raw = root.source.describe(key, "seg_maps"), root.decode(key, "seg_maps")
         if self._on_unknown is None:
             self.labels.count_pixels(raw, where)
@@ -282,13 +259,6 @@ class LabelMapDataset(Dataset[Sample]):
     def _geometry(self, stored: tuple[int, int], where: str, position: int) -> Geometry:
         augmentations = self.augmentations if self._size_of is None else _resizing_to(self._size_of(stored))
         return draw_geometry(*stored, augmentations, four_numbers(self.seed, position, "augmentation"), where)
-
-    def _place(self, index: int) -> tuple[_Root, str]:
-        """Find the root that has a sample, and the sample's key there."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._roots[number], self._roots[number].source.keys[index - self._starts[number]]
 
     def _train_ids(self, raw: NDArray[np.generic], where: str) -> NDArray[np.generic]:
         try:

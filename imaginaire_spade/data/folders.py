@@ -80,6 +80,13 @@ def split_key(key: str) -> tuple[str, str]:
     return sequence or ROOT_SEQUENCE, stem
 
 
+def instead_of(data_type: str) -> str:
+    """Say how to do without a data type that is not there."""
+    if data_type in ("edge_maps", "inst_maps"):
+        return "; or write data.edges: labels (borders of the label map) or data.edges: none"
+    return ""
+
+
 class FolderSource(Source):
     """Samples as plain files.
 
@@ -108,7 +115,7 @@ class FolderSource(Source):
         self._folders = {t: root if bare else root / t for t in wanted}
         for data_type, folder in self._folders.items():
             if not folder.is_dir():
-                raise DataError(f"{root}: no folder {data_type}/ there; expected {LAYOUT}")
+                raise DataError(f"{root}: no folder {data_type}/ there; expected {LAYOUT}{instead_of(data_type)}")
         self.skipped: list[Path] = []
         """Files whose extension is none of their data type."""
         self._extensions = {
@@ -116,7 +123,8 @@ class FolderSource(Source):
             for t, folder in self._folders.items()
         }
         paired = {t: files for t, files in self._extensions.items() if t != DISTANCES}
-        self.unpaired = _unpaired(paired)
+        union = set().union(*paired.values())
+        self.unpaired = {t: sorted(union - files.keys(), key=split_key) for t, files in paired.items()}
         """Data type -> keys that other data types have and it lacks."""
         if any(self.unpaired.values()) and not drop_unpaired:
             raise DataError(_explain_unpaired(root, self.unpaired))
@@ -229,11 +237,6 @@ def _walk(folder: Path) -> Iterator[tuple[str, str]]:
         for name in sorted(names):
             if not name.startswith("."):
                 yield sequence, name
-
-
-def _unpaired(files: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
-    union = set().union(*files.values())
-    return {data_type: sorted(union - set(keys), key=split_key) for data_type, keys in files.items()}
 
 
 def _explain_unpaired(root: Path, unpaired: Mapping[str, Sequence[str]]) -> str:

@@ -21,6 +21,7 @@ from imaginaire_spade.data.folders import (
     FolderSource,
     Source,
     holds_images,
+    instead_of,
     make_key,
     split_key,
     stays_inside,
@@ -62,7 +63,7 @@ class LmdbSource(Source):
                 if not _is_there(shard, data_type):
                     raise DataError(
                         f"{shard}: no LMDB {data_type}/ there. Build it with that data type"
-                        f" (a folder {data_type}/ in --data_root of scripts/build_lmdb.py){_instead(data_type)}"
+                        f" (a folder {data_type}/ in --data_root of scripts/build_lmdb.py){instead_of(data_type)}"
                     )
                 self.num_bytes += Path(_data_file(shard, data_type)).stat().st_size
         if not self.keys:
@@ -118,16 +119,7 @@ def open_source(
             f"{root}: no data set there. Looked for {MANIFEST} or {FILENAMES} (an LMDB built by"
             f" scripts/build_lmdb.py or imaginaire) and for {LAYOUT}"
         )
-    for data_type in data_types:
-        if not (root / data_type).is_dir():
-            raise DataError(f"{root}: no folder {data_type}/ there; expected {LAYOUT}{_instead(data_type)}")
     return FolderSource(root, data_types, optional=optional)
-
-
-def _instead(data_type: str) -> str:
-    if data_type in ("edge_maps", "inst_maps"):
-        return "; or write data.edges: labels (borders of the label map) or data.edges: none"
-    return ""
 
 
 def _data_file(shard: Path | str, data_type: str) -> str:

@@ -169,18 +169,17 @@ class _Batches(Dataset["Batch | Filled | UserError"]):
             self.slots = [[_share(blanks.map(Tensor.clone)) for _ in range(PREFETCH + 1)] for _ in range(num_workers)]
 
     def __getitem__(self, items: Sequence[Item]) -> Batch | Filled | UserError:
-        draw_edges = not self.dataset.edges_follow_labels  # else that is the device's work
         worker = get_worker_info()
         try:
             if worker is None or not self.slots:
-                batch = Batch.collate(self.dataset.spec, self.dataset.read(items, draw_edges=draw_edges))
+                batch = Batch.collate(self.dataset.spec, self.dataset.read(items))
                 return batch if worker is None else _share(batch)
             number = self._filled % (PREFETCH + 1)
             self._filled += 1
             slot = self.slots[worker.id][number]
             # Photos are resized straight into the slot, whose memory stays in the processor's cache.
             places = None if slot.images is None else [*slot.images[: len(items)].permute(0, 2, 3, 1).numpy()]
-            samples = self.dataset.read(items, draw_edges=draw_edges, images_out=places)
+            samples = self.dataset.read(items, images_out=places)
         except UserError as error:
             return error
         slot.fill(samples)

@@ -15,8 +15,7 @@ from typing import Unpack
 
 import numpy as np
 
-from imaginaire_spade.data.dataset import DECODERS
-from imaginaire_spade.data.image_files import decode_label, encode_map
+from imaginaire_spade.data.image_files import DECODERS, decode_label, encode_map
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.dataset_prep.coco_instances import draw_instances
 from imaginaire_spade.dataset_prep.downloads import DATASETS, Options, RawSample

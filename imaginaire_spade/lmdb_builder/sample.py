@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaginaire_spade.data.dataset import DECODERS
 from imaginaire_spade.data.distances import NOT_FINITE
 from imaginaire_spade.data.folders import DISTANCES, FolderSource, Source
-from imaginaire_spade.data.image_files import check_photo, encode_map
+from imaginaire_spade.data.image_files import DECODERS, check_photo, encode_map
 from imaginaire_spade.data.lmdb_source import store_key
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.errors import DataError
