@@ -204,19 +204,11 @@ class LabelMapDataset(Dataset[Sample]):
         # Only values that reach the network are looked at; the builder has looked at all.
         labels = self._train_ids(apply_to_map(raw, geometry), where)
         edges, distances = None, None
-        if not self.edges_follow_labels:
-            edges = _read_edges(root, key, geometry, size, labels)
+        if not self.edges_follow_labels and (drawn := _read_edges(root, key, geometry, size, labels)) is not None:
+            edges = torch.from_numpy(drawn)
         if self.spec.has_distances:
             distances = torch.from_numpy(_read_distances(root, key, geometry, size, labels))
-        sample = Sample(
-            None,
-            torch.from_numpy(labels),
-            None if edges is None else torch.from_numpy(edges),
-            distances,
-            self.keys[index],
-            size,
-            position,
-        )
+        sample = Sample(None, torch.from_numpy(labels), edges, distances, self.keys[index], size, position)
         return sample, geometry
 
     def _read_image(

@@ -206,11 +206,7 @@ def _share(batch: Batch) -> Batch:
 
 
 def _load(
-    dataset: LabelMapDataset,
-    items: Iterable[list[Item]],
-    batch_size: int,
-    num_workers: int,
-    pin_memory: bool,
+    dataset: LabelMapDataset, items: Iterable[list[Item]], batch_size: int, num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
     batches = _Batches(dataset, batch_size, num_workers)
     loader = DataLoader(
