@@ -17,11 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade.config_files import load_labels
+from imaginaire_spade.data.image_files import DECODERS
 from imaginaire_spade.data.lmdb_source import MANIFEST
 from imaginaire_spade.errors import DataError, run_command_line
 from imaginaire_spade.files import read_json, write_image
 from imaginaire_spade.lmdb_builder.inspection import extract, look_through, open_data, stored_labels, stored_types
-from imaginaire_spade.lmdb_builder.sample import DECODERS
 from imaginaire_spade.lmdb_builder.shard import summary
 from imaginaire_spade.sheets import draw_class_chart, draw_contact_sheet
 

@@ -1,5 +1,6 @@
 """A built data set looked at: counts, damage named, pictures, a sample taken out; edge maps drawn."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from imaginaire_spade.errors import DataError
 from imaginaire_spade.labels import LabelSpec, edges_from_ids
 from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.lmdb_builder.inspection import extract, look_through, stored_labels
-from imaginaire_spade.lmdb_builder.lmdb_writer import EnvironmentWriter, write_index
+from imaginaire_spade.lmdb_builder.shard import EnvironmentWriter, write_index
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import inspect_lmdb
@@ -54,10 +55,10 @@ def store_unchecked(root: Path, output: Path) -> None:
     """The LMDB of a raw folder, byte for byte, whatever its files hold."""
     source = FolderSource(root, DATA_TYPES)
     for data_type in DATA_TYPES:
-        writer = EnvironmentWriter(output / data_type, 1 << 20, len(source.keys))
-        for key in source.keys:
-            writer.put(store_key(key), source.read(key, data_type))
-        writer.close()
+        with contextlib.closing(EnvironmentWriter(output / data_type)) as writer:
+            for key in source.keys:
+                writer.put(store_key(key), source.read(key, data_type))
+            writer.finish(len(source.keys))
     write_index(output, source.keys, {t: {key: source.extension(key, t) for key in source.keys} for t in DATA_TYPES})
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
+import select
+import signal
 import time
 from dataclasses import replace
 
@@ -21,15 +24,16 @@ from safetensors.numpy import load_file
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.data import dataset as dataset_module
 from imaginaire_spade.data import lmdb_source as lmdb_module
+from imaginaire_spade.data import loader as loader_module
 from imaginaire_spade.data.batch import Batch, Sample, denormalise, normalise
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import (
     PREFETCH,
     Prefetcher,
-    ResumableSampler,
     default_num_workers,
     sequential_batches,
     training_loader,
+    training_order,
 )
 from imaginaire_spade.data.transforms import (
     Geometry,
@@ -463,6 +467,11 @@ def test_different_sizes_do_not_make_a_batch(tiny_folder):
 # ------------------------------------------------------------------------------------------------ order
 
 
+def take_order(count: int, *arguments, **options) -> list[tuple[int, int]]:
+    """The first (index, position) of ``training_order``, whatever the batches."""
+    return list(itertools.islice(itertools.chain.from_iterable(training_order(*arguments, **options)), count))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=6), st.none() | st.integers(1, 4), st.integers(1, 5),
@@ -470,8 +479,7 @@ def test_different_sizes_do_not_make_a_batch(tiny_folder):
 )  # fmt: skip
 def test_ranks_together_are_one_process_and_resume_goes_on(shards, mixed, batch_size, world_size, images_seen):
     def take(count: int, batch: int, **keys: int) -> list[tuple[int, int]]:
-        order = {"shuffle_shards": mixed, "shard_sizes": shards}
-        return list(itertools.islice(ResumableSampler(sum(shards), batch, seed=7, **order, **keys), count))
+        return take_order(count, shards, batch, seed=7, shuffle_shards=mixed, **keys)
 
     iterations = 5
     whole = take(images_seen + iterations * batch_size * world_size, batch_size * world_size)
@@ -487,11 +495,11 @@ def test_ranks_together_are_one_process_and_resume_goes_on(shards, mixed, batch_
 
 
 def test_every_sample_once_per_epoch_in_changing_order():
-    order = [index for index, _ in itertools.islice(ResumableSampler(50, 8, seed=0), 150)]
+    order = [index for index, _ in take_order(150, [50], 8, seed=0)]
     epochs = [order[:50], order[50:100], order[100:]]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [i for i, _ in itertools.islice(ResumableSampler(50, 8, seed=1), 50)] != epochs[0]
+    assert [i for i, _ in take_order(50, [50], 8, seed=1)] != epochs[0]
 
 
 def test_shards_are_taken_in_turns_and_mixed(tiny_folder, tmp_path):
@@ -499,8 +507,7 @@ def test_shards_are_taken_in_turns_and_mixed(tiny_folder, tmp_path):
     shard_of = np.repeat(np.arange(5), sizes)
     orders = []
     for epoch in range(6):
-        sampler = ResumableSampler(26, 2, seed=3, images_seen=26 * epoch, shuffle_shards=2, shard_sizes=sizes)
-        order = [index for index, _ in itertools.islice(sampler, 26)]
+        order = [i for i, _ in take_order(26, sizes, 2, seed=3, images_seen=26 * epoch, shuffle_shards=2)]
         assert sorted(order) == list(range(26))
         for shard in range(5):  # all its samples come within a stretch of two shards' length
             places = np.flatnonzero(shard_of[order] == shard)
@@ -580,6 +587,29 @@ def test_workers_start_after_opencv_was_used_in_the_main_process(tiny_folder, tm
     assert cv2.getNumThreads() == 1
     assert equal(next(training_loader(data, 2, seed=0, num_workers=2)), expected)
     build_dataset(root, tmp_path / "out", LABELS, num_workers=2)
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_ends_though_its_main_process_was_killed_before_it_started(tiny_folder, monkeypatch):
+    data = LabelMapDataset(tiny_folder(keys=2), LABELS)
+    start, (alive, held) = loader_module.start_worker, os.pipe()
+    main = os.fork()
+    if main == 0:
+        main = os.getpid()
+
+        def start_late(worker: int) -> None:
+            os.kill(main, signal.SIGKILL)
+            while os.getppid() == main:
+                time.sleep(0.01)
+            start(worker)
+
+        monkeypatch.setattr(loader_module, "start_worker", start_late)
+        next(sequential_batches(data, range(2), 1, num_workers=1))
+        os._exit(0)
+    os.close(held)
+    assert os.waitstatus_to_exitcode(os.waitpid(main, 0)[1]) == -signal.SIGKILL
+    assert select.select([alive], [], [], 60)[0], "the worker lives on, and holds what it inherited open"
+    os.close(alive)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

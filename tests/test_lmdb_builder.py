@@ -15,6 +15,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections import namedtuple
@@ -25,6 +26,7 @@ import pytest
 from conftest import REPOSITORY, write_jpg, write_png
 from PIL import Image
 from test_lmdb_source import LABELS, TYPES, encoded, read_all
+from tqdm import tqdm
 
 from imaginaire_spade.data.image_files import decode_edges, decode_image, decode_instances, decode_label
 from imaginaire_spade.data.lmdb_source import open_source
@@ -39,6 +41,12 @@ from imaginaire_spade.lmdb_builder.output import hold_shards
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import build_lmdb
+
+
+@pytest.fixture(autouse=True)
+def bars_of_ones_own(monkeypatch):
+    """Forked processes share tqdm's lock: one that is killed while it holds it would let us wait for ever."""
+    monkeypatch.setattr(tqdm, "_lock", threading.RLock(), raising=False)
 
 
 def png_rows(data: bytes) -> list[bytes]:
@@ -347,6 +355,16 @@ def test_ctrl_c_keeps_the_finished_shards(tiny_folder, tiny_config, tmp_path, mo
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "out", "raw"]
     run_here(monkeypatch, *arguments)
     assert f"resuming: {len(finished)} of 200" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(60)
+def test_a_builder_killed_while_it_draws_its_bar_stops_nobody(tiny_folder, tmp_path):
+    child = os.fork()
+    if child == 0:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert build_dataset(tiny_folder(keys=2), tmp_path / "out", LABELS, num_workers=0)["num_samples"] == 2
 
 
 def test_twenty_kills_lose_nothing(tiny_folder, tmp_path):

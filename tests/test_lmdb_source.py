@@ -41,7 +41,7 @@ from imaginaire_spade.data.lmdb_source import open_source, store_key, usable_mem
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
-from imaginaire_spade.lmdb_builder.lmdb_writer import EnvironmentWriter
+from imaginaire_spade.lmdb_builder.shard import EnvironmentWriter
 
 LABELS = LabelSpec(num_classes=5)
 TYPES = ("images", "seg_maps", "edge_maps", "inst_maps")
@@ -306,11 +306,12 @@ def test_map_grows_when_it_is_full_and_has_the_umasks_mode(tmp_path):
     values = {f"{i:03d}".encode(): os.urandom(300_000) for i in range(12)}
     umask = os.umask(0o002)
     try:
-        writer = EnvironmentWriter(tmp_path, expected_bytes=0, expected_items=0)
+        writer = EnvironmentWriter(tmp_path)
     finally:
         os.umask(umask)
     for key, value in values.items():
         writer.put(key, value)
+    writer.finish(len(values))
     writer.close()
     with lmdb.open(str(tmp_path), readonly=True, lock=False) as env, env.begin() as transaction:
         assert dict(transaction.cursor()) == values

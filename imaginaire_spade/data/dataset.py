@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,35 +23,15 @@ from torch.utils.data import Dataset
 
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.data.batch import Sample
-from imaginaire_spade.data.distances import NOT_FINITE, class_distances, decode_distances
+from imaginaire_spade.data.distances import NOT_FINITE, class_distances
 from imaginaire_spade.data.folders import DISTANCES, Source
-from imaginaire_spade.data.image_files import (
-    decode_edges,
-    decode_image,
-    decode_instances,
-    decode_label,
-    image_size,
-    is_jpeg,
-)
+from imaginaire_spade.data.image_files import DECODERS, decode_image, image_size, is_jpeg
 from imaginaire_spade.data.lmdb_source import open_source, usable_memory
-from imaginaire_spade.data.transforms import (
-    Geometry,
-    apply_to_distances,
-    apply_to_image,
-    apply_to_map,
-    draw_geometry,
-)
+from imaginaire_spade.data.transforms import Geometry, apply_to_distances, apply_to_image, apply_to_map, draw_geometry
 from imaginaire_spade.errors import DataError, LabelError
-from imaginaire_spade.labels import EdgeSource, LabelSpec
+from imaginaire_spade.labels import EdgeSource, LabelSpec, edges_from_ids
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.noise import four_numbers
-
-_DECODERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {
-    "seg_maps": decode_label,
-    "edge_maps": decode_edges,
-    "inst_maps": decode_instances,
-    DISTANCES: decode_distances,
-}
 
 
 @dataclass
@@ -67,7 +47,7 @@ class _Root:
 
     def decode(self, key: str, data_type: str) -> NDArray[Any]:
         """Read and decode a map."""
-        return _DECODERS[data_type](self.source.read(key, data_type), self.source.describe(key, data_type))
+        return DECODERS[data_type](self.source.read(key, data_type), self.source.describe(key, data_type))
 
     def check_size(self, shape: tuple[int, ...], key: str, data_type: str, label_size: tuple[int, int]) -> None:
         """Refuse a file of another size than its label map."""
@@ -77,17 +57,6 @@ class _Root:
                 f" {self.source.describe(key, 'seg_maps')} is {label_size[0]} x {label_size[1]}: they must be of one"
                 " size. Resize the label map with nearest neighbour, or export both from the original"
             )
-
-
-class _Maps(NamedTuple):
-    """The maps of one sample, and what its photo needs."""
-
-    labels: Tensor
-    edges: Tensor | None
-    distances: Tensor | None
-    size: tuple[int, int]
-    """(height, width) of the stored label map."""
-    geometry: Geometry
 
 
 class LabelMapDataset(Dataset[Sample]):
@@ -160,7 +129,8 @@ class LabelMapDataset(Dataset[Sample]):
                 )
             self._roots.append(_Root(source, edges if found else EdgeSource.LABELS, stored))
         sources = [root.source for root in self._roots]
-        self._starts = np.cumsum([0, *(len(source.keys) for source in sources)])
+        self._places = [(root, key) for root in self._roots for key in root.source.keys]
+        """The root that has a sample, and the sample's key there."""
         self.keys = _unique_keys(sources)
         self.shard_sizes = [size for source in sources for size in source.shard_sizes]
         """Numbers of samples, in the order of ``keys``, whose files lie together."""
@@ -199,66 +169,59 @@ class LabelMapDataset(Dataset[Sample]):
         Raises:
             DataError, LabelError: naming the file and what is wrong with it.
         """
-        return self.read([item if isinstance(item, tuple) else (item, item)])[0]
+        [sample] = self.read([item if isinstance(item, tuple) else (item, item)])
+        if self.edges_follow_labels:
+            sample = sample._replace(edges=torch.from_numpy(edges_from_ids(sample.labels.numpy())))
+        return sample
 
     def read(
-        self,
-        items: Sequence[tuple[int, int]],
-        *,
-        draw_edges: bool = True,
-        images_out: Sequence[NDArray[np.uint8]] | None = None,
+        self, items: Sequence[tuple[int, int]], *, images_out: Sequence[NDArray[np.uint8]] | None = None
     ) -> list[Sample]:
-        """Read the samples of these (index, position) pairs.
+        """Read the samples of these (index, position) pairs, and leave edges that follow the labels to the layout.
 
         All maps, then all photos: an eighth faster, since what a stage uses stays in the processor's cache.
 
         Args:
-            draw_edges: False: leave edges that follow the labels to the layout.
             images_out: uint8 [H, W, 3] for each sample, to lay its photo in.
         Raises:
             DataError, LabelError: naming the file and what is wrong with it.
         """
-        maps = [self._read_maps(index, position, draw_edges) for index, position in items]
+        read = [self._read_maps(*item) for item in items]
+        if not self.with_images:
+            return [sample for sample, _ in read]
         outs: Sequence[NDArray[np.uint8] | None] = images_out or [None] * len(items)
-        images = [self._read_image(i, found, out) for (i, _), found, out in zip(items, maps, outs, strict=True)]
         return [
-            Sample(image, found.labels, found.edges, found.distances, self.keys[index], found.size, position)
-            for (index, position), found, image in zip(items, maps, images, strict=True)
+            sample._replace(image=self._read_image(index, sample.original_size, geometry, out))
+            for (index, _), (sample, geometry), out in zip(items, read, outs, strict=True)
         ]
 
-    def _read_maps(self, index: int, position: int, draw_edges: bool) -> _Maps:
-        root, key = self._place(index)
+    def _read_maps(self, index: int, position: int) -> tuple[Sample, Geometry]:
+        """Read a sample without its photo."""
+        root, key = self._places[index]
         where, raw = root.source.describe(key, "seg_maps"), root.decode(key, "seg_maps")
         size = raw.shape[0], raw.shape[1]
         geometry = self._geometry(size, where, position)
         # Only values that reach the network are looked at; the builder has looked at all.
         labels = self._train_ids(apply_to_map(raw, geometry), where)
         edges, distances = None, None
-        if draw_edges or root.edges is not EdgeSource.LABELS:
-            edges = _read_edges(root, key, geometry, size, labels)
+        if not self.edges_follow_labels and (drawn := _read_edges(root, key, geometry, size, labels)) is not None:
+            edges = torch.from_numpy(drawn)
         if self.spec.has_distances:
-            distances = _read_distances(root, key, geometry, size, labels)
-        return _Maps(
-            torch.from_numpy(labels),
-            None if edges is None else torch.from_numpy(edges),
-            None if distances is None else torch.from_numpy(distances),
-            size,
-            geometry,
-        )
+            distances = torch.from_numpy(_read_distances(root, key, geometry, size, labels))
+        sample = Sample(None, torch.from_numpy(labels), edges, distances, self.keys[index], size, position)
+        return sample, geometry
 
-    def _read_image(self, index: int, maps: _Maps, out: NDArray[np.uint8] | None) -> Tensor | None:
+    def _read_image(
+        self, index: int, size: tuple[int, int], geometry: Geometry, out: NDArray[np.uint8] | None
+    ) -> Tensor:
         """Read a photo: uint8 [3, H, W] RGB, in memory channels last. A JPEG is decoded no larger than need be."""
-        if not self.with_images:
-            return None
-        root, key = self._place(index)
+        root, key = self._places[index]
         where, data = root.source.describe(key, "images"), root.source.read(key, "images")
-        reduction = maps.geometry.reduction if is_jpeg(data) else 1
-        if reduction > 1:  # then its size is known from the header alone
-            root.check_size(image_size(data, where), key, "images", maps.size)
+        # (Once a JPEG is decoded at a part of its size, only the header tells that.)
+        root.check_size(image_size(data, where), key, "images", size)
+        reduction = geometry.reduction if is_jpeg(data) else 1
         image = decode_image(data, where, reduction=reduction)
-        if reduction == 1:
-            root.check_size(image.shape, key, "images", maps.size)
-        return torch.from_numpy(apply_to_image(image, maps.geometry, reduction=reduction, out=out)).permute(2, 0, 1)
+        return torch.from_numpy(apply_to_image(image, geometry, reduction=reduction, out=out)).permute(2, 0, 1)
 
     def expect_random_reads(self, shards_at_a_time: int | None = None) -> None:
         """Enable readahead only if the working set fits in memory; otherwise pages are evicted before use.
@@ -277,7 +240,7 @@ class LabelMapDataset(Dataset[Sample]):
         Raises:
             DataError, LabelError: it cannot be used.
         """
-        root, key = self._place(index)
+        root, key = self._places[index]
         where, raw = root.source.describe(key, "seg_maps"), root.decode(key, "seg_maps")
         if self._on_unknown is None:
             self.labels.count_pixels(raw, where)
@@ -288,13 +251,6 @@ class LabelMapDataset(Dataset[Sample]):
     def _geometry(self, stored: tuple[int, int], where: str, position: int) -> Geometry:
         augmentations = self.augmentations if self._size_of is None else _resizing_to(self._size_of(stored))
         return draw_geometry(*stored, augmentations, four_numbers(self.seed, position, "augmentation"), where)
-
-    def _place(self, index: int) -> tuple[_Root, str]:
-        """Find the root that has a sample, and the sample's key there."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._roots[number], self._roots[number].source.keys[index - self._starts[number]]
 
     def _train_ids(self, raw: NDArray[np.generic], where: str) -> NDArray[np.generic]:
         try:

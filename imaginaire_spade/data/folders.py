@@ -10,6 +10,7 @@ LMDBs is such a key spelled ``./STEM``.) Names are taken as they are: nothing is
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,15 +35,10 @@ class Source(ABC):
     readahead = True
     """Whether a page that is read from a large file brings those after it."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Return the size of the large files that samples are read from."""
-        return 0
-
-    @property
-    def shard_sizes(self) -> list[int]:
-        """List numbers of samples, in the order of ``keys``, whose files lie together."""
-        return [len(self.keys)]
+    num_bytes = 0
+    """The size of the large files that samples are read from."""
+    shard_sizes: list[int]
+    """Numbers of samples, in the order of ``keys``, whose files lie together."""
 
     @abstractmethod
     def has(self, data_type: str) -> bool:
@@ -84,6 +80,13 @@ def split_key(key: str) -> tuple[str, str]:
     return sequence or ROOT_SEQUENCE, stem
 
 
+def instead_of(data_type: str) -> str:
+    """Say how to do without a data type that is not there."""
+    if data_type in ("edge_maps", "inst_maps"):
+        return "; or write data.edges: labels (borders of the label map) or data.edges: none"
+    return ""
+
+
 class FolderSource(Source):
     """Samples as plain files.
 
@@ -112,7 +115,7 @@ class FolderSource(Source):
         self._folders = {t: root if bare else root / t for t in wanted}
         for data_type, folder in self._folders.items():
             if not folder.is_dir():
-                raise DataError(f"{root}: no folder {data_type}/ there; expected {LAYOUT}")
+                raise DataError(f"{root}: no folder {data_type}/ there; expected {LAYOUT}{instead_of(data_type)}")
         self.skipped: list[Path] = []
         """Files whose extension is none of their data type."""
         self._extensions = {
@@ -120,7 +123,8 @@ class FolderSource(Source):
             for t, folder in self._folders.items()
         }
         paired = {t: files for t, files in self._extensions.items() if t != DISTANCES}
-        self.unpaired = _unpaired(paired)
+        union = set().union(*paired.values())
+        self.unpaired = {t: sorted(union - files.keys(), key=split_key) for t, files in paired.items()}
         """Data type -> keys that other data types have and it lacks."""
         if any(self.unpaired.values()) and not drop_unpaired:
             raise DataError(_explain_unpaired(root, self.unpaired))
@@ -130,6 +134,7 @@ class FolderSource(Source):
             extensions = " ".join(IMAGE_EXTENSIONS)
             raise DataError(f"{root}: no samples ({counts}; extensions {extensions}); expected {LAYOUT}")
         self.keys = sorted(common, key=split_key)
+        self.shard_sizes = [len(self.keys)]
 
     def has(self, data_type: str) -> bool:
         return data_type in self._folders and all(key in self._extensions[data_type] for key in self.keys)
@@ -158,21 +163,23 @@ class FolderSource(Source):
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
-    def total_size(self, keys: Sequence[str], data_type: str) -> int:
-        """Return the bytes of all their files.
+    def file_size(self, key: str, data_type: str) -> int:
+        """Return a file's number of bytes.
 
         Raises:
-            DataError: one of the files is gone.
+            DataError: it is gone.
         """
+        path = self.path(key, data_type)
         try:
-            return sum(self.path(key, data_type).stat().st_size for key in keys)
+            return path.stat().st_size
         except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
     def restricted_to(self, keys: Sequence[str]) -> FolderSource:
         """Return the same source with a part of its keys, in its own order."""
-        part = object.__new__(FolderSource)
-        part.__dict__.update(self.__dict__, keys=sorted(keys, key=split_key))
+        part = copy.copy(self)
+        part.keys = sorted(keys, key=split_key)
+        part.shard_sizes = [len(keys)]
         return part
 
 
@@ -206,38 +213,30 @@ def _scan(folder: Path, extensions: Sequence[str], skipped: list[Path]) -> dict[
 
 
 def _extension(name: str, extensions: Sequence[str]) -> str:
-    """Return the extension as spelled, or "" where it is none of ``extensions`` (or the file is hidden)."""
-    stem, dot, extension = name.rpartition(".")
-    return extension if stem and dot and not name.startswith(".") and extension.lower() in extensions else ""
+    """Return the extension as spelled, or "" where it is none of ``extensions``."""
+    stem, _, extension = name.rpartition(".")
+    return extension if stem and extension.lower() in extensions else ""
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield (sequence, file name) of every visible file, sorted; links to folders are followed once each."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
     seen: set[str] = set()
-    pending = [(folder, ROOT_SEQUENCE)]
-    while pending:
-        place, sequence = pending.pop()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:
+            folders.clear()
             continue
         seen.add(real)
-        try:
-            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
-        except OSError as error:
-            raise DataError(f"{place}: cannot be read: {error.strerror}") from None
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue  # .DS_Store, ._name.jpg, .ipynb_checkpoints
-            if entry.is_dir():
-                inner = entry.name if sequence == ROOT_SEQUENCE else f"{sequence}/{entry.name}"
-                pending.append((place / entry.name, inner))
-            else:
-                yield sequence, entry.name
-
-
-def _unpaired(files: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
-    union = set().union(*files.values())
-    return {data_type: sorted(union - set(keys), key=split_key) for data_type, keys in files.items()}
+        # (Hidden: .DS_Store, ._name.jpg, .ipynb_checkpoints.)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        sequence = Path(place).relative_to(folder).as_posix()
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield sequence, name
 
 
 def _explain_unpaired(root: Path, unpaired: Mapping[str, Sequence[str]]) -> str:

@@ -8,6 +8,7 @@ indices, 16-bit greys stay 16-bit, 1-, 2- and 4-bit greys give the raw sample va
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from imaginaire_spade.data.distances import decode_distances
 from imaginaire_spade.errors import DataError
 
 # No thread pool of OpenCV's own: work is spread over processes. It must be switched off here, before it exists: a child
@@ -27,12 +29,7 @@ MAX_PIXELS = 2**27
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
 
 # OpenCV has combined scale and colour flags for BGR only, so the individual flags are ORed.
-_SCALE = {
-    1: 0,
-    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}
+_SCALE = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
 _PNG = b"\x89PNG\r\n\x1a\n"
 _GREY, _PALETTE = 0, 3  # PNG colour types
 
@@ -230,3 +227,13 @@ def encode_map(ids: NDArray[Any]) -> bytes:
         ids = ids.astype(np.uint16) if small else np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], 2)
     stored = ids if ids.dtype == np.uint16 else ids.astype(np.uint8, copy=False)
     return cv2.imencode(".png", stored[..., ::-1] if stored.ndim == 3 else stored, _MAP_OPTIONS)[1].tobytes()
+
+
+DECODERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {
+    "images": decode_image,
+    "seg_maps": decode_label,
+    "edge_maps": decode_edges,
+    "inst_maps": decode_instances,
+    "distances": decode_distances,
+}
+"""Data type -> how its files are decoded: [H, W] or [H, W, 3]; distances are [2, H, W]."""

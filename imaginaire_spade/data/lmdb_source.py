@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from imaginaire_spade.data.folders import (
     FolderSource,
     Source,
     holds_images,
+    instead_of,
     make_key,
     split_key,
     stays_inside,
@@ -48,32 +48,26 @@ class LmdbSource(Source):
         self.root = root
         self._shards = [str(shard) for shard in shards]
         self.keys = []
+        self.shard_sizes = []
         self._shard_of: dict[str, int] = {}
-        self._data_types = tuple(data_types)
         for number, shard in enumerate(shards):
             for key in _read_filenames(shard / FILENAMES):
                 if key in self._shard_of:
                     raise DataError(f"{shard / FILENAMES}: {key!r} stands there twice, or in another shard as well")
                 self._shard_of[key] = number
                 self.keys.append(key)
+            self.shard_sizes.append(len(self.keys) - sum(self.shard_sizes))
             for data_type in DATA_TYPES:
-                forget_replaced(_data_file(shard, data_type))
+                _forget_replaced(_data_file(shard, data_type))
             for data_type in data_types:
                 if not _is_there(shard, data_type):
                     raise DataError(
                         f"{shard}: no LMDB {data_type}/ there. Build it with that data type"
-                        f" (a folder {data_type}/ in --data_root of scripts/build_lmdb.py){_instead(data_type)}"
+                        f" (a folder {data_type}/ in --data_root of scripts/build_lmdb.py){instead_of(data_type)}"
                     )
+                self.num_bytes += Path(_data_file(shard, data_type)).stat().st_size
         if not self.keys:
             raise DataError(f"{root}: {FILENAMES} lists no samples: build it again with scripts/build_lmdb.py")
-
-    @property
-    def shard_sizes(self) -> list[int]:
-        return list(Counter(self._shard_of.values()).values())
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(Path(_data_file(shard, t)).stat().st_size for shard in self._shards for t in self._data_types)
 
     def has(self, data_type: str) -> bool:
         return all(_is_there(shard, data_type) for shard in self._shards)
@@ -125,16 +119,7 @@ def open_source(
             f"{root}: no data set there. Looked for {MANIFEST} or {FILENAMES} (an LMDB built by"
             f" scripts/build_lmdb.py or imaginaire) and for {LAYOUT}"
         )
-    for data_type in data_types:
-        if not (root / data_type).is_dir():
-            raise DataError(f"{root}: no folder {data_type}/ there; expected {LAYOUT}{_instead(data_type)}")
     return FolderSource(root, data_types, optional=optional)
-
-
-def _instead(data_type: str) -> str:
-    if data_type in ("edge_maps", "inst_maps"):
-        return "; or write data.edges: labels (borders of the label map) or data.edges: none"
-    return ""
 
 
 def _data_file(shard: Path | str, data_type: str) -> str:
@@ -183,17 +168,20 @@ def _read_filenames(path: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------ environments
 
 # One environment per file and process: LMDB forbids two, and training and validation may read the same file.
-# Path of data.mdb -> (process, (inode, size), environment).
-_environments: dict[str, tuple[int, tuple[int, int], lmdb.Environment]] = {}
+# Path of data.mdb -> ((inode, size), environment).
+_environments: dict[str, tuple[tuple[int, int], lmdb.Environment]] = {}
 _opening = threading.Lock()
 
 
-def _renew_lock() -> None:
+def _forget_inherited() -> None:
+    """Close what this process got from the one that forked it: processes must not share handles."""
     global _opening
-    _opening = threading.Lock()  # another thread may have held it when this process was forked
+    _opening = threading.Lock()  # another thread may have held it
+    while _environments:
+        _environments.popitem()[1][1].close()
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+os.register_at_fork(after_in_child=_forget_inherited)
 
 
 def usable_memory(cgroups: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> int:
@@ -224,8 +212,7 @@ def read_value(data_file: str, key: bytes, *, readahead: bool = True) -> bytes |
         DataError: the file cannot be opened as an LMDB, or is cut off.
     """
     with _opening:
-        known = _environments.get(data_file)
-        environment = known[2] if known and known[0] == os.getpid() else _open(data_file, readahead)
+        environment = _environments[data_file][1] if data_file in _environments else _open(data_file, readahead)
     # (A copy: views into the map would save 6 us of a value's 1000, and be deadly where the file is replaced.)
     with environment.begin() as transaction:
         value: bytes | None = transaction.get(key)
@@ -233,33 +220,30 @@ def read_value(data_file: str, key: bytes, *, readahead: bool = True) -> bytes |
 
 
 def _open(data_file: str, readahead: bool) -> lmdb.Environment:
-    if data_file in _environments:
-        # Inherited through fork: LMDB counts it as open, but handles must not be shared between processes.
-        _environments.pop(data_file)[2].close()
     path = Path(data_file)
     try:
-        status = path.stat()
+        identity = _identify(path)
         environment = lmdb.open(str(path.parent), readonly=True, lock=False, readahead=readahead, create=False)
     except (OSError, lmdb.Error) as error:
         raise DataError(f"{path}: cannot be opened as an LMDB: {error}") from None
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    if status.st_size < needed:
+    if identity[1] < needed:
         # Reading beyond the end of a mapped file kills the process (SIGBUS): refuse before.
         environment.close()
-        raise DataError(f"{path}: cut off ({status.st_size} bytes of {needed}): copy it again")
-    _environments[data_file] = (os.getpid(), (status.st_ino, status.st_size), environment)
+        raise DataError(f"{path}: cut off ({identity[1]} bytes of {needed}): copy it again")
+    _environments[data_file] = identity, environment
     return environment
 
 
-def forget_replaced(data_file: str) -> None:
+def _identify(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size
+
+
+def _forget_replaced(data_file: str) -> None:
     """Close the environment of a file that was removed or built anew since it was opened."""
     with _opening:
-        if data_file not in _environments:
-            return
-        try:
-            status = os.stat(data_file)  # noqa: PTH116 (the key is text)
-            unchanged = (status.st_ino, status.st_size) == _environments[data_file][1]
-        except FileNotFoundError:
-            unchanged = False
-        if not unchanged:
-            _environments.pop(data_file)[2].close()
+        if data_file in _environments:
+            path = Path(data_file)
+            if not path.exists() or _identify(path) != _environments[data_file][0]:
+                _environments.pop(data_file)[1].close()

@@ -7,6 +7,8 @@ p div n, whatever the number of processes or workers and wherever the run was in
 from __future__ import annotations
 
 import ctypes
+import itertools
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,14 +17,14 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, TypeVar, cast
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
@@ -49,52 +51,49 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-@dataclass(eq=False)
-class ResumableSampler(Sampler[Item]):
-    """(index, position) of one process's samples, without end.
+def training_order(
+    shard_sizes: Sequence[int],
+    batch_size: int,
+    *,
+    seed: int,
+    images_seen: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    shuffle_shards: int | None = None,
+) -> Iterator[list[Item]]:
+    """Yield the (index, position) of each sample of one process's batches, without end.
 
-    Position p = 0, 1, 2, ... of the run has sample ``permutation(seed, p // n)[p % n]``. In iteration t,
+    Position p = 0, 1, 2, ... of the run has sample ``permutation(seed, p // n)[p % n]`` of n. In iteration t,
     process ``rank`` takes ``batch_size`` positions from ``images_seen + (t * world_size + rank) * batch_size`` on: the
     processes' batches in rank order are the batch of one process with ``batch_size * world_size``.
 
-    With ``shuffle_shards`` the permutation takes shard after shard, in random order, and mixes the samples of that many
-    at a time; ``shard_sizes`` are their numbers of samples.
+    Args:
+        shard_sizes: numbers of samples, in the order of their indices, whose files lie together.
+        shuffle_shards: the permutation takes shard after shard, in random order, and mixes the samples of that many at
+            a time; None: of all.
     """
+    num_samples = sum(shard_sizes)
+    assert num_samples > 0 and batch_size > 0 and images_seen >= 0
+    assert 0 <= rank < world_size
+    epoch, order = -1, np.empty(0, np.int64)
+    for start in itertools.count(images_seen + rank * batch_size, batch_size * world_size):
+        batch = []
+        for position in range(start, start + batch_size):
+            if position // num_samples != epoch:
+                epoch = position // num_samples
+                order = _permutation(shard_sizes, shuffle_shards, seed, epoch)
+            batch.append((int(order[position % num_samples]), position))
+        yield batch
 
-    num_samples: int
-    batch_size: int
-    _: KW_ONLY
-    seed: int
-    images_seen: int = 0
-    rank: int = 0
-    world_size: int = 1
-    shuffle_shards: int | None = None
-    shard_sizes: Sequence[int] = ()
 
-    def __post_init__(self) -> None:
-        assert self.shuffle_shards is None or sum(self.shard_sizes) == self.num_samples
-        assert self.num_samples > 0 and self.batch_size > 0 and self.images_seen >= 0
-        assert 0 <= self.rank < self.world_size
-
-    def __iter__(self) -> Iterator[Item]:
-        epoch, order = -1, np.empty(0, np.int64)
-        start = self.images_seen + self.rank * self.batch_size
-        while True:
-            for position in range(start, start + self.batch_size):
-                if position // self.num_samples != epoch:
-                    epoch = position // self.num_samples
-                    order = self._permutation(epoch)
-                yield int(order[position % self.num_samples]), position
-            start += self.batch_size * self.world_size
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        rng = generator_for(self.seed, epoch, "permutation")
-        if self.shuffle_shards is None:
-            return rng.permutation(self.num_samples)
-        shards = np.split(np.arange(self.num_samples), np.cumsum(self.shard_sizes)[:-1])
-        order = [shards[i] for i in rng.permutation(len(shards))]
-        mixed = (order[i : i + self.shuffle_shards] for i in range(0, len(order), self.shuffle_shards))
-        return np.concatenate([rng.permutation(np.concatenate(together)) for together in mixed])
+def _permutation(shard_sizes: Sequence[int], shuffle_shards: int | None, seed: int, epoch: int) -> NDArray[np.int64]:
+    rng = generator_for(seed, epoch, "permutation")
+    if shuffle_shards is None:
+        return rng.permutation(sum(shard_sizes))
+    shards = np.split(np.arange(sum(shard_sizes)), np.cumsum(shard_sizes)[:-1])
+    order = [shards[i] for i in rng.permutation(len(shards))]
+    mixed = (order[i : i + shuffle_shards] for i in range(0, len(order), shuffle_shards))
+    return np.concatenate([rng.permutation(np.concatenate(together)) for together in mixed])
 
 
 def training_loader(
@@ -109,7 +108,7 @@ def training_loader(
     pin_memory: bool = False,
     shuffle_shards: int | None = None,
 ) -> Iterator[Batch]:
-    """Load the training batches of one process, without end, in the order of ``ResumableSampler``.
+    """Load the training batches of one process, without end, in the order of ``training_order``.
 
     Raises:
         DataError: (from the iterator) a sample cannot be used; the same message from any worker.
@@ -122,18 +121,16 @@ def training_loader(
         )
         shuffle_shards = None
     dataset.expect_random_reads(shuffle_shards)
-    sampler = ResumableSampler(
-        len(dataset),
+    items = training_order(
+        dataset.shard_sizes,
         batch_size,
         seed=seed,
         images_seen=images_seen,
         rank=rank,
         world_size=world_size,
         shuffle_shards=shuffle_shards,
-        shard_sizes=dataset.shard_sizes,
     )
-    batches: Any = BatchSampler(cast(Any, sampler), batch_size, drop_last=True)  # torch's types know only int items
-    return _load(dataset, batches, batch_size, num_workers, pin_memory, _start_training_worker)
+    return _load(dataset, items, batch_size, num_workers, pin_memory)
 
 
 def sequential_batches(
@@ -172,18 +169,17 @@ class _Batches(Dataset["Batch | Filled | UserError"]):
             self.slots = [[_share(blanks.map(Tensor.clone)) for _ in range(PREFETCH + 1)] for _ in range(num_workers)]
 
     def __getitem__(self, items: Sequence[Item]) -> Batch | Filled | UserError:
-        draw_edges = not self.dataset.edges_follow_labels  # else that is the device's work
         worker = get_worker_info()
         try:
             if worker is None or not self.slots:
-                batch = Batch.collate(self.dataset.spec, self.dataset.read(items, draw_edges=draw_edges))
+                batch = Batch.collate(self.dataset.spec, self.dataset.read(items))
                 return batch if worker is None else _share(batch)
             number = self._filled % (PREFETCH + 1)
             self._filled += 1
             slot = self.slots[worker.id][number]
             # Photos are resized straight into the slot, whose memory stays in the processor's cache.
             places = None if slot.images is None else [*slot.images[: len(items)].permute(0, 2, 3, 1).numpy()]
-            samples = self.dataset.read(items, draw_edges=draw_edges, images_out=places)
+            samples = self.dataset.read(items, images_out=places)
         except UserError as error:
             return error
         slot.fill(samples)
@@ -210,12 +206,7 @@ def _share(batch: Batch) -> Batch:
 
 
 def _load(
-    dataset: LabelMapDataset,
-    items: Iterable[list[Item]],
-    batch_size: int,
-    num_workers: int,
-    pin_memory: bool,
-    start_worker: Callable[[int], None] | None = None,
+    dataset: LabelMapDataset, items: Iterable[list[Item]], batch_size: int, num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
     batches = _Batches(dataset, batch_size, num_workers)
     loader = DataLoader(
@@ -224,7 +215,7 @@ def _load(
         batch_size=None,  # an item is a whole batch already
         num_workers=num_workers,
         prefetch_factor=PREFETCH if num_workers else None,
-        worker_init_fn=start_worker or _start_worker,
+        worker_init_fn=start_worker,
         collate_fn=_unchanged,
     )
     try:
@@ -245,23 +236,21 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _start_worker(worker: int) -> None:
-    # One process per core: torch's threads inside each would only fight for them. (image_files.py: no OpenCV threads.)
-    torch.set_num_threads(1)
-    # Ctrl-C is the main process's to handle; a handler of its own for SIGTERM must not live on in forked workers.
+def start_worker(worker: int) -> None:
+    """Set what signals do to a worker process of a DataLoader, whose main process may have handlers of its own."""
+    # Schedulers and launchers send their signals to every process of a job, and a terminal sends Ctrl-C. The main one
+    # needs batches until it has saved, and closes its loader itself; should it fail to, the alarm ends this worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _start_training_worker(worker: int) -> None:
-    # Schedulers and launchers send their signals to every process of a job. The main one needs batches until it has
-    # saved, and closes its loader itself; should it fail to, the alarm ends this worker.
-    _start_worker(worker)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     if sys.platform == "linux":
         # A worker that outlives its killed process holds that one's connections open, and its peers wait for answers.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    if multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent.pid:
+        # It was killed before the line above, and torch takes whoever adopted this worker for it: nobody else ends it.
+        os._exit(1)
 
 
 def default_num_workers(num_processes: int = 1) -> int:

@@ -16,12 +16,11 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_label, encode_map
+from imaginaire_spade.data.image_files import DECODERS, IMAGE_EXTENSIONS, decode_label, encode_map
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.dataset_prep.maps import Writing, write_maps
 from imaginaire_spade.errors import ConfigError, DataError, how_to_install
 from imaginaire_spade.files import encode_image, read_json
-from imaginaire_spade.lmdb_builder.sample import DECODERS
 
 FIRST_OBJECT = 256
 """In an instance map, smaller numbers are label ids of pixels that belong to no object."""

@@ -8,7 +8,6 @@ talk to each other: each builds the shards of its rank, and the last to finish f
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,20 +18,10 @@ from imaginaire_spade.data.folders import DISTANCES, FolderSource
 from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS
 from imaginaire_spade.data.lmdb_source import MANIFEST, store_key
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.files import flush_folder, read_json, write_json
 from imaginaire_spade.labels import EdgeSource, LabelSpec
-from imaginaire_spade.lmdb_builder.output import (
-    check_output,
-    choose_root,
-    expect_room,
-    hold_shards,
-    kept_shards,
-    locked,
-    move_into_place,
-    remove_if_empty,
-)
+from imaginaire_spade.lmdb_builder.output import check_output, expect_room, hold_shards, join_shards, prepare_root
 from imaginaire_spade.lmdb_builder.sample import LoadedSample, Plan, load_sample
-from imaginaire_spade.lmdb_builder.shard import Manifest, join_manifests, write_shard
+from imaginaire_spade.lmdb_builder.shard import Manifest, write_shard
 from imaginaire_spade.lmdb_builder.workers import count_workers, map_in_order
 
 OPTIONAL_TYPES = ("edge_maps", "inst_maps", DISTANCES)
@@ -83,100 +72,49 @@ def build_dataset(
     # Refuse what cannot work.
     raw, output = Path(data_root), Path(output_root).absolute()
     num_shards = world_size if num_shards is None else num_shards
-    if num_shards < world_size or (num_workers is not None and num_workers < 0):
-        raise DataError(
-            f"--num_shards {num_shards} --num_workers {num_workers}: write at least {world_size} shard(s), one per"
-            " process, and 0 workers"
-        )
+    num_workers = count_workers(num_workers, world_size)
+    if num_shards < world_size:
+        raise DataError(f"--num_shards {num_shards}: write at least {world_size} shard(s), one per process")
     if resize_smallest_side is not None and (resize_smallest_side < 1 or not check or not 1 <= quality <= 100):
         raise DataError("--resize_smallest_side takes at least 1, with --quality 1..100, and excludes --no_check")
     if recode_maps and not check:
         raise DataError("--recode_maps decodes every map, which --no_check excludes: write one of the two")
     check_output(raw, output, overwrite, resume)
+    # Select the samples.
+    types = tuple(dict.fromkeys(data_types or ()))
+    if data_types is None:
+        optional = [t for t in OPTIONAL_TYPES if t in EdgeSource(edges).files_needed or (raw / t).is_dir()]
+        types = ("images", "seg_maps", *optional)
+    source = FolderSource(raw, types, drop_unpaired=drop_unpaired or input_list is not None)
+    left_out = [f"{path.relative_to(raw)}: no image by its extension" for path in source.skipped]
+    if input_list is None:
+        left_out += [f"{key}: dropped, no file in {t}" for t, keys in source.unpaired.items() for key in keys]
+    if left_out and rank == 0:
+        print(f"left out {len(left_out)} file(s) or sample(s)" + f" (all in {MANIFEST})" * (len(left_out) > 20) + ":")
+        print("\n".join(f"  {line}" for line in left_out[:20]))
+    if input_list is not None:
+        source = source.restricted_to(_read_list(Path(input_list), source))
+    if DISTANCES in types and (resize_smallest_side or not source.has(DISTANCES)):
+        reason = "does not shrink" if resize_smallest_side else "lacks some samples"
+        print(f"{raw / DISTANCES} {reason}: left out (scripts/make_distance_maps.py makes missing ones)")
+        types = tuple(t for t in types if t != DISTANCES)
     # Plan the shards.
-    source, types, left_out = _select_samples(
-        raw, edges, data_types, drop_unpaired, input_list, shrinks=bool(resize_smallest_side), silent=rank > 0
-    )
     if num_shards > len(source.keys):
         raise DataError(f"--num_shards {num_shards}: more shards than samples ({len(source.keys)})")
     shards = _divide(source.keys, num_shards)
     plan = Plan(source, labels, types, shards, check, resize_smallest_side, quality, recode_maps)
     own = list(shards)[rank::world_size]
     with hold_shards(output, range(num_shards)[rank::world_size]):
-        # Keep finished shards; remove other existing output if that is allowed.
-        root = choose_root(output, num_shards, overwrite)
-        may_clear = world_size == 1 and (overwrite or root != output)
-        kept = []
-        try:
-            if resume:
-                kept = kept_shards(plan, root, own)
-        except DataError as error:
-            if overwrite and world_size > 1:
-                raise DataError(
-                    f"{error}. Of several processes none may clear it away from under the others: remove {root}"
-                    " yourself, then start them again"
-                ) from None
-            if not may_clear:
-                raise
-        if may_clear and not kept:
-            shutil.rmtree(root, ignore_errors=True)
+        root, kept = prepare_root(plan, output, own, overwrite, resume, world_size)
         if kept:
             prefix = f"rank {rank}: " * (rank > 0)
             print(f"{prefix}resuming: {len(kept)} of {len(own)} shard(s) are complete and verified")
         # Write the others, and join all of them.
-        todo = [name for name in own if name not in kept]
-        num_bytes = {name: {t: source.total_size(shards[name], t) for t in types} for name in todo}
-        with expect_room(output, sum(sum(by_type.values()) for by_type in num_bytes.values())):
-            _write_shards(plan, root, num_bytes, count_workers(num_workers, world_size), silent=rank > 0)
-            with locked(output):
-                return _join(plan, root, output, left_out)
-
-
-def _select_samples(
-    raw: Path,
-    edges: str,
-    data_types: Sequence[str] | None,
-    drop_unpaired: bool,
-    input_list: str | Path | None,
-    *,
-    shrinks: bool,
-    silent: bool,
-) -> tuple[FolderSource, tuple[str, ...], list[str]]:
-    """Select what the options of ``build_dataset`` name.
-
-    Args:
-        shrinks: images will be resized, which distance maps cannot be.
-        silent: do not print what is left out.
-    Returns:
-        The samples; their data types; and what the folders hold beyond them, one line per file.
-    Raises:
-        DataError: folders or files are missing, do not pair up, or are not what ``input_list`` says.
-    """
-    if data_types is None:
-        optional = [t for t in OPTIONAL_TYPES if t in EdgeSource(edges).files_needed or (raw / t).is_dir()]
-        types = ("images", "seg_maps", *optional)
-    else:
-        types = tuple(dict.fromkeys(data_types))
-    source = FolderSource(raw, types, drop_unpaired=drop_unpaired or input_list is not None)
-    left_out = _left_out(source, input_list is None)
-    if left_out and not silent:
-        print(f"left out {len(left_out)} file(s) or sample(s)" + f" (all in {MANIFEST})" * (len(left_out) > 20) + ":")
-        print("\n".join(f"  {line}" for line in left_out[:20]))
-    if input_list is not None:
-        source = source.restricted_to(_read_list(Path(input_list), source))
-    if DISTANCES in types and (shrinks or not source.has(DISTANCES)):
-        reason = "does not shrink" if shrinks else "lacks some samples"
-        print(f"{raw / DISTANCES} {reason}: left out (scripts/make_distance_maps.py makes missing ones)")
-        types = tuple(t for t in types if t != DISTANCES)
-    return source, types, left_out
-
-
-def _left_out(source: FolderSource, list_unpaired: bool) -> list[str]:
-    """Describe the files that are no part of the data set, one line each."""
-    lines = [f"{path.relative_to(source.root)}: no image by its extension" for path in source.skipped]
-    for data_type, keys in source.unpaired.items():
-        lines += [f"{key}: dropped, no file in {data_type}" for key in keys if list_unpaired]
-    return lines
+        todo = {name: keys for name, keys in shards.items() if name in own and name not in kept}
+        num_bytes = sum(source.file_size(key, t) for keys in todo.values() for key in keys for t in types)
+        with expect_room(output, num_bytes):
+            _write_shards(plan, root, todo, num_workers, silent=rank > 0)
+            return join_shards(plan, root, output, left_out)
 
 
 def _read_list(path: Path, source: FolderSource) -> list[str]:
@@ -214,17 +152,15 @@ def _divide(keys: Sequence[str], num_shards: int) -> dict[str, list[str]]:
     return {name: sorted(keys[start:end], key=store_key) for name, (start, end) in pairs}
 
 
-def _write_shards(
-    plan: Plan, root: Path, num_bytes: Mapping[str, Mapping[str, int]], num_workers: int, silent: bool
-) -> None:
+def _write_shards(plan: Plan, root: Path, shards: Mapping[str, Sequence[str]], num_workers: int, silent: bool) -> None:
     """Write shards one after the other, while workers read and check the samples ahead.
 
     Args:
-        num_bytes: path of each shard to write -> data type -> size of its files.
+        shards: path of each shard to write -> its keys.
     Raises:
         DataError: with the problems of all samples, up to ``MAX_PROBLEMS``. Shards without one are finished.
     """
-    keys = [key for name in num_bytes for key in plan.shards[name]]
+    keys = [key for part in shards.values() for key in part]
     seen, problems = 0, list[str]()
 
     def watch(samples: Iterable[LoadedSample]) -> Iterator[LoadedSample]:
@@ -237,49 +173,14 @@ def _write_shards(
             if len(problems) >= MAX_PROBLEMS:
                 return
 
-    try:
-        with map_in_order(partial(load_sample, plan), keys, num_workers) as results:
-            samples = watch(results)
-            for name in num_bytes:
-                if len(problems) < MAX_PROBLEMS:
-                    part = itertools.islice(samples, len(plan.shards[name]))
-                    _write_one(plan, root, name, part, num_bytes[name])
-    finally:
-        remove_if_empty(root)
+    with map_in_order(partial(load_sample, plan), keys, num_workers) as results:
+        samples = watch(results)
+        for name, part in shards.items():
+            if len(problems) < MAX_PROBLEMS:
+                write_shard(plan, root, name, itertools.islice(samples, len(part)))
     if problems:
         rest = f" (checking stopped after sample {seen} of {len(keys)})" if seen < len(keys) else ""
         finished = sum((root / name / MANIFEST).is_file() for name in plan.shards)
         state = f"{finished} finished shard(s) are kept" if finished else "nothing was built"
         listed = "\n  ".join(problems[:MAX_PROBLEMS])
         raise DataError(f"{plan.source.root}: {len(problems)} problem(s), {state}{rest}:\n  {listed}")
-
-
-def _write_one(
-    plan: Plan, root: Path, name: str, samples: Iterable[LoadedSample], num_bytes: Mapping[str, int]
-) -> None:
-    """Write one shard in a temporary folder and rename it, if its samples have no problems."""
-    folder = root if name == "." else root / f"{name}.tmp"
-    is_finished = False
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        is_finished = write_shard(plan, name, samples, folder, num_bytes)
-        if is_finished and name != ".":
-            shutil.rmtree(root / name, ignore_errors=True)  # (--no-resume)
-            folder.replace(root / name)
-            flush_folder(root)
-    finally:
-        if not is_finished:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _join(plan: Plan, root: Path, output: Path, left_out: Sequence[str]) -> Manifest | None:
-    """Write the root's manifest and give the data set its name, if all shards are there."""
-    if not all((root / name / MANIFEST).is_file() for name in plan.shards):
-        return None
-    manifest = join_manifests({name: read_json(root / name / MANIFEST) for name in plan.shards}, left_out)
-    if not (root / MANIFEST).is_file() or read_json(root / MANIFEST) != manifest:
-        write_json(root / MANIFEST, manifest)
-        flush_folder(root)
-    if root != output:
-        move_into_place(root, output)
-    return manifest

@@ -11,7 +11,7 @@ import os
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import lmdb
@@ -20,9 +20,9 @@ from filelock import FileLock, Timeout
 from imaginaire_spade.data.folders import DATA_TYPES
 from imaginaire_spade.data.lmdb_source import FILENAMES, MANIFEST, METADATA
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.files import flush_folder, read_json
+from imaginaire_spade.files import flush_folder, read_json, write_json
 from imaginaire_spade.lmdb_builder.sample import Plan
-from imaginaire_spade.lmdb_builder.shard import Manifest, source_sha256, wrong_checksums
+from imaginaire_spade.lmdb_builder.shard import Manifest, difference, join_manifests, remove_if_empty, wrong_checksums
 
 
 def check_output(raw: Path, output: Path, overwrite: bool, resume: bool) -> None:
@@ -69,13 +69,38 @@ def is_finished(output: Path) -> bool:
     return (output / MANIFEST).is_file() or (output / FILENAMES).is_file()
 
 
-def choose_root(output: Path, num_shards: int, overwrite: bool) -> Path:
-    """Choose where to build: in the output itself, or in a temporary folder beside it."""
-    temporary = output.with_name(f"{output.name}.tmp")
-    if is_finished(output):
-        return temporary if overwrite else output
+def prepare_root(
+    plan: Plan, output: Path, own: Sequence[str], overwrite: bool, resume: bool, world_size: int
+) -> tuple[Path, list[str]]:
+    """Choose where to build, in the output itself or in a temporary folder beside it, and clear it if that is allowed.
+
+    Args:
+        own: the shards that this process builds.
+    Returns:
+        That folder, and those of ``own`` that are finished there.
+    Raises:
+        DataError: what is there belongs to another build.
+    """
+    root, temporary = output, output.with_name(f"{output.name}.tmp")
     # (A temporary folder without an output was about to take its place.)
-    return temporary if num_shards == 1 or temporary.exists() else output
+    if overwrite if is_finished(output) else ("." in plan.shards or temporary.exists()):
+        root = temporary
+    may_clear = world_size == 1 and (overwrite or root != output)
+    kept = []
+    try:
+        if resume:
+            kept = _kept_shards(plan, root, own)
+    except DataError as error:
+        if overwrite and world_size > 1:
+            raise DataError(
+                f"{error}. Of several processes none may clear it away from under the others: remove {root} yourself,"
+                " then start them again"
+            ) from None
+        if not may_clear:
+            raise
+    if may_clear and not kept:
+        shutil.rmtree(root, ignore_errors=True)
+    return root, kept
 
 
 @contextmanager
@@ -94,7 +119,7 @@ def hold_shards(output: Path, shards: Sequence[int]) -> Iterator[None]:
                 output.parent.mkdir(parents=True, exist_ok=True)
                 held.callback(remove_if_empty, output.parent)
             for shard in shards:
-                held.enter_context(locked(output, f"{shard}.", timeout=0))
+                held.enter_context(_locked(output, f"{shard}.", timeout=0))
         except Timeout:
             raise DataError(
                 f"--output_root {output}: another process is building there. Wait for it, end it, or choose another"
@@ -108,7 +133,7 @@ def hold_shards(output: Path, shards: Sequence[int]) -> Iterator[None]:
 
 
 @contextmanager
-def locked(output: Path, name: str = "", timeout: float = -1) -> Iterator[None]:
+def _locked(output: Path, name: str = "", timeout: float = -1) -> Iterator[None]:
     """Hold one lock of ``output``; wait for it for ``timeout`` seconds (-1: without end).
 
     Raises:
@@ -120,12 +145,6 @@ def locked(output: Path, name: str = "", timeout: float = -1) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)  # before it is released: whoever opened it meanwhile notices, and tries again
-
-
-def remove_if_empty(folder: Path) -> None:
-    """Remove a folder that holds nothing."""
-    with suppress(OSError):
-        folder.rmdir()
 
 
 @contextmanager
@@ -151,7 +170,7 @@ def expect_room(output: Path, num_bytes: int) -> Iterator[None]:
         ) from error
 
 
-def kept_shards(plan: Plan, root: Path, names: Sequence[str]) -> list[str]:
+def _kept_shards(plan: Plan, root: Path, names: Sequence[str]) -> list[str]:
     """List those of ``names`` that are there, complete, and of this very build. Damaged ones are removed.
 
     Raises:
@@ -178,7 +197,7 @@ def kept_shards(plan: Plan, root: Path, names: Sequence[str]) -> list[str]:
         if not (shard / MANIFEST).is_file():
             continue
         try:
-            differs = _difference(read_json(shard / MANIFEST), plan, name)
+            differs = difference(read_json(shard / MANIFEST), plan, name)
             is_damaged = any(wrong_checksums(shard))
         except (KeyError, TypeError, OSError, DataError):
             differs, is_damaged = "", True
@@ -194,23 +213,21 @@ def kept_shards(plan: Plan, root: Path, names: Sequence[str]) -> list[str]:
     return kept
 
 
-def _difference(manifest: Manifest, plan: Plan, name: str) -> str:
-    """Name what a shard differs in from the plan, or return ""."""
-    if manifest["labels"] != plan.labels.model_dump(mode="json"):
-        return "another label table"
-    if list(manifest["data_types"]) != list(plan.data_types):
-        return f"other data types ({', '.join(manifest['data_types'])})"
-    if any(manifest[key] != planned for key, planned in plan.treatment().items()):
-        return "another --resize_smallest_side, --quality, --recode_maps or --no_check"
-    return "" if manifest["source_sha256"] == source_sha256(plan, name) else "another set of samples or files"
-
-
-def move_into_place(root: Path, output: Path) -> None:
-    """Give a finished data set its name; what had it before is removed."""
-    old = root.with_name(f"{root.name}-old")
-    if output.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        output.replace(old)
-    root.replace(output)
-    flush_folder(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def join_shards(plan: Plan, root: Path, output: Path, left_out: Sequence[str]) -> Manifest | None:
+    """If all shards are there, write the root's manifest and give the data set its name; remove what had it before."""
+    with _locked(output):
+        if not all((root / name / MANIFEST).is_file() for name in plan.shards):
+            return None
+        manifest = join_manifests({name: read_json(root / name / MANIFEST) for name in plan.shards}, left_out)
+        if not (root / MANIFEST).is_file() or read_json(root / MANIFEST) != manifest:
+            write_json(root / MANIFEST, manifest)
+            flush_folder(root)
+        if root != output:
+            old = root.with_name(f"{root.name}-old")
+            if output.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                output.replace(old)
+            root.replace(output)
+            flush_folder(output.parent)
+            shutil.rmtree(old, ignore_errors=True)
+    return manifest

@@ -7,29 +7,24 @@ its way into a shard (``--resize_smallest_side``, ``--recode_maps``), and the co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imaginaire_spade.data.distances import NOT_FINITE, decode_distances
+from imaginaire_spade.data.distances import NOT_FINITE
 from imaginaire_spade.data.folders import DISTANCES, FolderSource, Source
-from imaginaire_spade.data.image_files import (
-    check_photo,
-    decode_edges,
-    decode_image,
-    decode_instances,
-    decode_label,
-    encode_map,
-)
+from imaginaire_spade.data.image_files import DECODERS, check_photo, encode_map
 from imaginaire_spade.data.lmdb_source import store_key
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import encode_image
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.lmdb_builder.lmdb_writer import MAX_KEY_BYTES
+
+MAX_KEY_BYTES = 511
+"""LMDB's limit."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +95,6 @@ class Contents:
         self.problems += sample.problems
 
 
-DECODERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {
-    "images": decode_image,
-    "seg_maps": decode_label,
-    "edge_maps": decode_edges,
-    "inst_maps": decode_instances,
-    DISTANCES: lambda data, where: decode_distances(data, where).transpose(1, 2, 0),
-}
-
-
 def check_sample(
     source: Source,
     key: str,
@@ -147,7 +133,8 @@ def check_sample(
                 sizes[data_type] = check_photo(data, where)
                 continue
             pixels[data_type] = array = DECODERS[data_type](data, where)
-            sizes[data_type] = array.shape[0], array.shape[1]
+            height, width = array.shape[1:] if data_type == DISTANCES else array.shape[:2]
+            sizes[data_type] = height, width
             if data_type == "seg_maps" and labels is not None:
                 sample.class_pixels = labels.count_pixels(array, where)
             elif data_type == DISTANCES and not np.isfinite(array).all():

@@ -1,75 +1,170 @@
 """Write one shard, read it back, flush it to the disk and describe it in its ``manifest.json``.
 
-Owns the manifest: its content, the sum over several shards, and its summary for people.
+Owns how LMDBs and their index are written, in imaginaire's format (``data/lmdb_source.py`` describes it), and the
+manifest: its content, the sum over several shards, and its summary for people.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
 import lmdb
 import numpy as np
 
-from imaginaire_spade.data.lmdb_source import MANIFEST, store_key
+from imaginaire_spade.data.folders import split_key
+from imaginaire_spade.data.lmdb_source import FILENAMES, MANIFEST, METADATA, store_key
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import file_sha256, flush_folder, read_json, write_json
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.lmdb_builder.lmdb_writer import EnvironmentWriter, most_common, write_index
 from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, Plan
 from imaginaire_spade.version import __version__
 
 Manifest = dict[str, Any]
+_CHUNK_BYTES = 16 << 20
 
 
-def write_shard(
-    plan: Plan, name: str, samples: Iterable[LoadedSample], folder: Path, expected_bytes: Mapping[str, int]
-) -> bool:
-    """Write one shard, read it back and flush it.
+def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSample]) -> None:
+    """Write one shard, read it back, flush and name it, unless a sample of it is missing or has a problem.
 
     Args:
         samples: of its keys, in their order.
-        folder: to make.
-        expected_bytes: data type -> size of all its files, about.
-    Returns:
-        Whether the shard is finished: none of its samples is missing or has a problem.
     Raises:
-        DataError, OSError, lmdb.Error: it cannot be written.
+        DataError, OSError, lmdb.Error: it cannot be written. Nothing is left of it.
     """
     keys = plan.shards[name]
-    digest = source_sha256(plan, name)  # before they are read: a file that changes meanwhile is noticed when resuming
+    digest = _source_sha256(plan, name)  # before they are read: a file that changes meanwhile is noticed when resuming
     extensions: dict[str, dict[str, str]] = {t: {} for t in plan.data_types}
     contents = Contents()
-    folder.mkdir(parents=True)
-    writers: dict[str, EnvironmentWriter] = {}
-    try:
-        # Write the samples.
-        for t in plan.data_types:
-            writers[t] = EnvironmentWriter(folder / t, expected_bytes[t], len(keys))
-        for sample in samples:
-            if sample.problems:
-                continue
-            for t, data in sample.files.items():
-                writers[t].put(store_key(sample.key), data)
-                extensions[t][sample.key] = sample.recoded.get(t) or plan.source.extension(sample.key, t)
-            contents.add(sample)
-        if contents.num_samples < len(keys):
-            return False
-        for writer in writers.values():
-            writer.close()
-    finally:
-        for writer in writers.values():
-            writer.abort()
-    assert all(writer.num_items == len(keys) for writer in writers.values()), "a sample was lost"
-    # Describe them.
-    write_index(folder, keys, extensions)
-    write_json(folder / MANIFEST, _manifest(plan, contents, extensions, digest, folder))
-    for written in (*(folder / t for t in plan.data_types), folder):
-        flush_folder(written)
-    return True
+    folder = root if name == "." else root / f"{name}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as unfinished:
+        unfinished.callback(remove_if_empty, root)
+        unfinished.callback(shutil.rmtree, folder, ignore_errors=True)
+        with ExitStack() as opened:
+            # Write the samples.
+            writers = {t: opened.enter_context(closing(EnvironmentWriter(folder / t))) for t in plan.data_types}
+            for sample in samples:
+                if sample.problems:
+                    continue
+                for t, data in sample.files.items():
+                    writers[t].put(store_key(sample.key), data)
+                    extensions[t][sample.key] = sample.recoded.get(t) or plan.source.extension(sample.key, t)
+                contents.add(sample)
+            if contents.num_samples < len(keys):
+                return
+            for writer in writers.values():
+                writer.finish(len(keys))
+        # Describe them.
+        write_index(folder, keys, extensions)
+        write_json(folder / MANIFEST, _manifest(plan, contents, extensions, digest, folder))
+        for written in (*(folder / t for t in plan.data_types), folder):
+            flush_folder(written)
+        # Name the shard.
+        if name != ".":
+            shutil.rmtree(root / name, ignore_errors=True)  # (--no-resume)
+            folder.replace(root / name)
+            flush_folder(root)
+        unfinished.pop_all()
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
+class EnvironmentWriter:
+    """A new LMDB environment, ``folder/data.mdb``; the same items give the same file, byte for byte.
+
+    Every commit reads its values back and compares them with the originals.
+
+    Args:
+        folder: made if missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._chunk: list[tuple[bytes, bytes]] = []
+        self._pending = 0
+        self._map_size = 1 << 20
+        self._env = self._open()
+
+    def _open(self) -> lmdb.Environment:
+        # 0o777 less what the umask takes away; LMDB leaves out the right to execute.
+        return lmdb.open(str(self._folder), map_size=self._map_size, lock=False, sync=False, mode=0o777)
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Add an item; keys must come in ascending order.
+
+        Raises:
+            OSError, lmdb.Error: the disk is full, or the like.
+            DataError: a value reads back differently.
+        """
+        self._chunk.append((key, value))
+        self._pending += len(value)
+        if self._pending >= _CHUNK_BYTES:
+            self._commit()
+            # What was read back counts as this process's memory as long as it is mapped.
+            self._env.close()
+            self._env = self._open()
+
+    def finish(self, num_items: int) -> None:
+        """Write what is left, and flush to disk.
+
+        Raises:
+            OSError, lmdb.Error, DataError: as ``put``; or the file holds another number of items.
+        """
+        self._commit()
+        self._env.sync(True)
+        if (entries := self._env.stat()["entries"]) != num_items:
+            raise DataError(f"{self._folder}: {entries} entries of {num_items} written")
+
+    def close(self) -> None:
+        """Leave the file as it is."""
+        self._env.close()
+
+    def _commit(self) -> None:
+        while True:
+            try:
+                with self._env.begin(write=True) as transaction:
+                    for key, value in self._chunk:
+                        transaction.put(key, value, append=True)
+                break
+            except lmdb.MapFullError:
+                self._map_size *= 2
+                self._env.set_mapsize(self._map_size)
+        with self._env.begin() as transaction:
+            for key, value in self._chunk:
+                if transaction.get(key) != value:
+                    raise DataError(f"{self._folder}: {key.decode()} reads back differently: is the disk failing?")
+        self._chunk, self._pending = [], 0
+
+
+def write_index(shard: Path, keys: Sequence[str], extensions: Mapping[str, Mapping[str, str]]) -> None:
+    """Write ``all_filenames.json`` and ``metadata.json``.
+
+    Args:
+        extensions: data type -> key -> extension. imaginaire knows one per type: the most common one is written.
+    """
+    stems: dict[str, list[str]] = {}
+    for key in sorted(keys, key=split_key):
+        sequence, stem = split_key(key)
+        stems.setdefault(sequence, []).append(stem)
+    write_json(shard / FILENAMES, stems)
+    write_json(shard / METADATA, {t: _most_common(by_key.values()) for t, by_key in extensions.items()})
+
+
+def _most_common(words: Iterable[str]) -> str:
+    """Return the most frequent word; of equally frequent ones the first in the alphabet."""
+    counts = Counter(words)
+    return min(counts, key=lambda word: (-counts[word], word))
 
 
 def _manifest(
@@ -79,9 +174,12 @@ def _manifest(
     files = {}
     for name in (f"{t}/data.mdb" for t in plan.data_types):
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
-    classes = range(plan.labels.num_classes + 1)  # don't-care last
-    pixels = [contents.class_pixels[i] for i in classes]
-    counted = plan.check and "seg_maps" in plan.data_types
+    pixels, holders = None, None
+    if plan.check and "seg_maps" in plan.data_types:
+        pixels, holders = (
+            [counts[i] for i in range(plan.labels.num_classes + 1)]  # don't-care last
+            for counts in (contents.class_pixels, contents.class_samples)
+        )
     return {
         "format": 1,
         "builder": f"imaginaire_spade {__version__}",
@@ -90,16 +188,16 @@ def _manifest(
         "data_types": {
             t: {
                 "bytes": contents.num_bytes[t],
-                "extension": (usual := most_common(extensions[t].values())),
+                "extension": (usual := _most_common(extensions[t].values())),
                 "other_extensions": {key: e for key, e in sorted(extensions[t].items()) if e != usual},
             }
             for t in plan.data_types
         },
         **plan.treatment(),
         "sizes_h_w": dict(sorted(contents.sizes.items())),
-        "class_pixels": pixels if counted else None,
-        "class_samples": [contents.class_samples[i] for i in classes] if counted else None,
-        "class_shares": _shares(pixels) if counted else None,
+        "class_pixels": pixels,
+        "class_samples": holders,
+        "class_shares": _shares(pixels),
         "labels": plan.labels.model_dump(mode="json"),
         "label_table": _label_table(plan.labels),
         "source_sha256": source_sha256,
@@ -107,17 +205,30 @@ def _manifest(
     }
 
 
-def source_sha256(plan: Plan, name: str) -> str:
+def _source_sha256(plan: Plan, name: str) -> str:
     """Compute the digest by which a finished shard is recognised: of the names and sizes of all its source files."""
     digest = hashlib.sha256()
     for key in plan.shards[name]:
-        num_bytes = {t: plan.source.total_size([key], t) for t in plan.data_types}
+        num_bytes = {t: plan.source.file_size(key, t) for t in plan.data_types}
         digest.update(f"{key}\0{num_bytes}\n".encode())
     return digest.hexdigest()
 
 
-def _shares(class_pixels: Sequence[int]) -> list[float]:
-    """Return the share of all pixels: 0..1, rounded to a millionth."""
+def difference(manifest: Manifest, plan: Plan, name: str) -> str:
+    """Name what a shard differs in from the plan, or return ""."""
+    if manifest["labels"] != plan.labels.model_dump(mode="json"):
+        return "another label table"
+    if list(manifest["data_types"]) != list(plan.data_types):
+        return f"other data types ({', '.join(manifest['data_types'])})"
+    if any(manifest[key] != planned for key, planned in plan.treatment().items()):
+        return "another --resize_smallest_side, --quality, --recode_maps or --no_check"
+    return "" if manifest["source_sha256"] == _source_sha256(plan, name) else "another set of samples or files"
+
+
+def _shares(class_pixels: Sequence[int] | None) -> list[float] | None:
+    """Return the share of all pixels: 0..1, rounded to a millionth; None if they were not counted."""
+    if class_pixels is None:
+        return None
     total = max(1, sum(class_pixels))
     return [round(count / total, 6) for count in class_pixels]
 
@@ -134,24 +245,24 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -
     parts = list(manifests.values())
     if list(manifests) == ["."]:
         return parts[0] | {"left_out": list(left_out)}
-    sizes: Counter[str] = Counter()
-    for part in parts:
-        sizes.update(part["sizes_h_w"])
-    counted = parts[0]["class_pixels"] is not None
-    pixels = np.sum([part["class_pixels"] for part in parts], axis=0).tolist() if counted else []
+    sizes = sum((Counter(part["sizes_h_w"]) for part in parts), Counter[str]())
+
+    def total(counts: str) -> Any:
+        return None if parts[0][counts] is None else np.sum([part[counts] for part in parts], axis=0).tolist()
+
     return parts[0] | {
         "num_samples": sum(part["num_samples"] for part in parts),
         "data_types": {
             t: {
                 "bytes": sum(part["data_types"][t]["bytes"] for part in parts),
-                "extension": most_common(part["data_types"][t]["extension"] for part in parts),
+                "extension": _most_common(part["data_types"][t]["extension"] for part in parts),
             }
             for t in parts[0]["data_types"]
         },
         "sizes_h_w": dict(sorted(sizes.items())),
-        "class_pixels": pixels if counted else None,
-        "class_samples": np.sum([part["class_samples"] for part in parts], axis=0).tolist() if counted else None,
-        "class_shares": _shares(pixels) if counted else None,
+        "class_pixels": total("class_pixels"),
+        "class_samples": total("class_samples"),
+        "class_shares": _shares(total("class_pixels")),
         "source_sha256": hashlib.sha256("".join(part["source_sha256"] for part in parts).encode()).hexdigest(),
         "shards": [{**part["shards"][0], "path": name} for name, part in manifests.items()],
         "left_out": list(left_out),

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import signal
-import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from imaginaire_spade.data.loader import PR_SET_PDEATHSIG, default_num_workers
+from imaginaire_spade.data.loader import default_num_workers, start_worker
 from imaginaire_spade.errors import DataError, UserError
 
 T = TypeVar("T")
@@ -23,7 +20,13 @@ CHUNK = 4
 
 
 def count_workers(num_workers: int | None, num_processes: int = 1) -> int:
-    """Return ``num_workers`` if it is given, else min(8, this process's share of the cores), at least 1."""
+    """Return ``num_workers`` if it is given, else min(8, this process's share of the cores), at least 1.
+
+    Raises:
+        DataError: it is negative.
+    """
+    if num_workers is not None and num_workers < 0:
+        raise DataError(f"--num_workers {num_workers}: write at least 0")
     return max(1, default_num_workers(num_processes)) if num_workers is None else num_workers
 
 
@@ -40,18 +43,16 @@ def map_in_order(task: Callable[[T], R], items: Sequence[T], num_workers: int | 
         DataError: ``num_workers`` is negative, or a worker was killed.
         UserError: the first that ``task`` raised, when the results before it have been taken.
     """
-    if num_workers is not None and num_workers < 0:
-        raise DataError(f"--num_workers {num_workers}: write at least 0")
-    chunks = _Chunks(task, items)
+    num_chunks = -(-len(items) // CHUNK)
     loader = DataLoader(
-        chunks,
-        batch_size=None,
+        _Results(task, items),
+        batch_size=CHUNK,
         collate_fn=list,  # a chunk as it is
-        num_workers=min(count_workers(num_workers), len(chunks)),
-        worker_init_fn=_start_worker,
+        num_workers=min(count_workers(num_workers), num_chunks),
+        worker_init_fn=start_worker,
     )
     try:
-        with closing(_results(loader)) as results:
+        with closing(_take(loader)) as results:
             yield results
     except RuntimeError as error:  # in the midst of the block too: torch raises it when a worker's end is signalled
         if "DataLoader worker" not in str(error):
@@ -59,34 +60,25 @@ def map_in_order(task: Callable[[T], R], items: Sequence[T], num_workers: int | 
         raise DataError("a worker process was killed (out of memory?): write a smaller --num_workers") from None
 
 
-class _Chunks(Dataset[list[R | UserError]]):
-    """The results of ``task``, a few at a time. What it raises is a value too: a worker's exceptions arrive changed."""
+class _Results(Dataset[R | UserError]):
+    """The results of ``task``. What it raises is a value too: a worker's exceptions arrive changed."""
 
     def __init__(self, task: Callable[[T], R], items: Sequence[T]) -> None:
         self.task = task
-        self.chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
+        self.items = items
 
     def __len__(self) -> int:
-        return len(self.chunks)
+        return len(self.items)
 
-    def __getitem__(self, index: int) -> list[R | UserError]:
-        results: list[R | UserError] = []
-        for item in self.chunks[index]:
-            try:
-                results.append(self.task(item))
-            except UserError as error:
-                results.append(error)
-        return results
+    def __getitem__(self, index: int) -> R | UserError:
+        try:
+            return self.task(self.items[index])
+        except UserError as error:
+            return error
 
 
-def _results(loader: DataLoader[list[R | UserError]]) -> Generator[R, None, None]:
+def _take(loader: DataLoader[R | UserError]) -> Generator[R, None, None]:
     for result in itertools.chain.from_iterable(loader):
         if isinstance(result, UserError):
             raise result
         yield result
-
-
-def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    if sys.platform == "linux":  # end at once with a main process that is killed, not at torch's next look at it
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
