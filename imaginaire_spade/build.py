@@ -1,7 +1,5 @@
 """Turn configuration into objects; no other module does."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """What several command lines share: flags, each of one spelling, one help text and one parsed name; checks of them."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Compare configurations: list what changed, and explain in words, not tensor shapes, whether a checkpoint fits."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

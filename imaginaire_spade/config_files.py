@@ -7,8 +7,6 @@ Owns the words of every complaint about a configuration: they name the file and 
 nearest valid spelling. What the keys are is ``config.py``'s.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

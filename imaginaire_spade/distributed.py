@@ -4,8 +4,6 @@ No other module touches ``torch.distributed``. It works alike under torchrun, th
 ``python -m torch.distributed.launch``, SLURM through either, and without any launcher (one process).
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from datetime import timedelta

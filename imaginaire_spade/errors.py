@@ -4,8 +4,6 @@ Every message says what is wrong, where (file, key, value), and what to write in
 alone and exit with ``EXIT_CODE``, which launchers can tell from a crash.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

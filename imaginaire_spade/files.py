@@ -1,7 +1,5 @@
 """Write files complete or not at all: images, JSON, any bytes. Checksums."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

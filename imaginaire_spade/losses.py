@@ -4,8 +4,6 @@ A term of the generator's objective is a module called with ``GeneratorOutputs``
 discriminator's loss. Users register their own in ``LOSSES``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal

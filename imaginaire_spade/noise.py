@@ -4,8 +4,6 @@ Every draw is a function of (seed, sample): the same numbers for any batch size,
 processes, and after a restart.
 """
 
-from __future__ import annotations
-
 import hashlib
 import struct
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ The numbering is exact: nothing is hashed, so nothing can collide. A window's id
 that cover it, packed into one integer below 2^63 (in several steps where they do not fit): equal ids, equal windows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

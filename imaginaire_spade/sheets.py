@@ -1,7 +1,5 @@
 """Draw contact sheets and class charts: rows of images, or bars, under titles."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import cache

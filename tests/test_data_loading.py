@@ -35,12 +35,7 @@ from imaginaire_spade.data.loader import (
     training_loader,
     training_order,
 )
-from imaginaire_spade.data.transforms import (
-    Geometry,
-    apply_to_image,
-    apply_to_map,
-    draw_geometry,
-)
+from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map, draw_geometry
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.labels import LabelSpec, edges_from_ids
 from imaginaire_spade.layout import LayoutSpec, borders

@@ -4,8 +4,6 @@ Owns their computation from a label map and their file format (``distances/NAME.
 every id counts as a class, don't-care too.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import tokenize

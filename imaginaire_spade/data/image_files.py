@@ -5,8 +5,6 @@ OpenCV reads; a map must be lossless, and its integers come out as they stand in
 indices, 16-bit greys stay 16-bit, 1-, 2- and 4-bit greys give the raw sample values. Knows nothing of label tables.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from typing import Any

@@ -5,8 +5,6 @@ A shard is a folder: one LMDB environment per data type (``images/data.mdb`` ...
 sorted stems; ``metadata.json``: data type -> extension. The builder adds ``manifest.json``. Decodes nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import threading

@@ -134,12 +134,7 @@ def training_loader(
 
 
 def sequential_batches(
-    dataset: LabelMapDataset,
-    indices: Sequence[int],
-    batch_size: int,
-    *,
-    num_workers: int = 0,
-    pin_memory: bool = False,
+    dataset: LabelMapDataset, indices: Sequence[int], batch_size: int, *, num_workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Batch]:
     """Load exactly the samples ``indices``, in that order; the last batch may be smaller. Positions are the indices."""
     items: list[list[Item]] = [

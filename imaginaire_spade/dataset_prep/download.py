@@ -1,7 +1,5 @@
 """Download and unpack archives (``scripts/download_test_data.py``)."""
 
-from __future__ import annotations
-
 import http.client
 import shutil
 import tarfile

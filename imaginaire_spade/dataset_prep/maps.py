@@ -4,8 +4,6 @@ Command lines: ``scripts/make_edge_maps.py``, ``make_distance_maps.py``, ``label
 (Edges can be drawn in training too, after the augmentation: ``data.edges: instances`` or ``labels``.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path

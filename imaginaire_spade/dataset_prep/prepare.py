@@ -4,8 +4,6 @@ Ids stay as they are in the download wherever the table in ``configs/labels/NAME
 linked), not decoded, wherever nothing has to change.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

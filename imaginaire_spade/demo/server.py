@@ -4,8 +4,6 @@ Owns who may ask (host and origin), how much may be sent, and how answers and er
 people at one machine: it has no accounts and no encryption.
 """
 
-from __future__ import annotations
-
 import errno
 import ipaddress
 import json

@@ -4,8 +4,6 @@ Owns the meaning and the limits of a request. Knows nothing of HTTP: bytes and p
 holds train ids on the page and between page and server, raw ids in files, as in the data set's files.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import io

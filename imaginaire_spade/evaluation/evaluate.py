@@ -1,7 +1,5 @@
 """Evaluate generated images: collect from them and from real ones, compute the scores, state the protocol."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 

@@ -4,8 +4,6 @@ Owns the one form in which images reach the scores, and what an image file may l
 samples: sample 0 is the image that counts, the others show diversity.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from abc import ABC, abstractmethod

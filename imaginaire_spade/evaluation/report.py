@@ -4,8 +4,6 @@ The protocol is everything that two scores must share to be comparable. One mode
 57.6, 51.98 and 50.38 on one data set, because nobody could see this.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Write the report page: one HTML file with scores, protocol, classes and images. It loads nothing."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from pathlib import Path

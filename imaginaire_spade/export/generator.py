@@ -12,8 +12,6 @@ It returns ``images`` float32 [N, 3, H, W], RGB in [-1, 1]. N, H and W are free;
 ``size_multiple``, and at least twice that.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import logging

@@ -4,8 +4,6 @@ Owns the order of a run: which label maps are this process's, reading ahead, lab
 progress, and what the gallery page shows.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """Find the images that evaluate.py scores: stored ones, or those that a checkpoint generates; with their photos."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial

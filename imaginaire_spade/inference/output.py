@@ -1,7 +1,5 @@
 """Plan and fill the output folder: file names, accepted existing contents, animations, the gallery page."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

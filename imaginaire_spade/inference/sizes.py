@@ -5,8 +5,6 @@ generator knows objects at the scale at which it has seen them: a street learned
 black walls and a white road.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A ``StyleOf`` is a function of a label map's key and the number of the sample, s
 processes changes an image.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache

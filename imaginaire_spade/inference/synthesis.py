@@ -4,8 +4,6 @@ Owns the way of a label map through the generator: batches of one size, padding 
 little memory and damaged weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 

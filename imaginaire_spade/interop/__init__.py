@@ -4,8 +4,6 @@
 that fix the architecture and load the other system's state dict into it. Every tensor must find its place.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar

@@ -4,8 +4,6 @@ Owns how to read foreign files without running code in them, how to find the net
 files that ``scripts/import_checkpoint.py`` and ``scripts/export_checkpoint.py`` write.
 """
 
-from __future__ import annotations
-
 import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@ The tables list the keys that translate one by one; the functions below them han
 translated or listed as ignored (no equivalent).
 """
 
-from __future__ import annotations
-
 import itertools
 import operator
 import re

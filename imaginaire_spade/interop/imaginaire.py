@@ -1,7 +1,5 @@
 """Architecture and tensor names of imaginaire's SPADE checkpoints, which hold several networks in a file."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -6,8 +6,6 @@ SPADE release and in CLADE: their loader subtracts one from the ids and drops th
 ``label_nc`` light it; in imaginaire, every id from the number of classes on does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 

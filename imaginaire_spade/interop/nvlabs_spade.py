@@ -3,8 +3,6 @@
 The release keeps one network per file (``latest_net_{G,D,E}.pth``). Its options (``opt.txt``) are the hyper-parameters.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace

@@ -5,8 +5,6 @@ join the shards' manifests. A shard appears under its final name only when it is
 talk to each other: each builds the shards of its rank, and the last to finish finds all of them there and joins them.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial

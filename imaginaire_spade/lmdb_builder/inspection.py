@@ -1,7 +1,5 @@
 """Summarise a built data set and verify that it is unchanged (``scripts/inspect_lmdb.py``)."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

@@ -5,8 +5,6 @@ grow inside it, under temporary names. Locks are files beside the output (``OUTP
 releases them when their process ends, however it ends.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 import shutil

@@ -4,8 +4,6 @@ Owns what a valid sample is, for the builder and for ``scripts/inspect_lmdb.py``
 its way into a shard (``--resize_smallest_side``, ``--recode_maps``), and the counts over many samples.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Owns how LMDBs and their index are written, in imaginaire's format (``data/lmdb_
 manifest: its content, the sum over several shards, and its summary for people.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections import Counter
@@ -299,7 +297,7 @@ def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:
     num_bytes = sum(entry["bytes"] for shard in manifest["shards"] for entry in shard["files"].values())
     lines = [
         f"{manifest['num_samples']} samples of {', '.join(manifest['data_types'])} in"
-        f" {len(manifest['shards'])} shard(s), {num_bytes / 1e6:.1f} MB: {output}",
+        f" {len(manifest['shards'])} shard(s), {num_bytes / 1e6:.1f} MB: {output}"
     ]
     if sizes := manifest["sizes_h_w"]:
         shown = ", ".join(f"{size} ({sizes[size]})" for size in sorted(sizes, key=lambda s: (-sizes[s], s))[:5])

@@ -1,7 +1,5 @@
 """Map over the samples of a data set in several processes."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager

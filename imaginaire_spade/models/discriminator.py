@@ -1,7 +1,5 @@
 """Discriminators: (layout, images) -> one (logits, features) per scale."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from typing import Literal, NamedTuple

@@ -1,7 +1,5 @@
 """Style encoder: image -> mean and log-variance of its style code."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Convert networks for inference only: bring weights into the form that a forward pass needs."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 import torch

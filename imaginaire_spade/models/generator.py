@@ -1,7 +1,5 @@
 """Generators: layout (and style code) -> images in [-1, 1]."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Layers that several networks share: spectrally normalised ones, and the initialisation of weights."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any, TypeVar
 

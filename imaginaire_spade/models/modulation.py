@@ -6,8 +6,6 @@ each pass takes the pixels chunk by chunk, so that intermediate results stay in 
 compiled kernel; the function that is compiled is its plain twin.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

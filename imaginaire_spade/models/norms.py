@@ -1,7 +1,5 @@
 """Normalisation layers, conditional on a layout or not. A conditional one is called as ``norm(x, layout)``."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import ClassVar, Literal
 

@@ -8,8 +8,6 @@ the table and one multiply-add per channel. These are the same sums in another o
 Everything runs on rows [pixels, channels], which is what memory format channels_last is.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

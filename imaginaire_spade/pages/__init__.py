@@ -1,7 +1,5 @@
 """Render the HTML pages of this folder: templates, and the style sheet that they share."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from urllib.parse import quote

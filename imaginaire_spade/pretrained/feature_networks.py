@@ -5,8 +5,6 @@ FID is defined with (TensorFlow's of 2015-12-05). LPIPS is torchmetrics' (AlexNe
 with that package; the weights of the backbone are torchvision's. Weights come from a file, or the network is untrained.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 They label photos that have no label map (``scripts/label_images.py``) and score generated images (``evaluation``).
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 from collections.abc import Callable, Sequence

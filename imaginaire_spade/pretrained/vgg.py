@@ -1,7 +1,5 @@
 """Compute VGG19's activations, for the perceptual loss."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Find the published weights of a network in a file, and read them. Nothing is downloaded."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass

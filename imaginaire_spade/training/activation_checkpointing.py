@@ -1,7 +1,5 @@
 """Save memory by recomputing blocks in the backward pass: activation checkpointing (Chen et al. 2016)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial

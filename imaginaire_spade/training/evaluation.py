@@ -5,8 +5,6 @@ log dir) and what a checkpoint remembers of earlier scores; the package ``evalua
 changes what is trained: no weight, no random number.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

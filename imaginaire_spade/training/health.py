@@ -1,7 +1,5 @@
 """Follow a run's losses and health, and explain why it stops: collapse, numbers that are not finite, lack of memory."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Measure a run: ``train.py --dry_run`` measures one iteration, ``--profile`` shows where its time goes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from itertools import islice

@@ -1,7 +1,5 @@
 """Resume a run: choose the checkpoint, check that it fits config and data, and list what has changed."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Write a run's log: TensorBoard, ``metrics.jsonl``, curves, previews and lines of text."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

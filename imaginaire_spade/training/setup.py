@@ -1,7 +1,5 @@
 """Set up a run from its configuration, before the first iteration."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

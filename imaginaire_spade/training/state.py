@@ -3,8 +3,6 @@
 Owns the exponential moving average (EMA) of the networks' weights, and its batch statistics.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

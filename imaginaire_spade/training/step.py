@@ -1,7 +1,5 @@
 """Compute one training iteration, from the learning rates to the counter: see ``train_step``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
