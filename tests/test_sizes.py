@@ -401,8 +401,8 @@ def differences(monkeypatch, data_set, tmp_path) -> Callable[..., int]:
         pictures = list(source.read(range(len(source.keys))))
         assert len(pictures) == 4
         number = 0
-        for picture in pictures:
-            written = read(tmp_path / "written" / f"{source.keys[picture.index]}.png")
+        for index, picture in pictures:
+            written = read(tmp_path / "written" / f"{source.keys[index]}.png")
             number += int((written != picture.pixels.permute(1, 2, 0).numpy()).sum())
         return number
 
