@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -68,9 +69,21 @@ def catch_data_error(function: Callable[[T], R]) -> Callable[[T], R | DataError]
     return call
 
 
-def how_to_install(extra: str) -> str:
-    """Name the command that installs one of the extras of pyproject.toml. (The package is on no index.)"""
-    return f"pip install '.[{extra}]' in the folder of this repository"
+@contextmanager
+def how_to_install(extra: str, what: str, otherwise: str = "") -> Iterator[None]:
+    """Say how to install one of the extras of pyproject.toml if an import in the block fails.
+
+    Args:
+        what: says what needs which package.
+        otherwise: says what can be done without it.
+    Raises:
+        ConfigError: a package is not installed, or cannot be imported.
+    """
+    try:
+        yield
+    except ImportError as error:  # (Our package is on no index.)
+        command = f"pip install '.[{extra}]' in the folder of this repository"
+        raise ConfigError(f"{what} ({error}): {command}{otherwise}") from None
 
 
 def run_command_line(main: Callable[[], None]) -> None:

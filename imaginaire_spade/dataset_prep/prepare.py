@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from imaginaire_spade.data.image_files import DECODERS, IMAGE_EXTENSIONS, decode_label, encode_map
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.dataset_prep.maps import Writing, write_maps
-from imaginaire_spade.errors import ConfigError, DataError, how_to_install
+from imaginaire_spade.errors import DataError, how_to_install
 from imaginaire_spade.files import PARTIAL, encode_image, read_json, read_text
 
 FIRST_OBJECT = 256
@@ -228,13 +228,9 @@ def _read_objects(path: Path) -> dict[str, Objects]:
         ConfigError: pycocotools (extra ``data``) is not installed.
         DataError: the file is no instances JSON of COCO.
     """
-    try:
+    otherwise = " (or unpack the panoptic maps, or move the file away to go without instance maps)"
+    with how_to_install("data", f"{path}: reading it needs the package pycocotools", otherwise):
         import pycocotools.mask  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            f"{path}: reading it needs the package pycocotools: {how_to_install('data')} (or unpack the panoptic maps,"
-            " or move the file away to go without instance maps)"
-        ) from None
     tree = read_json(path)
     try:
         of_image: dict[int, list[Mapping[str, Any]]] = {image["id"]: [] for image in tree["images"]}
