@@ -23,6 +23,9 @@ class UserError(ValueError):
     """Base: something the user can put right."""
 
 
+E = TypeVar("E", bound=UserError)
+
+
 class ConfigError(UserError):
     """A mistake in a configuration or on the command line."""
 
@@ -57,13 +60,13 @@ def positive_integer(text: str) -> int:
     return int(text)
 
 
-def catch_data_error(function: Callable[[T], R]) -> Callable[[T], R | DataError]:
-    """Make a function return the DataError that it raises, so that whoever reads ahead goes on with the next item."""
+def catch_error(kind: type[E], function: Callable[[T], R]) -> Callable[[T], R | E]:
+    """Make a function return an error of ``kind`` that it raises, so that whoever reads ahead goes on."""
 
-    def call(item: T) -> R | DataError:
+    def call(item: T) -> R | E:
         try:
             return function(item)
-        except DataError as error:
+        except kind as error:
             return error
 
     return call

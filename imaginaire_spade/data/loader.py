@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.errors import DataError, UserError
+from imaginaire_spade.errors import DataError, UserError, catch_error
 from imaginaire_spade.noise import generator_for
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
@@ -283,10 +284,10 @@ def map_in_order(task: Callable[[T], R], items: Sequence[T], num_workers: int | 
         UserError: the first that ``task`` raised, when the results before it have been taken.
     """
     num_chunks = -(-len(items) // CHUNK)
-    loader = DataLoader(
-        _Results(task, items),
+    loader: Iterable[list[R | UserError]] = DataLoader(
+        items,  # type: ignore[arg-type]
         batch_size=CHUNK,
-        collate_fn=list,  # a chunk as it is
+        collate_fn=partial(_try_each, task),
         num_workers=min(count_workers(num_workers), num_chunks),
         worker_init_fn=start_worker,
     )
@@ -299,24 +300,12 @@ def map_in_order(task: Callable[[T], R], items: Sequence[T], num_workers: int | 
         raise DataError("a worker process was killed (out of memory?): write a smaller --num_workers") from None
 
 
-class _Results(Dataset[R | UserError]):
-    """The results of ``task``. What it raises is a value too: a worker's exceptions arrive changed."""
-
-    def __init__(self, task: Callable[[T], R], items: Sequence[T]) -> None:
-        self.task = task
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> R | UserError:
-        try:
-            return self.task(self.items[index])
-        except UserError as error:
-            return error
+def _try_each(task: Callable[[T], R], items: Sequence[T]) -> list[R | UserError]:
+    """Return the results of ``task``. What it raises is a value too: a worker's exceptions arrive changed."""
+    return [catch_error(UserError, task)(item) for item in items]
 
 
-def _take(loader: DataLoader[R | UserError]) -> Generator[R, None, None]:
+def _take(loader: Iterable[list[R | UserError]]) -> Generator[R, None, None]:
     for result in itertools.chain.from_iterable(loader):
         if isinstance(result, UserError):
             raise result
