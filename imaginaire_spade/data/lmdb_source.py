@@ -74,7 +74,9 @@ class LmdbSource(Source):
         if key not in self._shard_of:
             raise DataError(f"{self.root}: no sample {key!r}")
         data_file = _data_file(self._shards[self._shard_of[key]], data_type)
-        value = read_value(data_file, store_key(key), readahead=self.readahead)
+        # (A copy: views into the map would save 6 us of a value's 1000, and be deadly where the file is replaced.)
+        with _environment(data_file, self.readahead).begin() as transaction:
+            value: bytes | None = transaction.get(store_key(key))
         if value is None:
             raise DataError(f"{self.describe(key, data_type)}: the LMDB lacks this key, though {FILENAMES} lists it")
         return value
@@ -201,47 +203,38 @@ def usable_memory(cgroups: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc
     return min(limits)
 
 
-def read_value(data_file: str, key: bytes, *, readahead: bool = True) -> bytes | None:
-    """Read the value of ``key``, or None. The first read of a process opens the environment.
+def _environment(data_file: str, readahead: bool) -> lmdb.Environment:
+    """Return the environment of a file; open it at the first call of a process, which decides on ``readahead``.
 
-    Args:
-        readahead: whether reading a page brings those after it; the first read decides.
     Raises:
         DataError: the file cannot be opened as an LMDB, or is cut off.
     """
     with _opening:
-        environment = _environments[data_file][1] if data_file in _environments else _open(data_file, readahead)
-    # (A copy: views into the map would save 6 us of a value's 1000, and be deadly where the file is replaced.)
-    with environment.begin() as transaction:
-        value: bytes | None = transaction.get(key)
-    return value
-
-
-def _open(data_file: str, readahead: bool) -> lmdb.Environment:
-    path = Path(data_file)
-    try:
-        identity = _identify(path)
-        environment = lmdb.open(str(path.parent), readonly=True, lock=False, readahead=readahead, create=False)
-    except (OSError, lmdb.Error) as error:
-        raise DataError(f"{path}: cannot be opened as an LMDB: {error}") from None
-    needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    if identity[1] < needed:
-        # Reading beyond the end of a mapped file kills the process (SIGBUS): refuse before.
-        environment.close()
-        raise DataError(f"{path}: cut off ({identity[1]} bytes of {needed}): copy it again")
-    _environments[data_file] = identity, environment
+        if data_file in _environments:
+            return _environments[data_file][1]
+        try:
+            identity = _identify(data_file)
+            folder = str(Path(data_file).parent)
+            environment = lmdb.open(folder, readonly=True, lock=False, readahead=readahead, create=False)
+        except (OSError, lmdb.Error) as error:
+            raise DataError(f"{data_file}: cannot be opened as an LMDB: {error}") from None
+        needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        if identity[1] < needed:
+            # Reading beyond the end of a mapped file kills the process (SIGBUS): refuse before.
+            environment.close()
+            raise DataError(f"{data_file}: cut off ({identity[1]} bytes of {needed}): copy it again")
+        _environments[data_file] = identity, environment
     return environment
 
 
-def _identify(path: Path) -> tuple[int, int]:
-    status = path.stat()
+def _identify(data_file: str) -> tuple[int, int]:
+    status = Path(data_file).stat()
     return status.st_ino, status.st_size
 
 
 def _forget_replaced(data_file: str) -> None:
     """Close the environment of a file that was removed or built anew since it was opened."""
     with _opening:
-        if data_file in _environments:
-            path = Path(data_file)
-            if not path.exists() or _identify(path) != _environments[data_file][0]:
-                _environments.pop(data_file)[1].close()
+        known = _environments.get(data_file)
+        if known and (not Path(data_file).exists() or _identify(data_file) != known[0]):
+            _environments.pop(data_file)[1].close()
