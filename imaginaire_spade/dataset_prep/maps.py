@@ -23,6 +23,8 @@ from imaginaire_spade.labels import LabelSpec, edges_from_ids
 from imaginaire_spade.pretrained.segmenters import Segmenter
 
 T = TypeVar("T")
+Make = Callable[[T], bytes | Path]
+"""Returns the content of a file, or the path that it is to be a symbolic link to. Picklable."""
 
 BORDERS = {"instances": ("inst_maps",), "labels": ("seg_maps",), "both": ("seg_maps", "inst_maps")}
 """Whose borders an edge map marks -> the data types that it is made from."""
@@ -42,7 +44,7 @@ class Writing(TypedDict, total=False):
 
 def write_maps(
     title: str,
-    make: Callable[[T], bytes | Path],
+    make: Make[T],
     targets: Sequence[tuple[Path, T]],
     *,
     is_stale: Callable[[Path, T], bool] | None = None,
@@ -54,7 +56,6 @@ def write_maps(
 
     Args:
         title: of the progress bar.
-        make: returns the content of a file, or the path that it is to be a symbolic link to. Picklable.
         targets: (file, argument of ``make``).
         is_stale: whether to replace an existing file nevertheless, for files that nobody makes by hand.
     Returns:
@@ -70,12 +71,7 @@ def write_maps(
     return made, len(own) - made
 
 
-def _write(
-    make: Callable[[T], bytes | Path],
-    is_stale: Callable[[Path, T], bool] | None,
-    overwrite: bool,
-    target: tuple[Path, T],
-) -> bool:
+def _write(make: Make[T], is_stale: Callable[[Path, T], bool] | None, overwrite: bool, target: tuple[Path, T]) -> bool:
     """Return whether the file was written."""
     path, argument = target
     if path.exists() and not overwrite and not (is_stale and is_stale(path, argument)):

@@ -172,12 +172,11 @@ def _manifest(
     files = {}
     for name in (f"{t}/data.mdb" for t in plan.data_types):
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
-    pixels, holders = None, None
-    if plan.check and "seg_maps" in plan.data_types:
-        pixels, holders = (
-            [counts[i] for i in range(plan.labels.num_classes + 1)]  # don't-care last
-            for counts in (contents.class_pixels, contents.class_samples)
-        )
+    is_counted = plan.check and "seg_maps" in plan.data_types
+
+    def by_class(counts: Counter[int]) -> list[int] | None:
+        return [counts[i] for i in range(plan.labels.num_classes + 1)] if is_counted else None  # don't-care last
+
     return {
         "format": 1,
         "builder": f"imaginaire_spade {__version__}",
@@ -193,8 +192,8 @@ def _manifest(
         },
         **plan.treatment(),
         "sizes_h_w": dict(sorted(contents.sizes.items())),
-        "class_pixels": pixels,
-        "class_samples": holders,
+        "class_pixels": (pixels := by_class(contents.class_pixels)),
+        "class_samples": by_class(contents.class_samples),
         "class_shares": _shares(pixels),
         "labels": plan.labels.model_dump(mode="json"),
         "label_table": _label_table(plan.labels),
