@@ -67,13 +67,9 @@ def check_output(output: Path, *, overwrite: bool = False) -> None:
     check_output_file(output, overwrite=overwrite, suffixes=SUFFIXES)
     if output.suffix == ".onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
-            try:
+            otherwise = "; or write --output with a name that ends in .pt2, which needs torch alone"
+            with how_to_install("export", f"--output {output}: ONNX needs the package {package}", otherwise):
                 importlib.import_module(package)
-            except ImportError as error:
-                raise UserError(
-                    f"--output {output}: ONNX needs the package {package} ({error}): {how_to_install('export')}; or"
-                    " write --output with a name that ends in .pt2, which needs torch alone"
-                ) from None
 
 
 def export_model(model: Model, output: Path, on_checked: Callable[[str, float], None]) -> None:

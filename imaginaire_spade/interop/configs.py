@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from imaginaire_spade.config_files import dump_yaml, load_labels, parse_config, read_yaml
 from imaginaire_spade.errors import ConfigError
+from imaginaire_spade.files import read_text
 from imaginaire_spade.interop import SYSTEMS, describe, describe_networks
 from imaginaire_spade.interop.label_tables import ADE20K, label_table
 
@@ -108,10 +109,7 @@ def import_config(source: str, path: Path, tables: Path | None = None) -> tuple[
     Raises:
         ConfigError: the file cannot be read, lacks a key, or describes networks that are not supported.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text ({error}); give the .yaml or opt.txt") from None
+    text = read_text(path, ConfigError, f"{path}: cannot be read as text (give the .yaml or opt.txt)")
     if source == "imaginaire":
         tree = read_yaml(text, str(path))
         if not isinstance(tree, Mapping):
