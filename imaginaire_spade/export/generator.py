@@ -30,7 +30,7 @@ from torch.export import Dim, ExportedProgram
 
 from imaginaire_spade.build import image_size
 from imaginaire_spade.cli import check_output_file
-from imaginaire_spade.errors import CheckpointError, UserError, how_to_install
+from imaginaire_spade.errors import CheckpointError, UserError, first_line, how_to_install
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.generator import Generator
@@ -195,7 +195,7 @@ def _reason(error: BaseException) -> str:
     """Return the first line of the original error."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return first_line(error)
 
 
 def _load_onnx(file: Path) -> Run:

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from imaginaire_spade.build import build_component
 from imaginaire_spade.config_files import parse_component
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.interop.imaginaire import Imaginaire
-from imaginaire_spade.interop.nvlabs_spade import CLADE, SPADERelease
+from imaginaire_spade.interop.systems import SYSTEMS
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.encoder import ConvEncoder
 from imaginaire_spade.models.generator import Generator, SPADEGenerator
 from imaginaire_spade.models.layers import SpectralNorm
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS
 
-SYSTEMS: dict[str, Any] = {"nvlabs_spade": SPADERelease(), "clade": CLADE(), "imaginaire": Imaginaire()}
 SOURCES = tuple(SYSTEMS)
 
 Names = Mapping[type[nn.Module], tuple[str, Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]]]

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from imaginaire_spade.config_files import dump_yaml, load_labels, parse_config, read_yaml
 from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.interop import SYSTEMS, describe, describe_networks
+from imaginaire_spade.interop import describe, describe_networks
 from imaginaire_spade.interop.label_tables import ADE20K, label_table
+from imaginaire_spade.interop.systems import SYSTEMS
 
 _REQUIRED = object()
 
@@ -86,18 +87,6 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _dotted(value, f"{prefix}{key}.")
 
 
-def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """Build the tree of dotted keys: the inverse of ``_dotted``."""
-    tree: dict[str, Any] = {}
-    for key, value in dotted.items():
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
-
-
 def import_config(source: str, path: Path, tables: Path | None = None) -> tuple[str, list[str]]:
     """Translate a config file of another system into our YAML, with notes on choices and ignored keys.
 
@@ -121,7 +110,7 @@ def import_config(source: str, path: Path, tables: Path | None = None) -> tuple[
     else:
         keys = Keys(parse_options(text, path), path)
         ours = _from_options(source, keys, tables)
-    config = parse_config(_nested(ours), source=f"{path}, translated")
+    config = parse_config(ours, source=f"{path}, translated")
     return dump_yaml(config), [*keys.notes, *(f"ignored (no equivalent): {line}" for line in keys.unread())]
 
 
