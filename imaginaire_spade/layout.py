@@ -3,10 +3,10 @@
 The heart of the package: label maps stay small integers from the disk to the layer that consumes them; each view that
 a layer asks for is made once per resolution and cached. Knows nothing of files, classes' names or networks.
 
-The last part finds the distinct neighbourhoods of an integer map. What two stacked convolutions make of a map of integer
-codes depends, at each pixel, on the codes around it alone: the first convolution sees a window of k x k codes, the
-second k x k of those windows. Label maps repeat few of them, so a layer can compute each distinct one once and look the
-pixels up.
+The last part finds the distinct neighbourhoods of an integer map. What two stacked convolutions make of a map of
+integer codes depends, at each pixel, on the codes around it alone: the first convolution sees a window of k x k codes,
+the second k x k of those windows. Label maps repeat few of them, so a layer can compute each distinct one once and look
+the pixels up.
 """
 
 from __future__ import annotations

@@ -162,13 +162,8 @@ def example_inputs(network: ExportedGenerator, count: int, height: int, width: i
 
 def _traced(network: ExportedGenerator, multiple: int) -> ExportedProgram:
     """Trace the network for any number of images of any size."""
-    count, height, width = Dim("batch"), multiple * Dim("height"), multiple * Dim("width")
-    sizes = {
-        "labels": (count, height, width),
-        "edges": (count, height, width),
-        "distances": (count, None, height, width),
-        "z": (count,),
-    }
+    maps = (count, height, width) = Dim("batch"), multiple * Dim("height"), multiple * Dim("width")
+    sizes = {"labels": maps, "edges": maps, "distances": (count, None, height, width), "z": (count,)}
     inputs = example_inputs(network, 2, 2 * multiple, 3 * multiple)
     shapes = {name: dict(enumerate(sizes[name])) for name in inputs}
     program = torch.export.export(network, (), inputs, dynamic_shapes=shapes)

@@ -120,10 +120,8 @@ def parse_options(text: str, path: Path) -> dict[str, Any]:
     for line in text.splitlines():
         if matched := re.fullmatch(r"\s*(\w+): (.*?)\s*(?:\[default: .*\])?\s*", line):
             value = matched[2]
-            if re.fullmatch(r"[-+]?\d+", value):
-                options[matched[1]] = int(value)
-            elif re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
-                options[matched[1]] = float(value)
+            if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
+                options[matched[1]] = int(value) if value.lstrip("-+").isdecimal() else float(value)
             else:
                 options[matched[1]] = {"True": True, "False": False, "None": None}.get(value, value)
     if not options:
