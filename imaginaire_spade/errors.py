@@ -49,6 +49,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; its type, if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def positive_integer(text: str) -> int:
     """Parse a positive integer from the command line.
 

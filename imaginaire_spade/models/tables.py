@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from imaginaire_spade.layout import LayoutNeighbourhoods, SemanticLayout
+from imaginaire_spade.layout import LayoutNeighbourhoods, Lookup, SemanticLayout
 from imaginaire_spade.models.layers import effective_weight
-from imaginaire_spade.patterns import Lookup
 
 
 class _SumRows(torch.autograd.Function):
