@@ -270,9 +270,9 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1620, "pages": 18, "data": 1221, "models": 1089, "pretrained": 348, "training": 1612,
+    "top level": 1640, "pages": 18, "data": 1180, "models": 1089, "pretrained": 348, "training": 1612,
     "inference": 1060, "evaluation": 1160,
-    "lmdb_builder": 835, "dataset_prep": 411, "interop": 851, "export": 151, "demo": 406,
+    "lmdb_builder": 680, "dataset_prep": 347, "interop": 851, "export": 151, "demo": 406,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""
