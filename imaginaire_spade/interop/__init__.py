@@ -16,8 +16,7 @@ from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.interop.imaginaire import Imaginaire
 from imaginaire_spade.interop.nvlabs_spade import CLADE, SPADERelease
 from imaginaire_spade.models.discriminator import Discriminator
-from imaginaire_spade.models.encoder import ConvEncoder
-from imaginaire_spade.models.generator import Generator, SPADEGenerator
+from imaginaire_spade.models.generator import ConvEncoder, Generator, SPADEGenerator
 from imaginaire_spade.models.layers import SpectralNorm
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS
 

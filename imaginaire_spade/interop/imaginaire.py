@@ -6,8 +6,7 @@ from typing import Any
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import FPSEDiscriminator
-from imaginaire_spade.models.encoder import ConvEncoder
-from imaginaire_spade.models.generator import StyleSPADEGenerator
+from imaginaire_spade.models.generator import ConvEncoder, StyleSPADEGenerator
 
 
 class Imaginaire:

@@ -11,8 +11,7 @@ from typing import Any
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
-from imaginaire_spade.models.encoder import ConvEncoder
-from imaginaire_spade.models.generator import SPADEGenerator
+from imaginaire_spade.models.generator import ConvEncoder, SPADEGenerator
 
 _BLOCKS = ["head_0", "G_middle_0", "G_middle_1", "up_0", "up_1", "up_2", "up_3", "up_4"]
 

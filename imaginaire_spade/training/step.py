@@ -1,17 +1,20 @@
 """Compute one training iteration, from the learning rates to the counter: see ``train_step``."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from imaginaire_spade.data.batch import Batch, normalise
+from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.losses import GANLoss, GeneratorOutputs
 from imaginaire_spade.models.discriminator import Discriminator, Scores, split_scores
-from imaginaire_spade.models.encoder import sample_style
+from imaginaire_spade.models.generator import Generator, ResidualBlock, SPADEResidualBlock, StyleBlock, sample_style
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.training.state import TrainState, update_average
 
@@ -187,3 +190,46 @@ def _add(losses: dict[str, Tensor], terms: dict[str, Tensor], pieces: int) -> No
     for name, term in terms.items():
         value = term.detach() / pieces
         losses[name] = losses[name] + value if name in losses else value
+
+
+BLOCKS = (SPADEResidualBlock, StyleBlock, ResidualBlock)
+
+
+def checkpoint_activations(generator: Generator) -> None:
+    """Change ``generator`` so that each block keeps only its inputs for the backward pass.
+
+    Raises:
+        ConfigError: it has no block of a supported kind.
+    """
+    blocks: list[nn.Module] = [module for module in generator.modules() if isinstance(module, BLOCKS)]
+    if not blocks:
+        raise ConfigError(
+            "trainer.activation_checkpointing: this generator has no block of a supported kind; write false"
+        )
+    for block in blocks:
+        again = partial(_contexts, block)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=again)
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of the forward and of its repetition, which starts from the same buffers and changes none.
+
+    So running statistics are updated once, and a repeated power iteration of spectral norm gives the same weights.
+    """
+    return nullcontext(), _in_place(block, {name: buffer.clone() for name, buffer in block.named_buffers()})
+
+
+@contextmanager
+def _in_place(block: nn.Module, buffers: dict[str, Tensor]) -> Iterator[None]:
+    present = dict(block.named_buffers())
+    _set(block, buffers)
+    try:
+        yield
+    finally:
+        _set(block, present)
+
+
+def _set(block: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for path, buffer in buffers.items():
+        module, _, name = path.rpartition(".")
+        setattr(block.get_submodule(module), name, buffer)
