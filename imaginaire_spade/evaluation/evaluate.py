@@ -6,17 +6,10 @@ from functools import partial
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
 from imaginaire_spade.errors import DataError
+from imaginaire_spade.evaluation import scores
 from imaginaire_spade.evaluation.collection import Collection, collect
 from imaginaire_spade.evaluation.images import ImageSource, SourceImage
 from imaginaire_spade.evaluation.report import Protocol, Report, geometry_stamp
-from imaginaire_spade.evaluation.scores import (
-    KEEP_FEATURES,
-    NEIGHBOURS,
-    frechet_distance,
-    kernel_distance,
-    precision_recall,
-    score_name,
-)
 from imaginaire_spade.evaluation.segmentation import Confusion, Segmentation
 from imaginaire_spade.pretrained.feature_networks import INCEPTION_SHA256, FeatureNetwork, PerceptualNetwork
 from imaginaire_spade.version import __version__
@@ -58,7 +51,7 @@ def evaluate(
         UserError: a network's output is not finite, or memory ran out.
     """
     info = info or ProcessInfo()
-    keep_features = bool(set(metrics) & set(KEEP_FEATURES))
+    keep_features = bool(set(metrics) & set(scores.KEEP_FEATURES))
     if segmentation is not None:
         if isinstance(photos, ImageSource) and (missing := sorted(set(fake.keys) - set(photos.keys))):
             raise DataError(
@@ -105,7 +98,7 @@ def _report(
     subject: Mapping[str, str],
 ) -> Report:
     """Compute the scores of two collections, but for those of a segmenter. Not a collective."""
-    scores: dict[str, float] = {}
+    values: dict[str, float] = {}
     warnings = [*real.warnings, *fake.warnings]
     kid_rule = diversity_rule = None
     # Scores of features.
@@ -113,20 +106,20 @@ def _report(
         assert real.gaussian is not None and fake.gaussian is not None
         warnings += _warnings(real, fake, network, metrics)
         if "fid" in metrics:
-            scores[score_name("fid", network)] = frechet_distance(real.gaussian, fake.gaussian)
+            values[scores.score_name("fid", network)] = scores.frechet_distance(real.gaussian, fake.gaussian)
         features = [side.features for side in (real, fake) if side.features is not None]
-        assert len(features) == 2 or not set(metrics) & set(KEEP_FEATURES), "statistics serve fid only"
+        assert len(features) == 2 or not set(metrics) & set(scores.KEEP_FEATURES), "statistics serve fid only"
         if "kid" in metrics:
-            kid, spread, kid_rule = kernel_distance(*features)
-            scores[score_name("kid", network)] = kid
+            kid, spread, kid_rule = scores.kernel_distance(*features)
+            values[scores.score_name("kid", network)] = kid
             if spread is not None:
-                scores[score_name("kid", network) + "_std"] = spread
+                values[scores.score_name("kid", network) + "_std"] = spread
         if "precision_recall" in metrics:
-            found = precision_recall(*features)
-            scores |= {score_name(n, network): v for n, v in zip(("precision", "recall"), found, strict=True)}
+            found = scores.precision_recall(*features)
+            values |= {scores.score_name(n, network): v for n, v in zip(("precision", "recall"), found, strict=True)}
     # Diversity.
     if perceptual is not None and fake.diversity is not None:
-        scores["random_feature_diversity" if perceptual.is_random else "lpips_diversity"] = fake.diversity
+        values["random_feature_diversity" if perceptual.is_random else "lpips_diversity"] = fake.diversity
         diversity_rule = f"{perceptual.name} (sha256 {perceptual.sha256}), {num_samples} samples per label map"
     # The protocol.
     assert fake.count and fake.size and fake.format
@@ -147,11 +140,11 @@ def _report(
         resize=network.resize if network else None,
         resized_to=network.size if network else None,
         kid=kid_rule,
-        precision_recall=f"{NEIGHBOURS} nearest neighbours" if "precision_recall" in metrics else None,
+        precision_recall=f"{scores.NEIGHBOURS} nearest neighbours" if "precision_recall" in metrics else None,
         diversity=diversity_rule,
     )
     problems = (*real.problems, *fake.problems)
-    return Report(scores, protocol, subject, tuple(warnings), problems, examples=fake.examples)
+    return Report(values, protocol, subject, tuple(warnings), problems, examples=fake.examples)
 
 
 def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metrics: Sequence[str]) -> list[str]:

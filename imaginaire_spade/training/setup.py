@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from imaginaire_spade import distributed
 from imaginaire_spade.build import build_split
-from imaginaire_spade.config import ModelAverageConfig, OptimizerConfig, RunConfig
+from imaginaire_spade.config import OptimizerConfig, RunConfig
 from imaginaire_spade.config_diff import explain_import, explain_mismatch, explain_old_import, list_changes
 from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.data.batch import Batch
@@ -29,7 +29,7 @@ from imaginaire_spade.noise import style_codes
 from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest
 from imaginaire_spade.training.evaluation import Evaluation
 from imaginaire_spade.training.state import TrainState, new_train_state
-from imaginaire_spade.training.step import AUTOCAST, Networks, StepSettings, checkpoint_activations
+from imaginaire_spade.training.step import Networks, StepSettings, checkpoint_activations
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,13 @@ class Calendar:
             return optimizer.lr
         return optimizer.lr * ((1.0 - progress) / (1.0 - policy.decay_start))
 
-    def ema_beta(self, average: ModelAverageConfig | None, images_seen: int) -> float:
-        """Return the weight of the old EMA in the next update; 0, which copies the weights, until it starts."""
-        if average is None or self.iteration(images_seen) < average.start_iteration:
-            return 0.0
-        return average.beta
+    def rates(self, config: RunConfig, images_seen: int) -> tuple[float, float, float]:
+        """Return the learning rates of both optimizers, and the weight of the old EMA in the next update: 0, which
+        copies the weights, until it starts."""
+        gen_lr, dis_lr = (self.learning_rate(section, images_seen) for section in (config.gen_opt, config.dis_opt))
+        average = config.trainer.model_average
+        has_started = average is not None and self.iteration(images_seen) >= average.start_iteration
+        return gen_lr, dis_lr, average.beta if average is not None and has_started else 0.0
 
 
 @dataclass
@@ -125,19 +127,8 @@ def prepare(
         total = math.ceil(trainer.max_epochs * len(dataset) / global_batch)
     calendar = Calendar(global_batch, len(dataset), total, min(total, stop_after or total))
     terms, weights = objective
-    settings = StepSettings(
-        terms=terms.to(device),
-        weights=weights,
-        form=trainer.iteration,
-        autocast_dtype=AUTOCAST[trainer.precision],
-        accumulation=trainer.gradient_accumulation,
-        style_dims=state.generator.style_dims,
-        seed=config.seed,
-        global_batch=global_batch,
-        gen_lr=partial(calendar.learning_rate, config.gen_opt),
-        dis_lr=partial(calendar.learning_rate, config.dis_opt),
-        ema_beta=partial(calendar.ema_beta, trainer.model_average),
-    )
+    style_dims, rates = state.generator.style_dims, partial(calendar.rates, config)
+    settings = StepSettings(terms.to(device), weights, trainer, style_dims, config.seed, global_batch, rates)
     # The networks as training calls them.
     if trainer.activation_checkpointing:
         checkpoint_activations(state.generator)

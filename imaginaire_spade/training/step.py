@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from imaginaire_spade.config import TrainerConfig
 from imaginaire_spade.data.batch import Batch, normalise
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import SemanticLayout
@@ -32,20 +33,14 @@ class StepSettings:
     terms: nn.ModuleDict
     """Terms of the generator's objective; ``gan`` states the discriminator's too."""
     weights: dict[str, float]
-    form: str
-    """``shared`` or ``reference``, see TrainerConfig.iteration."""
-    autocast_dtype: torch.dtype | None
-    accumulation: int
+    trainer: TrainerConfig
     style_dims: int
     seed: int
     global_batch: int
     """Images of one iteration, of all processes."""
-    gen_lr: Callable[[int], float]
-    """images_seen -> learning rate of the generator and the style encoder."""
-    dis_lr: Callable[[int], float]
-    """images_seen -> learning rate of the discriminator."""
-    ema_beta: Callable[[int], float]
-    """images_seen -> weight of the old EMA in this update."""
+    rates: Callable[[int], tuple[float, float, float]]
+    """images_seen -> learning rates of the generator (and the style encoder) and of the discriminator, and the weight
+    of the old EMA in this update."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +67,13 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
         Unweighted losses by name, and the ``health/...`` measures of ``health.py``; detached, on the device.
     """
     # Learning rates.
-    for optimizer, rate in ((state.gen_optimizer, settings.gen_lr), (state.dis_optimizer, settings.dis_lr)):
+    gen_lr, dis_lr, ema_beta = settings.rates(state.images_seen)
+    for optimizer, rate in ((state.gen_optimizer, gen_lr), (state.dis_optimizer, dis_lr)):
         for group in optimizer.param_groups:
-            group["lr"] = rate(state.images_seen)
+            group["lr"] = rate
 
     # Images that serve both updates.
-    shared, pieces = settings.form == "shared", settings.accumulation
+    shared, pieces = settings.trainer.iteration == "shared", settings.trainer.gradient_accumulation
     made = generate(networks, batch, settings) if shared and pieces == 1 else None
     losses: dict[str, Tensor] = {}
     gan = settings.terms["gan"]
@@ -127,9 +123,8 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
         update()
 
     # EMA, counter.
-    beta = settings.ema_beta(state.images_seen)
     for average, network in state.averages():
-        update_average(average, network, beta)
+        update_average(average, network, ema_beta)
     state.images_seen += settings.global_batch
     return losses
 
@@ -169,8 +164,8 @@ def real_images(piece: Batch) -> Tensor:
 
 def autocast(device: torch.device, settings: StepSettings) -> torch.autocast:
     """Compute at the run's precision inside this context."""
-    enabled = settings.autocast_dtype is not None
-    return torch.autocast(device.type, dtype=settings.autocast_dtype, enabled=enabled)
+    dtype = AUTOCAST[settings.trainer.precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 @torch.no_grad()
