@@ -270,8 +270,8 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1678, "pages": 18, "data": 1221, "models": 1089, "pretrained": 348, "training": 1612,
-    "inference": 1060, "evaluation": 1160,
+    "top level": 1678, "pages": 18, "data": 1221, "models": 1032, "pretrained": 296, "training": 1435,
+    "inference": 1044, "evaluation": 966,
     "lmdb_builder": 835, "dataset_prep": 411, "interop": 904, "export": 156, "demo": 416,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments

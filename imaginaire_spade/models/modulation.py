@@ -235,9 +235,8 @@ class _Compiled:
         return self.function(*arguments)
 
 
-@cache
-def _compiled(function: Callable[..., Any]) -> _Compiled:
-    return _Compiled(function)
+_compiled = cache(_Compiled)
+"""One for each function."""
 
 
 @torch.no_grad()
