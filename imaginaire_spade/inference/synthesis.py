@@ -149,7 +149,10 @@ def _fetch(requests: Sequence[Request], images: Tensor) -> Iterator[tuple[str, R
 
 
 StyleOf = Callable[[str, int], Tensor | None]
-"""(key, number of the sample) -> style code float32 [style_dims] on the CPU; None for a generator that takes none."""
+"""(key, number of the sample) -> style code float32 [style_dims] on the CPU; None for a generator that takes none.
+
+A function of these two, so that neither order nor the number of processes changes an image.
+"""
 
 EVERY_LABEL_MAP = ""
 """The key under which a style code that all label maps share is drawn."""
