@@ -61,6 +61,7 @@ def evaluate(
             )
         segmentation.check(fake.keys)
 
+    # Collect.
     gather = partial(
         collect, batch_size=batch_size, keep_features=keep_features, skip_bad=skip_bad, info=info, on_image=on_image
     )

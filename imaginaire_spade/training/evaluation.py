@@ -58,6 +58,7 @@ class Evaluation:
         self._dataset, self._info, self._device, self._seed = dataset, info, device, config.seed
         self._batch_size = config.data.val.batch_size
         self._indices = evenly_spaced(len(dataset), self.section.num_images)
+        # What computes the scores.
         _try_libraries(self.section.metrics)
         self._network = self._segmentation = None
         with torch.random.fork_rng(devices=[]):
@@ -74,6 +75,7 @@ class Evaluation:
         self._keep_features = bool(set(self.section.metrics) & set(scores.KEEP_FEATURES))
         best, of_features = self.section.best, ("fid", "kid", "precision", "recall")
         self._deciding = scores.score_name(best, self._network) if self._network and best in of_features else best
+        # Identity and memory.
         keys = "\n".join(dataset.keys[index] for index in self._indices)
         network, segmentation = self._network, self._segmentation
         identity = {
