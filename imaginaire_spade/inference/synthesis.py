@@ -158,7 +158,7 @@ EVERY_LABEL_MAP = ""
 """The key under which a style code that all label maps share is drawn."""
 
 
-# ------------------------------------------------------------------------------------------------ style codes of seeds
+# -------------------------------------------------------------------------------------- style codes of seeds
 
 
 def drawn_styles(seed: int, style_dims: int, num_samples: int = 1) -> StyleOf:
@@ -180,7 +180,7 @@ def _noise(seed: int, key: str, sample: int, style_dims: int, num_samples: int) 
     return style_noise(seed, [key if num_samples == 1 else f"{key}#{sample}"], style_dims)[0]
 
 
-# ------------------------------------------------------------------------------------------------ style codes of images
+# -------------------------------------------------------------------------------------- style codes of images
 
 
 def image_styles(model: Model, path: Path, keys: Sequence[str], seed: int = 0, num_samples: int = 1) -> StyleOf:
@@ -273,7 +273,7 @@ def encode_style(model: Model, image: RgbImage) -> tuple[Tensor, Tensor]:
     return mu[0].float().cpu(), logvar[0].float().cpu()
 
 
-# ------------------------------------------------------------------------------------------------ style codes between two
+# -------------------------------------------------------------------------------------- style codes between two
 
 
 def interpolated_styles(start: Tensor, end: Tensor, steps: int) -> StyleOf:
