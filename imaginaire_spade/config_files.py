@@ -99,14 +99,17 @@ def parse_config(tree: Mapping[str, Any], source: str = "config", overrides: Ite
     """Check a plain tree, as YAML or a checkpoint holds it, and fill in the defaults.
 
     Args:
+        tree: its first keys may be dotted (``trainer.init.gain``); a later one goes before an earlier.
         source: where the tree is from, for messages.
         overrides: as of ``load_config``.
     Raises:
         ConfigError: like ``load_config``.
     """
-    overridden, origins = dict(tree), Origins()
-    _override(overridden, overrides, origins)
-    return _check(RunConfig, overridden, origins, source)
+    nested, origins = dict[str, Any](), Origins()
+    for key, value in tree.items():
+        _assign(nested, key, value, source, origins)
+    _override(nested, overrides, origins)
+    return _check(RunConfig, nested, origins, source)
 
 
 def parse_component(tree: Any, registry: Registry, name: str) -> Component:

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -105,25 +105,21 @@ _own_groups: dict[str, dist.ProcessGroup] = {}
 """Purpose -> the process group for it; none before ``open_own_groups``."""
 
 
-def open_own_groups(timeout: timedelta | None = None) -> None:
-    """Make the process groups beside the default one, unless they exist. All processes call it together, at the latest
-    with their first exchange on one of them.
+def open_own_groups(timeout: timedelta | None = None) -> dict[str, dist.ProcessGroup]:
+    """Return the process groups beside the default one by purpose; make them, unless they exist.
+
+    All processes call it together, at the latest with their first exchange on one of them.
 
     "statistics" is for batch statistics: DDP sends its buckets of gradients on the default group as they fill up, so
     the order of the two kinds in one group would depend on what each process computes. "host" is for numbers in the
     host's memory (gloo on any device), so that a decision does not wait for a GPU.
     """
-    if not dist.is_initialized() or _own_groups:
-        return
-    for purpose, backend in (("statistics", None), ("host", "gloo")):
-        group = dist.new_group(timeout=timeout, backend=backend)
-        assert isinstance(group, dist.ProcessGroup)  # which all processes are in
-        _own_groups[purpose] = group
-
-
-def _own_group(purpose: Literal["statistics", "host"]) -> dist.ProcessGroup:
-    open_own_groups()
-    return _own_groups[purpose]
+    if not _own_groups:
+        for purpose, backend in (("statistics", None), ("host", "gloo")):
+            group = dist.new_group(timeout=timeout, backend=backend)
+            assert isinstance(group, dist.ProcessGroup)  # which all processes are in
+            _own_groups[purpose] = group
+    return _own_groups
 
 
 def leave_process_group() -> None:
@@ -169,7 +165,7 @@ def mean_of_host_numbers(first: float, second: float) -> tuple[float, float]:
     """Average two numbers over the processes, exactly the same on all of them. Does not wait for a GPU."""
     if not dist.is_initialized():
         return first, second
-    values = _reduce(torch.tensor([first, second], dtype=torch.float64), dist.ReduceOp.SUM, _own_group("host"))
+    values = _reduce(torch.tensor([first, second], dtype=torch.float64), dist.ReduceOp.SUM, open_own_groups()["host"])
     first, second = (values / dist.get_world_size()).tolist()
     return first, second
 
@@ -200,18 +196,18 @@ class LaggedMaximum:
         if self._exchange is not None:
             self._exchange.wait()
         known, self._largest = int(self._largest), torch.tensor([value], dtype=torch.int32)
-        self._exchange = dist.all_reduce(self._largest, dist.ReduceOp.MAX, _own_group("host"), async_op=True)
+        self._exchange = dist.all_reduce(self._largest, dist.ReduceOp.MAX, open_own_groups()["host"], async_op=True)
         return known
 
 
 class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        return _reduce(values, dist.ReduceOp.SUM, _own_group("statistics"))
+        return _reduce(values, dist.ReduceOp.SUM, open_own_groups()["statistics"])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _reduce(gradients[0], dist.ReduceOp.SUM, _own_group("statistics"))
+        return _reduce(gradients[0], dist.ReduceOp.SUM, open_own_groups()["statistics"])
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

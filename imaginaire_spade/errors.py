@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -20,6 +21,9 @@ EXIT_CODE = 2
 
 class UserError(ValueError):
     """Base: something the user can put right."""
+
+
+E = TypeVar("E", bound=UserError)
 
 
 class ConfigError(UserError):
@@ -45,6 +49,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; its type, if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def positive_integer(text: str) -> int:
     """Parse a positive integer from the command line.
 
@@ -56,21 +66,33 @@ def positive_integer(text: str) -> int:
     return int(text)
 
 
-def catch_data_error(function: Callable[[T], R]) -> Callable[[T], R | DataError]:
-    """Make a function return the DataError that it raises, so that whoever reads ahead goes on with the next item."""
+def catch_error(kind: type[E], function: Callable[[T], R]) -> Callable[[T], R | E]:
+    """Make a function return an error of ``kind`` that it raises, so that whoever reads ahead goes on."""
 
-    def call(item: T) -> R | DataError:
+    def call(item: T) -> R | E:
         try:
             return function(item)
-        except DataError as error:
+        except kind as error:
             return error
 
     return call
 
 
-def how_to_install(extra: str) -> str:
-    """Name the command that installs one of the extras of pyproject.toml. (The package is on no index.)"""
-    return f"pip install '.[{extra}]' in the folder of this repository"
+@contextmanager
+def how_to_install(extra: str, what: str, otherwise: str = "") -> Iterator[None]:
+    """Say how to install one of the extras of pyproject.toml if an import in the block fails.
+
+    Args:
+        what: says what needs which package.
+        otherwise: says what can be done without it.
+    Raises:
+        ConfigError: a package is not installed, or cannot be imported.
+    """
+    try:
+        yield
+    except ImportError as error:  # (Our package is on no index.)
+        command = f"pip install '.[{extra}]' in the folder of this repository"
+        raise ConfigError(f"{what} ({error}): {command}{otherwise}") from None
 
 
 def run_command_line(main: Callable[[], None]) -> None:

@@ -1,13 +1,16 @@
-"""Write files complete or not at all: images, JSON, any bytes. Checksums."""
+"""Write files complete or not at all: images, JSON, any bytes. Read text and JSON. Download, and compute checksums."""
 
 import hashlib
+import http.client
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
@@ -95,6 +98,18 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=4), encoding="utf-8")
 
 
+def read_text(path: Path, error_type: type[UserError], message: str = "") -> str:
+    """Read a text file in UTF-8.
+
+    Args:
+        error_type, message: what is raised if it cannot be read; the reason follows the message.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise error_type(f"{message or f'{path}: cannot be read'}: {error}") from None
+
+
 def read_json(path: Path) -> Any:
     """Read JSON.
 
@@ -120,3 +135,29 @@ def file_sha256(path: Path) -> str:
     """Compute the sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(url: str, path: Path, sha256: str, error_type: type[UserError], advice: str) -> None:
+    """Download ``url`` to ``path``, unless that file is there already.
+
+    Args:
+        sha256: of the file, in lower case.
+        error_type, advice: what is raised if it cannot be downloaded or has another checksum, and the end of the
+            message. Nothing is then left under its name.
+    """
+    import torch  # (It takes seconds, which reading and writing need not.)
+
+    if path.is_file() and file_sha256(path) == sha256:
+        return
+    print(f"downloading {url} to {path}", file=sys.stderr, flush=True)
+    try:
+        if urlsplit(url).scheme not in ("http", "https", "file"):
+            raise ValueError("only http, https and file URLs are supported")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty())
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise error_type(f"{url} cannot be downloaded ({error}). {advice}") from None
+    except RuntimeError as error:
+        raise error_type(
+            f"{url} is not the file with sha256 {sha256} ({error}): the file was cut off or replaced. {advice}"
+        ) from None

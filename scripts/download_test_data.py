@@ -26,9 +26,9 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.dataset_prep.download import download, unpack
+from imaginaire_spade.dataset_prep.prepare import unpack
 from imaginaire_spade.errors import DataError, run_command_line
-from imaginaire_spade.files import read_json
+from imaginaire_spade.files import download, read_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -48,7 +48,7 @@ def main() -> None:
             raise DataError(f"{arguments.manifest}: {json.dumps(archive)} leads out of {arguments.output_dir}")
         url = f"{arguments.mirror.rstrip('/')}/{name}" if arguments.mirror else archive["url"]
         downloaded = arguments.output_dir / arguments.model_name / ".downloads" / name
-        download(url, downloaded, archive["sha256"].lower())
+        download(url, downloaded, archive["sha256"].lower(), DataError, "Try again, or use --mirror URL")
         print(f"{unpack(downloaded, folder)} files from {url}: {folder}")
 
 

@@ -21,7 +21,7 @@ from imaginaire_spade.data.image_files import DECODERS
 from imaginaire_spade.data.lmdb_source import MANIFEST
 from imaginaire_spade.errors import DataError, run_command_line
 from imaginaire_spade.files import read_json, write_image
-from imaginaire_spade.lmdb_builder.inspection import extract, look_through, open_data, stored_labels, stored_types
+from imaginaire_spade.lmdb_builder.build import extract, look_through, open_data, stored_labels, stored_types
 from imaginaire_spade.lmdb_builder.shard import summary
 from imaginaire_spade.sheets import draw_class_chart, draw_contact_sheet
 

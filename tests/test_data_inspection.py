@@ -16,8 +16,7 @@ from imaginaire_spade.data.lmdb_source import store_key
 from imaginaire_spade.dataset_prep.maps import make_edge_maps
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.labels import LabelSpec, edges_from_ids
-from imaginaire_spade.lmdb_builder.build import build_dataset
-from imaginaire_spade.lmdb_builder.inspection import extract, look_through, stored_labels
+from imaginaire_spade.lmdb_builder.build import build_dataset, extract, look_through, stored_labels
 from imaginaire_spade.lmdb_builder.shard import EnvironmentWriter, write_index
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))

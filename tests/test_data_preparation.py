@@ -25,11 +25,10 @@ from imaginaire_spade.config_files import load_labels
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.image_files import decode_image, decode_instances, decode_label
 from imaginaire_spade.data.lmdb_source import open_source
-from imaginaire_spade.dataset_prep.download import download as fetch
-from imaginaire_spade.dataset_prep.download import unpack
 from imaginaire_spade.dataset_prep.maps import label_photos, make_edge_maps
-from imaginaire_spade.dataset_prep.prepare import DATASETS, Options, prepare
+from imaginaire_spade.dataset_prep.prepare import DATASETS, Options, prepare, unpack
 from imaginaire_spade.errors import ConfigError, DataError
+from imaginaire_spade.files import download as download_file
 from imaginaire_spade.labels import edges_from_ids
 from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.pretrained.segmenters import Segmenter, deeplab_segmenter, hugging_face_segmenter
@@ -293,11 +292,15 @@ def test_a_download_is_tried_again_checked_and_unpacked(server, tmp_path, monkey
     assert "1 files from" in capsys.readouterr().out
     unpacked = tmp_path / "projects/spade/test_data/c/seg_maps/a.png"
     assert unpacked.read_bytes() == np.random.default_rng(0).bytes(50_000)
+
+    def fetch(url, path, sha256):
+        download_file(url, path, sha256, DataError, "--mirror URL")
+
     fetch(f"{server.url}/data.zip", tmp_path / "projects/spade/.downloads/data.zip", sha256)
     assert len(server.requests) == 2  # it is there
-    with pytest.raises(DataError, match=rf"data\.zip: invalid hash value \(expected \"00\", got \"{sha256}"):
+    with pytest.raises(DataError, match=rf"data\.zip is not the file with sha256 00 \(invalid hash .* got \"{sha256}"):
         fetch(f"{server.url}/data.zip", tmp_path / "other.zip", "00")
-    with pytest.raises(DataError, match=r"absent\.zip: HTTP Error 404: .*--mirror URL"):
+    with pytest.raises(DataError, match=r"absent\.zip cannot be downloaded \(HTTP Error 404: .*--mirror URL"):
         fetch(f"{server.url}/absent.zip", tmp_path / "absent.zip", "00")
     for url in ("nowhere", "weird://x/y.zip", "http://[::1/x.zip", (tmp_path / "none.zip").as_uri()):
         with pytest.raises(DataError, match=re.escape(url)):

@@ -338,6 +338,7 @@ def test_ctrl_c_keeps_the_finished_shards(tiny_folder, tiny_config, tmp_path, mo
     builder = os.fork()
     if builder == 0:
         os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background has it ignored
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         try:

@@ -20,7 +20,7 @@ PACKAGE = REPOSITORY / "imaginaire_spade"
 
 CORE = [
     {"errors", "version", "files", "labels", "registry", "noise", "cli"}, {"config"}, {"config_files"}, {"config_diff"},
-    {"distributed"}, {"patterns"}, {"layout"}, {"sheets"}, {"pages"}, {"data"}, {"models"}, {"pretrained"}, {"losses"},
+    {"distributed"}, {"layout"}, {"sheets"}, {"pages"}, {"data"}, {"models"}, {"pretrained"}, {"losses"},
     {"build"}, {"evaluation"}, {"training"}, {"inference"},
 ]  # fmt: skip
 WINGS = [{"lmdb_builder"}, {"dataset_prep"}, {"interop"}, {"export"}, {"demo"}]
@@ -198,7 +198,7 @@ def test_a_default_is_written_once_and_errors_are_not_swallowed(path):
 
 
 def test_models_import_torch_and_each_other_only():
-    allowed = {"models", "layout", "patterns", "registry", "errors", "distributed"}
+    allowed = {"models", "layout", "registry", "errors", "distributed"}
     for path in (PACKAGE / "models").glob("*.py"):
         named = written_imports(module_name(path))
         assert {name.split(".")[1] for name in named} <= allowed, path
@@ -270,9 +270,9 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1678, "pages": 18, "data": 1221, "models": 1032, "pretrained": 296, "training": 1435,
-    "inference": 1044, "evaluation": 966,
-    "lmdb_builder": 835, "dataset_prep": 411, "interop": 904, "export": 156, "demo": 416,
+    "top level": 1620, "pages": 18, "data": 1221, "models": 1031, "pretrained": 288, "training": 1435,
+    "inference": 1031, "evaluation": 957,
+    "lmdb_builder": 835, "dataset_prep": 411, "interop": 851, "export": 151, "demo": 406,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""

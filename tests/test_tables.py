@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_layout import random_layout
 from torch import nn
 
-from imaginaire_spade import patterns
-from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade import layout as layout_module
+from imaginaire_spade.layout import LayoutSpec, Lookup, SemanticLayout, find_neighbourhoods
 from imaginaire_spade.models import modulation
 from imaginaire_spade.models import norms as norms_module
 from imaginaire_spade.models.discriminator import FPSEDiscriminator, MultiscaleDiscriminator
@@ -20,7 +20,6 @@ from imaginaire_spade.models.for_inference import WinogradConv2d, optimise_for_i
 from imaginaire_spade.models.generator import SPADEGenerator, StyleSPADEGenerator
 from imaginaire_spade.models.layers import initialise, second_convolution, sum_rows
 from imaginaire_spade.models.norms import CLADE, SPADE
-from imaginaire_spade.patterns import Lookup, find_neighbourhoods
 
 
 def code_map(n: int, h: int, w: int, num_codes: int, block: int, seed: int) -> torch.Tensor:
@@ -78,7 +77,7 @@ def test_sums_of_rows_and_their_gradient_are_the_plain_ones(places, terms, rows,
 def test_ids_that_do_not_fit_one_integer_are_packed_in_steps():
     g = torch.Generator().manual_seed(0)
     columns = list(torch.randint(0, 3, (9, 500), generator=g) * (2**30 // 2))
-    ids, count = patterns._number(columns, 2**30 + 1)
+    ids, count = layout_module._number(columns, 2**30 + 1)
     rows, plain = torch.stack(columns, 1).unique(dim=0, return_inverse=True)
     assert count == len(rows) and torch.equal(ids, plain)
 

@@ -1,4 +1,4 @@
-"""Order samples, load them in workers, and move batches to the device.
+"""Order samples, load them in workers, and move batches to the device; map over samples in workers.
 
 Owns the one rule of a run's order: the sample at position p of the run is entry p mod n of the shuffle of epoch
 p div n, whatever the number of processes or workers and wherever the run was interrupted.
@@ -17,7 +17,9 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,13 +30,16 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.errors import DataError, UserError
+from imaginaire_spade.errors import DataError, UserError, catch_error
 from imaginaire_spade.noise import generator_for
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
 
 PREFETCH = 2
 """Batches that each worker prepares ahead."""
+
+CHUNK = 4
+"""Items of ``map_in_order`` that travel together; two chunks per worker wait for their turn."""
 
 NO_SHARED_MEMORY = (
     "the loader's workers have too little shared memory: start the container with --shm-size=8g (docker), or write"
@@ -252,6 +257,59 @@ def default_num_workers(num_processes: int = 1) -> int:
     """Count the loader workers of each of ``num_processes`` on this machine: min(8, cores / processes)."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return min(8, cores // num_processes)
+
+
+def count_workers(num_workers: int | None, num_processes: int = 1) -> int:
+    """Return ``num_workers`` if it is given, else min(8, this process's share of the cores), at least 1.
+
+    Raises:
+        DataError: it is negative.
+    """
+    if num_workers is not None and num_workers < 0:
+        raise DataError(f"--num_workers {num_workers}: write at least 0")
+    return max(1, default_num_workers(num_processes)) if num_workers is None else num_workers
+
+
+@contextmanager
+def map_in_order(task: Callable[[T], R], items: Sequence[T], num_workers: int | None) -> Iterator[Iterator[R]]:
+    """Yield an iterator over the results of ``task``, in the order of ``items``.
+
+    The workers end with the block. They run ahead by a few items only, however slowly the results are taken.
+
+    Args:
+        task, items: picklable.
+        num_workers: processes (None: min(8, cores); 0: this process does the work).
+    Raises:
+        DataError: ``num_workers`` is negative, or a worker was killed.
+        UserError: the first that ``task`` raised, when the results before it have been taken.
+    """
+    num_chunks = -(-len(items) // CHUNK)
+    loader: Iterable[list[R | UserError]] = DataLoader(
+        items,  # type: ignore[arg-type]
+        batch_size=CHUNK,
+        collate_fn=partial(_try_each, task),
+        num_workers=min(count_workers(num_workers), num_chunks),
+        worker_init_fn=start_worker,
+    )
+    try:
+        with closing(_take(loader)) as results:
+            yield results
+    except RuntimeError as error:  # in the midst of the block too: torch raises it when a worker's end is signalled
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError("a worker process was killed (out of memory?): write a smaller --num_workers") from None
+
+
+def _try_each(task: Callable[[T], R], items: Sequence[T]) -> list[R | UserError]:
+    """Return the results of ``task``. What it raises is a value too: a worker's exceptions arrive changed."""
+    return [catch_error(UserError, task)(item) for item in items]
+
+
+def _take(loader: Iterable[list[R | UserError]]) -> Generator[R, None, None]:
+    for result in itertools.chain.from_iterable(loader):
+        if isinstance(result, UserError):
+            raise result
+        yield result
 
 
 class Prefetcher:

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from imaginaire_spade.data.distances import class_distances, encode_distances, read_header
 from imaginaire_spade.data.folders import DISTANCES, FolderSource
 from imaginaire_spade.data.image_files import DECODERS, decode_image, decode_label, encode_map, image_size
+from imaginaire_spade.data.loader import map_in_order
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import atomic_write, write_bytes
 from imaginaire_spade.labels import LabelSpec, edges_from_ids
-from imaginaire_spade.lmdb_builder.workers import map_in_order
 from imaginaire_spade.pretrained.segmenters import Segmenter
 
 T = TypeVar("T")

@@ -1,9 +1,14 @@
-"""Turn official downloads of data sets into raw folders (``scripts/prepare_dataset.py``).
+"""Unpack archives (``scripts/download_test_data.py``); turn official downloads of data sets into raw folders
+(``scripts/prepare_dataset.py``).
 
 Ids stay as they are in the download wherever the table in ``configs/labels/NAME.yaml`` maps them; files are copied (or
 linked), not decoded, wherever nothing has to change.
 """
 
+import shutil
+import tarfile
+import tempfile
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,8 +22,8 @@ from numpy.typing import NDArray
 from imaginaire_spade.data.image_files import DECODERS, IMAGE_EXTENSIONS, decode_label, encode_map
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.dataset_prep.maps import Writing, write_maps
-from imaginaire_spade.errors import ConfigError, DataError, how_to_install
-from imaginaire_spade.files import encode_image, read_json
+from imaginaire_spade.errors import DataError, how_to_install
+from imaginaire_spade.files import PARTIAL, encode_image, read_json, read_text
 
 FIRST_OBJECT = 256
 """In an instance map, smaller numbers are label ids of pixels that belong to no object."""
@@ -123,9 +128,9 @@ def _ade20k_outdoor(source: Path, options: Options) -> Iterator[RawSample]:
     if options.scene_list is None:
         yield from filter(_is_outdoor, _ade20k(source, options))
         return
-    wanted = {line.split()[0] for line in _read_lines(options.scene_list) if line.strip()}
+    wanted = {line.split()[0] for line in read_text(options.scene_list, DataError).splitlines() if line.strip()}
     categories = _find(source, *(f"{r}sceneCategories.txt" for r in _ADE20K))
-    lines = _read_lines(categories) if categories else []
+    lines = read_text(categories, DataError).splitlines() if categories else []
     scene_of = dict(line.split()[:2] for line in lines if len(line.split()) > 1)
     unknown = wanted - set(scene_of) - set(scene_of.values()) if scene_of else set()
     if unknown:
@@ -141,13 +146,6 @@ def _is_outdoor(sample: RawSample) -> bool:
         return True  # ``prepare`` names what is missing
     present = set(np.unique(decode_label(path.read_bytes(), str(path))).tolist())
     return bool(present & _OUTDOOR.keys()) and not present & _INDOOR.keys()
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
 
 
 def _cityscapes(source: Path, options: Options) -> Iterator[RawSample]:
@@ -230,13 +228,9 @@ def _read_objects(path: Path) -> dict[str, Objects]:
         ConfigError: pycocotools (extra ``data``) is not installed.
         DataError: the file is no instances JSON of COCO.
     """
-    try:
+    otherwise = " (or unpack the panoptic maps, or move the file away to go without instance maps)"
+    with how_to_install("data", f"{path}: reading it needs the package pycocotools", otherwise):
         import pycocotools.mask  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            f"{path}: reading it needs the package pycocotools: {how_to_install('data')} (or unpack the panoptic maps,"
-            " or move the file away to go without instance maps)"
-        ) from None
     tree = read_json(path)
     try:
         of_image: dict[int, list[Mapping[str, Any]]] = {image["id"]: [] for image in tree["images"]}
@@ -355,3 +349,44 @@ def _content(link: bool, file: _RawFile) -> bytes | Path:
             return encode_image(apply_to_image(array, geometry, any_area=True), path.suffix.lower())
         array = apply_to_map(array, geometry)
     return encode_map(array)
+
+
+# ------------------------------------------------------------------------------------------------ archives
+
+
+def unpack(archive: Path, folder: Path) -> int:
+    """Unpack a zip or tar archive below ``folder``; return its number of files. A refused archive leaves nothing.
+
+    Raises:
+        DataError: no archive, damaged, larger than the free space, or with an entry that leads out of ``folder`` or is
+            a device.
+    """
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=archive.parent) as temporary:
+        try:
+            if zipfile.is_zipfile(archive):
+                with zipfile.ZipFile(archive) as packed:
+                    _check_entries(archive, {entry.filename: entry.file_size for entry in packed.infolist()})
+                shutil.unpack_archive(archive, temporary, "zip")
+            else:
+                with tarfile.open(archive) as packed_tar:
+                    _check_entries(archive, {entry.name: entry.size for entry in packed_tar})
+                shutil.unpack_archive(archive, temporary, "tar", filter="data")
+        except tarfile.ReadError as error:
+            raise DataError(f"{archive}: neither a zip nor a tar archive, or damaged: {error}") from None
+        except (OSError, zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError) as error:
+            raise DataError(f"{archive}: nothing was unpacked: {error}") from None
+        paths = [path for path in Path(temporary).rglob("*") if path.is_symlink() or path.is_file()]
+        for path in paths:
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+    return len(paths)
+
+
+def _check_entries(archive: Path, sizes: dict[str, int]) -> None:
+    for name in sizes:  # shutil would leave such an entry out without a word
+        if PurePosixPath(name).is_absolute() or ".." in name or "\\" in name:
+            raise DataError(f"{archive}: the entry {name!r} leads out of the folder: nothing was unpacked")
+    free = shutil.disk_usage(archive.parent).free
+    if sum(sizes.values()) > free:
+        raise DataError(f"{archive}: unpacks to {sum(sizes.values()):,} bytes, but {free:,} are free")

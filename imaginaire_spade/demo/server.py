@@ -13,9 +13,9 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib.resources import files
-from socketserver import TCPServer
+from socketserver import ThreadingTCPServer
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -29,14 +29,9 @@ MAX_UPLOAD_BYTES = 32 * 2**20
 SIZE = ("height", "width")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
-PAGE_FILES = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/main.js": ("main.js", "text/javascript; charset=utf-8"),
-    "/easel.js": ("easel.js", "text/javascript; charset=utf-8"),
-    "/label_map.js": ("label_map.js", "text/javascript; charset=utf-8"),
-}
-"""Path -> file in ``page/`` and its type. The server never opens a path that a client sends."""
+PAGE_FILES = {"/": "index.html"} | {f"/{name}": name for name in ("page.css", "main.js", "easel.js", "label_map.js")}
+"""Path -> file in ``page/``. The server never opens a path that a client sends."""
+CONTENT_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -67,8 +62,10 @@ class _Answer:
     headers: Mapping[str, str] | None = None
 
 
-class PaintingServer(ThreadingHTTPServer):
+class PaintingServer(ThreadingTCPServer):
     """Serves the page at http://host:port.
+
+    No HTTPServer, which looks up the host's full name: that can take many seconds.
 
     Args:
         host: address to listen at. If it is a loopback address, requests must name it as such in their Host header: the
@@ -78,7 +75,7 @@ class PaintingServer(ThreadingHTTPServer):
         ConfigError: the server cannot listen there.
     """
 
-    daemon_threads = True
+    daemon_threads = allow_reuse_address = True
 
     def __init__(self, service: PaintingService, host: str, port: int) -> None:
         self.service = service
@@ -90,16 +87,12 @@ class PaintingServer(ThreadingHTTPServer):
             raise ConfigError(_why_not(host, port, error)) from None
         except OverflowError:
             raise ConfigError(f"--port {port}: ports are 0 to 65535") from None
+        self.server_port = self.server_address[1]
 
     @property
     def url(self) -> str:
         host = str(self.server_address[0])
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
-
-    def server_bind(self) -> None:
-        # HTTPServer's own looks up the host's full name, which can take many seconds.
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):  # a browser that went away is no fault
@@ -249,7 +242,8 @@ def _numbers(query: str, *names: str) -> dict[str, int]:
 
 
 def _page_file(handler: _Handler, *_: object) -> _Answer:
-    name, content_type = PAGE_FILES[handler.path.partition("?")[0]]
+    name = PAGE_FILES[handler.path.partition("?")[0]]
+    content_type = f"{CONTENT_TYPES[name.rpartition('.')[2]]}; charset=utf-8"
     return _Answer((files("imaginaire_spade.demo") / "page" / name).read_bytes(), content_type)
 
 

@@ -21,6 +21,7 @@ from imaginaire_spade.data.image_files import decode_image, decode_label, image_
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.files import encode_image
 from imaginaire_spade.inference.synthesizer import Synthesizer
+from imaginaire_spade.labels import MAX_RAW_ID, LabelSpec
 
 MAX_SIDE = 1024
 """Pixels of the largest canvas's longer side."""
@@ -53,7 +54,7 @@ class PaintingService:
         self._name = name
         self._samples = samples
         self._labels = synthesizer.labels
-        self._raw_ids = _raw_ids(self._labels.table, self._labels.num_classes)
+        self._raw_ids = _raw_ids(self._labels)
         self._dtype = np.dtype(np.uint8) if self._labels.num_classes < 256 else np.dtype("<u2")
         # One thread for all: torch keeps a team of threads for each thread that calls it.
         self._worker = ThreadPoolExecutor(1, "generate")
@@ -208,13 +209,10 @@ def fit_to_canvas(ids: NDArray[np.generic], height: int, width: int) -> NDArray[
     return ids[rows[:, None], columns]
 
 
-def _raw_ids(table: NDArray[np.generic], num_classes: int) -> NDArray[np.int64]:
+def _raw_ids(labels: LabelSpec) -> NDArray[np.int64]:
     """Return the smallest raw id of each train id, don't care included, or -1: int64 [num_classes + 1]."""
-    raw_ids = np.full(num_classes + 1, -1)
-    meant, smallest = np.unique(table.astype(np.int64), return_index=True)
-    valid = (meant >= 0) & (meant <= num_classes)  # not the error mark
-    raw_ids[meant[valid]] = smallest[valid]
-    return raw_ids
+    smallest = dict(zip(labels.table[::-1].tolist(), range(MAX_RAW_ID, -1, -1), strict=True))
+    return np.array([smallest.get(train_id, -1) for train_id in range(labels.num_classes + 1)])
 
 
 def _whole_number(name: str, value: Any, least: int, most: int) -> int:

@@ -23,7 +23,7 @@ from imaginaire_spade.data.folders import Source
 from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_image
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.data.loader import read_ahead
-from imaginaire_spade.errors import DataError, catch_data_error
+from imaginaire_spade.errors import DataError, catch_error
 from imaginaire_spade.files import LABELS_FOLDER
 from imaginaire_spade.labels import LabelSpec
 
@@ -100,7 +100,7 @@ class StoredImages(ImageSource):
         self._label_map_of = {key: index for index, key in enumerate(label_maps.keys)} if label_maps else {}
 
     def read(self, indices: Sequence[int]) -> Iterator[tuple[int, SourceImage | DataError]]:
-        images = read_ahead(catch_data_error(self._read), indices, 4 * READ_THREADS, num_threads=READ_THREADS)
+        images = read_ahead(catch_error(DataError, self._read), indices, 4 * READ_THREADS, num_threads=READ_THREADS)
         return zip(indices, images, strict=True)
 
     def _read(self, index: int) -> SourceImage:
@@ -197,7 +197,7 @@ class DatasetImages(ImageSource):
         made: dict[int, dict[int, Tensor]] = {}  # of keys that still lack samples
 
         def samples() -> Iterator[tuple[int, Sample]]:
-            read = self._dataset.__getitem__ if self._strict else catch_data_error(self._dataset.__getitem__)
+            read = self._dataset.__getitem__ if self._strict else catch_error(DataError, self._dataset.__getitem__)
             places = [self._indices[index] for index in indices]
             found = read_ahead(read, places, 4 * READ_THREADS, num_threads=READ_THREADS)
             for index, sample in zip(indices, found, strict=True):

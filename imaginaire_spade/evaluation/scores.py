@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from imaginaire_spade.distributed import total_over_processes
-from imaginaire_spade.errors import ConfigError, DataError, how_to_install
+from imaginaire_spade.errors import DataError, how_to_install
 from imaginaire_spade.pretrained.feature_networks import FeatureNetwork
 
 METRICS = ("fid", "kid", "precision_recall", "diversity", "segmentation")
@@ -118,10 +118,8 @@ def kernel_distance(real: Tensor, fake: Tensor, *, seed: int = 0) -> tuple[float
         ConfigError: torchmetrics is not installed.
         DataError: fewer than two images.
     """
-    try:
+    with how_to_install("eval", "KID comes with torchmetrics"):
         from torchmetrics.image.kid import poly_mmd
-    except ImportError:
-        raise ConfigError(f"KID comes with torchmetrics: {how_to_install('eval')}") from None
     size = min(KID_SUBSET_SIZE, len(real), len(fake))
     if size < 2:
         raise DataError(f"KID needs at least 2 images on each side, not {len(real)} and {len(fake)}")
@@ -144,12 +142,8 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
         ConfigError: torch-fidelity is not installed (torchmetrics itself has no such score), or too old.
         DataError: too few images.
     """
-    try:
+    with how_to_install("eval", "precision and recall come with torch-fidelity 0.4 or later"):
         from torch_fidelity.metric_prc import calculate_precision_recall_part
-    except ImportError:
-        raise ConfigError(
-            f"precision and recall come with torch-fidelity 0.4 or later: {how_to_install('eval')}"
-        ) from None
     if min(len(real), len(fake)) <= NEIGHBOURS:
         raise DataError(
             f"precision and recall need more than {NEIGHBOURS} images on each side, not {len(real)} and {len(fake)}"

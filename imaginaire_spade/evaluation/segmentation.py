@@ -30,7 +30,7 @@ from imaginaire_spade.data.image_files import decode_label
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation.images import Ids, SourceImage
 from imaginaire_spade.evaluation.report import Report
-from imaginaire_spade.files import resize_image
+from imaginaire_spade.files import read_text, resize_image
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.layout import nearest_indices
 from imaginaire_spade.pretrained.segmenters import Segmenter, hugging_face_segmenter
@@ -113,10 +113,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     Raises:
         ConfigError: the file cannot be read, or holds no mapping.
     """
-    try:
-        content = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{FLAG} {path}: cannot be read: {error}") from None
+    content = read_yaml(read_text(path, ConfigError, f"{FLAG} {path}: cannot be read"), str(path))
     if not isinstance(content, dict):
         raise ConfigError(f"{FLAG} {path}: must be a mapping, class of the label table: label of the segmenter")
     return content

@@ -30,7 +30,7 @@ from torch.export import Dim, ExportedProgram
 
 from imaginaire_spade.build import image_size
 from imaginaire_spade.cli import check_output_file
-from imaginaire_spade.errors import CheckpointError, UserError, how_to_install
+from imaginaire_spade.errors import CheckpointError, UserError, first_line, how_to_install
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.generator import Generator
@@ -67,13 +67,9 @@ def check_output(output: Path, *, overwrite: bool = False) -> None:
     check_output_file(output, overwrite=overwrite, suffixes=SUFFIXES)
     if output.suffix == ".onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
-            try:
+            otherwise = "; or write --output with a name that ends in .pt2, which needs torch alone"
+            with how_to_install("export", f"--output {output}: ONNX needs the package {package}", otherwise):
                 importlib.import_module(package)
-            except ImportError as error:
-                raise UserError(
-                    f"--output {output}: ONNX needs the package {package} ({error}): {how_to_install('export')}; or"
-                    " write --output with a name that ends in .pt2, which needs torch alone"
-                ) from None
 
 
 def export_model(model: Model, output: Path, on_checked: Callable[[str, float], None]) -> None:
@@ -162,13 +158,8 @@ def example_inputs(network: ExportedGenerator, count: int, height: int, width: i
 
 def _traced(network: ExportedGenerator, multiple: int) -> ExportedProgram:
     """Trace the network for any number of images of any size."""
-    count, height, width = Dim("batch"), multiple * Dim("height"), multiple * Dim("width")
-    sizes = {
-        "labels": (count, height, width),
-        "edges": (count, height, width),
-        "distances": (count, None, height, width),
-        "z": (count,),
-    }
+    maps = (count, height, width) = Dim("batch"), multiple * Dim("height"), multiple * Dim("width")
+    sizes = {"labels": maps, "edges": maps, "distances": (count, None, height, width), "z": (count,)}
     inputs = example_inputs(network, 2, 2 * multiple, 3 * multiple)
     shapes = {name: dict(enumerate(sizes[name])) for name in inputs}
     program = torch.export.export(network, (), inputs, dynamic_shapes=shapes)
@@ -195,7 +186,7 @@ def _reason(error: BaseException) -> str:
     """Return the first line of the original error."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return first_line(error)
 
 
 def _load_onnx(file: Path) -> Run:

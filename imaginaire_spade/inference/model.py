@@ -9,9 +9,7 @@ machine it was trained on are left out.
 
 from __future__ import annotations
 
-import http.client
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,7 +27,7 @@ from imaginaire_spade.config import RunConfig, WeightSource
 from imaginaire_spade.config_diff import check_fits, explain_old_import
 from imaginaire_spade.config_files import dump_config, load_config, parse_config
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.files import file_sha256, write_bytes
+from imaginaire_spade.files import download, write_bytes
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.generator import Generator
@@ -277,20 +275,9 @@ def _fetch(source: WeightSource) -> Path:
     assert source.url is not None and source.sha256 is not None
     name = PurePosixPath(urlparse(source.url).path).name or "checkpoint.pt"
     target = Path(torch.hub.get_dir(), "checkpoints", f"{source.sha256[:16]}-{name}")
-    if target.is_file() and file_sha256(target) == source.sha256:
-        return target
-    print(f"downloading {source.url} to {target}", file=sys.stderr, flush=True)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(source.url, str(target), hash_prefix=source.sha256, progress=sys.stderr.isatty())
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise CheckpointError(
-            f"pretrained_weight.url: {source.url} cannot be downloaded ({error}). Without a connection: fetch the file"
-            f" elsewhere and give it as --checkpoint FILE, or put it at {target}"
-        ) from None
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"pretrained_weight.url: {source.url} is not the file with sha256 {source.sha256} ({error}). Nothing was"
-            " kept; correct the url or the sha256"
-        ) from None
+    advice = (
+        "Without a connection: fetch the file elsewhere and give it as --checkpoint FILE, or put it at"
+        f" {target}; else correct pretrained_weight.url or its sha256"
+    )
+    download(source.url, target, source.sha256, CheckpointError, advice)
     return target

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from imaginaire_spade.build import build_component
 from imaginaire_spade.config_files import parse_component
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.interop.imaginaire import Imaginaire
-from imaginaire_spade.interop.nvlabs_spade import CLADE, SPADERelease
+from imaginaire_spade.interop.systems import SYSTEMS
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import ConvEncoder, Generator, SPADEGenerator
 from imaginaire_spade.models.layers import SpectralNorm
-from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS
+from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, Registry
 
-SYSTEMS: dict[str, Any] = {"nvlabs_spade": SPADERelease(), "clade": CLADE(), "imaginaire": Imaginaire()}
 SOURCES = tuple(SYSTEMS)
 
 Names = Mapping[type[nn.Module], tuple[str, Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]]]
@@ -40,30 +38,24 @@ def import_generator(source: str, state_dict: Mapping[str, Tensor], hyper: Mappi
     Raises:
         CheckpointError: listing tensors that are missing, left over or of another shape.
     """
-    return _import(source, "gen", state_dict, hyper)
+    return _import(source, "gen", GENERATORS, state_dict, hyper, "layout_spec", "image_size")
 
 
 def import_discriminator(source: str, state_dict: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> nn.Module:
     """Build our discriminator likewise (see ``import_generator``)."""
-    return _import(source, "dis", state_dict, hyper)
+    return _import(source, "dis", DISCRIMINATORS, state_dict, hyper, "layout_spec")
 
 
 def import_encoder(source: str, state_dict: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> nn.Module:
     """Build our style encoder likewise (see ``import_generator``)."""
-    return _import(source, "encoder", state_dict, hyper)
+    return _import(source, "encoder", ENCODERS, state_dict, hyper, "style_dims")
 
 
-_PARTS = {
-    "gen": ("generator", GENERATORS, ("layout_spec", "image_size")),
-    "dis": ("discriminator", DISCRIMINATORS, ("layout_spec",)),
-    "encoder": ("encoder", ENCODERS, ("style_dims",)),
-}
-"""Key of a config -> its part, registry, and what the pipeline tells such a component."""
-
-
-def _import(source: str, key: str, state_dict: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> nn.Module:
-    part, registry, known = _PARTS[key]
-    component = parse_component(describe(source, part, hyper), registry, key)
+def _import(
+    source: str, key: str, registry: Registry, state_dict: Mapping[str, Tensor], hyper: Mapping[str, Any], *known: str
+) -> nn.Module:
+    """Build the component ``key`` of a config, and load its weights; ``known``: what the pipeline tells it."""
+    component = parse_component(describe(source, registry.kind, hyper), registry, key)
     network = build_component(registry, component, *(describe(source, name, hyper) for name in known))
     return load_foreign(network, source, state_dict)
 

@@ -18,7 +18,7 @@ from imaginaire_spade.build import build_discriminator, build_encoder, build_gen
 from imaginaire_spade.config import RunConfig
 from imaginaire_spade.config_diff import explain_old_import
 from imaginaire_spade.config_files import dump_config, parse_config
-from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.errors import CheckpointError, first_line
 from imaginaire_spade.interop import describe, describe_networks, foreign_names, load_foreign
 from imaginaire_spade.interop.label_tables import LabelOrder, adapt_config, exported_channels, label_table
 from imaginaire_spade.labels import LabelSpec
@@ -54,7 +54,7 @@ def read_weights(path: Path, trust: bool = False) -> dict[str, Any]:
                 " where it comes from, --trust unpickles it, which runs whatever code is in it"
             ) from None
         else:
-            raise CheckpointError(f"{path}: damaged, or no checkpoint ({_first_line(error)})") from None
+            raise CheckpointError(f"{path}: damaged, or no checkpoint ({first_line(error)})") from None
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{path}: holds {type(content).__name__}, not named tensors")
     if content.get("format") == FORMAT:
@@ -67,11 +67,7 @@ def _unpickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:  # the file's own code may raise anything
-        raise CheckpointError(f"{path}: cannot be unpickled ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: cannot be unpickled ({first_line(error)})") from None
 
 
 def networks_in(content: Mapping[str, Any], path: Path) -> dict[str, State]:

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from imaginaire_spade.config_files import dump_yaml, load_labels, parse_config, read_yaml
 from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.interop import SYSTEMS, describe, describe_networks
+from imaginaire_spade.files import read_text
+from imaginaire_spade.interop import describe, describe_networks
 from imaginaire_spade.interop.label_tables import ADE20K, label_table
+from imaginaire_spade.interop.systems import SYSTEMS
 
 _REQUIRED = object()
 
@@ -86,18 +88,6 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _dotted(value, f"{prefix}{key}.")
 
 
-def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """Build the tree of dotted keys: the inverse of ``_dotted``."""
-    tree: dict[str, Any] = {}
-    for key, value in dotted.items():
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
-
-
 def import_config(source: str, path: Path, tables: Path | None = None) -> tuple[str, list[str]]:
     """Translate a config file of another system into our YAML, with notes on choices and ignored keys.
 
@@ -108,10 +98,7 @@ def import_config(source: str, path: Path, tables: Path | None = None) -> tuple[
     Raises:
         ConfigError: the file cannot be read, lacks a key, or describes networks that are not supported.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text ({error}); give the .yaml or opt.txt") from None
+    text = read_text(path, ConfigError, f"{path}: cannot be read as text (give the .yaml or opt.txt)")
     if source == "imaginaire":
         tree = read_yaml(text, str(path))
         if not isinstance(tree, Mapping):
@@ -121,7 +108,7 @@ def import_config(source: str, path: Path, tables: Path | None = None) -> tuple[
     else:
         keys = Keys(parse_options(text, path), path)
         ours = _from_options(source, keys, tables)
-    config = parse_config(_nested(ours), source=f"{path}, translated")
+    config = parse_config(ours, source=f"{path}, translated")
     return dump_yaml(config), [*keys.notes, *(f"ignored (no equivalent): {line}" for line in keys.unread())]
 
 
@@ -131,10 +118,8 @@ def parse_options(text: str, path: Path) -> dict[str, Any]:
     for line in text.splitlines():
         if matched := re.fullmatch(r"\s*(\w+): (.*?)\s*(?:\[default: .*\])?\s*", line):
             value = matched[2]
-            if re.fullmatch(r"[-+]?\d+", value):
-                options[matched[1]] = int(value)
-            elif re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
-                options[matched[1]] = float(value)
+            if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
+                options[matched[1]] = int(value) if value.lstrip("-+").isdecimal() else float(value)
             else:
                 options[matched[1]] = {"True": True, "False": False, "None": None}.get(value, value)
     if not options:

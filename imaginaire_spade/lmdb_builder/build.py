@@ -1,4 +1,5 @@
-"""Build a verified LMDB data set from raw folders (``scripts/build_lmdb.py``), in one process or many.
+"""Build a verified LMDB data set from raw folders (``scripts/build_lmdb.py``), in one process or many; verify that a
+built one is unchanged (``scripts/inspect_lmdb.py``).
 
 Owns the order of a build: refuse what cannot work; write shard after shard, while workers read and check the samples;
 join the shards' manifests. A shard appears under its final name only when it is complete and verified. Processes do not
@@ -6,25 +7,28 @@ talk to each other: each builds the shards of its rank, and the last to finish f
 """
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from imaginaire_spade.data.folders import DISTANCES, FolderSource
+from imaginaire_spade.data.folders import DATA_TYPES, DISTANCES, FolderSource, Source
 from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS
-from imaginaire_spade.data.lmdb_source import MANIFEST, store_key
+from imaginaire_spade.data.lmdb_source import MANIFEST, open_source, store_key
+from imaginaire_spade.data.loader import count_workers, map_in_order
 from imaginaire_spade.errors import DataError
+from imaginaire_spade.files import read_json, read_text, write_bytes
 from imaginaire_spade.labels import EdgeSource, LabelSpec
 from imaginaire_spade.lmdb_builder.output import check_output, expect_room, hold_shards, join_shards, prepare_root
-from imaginaire_spade.lmdb_builder.sample import LoadedSample, Plan, load_sample
-from imaginaire_spade.lmdb_builder.shard import Manifest, write_shard
-from imaginaire_spade.lmdb_builder.workers import count_workers, map_in_order
+from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, Plan, check_sample, load_sample
+from imaginaire_spade.lmdb_builder.shard import Manifest, write_shard, wrong_checksums
 
 OPTIONAL_TYPES = ("edge_maps", "inst_maps", DISTANCES)
 MAX_PROBLEMS = 20
 """A build stops after this many."""
+MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"BM", "bmp"), (b"RIFF", "webp"), (b"\x93NUMPY", "npy"))
 
 
 def build_dataset(
@@ -121,12 +125,9 @@ def _read_list(path: Path, source: FolderSource) -> list[str]:
     Raises:
         DataError: the file cannot be read, or names a sample that ``source`` lacks.
     """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--input_list {path}: cannot be read: {error}") from None
+    text = read_text(path, DataError, f"--input_list {path}: cannot be read")
     known, wanted, unknown = set(source.keys), set[str](), []
-    for line in filter(None, lines):
+    for line in filter(None, map(str.strip, text.splitlines())):
         key = line.removeprefix("./")
         stem, _, extension = key.rpartition(".")
         if key not in known and extension.lower() in IMAGE_EXTENSIONS:
@@ -182,3 +183,73 @@ def _write_shards(plan: Plan, root: Path, shards: Mapping[str, Sequence[str]], n
         state = f"{finished} finished shard(s) are kept" if finished else "nothing was built"
         listed = "\n  ".join(problems[:MAX_PROBLEMS])
         raise DataError(f"{plan.source.root}: {len(problems)} problem(s), {state}{rest}:\n  {listed}")
+
+
+# ------------------------------------------------------------------------------------------------ inspection
+
+
+def open_data(root: Path) -> Source:
+    """Open what lies under ``root``: LMDB shards, or plain folders.
+
+    Raises:
+        DataError: no data set is there.
+    """
+    return open_source(root, [t for t in DATA_TYPES if (root / t).is_dir()])
+
+
+def stored_types(source: Source) -> list[str]:
+    """List the data types that every sample has."""
+    return [t for t in DATA_TYPES if source.has(t)]
+
+
+def stored_labels(root: Path) -> LabelSpec | None:
+    """Return the label table that the data set was built with; None if another builder made it.
+
+    Raises:
+        DataError: its manifest holds no usable table.
+    """
+    if not (root / MANIFEST).is_file():
+        return None
+    try:
+        return LabelSpec.model_validate_json(json.dumps(read_json(root / MANIFEST)["labels"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{root / MANIFEST}: no usable label table: {error}") from None
+
+
+def look_through(root: Path, labels: LabelSpec | None, num_workers: int | None) -> Contents:
+    """Read and check every sample as the builder does, and compare every file's checksum with the manifest's.
+
+    Problems are collected, not raised.
+    """
+    source = open_data(root)
+    contents = Contents(problems=list(wrong_checksums(root)))
+    with map_in_order(partial(_check, source, stored_types(source), labels), source.keys, num_workers) as samples:
+        for sample in tqdm(samples, "reading", len(source.keys), unit="images", mininterval=0.5):
+            contents.add(sample)
+    return contents
+
+
+def _check(source: Source, types: list[str], labels: LabelSpec | None, key: str) -> LoadedSample:
+    sample, _ = check_sample(source, key, types, labels)
+    sample.files = {}  # only counts travel between processes
+    return sample
+
+
+def extract(root: Path, key: str, folder: Path) -> list[Path]:
+    """Write the files of one sample as ``folder/TYPE/KEY.ext``; return their paths.
+
+    Raises:
+        DataError: there is no such sample.
+    """
+    source = open_data(root)
+    if key not in source.keys:
+        near = ", ".join(source.keys[:3])
+        raise DataError(f"{root}: no sample {key!r}; keys look like: {near}")
+    written = []
+    for t in stored_types(source):
+        data = source.read(key, t)
+        extension = next((name for magic, name in MAGIC if data.startswith(magic)), "bin")
+        path = folder / t / f"{key}.{extension}"
+        write_bytes(path, data)
+        written.append(path)
+    return written

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from imaginaire_spade.layout import LayoutNeighbourhoods, SemanticLayout
-from imaginaire_spade.patterns import Lookup
+from imaginaire_spade.layout import LayoutNeighbourhoods, Lookup, SemanticLayout
 
 
 class SpectralNorm(nn.Module):

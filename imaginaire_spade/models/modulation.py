@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from imaginaire_spade.distributed import sum_over_processes
+from imaginaire_spade.layout import Lookup
 from imaginaire_spade.models.layers import enlarge, sum_rows, sum_users
-from imaginaire_spade.patterns import Lookup
 
 
 @dataclass(frozen=True)

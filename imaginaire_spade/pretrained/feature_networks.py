@@ -234,10 +234,8 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self, dim: int, path: Path, *, legacy: bool) -> None:
         super().__init__()
-        try:
+        with how_to_install("eval", "the Inception network comes with torch-fidelity"):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError:
-            raise ConfigError(f"the Inception network comes with torch-fidelity: {how_to_install('eval')}") from None
         INCEPTION.read(path)  # torch-fidelity would run what is in the file
         try:
             network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
@@ -325,10 +323,8 @@ def perceptual_network(weights: str | None = None, *, device: torch.device | str
 
 def _untrained_lpips(seed: int) -> nn.Module:
     """Build LPIPS with its trained heads on an untrained backbone."""
-    try:
+    with how_to_install("eval", "LPIPS comes with torchmetrics"):
         from torchmetrics.functional.image.lpips import _LPIPS
-    except ImportError:
-        raise ConfigError(f"LPIPS comes with torchmetrics: {how_to_install('eval')}") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _LPIPS(pretrained=True, net="alex", pnet_rand=True)  # the public classes would download the backbone

@@ -60,14 +60,10 @@ def hugging_face_segmenter(model: str, device: torch.device, flag: str = "--mode
     Raises:
         ConfigError: transformers is not installed, or the model cannot be used.
     """
-    try:
+    otherwise = " (or give --deeplab WEIGHTS)" if flag == "--model" else ""
+    with how_to_install("eval", f"{flag} needs the package transformers", otherwise):
         import transformers
         from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
-    except ImportError:
-        raise ConfigError(
-            f"{flag} needs the package transformers: {how_to_install('eval')}"
-            f"{' (or give --deeplab WEIGHTS)' if flag == '--model' else ''}"
-        ) from None
     transformers.utils.logging.disable_progress_bar()
     try:
         model_type = transformers.AutoConfig.from_pretrained(model).model_type

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.errors import CheckpointError, first_line
 from imaginaire_spade.files import atomic_write, file_sha256, flush_folder
 from imaginaire_spade.version import __version__
 
@@ -186,7 +186,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise CheckpointError(f"{path}: cannot be read as a checkpoint, it is damaged or foreign ({reason})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(

@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from imaginaire_spade.config import RunConfig
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.distributed import maximum_over_processes, total_over_processes
-from imaginaire_spade.errors import UserError, is_out_of_memory
+from imaginaire_spade.errors import UserError, first_line, is_out_of_memory
 from imaginaire_spade.files import write_bytes
 from imaginaire_spade.training.setup import Run
 from imaginaire_spade.training.step import Networks, autocast, generate, real_images
@@ -248,7 +248,7 @@ def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
             f"{' and '.join(filters)}, narrower networks": bool(filters),
         }  # fmt: skip
         raise OutOfMemory(
-            f"out of memory ({str(error).splitlines()[0][:300]}). What needs less, the mildest first:\n  "
+            f"out of memory ({first_line(error)[:300]}). What needs less, the mildest first:\n  "
             + "\n  ".join(knob for knob, helps in knobs.items() if helps)
             + "\ntrain.py --dry_run measures the peak of one iteration. Other programs on the same GPU take theirs too:"
             f" see nvidia-smi (process {os.getpid()} is this one)"

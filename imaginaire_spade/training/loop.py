@@ -16,7 +16,7 @@ from typing import Any
 from imaginaire_spade import distributed
 from imaginaire_spade.config_files import dump_yaml
 from imaginaire_spade.data.loader import Prefetcher
-from imaginaire_spade.errors import CheckpointError, UserError
+from imaginaire_spade.errors import CheckpointError, UserError, first_line
 from imaginaire_spade.files import write_bytes
 from imaginaire_spade.training.checkpoint import CheckpointWriter
 from imaginaire_spade.training.evaluation import CheckStop
@@ -246,7 +246,7 @@ def report_progress_on_failure(run: Run, request: StopRequest) -> Iterator[None]
     except (RuntimeError, OSError) as error:
         if info.world_size > 1:
             done = run.calendar.iteration(run.state.images_seen)
-            reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+            reason = first_line(error)[:300]
             where = f"rank {info.rank} of {info.world_size} ({socket.gethostname()})"
             print(f"{where}: {done} iterations done, stopped in the next: {reason}", file=sys.stderr, flush=True)
         if info.world_size > info.local_world_size:
