@@ -22,8 +22,7 @@ from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.errors import ConfigError, positive_integer, run_command_line
 from imaginaire_spade.evaluation.collection import holds_statistics
 from imaginaire_spade.evaluation.evaluate import evaluate
-from imaginaire_spade.evaluation.report import REFERENCE_SPLITS, compare
-from imaginaire_spade.evaluation.report_page import write_report_page
+from imaginaire_spade.evaluation.report import REFERENCE_SPLITS, compare, write_report_page
 from imaginaire_spade.evaluation.scores import METRICS, NEED_FEATURES
 from imaginaire_spade.evaluation.segmentation import Segmentation, StoredSegmentation, load_segmentation
 from imaginaire_spade.inference.folder import Progress

@@ -23,7 +23,7 @@ from imaginaire_spade.build import import_modules
 from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import ConfigError, LabelError, positive_integer, run_command_line
-from imaginaire_spade.inference import style
+from imaginaire_spade.inference import synthesis
 from imaginaire_spade.inference.folder import PROBLEMS_SHOWN, FolderOptions, Progress, RunReport, generate_folder
 from imaginaire_spade.inference.model import Model, load_named
 from imaginaire_spade.inference.output import check_animation, check_apart
@@ -163,15 +163,15 @@ def main() -> None:
     print(_summary(arguments.output_dir, report, info), flush=True)
 
 
-def _styles(arguments: argparse.Namespace, model: Model, keys: list[str], seed: int) -> style.StyleOf:
+def _styles(arguments: argparse.Namespace, model: Model, keys: list[str], seed: int) -> synthesis.StyleOf:
     if arguments.style_interpolate:
-        start, end = (style.style_named(model, name) for name in arguments.style_interpolate)
-        return style.interpolated_styles(start, end, arguments.steps)
+        start, end = (synthesis.style_named(model, name) for name in arguments.style_interpolate)
+        return synthesis.interpolated_styles(start, end, arguments.steps)
     if arguments.style_image is not None:
-        return style.image_styles(model, arguments.style_image, keys, seed, arguments.num_samples)
+        return synthesis.image_styles(model, arguments.style_image, keys, seed, arguments.num_samples)
     if arguments.style_seed is not None:
-        return style.shared_styles(arguments.style_seed, model.generator.style_dims)
-    return style.drawn_styles(seed, model.generator.style_dims, arguments.num_samples)
+        return synthesis.shared_styles(arguments.style_seed, model.generator.style_dims)
+    return synthesis.drawn_styles(seed, model.generator.style_dims, arguments.num_samples)
 
 
 def _replacement(labels: LabelSpec, text: str) -> tuple[int, int]:

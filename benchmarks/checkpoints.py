@@ -22,8 +22,7 @@ from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import positive_integer, run_command_line
 from imaginaire_spade.training.checkpoint import CheckpointWriter
 from imaginaire_spade.training.loop import ESTIMATE_AT_MOST
-from imaginaire_spade.training.resume import content_of
-from imaginaire_spade.training.setup import calibration_inputs, calibration_layouts, prepare
+from imaginaire_spade.training.setup import calibration_inputs, calibration_layouts, content_of, prepare
 from imaginaire_spade.training.state import reestimate_batch_norm
 from imaginaire_spade.training.step import train_step
 

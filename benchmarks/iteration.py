@@ -19,7 +19,7 @@ from benchmarks.generator import make_generator
 from benchmarks.layouts import dense, fresh, make_layout
 from benchmarks.measure import Row, largest_difference, peak_memory_gib, rows_of, take_turns
 from imaginaire_spade.build import build_optimizer
-from imaginaire_spade.config import OptimizerConfig
+from imaginaire_spade.config import OptimizerConfig, TrainerConfig
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss, PerceptualLoss
@@ -85,11 +85,11 @@ def _iteration(name: str, case: Case) -> Callable[[], object]:
     if case.vgg:
         terms["perceptual"] = _random_vgg().to(device)
     weights = {"gan": 1.0, "feature_matching": 10.0, "perceptual": 10.0}
-    form, dtype = ("reference", None) if is_reference else ("shared", torch.bfloat16 if case.bf16 else None)
+    form, precision = ("reference", "fp32") if is_reference else ("shared", "bf16" if case.bf16 else "fp32")
+    trainer = TrainerConfig(max_iterations=1, iteration=form, precision=precision)
     settings = StepSettings(
-        terms, weights, form, dtype, accumulation=1, style_dims=0, seed=0, global_batch=batch,
-        gen_lr=lambda _: 1e-4, dis_lr=lambda _: 1e-4, ema_beta=lambda _: 0.999,
-    )  # fmt: skip
+        terms, weights, trainer, style_dims=0, seed=0, global_batch=batch, rates=lambda _: (1e-4, 1e-4, 0.999)
+    )
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
     networks, names = Networks(generator, discriminator, None), tuple(map(str, range(batch)))
 

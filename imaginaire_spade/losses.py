@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.models.discriminator import Scores
-from imaginaire_spade.pretrained.vgg import VGG19Features
+from imaginaire_spade.pretrained.feature_networks import VGG19Features
 from imaginaire_spade.registry import LOSSES
 
 GANMode = Literal["hinge", "least_square", "half_least_square", "non_saturated", "wasserstein"]

@@ -168,6 +168,6 @@ def _schema_of(cls: type, title: str) -> type[BaseModel]:
 
 GENERATORS = Registry("generator", "imaginaire_spade.models.generator")
 DISCRIMINATORS = Registry("discriminator", "imaginaire_spade.models.discriminator")
-ENCODERS = Registry("encoder", "imaginaire_spade.models.encoder")
+ENCODERS = Registry("encoder", "imaginaire_spade.models.generator")
 NORMS = Registry("norm", "imaginaire_spade.models.norms")
 LOSSES = Registry("loss", "imaginaire_spade.losses")

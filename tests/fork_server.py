@@ -145,7 +145,7 @@ def serve(requests: Connection, events: Connection) -> list[str]:
         os.environ.update(environment)
         sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
         if environment.get("NO_CURVES"):
-            importlib.import_module("imaginaire_spade.training.curves").write_curves = lambda *_: None
+            importlib.import_module("imaginaire_spade.training.run_log").write_curves = lambda *_: None
         return arguments
 
 

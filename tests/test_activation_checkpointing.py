@@ -15,7 +15,7 @@ from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.registry import GENERATORS, NORMS
-from imaginaire_spade.training.activation_checkpointing import checkpoint_activations
+from imaginaire_spade.training.step import checkpoint_activations
 
 SPEC = LayoutSpec(5, has_edges=True)
 

@@ -27,7 +27,7 @@ from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import initialise
 from imaginaire_spade.models.norms import SPADE, synchronize_batch_norm
 from imaginaire_spade.registry import GENERATORS, NORMS
-from imaginaire_spade.training.activation_checkpointing import checkpoint_activations
+from imaginaire_spade.training.step import checkpoint_activations
 
 MOST = 4
 SIDE = 32

@@ -25,7 +25,7 @@ from imaginaire_spade.evaluation.report import Protocol, differences, load_repor
 from imaginaire_spade.files import write_image
 from imaginaire_spade.inference.folder import FolderOptions, generate_folder
 from imaginaire_spade.inference.model import Model
-from imaginaire_spade.inference.style import drawn_styles
+from imaginaire_spade.inference.synthesis import drawn_styles
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.pretrained.feature_networks import feature_network

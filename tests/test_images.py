@@ -15,7 +15,7 @@ from imaginaire_spade.inference import output as output_folder
 from imaginaire_spade.inference.output import Output, write_gallery
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.sheets import BACKGROUND, draw_contact_sheet
-from imaginaire_spade.training import curves
+from imaginaire_spade.training import run_log
 
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -88,13 +88,13 @@ def records(count: int) -> list[dict]:
 
 @pytest.mark.parametrize("count", [1, 2, 200])
 def test_curves_are_drawn_from_any_number_of_records(tmp_path, count):
-    curves.write_curves(records(count), tmp_path / "curves.png")
+    run_log.write_curves(records(count), tmp_path / "curves.png")
     assert read(tmp_path / "curves.png").std() > 1
 
 
 def test_every_evaluation_score_has_a_panel_of_its_own():
     names = ("fid", "kid", "kid_std", "miou", "miou_real")
-    groups = curves._group([{"images_seen": 1} | {f"evaluation/{name}": 1.0 for name in names}])
+    groups = run_log._group([{"images_seen": 1} | {f"evaluation/{name}": 1.0 for name in names}])
     assert {title: list(series) for title, series in groups.items()} == {
         "evaluation: fid": ["fid"], "evaluation: kid": ["kid", "kid_std"], "evaluation: miou": ["miou", "miou_real"],
     }  # fmt: skip
@@ -103,7 +103,7 @@ def test_every_evaluation_score_has_a_panel_of_its_own():
 def test_smoothing_leaves_out_what_is_not_finite():
     y = np.ones(400)
     y[17] = np.nan
-    assert np.array_equal(curves._smooth(y), np.ones(400))
+    assert np.array_equal(run_log._smooth(y), np.ones(400))
 
 
 class Page(HTMLParser):

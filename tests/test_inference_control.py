@@ -26,7 +26,7 @@ from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
 from imaginaire_spade.inference import output
 from imaginaire_spade.inference.model import Model
-from imaginaire_spade.inference.style import slerp
+from imaginaire_spade.inference.synthesis import slerp
 from imaginaire_spade.labels import edges_from_ids
 from imaginaire_spade.models.for_inference import WinogradConv2d
 from imaginaire_spade.training.checkpoint import write_checkpoint

@@ -15,8 +15,7 @@ from test_evaluation import RANDOM, checkpoint, run  # noqa: F401 (fixtures)
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation import segmentation
 from imaginaire_spade.evaluation.images import StoredImages
-from imaginaire_spade.evaluation.report import Protocol, Report, load_report
-from imaginaire_spade.evaluation.report_page import write_report_page
+from imaginaire_spade.evaluation.report import Protocol, Report, load_report, write_report_page
 from imaginaire_spade.pretrained.segmenters import Segmenter
 
 NAMES = ["sky", "<b>road</b> & path", "tree"]

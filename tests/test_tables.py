@@ -18,9 +18,8 @@ from imaginaire_spade.models import norms as norms_module
 from imaginaire_spade.models.discriminator import FPSEDiscriminator, MultiscaleDiscriminator
 from imaginaire_spade.models.for_inference import WinogradConv2d, optimise_for_inference
 from imaginaire_spade.models.generator import SPADEGenerator, StyleSPADEGenerator
-from imaginaire_spade.models.layers import initialise
+from imaginaire_spade.models.layers import initialise, second_convolution, sum_rows
 from imaginaire_spade.models.norms import CLADE, SPADE
-from imaginaire_spade.models.tables import second_convolution, sum_rows
 
 
 def code_map(n: int, h: int, w: int, num_codes: int, block: int, seed: int) -> torch.Tensor:

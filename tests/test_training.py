@@ -65,7 +65,7 @@ def tiny_run(tiny_folder, tmp_path):
         made = prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"), stop_after)
         with pytest.MonkeyPatch.context() as patch:
             if not curves:  # they take longer to draw than a run does here
-                patch.setattr("imaginaire_spade.training.curves.write_curves", lambda *_: None)
+                patch.setattr("imaginaire_spade.training.run_log.write_curves", lambda *_: None)
             loop.train(made, tmp_path / logdir, start_from, **how)
         return checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / logdir))
 

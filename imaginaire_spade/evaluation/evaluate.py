@@ -2,21 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
 from imaginaire_spade.errors import DataError
+from imaginaire_spade.evaluation import scores
 from imaginaire_spade.evaluation.collection import Collection, collect
 from imaginaire_spade.evaluation.images import ImageSource, SourceImage
 from imaginaire_spade.evaluation.report import Protocol, Report, geometry_stamp
-from imaginaire_spade.evaluation.scores import (
-    KEEP_FEATURES,
-    NEIGHBOURS,
-    frechet_distance,
-    kernel_distance,
-    precision_recall,
-    score_name,
-)
 from imaginaire_spade.evaluation.segmentation import Confusion, Segmentation
 from imaginaire_spade.pretrained.feature_networks import INCEPTION_SHA256, FeatureNetwork, PerceptualNetwork
 from imaginaire_spade.version import __version__
@@ -58,7 +52,7 @@ def evaluate(
         UserError: a network's output is not finite, or memory ran out.
     """
     info = info or ProcessInfo()
-    keep_features = bool(set(metrics) & set(KEEP_FEATURES))
+    keep_features = bool(set(metrics) & set(scores.KEEP_FEATURES))
     if segmentation is not None:
         if isinstance(photos, ImageSource) and (missing := sorted(set(fake.keys) - set(photos.keys))):
             raise DataError(
@@ -67,6 +61,7 @@ def evaluate(
             )
         segmentation.check(fake.keys)
 
+    # Collect.
     gather = partial(
         collect, batch_size=batch_size, keep_features=keep_features, skip_bad=skip_bad, info=info, on_image=on_image
     )
@@ -82,76 +77,62 @@ def evaluate(
     if segmentation is not None and isinstance(photos, ImageSource) and photos is not real:
         judged = gather(photos, None, judge=judge_photo)
     measured = real if isinstance(real, Collection) else gather(real, network, judge=None if judged else judge_photo)
+    # Scores and protocol, on one process.
     scored = None
     if info.is_main:
-        scored = _report(
-            measured, made, network, perceptual, metrics, reference_split, geometry, fake.num_samples, subject or {}
+        values, stated = _scores_of_features(measured, made, network, metrics) if network is not None else ({}, {})
+        if perceptual is not None and made.diversity is not None:
+            values["random_feature_diversity" if perceptual.is_random else "lpips_diversity"] = made.diversity
+            rule = f"{perceptual.name} (sha256 {perceptual.sha256}), {fake.num_samples} samples per label map"
+            stated["diversity"] = rule
+        assert made.count and made.size and made.format
+        protocol = Protocol(
+            version=__version__,
+            reference_split=reference_split,
+            reference=measured.digest,
+            num_real=measured.count,
+            num_fake=made.count,
+            real_size=measured.size,
+            fake_size=made.size,
+            real_format=measured.format,
+            fake_format=made.format,
+            geometry=None if geometry is None else geometry_stamp(geometry),
+            **stated,
         )
+        warnings = [*measured.warnings, *made.warnings]
+        warnings += [] if network is None else _warnings(measured, made, network, metrics)
+        problems = (*measured.problems, *made.problems)
+        scored = Report(values, protocol, subject or {}, tuple(warnings), problems, examples=made.examples)
     report: Report = broadcast_object(scored)
     if segmentation is not None:
         report = segmentation.add_to(report, made.confusion, (judged or measured).confusion)
     return report
 
 
-def _report(
-    real: Collection,
-    fake: Collection,
-    network: FeatureNetwork | None,
-    perceptual: PerceptualNetwork | None,
-    metrics: Sequence[str],
-    reference_split: str,
-    geometry: AugmentationConfig | None,
-    num_samples: int,
-    subject: Mapping[str, str],
-) -> Report:
-    """Compute the scores of two collections, but for those of a segmenter. Not a collective."""
-    scores: dict[str, float] = {}
-    warnings = [*real.warnings, *fake.warnings]
-    kid_rule = diversity_rule = None
-    # Scores of features.
-    if network is not None:
-        assert real.gaussian is not None and fake.gaussian is not None
-        warnings += _warnings(real, fake, network, metrics)
-        if "fid" in metrics:
-            scores[score_name("fid", network)] = frechet_distance(real.gaussian, fake.gaussian)
-        features = [side.features for side in (real, fake) if side.features is not None]
-        assert len(features) == 2 or not set(metrics) & set(KEEP_FEATURES), "statistics serve fid only"
-        if "kid" in metrics:
-            kid, spread, kid_rule = kernel_distance(*features)
-            scores[score_name("kid", network)] = kid
-            if spread is not None:
-                scores[score_name("kid", network) + "_std"] = spread
-        if "precision_recall" in metrics:
-            found = precision_recall(*features)
-            scores |= {score_name(n, network): v for n, v in zip(("precision", "recall"), found, strict=True)}
-    # Diversity.
-    if perceptual is not None and fake.diversity is not None:
-        scores["random_feature_diversity" if perceptual.is_random else "lpips_diversity"] = fake.diversity
-        diversity_rule = f"{perceptual.name} (sha256 {perceptual.sha256}), {num_samples} samples per label map"
-    # The protocol.
-    assert fake.count and fake.size and fake.format
-    protocol = Protocol(
-        version=__version__,
-        reference_split=reference_split,
-        reference=real.digest,
-        num_real=real.count,
-        num_fake=fake.count,
-        real_size=real.size,
-        fake_size=fake.size,
-        real_format=real.format,
-        fake_format=fake.format,
-        geometry=None if geometry is None else geometry_stamp(geometry),
-        feature_network=network.name if network else None,
-        weights_sha256=network.sha256 if network else None,
-        feature_dim=network.dim if network else None,
-        resize=network.resize if network else None,
-        resized_to=network.size if network else None,
-        kid=kid_rule,
-        precision_recall=f"{NEIGHBOURS} nearest neighbours" if "precision_recall" in metrics else None,
-        diversity=diversity_rule,
-    )
-    problems = (*real.problems, *fake.problems)
-    return Report(scores, protocol, subject, tuple(warnings), problems, examples=fake.examples)
+def _scores_of_features(
+    real: Collection, fake: Collection, network: FeatureNetwork, metrics: Sequence[str]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Compute the scores of two collections' features, and what the protocol states of them."""
+    assert real.gaussian is not None and fake.gaussian is not None
+    values: dict[str, float] = {}
+    stated: dict[str, Any] = {
+        "feature_network": network.name, "weights_sha256": network.sha256, "feature_dim": network.dim,
+        "resize": network.resize, "resized_to": network.size,
+    }  # fmt: skip
+    if "fid" in metrics:
+        values[scores.score_name("fid", network)] = scores.frechet_distance(real.gaussian, fake.gaussian)
+    features = [side.features for side in (real, fake) if side.features is not None]
+    assert len(features) == 2 or not set(metrics) & set(scores.KEEP_FEATURES), "statistics serve fid only"
+    if "kid" in metrics:
+        kid, spread, stated["kid"] = scores.kernel_distance(*features)
+        values[scores.score_name("kid", network)] = kid
+        if spread is not None:
+            values[scores.score_name("kid", network) + "_std"] = spread
+    if "precision_recall" in metrics:
+        found = scores.precision_recall(*features)
+        values |= {scores.score_name(n, network): v for n, v in zip(("precision", "recall"), found, strict=True)}
+        stated["precision_recall"] = f"{scores.NEIGHBOURS} nearest neighbours"
+    return values, stated
 
 
 def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metrics: Sequence[str]) -> list[str]:

@@ -24,8 +24,7 @@ from imaginaire_spade.files import write_image
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.output import Output, check_empty, make_folder, plan_outputs, plan_writes, write_gallery
 from imaginaire_spade.inference.sizes import MAX_PIXELS, Size, SizeRule, format_size
-from imaginaire_spade.inference.style import StyleOf, drawn_styles
-from imaginaire_spade.inference.synthesis import Request, synthesise
+from imaginaire_spade.inference.synthesis import Request, StyleOf, drawn_styles, synthesise
 
 THREADS = 3
 """That read, and as many that write."""

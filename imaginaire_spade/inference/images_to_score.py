@@ -16,8 +16,7 @@ from imaginaire_spade.evaluation.collection import Collection, holds_statistics,
 from imaginaire_spade.evaluation.images import NOT_STORED, DatasetImages, ImageSource, Made, Samples, StoredImages
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.sizes import Asked, SizeRule
-from imaginaire_spade.inference.style import StyleOf, drawn_styles
-from imaginaire_spade.inference.synthesis import Request, synthesise
+from imaginaire_spade.inference.synthesis import Request, StyleOf, drawn_styles, synthesise
 from imaginaire_spade.pretrained.feature_networks import FeatureNetwork
 
 

@@ -21,8 +21,7 @@ from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, Lab
 from imaginaire_spade.files import RgbImage
 from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.sizes import SizeRule, format_size, read_size
-from imaginaire_spade.inference.style import encode_style, read_style_image, style_of_seed
-from imaginaire_spade.inference.synthesis import Request, synthesise
+from imaginaire_spade.inference.synthesis import Request, encode_style, read_style_image, style_of_seed, synthesise
 from imaginaire_spade.labels import MAX_RAW_ID, LabelSpec, edges_from_ids
 
 ImageLike = Image.Image | NDArray[Any]

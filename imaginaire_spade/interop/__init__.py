@@ -15,8 +15,7 @@ from imaginaire_spade.config_files import parse_component
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.interop.systems import SYSTEMS
 from imaginaire_spade.models.discriminator import Discriminator
-from imaginaire_spade.models.encoder import ConvEncoder
-from imaginaire_spade.models.generator import Generator, SPADEGenerator
+from imaginaire_spade.models.generator import ConvEncoder, Generator, SPADEGenerator
 from imaginaire_spade.models.layers import SpectralNorm
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, Registry
 

@@ -12,8 +12,7 @@ from typing import Any
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import FPSEDiscriminator, MultiscaleDiscriminator
-from imaginaire_spade.models.encoder import ConvEncoder
-from imaginaire_spade.models.generator import SPADEGenerator, StyleSPADEGenerator
+from imaginaire_spade.models.generator import ConvEncoder, SPADEGenerator, StyleSPADEGenerator
 
 _BLOCKS = ["head_0", "G_middle_0", "G_middle_1", "up_0", "up_1", "up_2", "up_3", "up_4"]
 

@@ -19,8 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from imaginaire_spade.distributed import sum_over_processes
 from imaginaire_spade.layout import Lookup
-from imaginaire_spade.models.layers import enlarge
-from imaginaire_spade.models.tables import sum_rows, sum_users
+from imaginaire_spade.models.layers import enlarge, sum_rows, sum_users
 
 
 @dataclass(frozen=True)
@@ -236,9 +235,8 @@ class _Compiled:
         return self.function(*arguments)
 
 
-@cache
-def _compiled(function: Callable[..., Any]) -> _Compiled:
-    return _Compiled(function)
+_compiled = cache(_Compiled)
+"""One for each function."""
 
 
 @torch.no_grad()

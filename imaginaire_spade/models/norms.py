@@ -9,9 +9,17 @@ from torch import Tensor, nn
 
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
-from imaginaire_spade.models.layers import InstanceNorm2d, SpectralLinear, conv2d, effective_weight, enlarge
+from imaginaire_spade.models.layers import (
+    InstanceNorm2d,
+    SpectralLinear,
+    conv2d,
+    effective_weight,
+    enlarge,
+    first_convolution,
+    second_convolution,
+    sum_rows,
+)
 from imaginaire_spade.models.modulation import Modulation, Statistics, batch_moments, modulate
-from imaginaire_spade.models.tables import first_convolution, second_convolution, sum_rows
 from imaginaire_spade.registry import NORMS
 
 

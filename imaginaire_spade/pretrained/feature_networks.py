@@ -1,11 +1,14 @@
-"""Provide the networks that scores are computed with: Inception for the features of FID and KID, LPIPS for diversity.
+"""Provide the networks that scores and the perceptual loss are computed with, and find their weights.
 
-Owns the resizing that belongs to the features. The Inception network is torch-fidelity's, converted from the one that
-FID is defined with (TensorFlow's of 2015-12-05). LPIPS is torchmetrics' (AlexNet; Zhang et al. 2018), whose heads come
-with that package; the weights of the backbone are torchvision's. Weights come from a file, or the network is untrained.
+Inception gives the features of FID and KID, LPIPS the diversity, VGG19 the perceptual loss. Owns the resizing that
+belongs to the features. The Inception network is torch-fidelity's, converted from the one that FID is defined with
+(TensorFlow's of 2015-12-05). LPIPS is torchmetrics' (AlexNet; Zhang et al. 2018), whose heads come with that package;
+the weights of the backbone are torchvision's. Weights come from a file, and nothing is downloaded; or a network of
+scores is untrained.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,81 @@ from torch import Tensor, nn
 
 from imaginaire_spade.errors import ConfigError, DataError, UserError, how_to_install
 from imaginaire_spade.files import file_sha256
-from imaginaire_spade.pretrained.weights import PublishedWeights, network_sha256
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """Which weights a network has, and where their file comes from."""
+
+    network: str
+    url: str
+    """Of the file, whose name it ends with."""
+    without: str
+    """What to write to do without the file."""
+    other_name: str = ""
+    """Under which another package keeps the same file."""
+
+    def find(self, given: str | None, setting: str) -> Path:
+        """Return the file ``given``, or the one in torch's cache.
+
+        Args:
+            setting: what stands before a file's name on the command line or in a config, for the message.
+        Raises:
+            ConfigError: no such file; the message says where to put which file.
+        """
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        cached = [cache / name for name in (self.url.rpartition("/")[2], self.other_name) if name]
+        places = [Path(given).expanduser()] if given else cached
+        if found := [place for place in places if place.is_file()]:
+            return found[0]
+        raise ConfigError(
+            f"{setting.rstrip(':')}: no weights at {' or '.join(map(str, places))}. Nothing is downloaded by itself:"
+            f" fetch {self.url} and put it at {cached[0]}, or write {setting} FILE. ({self.without})"
+        )
+
+    def read(self, path: Path) -> dict[str, Tensor]:
+        """Read the tensors in a file, without running what is in it.
+
+        Raises:
+            ConfigError: it holds anything else.
+        """
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise self.unfit(path, error) from None
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise self.unfit(path, "no state dict of tensors")
+        return state
+
+    def load(self, path: Path, network: nn.Module, name_of: Callable[[str], str]) -> None:
+        """Give ``network`` the weights of a file.
+
+        Args:
+            network: may be on torch's meta device.
+            name_of: name of a tensor of ``network`` -> its name in the file, which may hold more.
+        Raises:
+            ConfigError: the file holds other weights.
+        """
+        state = self.read(path)
+        try:
+            network.load_state_dict({key: state[name_of(key)].float() for key in network.state_dict()}, assign=True)
+        except (KeyError, RuntimeError) as error:
+            raise self.unfit(path, error) from None
+
+    def unfit(self, path: Path, reason: object) -> ConfigError:
+        """Return the error for a file of anything but these weights."""
+        text = str(reason).strip().partition("\n")[0]
+        return ConfigError(f"{path}: not the weights of {self.network} ({text}). Get them from {self.url}")
+
+
+def network_sha256(network: nn.Module) -> str:
+    """Compute the sha256 of a network's tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
 
 RANDOM = "random:"
 """Start of the name of an untrained network: ``random:SEED``."""
@@ -251,3 +328,58 @@ def _untrained_lpips(seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _LPIPS(pretrained=True, net="alex", pnet_rand=True)  # the public classes would download the backbone
+
+
+VGG19 = PublishedWeights(
+    "torchvision's vgg19",
+    "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
+    "to train without the perceptual loss, write losses.perceptual.weight: 0",
+)
+VGG19_LAYERS = {
+    "relu_1_1": 1, "relu_1_2": 3, "relu_2_1": 6, "relu_2_2": 8, "relu_3_1": 11, "relu_3_2": 13, "relu_3_3": 15,
+    "relu_3_4": 17, "relu_4_1": 20, "relu_4_2": 22, "relu_4_3": 24, "relu_4_4": 26, "relu_5_1": 29, "relu_5_2": 31,
+    "relu_5_3": 33, "relu_5_4": 35,
+}  # fmt: skip
+"""Index of each activation in torchvision's ``vgg19().features``."""
+
+
+class VGG19Features(nn.Module):
+    """Activations of VGG19 (Simonyan and Zisserman 2015), frozen.
+
+    Args:
+        layers: names such as ``relu_3_1``.
+        weights_path: state dict of torchvision's vgg19 (its ``features.*`` suffice); None: torch's model cache.
+        imagenet_statistics: whether images are shifted from [-1, 1] to the statistics VGG was trained with.
+
+    Raises:
+        ConfigError: unknown layer; no weights there, saying where to put the file; or other weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, layers: tuple[str, ...], weights_path: str | None, imagenet_statistics: bool) -> None:
+        super().__init__()
+        if unknown := [name for name in layers if name not in VGG19_LAYERS]:
+            raise ConfigError(f"perceptual layers {unknown} unknown; VGG19 has {', '.join(VGG19_LAYERS)}")
+        self.indices = [VGG19_LAYERS[name] for name in layers]
+        import torchvision  # takes as long as torch itself, and every command line would wait for it
+
+        with torch.device("meta"):
+            self.network = torchvision.models.vgg19(weights=None).features[: max(self.indices) + 1]
+        path = VGG19.find(weights_path, "losses.perceptual.weights_path:")
+        VGG19.load(path, self.network, lambda name: f"features.{name}")
+        self.network.eval().requires_grad_(False)
+        mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if imagenet_statistics else ([0.5] * 3, [0.5] * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images float [N, 3, H, W] in [-1, 1] -> one [N, C, h, w] per layer, shallow to deep."""
+        x = ((images + 1) / 2 - self.mean) / self.std
+        activations = []
+        for index, layer in enumerate(self.network):
+            x = layer(x)
+            if index in self.indices:
+                activations.append(x)
+        return activations

@@ -1,7 +1,7 @@
 """Write complete, self-describing checkpoints to disk and read them without running code.
 
 A checkpoint is a dict of tensors and plain types: ``format``, ``version``, ``config`` (the fully resolved tree, label
-table included), ``run`` (batch and data it was trained with, see ``resume.py``) and the fields of ``TrainState``.
+table included), ``run`` (batch and data it was trained with, see ``setup.py``) and the fields of ``TrainState``.
 """
 
 from __future__ import annotations

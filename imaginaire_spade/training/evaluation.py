@@ -58,6 +58,7 @@ class Evaluation:
         self._dataset, self._info, self._device, self._seed = dataset, info, device, config.seed
         self._batch_size = config.data.val.batch_size
         self._indices = evenly_spaced(len(dataset), self.section.num_images)
+        # What computes the scores.
         _try_libraries(self.section.metrics)
         self._network = self._segmentation = None
         with torch.random.fork_rng(devices=[]):
@@ -74,28 +75,26 @@ class Evaluation:
         self._keep_features = bool(set(self.section.metrics) & set(scores.KEEP_FEATURES))
         best, of_features = self.section.best, ("fid", "kid", "precision", "recall")
         self._deciding = scores.score_name(best, self._network) if self._network and best in of_features else best
-        self.identity = self._identity(config)
-        self.evaluated_at = 0
-        """Images seen at the last evaluation."""
-        self.best: tuple[float, int] | None = None
-        """The best of the deciding score so far, and the images seen then."""
-        self._real: Collection | None = None
-
-    def _identity(self, config: RunConfig) -> dict[str, Any]:
-        """Return what scores of this run must share to be comparable, as JSON."""
+        # Identity and memory.
+        keys = "\n".join(dataset.keys[index] for index in self._indices)
         network, segmentation = self._network, self._segmentation
-        keys = "\n".join(self._dataset.keys[index] for index in self._indices)
         identity = {
             "samples_sha256": hashlib.sha256(keys.encode()).hexdigest(),
             "num_images": len(self._indices),
-            "augmentations": self._dataset.augmentations.model_dump(mode="json"),
+            "augmentations": dataset.augmentations.model_dump(mode="json"),
             "seed": config.seed,
             "network": network and [network.name, network.sha256, network.dim, network.resize, network.size],
             "features_kept": self._keep_features,
             "segmentation": segmentation and segmentation.stamp,
             "labels": config.data.labels.model_dump(mode="json"),
         }
-        return json.loads(json.dumps(identity))
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))
+        """What scores of this run must share to be comparable, as JSON."""
+        self.evaluated_at = 0
+        """Images seen at the last evaluation."""
+        self.best: tuple[float, int] | None = None
+        """The best of the deciding score so far, and the images seen then."""
+        self._real: Collection | None = None
 
     # -------------------------------------------------------------------------------------------- when, and what was
 

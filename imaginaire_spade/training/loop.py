@@ -21,9 +21,8 @@ from imaginaire_spade.files import write_bytes
 from imaginaire_spade.training.checkpoint import CheckpointWriter
 from imaginaire_spade.training.evaluation import CheckStop
 from imaginaire_spade.training.health import Alarms, LossMeter, check_finite, explain_out_of_memory
-from imaginaire_spade.training.resume import content_of, resume
 from imaginaire_spade.training.run_log import RunLog, preview_batch, preview_sheet
-from imaginaire_spade.training.setup import Run, calibration_inputs, calibration_layouts, describe
+from imaginaire_spade.training.setup import Run, calibration_inputs, calibration_layouts, content_of, describe, resume
 from imaginaire_spade.training.state import reestimate_batch_norm
 from imaginaire_spade.training.step import train_step
 

@@ -1,17 +1,24 @@
-"""Compute one training iteration, from the learning rates to the counter: see ``train_step``."""
+"""Compute one training iteration, from the learning rates to the counter: see ``train_step``.
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+Owns activation checkpointing too, which saves memory by recomputing blocks in the backward pass (Chen et al. 2016).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from imaginaire_spade.config import TrainerConfig
 from imaginaire_spade.data.batch import Batch, normalise
+from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.losses import GANLoss, GeneratorOutputs
 from imaginaire_spade.models.discriminator import Discriminator, Scores, split_scores
-from imaginaire_spade.models.encoder import sample_style
+from imaginaire_spade.models.generator import Generator, ResidualBlock, SPADEResidualBlock, StyleBlock, sample_style
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.training.state import TrainState, update_average
 
@@ -29,20 +36,14 @@ class StepSettings:
     terms: nn.ModuleDict
     """Terms of the generator's objective; ``gan`` states the discriminator's too."""
     weights: dict[str, float]
-    form: str
-    """``shared`` or ``reference``, see TrainerConfig.iteration."""
-    autocast_dtype: torch.dtype | None
-    accumulation: int
+    trainer: TrainerConfig
     style_dims: int
     seed: int
     global_batch: int
     """Images of one iteration, of all processes."""
-    gen_lr: Callable[[int], float]
-    """images_seen -> learning rate of the generator and the style encoder."""
-    dis_lr: Callable[[int], float]
-    """images_seen -> learning rate of the discriminator."""
-    ema_beta: Callable[[int], float]
-    """images_seen -> weight of the old EMA in this update."""
+    rates: Callable[[int], tuple[float, float, float]]
+    """images_seen -> learning rates of the generator (and the style encoder) and of the discriminator, and the weight
+    of the old EMA in this update."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,13 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
         Unweighted losses by name, and the ``health/...`` measures of ``health.py``; detached, on the device.
     """
     # Learning rates.
-    for optimizer, rate in ((state.gen_optimizer, settings.gen_lr), (state.dis_optimizer, settings.dis_lr)):
+    gen_lr, dis_lr, ema_beta = settings.rates(state.images_seen)
+    for optimizer, rate in ((state.gen_optimizer, gen_lr), (state.dis_optimizer, dis_lr)):
         for group in optimizer.param_groups:
-            group["lr"] = rate(state.images_seen)
+            group["lr"] = rate
 
     # Images that serve both updates.
-    shared, pieces = settings.form == "shared", settings.accumulation
+    shared, pieces = settings.trainer.iteration == "shared", settings.trainer.gradient_accumulation
     made = generate(networks, batch, settings) if shared and pieces == 1 else None
     losses: dict[str, Tensor] = {}
     gan = settings.terms["gan"]
@@ -124,9 +126,8 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
         update()
 
     # EMA, counter.
-    beta = settings.ema_beta(state.images_seen)
     for average, network in state.averages():
-        update_average(average, network, beta)
+        update_average(average, network, ema_beta)
     state.images_seen += settings.global_batch
     return losses
 
@@ -166,8 +167,8 @@ def real_images(piece: Batch) -> Tensor:
 
 def autocast(device: torch.device, settings: StepSettings) -> torch.autocast:
     """Compute at the run's precision inside this context."""
-    enabled = settings.autocast_dtype is not None
-    return torch.autocast(device.type, dtype=settings.autocast_dtype, enabled=enabled)
+    dtype = AUTOCAST[settings.trainer.precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 @torch.no_grad()
@@ -187,3 +188,46 @@ def _add(losses: dict[str, Tensor], terms: dict[str, Tensor], pieces: int) -> No
     for name, term in terms.items():
         value = term.detach() / pieces
         losses[name] = losses[name] + value if name in losses else value
+
+
+BLOCKS = (SPADEResidualBlock, StyleBlock, ResidualBlock)
+
+
+def checkpoint_activations(generator: Generator) -> None:
+    """Change ``generator`` so that each block keeps only its inputs for the backward pass.
+
+    Raises:
+        ConfigError: it has no block of a supported kind.
+    """
+    blocks: list[nn.Module] = [module for module in generator.modules() if isinstance(module, BLOCKS)]
+    if not blocks:
+        raise ConfigError(
+            "trainer.activation_checkpointing: this generator has no block of a supported kind; write false"
+        )
+    for block in blocks:
+        again = partial(_contexts, block)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=again)
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of the forward and of its repetition, which starts from the same buffers and changes none.
+
+    So running statistics are updated once, and a repeated power iteration of spectral norm gives the same weights.
+    """
+    return nullcontext(), _in_place(block, {name: buffer.clone() for name, buffer in block.named_buffers()})
+
+
+@contextmanager
+def _in_place(block: nn.Module, buffers: dict[str, Tensor]) -> Iterator[None]:
+    present = dict(block.named_buffers())
+    _set(block, buffers)
+    try:
+        yield
+    finally:
+        _set(block, present)
+
+
+def _set(block: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for path, buffer in buffers.items():
+        module, _, name = path.rpartition(".")
+        setattr(block.get_submodule(module), name, buffer)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade import losses
+from imaginaire_spade.config import TrainerConfig
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.interop import describe, foreign_names, import_discriminator, import_generator
@@ -58,10 +59,10 @@ def _training(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     terms["feature_matching"] = losses.FeatureMatchingLoss()
     weights = {"gan": 1.0, "feature_matching": hyper["lambda_feat"]}
     rates = [optimizer.param_groups[0]["lr"] for optimizer in (state.gen_optimizer, state.dis_optimizer)]
+    trainer = TrainerConfig(max_iterations=1, iteration="reference")
     settings = StepSettings(
-        terms, weights, "reference", None, 1, style_dims=0, seed=0, global_batch=1,
-        gen_lr=lambda _: rates[0], dis_lr=lambda _: rates[1], ema_beta=lambda _: 0.0,
-    )  # fmt: skip
+        terms, weights, trainer, style_dims=0, seed=0, global_batch=1, rates=lambda _: (rates[0], rates[1], 0.0)
+    )
     spec = describe(fixture.source, "layout_spec", hyper)
     for iteration in range(1, fixture.config["iterations"] + 1):
         label, instance, image = (fixture.inputs[f"iter{iteration}/{n}"] for n in ("label", "instance", "image"))

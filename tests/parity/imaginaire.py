@@ -12,7 +12,7 @@ from imaginaire_spade import losses
 from imaginaire_spade.interop import describe, import_discriminator, import_encoder, import_generator, split_key
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.discriminator import Scores
-from imaginaire_spade.models.encoder import sample_style
+from imaginaire_spade.models.generator import sample_style
 from imaginaire_spade.models.layers import SpectralConv2d, SpectralLinear
 from imaginaire_spade.models.norms import BatchNorm2d
 from imaginaire_spade.training.state import new_average, reestimate_batch_norm, update_average

@@ -11,7 +11,7 @@ from imaginaire_spade import losses
 from imaginaire_spade.interop import describe, import_discriminator, import_encoder, import_generator
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.discriminator import Scores, split_scores
-from imaginaire_spade.models.encoder import sample_style
+from imaginaire_spade.models.generator import sample_style
 from parity.fixture import MODES, Check, Fixture, buffers, gradients, matching_layout
 
 
