@@ -270,9 +270,9 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1640, "pages": 18, "data": 1180, "models": 1089, "pretrained": 348, "training": 1612,
-    "inference": 1060, "evaluation": 1160,
-    "lmdb_builder": 680, "dataset_prep": 347, "interop": 851, "export": 151, "demo": 406,
+    "top level": 1640, "pages": 17, "data": 1180, "models": 1031, "pretrained": 288, "training": 1435,
+    "inference": 1031, "evaluation": 957,
+    "lmdb_builder": 680, "dataset_prep": 347, "interop": 841, "export": 146, "demo": 406,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""
@@ -296,14 +296,19 @@ def code_lines(path: Path) -> int:
     return len(lines - docstrings)
 
 
+CORE_BUDGET = {room: BUDGET[room] for room in ("top level", "data", "models", "pretrained", "training", "inference")}
+
+
 def test_rooms_keep_their_budget():
     lines = Counter()
     for path in SOURCES:
         parts = path.relative_to(PACKAGE).parts
         lines[parts[0] if len(parts) > 1 else "top level"] += code_lines(path)
+        assert code_lines(path) <= 300, path
     assert lines.keys() == BUDGET.keys()
     over = {room: f"{number} of {BUDGET[room]}" for room, number in lines.items() if number > BUDGET[room]}
     assert not over
+    assert sum(BUDGET.values()) <= 10_000 and sum(CORE_BUDGET.values()) <= 6_800
 
 
 def test_folders_are_two_deep():
