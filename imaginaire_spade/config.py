@@ -1,8 +1,8 @@
 """Define the typed configuration of a run.
 
-Owns every key that YAML may set outside the components (whose keys are the keyword-only parameters of the registered
-class, see ``registry.py``) and the default of each, written once, here. Reads no files (``config_files.py`` does) and
-builds nothing (``build.py`` does).
+Responsible for every key that YAML may set outside the components (whose keys are the keyword-only parameters of the
+registered class, see ``registry.py``) and the default of each, written once, here. Reads no files (``config_files.py``
+does) and builds nothing (``build.py`` does).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A file may name others to start from (``base: ../sample/spade.yaml`` or a list of them): mappings merge key by key,
 everything else is replaced; a component whose ``type`` changes starts afresh.
 
-Owns the words of every complaint about a configuration: they name the file and line, the key, what is allowed and the
-nearest valid spelling. What the keys are is ``config.py``'s.
+Responsible for the words of every complaint about a configuration: they name the file and line, the key, what is
+allowed and the nearest valid spelling. What the keys are is ``config.py``'s.
 """
 
 import json

@@ -1,7 +1,7 @@
 """LabelSpec: what the integers of a label map mean. EdgeSource: where the edges beside it come from.
 
-Owns the table raw id -> train id (with its "ignored" and "error" entries), names and palette of a data set, and the
-wording of every complaint about label values. Knows nothing of files or tensors: arrays in, arrays out.
+Responsible for the table raw id -> train id (with its "ignored" and "error" entries), names and palette of a data set,
+and the wording of every complaint about label values. Knows nothing of files or tensors: arrays in, arrays out.
 """
 
 from __future__ import annotations

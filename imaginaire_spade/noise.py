@@ -18,7 +18,7 @@ def generator_for(seed: int, sample: int | str, purpose: str) -> np.random.Gener
     return np.random.default_rng(np.frombuffer(_digest(seed, sample, purpose), np.uint32))
 
 
-def four_numbers(seed: int, sample: int | str, purpose: str) -> tuple[float, ...]:
+def uniform_draws(seed: int, sample: int | str, purpose: str) -> tuple[float, ...]:
     """Draw four independent numbers, uniform in [0, 1), at a small part of the cost of ``generator_for``."""
     # Of each eight bytes the 53 bits that a float holds.
     return tuple((number >> 11) * 2.0**-53 for number in struct.unpack("<4Q", _digest(seed, sample, purpose)))

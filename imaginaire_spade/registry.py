@@ -1,6 +1,6 @@
 """Map names in YAML to classes in Python.
 
-Owns the registries of generators, discriminators, encoders, norms and losses, and the typed schema that each
+Responsible for the registries of generators, discriminators, encoders, norms and losses, and the typed schema that each
 registered class brings along: its keyword-only parameters *are* the keys that YAML may set, with their types and
 defaults. Knows nothing of files or of how a component is assembled (``build.py`` does that). It knows only the names of
 the modules that fill the registries: the first look-up imports them, so that a config may name their classes.

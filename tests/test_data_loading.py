@@ -40,7 +40,7 @@ from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.labels import LabelSpec, edges_from_ids
 from imaginaire_spade.layout import LayoutSpec, borders
 from imaginaire_spade.lmdb_builder.build import build_dataset
-from imaginaire_spade.noise import four_numbers
+from imaginaire_spade.noise import uniform_draws
 
 LABELS = LabelSpec(num_classes=5)
 CROPPED = AugmentationConfig(
@@ -157,14 +157,14 @@ def test_a_crop_comes_from_where_its_geometry_says(side, flip):
     assert found > 50
 
 
-def test_four_numbers_are_uniform_and_belong_to_their_sample():
-    numbers = np.array([four_numbers(1, i, "augmentation") for i in range(4000)])
+def test_draws_are_uniform_and_belong_to_their_sample():
+    numbers = np.array([uniform_draws(1, i, "augmentation") for i in range(4000)])
     assert numbers.min() >= 0 and numbers.max() < 1
     assert np.abs(np.corrcoef(numbers.T) - np.eye(4)).max() < 0.08
     for column in numbers.T:
         shares = np.histogram(column, 10, (0, 1))[0] / 4000
         assert np.abs(shares - 0.1).max() < 0.025
-    others = [four_numbers(*of) for of in ((1, 0, "style"), (2, 0, "augmentation"), (1, "0", "augmentation"))]
+    others = [uniform_draws(*of) for of in ((1, 0, "style"), (2, 0, "augmentation"), (1, "0", "augmentation"))]
     assert len({tuple(numbers[0]), *others}) == 4
 
 
@@ -662,7 +662,7 @@ def test_a_jpeg_decoded_small_stays_aligned(tmp_path):
     for side, factor in ((300, 1), (200, 2), (100, 4), (50, 8)):
         for flip in (False, True):
             config = AugmentationConfig(resize_smallest_side=side, random_scale_limit=0.05, horizontal_flip=flip)
-            g = draw_geometry(height, width, config, four_numbers(3, 0, "augmentation"), "x")
+            g = draw_geometry(height, width, config, uniform_draws(3, 0, "augmentation"), "x")
             assert g.reduction == factor
             image = LabelMapDataset(tmp_path / "raw", LABELS, augmentations=config, seed=3)[0].image.numpy()
             expected = apply_to_image(ramp, g, any_area=True).transpose(2, 0, 1)

@@ -1,7 +1,7 @@
 """Read the samples of one or several data set folders: label maps with photos, as small integers on the CPU.
 
-Owns how several roots join, and where edges and distances come from. A sample is a function of (seed, index, position)
-alone. No array here is one-hot, and images stay uint8.
+Responsible for how several roots join, and where edges and distances come from. A sample is a function of (seed, index,
+position) alone. No array here is one-hot, and images stay uint8.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from imaginaire_spade.data.transforms import Geometry, apply_to_distances, apply
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.labels import EdgeSource, LabelSpec, edges_from_ids
 from imaginaire_spade.layout import LayoutSpec
-from imaginaire_spade.noise import four_numbers
+from imaginaire_spade.noise import uniform_draws
 
 
 @dataclass
@@ -250,7 +250,7 @@ class LabelMapDataset(Dataset[Sample]):
 
     def _geometry(self, stored: tuple[int, int], where: str, position: int) -> Geometry:
         augmentations = self.augmentations if self._size_of is None else _resizing_to(self._size_of(stored))
-        return draw_geometry(*stored, augmentations, four_numbers(self.seed, position, "augmentation"), where)
+        return draw_geometry(*stored, augmentations, uniform_draws(self.seed, position, "augmentation"), where)
 
     def _train_ids(self, raw: NDArray[np.generic], where: str) -> NDArray[np.generic]:
         try:

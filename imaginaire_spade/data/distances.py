@@ -1,7 +1,7 @@
 """Compute intra-class positions: where a pixel stands in its connected region of one class (CLADE-ICPE).
 
-Owns their computation from a label map and their file format (``distances/NAME.npy``). Knows nothing of label tables:
-every id counts as a class, don't-care too.
+Responsible for their computation from a label map and their file format (``distances/NAME.npy``). Knows nothing of
+label tables: every id counts as a class, don't-care too.
 """
 
 import io

@@ -1,7 +1,7 @@
 """Read raw folders: files of several data types, joined by name.
 
-Owns the layout ``ROOT/{images,seg_maps,edge_maps,inst_maps,distances}/[SEQUENCE/...]NAME.ext``, the rule for keys, and
-what ``Source`` means: keys in a fixed order, and bytes by key and data type. Decodes nothing.
+Responsible for the layout ``ROOT/{images,seg_maps,edge_maps,inst_maps,distances}/[SEQUENCE/...]NAME.ext``, the rule for
+keys, and what ``Source`` means: keys in a fixed order, and bytes by key and data type. Decodes nothing.
 
 **Keys.** A sample's key is ``SEQUENCE/STEM``, where the sequence is the path of its sub-folder with forward slashes;
 files that lie directly in the folder have the key ``STEM``. (imaginaire calls their sequence ``.``; only inside its

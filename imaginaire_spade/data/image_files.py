@@ -1,8 +1,9 @@
 """Decode image files into arrays, and encode maps; each data type keeps its exact meaning.
 
-Owns what a photo, a label map, an edge map and an instance map may look like as a file. A photo may be anything that
-OpenCV reads; a map must be lossless, and its integers come out as they stand in the file: palette images give their
-indices, 16-bit greys stay 16-bit, 1-, 2- and 4-bit greys give the raw sample values. Knows nothing of label tables.
+Responsible for what a photo, a label map, an edge map and an instance map may look like as a file. A photo may be
+anything that OpenCV reads; a map must be lossless, and its integers come out as they stand in the file: palette images
+give their indices, 16-bit greys stay 16-bit, 1-, 2- and 4-bit greys give the raw sample values. Knows nothing of label
+tables.
 """
 
 import io

@@ -1,7 +1,7 @@
 """Order samples, load them in workers, and move batches to the device; map over samples in workers.
 
-Owns the one rule of a run's order: the sample at position p of the run is entry p mod n of the shuffle of epoch
-p div n, whatever the number of processes or workers and wherever the run was interrupted.
+Responsible for the one rule of a run's order: the sample at position p of the run is entry p mod n of the shuffle of
+epoch p div n, whatever the number of processes or workers and wherever the run was interrupted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Serve the painting page over HTTP: its files, and JSON requests to the service.
 
-Owns who may ask (host and origin), how much may be sent, and how answers and errors look on the wire. It is made for
-people at one machine: it has no accounts and no encryption.
+Responsible for who may ask (host and origin), how much may be sent, and how answers and errors look on the wire. It is
+made for people at one machine: it has no accounts and no encryption.
 """
 
 import errno

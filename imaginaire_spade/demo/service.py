@@ -1,7 +1,7 @@
 """Answer the painting page's requests: images of label maps, label maps of files, styles of photos.
 
-Owns the meaning and the limits of a request. Knows nothing of HTTP: bytes and plain values in and out. A label map
-holds train ids on the page and between page and server, raw ids in files, as in the data set's files.
+Responsible for the meaning and the limits of a request. Knows nothing of HTTP: bytes and plain values in and out. A
+label map holds train ids on the page and between page and server, raw ids in files, as in the data set's files.
 """
 
 import base64

@@ -1,8 +1,8 @@
 """Collect from images what scores need, and keep it in files.
 
-Owns the streaming and the split over processes: every process takes every ``world_size``-th key, nothing is padded or
-dropped, and the number of images is asserted. The result is the same for any number of processes and, but for the
-rounding of float32 features, for any batch size.
+Responsible for the streaming and the split over processes: every process takes every ``world_size``-th key, nothing is
+padded or dropped, and the number of images is asserted. The result is the same for any number of processes and, but for
+the rounding of float32 features, for any batch size.
 """
 
 from __future__ import annotations

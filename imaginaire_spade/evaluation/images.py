@@ -1,7 +1,7 @@
 """Read the images to evaluate: stored files, or what is made of the samples of a data set.
 
-Owns the one form in which images reach the scores, and what an image file may look like. A label map may have several
-samples: sample 0 is the image that counts, the others show diversity.
+Responsible for the one form in which images reach the scores, and what an image file may look like. A label map may
+have several samples: sample 0 is the image that counts, the others show diversity.
 """
 
 import io

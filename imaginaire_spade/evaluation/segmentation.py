@@ -1,9 +1,9 @@
 """Compute segmentation scores: does a segmentation network find in the generated images what the label maps asked for?
 
-Owns the confusion matrix, where predictions come from (a network, or folders of predicted id maps), and how the classes
-of a network are matched to the label table: by name, and by a file that states what names do not. The score of the
-real photos of the same label maps always stands beside that of the generated images: it is what the segmenter can
-reach, and shows whether it was fed and mapped as it should be.
+Responsible for the confusion matrix, where predictions come from (a network, or folders of predicted id maps), and how
+the classes of a network are matched to the label table: by name, and by a file that states what names do not. The score
+of the real photos of the same label maps always stands beside that of the generated images: it is what the segmenter
+can reach, and shows whether it was fed and mapped as it should be.
 
 **Policy.** Pixels without a class (don't-care) do not count, neither do those of classes that the segmenter does not
 know. A prediction outside the table counts as wrong. Classes that never occur in the label maps are left out of the

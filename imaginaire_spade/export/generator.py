@@ -1,7 +1,7 @@
 """Export a generator to run without this package: ONNX (``.onnx``) or ``torch.export`` (``.pt2``).
 
-Owns the inputs and outputs of such a file, its metadata, and the check that its images are the generator's. A file
-takes, in this order, those of the following inputs that the generator needs:
+Responsible for the inputs and outputs of such a file, its metadata, and the check that its images are the generator's.
+A file takes, in this order, those of the following inputs that the generator needs:
 
 - ``labels`` int32 [N, H, W]: train ids 0..num_classes (num_classes = don't care);
 - ``edges`` float32 [N, H, W]: 1 where there is an edge, else 0;

@@ -1,7 +1,7 @@
 """Generate a folder of images from a data set's label maps.
 
-Owns the order of a run: which label maps are this process's, reading ahead, label maps that cannot be used, writing,
-progress, and what the gallery page shows.
+Responsible for the order of a run: which label maps are this process's, reading ahead, label maps that cannot be used,
+writing, progress, and what the gallery page shows.
 """
 
 import sys

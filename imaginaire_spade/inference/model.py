@@ -1,10 +1,10 @@
 """Load a trained generator to make images with it, and publish one.
 
-Owns which checkpoint file is meant (and its download), and the format of published generators: one file of weights for
-inference in safetensors, which runs no code when read. Its tensors are ``generator.*`` and, where there is a style
-encoder, ``encoder.*``, spectral norms folded. The metadata holds ``format``, ``version`` (of this package), ``config``
-(JSON, fully resolved, label table included), ``weights`` (``ema`` or ``raw``) and ``images_seen``. Folders of the
-machine it was trained on are left out.
+Responsible for which checkpoint file is meant (and its download), and the format of published generators: one file of
+weights for inference in safetensors, which runs no code when read. Its tensors are ``generator.*`` and, where there is
+a style encoder, ``encoder.*``, spectral norms folded. The metadata holds ``format``, ``version`` (of this package),
+``config`` (JSON, fully resolved, label table included), ``weights`` (``ema`` or ``raw``) and ``images_seen``. Folders
+of the machine it was trained on are left out.
 """
 
 from __future__ import annotations

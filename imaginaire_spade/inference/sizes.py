@@ -1,8 +1,8 @@
 """Choose the size at which a label map is generated (``--size``), and word the note to the user.
 
-Owns the rule and its words alone: the data set's geometry resizes label maps, ``files.resize_image`` images. A
-generator knows objects at the scale at which it has seen them: a street learned at 96x128 and generated at 360x480 has
-black walls and a white road.
+Responsible for the rule and its words alone: the data set's geometry resizes label maps, ``files.resize_image`` images.
+A generator knows objects at the scale at which it has seen them: a street learned at 96x128 and generated at 360x480
+has black walls and a white road.
 """
 
 import re

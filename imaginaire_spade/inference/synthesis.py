@@ -1,7 +1,7 @@
 """Generate images from label maps, in memory.
 
-Owns the way of a label map through the generator: batches of one size, padding and cropping, the messages about too
-little memory and damaged weights; and each image's style code: from a seed, from an image, or between two.
+Responsible for the way of a label map through the generator: batches of one size, padding and cropping, the messages
+about too little memory and damaged weights; and each image's style code: from a seed, from an image, or between two.
 """
 
 import math

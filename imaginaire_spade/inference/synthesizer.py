@@ -1,7 +1,7 @@
 """Generate images from label maps in Python: ``Synthesizer.load("model.pt")(label_map, seed=0)``.
 
-Owns what a caller's label map, edges and style may be. ``synthesis`` owns how a label map goes through the generator,
-``sizes`` at which size.
+Responsible for what a caller's label map, edges and style may be. ``synthesis`` owns how a label map goes through the
+generator, ``sizes`` at which size.
 """
 
 from __future__ import annotations

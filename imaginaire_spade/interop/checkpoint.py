@@ -1,7 +1,7 @@
 """Convert checkpoint files of other systems to ours, and back.
 
-Owns how to read foreign files without running code in them, how to find the networks inside, and the content of the
-files that ``scripts/import_checkpoint.py`` and ``scripts/export_checkpoint.py`` write.
+Responsible for how to read foreign files without running code in them, how to find the networks inside, and the content
+of the files that ``scripts/import_checkpoint.py`` and ``scripts/export_checkpoint.py`` write.
 """
 
 import pickle

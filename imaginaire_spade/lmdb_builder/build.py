@@ -1,9 +1,10 @@
 """Build a verified LMDB data set from raw folders (``scripts/build_lmdb.py``), in one process or many; verify that a
 built one is unchanged (``scripts/inspect_lmdb.py``).
 
-Owns the order of a build: refuse what cannot work; write shard after shard, while workers read and check the samples;
-join the shards' manifests. A shard appears under its final name only when it is complete and verified. Processes do not
-talk to each other: each builds the shards of its rank, and the last to finish finds all of them there and joins them.
+Responsible for the order of a build: refuse what cannot work; write shard after shard, while workers read and check the
+samples; join the shards' manifests. A shard appears under its final name only when it is complete and verified.
+Processes do not talk to each other: each builds the shards of its rank, and the last to finish finds all of them there
+and joins them.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """Read and check one sample: files against each other and against the label table.
 
-Owns what a valid sample is, for the builder and for ``scripts/inspect_lmdb.py`` alike, what the builder makes of it on
-its way into a shard (``--resize_smallest_side``, ``--recode_maps``), and the counts over many samples.
+Responsible for what a valid sample is, for the builder and for ``scripts/inspect_lmdb.py`` alike, what the builder
+makes of it on its way into a shard (``--resize_smallest_side``, ``--recode_maps``), and the counts over many samples.
 """
 
 from collections import Counter

@@ -1,7 +1,7 @@
 """Write one shard, read it back, flush it to the disk and describe it in its ``manifest.json``.
 
-Owns how LMDBs and their index are written, in imaginaire's format (``data/lmdb_source.py`` describes it), and the
-manifest: its content, the sum over several shards, and its summary for people.
+Responsible for how LMDBs and their index are written, in imaginaire's format (``data/lmdb_source.py`` describes it),
+and the manifest: its content, the sum over several shards, and its summary for people.
 """
 
 import hashlib

@@ -1,10 +1,10 @@
 """Provide the networks that scores and the perceptual loss are computed with, and find their weights.
 
-Inception gives the features of FID and KID, LPIPS the diversity, VGG19 the perceptual loss. Owns the resizing that
-belongs to the features. The Inception network is torch-fidelity's, converted from the one that FID is defined with
-(TensorFlow's of 2015-12-05). LPIPS is torchmetrics' (AlexNet; Zhang et al. 2018), whose heads come with that package;
-the weights of the backbone are torchvision's. Weights come from a file, and nothing is downloaded; or a network of
-scores is untrained.
+Inception gives the features of FID and KID, LPIPS the diversity, VGG19 the perceptual loss. Responsible for the
+resizing that belongs to the features. The Inception network is torch-fidelity's, converted from the one that FID is
+defined with (TensorFlow's of 2015-12-05). LPIPS is torchmetrics' (AlexNet; Zhang et al. 2018), whose heads come with
+that package; the weights of the backbone are torchvision's. Weights come from a file, and nothing is downloaded; or a
+network of scores is untrained.
 """
 
 import hashlib

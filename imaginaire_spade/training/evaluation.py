@@ -1,8 +1,8 @@
 """Score a run's generator while it trains, and remember the best score so far.
 
-Owns when an evaluation is due, the fixed share of the validation samples, the statistics of their photos (kept in the
-log dir) and what a checkpoint remembers of earlier scores; the package ``evaluation`` computes the scores. Nothing here
-changes what is trained: no weight, no random number.
+Responsible for when an evaluation is due, the fixed share of the validation samples, the statistics of their photos
+(kept in the log dir) and what a checkpoint remembers of earlier scores; the package ``evaluation`` computes the scores.
+Nothing here changes what is trained: no weight, no random number.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Define the state of training: all that a run would lose if it stopped now. Its fields are the checkpoint.
 
-Owns the exponential moving average (EMA) of the networks' weights, and its batch statistics.
+Responsible for the exponential moving average (EMA) of the networks' weights, and its batch statistics.
 """
 
 import copy

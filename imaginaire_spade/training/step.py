@@ -1,6 +1,7 @@
 """Compute one training iteration, from the learning rates to the counter: see ``train_step``.
 
-Owns activation checkpointing too, which saves memory by recomputing blocks in the backward pass (Chen et al. 2016).
+Responsible for activation checkpointing too, which saves memory by recomputing blocks in the backward pass (Chen et al.
+2016).
 """
 
 from collections.abc import Callable, Iterator
