@@ -202,6 +202,17 @@ def test_a_log_on_a_full_disk_has_a_gap_and_goes_on(small_disk, capfd):
     assert {event.step for event in EventAccumulator(str(last)).Reload().Scalars("loss/gan")} >= set(range(50, 60))
 
 
+def test_a_log_goes_on_where_the_checkpoint_is(tmp_path):
+    """Records beyond it are of a launch that died: they come again."""
+    lines = [json.dumps({"iteration": i, "images_seen": i, "loss/a": float(i)}) for i in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"iteration": 4, "ima']))
+    log = RunLog(tmp_path, Calendar(1, 10, 99, 99), images_seen=2, enabled=True)
+    log.tick(3, {"a": 7.0}, {}, 0.0)
+    log.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["images_seen"], record["loss/a"]) for record in records] == [(1, 1.0), (2, 2.0), (3, 7.0)]
+
+
 def test_a_checkpoint_is_a_copy_of_its_moment(tmp_path):
     weights, written = torch.zeros(3), threading.Event()
 
