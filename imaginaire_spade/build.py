@@ -129,14 +129,9 @@ def _apex_adam() -> Any:
 def build_split(config: RunConfig, split: SplitConfig, *, with_images: bool = True) -> LabelMapDataset:
     """Open one split, ``config.data.train`` or ``config.data.val``, with or without photos."""
     return LabelMapDataset(
-        split.roots,
-        config.data.labels,
-        edges=config.data.edges,
-        distances=layout_spec(config).has_distances,
-        augmentations=split.augmentations,
-        seed=config.seed,
-        with_images=with_images,
-    )
+        split.roots, config.data.labels, edges=config.data.edges, distances=layout_spec(config).has_distances,
+        augmentations=split.augmentations, seed=config.seed, with_images=with_images,
+    )  # fmt: skip
 
 
 def check_run(config: RunConfig, world_size: int) -> None:

@@ -107,7 +107,7 @@ def parse_config(tree: Mapping[str, Any], source: str = "config", overrides: Ite
     """
     nested, origins = dict[str, Any](), Origins()
     for key, value in tree.items():
-        _assign(nested, key, value, source, origins)
+        _assign(nested, str(key), value, source, origins)
     _override(nested, overrides, origins)
     return _check(RunConfig, nested, origins, source)
 

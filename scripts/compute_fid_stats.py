@@ -17,7 +17,7 @@ from imaginaire_spade import distributed
 from imaginaire_spade.build import build_split
 from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.config_files import load_config
-from imaginaire_spade.errors import ConfigError, run_command_line
+from imaginaire_spade.errors import ConfigError, positive_integer, run_command_line
 from imaginaire_spade.evaluation.collection import collect
 from imaginaire_spade.evaluation.images import DatasetImages, ImageSource, StoredImages
 from imaginaire_spade.evaluation.report import REFERENCE_SPLITS
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument(
         "--resize", choices=RESIZES, default="legacy", help="legacy: as pytorch-fid; clean: antialiased"
     )
-    parser.add_argument("--batch_size", type=int, default=32, metavar="B")
+    parser.add_argument("--batch_size", type=positive_integer, default=32, metavar="B")
     add_shared_flags(parser, "--device", "--set")
     parser.add_argument("--skip_bad", action="store_true", help="skip unreadable images; they are counted and named")
     arguments = parser.parse_args()

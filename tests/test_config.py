@@ -141,6 +141,8 @@ def test_overrides_apply_to_a_stored_config():
         parse_config(stored, "model.pt", ["gen.norm.kernal_size=3", "trainer.max_epochs=2"])
     assert "--set gen.norm.kernal_size=3: gen.norm.kernal_size: unknown key; did you mean" in str(raised.value)
     assert "model.pt: trainer: state exactly one" in str(raised.value)
+    with pytest.raises(ConfigError, match="1: unknown key"):
+        parse_config({**stored, 1: 2}, "model.pt")
 
 
 def test_nothing_writes_to_a_config():

@@ -373,6 +373,7 @@ GOOD = (tarfile.TarInfo("a.png"), b"x")
         (tar_with(GOOD, link("l", "/etc")), "nothing was unpacked: .*absolute"),
         (tar_with(GOOD, link("l", "../../x")), "nothing was unpacked: .*outside"),
         (tar_with(GOOD, link("l", "/etc/passwd", tarfile.LNKTYPE)), "nothing was unpacked: .*absolute"),
+        (tar_with(GOOD, link("l", "a.png")), "'l' is a link: nothing was unpacked"),
         (tar_with(GOOD, link("fifo", "", tarfile.FIFOTYPE)), "nothing was unpacked: .*special"),
         (tar_with(GOOD, (tarfile.TarInfo("zeros"), bytes(60_000_000))), "unpacks to 60,000,001 bytes, but 50,000,000"),
         (zip_with("../b.png", b"x"), "leads out"),
@@ -382,7 +383,7 @@ GOOD = (tarfile.TarInfo("a.png"), b"x")
         (zip_with("a.png", b"x" * 100)[:60], "neither a zip nor a tar|damaged"),
         (b"hello", "neither a zip nor a tar"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_hostile_archives_leave_nothing(content, message, tmp_path, monkeypatch):
     archive = tmp_path / "archive"
@@ -403,6 +404,13 @@ def test_good_archives(tmp_path):
     assert (tmp_path / "out/d/link").read_bytes() == b"/etc" and not (tmp_path / "out/d/link").is_symlink()
     assert (tmp_path / "out/d").stat().st_mode & 0o777 == (tmp_path / "out").stat().st_mode & 0o777
     assert sorted(p.name for p in (tmp_path / "out").rglob("*")) == ["a.png", "b.png", "d", "link"]
+    (tmp_path / "b.zip").write_bytes(zip_with("a..b.png", b"z"))
+    assert unpack(tmp_path / "b.zip", tmp_path / "out") == 1
+    # A link that the user put there leads elsewhere: nothing goes through it.
+    (tmp_path / "out/d").rename(tmp_path / "other")
+    (tmp_path / "out/d").symlink_to(tmp_path / "other")
+    with pytest.raises(DataError, match="leads out of it"):
+        unpack(tmp_path / "a.zip", tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------------------ labels for photos

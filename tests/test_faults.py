@@ -1,6 +1,7 @@
 # ruff: noqa: F811 (the fixture tiny_run is imported)
 """What a run does when something is taken away from it: signals, processes, disks, memory, finite numbers."""
 
+import errno
 import json
 import os
 import signal
@@ -139,6 +140,14 @@ def test_the_best_checkpoint_stays_under_a_name_of_its_own(tmp_path, monkeypatch
         assert sound(tmp_path) and checkpoint.load_checkpoint(best)["images_seen"] == 16
     with pytest.raises(CheckpointError, match=r"best\.pt: could not be written .*lost\.pt is complete"):
         checkpoint.keep_as(tmp_path / "lost.pt", best)
+    assert sound(tmp_path) and len(list(tmp_path.iterdir())) == 4
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)  # where network file systems and quotas tell of it
+    with pytest.raises(CheckpointError, match=r"best\.pt: could not be written .*No space left"):
+        checkpoint.keep_as(path, best)
     assert sound(tmp_path) and len(list(tmp_path.iterdir())) == 4
 
 

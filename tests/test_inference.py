@@ -330,6 +330,7 @@ def test_existing_pictures_are_refused_kept_or_replaced(run, checkpoint, label_m
 def test_processes_refuse_existing_pictures_without_seeing_each_others_as_such(tmp_path):
     everything = plan_outputs(["a", "b"])
     write_png(tmp_path / "b.png", np.zeros((2, 2), np.uint8))
+    write_png(tmp_path / "._a.png", np.zeros((2, 2), np.uint8))  # what macOS leaves beside a file is no image
     check_empty(tmp_path, everything[:1], everything)  # b belongs to the other process
     with pytest.raises(UserError, match=r"b\.png"):
         check_empty(tmp_path, everything[1:], everything)

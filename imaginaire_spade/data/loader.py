@@ -127,14 +127,9 @@ def training_loader(
         shuffle_shards = None
     dataset.expect_random_reads(shuffle_shards)
     items = training_order(
-        dataset.shard_sizes,
-        batch_size,
-        seed=seed,
-        images_seen=images_seen,
-        rank=rank,
-        world_size=world_size,
+        dataset.shard_sizes, batch_size, seed=seed, images_seen=images_seen, rank=rank, world_size=world_size,
         shuffle_shards=shuffle_shards,
-    )
+    )  # fmt: skip
     return _load(dataset, items, batch_size, num_workers, pin_memory)
 
 

@@ -366,26 +366,32 @@ def unpack(archive: Path, folder: Path) -> int:
             if zipfile.is_zipfile(archive):
                 with zipfile.ZipFile(archive) as packed:
                     _check_entries(archive, {entry.filename: entry.file_size for entry in packed.infolist()})
-                shutil.unpack_archive(archive, temporary, "zip")
+                    packed.extractall(temporary)
             else:
+                if not hasattr(tarfile, "data_filter"):
+                    raise DataError(f"{archive}: unpack it yourself, or take Python 3.11.4 or newer")
                 with tarfile.open(archive) as packed_tar:
                     _check_entries(archive, {entry.name: entry.size for entry in packed_tar})
-                shutil.unpack_archive(archive, temporary, "tar", filter="data")
+                    packed_tar.extractall(temporary, filter="data")
         except tarfile.ReadError as error:
             raise DataError(f"{archive}: neither a zip nor a tar archive, or damaged: {error}") from None
         except (OSError, zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError) as error:
             raise DataError(f"{archive}: nothing was unpacked: {error}") from None
         paths = [path for path in Path(temporary).rglob("*") if path.is_symlink() or path.is_file()]
+        if links := [path.name for path in paths if path.is_symlink()]:
+            raise DataError(f"{archive}: the entry {links[0]!r} is a link: nothing was unpacked")
         for path in paths:
             target = folder / path.relative_to(temporary)
+            if not target.parent.resolve().is_relative_to(folder.resolve()):
+                raise DataError(f"{target}: a link below {folder} leads out of it")
             target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
+            shutil.move(path, target)
     return len(paths)
 
 
 def _check_entries(archive: Path, sizes: dict[str, int]) -> None:
-    for name in sizes:  # shutil would leave such an entry out without a word
-        if PurePosixPath(name).is_absolute() or ".." in name or "\\" in name:
+    for name in sizes:  # zipfile would give such an entry another name without a word
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
             raise DataError(f"{archive}: the entry {name!r} leads out of the folder: nothing was unpacked")
     free = shutil.disk_usage(archive.parent).free
     if sum(sizes.values()) > free:

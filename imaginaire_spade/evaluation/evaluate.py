@@ -6,7 +6,7 @@ from typing import Any
 
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
-from imaginaire_spade.errors import DataError
+from imaginaire_spade.errors import DataError, UserError, catch_error
 from imaginaire_spade.evaluation import scores
 from imaginaire_spade.evaluation.collection import Collection, collect
 from imaginaire_spade.evaluation.images import ImageSource, SourceImage
@@ -77,9 +77,9 @@ def evaluate(
     if segmentation is not None and isinstance(photos, ImageSource) and photos is not real:
         judged = gather(photos, None, judge=judge_photo)
     measured = real if isinstance(real, Collection) else gather(real, network, judge=None if judged else judge_photo)
+
     # Scores and protocol, on one process.
-    scored = None
-    if info.is_main:
+    def score(_: None) -> Report:
         values, stated = _scores_of_features(measured, made, network, metrics) if network is not None else ({}, {})
         if perceptual is not None and made.diversity is not None:
             values["random_feature_diversity" if perceptual.is_random else "lpips_diversity"] = made.diversity
@@ -102,8 +102,12 @@ def evaluate(
         warnings = [*measured.warnings, *made.warnings]
         warnings += [] if network is None else _warnings(measured, made, network, metrics)
         problems = (*measured.problems, *made.problems)
-        scored = Report(values, protocol, subject or {}, tuple(warnings), problems, examples=made.examples)
-    report: Report = broadcast_object(scored)
+        return Report(values, protocol, subject or {}, tuple(warnings), problems, examples=made.examples)
+
+    scored = broadcast_object(catch_error(UserError, score)(None) if info.is_main else None)
+    if isinstance(scored, UserError):
+        raise scored
+    report: Report = scored
     if segmentation is not None:
         report = segmentation.add_to(report, made.confusion, (judged or measured).confusion)
     return report

@@ -177,9 +177,13 @@ class _Share:
         self.sizes: Counter[Size] = Counter()
         """(height, width) as stored -> how many label maps have it."""
 
-    def attempt(self, read: Callable[[Output], R], outputs: Collection[Output]) -> Iterator[tuple[Output, R]]:
+    def attempt(
+        self, read: Callable[[Output], R], outputs: Collection[Output], most: int = PROBLEMS_SHOWN
+    ) -> Iterator[tuple[Output, R]]:
         """Yield what ``read`` returns for each label map that can be used; note the problems of the others.
 
+        Args:
+            most: problems after which it ends, unless they are left out.
         Raises:
             DataError: (in the end, unless they are left out) what is wrong with the first one, and how many more there
                 are.
@@ -198,7 +202,7 @@ class _Share:
                 yield output, result
                 continue
             self.problems[output.key] = result
-            if fail and len(self.problems) == PROBLEMS_SHOWN:
+            if fail and len(self.problems) == most:
                 break
         if fail and self.problems:
             first, *others = self.problems.values()
@@ -217,7 +221,7 @@ class _Share:
 
     def requests(self, jobs: Mapping[Output, Sequence[int]], style_of: StyleOf) -> Iterator[Request]:
         """Yield the images to make."""
-        for output, sample in self.attempt(self._read, jobs):
+        for output, sample in self.attempt(self._read, jobs, most=1):
             self.sizes[sample.original_size] += 1
             back = sample.original_size if self.options.resize_back else None
             for j in jobs[output]:

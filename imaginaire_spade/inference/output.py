@@ -90,8 +90,9 @@ def check_empty(directory: Path, own: Sequence[Output], everything: Sequence[Out
     mine = {path for output in own for path in output.images}
     for file in directory.rglob("*"):
         path = file.relative_to(directory)
-        is_image = path.suffix.lower() in IMAGE_SUFFIXES and path.parts[0] != LABELS_FOLDER and file.is_file()
-        if is_image and (path.as_posix() in mine or path.as_posix() not in planned):
+        is_image = path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and file.is_file()
+        is_ours = path.parts[0] != LABELS_FOLDER and (path.as_posix() in mine or path.as_posix() not in planned)
+        if is_image and is_ours:
             raise UserError(
                 f"--output_dir {directory} already holds images, such as {path}. Write --skip_existing to keep them"
                 " and make the missing ones, --overwrite to replace those of the same name, or another folder"

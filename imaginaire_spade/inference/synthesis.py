@@ -294,6 +294,7 @@ def style_named(model: Model, name: str) -> Tensor:
         )
     if name.isdecimal():
         return style_of_seed(int(name), model.generator.style_dims)
+    check_has_encoder(model)
     return encode_style(model, read_style_image(Path(name)))[0]
 
 

@@ -89,7 +89,8 @@ def describe_networks(source: str, hyper: Mapping[str, Any], dis: Mapping[str, A
     """
     if hyper.get("add_dist"):  # CLADE gives no position to 0 in its files, which is channel 0 in every data set
         hyper = {"skip_ids": [0], **hyper}
-    own = hyper.get("dis") or {}
+    own = hyper.get("dis")
+    own = own if isinstance(own, Mapping) else {}
     if own or {"ndf", "num_D", "n_layers_D", "norm_D"} & hyper.keys():
         dis = describe(source, "discriminator", {**hyper, **own})
     has_encoder = hyper.get("use_vae") or "style_enc_num_filters" in hyper

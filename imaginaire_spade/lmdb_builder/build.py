@@ -178,6 +178,7 @@ def _write_shards(plan: Plan, root: Path, shards: Mapping[str, Sequence[str]], n
         for name, part in shards.items():
             if len(problems) < MAX_PROBLEMS:
                 write_shard(plan, root, name, itertools.islice(samples, len(part)))
+        next(samples, None)  # ends the progress bar
     if problems:
         rest = f" (checking stopped after sample {seen} of {len(keys)})" if seen < len(keys) else ""
         finished = sum((root / name / MANIFEST).is_file() for name in plan.shards)

@@ -9,7 +9,7 @@ import os
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import lmdb
@@ -110,7 +110,8 @@ def hold_shards(output: Path, shards: Sequence[int]) -> Iterator[None]:
     """
     makes_parent = not output.parent.exists()
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # each lock is an open file
+    with suppress(ValueError, OSError):  # macOS refuses "infinity"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # each lock is an open file
     with ExitStack() as held:
         try:
             if makes_parent:
@@ -138,7 +139,7 @@ def _locked(output: Path, name: str = "", timeout: float = -1) -> Iterator[None]
         Timeout, OSError: it cannot be had.
     """
     path = output.with_name(f"{output.name}.{name}lock")
-    with FileLock(path, timeout=timeout):
+    with FileLock(path, timeout=timeout, fallback_to_soft=False):
         try:
             yield
         finally:

@@ -144,8 +144,10 @@ def _checksummed(path: Path, digest: str | None = None) -> Iterator[Path]:
     Args:
         digest: the sha256, if it is known.
     """
-    with atomic_write(path, flush=True) as temporary:
+    with atomic_write(path) as temporary:
         yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # a full disk may show here alone, and must leave the old file with its sha256
         digest = digest or file_sha256(temporary)
         checksum_path(path).unlink(missing_ok=True)  # at no time does a sha256 stand beside another file's bytes
     temporary.unlink(missing_ok=True)  # it is still there if both were links to one file

@@ -124,15 +124,16 @@ class RunLog:
         with self.report_write_errors():
             self._tensorboard().add_image("preview", sheet, iteration, dataformats="HWC")
             write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", sheet)
+        with self.report_write_errors():
             self._draw_curves()
 
     def close(self) -> None:
         """Draw the curves a last time and close the files."""
         self._bar.close()
         with self.report_write_errors():
-            self._draw_curves()
             if self._events is not None:
                 self._events.close()
+            self._draw_curves()
 
     def _write(self, images_seen: int, values: dict[str, float]) -> None:
         """Write one record to ``metrics.jsonl`` and TensorBoard."""

@@ -86,16 +86,11 @@ class Run:
         """Yield this process's batches on the device, from the current position on."""
         workers = self.config.data.num_workers if num_workers is None else num_workers
         loader = training_loader(
-            self.dataset,
-            self.config.data.train.batch_size,
-            seed=self.config.seed,
-            images_seen=self.state.images_seen,
-            rank=self.info.rank,
-            world_size=self.info.world_size,
+            self.dataset, self.config.data.train.batch_size, seed=self.config.seed, images_seen=self.state.images_seen,
+            rank=self.info.rank, world_size=self.info.world_size,
             num_workers=default_num_workers(self.info.local_world_size) if workers is None else workers,
-            pin_memory=self.device.type == "cuda",
-            shuffle_shards=self.config.data.shuffle_shards,
-        )
+            pin_memory=self.device.type == "cuda", shuffle_shards=self.config.data.shuffle_shards,
+        )  # fmt: skip
         return Prefetcher(loader, self.device)
 
 
