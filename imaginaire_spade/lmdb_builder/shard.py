@@ -129,15 +129,11 @@ class EnvironmentWriter:
         self._env.close()
 
     def _commit(self) -> None:
-        while True:
-            try:
-                with self._env.begin(write=True) as transaction:
-                    for key, value in self._chunk:
-                        transaction.put(key, value, append=True)
-                break
-            except lmdb.MapFullError:
-                self._map_size *= 2
-                self._env.set_mapsize(self._map_size)
+        self._map_size += self._pending + 8192 * len(self._chunk)  # beside its bytes, an item takes less than two pages
+        self._env.set_mapsize(self._map_size)
+        with self._env.begin(write=True) as transaction:
+            for key, value in self._chunk:
+                transaction.put(key, value, append=True)
         with self._env.begin() as transaction:
             for key, value in self._chunk:
                 if transaction.get(key) != value:
