@@ -213,10 +213,16 @@ class LabelSpec(BaseModel):
         """
         pixels = raw.reshape(-1, *raw.shape[2:])  # [H W] or [H W, 3]
         # By runs of one value, which are some twenty times fewer than pixels.
-        differs = pixels[1:] != pixels[:-1]
-        is_start = np.ones(len(pixels), np.bool_)
-        is_start[1:] = differs.any(1) if raw.ndim == 3 else differs
-        starts = np.flatnonzero(is_start)
+        is_start = np.zeros(-(-len(pixels) // 8) * 8, np.bool_)
+        is_start[:1] = True
+        if raw.ndim == 3:
+            (pixels[1:] != pixels[:-1]).any(1, out=is_start[1 : len(pixels)])
+        else:
+            np.not_equal(pixels[1:], pixels[:-1], out=is_start[1 : len(pixels)])
+        eights = is_start.view(np.uint64)  # most hold no start
+        some = np.flatnonzero(eights != 0)
+        place = np.flatnonzero(eights[some].view(np.bool_))
+        starts = some[place >> 3] * 8 + (place & 7)
         ids = self.to_train_ids(pixels[starts][None], where)[0]
         counts = np.bincount(ids, np.diff(starts, append=len(pixels))).astype(np.int64)
         return {i: int(counts[i]) for i in np.flatnonzero(counts).tolist()}

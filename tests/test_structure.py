@@ -270,9 +270,9 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1631, "pages": 17, "data": 1175, "models": 1031, "pretrained": 288, "training": 1434,
-    "inference": 1035, "evaluation": 960,
-    "lmdb_builder": 678, "dataset_prep": 353, "interop": 842, "export": 146, "demo": 406,
+    "top level": 1636, "pages": 17, "data": 1192, "models": 1031, "pretrained": 288, "training": 1431,
+    "inference": 1035, "evaluation": 944,
+    "lmdb_builder": 694, "dataset_prep": 353, "interop": 827, "export": 146, "demo": 406,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""

@@ -157,11 +157,8 @@ class LabelMapDataset(Dataset[Sample]):
             torch.zeros(3, *size, dtype=torch.uint8) if self.with_images else None,
             torch.from_numpy(np.zeros(size, self.labels.dtype)),
             torch.zeros(size, dtype=torch.uint8) if self.spec.has_edges and not self.edges_follow_labels else None,
-            torch.zeros(2, *size) if self.spec.has_distances else None,
-            "",
-            size,
-            0,
-        )
+            torch.zeros(2, *size) if self.spec.has_distances else None, "", size, 0,
+        )  # fmt: skip
 
     def __getitem__(self, item: int | tuple[int, int]) -> Sample:
         """Read the sample ``index``, or (index, position); without a position, it is the index.

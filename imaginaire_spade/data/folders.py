@@ -139,27 +139,28 @@ class FolderSource(Source):
     def has(self, data_type: str) -> bool:
         return data_type in self._folders and all(key in self._extensions[data_type] for key in self.keys)
 
+    def describe(self, key: str, data_type: str) -> str:
+        if key not in self._extensions.get(data_type, {}):
+            raise DataError(f"{self.root}: no file for {key!r} among the {data_type}")
+        return f"{self._folders[data_type]}{os.sep}{key}.{self._extensions[data_type][key]}"
+
     def path(self, key: str, data_type: str) -> Path:
         """Return the file of ``key``.
 
         Raises:
             DataError: there is none.
         """
-        if key not in self._extensions.get(data_type, {}):
-            raise DataError(f"{self.root}: no file for {key!r} among the {data_type}")
-        return self._folders[data_type] / f"{key}.{self._extensions[data_type][key]}"
-
-    def describe(self, key: str, data_type: str) -> str:
-        return str(self.path(key, data_type))
+        return Path(self.describe(key, data_type))
 
     def extension(self, key: str, data_type: str) -> str:
         """Return the extension of a file, in lower case."""
         return self._extensions[data_type][key].lower()
 
     def read(self, key: str, data_type: str) -> bytes:
-        path = self.path(key, data_type)
+        path = self.describe(key, data_type)
         try:
-            return path.read_bytes()
+            with open(path, "rb", buffering=0) as file:
+                return file.read()
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -169,9 +170,9 @@ class FolderSource(Source):
         Raises:
             DataError: it is gone.
         """
-        path = self.path(key, data_type)
+        path = self.describe(key, data_type)
         try:
-            return path.stat().st_size
+            return os.path.getsize(path)  # noqa: PTH202 (a Path takes ten times as long to make)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 

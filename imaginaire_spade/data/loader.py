@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
@@ -279,12 +279,46 @@ def map_in_order(task: Callable[[T], R], items: Sequence[T], num_workers: int | 
         UserError: the first that ``task`` raised, when the results before it have been taken.
     """
     num_chunks = -(-len(items) // CHUNK)
-    loader: Iterable[list[R | UserError]] = DataLoader(
-        items,  # type: ignore[arg-type]
-        batch_size=CHUNK,
-        collate_fn=partial(_try_each, task),
-        num_workers=min(count_workers(num_workers), num_chunks),
-        worker_init_fn=start_worker,
+    with _results(items, partial(_try_each, task), min(count_workers(num_workers), num_chunks), CHUNK) as results:
+        yield results
+
+
+@contextmanager
+def generate_in_workers(
+    task: Callable[[T], Iterable[R]], items: Sequence[T], num_workers: int
+) -> Iterator[Iterator[R]]:
+    """Yield an iterator over what ``task`` yields for each of ``items``; each of 1.. workers takes every n-th of them.
+
+    Otherwise as ``map_in_order``.
+
+    Raises:
+        DataError: a worker was killed.
+        Exception: what ``task`` raised, without its traceback.
+    """
+    with _results(_Generated(task, items), list, num_workers, 4 * CHUNK) as results:
+        yield results
+
+
+class _Generated(IterableDataset[Any]):
+    def __init__(self, task: Callable[[T], Iterable[R]], items: Sequence[T]) -> None:
+        self._task, self._items = task, items
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        assert worker is not None
+        try:
+            for item in self._items[worker.id :: worker.num_workers]:
+                yield from self._task(item)
+        except Exception as error:  # raised in a worker, it would arrive wrapped in a traceback
+            yield error
+
+
+@contextmanager
+def _results(
+    data: Any, collate: Callable[[Any], list[R | Exception]], num_workers: int, chunk: int
+) -> Iterator[Iterator[R]]:
+    loader = DataLoader(
+        data, batch_size=chunk, collate_fn=collate, num_workers=num_workers, worker_init_fn=start_worker
     )
     try:
         with closing(_take(loader)) as results:
@@ -295,14 +329,14 @@ def map_in_order(task: Callable[[T], R], items: Sequence[T], num_workers: int | 
         raise DataError("a worker process was killed (out of memory?): write a smaller --num_workers") from None
 
 
-def _try_each(task: Callable[[T], R], items: Sequence[T]) -> list[R | UserError]:
+def _try_each(task: Callable[[T], R], items: Sequence[T]) -> list[R | Exception]:
     """Return the results of ``task``. What it raises is a value too: a worker's exceptions arrive changed."""
     return [catch_error(UserError, task)(item) for item in items]
 
 
-def _take(loader: Iterable[list[R | UserError]]) -> Generator[R, None, None]:
+def _take(loader: Iterable[list[R | Exception]]) -> Generator[R, None, None]:
     for result in itertools.chain.from_iterable(loader):
-        if isinstance(result, UserError):
+        if isinstance(result, Exception):
             raise result
         yield result
 

@@ -312,21 +312,14 @@ def _join(source: ImageSource, shares: Sequence[_Share], stats: FeatureStats | N
     if unreadable:
         warnings.append(f"{source.name}: {len(unreadable)} of {total} images cannot be read and are left out")
     return Collection(
-        source.name,
-        digest,
-        len(used),
-        _size_range([one.size for one in found.values()]),
-        formats,
-        stats.gaussian(source.name) if stats else None,
-        stats,
+        source.name, digest, len(used), _size_range([one.size for one in found.values()]), formats,
+        stats.gaussian(source.name) if stats else None, stats,
         torch.cat(features)[torch.tensor(list(found)).argsort()] if features else None,
-        None if None in diversities else sum(filter(None, diversities)) / len(used),
-        confusion,
+        None if None in diversities else sum(filter(None, diversities)) / len(used), confusion,
         {keys[index]: found[index].size for index in used},
         {index: max((counts[index], key) for key, counts in classes.items())[1] for index in present},
-        tuple(warnings),
-        tuple(unreadable[index] for index in sorted(unreadable)),
-    )
+        tuple(warnings), tuple(unreadable[index] for index in sorted(unreadable)),
+    )  # fmt: skip
 
 
 def _size_range(sizes: Iterable[tuple[int, int]]) -> str:

@@ -87,18 +87,10 @@ def evaluate(
             stated["diversity"] = rule
         assert made.count and made.size and made.format
         protocol = Protocol(
-            version=__version__,
-            reference_split=reference_split,
-            reference=measured.digest,
-            num_real=measured.count,
-            num_fake=made.count,
-            real_size=measured.size,
-            fake_size=made.size,
-            real_format=measured.format,
-            fake_format=made.format,
-            geometry=None if geometry is None else geometry_stamp(geometry),
-            **stated,
-        )
+            version=__version__, reference_split=reference_split, reference=measured.digest, num_real=measured.count,
+            num_fake=made.count, real_size=measured.size, fake_size=made.size, real_format=measured.format,
+            fake_format=made.format, geometry=None if geometry is None else geometry_stamp(geometry), **stated,
+        )  # fmt: skip
         warnings = [*measured.warnings, *made.warnings]
         warnings += [] if network is None else _warnings(measured, made, network, metrics)
         problems = (*measured.problems, *made.problems)

@@ -63,18 +63,11 @@ class SPADERelease:
         if matched is None:
             raise CheckpointError(f"norm_G {hyper['norm_G']!r}: expected such as spectralspadesyncbatch3x3")
         return {
-            "type": "spade",
-            "num_filters": hyper["ngf"],
-            "style_dims": hyper["z_dim"] if hyper["use_vae"] else 0,
-            "upsampling": hyper["num_upsampling_layers"],
-            "spectral_norm": matched[1] is not None,
-            "norm": {
-                "type": "spade",
-                "normalization": "instance" if matched[2] == "instance" else "batch",
-                "hidden_channels": 128,
-                "kernel_size": int(matched[3]),
-            },
-        }
+            "type": "spade", "num_filters": hyper["ngf"], "style_dims": hyper["z_dim"] if hyper["use_vae"] else 0,
+            "upsampling": hyper["num_upsampling_layers"], "spectral_norm": matched[1] is not None,
+            "norm": {"type": "spade", "normalization": "instance" if matched[2] == "instance" else "batch",
+                     "hidden_channels": 128, "kernel_size": int(matched[3])},
+        }  # fmt: skip
 
     def discriminator(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
         matched = re.fullmatch(r"(spectral)?(instance|none)?", hyper["norm_D"])
@@ -180,21 +173,13 @@ class Imaginaire:
         if (size := hyper["out_image_small_side_size"]) not in (256, 512, 1024):
             raise CheckpointError(f"out_image_small_side_size: {size} must be 256, 512 or 1024")
         return {
-            "type": "style_spade",
-            "num_filters": hyper["num_filters"],
-            "style_dims": hyper["style_dims"],
-            "output_size": size,
-            "positional_encoding": hyper["use_posenc_in_input_layer"],
-            "output_multiplier": float(hyper["output_multiplier"]),
-            "norm": {
-                "type": "spade",
+            "type": "style_spade", "num_filters": hyper["num_filters"], "style_dims": hyper["style_dims"],
+            "output_size": size, "positional_encoding": hyper["use_posenc_in_input_layer"],
+            "output_multiplier": float(hyper["output_multiplier"]), "norm": {
+                "type": "spade", "affine": hyper["activation_norm_affine"], "spectral_norm": True,
                 "normalization": "instance" if hyper["activation_norm_type"] == "instance" else "batch",
-                "affine": hyper["activation_norm_affine"],
-                "hidden_channels": hyper["spade_hidden_filters"],
-                "kernel_size": hyper["spade_kernel_size"],
-                "spectral_norm": True,
-            },
-        }
+                "hidden_channels": hyper["spade_hidden_filters"], "kernel_size": hyper["spade_kernel_size"]},
+        }  # fmt: skip
 
     def discriminator(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
         _check(hyper, "discriminator", {

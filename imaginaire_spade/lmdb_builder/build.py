@@ -9,7 +9,8 @@ and joins them.
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +19,13 @@ from tqdm import tqdm
 from imaginaire_spade.data.folders import DATA_TYPES, DISTANCES, FolderSource, Source
 from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS
 from imaginaire_spade.data.lmdb_source import MANIFEST, open_source, store_key
-from imaginaire_spade.data.loader import count_workers, map_in_order
+from imaginaire_spade.data.loader import count_workers, generate_in_workers, map_in_order
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import read_json, read_text, write_bytes
 from imaginaire_spade.labels import EdgeSource, LabelSpec
 from imaginaire_spade.lmdb_builder.output import check_output, expect_room, hold_shards, join_shards, prepare_root
 from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, Plan, check_sample, load_sample
-from imaginaire_spade.lmdb_builder.shard import Manifest, write_shard, wrong_checksums
+from imaginaire_spade.lmdb_builder.shard import Manifest, remove_unfinished, write_shard, wrong_checksums
 
 OPTIONAL_TYPES = ("edge_maps", "inst_maps", DISTANCES)
 MAX_PROBLEMS = 20
@@ -153,38 +154,56 @@ def _divide(keys: Sequence[str], num_shards: int) -> dict[str, list[str]]:
 
 
 def _write_shards(plan: Plan, root: Path, shards: Mapping[str, Sequence[str]], num_workers: int, silent: bool) -> None:
-    """Write shards one after the other, while workers read and check the samples ahead.
+    """Write shards.
 
     Args:
         shards: path of each shard to write -> its keys.
     Raises:
         DataError: with the problems of all samples, up to ``MAX_PROBLEMS``. Shards without one are finished.
     """
-    keys = [key for part in shards.values() for key in part]
+    num_samples = sum(map(len, shards.values()))
     seen, problems = 0, list[str]()
-
-    def watch(samples: Iterable[LoadedSample]) -> Iterator[LoadedSample]:
-        nonlocal seen
-        silent_bar = silent or not keys
-        for sample in tqdm(samples, "building", len(keys), unit="images", mininterval=0.5, disable=silent_bar):
+    with closing(_written(plan, root, shards, num_workers)) as samples:
+        hidden = silent or not shards
+        for found in tqdm(samples, "building", num_samples, unit="images", mininterval=0.5, disable=hidden):
             seen += 1
-            problems.extend(sample.problems)
-            yield sample
+            problems += found
             if len(problems) >= MAX_PROBLEMS:
-                return
-
-    with map_in_order(partial(load_sample, plan), keys, num_workers) as results:
-        samples = watch(results)
-        for name, part in shards.items():
-            if len(problems) < MAX_PROBLEMS:
-                write_shard(plan, root, name, itertools.islice(samples, len(part)))
-        next(samples, None)  # ends the progress bar
+                break
     if problems:
-        rest = f" (checking stopped after sample {seen} of {len(keys)})" if seen < len(keys) else ""
+        rest = f" (checking stopped after sample {seen} of {num_samples})" if seen < num_samples else ""
         finished = sum((root / name / MANIFEST).is_file() for name in plan.shards)
         state = f"{finished} finished shard(s) are kept" if finished else "nothing was built"
         listed = "\n  ".join(problems[:MAX_PROBLEMS])
         raise DataError(f"{plan.source.root}: {len(problems)} problem(s), {state}{rest}:\n  {listed}")
+
+
+def _written(
+    plan: Plan, root: Path, shards: Mapping[str, Sequence[str]], num_workers: int
+) -> Generator[list[str], None, None]:
+    """Yield the problems of each sample of shards that are being written.
+
+    Each worker writes shards of its own if there are enough of them; else this process writes one shard after the
+    other, while the workers read and check the samples ahead.
+    """
+    if 0 < num_workers <= len(shards):
+        try:
+            with generate_in_workers(partial(_write_alone, plan, root), list(shards), num_workers) as problems:
+                yield from problems
+        except BaseException:  # a worker that was killed has not removed what it wrote
+            for name in shards:
+                if not (root / name / MANIFEST).is_file():
+                    remove_unfinished(root, name)
+            raise
+        return
+    all_keys = [key for keys in shards.values() for key in keys]
+    with map_in_order(partial(load_sample, plan), all_keys, num_workers) as samples:
+        for name, keys in shards.items():
+            yield from write_shard(plan, root, name, itertools.islice(samples, len(keys)))
+
+
+def _write_alone(plan: Plan, root: Path, name: str) -> Iterator[list[str]]:
+    return write_shard(plan, root, name, map(partial(load_sample, plan), plan.shards[name]))
 
 
 # ------------------------------------------------------------------------------------------------ inspection

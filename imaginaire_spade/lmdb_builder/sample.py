@@ -85,11 +85,13 @@ class Contents:
     def add(self, sample: LoadedSample) -> None:
         """Count one sample."""
         self.num_samples += 1
-        self.num_bytes.update(sample.num_bytes)
+        for data_type, number in sample.num_bytes.items():  # (Counter.update takes ten times as long)
+            self.num_bytes[data_type] += number
         if sample.size:
             self.sizes[f"{sample.size[0]}x{sample.size[1]}"] += 1
-        self.class_pixels.update(sample.class_pixels)
-        self.class_samples.update(sample.class_pixels.keys())
+        for train_id, number in sample.class_pixels.items():
+            self.class_pixels[train_id] += number
+            self.class_samples[train_id] += 1
         self.problems += sample.problems
 
 

@@ -27,11 +27,13 @@ Manifest = dict[str, Any]
 _CHUNK_BYTES = 16 << 20
 
 
-def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSample]) -> None:
+def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSample]) -> Iterator[list[str]]:
     """Write one shard, read it back, flush and name it, unless a sample of it is missing or has a problem.
 
     Args:
         samples: of its keys, in their order.
+    Yields:
+        The problems of each sample.
     Raises:
         DataError, OSError, lmdb.Error: it cannot be written. Nothing is left of it.
     """
@@ -40,20 +42,19 @@ def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSampl
     extensions: dict[str, dict[str, str]] = {t: {} for t in plan.data_types}
     contents = Contents()
     folder = root if name == "." else root / f"{name}.tmp"
-    shutil.rmtree(folder, ignore_errors=True)
     with ExitStack() as unfinished:
-        unfinished.callback(remove_if_empty, root)
-        unfinished.callback(shutil.rmtree, folder, ignore_errors=True)
+        unfinished.callback(remove_unfinished, root, name)
+        shutil.rmtree(folder, ignore_errors=True)
         with ExitStack() as opened:
             # Write the samples.
             writers = {t: opened.enter_context(closing(EnvironmentWriter(folder / t))) for t in plan.data_types}
             for sample in samples:
-                if sample.problems:
-                    continue
-                for t, data in sample.files.items():
-                    writers[t].put(store_key(sample.key), data)
-                    extensions[t][sample.key] = sample.recoded.get(t) or plan.source.extension(sample.key, t)
-                contents.add(sample)
+                if not sample.problems:
+                    for t, data in sample.files.items():
+                        writers[t].put(store_key(sample.key), data)
+                        extensions[t][sample.key] = sample.recoded.get(t) or plan.source.extension(sample.key, t)
+                    contents.add(sample)
+                yield sample.problems
             if contents.num_samples < len(keys):
                 return
             for writer in writers.values():
@@ -69,6 +70,12 @@ def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSampl
             folder.replace(root / name)
             flush_folder(root)
         unfinished.pop_all()
+
+
+def remove_unfinished(root: Path, name: str) -> None:
+    """Remove what was written of a shard that has no final name yet, and ``root`` if it holds nothing else."""
+    shutil.rmtree(root if name == "." else root / f"{name}.tmp", ignore_errors=True)
+    remove_if_empty(root)
 
 
 def remove_if_empty(folder: Path) -> None:

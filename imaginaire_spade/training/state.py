@@ -194,13 +194,11 @@ def new_train_state(config: RunConfig, device: torch.device, seed: int) -> Train
     generator_parameters = [p for network in (generator, encoder) if network is not None for p in network.parameters()]
     scaled = config.trainer.precision == "fp16"
     return TrainState(
-        generator=generator,
-        discriminator=discriminator,
-        encoder=encoder,
+        generator=generator, discriminator=discriminator, encoder=encoder,
         generator_ema=new_average(generator) if averaged else None,
         encoder_ema=new_average(encoder) if averaged and encoder is not None else None,
         gen_optimizer=build_optimizer(generator_parameters, config.gen_opt),
         dis_optimizer=build_optimizer(discriminator.parameters(), config.dis_opt),
         gen_scaler=torch.amp.GradScaler(device.type, enabled=scaled),
         dis_scaler=torch.amp.GradScaler(device.type, enabled=scaled),
-    )
+    )  # fmt: skip
