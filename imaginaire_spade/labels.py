@@ -82,8 +82,8 @@ class LabelSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
-    num_classes: int = Field(ge=1, le=32000)
-    """Number of classes, don't-care not counted."""
+    num_classes: int = Field(ge=0, le=32000)
+    """Number of classes, don't-care not counted. 0 is what ``data.labels: null`` means: there are no label maps."""
     dont_care: bool = True
     """Whether the networks get a channel for pixels without a class."""
     ignore: tuple[int, ...] = ()
@@ -98,6 +98,8 @@ class LabelSpec(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> LabelSpec:
+        if not self.num_classes and self.dont_care:
+            raise ValueError("num_classes: 0: to train without label maps write data.labels: null")
         for raw in (*self.ignore, *self.remap):
             if not 0 <= raw <= MAX_RAW_ID:
                 raise ValueError(f"raw id {raw} cannot occur in an 8- or 16-bit label map (0..{MAX_RAW_ID})")

@@ -170,7 +170,7 @@ class SemanticLayout:
         if semantics.shape[1] != spec.num_channels:
             raise ValueError(f"semantics has {semantics.shape[1]} channels, the spec {spec.num_channels}")
         classes, dense = semantics.tensor_split([spec.num_label_channels], 1)
-        ids = classes.argmax(1) if spec.num_label_channels else semantics.new_zeros(len(semantics), *semantics.shape[2:])
+        ids = classes.argmax(1) if spec.num_label_channels else torch.zeros_like(semantics[:, 0])
         conditions = dense[:, spec.has_edges :] if spec.num_conditions else None
         layout = cls(spec, ids.to(torch.int16), dense[:, 0] if spec.has_edges else None, distances, conditions)
         layout._dense = semantics

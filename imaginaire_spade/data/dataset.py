@@ -21,14 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from imaginaire_spade.config import AugmentationConfig
+from imaginaire_spade.config import AugmentationConfig, Condition
 from imaginaire_spade.data.batch import Sample
+from imaginaire_spade.data.conditions import cut_condition, decode_condition, draw_condition
 from imaginaire_spade.data.distances import NOT_FINITE, class_distances
 from imaginaire_spade.data.folders import DISTANCES, Source
 from imaginaire_spade.data.image_files import DECODERS, decode_image, image_size, is_jpeg
 from imaginaire_spade.data.lmdb_source import open_source, usable_memory
 from imaginaire_spade.data.transforms import Geometry, apply_to_distances, apply_to_image, apply_to_map, draw_geometry
 from imaginaire_spade.errors import DataError, LabelError
+from imaginaire_spade.files import RgbImage
 from imaginaire_spade.labels import EdgeSource, LabelSpec, edges_from_ids
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.noise import uniform_draws
@@ -42,6 +44,8 @@ class _Root:
     edges: EdgeSource
     has_distances: bool
     """Whether distances are read from files."""
+    guide: str = "seg_maps"
+    """The data type whose files say how large a sample is: label maps, or the first of what there is instead."""
     has_warned: bool = False
     """Of distances of another size than their label map."""
 
@@ -54,7 +58,7 @@ class _Root:
         if shape[:2] != label_size:
             raise DataError(
                 f"{self.source.describe(key, data_type)} is {shape[0]} x {shape[1]} (height x width), but"
-                f" {self.source.describe(key, 'seg_maps')} is {label_size[0]} x {label_size[1]}: they must be of one"
+                f" {self.source.describe(key, self.guide)} is {label_size[0]} x {label_size[1]}: they must be of one"
                 " size. Resize the label map with nearest neighbour, or export both from the original"
             )
 
@@ -77,6 +81,7 @@ class LabelMapDataset(Dataset[Sample]):
         replace: train id -> train id that stands for it, in every label map; stored edges stay as they are.
         on_unknown: called with what is wrong with a label map that holds values outside the table, which then count
             as don't care; None: that is raised.
+        conditions: ``data.conditions``: files in folders of their names, which every sample must have.
     Raises:
         DataError: a root that cannot be used.
     """
@@ -94,6 +99,7 @@ class LabelMapDataset(Dataset[Sample]):
         with_images: bool = True,
         replace: Mapping[int, int] | None = None,
         on_unknown: Callable[[LabelError], None] | None = None,
+        conditions: Sequence[Condition] = (),
     ) -> None:
         self.labels = labels
         self._replaced = np.arange(labels.num_classes + 1).astype(labels.dtype) if replace else None
@@ -106,9 +112,12 @@ class LabelMapDataset(Dataset[Sample]):
         self.seed = seed
         self.with_images = with_images
         edges = EdgeSource(edges)
-        self.spec = LayoutSpec.of(labels, edges, distances)
+        self.conditions = tuple(conditions)
+        self.spec = LayoutSpec.of(labels, edges, distances, sum(condition.channels for condition in conditions))
         edge_files = edges.files_needed
-        required = ["images", "seg_maps", *edge_files] if with_images else ["seg_maps"]
+        maps = ["seg_maps"] if labels.num_classes else [*edge_files]
+        maps += [condition.name for condition in conditions]
+        required = ["images", *dict.fromkeys([*maps, *edge_files])] if with_images else maps
         self._roots: list[_Root] = []
         for root in [roots] if isinstance(roots, str | Path) else roots:
             optional = [*edge_files, DISTANCES] if distances else edge_files
@@ -127,7 +136,7 @@ class LabelMapDataset(Dataset[Sample]):
                     " (scripts/make_distance_maps.py makes the missing ones)",
                     stacklevel=2,
                 )
-            self._roots.append(_Root(source, edges if found else EdgeSource.LABELS, stored))
+            self._roots.append(_Root(source, edges if found else EdgeSource.LABELS, stored, maps[0]))
         sources = [root.source for root in self._roots]
         self._places = [(root, key) for root in self._roots for key in root.source.keys]
         """The root that has a sample, and the sample's key there."""
@@ -158,6 +167,7 @@ class LabelMapDataset(Dataset[Sample]):
             torch.from_numpy(np.zeros(size, self.labels.dtype)),
             torch.zeros(size, dtype=torch.uint8) if self.spec.has_edges and not self.edges_follow_labels else None,
             torch.zeros(2, *size) if self.spec.has_distances else None, "", size, 0,
+            torch.zeros(self.spec.num_conditions, *size) if self.conditions else None,
         )  # fmt: skip
 
     def __getitem__(self, item: int | tuple[int, int]) -> Sample:
@@ -195,18 +205,47 @@ class LabelMapDataset(Dataset[Sample]):
     def _read_maps(self, index: int, position: int) -> tuple[Sample, Geometry]:
         """Read a sample without its photo."""
         root, key = self._places[index]
-        where, raw = root.source.describe(key, "seg_maps"), root.decode(key, "seg_maps")
+        where, raw = root.source.describe(key, root.guide), self._decode(root, key, root.guide)
         size = raw.shape[0], raw.shape[1]
         geometry = self._geometry(size, where, position)
-        # Only values that reach the network are looked at; the builder has looked at all.
-        labels = self._train_ids(apply_to_map(raw, geometry), where)
+        if self.labels.num_classes:
+            # Only values that reach the network are looked at; the builder has looked at all.
+            labels = self._train_ids(apply_to_map(raw, geometry), where)
+        else:
+            labels = np.zeros((geometry.height, geometry.width), self.labels.dtype)
         edges, distances = None, None
         if not self.edges_follow_labels and (drawn := _read_edges(root, key, geometry, size, labels)) is not None:
             edges = torch.from_numpy(drawn)
         if self.spec.has_distances:
             distances = torch.from_numpy(_read_distances(root, key, geometry, size, labels))
-        sample = Sample(None, torch.from_numpy(labels), edges, distances, self.keys[index], size, position)
-        return sample, geometry
+        conditions = torch.from_numpy(self._read_conditions(root, key, geometry, size)) if self.conditions else None
+        maps = torch.from_numpy(labels), edges, distances
+        return Sample(None, *maps, self.keys[index], size, position, conditions), geometry
+
+    def _decode(self, root: _Root, key: str, data_type: str) -> NDArray[Any]:
+        """Read and decode a map or a condition as stored."""
+        if data_type in DECODERS:
+            return root.decode(key, data_type)
+        return decode_condition(root.source.read(key, data_type), root.source.describe(key, data_type))
+
+    def _read_conditions(self, root: _Root, key: str, geometry: Geometry, size: tuple[int, int]) -> NDArray[np.float32]:
+        """Read the conditions of a sample: float32 [C, H, W]."""
+        parts = []
+        for condition in self.conditions:
+            where = root.source.describe(key, condition.name)
+            stored = decode_condition(root.source.read(key, condition.name), where, condition.channels)
+            root.check_size(stored.shape, key, condition.name, size)
+            parts.append(cut_condition(stored, condition, geometry, where))
+        return np.concatenate(parts)
+
+    def picture(self, sample: Sample) -> RgbImage:
+        """Draw what an image is made of: the label map in its colours; without one, the edges or the condition."""
+        if self.labels.num_classes:
+            return self.labels.colourise(sample.labels.numpy())
+        if sample.edges is not None:
+            return 255 - 255 * sample.edges.numpy()[..., None].repeat(3, -1)
+        assert sample.conditions is not None
+        return draw_condition(sample.conditions[: self.conditions[0].channels].numpy())
 
     def _read_image(
         self, index: int, size: tuple[int, int], geometry: Geometry, out: NDArray[np.uint8] | None
@@ -238,11 +277,13 @@ class LabelMapDataset(Dataset[Sample]):
             DataError, LabelError: it cannot be used.
         """
         root, key = self._places[index]
-        where, raw = root.source.describe(key, "seg_maps"), root.decode(key, "seg_maps")
-        if self._on_unknown is None:
+        where, raw = root.source.describe(key, root.guide), self._decode(root, key, root.guide)
+        if self._on_unknown is None and self.labels.num_classes:
             self.labels.count_pixels(raw, where)
         stored = raw.shape[0], raw.shape[1]
         geometry = self._geometry(stored, where, index)
+        if self.conditions:
+            self._read_conditions(root, key, geometry, stored)
         return stored, (geometry.height, geometry.width)
 
     def _geometry(self, stored: tuple[int, int], where: str, position: int) -> Geometry:

@@ -84,7 +84,9 @@ def instead_of(data_type: str) -> str:
     """Say how to do without a data type that is not there."""
     if data_type in ("edge_maps", "inst_maps"):
         return "; or write data.edges: labels (borders of the label map) or data.edges: none"
-    return ""
+    if data_type == "seg_maps":
+        return "; to train without label maps, from edges or conditions alone, write data.labels: null"
+    return "" if data_type in DATA_TYPES else f"; or leave {data_type} out of data.conditions"
 
 
 class FolderSource(Source):
@@ -118,10 +120,7 @@ class FolderSource(Source):
                 raise DataError(f"{root}: no folder {data_type}/ there; expected {LAYOUT}{instead_of(data_type)}")
         self.skipped: list[Path] = []
         """Files whose extension is none of their data type."""
-        self._extensions = {
-            t: _scan(folder, ("npy",) if t == DISTANCES else IMAGE_EXTENSIONS, self.skipped)
-            for t, folder in self._folders.items()
-        }
+        self._extensions = {t: _scan(folder, _extensions_of(t), self.skipped) for t, folder in self._folders.items()}
         paired = {t: files for t, files in self._extensions.items() if t != DISTANCES}
         union = set().union(*paired.values())
         self.unpaired = {t: sorted(union - files.keys(), key=split_key) for t, files in paired.items()}
@@ -184,9 +183,16 @@ class FolderSource(Source):
         return part
 
 
-def holds_images(folder: Path) -> bool:
-    """Return whether there is any image file (by extension) in ``folder`` or below."""
-    return any(_extension(name, IMAGE_EXTENSIONS) for _, name in _walk(folder))
+def _extensions_of(data_type: str) -> tuple[str, ...]:
+    """List the extensions of a data type's files. A type that is not of ours is a condition."""
+    if data_type == DISTANCES:
+        return ("npy",)
+    return IMAGE_EXTENSIONS if data_type in DATA_TYPES else (*IMAGE_EXTENSIONS, "npy")
+
+
+def holds_images(folder: Path, data_type: str = "images") -> bool:
+    """Return whether there is any file of a data type (by extension) in ``folder`` or below."""
+    return any(_extension(name, _extensions_of(data_type)) for _, name in _walk(folder))
 
 
 def _scan(folder: Path, extensions: Sequence[str], skipped: list[Path]) -> dict[str, str]:

@@ -220,7 +220,10 @@ def difference(manifest: Manifest, plan: Plan, name: str) -> str:
         return "another label table"
     if list(manifest["data_types"]) != list(plan.data_types):
         return f"other data types ({', '.join(manifest['data_types'])})"
-    if any(manifest[key] != planned for key, planned in plan.treatment().items()):
+    treatment = plan.treatment()
+    if manifest.get("conditions", []) != treatment.get("conditions", []):
+        return "other data.conditions"
+    if any(manifest[key] != planned for key, planned in treatment.items()):
         return "another --resize_smallest_side, --quality, --recode_maps or --no_check"
     return "" if manifest["source_sha256"] == _source_sha256(plan, name) else "another set of samples or files"
 

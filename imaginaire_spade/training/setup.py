@@ -191,7 +191,7 @@ def calibration_inputs(run: Run, batches: list[Batch]) -> Iterator[tuple[Semanti
 PARTS = {"gen": "generator", "dis": "discriminator", "encoder": "encoder"}
 """Section of the config -> its network's name in a checkpoint."""
 
-MEANING = ("data.labels.ignore", "data.labels.remap", "data.edges")
+MEANING = ("data.labels.ignore", "data.labels.remap", "data.edges", "data.conditions")
 """Keys that change the meaning of a label map, but not the networks. (``explain_mismatch`` has the others.)"""
 
 

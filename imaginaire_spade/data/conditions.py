@@ -1,0 +1,144 @@
+"""Decode dense conditions (depth, normals) and bring them into the range that networks see.
+
+Responsible for what a file of a condition may look like, and for the way of its values through crop, resize and mirror.
+A condition is resized by nearest pixel, as label maps are: a depth or a normal between two objects would be neither's.
+"""
+
+import io
+import math
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from imaginaire_spade.config import Condition
+from imaginaire_spade.data.image_files import image_size
+from imaginaire_spade.data.transforms import Geometry, apply_to_map
+from imaginaire_spade.errors import DataError
+from imaginaire_spade.files import RgbImage
+
+TYPES = (np.uint8, np.uint16, np.float16, np.float32, np.float64)
+
+
+def decode_condition(data: bytes, where: str, channels: int | None = None) -> NDArray[Any]:
+    """Decode a file of a condition as stored: uint8, uint16, float16, float32 or float64 [H, W, C].
+
+    Args:
+        channels: how many it must have; None: any number.
+    Raises:
+        DataError: unreadable, lossy, of another kind of values or another number of channels.
+    """
+    array = _decode_npy(data, where) if data.startswith(b"\x93NUMPY") else _decode_image(data, where)
+    return as_condition(array, where, channels)
+
+
+def as_condition(array: NDArray[Any], where: str, channels: int | None = None) -> NDArray[Any]:
+    """Check an array [H, W] or [H, W, C] of a condition; return it as [H, W, C].
+
+    Raises:
+        DataError: another kind of array, or another number of ``channels``, if these are given.
+    """
+    if array.dtype not in TYPES or array.ndim not in (2, 3) or not array.size:
+        raise DataError(
+            f"{where}: {array.dtype} {list(array.shape)}; a condition is 8- or 16-bit unsigned integers or floats,"
+            " [H, W] or [H, W, C]"
+        )
+    array = array.reshape(*array.shape[:2], -1)
+    if channels is not None and array.shape[2] != channels:
+        raise DataError(
+            f"{where}: {array.shape[2]} channel(s), but this condition has {channels}: write channels:"
+            f" {array.shape[2]} in data.conditions, or give {channels}"
+        )
+    return array
+
+
+def _decode_npy(data: bytes, where: str) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, MemoryError, SyntaxError) as error:
+        raise DataError(f"{where}: not readable as a .npy file: {error}") from None
+    if array.ndim not in (2, 3) or not array.size:
+        raise DataError(f"{where}: an array {list(array.shape)}; save a condition as [H, W] or [H, W, C]")
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return native.reshape(*array.shape[:2], -1)
+
+
+def _decode_image(data: bytes, where: str) -> NDArray[Any]:
+    is_png = data.startswith(b"\x89PNG")
+    if not is_png and data[:4] not in (b"II*\0", b"MM\0*"):
+        raise DataError(f"{where}: no PNG, TIFF or .npy file, and a condition must be one of these: save it as such")
+    if is_png:
+        image_size(data, where)  # before memory is taken for what a damaged header promises
+        if data[24] < 8 or data[25] == 3:
+            raise DataError(f"{where}: a PNG of palette colours or of less than 8 bits; save it as grey or RGB")
+    try:
+        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise DataError(f"{where}: not readable as an image: {error}") from None
+    if array is None:
+        raise DataError(f"{where}: not readable as an image (damaged, or a TIFF that OpenCV does not know)")
+    if array.ndim == 3 and array.shape[2] in (3, 4):
+        return array[:, :, [2, 1, 0, 3][: array.shape[2]]]  # OpenCV gives B, G, R
+    return array
+
+
+def cut_condition(
+    stored: NDArray[np.generic], condition: Condition, geometry: Geometry, where: str
+) -> NDArray[np.float32]:
+    """Cut, resize (nearest) and mirror a condition [H, W, C], and scale its range to [-1, 1].
+
+    Returns:
+        float32 [C, geometry.height, geometry.width]; (value - low) / (high - low) * 2 - 1.
+    Raises:
+        DataError: floats without a range, values outside it (unless they are to be clipped) or not finite.
+    """
+    cut = apply_to_map(stored, geometry).astype(np.float32)
+    low, high = check_values(cut, stored.dtype, condition, where)
+    if condition.clip:
+        cut = cut.clip(low, high)
+    scaled = (cut - np.float32(low)) * np.float32(2 / (high - low)) - 1
+    if geometry.flip:
+        scaled[..., list(condition.flip_sign or ())] *= -1
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1))
+
+
+def check_values(
+    values: NDArray[np.generic], dtype: np.dtype[np.generic], condition: Condition, where: str
+) -> tuple[float, float]:
+    """Check that values lie in the range of a condition. Return that range.
+
+    Args:
+        dtype: of the file, whose integers have a range of their own.
+    Raises:
+        DataError: as ``cut_condition``.
+    """
+    least, most = float(values.min()), float(values.max())
+    write = f"data.conditions: [{{name: {condition.name}, range: [{least:g}, {most:g}]}}]"
+    if not math.isfinite(least) or not math.isfinite(most):
+        raise DataError(f"{where}: values that are not finite (NaN or infinity): fill them, e.g. with the range's end")
+    if condition.range is None:
+        if dtype.kind == "f":
+            raise DataError(f"{where}: floats {least:g}..{most:g}, and no range is stated for {condition.name}: write"
+                            f" the range of all files, such as {write}")  # fmt: skip
+        return 0.0, float(np.iinfo(dtype).max)  # type: ignore[type-var]
+    low, high = condition.range
+    if not condition.clip and (least < low or most > high):
+        raise DataError(
+            f"{where}: values {least:g}..{most:g}, outside the range [{low:g}, {high:g}] of {condition.name}: write a"
+            " range that all files keep, or clip: true to move such values to its ends"
+        )
+    return low, high
+
+
+def encode_condition(values: NDArray[np.generic]) -> bytes:
+    """Encode a condition [H, W, C] as the content of a .npy file, exactly."""
+    file = io.BytesIO()
+    np.save(file, values, allow_pickle=False)
+    return file.getvalue()
+
+
+def draw_condition(scaled: NDArray[np.float32]) -> RgbImage:
+    """Draw a condition float [C, H, W] in [-1, 1], as RGB if it has three channels, else its first as grey."""
+    shown = scaled if len(scaled) == 3 else scaled[:1].repeat(3, 0)
+    return ((shown.transpose(1, 2, 0) + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
