@@ -146,11 +146,6 @@ class LabelledData(Section):
     conditions: tuple[Condition, ...] = ()
     """Dense conditions, such as [{name: depth, range: [0, 10]}, {name: normals, channels: 3, flip_sign: [0]}]."""
 
-    @field_validator("labels", mode="before")
-    @classmethod
-    def _no_labels(cls, labels: Any) -> Any:
-        return {"num_classes": 0, "dont_care": False} if labels is None else labels
-
     @model_validator(mode="after")
     def _check_inputs(self) -> LabelledData:
         names = [condition.name for condition in self.conditions]

@@ -3,7 +3,8 @@
 Responsible for the registries of generators, discriminators, encoders, norms, losses and data sets, and the typed
 schema that each registered class brings along: its keyword-only parameters *are* the keys that YAML may set, with their
 types and defaults. Knows nothing of files or of how a component is assembled (``build.py`` does that). It knows only
-the names of the modules that fill the registries: the first look-up imports them, so that a config may name their classes.
+the names of the modules that fill the registries: the first look-up imports them, so that a config may name their
+classes.
 
 A user registers a component from their own module and names that module on the command line (``--import``)::
 
