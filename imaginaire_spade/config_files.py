@@ -289,7 +289,7 @@ def _origin(where: tuple[str, ...], origins: Origins, source: str) -> str:
 
 def _fields_at(schema: type[BaseModel], path: list[str]) -> set[str]:
     """Return the names of the keys allowed in the section that ``path`` leads to."""
-    for part in path:
+    for part in (part for part in path if not part.isdigit()):  # the place in a list
         annotation = schema.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         schema = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), schema)

@@ -299,4 +299,4 @@ def distinct_colours(count: int) -> NDArray[np.uint8]:
     """Return ``count`` distinguishable RGB colours, the same on every machine: uint8 [count, 3]."""
     golden = 0.61803398875
     hsv = [((i * golden) % 1.0, 0.55 + 0.3 * (i % 2), 0.95 - 0.2 * (i % 3)) for i in range(count)]
-    return (np.array([colorsys.hsv_to_rgb(*c) for c in hsv]) * 255).round().astype(np.uint8)
+    return (np.array([colorsys.hsv_to_rgb(*c) for c in hsv]).reshape(-1, 3) * 255).round().astype(np.uint8)

@@ -142,7 +142,9 @@ class SemanticLayout:
         if distances is not None and distances.shape != (labels.shape[0], 2, *labels.shape[1:]):
             raise ValueError(f"distances {list(distances.shape)} do not belong to labels {list(labels.shape)}")
         given_conditions = None if conditions is None else conditions.shape
-        if given_conditions != ((len(labels), spec.num_conditions, *labels.shape[1:]) if spec.num_conditions else None):
+        if given_conditions != (
+            (labels.shape[0], spec.num_conditions, *labels.shape[1:]) if spec.num_conditions else None
+        ):
             given_shape = "none" if given_conditions is None else list(given_conditions)
             raise ValueError(
                 f"conditions {given_shape}, but the layout's spec has {spec.num_conditions} channels of them and its"

@@ -110,7 +110,7 @@ class Registry:
         known = self._known()
         if name not in known:
             raise ConfigError(
-                f"unknown {self.kind} {name!r}{did_you_mean(name, known)} Known: {', '.join(self.names())}."
+                f"unknown {self.kind} {name!r}{did_you_mean(name, known)} Known: {', '.join(self.names()) or 'none'}."
                 " (A component of your own: name its module with --import.)"
             )
         return known[name]
