@@ -138,7 +138,7 @@ class Synthesizer:
         shares = None
         if label_map is None or not self.labels.num_classes:
             train_ids = self._without_labels(label_map, [edges, instances, *conditions.values()])
-        elif isinstance(label_map, torch.Tensor) or np.asarray(label_map).dtype.kind == "f":
+        elif isinstance(label_map, torch.Tensor) or _is_soft(label_map):
             shares = self._shares(label_map)
             train_ids = shares.argmax(0).astype(self.labels.dtype)
         else:
@@ -269,6 +269,10 @@ class Synthesizer:
             raise DataError(f"{name} {list(ids.shape)} and the label map {list(train_ids.shape)} differ in size")
         cut = apply_to_map(ids, geometry)
         return torch.from_numpy((cut != 0).astype(np.uint8) if edges is not None else edges_from_ids(cut))
+
+
+def _is_soft(given: ImageLike) -> bool:
+    return isinstance(given, np.ndarray) and given.dtype.kind == "f" and given.ndim == 3
 
 
 def _to_array(given: ImageLike, name: str) -> NDArray[np.generic]:
