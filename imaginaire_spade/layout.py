@@ -124,16 +124,14 @@ class SemanticLayout:
     """
 
     def __init__(
-        self,
-        spec: LayoutSpec,
-        labels: Tensor,
-        edges: Edges = None,
-        distances: Tensor | None = None,
+        self, spec: LayoutSpec, labels: Tensor, edges: Edges = None, distances: Tensor | None = None,
         conditions: Tensor | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if labels.dim() != 3 or labels.dtype not in (torch.uint8, torch.int16):
             raise ValueError(f"labels must be uint8 or int16 [N, H, W], not {labels.dtype} {list(labels.shape)}")
-        for name, given, wanted in (("edges", edges, spec.has_edges), ("distances", distances, spec.has_distances)):
+        wants = spec.has_edges, spec.has_distances, spec.num_conditions > 0
+        named = zip(("edges", "distances", "conditions"), (edges, distances, conditions), wants, strict=True)
+        for name, given, wanted in named:
             if (given is not None) != wanted:
                 state = "given" if given is not None else "missing"
                 raise ValueError(f"{name} {state}, but the layout's spec has has_{name}={wanted}")
@@ -141,15 +139,8 @@ class SemanticLayout:
             raise ValueError(f"edges {list(edges.shape)} and labels {list(labels.shape)} differ in shape")
         if distances is not None and distances.shape != (labels.shape[0], 2, *labels.shape[1:]):
             raise ValueError(f"distances {list(distances.shape)} do not belong to labels {list(labels.shape)}")
-        given_conditions = None if conditions is None else conditions.shape
-        if given_conditions != (
-            (labels.shape[0], spec.num_conditions, *labels.shape[1:]) if spec.num_conditions else None
-        ):
-            given_shape = "none" if given_conditions is None else list(given_conditions)
-            raise ValueError(
-                f"conditions {given_shape}, but the layout's spec has {spec.num_conditions} channels of them and its"
-                f" labels are {list(labels.shape)}"
-            )
+        if conditions is not None and conditions.shape != (labels.shape[0], spec.num_conditions, *labels.shape[1:]):
+            raise ValueError(f"conditions {list(conditions.shape)} do not belong to labels {list(labels.shape)}")
         self.spec = spec
         self.labels = labels
         self._edges = edges

@@ -6,11 +6,14 @@ A condition is resized by nearest pixel, as label maps are: a depth or a normal 
 
 import io
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from imaginaire_spade.config import Condition
 from imaginaire_spade.data.image_files import image_size
@@ -80,16 +83,25 @@ def _decode_image(data: bytes, where: str) -> NDArray[Any]:
     return array
 
 
-def cut_condition(
-    stored: NDArray[np.generic], condition: Condition, geometry: Geometry, where: str
-) -> NDArray[np.float32]:
-    """Cut, resize (nearest) and mirror a condition [H, W, C], and scale its range to [-1, 1].
+def cut_conditions(
+    conditions: Sequence[Condition], read: Callable[[str], tuple[NDArray[Any], str]], geometry: Geometry
+) -> Tensor | None:
+    """Cut, resize (nearest) and mirror conditions, and scale their ranges to [-1, 1].
 
+    Args:
+        read: name -> the stored array [H, W] or [H, W, C], and what to call it in messages.
     Returns:
-        float32 [C, geometry.height, geometry.width]; (value - low) / (high - low) * 2 - 1.
+        float32 [C of all, geometry.height, geometry.width]: (value - low) / (high - low) * 2 - 1; None: no conditions.
     Raises:
-        DataError: floats without a range, values outside it (unless they are to be clipped) or not finite.
+        DataError: another kind of array, floats without a range, values outside it (unless they are to be clipped) or
+            not finite.
     """
+    parts = [_cut(*read(condition.name), condition, geometry) for condition in conditions]
+    return torch.from_numpy(np.concatenate(parts)) if parts else None
+
+
+def _cut(stored: NDArray[Any], where: str, condition: Condition, geometry: Geometry) -> NDArray[np.float32]:
+    stored = as_condition(stored, where, condition.channels)
     cut = apply_to_map(stored, geometry).astype(np.float32)
     low, high = check_values(cut, stored.dtype, condition, where)
     if condition.clip:
@@ -97,7 +109,7 @@ def cut_condition(
     scaled = (cut - np.float32(low)) * np.float32(2 / (high - low)) - 1
     if geometry.flip:
         scaled[..., list(condition.flip_sign or ())] *= -1
-    return np.ascontiguousarray(scaled.transpose(2, 0, 1))
+    return scaled.transpose(2, 0, 1)
 
 
 def check_values(
@@ -108,7 +120,7 @@ def check_values(
     Args:
         dtype: of the file, whose integers have a range of their own.
     Raises:
-        DataError: as ``cut_condition``.
+        DataError: as ``cut_conditions``.
     """
     least, most = float(values.min()), float(values.max())
     write = f"data.conditions: [{{name: {condition.name}, range: [{least:g}, {most:g}]}}]"

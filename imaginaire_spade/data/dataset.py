@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from imaginaire_spade.config import AugmentationConfig, Condition
 from imaginaire_spade.data.batch import Sample
-from imaginaire_spade.data.conditions import cut_condition, decode_condition, draw_condition
+from imaginaire_spade.data.conditions import cut_conditions, decode_condition, draw_condition
 from imaginaire_spade.data.distances import NOT_FINITE, class_distances
 from imaginaire_spade.data.folders import DISTANCES, Source
 from imaginaire_spade.data.image_files import DECODERS, decode_image, image_size, is_jpeg
@@ -37,7 +37,7 @@ from imaginaire_spade.noise import uniform_draws
 
 
 @dataclass
-class _Root:
+class Root:
     """Where the samples of one root come from."""
 
     source: Source
@@ -49,18 +49,29 @@ class _Root:
     has_warned: bool = False
     """Of distances of another size than their label map."""
 
+    def describe(self, key: str, data_type: str) -> str:
+        """Name a file in a message."""
+        return self.source.describe(key, data_type)
+
     def decode(self, key: str, data_type: str) -> NDArray[Any]:
-        """Read and decode a map."""
-        return DECODERS[data_type](self.source.read(key, data_type), self.source.describe(key, data_type))
+        """Read and decode a map or a condition."""
+        decode = DECODERS.get(data_type, decode_condition)
+        return decode(self.source.read(key, data_type), self.describe(key, data_type))
 
     def check_size(self, shape: tuple[int, ...], key: str, data_type: str, label_size: tuple[int, int]) -> None:
         """Refuse a file of another size than its label map."""
         if shape[:2] != label_size:
             raise DataError(
-                f"{self.source.describe(key, data_type)} is {shape[0]} x {shape[1]} (height x width), but"
-                f" {self.source.describe(key, self.guide)} is {label_size[0]} x {label_size[1]}: they must be of one"
+                f"{self.describe(key, data_type)} is {shape[0]} x {shape[1]} (height x width), but"
+                f" {self.describe(key, self.guide)} is {label_size[0]} x {label_size[1]}: they must be of one"
                 " size. Resize the label map with nearest neighbour, or export both from the original"
             )
+
+
+def map_types(labels: LabelSpec, edges: EdgeSource, conditions: Sequence[Condition]) -> list[str]:
+    """List the data types without which there is no sample, its guide first."""
+    maps = ["seg_maps"] if labels.num_classes else [*edges.files_needed]
+    return maps + [condition.name for condition in conditions]
 
 
 class LabelMapDataset(Dataset[Sample]):
@@ -115,10 +126,9 @@ class LabelMapDataset(Dataset[Sample]):
         self.conditions = tuple(conditions)
         self.spec = LayoutSpec.of(labels, edges, distances, sum(condition.channels for condition in conditions))
         edge_files = edges.files_needed
-        maps = ["seg_maps"] if labels.num_classes else [*edge_files]
-        maps += [condition.name for condition in conditions]
+        maps = map_types(labels, edges, conditions)
         required = ["images", *dict.fromkeys([*maps, *edge_files])] if with_images else maps
-        self._roots: list[_Root] = []
+        self._roots: list[Root] = []
         for root in [roots] if isinstance(roots, str | Path) else roots:
             optional = [*edge_files, DISTANCES] if distances else edge_files
             source = open_source(root, required, optional=optional, bare=not with_images)
@@ -136,7 +146,7 @@ class LabelMapDataset(Dataset[Sample]):
                     " (scripts/make_distance_maps.py makes the missing ones)",
                     stacklevel=2,
                 )
-            self._roots.append(_Root(source, edges if found else EdgeSource.LABELS, stored, maps[0]))
+            self._roots.append(Root(source, edges if found else EdgeSource.LABELS, stored, maps[0]))
         sources = [root.source for root in self._roots]
         self._places = [(root, key) for root in self._roots for key in root.source.keys]
         """The root that has a sample, and the sample's key there."""
@@ -193,7 +203,7 @@ class LabelMapDataset(Dataset[Sample]):
         Raises:
             DataError, LabelError: naming the file and what is wrong with it.
         """
-        read = [self._read_maps(*item) for item in items]
+        read = [self._read_maps(*self._places[index], self.keys[index], position) for index, position in items]
         if not self.with_images:
             return [sample for sample, _ in read]
         outs: Sequence[NDArray[np.uint8] | None] = images_out or [None] * len(items)
@@ -202,10 +212,14 @@ class LabelMapDataset(Dataset[Sample]):
             for (index, _), (sample, geometry), out in zip(items, read, outs, strict=True)
         ]
 
-    def _read_maps(self, index: int, position: int) -> tuple[Sample, Geometry]:
-        """Read a sample without its photo."""
-        root, key = self._places[index]
-        where, raw = root.source.describe(key, root.guide), self._decode(root, key, root.guide)
+    def _read_maps(self, root: Root, key: str, name: str, position: int) -> tuple[Sample, Geometry]:
+        """Read a sample without its photo.
+
+        Args:
+            key: the sample's in its root.
+            name: its key in the data set.
+        """
+        where, raw = root.describe(key, root.guide), root.decode(key, root.guide)
         size = raw.shape[0], raw.shape[1]
         geometry = self._geometry(size, where, position)
         if self.labels.num_classes:
@@ -218,25 +232,9 @@ class LabelMapDataset(Dataset[Sample]):
             edges = torch.from_numpy(drawn)
         if self.spec.has_distances:
             distances = torch.from_numpy(_read_distances(root, key, geometry, size, labels))
-        conditions = torch.from_numpy(self._read_conditions(root, key, geometry, size)) if self.conditions else None
+        conditions = _read_conditions(root, key, geometry, size, self.conditions)
         maps = torch.from_numpy(labels), edges, distances
-        return Sample(None, *maps, self.keys[index], size, position, conditions), geometry
-
-    def _decode(self, root: _Root, key: str, data_type: str) -> NDArray[Any]:
-        """Read and decode a map or a condition as stored."""
-        if data_type in DECODERS:
-            return root.decode(key, data_type)
-        return decode_condition(root.source.read(key, data_type), root.source.describe(key, data_type))
-
-    def _read_conditions(self, root: _Root, key: str, geometry: Geometry, size: tuple[int, int]) -> NDArray[np.float32]:
-        """Read the conditions of a sample: float32 [C, H, W]."""
-        parts = []
-        for condition in self.conditions:
-            where = root.source.describe(key, condition.name)
-            stored = decode_condition(root.source.read(key, condition.name), where, condition.channels)
-            root.check_size(stored.shape, key, condition.name, size)
-            parts.append(cut_condition(stored, condition, geometry, where))
-        return np.concatenate(parts)
+        return Sample(None, *maps, name, size, position, conditions), geometry
 
     def picture(self, sample: Sample) -> RgbImage:
         """Draw what an image is made of: the label map in its colours; without one, the edges or the condition."""
@@ -277,13 +275,13 @@ class LabelMapDataset(Dataset[Sample]):
             DataError, LabelError: it cannot be used.
         """
         root, key = self._places[index]
-        where, raw = root.source.describe(key, root.guide), self._decode(root, key, root.guide)
+        where, raw = root.describe(key, root.guide), root.decode(key, root.guide)
         if self._on_unknown is None and self.labels.num_classes:
             self.labels.count_pixels(raw, where)
         stored = raw.shape[0], raw.shape[1]
         geometry = self._geometry(stored, where, index)
-        if self.conditions:
-            self._read_conditions(root, key, geometry, stored)
+        if self.conditions:  # each is looked at
+            _read_conditions(root, key, geometry, stored, self.conditions)
         return stored, (geometry.height, geometry.width)
 
     def _geometry(self, stored: tuple[int, int], where: str, position: int) -> Geometry:
@@ -302,7 +300,7 @@ class LabelMapDataset(Dataset[Sample]):
 
 
 def _read_edges(
-    root: _Root, key: str, geometry: Geometry, size: tuple[int, int], labels: NDArray[np.generic]
+    root: Root, key: str, geometry: Geometry, size: tuple[int, int], labels: NDArray[np.generic]
 ) -> NDArray[np.uint8] | None:
     """Read or draw the edges of a sample: after the geometry, so that a border is one pixel wide at any scale."""
     stored: NDArray[np.generic] | None = None
@@ -313,8 +311,21 @@ def _read_edges(
     return root.edges.draw(labels, stored)
 
 
+def _read_conditions(
+    root: Root, key: str, geometry: Geometry, size: tuple[int, int], conditions: Sequence[Condition]
+) -> Tensor | None:
+    """Read the conditions of a sample: float32 [C, H, W]; None if there are none."""
+
+    def read(name: str) -> tuple[NDArray[Any], str]:
+        stored = root.decode(key, name)
+        root.check_size(stored.shape, key, name, size)
+        return stored, root.describe(key, name)
+
+    return cut_conditions(conditions, read, geometry)
+
+
 def _read_distances(
-    root: _Root, key: str, geometry: Geometry, size: tuple[int, int], labels: NDArray[np.generic]
+    root: Root, key: str, geometry: Geometry, size: tuple[int, int], labels: NDArray[np.generic]
 ) -> NDArray[np.float32]:
     """Read the distances of a sample; compute them where there is no file, or one of another size."""
     if root.has_distances:

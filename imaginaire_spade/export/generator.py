@@ -54,13 +54,9 @@ class ExportedGenerator(nn.Module):
         self.spec = spec
 
     def forward(
-        self,
-        labels: Tensor | None = None,
-        edges: Tensor | None = None,
-        distances: Tensor | None = None,
-        conditions: Tensor | None = None,
-        z: Tensor | None = None,
-    ) -> Tensor:
+        self, labels: Tensor | None = None, edges: Tensor | None = None, distances: Tensor | None = None,
+        conditions: Tensor | None = None, z: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         if labels is None:  # without label maps every pixel has the id of no class, 0
             like = edges if conditions is None else conditions[:, 0]
             assert like is not None

@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from imaginaire_spade.data.conditions import as_condition, cut_condition
+from imaginaire_spade.data.conditions import cut_conditions
 from imaginaire_spade.data.transforms import Geometry, apply_to_map
 from imaginaire_spade.distributed import ProcessInfo, choose_device
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError
 from imaginaire_spade.files import RgbImage
 from imaginaire_spade.inference.model import Model, find_checkpoint
-from imaginaire_spade.inference.sizes import SizeRule, format_size, read_size
+from imaginaire_spade.inference.sizes import Size, SizeRule, format_size, read_size
 from imaginaire_spade.inference.synthesis import Request, encode_style, read_style_image, style_of_seed, synthesise
 from imaginaire_spade.labels import MAX_RAW_ID, LabelSpec, edges_from_ids
 from imaginaire_spade.models.norms import ConditionalNorm
@@ -235,22 +235,19 @@ class Synthesizer:
         missing = np.zeros((channels - len(array), *array.shape[1:]), np.float32)
         return np.concatenate([array.astype(np.float32), missing])
 
-    def _conditions(
-        self, given: Mapping[str, ImageLike], size: tuple[int, ...], geometry: Geometry
-    ) -> torch.Tensor | None:
+    def _conditions(self, given: Mapping[str, ImageLike], size: Size, geometry: Geometry) -> torch.Tensor | None:
         names = [condition.name for condition in self.dense]
         if set(given) != set(names):
-            raise ConfigError(
-                f"conditions: {', '.join(given) or 'none'} given; this generator takes {', '.join(names) or 'none'}"
-            )
-        parts = []
-        for condition in self.dense:
-            where = f"conditions[{condition.name!r}]"
-            array = as_condition(np.asarray(given[condition.name]), where, condition.channels)
+            wanted = ", ".join(names) or "none"
+            raise ConfigError(f"conditions: {', '.join(given) or 'none'} given; this generator takes {wanted}")
+
+        def read(name: str) -> tuple[NDArray[Any], str]:
+            array, where = np.asarray(given[name]), f"conditions[{name!r}]"
             if array.shape[:2] != size:
                 raise DataError(f"{where} {list(array.shape[:2])} and the other inputs {list(size)} differ in size")
-            parts.append(cut_condition(array, condition, geometry, where))
-        return torch.from_numpy(np.concatenate(parts)) if parts else None
+            return array, where
+
+        return cut_conditions(self.dense, read, geometry)
 
     def _edges(
         self, train_ids: NDArray[np.generic], edges: ImageLike | None, instances: ImageLike | None, geometry: Geometry

@@ -222,12 +222,12 @@ def open_data(root: Path) -> Source:
     Raises:
         DataError: no data set is there.
     """
-    return open_source(root, [t for t in (*DATA_TYPES, *_condition_names(root)) if (root / t).is_dir()])
+    return open_source(root, [t for t in _types(root) if (root / t).is_dir()])
 
 
 def stored_types(source: Source) -> list[str]:
     """List the data types that every sample has."""
-    return [t for t in (*DATA_TYPES, *_condition_names(source.root)) if source.has(t)]
+    return [t for t in _types(source.root) if source.has(t)]
 
 
 def stored_conditions(root: Path) -> list[Condition]:
@@ -236,8 +236,8 @@ def stored_conditions(root: Path) -> list[Condition]:
     return [Condition.model_validate(entry) for entry in manifest.get("conditions", [])]
 
 
-def _condition_names(root: Path) -> list[str]:
-    return [condition.name for condition in stored_conditions(root)]
+def _types(root: Path) -> list[str]:
+    return [*DATA_TYPES, *(condition.name for condition in stored_conditions(root))]
 
 
 def stored_labels(root: Path) -> LabelSpec | None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imaginaire_spade.data.image_files import decode_image, decode_label
-from imaginaire_spade.data.own import OwnDataset, RawSample
+from imaginaire_spade.data.own import OwnDataset
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.registry import DATASETS
 
@@ -47,10 +47,12 @@ class CsvPairs(OwnDataset):
                 raise DataError(f"{root}: cannot be read: {error.strerror}") from None
         return [label_map.with_suffix("").name for _, label_map in self.pairs]
 
-    def load(self, index: int, rng: np.random.Generator) -> RawSample:
+    def load(self, index: int, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
         photo, label_map = self.pairs[index]
-        labels = decode_label(read(label_map), str(label_map))
-        return RawSample(labels, decode_image(read(photo), str(photo)) if self.with_images else None)
+        sample: dict[str, NDArray[Any]] = {"seg_maps": decode_label(read(label_map), str(label_map))}
+        if self.with_images:
+            sample["images"] = decode_image(read(photo), str(photo))
+        return sample
 
 
 @DATASETS.register("scene_crops")
@@ -74,7 +76,7 @@ class SceneCrops(OwnDataset):
         self.scenes = [path.with_name(path.name.replace("_labels.npy", ".npy")) for path in paths]
         return [f"{scene.stem}/{number:05d}" for scene in self.scenes for number in range(self.crops_per_scene)]
 
-    def load(self, index: int, rng: np.random.Generator) -> RawSample:
+    def load(self, index: int, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
         scene = self.scenes[index // self.crops_per_scene]
         labels = mapped(scene.with_name(f"{scene.stem}_labels.npy"))
         room = [whole - crop for whole, crop in zip(labels.shape, self.crop_h_w, strict=True)]
@@ -82,8 +84,10 @@ class SceneCrops(OwnDataset):
             raise DataError(f"{scene}: {list(labels.shape)} is smaller than data.type.crop_h_w: {list(self.crop_h_w)}")
         top, left = (int(rng.integers(pixels + 1)) for pixels in room)
         window = slice(top, top + self.crop_h_w[0]), slice(left, left + self.crop_h_w[1])
-        photo = np.array(mapped(scene)[window]) if self.with_images else None
-        return RawSample(np.array(labels[window]), photo)
+        sample = {"seg_maps": np.array(labels[window])}
+        if self.with_images:
+            sample["images"] = np.array(mapped(scene)[window])
+        return sample
 
 
 def read(path: Path) -> bytes:
