@@ -361,7 +361,9 @@ def test_edges_alone_train_and_generate(scene_folder, tmp_path, commands):
     root = scene_folder(size=(32, 64))
     (root / "seg_maps").rename(tmp_path / "kept")
     tree = run_tree(labels=None, edges="file", train=run_tree()["data"]["train"] | {"roots": [str(root)]})
-    with pytest.raises(DataError, match="without label maps, from edges or conditions alone, write data.labels: null"):
+    with pytest.raises(
+        DataError, match=r"without label maps, from edges or conditions alone, write data\.labels: null"
+    ):
         LabelMapDataset(root, LABELS, edges="file")
     train(commands, tmp_path, tree)
     bare, whole = infer(commands, tmp_path, root / "edge_maps"), infer(commands, tmp_path, root, name="whole")
