@@ -1,10 +1,12 @@
 """Train a generator from a config: ``torchrun --nproc_per_node=K train.py --config C.yaml --logdir DIR``.
 
-Starting the same command again continues from the newest checkpoint of the log dir. SIGTERM, SIGUSR1 and Ctrl-C save
-and leave (exit codes 143, 138 and 130); a mistake of the user's is one message and exit code 2.
+Starting the same command again continues from the newest checkpoint of the log dir. SIGTERM, SIGUSR1, SIGHUP (a closed
+terminal) and Ctrl-C save and leave (exit codes 143, 138, 129 and 130); a mistake of the user's is one message and exit
+code 2.
 """
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -14,6 +16,7 @@ from imaginaire_spade.build import build_losses, check_run, import_modules
 from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import UserError, run_command_line
+from imaginaire_spade.processes import end_with_launcher, one_writer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    end_with_launcher()
     arguments = parse_arguments()
     # Everything a user can get wrong is checked before the process group exists: no rank waits for one that left.
     import_modules(arguments.imports)
@@ -55,8 +59,11 @@ def main() -> None:
     from imaginaire_spade.training import loop, profile
     from imaginaire_spade.training.setup import prepare
 
-    distributed.init_process_group(info, device, config.trainer.process_group_timeout_s)
-    try:
+    with ExitStack() as held:
+        if info.is_main and not arguments.dry_run:
+            held.enter_context(one_writer(logdir, "--logdir"))
+        distributed.init_process_group(info, device, config.trainer.process_group_timeout_s)
+        held.callback(distributed.leave_process_group)
         run = prepare(config, objective, info, device, arguments.max_iterations)
         if arguments.dry_run:
             text = profile.dry_run(run)
@@ -66,8 +73,6 @@ def main() -> None:
             profile.profile(run, logdir)
         else:
             loop.train(run, logdir, arguments.checkpoint, arguments.allow_changed_data)
-    finally:
-        distributed.leave_process_group()
 
 
 if __name__ == "__main__":
