@@ -25,7 +25,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--logdir", type=Path, help="folder for everything the run writes (default: logs/NAME_OF_CONFIG)"
     )
-    parser.add_argument("--checkpoint", type=Path, help="start from this checkpoint if the log dir has none yet")
+    parser.add_argument("--checkpoint", type=Path, help="continue this checkpoint if the log dir has none yet")
+    parser.add_argument("--init_from", type=Path, nargs="?", const=Path(), metavar="CHECKPOINT",
+                        help="fine-tune: begin a new run with the weights of a checkpoint, a .safetensors file or a"
+                        " log dir; the classes may be others (without a value: of --checkpoint)")  # fmt: skip
     parser.add_argument("--allow_changed_data", action="store_true",
                         help="continue a run although its data set or label table changed")  # fmt: skip
     parser.add_argument("--seed", type=int, help="override the config's seed")
@@ -53,6 +56,11 @@ def main() -> None:
     check_run(config, info.world_size)
     objective = build_losses(config)  # finds out whether pretrained weights are there
     logdir = arguments.logdir or Path("logs") / Path(arguments.config).stem
+    init_from, checkpoint = arguments.init_from, arguments.checkpoint
+    if init_from is not None and (init_from == Path()) == (checkpoint is None):
+        raise UserError("--init_from: write which checkpoint (and not --checkpoint as well)")
+    if init_from == Path():
+        init_from, checkpoint = checkpoint, None
     if arguments.max_iterations is not None and arguments.max_iterations < 1:
         raise UserError(f"--max_iterations {arguments.max_iterations}: must be at least 1")
 
@@ -72,7 +80,7 @@ def main() -> None:
         elif arguments.profile:
             profile.profile(run, logdir)
         else:
-            loop.train(run, logdir, arguments.checkpoint, arguments.allow_changed_data)
+            loop.train(run, logdir, checkpoint, arguments.allow_changed_data, init_from=init_from)
 
 
 if __name__ == "__main__":

@@ -232,6 +232,8 @@ class TrainerConfig(Section):
     activation_checkpointing: bool = False
     """Compute the activations inside the generator's blocks a second time in the backward pass instead of keeping them:
     less memory, about a third more time for the generator, the same numbers."""
+    freeze_discriminator_layers: int = Field(0, ge=0)
+    """For fine-tuning on little data (FreezeD): so many first layers of each patch discriminator keep their weights."""
     sync_batch_norm: bool = True
     """Batch statistics over all processes."""
     init: InitConfig = InitConfig()

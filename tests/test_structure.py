@@ -271,8 +271,8 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1706, "pages": 17, "data": 1191, "models": 1031, "pretrained": 288, "training": 1444,
-    "inference": 1035, "evaluation": 944,
+    "top level": 1707, "pages": 17, "data": 1191, "models": 1040, "pretrained": 288, "training": 1606,
+    "inference": 1020, "evaluation": 944,
     "lmdb_builder": 694, "dataset_prep": 353, "interop": 827, "export": 146, "demo": 406,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments

@@ -22,6 +22,7 @@ from imaginaire_spade.files import write_bytes
 from imaginaire_spade.processes import LAUNCHER_GONE_S, forget_terminal
 from imaginaire_spade.training.checkpoint import CheckpointWriter
 from imaginaire_spade.training.evaluation import CheckStop
+from imaginaire_spade.training.fine_tuning import initialise_from
 from imaginaire_spade.training.health import Alarms, LossMeter, check_finite, explain_out_of_memory
 from imaginaire_spade.training.run_log import RunLog, preview_batch, preview_sheet
 from imaginaire_spade.training.setup import Run, calibration_inputs, calibration_layouts, content_of, describe, resume
@@ -85,17 +86,22 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
-def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: bool = False) -> None:
+def train(
+    run: Run, logdir: Path, start_from: Path | None, allow_changed_data: bool = False, *, init_from: Path | None = None
+) -> None:
     """Train to the end of the run, or to ``--max_iterations``; continue from the newest checkpoint of ``logdir``.
 
     Args:
         start_from: checkpoint to begin with if ``logdir`` has none yet.
+        init_from: as ``start_from``, but take only weights, also those of networks for other classes.
         allow_changed_data: continue although the data set or its labels are not those of the checkpoint.
     Raises:
         SystemExit: a signal asked the run to stop; it has saved. The code is that by which shells know the signal: 143
             for SIGTERM, 138 for SIGUSR1, 130 for SIGINT.
     """
     resumed = resume(run, logdir, start_from, allow_changed_data)
+    if resumed is None and init_from is not None:
+        resumed = initialise_from(run, init_from)
     state, calendar = run.state, run.calendar
     if run.info.is_main:
         try:
