@@ -140,8 +140,9 @@ def build_split(config: RunConfig, split: SplitConfig, *, with_images: bool = Tr
     """Open one split, ``config.data.train`` or ``config.data.val``, with or without photos."""
     images = with_measured_range(config).data.images if with_images else config.data.images
     return LabelMapDataset(
-        split.roots, config.data.labels, edges=config.data.edges, images=images, distances=layout_spec(config).has_distances,
-        augmentations=split.augmentations, seed=config.seed, with_images=with_images,
+        split.roots, config.data.labels, edges=config.data.edges, images=images,
+        distances=layout_spec(config).has_distances, augmentations=split.augmentations, seed=config.seed,
+        with_images=with_images,
     )  # fmt: skip
 
 

@@ -21,14 +21,14 @@ from imaginaire_spade.errors import DataError, UserError
 
 PARTIAL = ".partial-"
 """The name of a file begins with this while it is being written; a killed process may leave such a file."""
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".npy")
 LABELS_FOLDER = "_labels"
 """Folder among generated images that holds the gallery's coloured label maps."""
 
 RgbImage = NDArray[np.uint8]
 """RGB, uint8 [H, W, 3]."""
 AnyImage = NDArray[Any]
-"""Numbers [H, W, C] of any dtype and any number of channels: uint8 RGB unless a run's ``data.images`` says otherwise."""
+"""Numbers [H, W, C] of any dtype: uint8 RGB unless ``data.images`` says otherwise."""
 
 
 @contextmanager

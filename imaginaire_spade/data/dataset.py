@@ -182,9 +182,7 @@ class LabelMapDataset(Dataset[Sample]):
             sample = sample._replace(edges=torch.from_numpy(edges_from_ids(sample.labels.numpy())))
         return sample
 
-    def read(
-        self, items: Sequence[tuple[int, int]], *, images_out: Sequence[AnyImage] | None = None
-    ) -> list[Sample]:
+    def read(self, items: Sequence[tuple[int, int]], *, images_out: Sequence[AnyImage] | None = None) -> list[Sample]:
         """Read the samples of these (index, position) pairs, and leave edges that follow the labels to the layout.
 
         All maps, then all photos: an eighth faster, since what a stage uses stays in the processor's cache.
@@ -219,10 +217,8 @@ class LabelMapDataset(Dataset[Sample]):
         sample = Sample(None, torch.from_numpy(labels), edges, distances, self.keys[index], size, position)
         return sample, geometry
 
-    def _read_image(
-        self, index: int, size: tuple[int, int], geometry: Geometry, out: AnyImage | None
-    ) -> Tensor:
-        """Read a photo: [C, H, W], in memory channels last, as ``to_training`` gives it. A JPEG is decoded no larger than need be."""
+    def _read_image(self, index: int, size: tuple[int, int], geometry: Geometry, out: AnyImage | None) -> Tensor:
+        """Read a photo: [C, H, W], in memory channels last. A JPEG is decoded no larger than need be."""
         root, key = self._places[index]
         where, data = root.source.describe(key, "images"), root.source.read(key, "images")
         # (Once a JPEG is decoded at a part of its size, only the header tells that.)

@@ -121,8 +121,7 @@ class FolderSource(Source):
         self.skipped: list[Path] = []
         """Files whose extension is none of their data type."""
         self._extensions = {
-            t: _scan(folder, EXTENSIONS.get(t, IMAGE_EXTENSIONS), self.skipped)
-            for t, folder in self._folders.items()
+            t: _scan(folder, EXTENSIONS.get(t, IMAGE_EXTENSIONS), self.skipped) for t, folder in self._folders.items()
         }
         paired = {t: files for t, files in self._extensions.items() if t != DISTANCES}
         union = set().union(*paired.values())

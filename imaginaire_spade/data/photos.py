@@ -17,7 +17,6 @@ from typing import IO, Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from imaginaire_spade.config import ImageSpec
@@ -25,7 +24,7 @@ from imaginaire_spade.data.batch import denormalise
 from imaginaire_spade.data.image_files import check_size, decode_image, image_size, is_jpeg, jpeg_frame, open_image
 from imaginaire_spade.data.lmdb_source import MANIFEST
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.files import read_json
+from imaginaire_spade.files import AnyImage, RgbImage, read_json
 
 NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -64,14 +63,16 @@ def read_header(data: bytes, where: str) -> Header:
         exif = frame[2]
         return Header(image_size(data, where), orientation=_orientation(exif) if exif else 1)
     if data.startswith((NPY, NPZ)):
-        shape, dtype, _, _ = _open_numpy(data, where)
-        return Header((shape[0], shape[1]), dtype.name, shape[2] if len(shape) == 3 else 1)
+        shape, stored, _, _ = _open_numpy(data, where)
+        return Header((shape[0], shape[1]), stored.name, shape[2] if len(shape) == 3 else 1)
     if data.startswith(_TIFF) and {256, 257} <= (tags := _tiff_tags(data)).keys():
         channels, bits = tags.get(277, 1), tags.get(258, 1)
         dtype = f"{_KINDS.get(tags.get(339, 1), 'uint')}{max(8, 1 << (bits - 1).bit_length())}"
         if tags.get(262) == 3 and channels == 1:  # a palette
             channels, dtype = 3, "uint8"
-        return Header(check_size(tags[257], tags[256], where), dtype, channels, tags.get(338) in (1, 2), tags.get(274, 1))
+        return Header(
+            check_size(tags[257], tags[256], where), dtype, channels, tags.get(338) in (1, 2), tags.get(274, 1)
+        )
     size = image_size(data, where)
     if data.startswith(b"\x89PNG"):
         colour, chunks = data[25], dict(_chunks(data, 8, ">", 12))
@@ -110,7 +111,7 @@ def is_upright(header: Header, spec: ImageSpec, label_size: tuple[int, int] | No
 
 def decode_photo(
     data: bytes, where: str, spec: ImageSpec, *, upright: bool = False, header: Header | None = None, reduction: int = 1
-) -> NDArray[Any]:
+) -> AnyImage:
     """Decode a photo: [H, W, channels], values as in the file; uint8 unless ``spec`` has a range.
 
     Args:
@@ -141,7 +142,18 @@ def decode_photo(
     return np.ascontiguousarray(_turn(array, header.orientation if upright else inverse))
 
 
-def to_training(array: NDArray[Any], spec: ImageSpec) -> NDArray[Any]:
+def decode_stored(data: bytes, where: str) -> AnyImage:
+    """Decode a photo with the depth, the channels and the orientation that it is stored in: [H, W, C].
+
+    Raises:
+        DataError: unreadable.
+    """
+    header = read_header(data, where)
+    any_range = None if header.dtype == "uint8" else (0.0, 1.0)
+    return decode_photo(data, where, ImageSpec(channels=header.channels, range=any_range), header=header)
+
+
+def to_training(array: AnyImage, spec: ImageSpec) -> AnyImage:
     """Scale a photo of ``decode_photo``: float32 in [-1, 1] if ``spec`` has a range, clipped; else uint8 as it is."""
     if spec.range is None:
         return array
@@ -163,6 +175,12 @@ def to_preview(images: Tensor, spec: ImageSpec) -> Tensor:
     shown = images if images.dtype == torch.uint8 else denormalise(images)
     chosen = spec.preview or ((0, 1, 2) if spec.channels >= 3 else (0, 0, 0))
     return shown if chosen == (0, 1, 2) and spec.channels == 3 else shown[..., chosen, :, :]
+
+
+def show(image: AnyImage, spec: ImageSpec) -> RgbImage:
+    """Show an image in the values of the data's files, [H, W, C] or [H, W], as uint8 RGB [H, W, 3]."""
+    channels = torch.from_numpy(to_training(image if image.ndim == 3 else image[..., None], spec)).permute(2, 0, 1)
+    return np.ascontiguousarray(to_preview(channels, spec).permute(1, 2, 0).numpy())
 
 
 def measured(spec: ImageSpec, roots: Sequence[str | Path]) -> ImageSpec:
@@ -231,7 +249,7 @@ def _check_header(header: Header, spec: ImageSpec, where: str) -> None:
     if kind == "float" and isinstance(spec.range, tuple) and all(isinstance(value, int) for value in spec.range):
         floats = [float(value) for value in spec.range]
         raise DataError(
-            f"{where}: a photo of floats, and data.images.range {list(spec.range)} is of integers: write range: {floats}"
+            f"{where}: a photo of floats, and data.images.range {list(spec.range)} is of integers: write {floats}"
         )
     if header.has_alpha and not spec.drop_alpha and header.channels != spec.channels:
         raise DataError(
@@ -245,7 +263,7 @@ def _check_header(header: Header, spec: ImageSpec, where: str) -> None:
         )
 
 
-def _with_channels(array: NDArray[Any], spec: ImageSpec, where: str) -> NDArray[Any]:
+def _with_channels(array: AnyImage, spec: ImageSpec, where: str) -> AnyImage:
     """Bring [H, W] or [H, W, C] to ``spec.channels``: grey to R = G = B and back, and nothing else."""
     array = array if array.ndim == 3 else array[..., None]
     if array.shape[2] == spec.channels:
@@ -260,10 +278,12 @@ def _with_channels(array: NDArray[Any], spec: ImageSpec, where: str) -> NDArray[
     )
 
 
-def _decode_whole(data: bytes, where: str, header: Header) -> NDArray[Any]:
+def _decode_whole(data: bytes, where: str, header: Header) -> AnyImage:
     """Decode a file at its own depth, with all its channels."""
     if header.channels > 4:
-        raise DataError(f"{where}: an image of {header.channels} bands; files of more than 4 are read as .npy [H, W, C]")
+        raise DataError(
+            f"{where}: an image of {header.channels} bands; files of more than 4 are read as .npy [H, W, C]"
+        )
     try:
         if data.startswith(_TIFF) and header.dtype == "uint8" and _tiff_tags(data).get(338) == 2:
             return np.asarray(open_image(data, where))  # (OpenCV would multiply its colours by alpha)
@@ -275,7 +295,7 @@ def _decode_whole(data: bytes, where: str, header: Header) -> NDArray[Any]:
     return array if array.ndim == 2 else array[..., [2, 1, 0, 3][: array.shape[2]]]
 
 
-def _turn(array: NDArray[Any], orientation: int) -> NDArray[Any]:
+def _turn(array: AnyImage, orientation: int) -> AnyImage:
     """Turn stored pixels [H, W, ...] as an EXIF orientation says."""
     if orientation in (5, 6, 7, 8):
         array = array.swapaxes(0, 1)
@@ -310,7 +330,7 @@ def _open_numpy(data: bytes, where: str) -> tuple[tuple[int, ...], np.dtype[Any]
     return shape, dtype, is_fortran, file
 
 
-def _decode_numpy(data: bytes, where: str) -> NDArray[Any]:
+def _decode_numpy(data: bytes, where: str) -> AnyImage:
     shape, dtype, is_fortran, file = _open_numpy(data, where)
     try:
         values = np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype)

@@ -109,12 +109,7 @@ def _round_side(exact: float, crop: int) -> int:
 
 
 def apply_to_image(
-    image: AnyImage,
-    geometry: Geometry,
-    *,
-    reduction: int = 1,
-    any_area: bool = False,
-    out: AnyImage | None = None,
+    image: AnyImage, geometry: Geometry, *, reduction: int = 1, any_area: bool = False, out: AnyImage | None = None
 ) -> AnyImage:
     """Cut, resize and mirror an image: [H, W, C] -> [geometry.height, geometry.width, C] of its dtype, contiguous.
 

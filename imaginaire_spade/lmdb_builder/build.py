@@ -20,8 +20,8 @@ from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.folders import DATA_TYPES, DISTANCES, FolderSource, Source
 from imaginaire_spade.data.image_files import PHOTO_EXTENSIONS
 from imaginaire_spade.data.lmdb_source import MANIFEST, open_source, store_key
-from imaginaire_spade.data.photos import built_images
 from imaginaire_spade.data.loader import count_workers, generate_in_workers, map_in_order
+from imaginaire_spade.data.photos import built_images
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import read_json, read_text, write_bytes
 from imaginaire_spade.labels import EdgeSource, LabelSpec
@@ -261,15 +261,15 @@ def look_through(root: Path, labels: LabelSpec | None, num_workers: int | None) 
     """
     source = open_data(root)
     contents = Contents(problems=list(wrong_checksums(root)))
-    with map_in_order(partial(_check, source, stored_types(source), labels, stored_images(root)), source.keys, num_workers) as samples:
+    with map_in_order(
+        partial(_check, source, stored_types(source), labels, stored_images(root)), source.keys, num_workers
+    ) as samples:
         for sample in tqdm(samples, "reading", len(source.keys), unit="images", mininterval=0.5):
             contents.add(sample)
     return contents
 
 
-def _check(
-    source: Source, types: list[str], labels: LabelSpec | None, images: ImageSpec, key: str
-) -> LoadedSample:
+def _check(source: Source, types: list[str], labels: LabelSpec | None, images: ImageSpec, key: str) -> LoadedSample:
     sample, _ = check_sample(source, key, types, labels, images)
     sample.files = {}  # only counts travel between processes
     return sample

@@ -156,7 +156,7 @@ def check_sample(
                 continue
             if data_type == "images":
                 label_size = sizes.get("seg_maps") or next(iter(sizes.values()), None)
-                photo, sizes[data_type], sample.photo = _check_photo(data, where, images, label_size, whole_photo)
+                photo, sizes[data_type], sample.photo = check_photo(data, where, images, label_size, whole_photo)
                 if whole_photo:
                     pixels[data_type] = photo
                 continue
@@ -180,7 +180,7 @@ def check_sample(
     return sample, pixels
 
 
-def _check_photo(
+def check_photo(
     data: bytes, where: str, images: ImageSpec, label_size: tuple[int, int] | None, whole: bool
 ) -> tuple[NDArray[Any], tuple[int, int], PhotoFacts | None]:
     """Decode a photo, a JPEG small unless ``whole``. Returns its pixels, its (height, width) and what there is to say.
