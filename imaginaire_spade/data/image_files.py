@@ -21,6 +21,7 @@ from imaginaire_spade.errors import DataError
 # No thread pool of OpenCV's own: work is spread over processes. It must be switched off here, before it exists: a child
 # forked from a process with such a pool hangs for ever when it switches it off (or uses it).
 cv2.setNumThreads(0)
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # no line per TIFF of unusual tags
 
 MAX_PIXELS = 2**27
 """Largest image that is decoded (11,585 squared): a header may promise any size, memory may not."""

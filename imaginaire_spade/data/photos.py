@@ -94,19 +94,24 @@ def is_upright(header: Header, spec: ImageSpec, label_size: tuple[int, int] | No
     Args:
         label_size: (height, width) of its label map; None: it has none, and pixels stay as they are stored.
     Raises:
-        DataError: the size of the label map does not tell.
+        DataError: the size of the label map does not tell, or is another.
     """
     if header.orientation not in SHOWN or (label_size is None and spec.orientation is None):
         return False
-    if spec.orientation is not None:
-        return spec.orientation == "upright"
-    if header.shown_size(True) == header.size:
+    exif = f"{where}: its EXIF orientation ({header.orientation}) shows it {SHOWN[header.orientation]}"
+    if spec.orientation is None and header.shown_size(True) == header.size == label_size:
         raise DataError(
-            f"{where}: its EXIF orientation ({header.orientation}) shows it {SHOWN[header.orientation]}, and the sizes"
-            " do not tell whether its label map is of the picture as shown or of the pixels as stored: write"
-            " data.images.orientation: upright, or stored"
+            f"{exif}, and the sizes do not tell whether its label map is of the photo as shown or of the pixels as"
+            " stored: write data.images.orientation: upright, or stored"
         )
-    return header.shown_size(True) == label_size
+    upright = header.shown_size(True) == label_size if spec.orientation is None else spec.orientation == "upright"
+    if label_size is not None and (size := header.shown_size(upright)) != label_size:
+        taken = "turned so, as data.images.orientation says," if upright else "as stored"
+        raise DataError(
+            f"{exif}; {taken} it is {size[0]} x {size[1]} (height x width), but its label map is {label_size[0]} x"
+            f" {label_size[1]}: they must be of one size (data.images.orientation: upright or stored)"
+        )
+    return upright
 
 
 def decode_photo(

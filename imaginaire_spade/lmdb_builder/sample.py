@@ -191,7 +191,7 @@ def check_photo(
     header = read_header(data, where)
     upright = is_upright(header, images, label_size, where)
     # A decoder reads a JPEG to its end at any scale: decoding at 1/8 detects the same corruption 40 % faster.
-    reduction = 8 if is_jpeg(data) and not whole else 1
+    reduction = 8 if is_jpeg(data) and not whole and images.range is None else 1  # (a range is measured whole)
     array = decode_photo(data, where, images, upright=upright and whole, header=header, reduction=reduction)
     size = header.shown_size(upright)
     if images.range is None and not header.has_alpha and header.orientation == 1:
