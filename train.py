@@ -12,7 +12,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from imaginaire_spade import distributed
-from imaginaire_spade.build import build_losses, check_run, import_modules
+from imaginaire_spade.build import build_losses, check_run, import_modules, with_measured_range
 from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import UserError, run_command_line
@@ -50,7 +50,7 @@ def main() -> None:
     # Everything a user can get wrong is checked before the process group exists: no rank waits for one that left.
     import_modules(arguments.imports)
     extra = {} if arguments.seed is None else {"seed": arguments.seed}
-    config = load_config(arguments.config, arguments.overrides, extra=extra)
+    config = with_measured_range(load_config(arguments.config, arguments.overrides, extra=extra))
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
     check_run(config, info.world_size)

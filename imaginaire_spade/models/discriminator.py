@@ -87,6 +87,7 @@ class MultiscaleDiscriminator(Discriminator):
 
     Args:
         spec: channels of the layouts.
+        image_channels: C of the images, RGB or others.
         num_discriminators: number of resolutions.
         num_layers: convolutions of each before the last; the last of them has stride 1.
         num_filters: width of the first; doubles per layer.
@@ -100,6 +101,7 @@ class MultiscaleDiscriminator(Discriminator):
     def __init__(
         self,
         spec: LayoutSpec,
+        image_channels: int = 3,
         *,
         num_discriminators: int = 2,
         num_layers: int = 4,
@@ -113,7 +115,7 @@ class MultiscaleDiscriminator(Discriminator):
         with_norm = normalization == "instance"
 
         def patch_discriminator() -> PatchDiscriminator:
-            layers = [nn.Sequential(nn.Conv2d(spec.num_channels + 3, num_filters, 4, 2, 2))]
+            layers = [nn.Sequential(nn.Conv2d(spec.num_channels + image_channels, num_filters, 4, 2, 2))]
             for index, (a, b) in enumerate(itertools.pairwise(widths), start=1):
                 stride = 1 if index == num_layers - 1 else 2
                 # A bias would be removed by the norm.
@@ -128,7 +130,7 @@ class MultiscaleDiscriminator(Discriminator):
 
         Args:
             layout: N label maps [H, W].
-            images: float [k * N, 3, H, W] in [-1, 1]; image i belongs to label map i % N, so one call can score fake
+            images: float [k * N, C, H, W] in [-1, 1]; image i belongs to label map i % N, so one call can score fake
                 and real images of the same label maps.
         """
         semantics: SemanticLayout | Tensor = layout
@@ -170,9 +172,9 @@ class FPSEBranch(nn.Module):
     It judges whether each patch is real and matches its label, at 1/4, 1/8 and 1/16 of the resolution.
     """
 
-    def __init__(self, num_labels: int, num_filters: int) -> None:
+    def __init__(self, num_labels: int, image_channels: int, num_filters: int) -> None:
         super().__init__()
-        widths = [3, *(num_filters * width for width in (1, 2, 4, 8, 8))]
+        widths = [image_channels, *(num_filters * width for width in (1, 2, 4, 8, 8))]
         lateral, final = 4 * num_filters, 2 * num_filters
         self.enc = nn.ModuleList(SpectralConv2d(a, b, 3, 2, 1) for a, b in itertools.pairwise(widths))
         self.lat = nn.ModuleList(SpectralConv2d(width, lateral, 1) for width in widths[2:])
@@ -182,7 +184,7 @@ class FPSEBranch(nn.Module):
         self.embedding = nn.Conv2d(num_labels, final, 1)
 
     def forward(self, layout: SemanticLayout, images: Tensor) -> list[Tensor]:
-        """Score images [M, 3, H, W] with N label maps [H, W], N dividing M -> three [M, 1, h, w], fine to coarse."""
+        """Score images [M, C, H, W] with N label maps [H, W], N dividing M -> three [M, 1, h, w], fine to coarse."""
         encoded, x = [], images
         for enc in self.enc:
             x = F.leaky_relu(enc(x), 0.2)
@@ -209,6 +211,7 @@ class FPSEDiscriminator(Discriminator):
 
     Args:
         spec: channels of the layouts.
+        image_channels: C of the images, RGB or others.
         num_discriminators: number of resolutions of the patch discriminators.
         num_layers: strided convolutions of each; one of stride 1 and the score's follow.
         num_filters: width of the first; doubles per layer. Also the branch's.
@@ -220,6 +223,7 @@ class FPSEDiscriminator(Discriminator):
     def __init__(
         self,
         spec: LayoutSpec,
+        image_channels: int = 3,
         *,
         num_discriminators: int = 2,
         num_layers: int = 5,
@@ -231,21 +235,21 @@ class FPSEDiscriminator(Discriminator):
         # The convolution of stride 1 needs 2 pixels at the coarsest resolution.
         self.min_size = max(32, 2 ** (num_layers + num_discriminators))
         widths = [min(num_filters * 2**index, max_num_filters) for index in range(num_layers + 1)]
-        *strided, last = itertools.pairwise([spec.num_channels + 3, *widths])
+        *strided, last = itertools.pairwise([spec.num_channels + image_channels, *widths])
 
         def patch_discriminator() -> PatchDiscriminator:
             layers = [*(SpectralConv2d(a, b, 4, 2, 1) for a, b in strided), SpectralConv2d(*last, 4, 1, 1)]
             return PatchDiscriminator(layers, SpectralConv2d(widths[-1], 1, 3, 1, 1))
 
         self.discriminators = nn.ModuleList(patch_discriminator() for _ in range(num_discriminators))
-        self.fpse = FPSEBranch(spec.num_channels, num_filters)
+        self.fpse = FPSEBranch(spec.num_channels, image_channels, num_filters)
 
     def forward(self, layout: SemanticLayout, images: Tensor) -> list[Scores]:
         """Return the branch's three scores, without features, then one per resolution, full first.
 
         Args:
             layout: N label maps [H, W], multiples of ``size_multiple`` and at least ``min_size``.
-            images: float [k * N, 3, H, W] in [-1, 1]; image i belongs to label map i % N.
+            images: float [k * N, C, H, W] in [-1, 1]; image i belongs to label map i % N.
         """
         scores = [Scores(logits, []) for logits in self.fpse(layout, images)]
         semantics: SemanticLayout | Tensor = layout
