@@ -28,6 +28,11 @@ def explain_mismatch(
             f"trained with{'out' if old.edges == 'none' else ''} an edge channel, this config has"
             f" {'none' if new.edges == 'none' else 'one'} (data.edges: {old.edges}, now {new.edges})"
         )
+    if old.images.channels != new.images.channels:
+        differences.append(
+            f"trained on images of {old.images.channels} channels, this config has {new.images.channels}"
+            " (data.images.channels)"
+        )
     inputs = ["; ".join(f"{c.name} ({c.channels})" for c in data.conditions) or "none" for data in (old, new)]
     if inputs[0] != inputs[1]:
         differences.append(f"trained with data.conditions (channels): {inputs[0]}; this config has {inputs[1]}")

@@ -9,14 +9,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from imaginaire_spade.config import Condition
-from imaginaire_spade.data.image_files import image_size
+from imaginaire_spade.data.image_files import is_jpeg
+from imaginaire_spade.data.photos import decode_stored
 from imaginaire_spade.data.transforms import Geometry, apply_to_map
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import RgbImage
@@ -32,8 +32,9 @@ def decode_condition(data: bytes, where: str, channels: int | None = None) -> ND
     Raises:
         DataError: unreadable, lossy, of another kind of values or another number of channels.
     """
-    array = _decode_npy(data, where) if data.startswith(b"\x93NUMPY") else _decode_image(data, where)
-    return as_condition(array, where, channels)
+    if is_jpeg(data) or data[:4] == b"RIFF":
+        raise DataError(f"{where}: JPEG and WebP change values: save a condition as PNG, TIFF or .npy")
+    return as_condition(decode_stored(data, where), where, channels)
 
 
 def as_condition(array: NDArray[Any], where: str, channels: int | None = None) -> NDArray[Any]:
@@ -53,33 +54,6 @@ def as_condition(array: NDArray[Any], where: str, channels: int | None = None) -
             f"{where}: {array.shape[2]} channel(s), but this condition has {channels}: write channels:"
             f" {array.shape[2]} in data.conditions, or give {channels}"
         )
-    return array
-
-
-def _decode_npy(data: bytes, where: str) -> NDArray[Any]:
-    try:
-        array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, MemoryError, SyntaxError) as error:
-        raise DataError(f"{where}: not readable as a .npy file: {error}") from None
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
-
-
-def _decode_image(data: bytes, where: str) -> NDArray[Any]:
-    is_png = data.startswith(b"\x89PNG")
-    if not is_png and data[:4] not in (b"II*\0", b"MM\0*"):
-        raise DataError(f"{where}: no PNG, TIFF or .npy file, and a condition must be one of these: save it as such")
-    if is_png:
-        image_size(data, where)  # before memory is taken for what a damaged header promises
-        if data[24] < 8 or data[25] == 3:
-            raise DataError(f"{where}: a PNG of palette colours or of less than 8 bits; save it as grey or RGB")
-    try:
-        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error as error:
-        raise DataError(f"{where}: not readable as an image: {error}") from None
-    if array is None:
-        raise DataError(f"{where}: not readable as an image (damaged, or a TIFF that OpenCV does not know)")
-    if array.ndim == 3 and array.shape[2] in (3, 4):
-        return array[:, :, [2, 1, 0, 3][: array.shape[2]]]  # OpenCV gives B, G, R
     return array
 
 

@@ -16,12 +16,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS
+from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, PHOTO_EXTENSIONS
 from imaginaire_spade.errors import DataError
 
 DISTANCES = "distances"
 """The data type that can be computed from the label maps: files that lack are no mistake."""
 DATA_TYPES = ("images", "seg_maps", "edge_maps", "inst_maps", DISTANCES)
+EXTENSIONS = {"images": PHOTO_EXTENSIONS, DISTANCES: ("npy",)}
+"""Data type -> those of its files; others of ``DATA_TYPES`` have ``IMAGE_EXTENSIONS``."""
 ROOT_SEQUENCE = "."
 LAYOUT = "ROOT/images/NAME.jpg and ROOT/seg_maps/NAME.png (edge_maps/, inst_maps/ likewise; sub-folders are sequences)"
 
@@ -185,9 +187,7 @@ class FolderSource(Source):
 
 def _extensions_of(data_type: str) -> tuple[str, ...]:
     """List the extensions of a data type's files. A type that is not of ours is a condition."""
-    if data_type == DISTANCES:
-        return ("npy",)
-    return IMAGE_EXTENSIONS if data_type in DATA_TYPES else (*IMAGE_EXTENSIONS, "npy")
+    return EXTENSIONS.get(data_type, IMAGE_EXTENSIONS if data_type in DATA_TYPES else PHOTO_EXTENSIONS)
 
 
 def holds_images(folder: Path, data_type: str = "images") -> bool:

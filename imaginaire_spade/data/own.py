@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 from imaginaire_spade.config import AugmentationConfig, DataConfig
 from imaginaire_spade.data.batch import Sample
 from imaginaire_spade.data.dataset import LabelMapDataset, Root, map_types
+from imaginaire_spade.data.photos import measured, to_training
 from imaginaire_spade.data.transforms import apply_to_image
 from imaginaire_spade.errors import DataError
+from imaginaire_spade.files import AnyImage
 from imaginaire_spade.labels import EdgeSource
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.noise import generator_for
 
-KINDS = {"images": "u", "seg_maps": "u", "edge_maps": "biuf", "inst_maps": "iu"}
+KINDS = {"images": "uif", "seg_maps": "u", "edge_maps": "biuf", "inst_maps": "iu"}
 """Data type -> numpy's kinds of its arrays; conditions are unsigned integers or floats."""
 
 
@@ -48,6 +50,7 @@ class OwnDataset(LabelMapDataset, ABC):
         self.roots, self.labels, self.spec, self.seed = tuple(roots), data.labels, spec, seed
         self.augmentations, self.with_images, self.conditions = augmentations, with_images, data.conditions
         self._edge_source, self._size_of, self._replaced, self._on_unknown = data.edges, None, None, None
+        self.images = measured(data.images, roots) if with_images else data.images
         self.keys = list(self.list_keys())
         self.shard_sizes = [len(self.keys)]
         if not self.keys or len(set(self.keys)) < len(self.keys):
@@ -73,7 +76,8 @@ class OwnDataset(LabelMapDataset, ABC):
 
         Returns:
             Arrays of one height and width, by data type. Those that the config does not ask for are left alone.
-            ``images``: the photo, RGB uint8 [H, W, 3]; not needed if ``with_images`` is False.
+            ``images``: the photo, RGB uint8 [H, W, 3], or as ``data.images`` says: [H, W, channels] of values in its
+            ``range``; not needed if ``with_images`` is False.
             ``seg_maps``: raw ids, uint8 or uint16 [H, W], or colours of the palette, uint8 [H, W, 3]; not needed if
             ``data.labels`` is null.
             ``edge_maps``: [H, W], not 0 where there is an edge; with ``data.edges: file``.
@@ -94,13 +98,11 @@ class OwnDataset(LabelMapDataset, ABC):
         sample = self[index]
         return sample.original_size, (sample.labels.shape[0], sample.labels.shape[1])
 
-    def read(
-        self, items: Sequence[tuple[int, int]], *, images_out: Sequence[NDArray[np.uint8]] | None = None
-    ) -> list[Sample]:
-        outs: Sequence[NDArray[np.uint8] | None] = images_out or [None] * len(items)
+    def read(self, items: Sequence[tuple[int, int]], *, images_out: Sequence[AnyImage] | None = None) -> list[Sample]:
+        outs: Sequence[AnyImage | None] = images_out or [None] * len(items)
         return [self._make(*item, out) for item, out in zip(items, outs, strict=True)]
 
-    def _make(self, index: int, position: int, out: NDArray[np.uint8] | None) -> Sample:
+    def _make(self, index: int, position: int, out: AnyImage | None) -> Sample:
         key = self.keys[index]
         arrays = self.load(index, generator_for(self.seed, position, "load"))
         guide = map_types(self.labels, self._edge_source, self.conditions)[0]
@@ -109,10 +111,14 @@ class OwnDataset(LabelMapDataset, ABC):
         if not self.with_images:
             return sample
         photo, where = loaded.decode(key, "images"), loaded.describe(key, "images")
-        if photo.dtype != np.uint8 or photo.shape[2:] != (3,):
-            raise DataError(f"{where} must be uint8 [H, W, 3], not {photo.dtype} {list(photo.shape)}")
+        if photo.shape[2:] != (self.images.channels,) or (photo.dtype != np.uint8 and self.images.range is None):
+            raise DataError(
+                f"{where}: {photo.dtype} {list(photo.shape)}; data.images asks for {self.images.channels} channels"
+                + (" of uint8" if self.images.range is None else "")
+            )
         loaded.check_size(photo.shape, key, "images", sample.original_size)
-        return sample._replace(image=torch.from_numpy(apply_to_image(photo, geometry, out=out)).permute(2, 0, 1))
+        image = apply_to_image(to_training(photo, self.images), geometry, out=out)
+        return sample._replace(image=torch.from_numpy(image).permute(2, 0, 1))
 
 
 class _Loaded(Root):
