@@ -12,6 +12,7 @@ from torch import nn
 
 from imaginaire_spade.config import OptimizerConfig, RunConfig, SplitConfig
 from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.loader import leave_out_bad
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import Discriminator
@@ -128,10 +129,14 @@ def _apex_adam() -> Any:
 
 def build_split(config: RunConfig, split: SplitConfig, *, with_images: bool = True) -> LabelMapDataset:
     """Open one split, ``config.data.train`` or ``config.data.val``, with or without photos."""
-    return LabelMapDataset(
-        split.roots, config.data.labels, edges=config.data.edges, distances=layout_spec(config).has_distances,
-        augmentations=split.augmentations, seed=config.seed, with_images=with_images,
+    data = config.data
+    dataset = LabelMapDataset(
+        split.roots, data.labels, edges=data.edges, distances=layout_spec(config).has_distances,
+        augmentations=split.augmentations, seed=config.seed, with_images=with_images, suffixes=data.suffixes,
     )  # fmt: skip
+    if data.skip_bad:
+        leave_out_bad(dataset, data.num_workers)
+    return dataset
 
 
 def check_run(config: RunConfig, world_size: int) -> None:

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from imaginaire_spade.data.distances import class_distances, encode_distances, read_header
 from imaginaire_spade.data.folders import DISTANCES, FolderSource
-from imaginaire_spade.data.image_files import DECODERS, decode_image, decode_label, encode_map, image_size
+from imaginaire_spade.data.image_files import DECODERS, decode_image, encode_map, image_size
+from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.loader import map_in_order
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import atomic_write, write_bytes
@@ -136,7 +137,7 @@ def make_distance_maps(root: Path, labels: LabelSpec, **writing: Unpack[Writing]
 def _distance_map(source: FolderSource, labels: LabelSpec, key: str) -> bytes:
     where = source.describe(key, "seg_maps")
     return encode_distances(
-        class_distances(labels.to_train_ids(decode_label(source.read(key, "seg_maps"), where), where))
+        class_distances(labels.to_train_ids(read_labels(source.read(key, "seg_maps"), where, labels), where))
     )
 
 

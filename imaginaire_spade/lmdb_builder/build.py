@@ -9,6 +9,7 @@ and joins them.
 
 import itertools
 import json
+import unicodedata
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -17,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from imaginaire_spade.data.folders import DATA_TYPES, DISTANCES, FolderSource, Source
-from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS
+from imaginaire_spade.data.image_files import MAP_EXTENSIONS
 from imaginaire_spade.data.lmdb_source import MANIFEST, open_source, store_key
 from imaginaire_spade.data.loader import count_workers, generate_in_workers, map_in_order
 from imaginaire_spade.errors import DataError
@@ -30,7 +31,17 @@ from imaginaire_spade.lmdb_builder.shard import Manifest, remove_unfinished, wri
 OPTIONAL_TYPES = ("edge_maps", "inst_maps", DISTANCES)
 MAX_PROBLEMS = 20
 """A build stops after this many."""
-MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"BM", "bmp"), (b"RIFF", "webp"), (b"\x93NUMPY", "npy"))
+MAGIC = (
+    (b"\xff\xd8", "jpg"),
+    (b"\x89PNG", "png"),
+    (b"BM", "bmp"),
+    (b"RIFF", "webp"),
+    (b"\x93NUMPY", "npy"),
+    (b"PK", "npz"),
+    (b"II", "tif"),
+    (b"MM", "tif"),
+    (b"GIF8", "gif"),
+)
 
 
 def build_dataset(
@@ -45,6 +56,8 @@ def build_dataset(
     overwrite: bool = False,
     resume: bool = True,
     drop_unpaired: bool = False,
+    skip_bad: bool = False,
+    suffixes: Mapping[str, str] | None = None,
     input_list: str | Path | None = None,
     check: bool = True,
     resize_smallest_side: int | None = None,
@@ -63,6 +76,8 @@ def build_dataset(
         overwrite: replace an existing data set, once the new one is complete.
         resume: keep verified shards of an earlier, interrupted build of the same data.
         drop_unpaired: build from the samples that have all data types.
+        skip_bad: build from the samples without a problem; ``OUTPUT.bad_files.txt`` names the others.
+        suffixes: ``data.suffixes`` of the config.
         input_list: file with one key per line (an extension is ignored): build from these samples only.
         check: decode every file and compare sizes and label values with the table.
         resize_smallest_side, quality: shrink what is larger; JPEGs are then written with this quality.
@@ -89,8 +104,10 @@ def build_dataset(
     if data_types is None:
         optional = [t for t in OPTIONAL_TYPES if t in EdgeSource(edges).files_needed or (raw / t).is_dir()]
         types = ("images", "seg_maps", *optional)
-    source = FolderSource(raw, types, drop_unpaired=drop_unpaired or input_list is not None)
-    left_out = [f"{path.relative_to(raw)}: no image by its extension" for path in source.skipped]
+    drops = drop_unpaired or input_list is not None
+    source = FolderSource(raw, types, drop_unpaired=drops, suffixes=suffixes)
+    named = " or data.suffixes" if suffixes else ""
+    left_out = [f"{path.relative_to(raw)}: not read, by its ending{named}" for path in source.skipped]
     if input_list is None:
         left_out += [f"{key}: dropped, no file in {t}" for t, keys in source.unpaired.items() for key in keys]
     if left_out and rank == 0:
@@ -106,7 +123,7 @@ def build_dataset(
     if num_shards > len(source.keys):
         raise DataError(f"--num_shards {num_shards}: more shards than samples ({len(source.keys)})")
     shards = _divide(source.keys, num_shards)
-    plan = Plan(source, labels, types, shards, check, resize_smallest_side, quality, recode_maps)
+    plan = Plan(source, labels, types, shards, check, resize_smallest_side, quality, recode_maps, skip_bad)
     own = list(shards)[rank::world_size]
     with hold_shards(output, range(num_shards)[rank::world_size]):
         root, kept = prepare_root(plan, output, own, overwrite, resume, world_size)
@@ -128,15 +145,22 @@ def _read_list(path: Path, source: FolderSource) -> list[str]:
         DataError: the file cannot be read, or names a sample that ``source`` lacks.
     """
     text = read_text(path, DataError, f"--input_list {path}: cannot be read")
-    known, wanted, unknown = set(source.keys), set[str](), []
+    known = {unicodedata.normalize("NFC", key): key for key in source.keys}
+    known = {unicodedata.normalize("NFC", name): key for name, key in source.aliases().items()} | known
+    wanted, unknown = set[str](), []
     for line in filter(None, map(str.strip, text.splitlines())):
-        key = line.removeprefix("./")
+        key = unicodedata.normalize("NFC", line)
+        if key not in known:
+            key = key.strip("\"'").replace("\\", "/").removeprefix(f"{source.root.as_posix()}/").removeprefix("./")
         stem, _, extension = key.rpartition(".")
-        if key not in known and extension.lower() in IMAGE_EXTENSIONS:
+        if key not in known and extension.lower() in MAP_EXTENSIONS:
             key = stem
+        folder, _, below = key.partition("/")
+        if key not in known and folder in DATA_TYPES:
+            key = below
         if key in known:
-            wanted.add(key)
-        else:
+            wanted.add(known[key])
+        elif not line.startswith("#"):
             unknown.append(line)
     if unknown or not wanted:
         shown = ", ".join(unknown[:10]) + (" ..." if len(unknown) > 10 else "")
@@ -168,14 +192,17 @@ def _write_shards(plan: Plan, root: Path, shards: Mapping[str, Sequence[str]], n
         for found in tqdm(samples, "building", num_samples, unit="images", mininterval=0.5, disable=hidden):
             seen += 1
             problems += found
-            if len(problems) >= MAX_PROBLEMS:
+            if len(problems) >= MAX_PROBLEMS and not plan.skip_bad:
                 break
-    if problems:
+    if problems and not plan.skip_bad:
         rest = f" (checking stopped after sample {seen} of {num_samples})" if seen < num_samples else ""
         finished = sum((root / name / MANIFEST).is_file() for name in plan.shards)
         state = f"{finished} finished shard(s) are kept" if finished else "nothing was built"
         listed = "\n  ".join(problems[:MAX_PROBLEMS])
-        raise DataError(f"{plan.source.root}: {len(problems)} problem(s), {state}{rest}:\n  {listed}")
+        raise DataError(
+            f"{plan.source.root}: {len(problems)} problem(s), {state}{rest}:\n  {listed}\n"
+            "--skip_bad builds from the samples without a problem, and lists all others in a file"
+        )
 
 
 def _written(

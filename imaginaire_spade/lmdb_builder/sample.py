@@ -4,6 +4,7 @@ Responsible for what a valid sample is, for the builder and for ``scripts/inspec
 makes of it on its way into a shard (``--resize_smallest_side``, ``--recode_maps``), and the counts over many samples.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from imaginaire_spade.data.distances import NOT_FINITE
 from imaginaire_spade.data.folders import DISTANCES, FolderSource, Source
 from imaginaire_spade.data.image_files import DECODERS, check_photo, encode_map
+from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.lmdb_source import store_key
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.errors import DataError
@@ -42,6 +44,8 @@ class Plan:
     """Of JPEGs that are shrunk."""
     recode_maps: bool = False
     """Whether to re-encode maps, with the same integers, so that they decode faster."""
+    skip_bad: bool = False
+    """Whether to leave out the samples that have a problem."""
 
     def treatment(self) -> dict[str, Any]:
         """Return what is done to the files, as a manifest states it."""
@@ -64,6 +68,10 @@ class LoadedSample:
     """(height, width) of the label map (or of the first data type); None: nothing was decoded."""
     class_pixels: dict[int, int] = field(default_factory=dict)
     """Train id -> number of pixels, of those that occur."""
+    doubts: dict[str, int] = field(default_factory=dict)
+    """What may be wrong with the label map, though it can be used: a key of ``Contents.doubts`` -> how often."""
+    label_checksum: int | None = None
+    """Of the label map's file."""
     problems: list[str] = field(default_factory=list)
     """Each names its file."""
 
@@ -80,6 +88,11 @@ class Contents:
     class_pixels: Counter[int] = field(default_factory=Counter)
     class_samples: Counter[int] = field(default_factory=Counter)
     """Train id -> number of samples that hold it."""
+    doubts: Counter[str] = field(default_factory=Counter)
+    """"one class": label maps of at most one class; "binary": those that hold 0 and 255 alone; "blended": pixels of a
+    colour that the palette lacks."""
+    label_checksums: Counter[int] = field(default_factory=Counter)
+    """Checksum of a label map's file -> samples that have it."""
     problems: list[str] = field(default_factory=list)
 
     def add(self, sample: LoadedSample) -> None:
@@ -92,6 +105,10 @@ class Contents:
         for train_id, number in sample.class_pixels.items():
             self.class_pixels[train_id] += number
             self.class_samples[train_id] += 1
+        for doubt, number in sample.doubts.items():
+            self.doubts[doubt] += number
+        if sample.label_checksum is not None:
+            self.label_checksums[sample.label_checksum] += 1
         self.problems += sample.problems
 
 
@@ -132,11 +149,15 @@ def check_sample(
             if data_type == "images" and not whole_photo:
                 sizes[data_type] = check_photo(data, where)
                 continue
-            pixels[data_type] = array = DECODERS[data_type](data, where)
+            is_labels = data_type == "seg_maps"
+            pixels[data_type] = array = (
+                read_labels(data, where, labels) if is_labels else DECODERS[data_type](data, where)
+            )
             height, width = array.shape[1:] if data_type == DISTANCES else array.shape[:2]
             sizes[data_type] = height, width
-            if data_type == "seg_maps" and labels is not None:
+            if is_labels and labels is not None:
                 sample.class_pixels = labels.count_pixels(array, where)
+                sample.doubts, sample.label_checksum = _doubts(labels, array, sample.class_pixels), zlib.crc32(data)
             elif data_type == DISTANCES and not np.isfinite(array).all():
                 raise DataError(f"{where}: {NOT_FINITE}")
         except DataError as error:
@@ -150,6 +171,17 @@ def check_sample(
                 f" {source.describe(key, first)} is {sizes[first][0]} x {sizes[first][1]}: they must be of one size"
             )
     return sample, pixels
+
+
+def _doubts(labels: LabelSpec, raw: NDArray[Any], class_pixels: Mapping[int, int]) -> dict[str, int]:
+    """Return ``LoadedSample.doubts`` of a label map."""
+    doubts = {}
+    if len(class_pixels.keys() - {labels.dont_care_id}) <= 1:
+        is_binary = raw.ndim == 2 and raw.max() in (0, 255) and np.isin(raw, (0, 255)).all()
+        doubts = {"one class": 1, "binary": int(is_binary)}
+    if blended := labels.count_blended(raw):
+        doubts["blended"] = blended
+    return doubts
 
 
 def load_sample(plan: Plan, key: str) -> LoadedSample:
@@ -180,13 +212,14 @@ def _reencode(plan: Plan, sample: LoadedSample, pixels: dict[str, NDArray[Any]],
     for data_type, array in pixels.items():
         if data_type == "images":
             if shrinks:
-                suffix = f".{plan.source.extension(sample.key, data_type)}"
+                extension = plan.source.extension(sample.key, data_type)
+                sample.recoded[data_type] = extension = {"jfif": "jpg", "gif": "png"}.get(extension, extension)
                 shrunk = apply_to_image(array, geometry, any_area=True)
-                sample.files[data_type] = encode_image(shrunk, suffix, quality=plan.quality)
+                sample.files[data_type] = encode_image(shrunk, f".{extension}", quality=plan.quality)
         elif data_type != DISTANCES:
             moved = apply_to_map(array * np.uint8(255) if data_type == "edge_maps" else array, geometry)
             sample.files[data_type] = encode_map(moved)
-            sample.recoded[data_type] = "png"
+            sample.recoded[data_type] = "png" if sample.files[data_type].startswith(b"\x89PNG") else "npy"
             if data_type == "seg_maps" and shrinks:
                 sample.class_pixels = plan.labels.count_pixels(moved, plan.source.describe(sample.key, data_type))
     sample.num_bytes = {data_type: len(data) for data_type, data in sample.files.items()}

@@ -5,6 +5,7 @@ and the manifest: its content, the sum over several shards, and its summary for 
 """
 
 import hashlib
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import lmdb
 import numpy as np
+from numpy.typing import NDArray
 
 from imaginaire_spade.data.folders import split_key
 from imaginaire_spade.data.lmdb_source import FILENAMES, MANIFEST, METADATA, store_key
@@ -28,7 +30,8 @@ _CHUNK_BYTES = 16 << 20
 
 
 def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSample]) -> Iterator[list[str]]:
-    """Write one shard, read it back, flush and name it, unless a sample of it is missing or has a problem.
+    """Write one shard, read it back, flush and name it, unless a sample of it is missing or has a problem (which
+    ``plan.skip_bad`` leaves out).
 
     Args:
         samples: of its keys, in their order.
@@ -40,7 +43,7 @@ def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSampl
     keys = plan.shards[name]
     digest = _source_sha256(plan, name)  # before they are read: a file that changes meanwhile is noticed when resuming
     extensions: dict[str, dict[str, str]] = {t: {} for t in plan.data_types}
-    contents = Contents()
+    contents, bad = Contents(), dict[str, str]()
     folder = root if name == "." else root / f"{name}.tmp"
     with ExitStack() as unfinished:
         unfinished.callback(remove_unfinished, root, name)
@@ -54,14 +57,17 @@ def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSampl
                         writers[t].put(store_key(sample.key), data)
                         extensions[t][sample.key] = sample.recoded.get(t) or plan.source.extension(sample.key, t)
                     contents.add(sample)
+                elif plan.skip_bad:
+                    bad[sample.key] = "; ".join(sample.problems)
                 yield sample.problems
-            if contents.num_samples < len(keys):
+            if contents.num_samples + len(bad) < len(keys):
                 return
+            keys = [key for key in keys if key not in bad]
             for writer in writers.values():
                 writer.finish(len(keys))
         # Describe them.
         write_index(folder, keys, extensions)
-        write_json(folder / MANIFEST, _manifest(plan, contents, extensions, digest, folder))
+        write_json(folder / MANIFEST, _manifest(plan, contents, extensions, digest, folder) | {"bad": bad})
         for written in (*(folder / t for t in plan.data_types), folder):
             flush_folder(written)
         # Name the shard.
@@ -165,7 +171,7 @@ def write_index(shard: Path, keys: Sequence[str], extensions: Mapping[str, Mappi
 def _most_common(words: Iterable[str]) -> str:
     """Return the most frequent word; of equally frequent ones the first in the alphabet."""
     counts = Counter(words)
-    return min(counts, key=lambda word: (-counts[word], word))
+    return min(counts, key=lambda word: (-counts[word], word), default="")
 
 
 def _manifest(
@@ -198,6 +204,8 @@ def _manifest(
         "class_pixels": (pixels := by_class(contents.class_pixels)),
         "class_samples": by_class(contents.class_samples),
         "class_shares": _shares(pixels),
+        "doubts": dict(contents.doubts),
+        "same_label_map": max(contents.label_checksums.items(), key=lambda entry: entry[1], default=None),
         "labels": plan.labels.model_dump(mode="json"),
         "label_table": _label_table(plan.labels),
         "source_sha256": source_sha256,
@@ -216,8 +224,10 @@ def _source_sha256(plan: Plan, name: str) -> str:
 
 def difference(manifest: Manifest, plan: Plan, name: str) -> str:
     """Name what a shard differs in from the plan, or return ""."""
-    if manifest["labels"] != plan.labels.model_dump(mode="json"):
+    if LabelSpec.model_validate_json(json.dumps(manifest["labels"])) != plan.labels:
         return "another label table"
+    if manifest.get("bad") and not plan.skip_bad:
+        return "--skip_bad"
     if list(manifest["data_types"]) != list(plan.data_types):
         return f"other data types ({', '.join(manifest['data_types'])})"
     if any(manifest[key] != planned for key, planned in plan.treatment().items()):
@@ -235,17 +245,21 @@ def _shares(class_pixels: Sequence[int] | None) -> list[float] | None:
 
 def _label_table(labels: LabelSpec) -> dict[str, int | str]:
     """Map every raw id that may occur to its train id, or to "ignored"."""
-    allowed = np.flatnonzero(labels.table != labels.error_id).tolist()
     ignored = labels.dont_care_id
-    return {str(raw): "ignored" if labels.table[raw] == ignored else int(labels.table[raw]) for raw in allowed}
+    return {str(raw): "ignored" if labels.table[raw] == ignored else int(labels.table[raw]) for raw in labels.known_ids}
 
 
 def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -> Manifest:
     """Return the root's manifest: sums over the shards' (by path), and the files that the build ``left_out``."""
     parts = list(manifests.values())
+    bad = {key: problem for part in parts for key, problem in part.get("bad", {}).items()}
+    rest = {"bad": bad, "num_bad": len(bad), "left_out": list(left_out)}
     if list(manifests) == ["."]:
-        return parts[0] | {"left_out": list(left_out)}
+        return parts[0] | rest
     sizes = sum((Counter(part["sizes_h_w"]) for part in parts), Counter[str]())
+    same = Counter[int]()
+    for checksum, count in filter(None, (part.get("same_label_map") for part in parts)):
+        same[checksum] += count
 
     def total(counts: str) -> Any:
         return None if parts[0][counts] is None else np.sum([part[counts] for part in parts], axis=0).tolist()
@@ -263,10 +277,34 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -
         "class_pixels": total("class_pixels"),
         "class_samples": total("class_samples"),
         "class_shares": _shares(total("class_pixels")),
+        "doubts": dict(sum((Counter(part.get("doubts", {})) for part in parts), Counter[str]())),
+        "same_label_map": max(same.items(), key=lambda entry: entry[1], default=None),
         "source_sha256": hashlib.sha256("".join(part["source_sha256"] for part in parts).encode()).hexdigest(),
         "shards": [{**part["shards"][0], "path": name} for name, part in manifests.items()],
-        "left_out": list(left_out),
+        **rest,
     }
+
+
+def refuse_useless(manifest: Manifest, labels: LabelSpec) -> None:
+    """Refuse a data set that no sample of can be used, or whose label maps hold no class, or one by a wrong table.
+
+    Raises:
+        DataError: with what to write.
+    """
+    if not manifest["num_samples"]:
+        raise DataError(f"no sample can be used: {next(iter(manifest['bad'].values()))}")
+    counts = manifest["class_pixels"]
+    if counts is None or labels.num_classes == 1 or not counts[-1]:
+        return
+    used = f"data.labels.ignore: {list(labels.ignore)}"
+    if manifest["doubts"].get("binary") == manifest["num_samples"] and labels.table[255] == labels.dont_care_id:
+        raise DataError(
+            f"every label map holds the values 0 and 255 alone, and {used} takes 255 for no class: one class is left."
+            " If they are binary masks, write data.labels.ignore: [] and data.labels.remap: {255: 1}; if 255 is"
+            " no class and the data set has one, data.labels.num_classes: 1. Then build with --overwrite"
+        )
+    if not any(counts[:-1]):
+        raise DataError(f"no pixel of any label map has a class: {used} ignores them all. Then build with --overwrite")
 
 
 def wrong_checksums(root: Path) -> Iterator[str]:
@@ -294,6 +332,11 @@ def wrong_checksums(root: Path) -> Iterator[str]:
             yield f"{path}: its checksum differs from the manifest's: copy it again, or build again (--resume mends it)"
 
 
+def bad_files(output: Path) -> Path:
+    """Return the file beside a data set that names the samples that were left out of it."""
+    return output.with_name(f"{output.name}.bad_files.txt")
+
+
 def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:
     """Describe in a few lines what a data set holds."""
     num_bytes = sum(entry["bytes"] for shard in manifest["shards"] for entry in shard["files"].values())
@@ -306,6 +349,8 @@ def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:
         lines.append(f"sizes (height x width): {shown}{f' and {len(sizes) - 5} more' if len(sizes) > 5 else ''}")
     if not manifest["checked"]:
         lines.append("nothing was decoded or checked (--no_check)")
+    if number := manifest.get("num_bad"):
+        lines.append(f"left out {number} sample(s) that cannot be used (--skip_bad): {bad_files(output)} lists them")
     if manifest["class_pixels"] is None:
         return "\n".join(lines)
     pixels = np.array(manifest["class_pixels"], np.float64)
@@ -319,4 +364,23 @@ def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:
     if absent:
         more = f" ... ({len(absent)} classes)" if len(absent) > 10 else ""
         lines.append(f"never occur: {', '.join(absent[:10])}{more}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_doubts(manifest, labels, shares)])
+
+
+def _doubts(manifest: Manifest, labels: LabelSpec, shares: NDArray[np.float64]) -> Iterator[str]:
+    """Yield a line for each thing about the label maps that may be a mistake."""
+    number, doubts = manifest["num_samples"], Counter[str](manifest.get("doubts", {}))
+    rare = [labels.name(i) for i in range(labels.num_classes) if 0 < shares[i] < 0.01]
+    if rare:
+        yield f"rarer than 0.01 % of the pixels: {', '.join(rare[:10])}{' ...' if len(rare) > 10 else ''}"
+    if labels.num_classes > 1 and 2 * doubts["one class"] > number:
+        yield (
+            f"note: {doubts['one class']} of {number} label maps hold one class only: are they the maps of these"
+            " photos, and do their values mean what data.labels says?"
+        )
+    _, same = manifest.get("same_label_map") or (0, 0)
+    if number > 1 and 2 * same > number:
+        yield f"note: {same} of {number} label maps are copies of one file: is each that of its photo?"
+    if doubts["blended"]:
+        share = 100 * doubts["blended"] / max(1, sum(manifest["class_pixels"]))
+        yield f"data.labels.nearest_color: {doubts['blended']} pixels ({share:.2g} %) had a colour between classes"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
 from imaginaire_spade import distributed
@@ -156,6 +157,15 @@ def describe(run: Run) -> str:
         f"schedule: {calendar.total_iterations} iterations = {epochs:.1f} epochs; learning rates {rates};"
         f" EMA {'off' if averaged is None else f'beta {averaged.beta:g}'}",
     ]
+    sided = run.config.data.labels.sided_classes() if run.config.data.train.augmentations.horizontal_flip else {}
+    if sided:
+        pairs = yaml.safe_dump(sided, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6).strip()
+        lines.append(
+            f"warning: horizontal_flip makes a mirrored {next(iter(sided))} look like a {next(iter(sided.values()))}."
+            f" Write data.labels.mirror: {pairs} to swap the classes too (or horizontal_flip: false)"
+        )
+    if bad := [*run.dataset.bad, *run.val_dataset.bad]:
+        lines.append(f"data.skip_bad: {len(bad)} sample(s) left out, listed in {BAD_FILES}; the first: {bad[0]}")
     return "\n".join(lines)
 
 
@@ -187,6 +197,9 @@ def calibration_inputs(run: Run, batches: list[Batch]) -> Iterator[tuple[Semanti
         z = style_codes(run.config.seed, batch.keys, run.settings.style_dims, run.device)
         yield batch.layout.to(run.device), z
 
+
+BAD_FILES = "bad_files.txt"
+"""File of the log dir that names the samples that were left out."""
 
 PARTS = {"gen": "generator", "dis": "discriminator", "encoder": "encoder"}
 """Section of the config -> its network's name in a checkpoint."""
