@@ -116,12 +116,11 @@ class LabelledData(Section):
     @classmethod
     def _check_suffixes(cls, suffixes: dict[str, str]) -> dict[str, str]:
         for data_type, suffix in suffixes.items():
-            if data_type not in (types := ("images", "seg_maps", "edge_maps", "inst_maps", "distances")):
-                raise ValueError(f"{data_type!r} is no data type; write one of {', '.join(types)}")
-            if not suffix.strip("*") or suffix.count("*") > 1 or "/" in suffix:
-                raise ValueError(f"{suffix!r}: write the text beside the stem, such as _mask, or mask_* with one *")
-            if suffix.rpartition(".")[2].lower() in ("png", "jpg", "jpeg", "tif", "tiff", "bmp", "npy"):
-                raise ValueError(f"{suffix!r}: leave the ending out: {suffix.rpartition('.')[0]}")
+            is_known = data_type in (types := ("images", "seg_maps", "edge_maps", "inst_maps", "distances"))
+            if not is_known or not suffix.strip("*") or suffix.count("*") > 1 or "/" in suffix:
+                raise ValueError(
+                    f"{data_type}: {suffix}: write one of {', '.join(types)}: _mask (or mask_*, with one *)"
+                )
         return suffixes
 
 

@@ -127,12 +127,10 @@ class LabelSpec(BaseModel):
         if self.nearest_color and not self.palette:
             raise ValueError("nearest_color: needs the colours of the classes: write palette: [[r, g, b], ...]")
         for left, right in self._pairs:
-            if left == right or self.dont_care_id in (left, right) or any(
-                {left, right} & {*other} and {left, right} != {*other} for other in self._pairs
-            ):  # fmt: skip
+            assert self.mirrored is not None
+            if left == right or self.dont_care_id in (left, right) or [*self.mirrored[[left, right]]] != [right, left]:
                 raise ValueError(
-                    f"mirror: {self.name(left)!r} and {self.name(right)!r}: a class has one counterpart, which is"
-                    " another class"
+                    f"mirror: {self.name(left)}: {self.name(right)}: a class has one counterpart, another class"
                 )
         return self
 
@@ -301,16 +299,10 @@ class LabelSpec(BaseModel):
         code = _codes(rgb)
         codes = _codes(np.array(self.palette, np.uint8))
         colours, classes, uses = np.unique(codes, return_index=True, return_counts=True)
+        if self.nearest_color:
+            code = self._nearest(code, colours)
         place = np.searchsorted(colours, code).clip(max=len(colours) - 1)
         known = colours[place] == code
-        if self.nearest_color and not known.all():
-            # Black is one of the colours where it may stand for "no class".
-            others, inverse = np.unique(code[~known], return_inverse=True)
-            nearest, distance = self._nearest(others, colours)
-            near = distance <= self.nearest_color
-            code[~known] = np.where(near, nearest, others)[inverse]
-            place = np.searchsorted(colours, code).clip(max=len(colours) - 1)
-            known = colours[place] == code
         shared = known & (uses[place] > 1)
         ids = np.where(known & ~shared, classes[place], self.dont_care_id).astype(self.dtype)
         if unknown == "dont_care":
@@ -340,74 +332,22 @@ class LabelSpec(BaseModel):
             )
         return ids
 
-    def _nearest(
-        self, others: NDArray[np.uint32], colours: NDArray[np.uint32]
-    ) -> tuple[NDArray[np.uint32], NDArray[np.floating]]:
-        """Find the nearest of ``colours`` (and black, if it may mean "no class"), and how far away it is."""
-        known = np.append(colours, np.uint32(0)) if self.ignore and colours[0] else colours
-        nearest, best = np.zeros_like(others), np.full(others.shape, np.inf)
-        for colour in known:  # one after the other: a photo's worth of colours times 183 is a lot of memory
-            apart = [(others >> s & 255).astype(np.float32) - float(colour >> s & 255) for s in (16, 8, 0)]
-            distance = np.sqrt(sum(np.square(channel) for channel in apart))
-            closer = distance < best
-            nearest[closer], best[closer] = colour, distance[closer]
-        return nearest, best
+    def _nearest(self, code: NDArray[np.uint32], colours: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """Replace each colour by the nearest of ``colours`` (or black, if it may mean "no class") within reach."""
+        seen, inverse = np.unique(code, return_inverse=True)
+        nearest, best = seen.copy(), np.full(seen.shape, float(self.nearest_color or 0))
+        for colour in [0, *colours.tolist()] if self.ignore else colours.tolist():
+            shifts = np.array([[16], [8], [0]])
+            distance = np.linalg.norm((seen >> shifts & 255).astype(np.float32) - (colour >> shifts & 255), axis=0)
+            is_near = distance <= best
+            nearest[is_near], best[is_near] = colour, distance[is_near]
+        return nearest[inverse].reshape(code.shape)
 
     def count_blended(self, raw: NDArray[np.generic]) -> int:
         """Count the pixels whose colour is not in the palette, but taken for one that is (``nearest_color``)."""
         if self.nearest_color is None or raw.ndim != 3:
             return 0
         return int(np.isin(_codes(raw), [0, *_codes(np.array(self.palette, np.uint8))], invert=True).sum())
-
-    def check_colour_table(self, ids: NDArray[np.generic], colours: bytes, where: str) -> None:
-        """Refuse an image of indexed colour whose own colours call its ids other classes than this table does.
-
-        Args:
-            ids: the indices [H, W].
-            colours: R, G, B, R, G, ... of the indices 0, 1, ...
-        Raises:
-            LabelError: with both lines that may be meant.
-        """
-        if not (contrary := self._contrary_indices(colours)):
-            return
-        present = [i for i in np.unique(ids).tolist() if i in contrary]
-        if not present:
-            return
-        said = "; ".join(
-            f"{i} is coloured {tuple(colours[3 * i : 3 * i + 3])}, {self.name(contrary[i])}, but the table reads it as"
-            f" {self.name(int(self.table[i])) if self.table[i] != self.error_id else 'no known id'}"
-            for i in present[:3]
-        )
-        remap = ", ".join(f"{i}: {train}" for i, train in contrary.items())
-        raise LabelError(
-            f"{where}: its colour table and data.labels.palette disagree: id {said}. If the colours are right, write"
-            f" data.labels.remap: {{{remap}}} (or save the maps as RGB); if the ids are, give data.labels.palette the"
-            " file's colours"
-        )
-
-    @cached_property
-    def _contrary(self) -> dict[bytes, dict[int, int]]:
-        """Remember the results of ``_contrary_indices``."""
-        return {}
-
-    def _contrary_indices(self, colours: bytes) -> dict[int, int]:
-        """Map each index whose colour is that of a class, and that the table reads as another, to that class."""
-        if colours in self._contrary:
-            return self._contrary[colours]
-        entries = np.frombuffer(colours, np.uint8)[: len(colours) // 3 * 3].reshape(-1, 3)
-        by_colour: dict[tuple[int, ...], int] = {colour: i for i, colour in reversed(list(enumerate(self.palette)))}
-        if len(entries) > 1 and (entries == np.arange(len(entries))[:, None]).all():
-            by_colour = {}  # a ramp of greys, which says nothing
-        contrary = {}
-        for index, colour in enumerate(map(tuple, entries.tolist())):
-            said, read = by_colour.get(colour), int(self.table[index])
-            # (Black is the colour of "no class".)
-            if said is not None and colour != (self.palette[read] if 0 <= read < self.num_classes else (0, 0, 0)):
-                contrary[index] = said
-        if len(self._contrary) > 64:  # each file has its own
-            self._contrary.clear()
-        self._contrary[colours] = contrary
-        return contrary
 
     def _complain(self, wrong: NDArray[np.generic], present: NDArray[np.generic], where: str) -> str:
         values = ", ".join(map(str, wrong[:10].tolist())) + (" ..." if len(wrong) > 10 else "")

@@ -5,9 +5,9 @@ keys, and what ``Source`` means: keys in a fixed order, and bytes by key and dat
 
 **Keys.** A sample's key is ``SEQUENCE/STEM``, where the sequence is the path of its sub-folder with forward slashes;
 files that lie directly in the folder have the key ``STEM``. (imaginaire calls their sequence ``.``; only inside its
-LMDBs is such a key spelled ``./STEM``.) Names are taken as they are; two that differ in their Unicode normal form alone
-are one, spelled as in the first data type. If all files of a data type lie directly in its folder, and those of another
-in sub-folders, they are joined by stem where the stems are unique.
+LMDBs is such a key spelled ``./STEM``.) Names are taken as they are. Where they do not pair up so, two
+that differ in their Unicode normal form alone are one, spelled as in the first data type, and files of a data type that
+lie directly in its folder belong to those of another in sub-folders, by stem, if the stems are unique.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import copy
 import os
 import unicodedata
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, MAP_EXTENSIONS
@@ -126,14 +128,13 @@ class FolderSource(Source):
         self.skipped: list[Path] = []
         """Files whose extension is none of their data type, or whose name lacks its suffix."""
         patterns = {} if bare or suffixes is None else suffixes
-        spelling: dict[str, str] = {}
         self._extensions: dict[str, dict[str, str]] = {}
         self._names: dict[str, dict[str, str]] = {}
         """Data type -> key -> path below its folder, without extension, where that is not the key."""
         for t, folder in self._folders.items():
-            found = _scan(folder, EXTENSIONS[t], self.skipped, patterns.get(t, ""), spelling)
+            found = _scan(folder, EXTENSIONS[t], self.skipped, patterns.get(t, ""))
             self._extensions[t], self._names[t] = found
-        self._join_flat()
+        self._join_other_spellings()
         paired = {t: files for t, files in self._extensions.items() if t != DISTANCES}
         union = set().union(*paired.values())
         self.unpaired = {t: sorted(union - files.keys(), key=split_key) for t, files in paired.items()}
@@ -195,22 +196,31 @@ class FolderSource(Source):
         """Map the names of files (without extension) that are not their keys to these."""
         return {name: key for names in self._names.values() for key, name in names.items()}
 
-    def _join_flat(self) -> None:
-        """Give files that lie directly in their folder the keys of those in sub-folders, if these have unique stems."""
+    def _join_other_spellings(self) -> None:
+        """Join names that differ in their Unicode normal form alone, and files directly in their folder with those of
+        other data types in sub-folders, where each can only mean one."""
         by_type = list(self._extensions.values())
         if all(files.keys() == by_type[0].keys() for files in by_type):
             return
+        form = partial(unicodedata.normalize, "NFC")
+        twice = {name for files in by_type for name, count in Counter(map(form, files)).items() if count > 1}
+        spelling = {form(key): key for files in reversed(by_type) for key in files}
+        for t, files in self._extensions.items():
+            self._rename(t, {key: key if form(key) in twice else spelling[form(key)] for key in files})
+        by_type = list(self._extensions.values())
         nested = {key for files in by_type for key in files if "/" in key}
         stems = {split_key(key)[1]: key for key in nested}
-        if len(stems) < len(nested):
-            return
-        flat = {t for t, files in self._extensions.items() if not nested & files.keys()}
-        own = {key for t, files in self._extensions.items() if t not in flat for key in files}
-        for t in flat:
-            key_of = {key: key if key in own else stems.get(key, key) for key in self._extensions[t]}
-            names = {key_of[key]: self._names[t].get(key, key) for key in key_of}
-            self._extensions[t] = {key_of[key]: extension for key, extension in self._extensions[t].items()}
-            self._names[t] = {key: name for key, name in names.items() if key != name}
+        flat = [t for t, files in self._extensions.items() if not nested & files.keys()]
+        taken = {key for t, files in self._extensions.items() if t not in flat for key in files}
+        if len(stems) == len(nested):
+            for t in flat:
+                self._rename(t, {key: key if key in taken else stems.get(key, key) for key in self._extensions[t]})
+
+    def _rename(self, data_type: str, new_keys: Mapping[str, str]) -> None:
+        """Give the files of a data type other keys: old -> new for each."""
+        names = self._names[data_type]
+        self._names[data_type] = {new: name for old, new in new_keys.items() if (name := names.get(old, old)) != new}
+        self._extensions[data_type] = {new: self._extensions[data_type][old] for old, new in new_keys.items()}
 
     def _explain_unpaired(self) -> str:
         """Say which files lack a partner; if they have one under another name or ending, say that instead."""
@@ -219,21 +229,19 @@ class FolderSource(Source):
             folder = self._folders[t]
             below = sorted(path.relative_to(folder).as_posix() for path in self.skipped if folder in path.parents)
             unread = {name.rpartition(".")[0] or name: name for name in below}
-            there = [unread[key] for key in keys if key in unread]
-            missing = [key for key in keys if key not in unread]
-            if there:
+            if there := [unread[key] for key in keys if key in unread]:
+                known = " ".join(EXTENSIONS[t])
                 lines.append(
-                    f"  {t}: {len(there)} file(s) with an ending that is not read: {_some(there)}; endings that are:"
-                    f" {' '.join(EXTENSIONS[t])}"
+                    f"  {t}: {len(there)} file(s) with an ending that is not read (those are {known}): {_some(there)}"
                 )
-            if missing:
+            if missing := [key for key in keys if key not in unread]:
                 lines.append(f"  {t}: {len(missing)} missing that other folders have: {_some(missing)}")
         if suffixes := _find_suffixes({t: list(self._extensions[t]) for t in self.unpaired}):
             shown = ", ".join(f'{t}: "{suffix}"' for t, suffix in suffixes.items())
             lines.append(f"They pair up by their stems if you write data.suffixes: {{{shown}}}")
         lines.append(
-            "Add the missing files or remove the extra ones; scripts/build_lmdb.py --drop_unpaired builds from those"
-            " that have all"
+            "Add the missing files or remove the extra ones (or, where names differ by a suffix or prefix, write"
+            " data.suffixes); scripts/build_lmdb.py --drop_unpaired builds from those that have all"
         )
         return "\n".join(lines)
 
@@ -251,12 +259,10 @@ def holds_images(folder: Path) -> bool:
 
 
 def _scan(
-    folder: Path, extensions: Sequence[str], skipped: list[Path], affix: str, spelling: dict[str, str]
+    folder: Path, extensions: Sequence[str], skipped: list[Path], affix: str
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Find the files below ``folder`` that have one of ``extensions``, and ``affix`` in their names.
 
-    Args:
-        spelling: normal form of a key -> the key.
     Returns:
         Key -> extension as spelled; key -> path without extension, where that is not the key.
     """
@@ -275,8 +281,6 @@ def _scan(
         key = written = make_key(sequence, whole, path)
         if affix:
             key = make_key(sequence, whole[len(before) : len(whole) - len(after)], path)
-        if not key.isascii():
-            key = spelling.setdefault(unicodedata.normalize("NFC", key), key)
         if key in found:
             other = f"{names.get(key, key)}.{found[key]}"
             raise DataError(
@@ -325,28 +329,18 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
 
 
-def _common_start(one: str, other: str) -> str:
-    return os.path.commonprefix([one, other])  # noqa: RUF071 (by characters)
-
-
 def _find_suffixes(keys: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Find what the names of each data type have beside the stems by which most of them pair up with the first's."""
-    stems = {t: sorted(split_key(key)[1] for key in of_type) for t, of_type in keys.items()}
-    (first, names), *others = stems.items()
+    """Find what the names of each data type have after the stems by which most of them pair up with the first's."""
+    (first, names), *others = ((t, sorted(split_key(key)[1] for key in of_type)) for t, of_type in keys.items())
     found: dict[str, str] = {}
-    for t, other_names in others:
-        for step in (1, -1):  # suffixes, then prefixes: the same of the reversed names
-            ours, theirs = [name[::step] for name in names], [name[::step] for name in other_names]
-            if not ours or not theirs:
-                continue
-            near = max(theirs, key=lambda name: (len(_common_start(ours[0], name)), -len(name)))
-            stem = _common_start(ours[0], near).rstrip("_-. ")
-            ends = {first: ours[0][len(stem) :], t: near[len(stem) :]}
-            left = [
-                {n[: len(n) - len(e)] for n in part if n.endswith(e)}
-                for part, e in ((ours, ends[first]), (theirs, ends[t]))
-            ]
-            if stem and 2 * len(left[0] & left[1]) > len(names):
-                found |= {k: e if step == 1 else f"{e[::-1]}*" for k, e in ends.items() if e}
-                break
+    for t, others_names in others if names else ():
+        by_length = sorted(others_names, key=len, reverse=True)
+        starts = {"": "", **{os.path.commonprefix([names[0], name]): name for name in by_length}}  # noqa: RUF071
+        longest = max(starts, key=len)
+        stem = longest.rstrip("_-. ")
+        ours, theirs = names[0][len(stem) :], starts[longest][len(stem) :]
+        mine = {name.removesuffix(ours) for name in names if name.endswith(ours)}
+        paired = mine & {name.removesuffix(theirs) for name in others_names if name.endswith(theirs)}
+        if stem and 2 * len(paired) > len(names):
+            found |= {k: suffix for k, suffix in ((first, ours), (t, theirs)) if suffix}
     return found

@@ -26,7 +26,7 @@ from imaginaire_spade.files import read_json, read_text, write_bytes
 from imaginaire_spade.labels import EdgeSource, LabelSpec
 from imaginaire_spade.lmdb_builder.output import check_output, expect_room, hold_shards, join_shards, prepare_root
 from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, Plan, check_sample, load_sample
-from imaginaire_spade.lmdb_builder.shard import Manifest, remove_unfinished, write_shard, wrong_checksums
+from imaginaire_spade.lmdb_builder.shard import Manifest, bad_files, remove_unfinished, write_shard, wrong_checksums
 
 OPTIONAL_TYPES = ("edge_maps", "inst_maps", DISTANCES)
 MAX_PROBLEMS = 20
@@ -135,7 +135,10 @@ def build_dataset(
         num_bytes = sum(source.file_size(key, t) for keys in todo.values() for key in keys for t in types)
         with expect_room(output, num_bytes):
             _write_shards(plan, root, todo, num_workers, silent=rank > 0)
-            return join_shards(plan, root, output, left_out)
+            manifest = join_shards(plan, root, output, left_out)
+    if manifest and manifest["bad"]:
+        write_bytes(bad_files(output), "".join(f"{k}\t{v}\n" for k, v in manifest["bad"].items()).encode())
+    return manifest
 
 
 def _read_list(path: Path, source: FolderSource) -> list[str]:
@@ -199,10 +202,8 @@ def _write_shards(plan: Plan, root: Path, shards: Mapping[str, Sequence[str]], n
         finished = sum((root / name / MANIFEST).is_file() for name in plan.shards)
         state = f"{finished} finished shard(s) are kept" if finished else "nothing was built"
         listed = "\n  ".join(problems[:MAX_PROBLEMS])
-        raise DataError(
-            f"{plan.source.root}: {len(problems)} problem(s), {state}{rest}:\n  {listed}\n"
-            "--skip_bad builds from the samples without a problem, and lists all others in a file"
-        )
+        state += f"{rest}; --skip_bad builds without them, and lists all in a file"
+        raise DataError(f"{plan.source.root}: {len(problems)} problem(s), {state}:\n  {listed}")
 
 
 def _written(

@@ -18,17 +18,9 @@ from filelock import FileLock, Timeout
 from imaginaire_spade.data.folders import DATA_TYPES
 from imaginaire_spade.data.lmdb_source import FILENAMES, MANIFEST, METADATA
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.files import flush_folder, read_json, write_bytes, write_json
+from imaginaire_spade.files import flush_folder, read_json, write_json
 from imaginaire_spade.lmdb_builder.sample import Plan
-from imaginaire_spade.lmdb_builder.shard import (
-    Manifest,
-    bad_files,
-    difference,
-    join_manifests,
-    refuse_useless,
-    remove_if_empty,
-    wrong_checksums,
-)
+from imaginaire_spade.lmdb_builder.shard import Manifest, difference, join_manifests, remove_if_empty, wrong_checksums
 
 
 def check_output(raw: Path, output: Path, overwrite: bool, resume: bool) -> None:
@@ -221,17 +213,15 @@ def _kept_shards(plan: Plan, root: Path, names: Sequence[str]) -> list[str]:
 
 
 def join_shards(plan: Plan, root: Path, output: Path, left_out: Sequence[str]) -> Manifest | None:
-    """If all shards are there, write the root's manifest and give the data set its name; remove what had it before."""
+    """If all shards are there, write the root's manifest and give the data set its name; remove what had it before.
+
+    Raises:
+        DataError: the data set is useless.
+    """
     with _locked(output):
         if not all((root / name / MANIFEST).is_file() for name in plan.shards):
             return None
-        manifest = join_manifests({name: read_json(root / name / MANIFEST) for name in plan.shards}, left_out)
-        try:
-            refuse_useless(manifest, plan.labels)
-        except DataError as error:
-            raise DataError(f"{plan.source.root}: {error}") from None
-        if manifest["bad"]:
-            write_bytes(bad_files(output), "".join(f"{k}\t{v}\n" for k, v in manifest["bad"].items()).encode())
+        manifest = join_manifests({name: read_json(root / name / MANIFEST) for name in plan.shards}, left_out, plan)
         if not (root / MANIFEST).is_file() or read_json(root / MANIFEST) != manifest:
             write_json(root / MANIFEST, manifest)
             flush_folder(root)

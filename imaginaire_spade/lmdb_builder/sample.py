@@ -177,7 +177,7 @@ def _doubts(labels: LabelSpec, raw: NDArray[Any], class_pixels: Mapping[int, int
     """Return ``LoadedSample.doubts`` of a label map."""
     doubts = {}
     if len(class_pixels.keys() - {labels.dont_care_id}) <= 1:
-        is_binary = raw.ndim == 2 and raw.max() in (0, 255) and np.isin(raw, (0, 255)).all()
+        is_binary = raw.ndim == 2 and raw.max() in (0, 255) and np.isin(raw, (0, 255)).all() and 255 in labels.ignore
         doubts = {"one class": 1, "binary": int(is_binary)}
     if blended := labels.count_blended(raw):
         doubts["blended"] = blended

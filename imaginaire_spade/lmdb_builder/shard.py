@@ -249,13 +249,15 @@ def _label_table(labels: LabelSpec) -> dict[str, int | str]:
     return {str(raw): "ignored" if labels.table[raw] == ignored else int(labels.table[raw]) for raw in labels.known_ids}
 
 
-def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -> Manifest:
-    """Return the root's manifest: sums over the shards' (by path), and the files that the build ``left_out``."""
+def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str], plan: Plan) -> Manifest:
+    """Return the root's manifest: sums over the shards' (by path), and the files that the build ``left_out``.
+
+    Raises:
+        DataError: the data set is useless.
+    """
     parts = list(manifests.values())
     bad = {key: problem for part in parts for key, problem in part.get("bad", {}).items()}
     rest = {"bad": bad, "num_bad": len(bad), "left_out": list(left_out)}
-    if list(manifests) == ["."]:
-        return parts[0] | rest
     sizes = sum((Counter(part["sizes_h_w"]) for part in parts), Counter[str]())
     same = Counter[int]()
     for checksum, count in filter(None, (part.get("same_label_map") for part in parts)):
@@ -264,7 +266,7 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -
     def total(counts: str) -> Any:
         return None if parts[0][counts] is None else np.sum([part[counts] for part in parts], axis=0).tolist()
 
-    return parts[0] | {
+    joined = parts[0] | {
         "num_samples": sum(part["num_samples"] for part in parts),
         "data_types": {
             t: {
@@ -283,28 +285,30 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -
         "shards": [{**part["shards"][0], "path": name} for name, part in manifests.items()],
         **rest,
     }
+    if list(manifests) == ["."]:
+        joined = parts[0] | rest
+    _refuse_useless(joined, plan)
+    return joined
 
 
-def refuse_useless(manifest: Manifest, labels: LabelSpec) -> None:
-    """Refuse a data set that no sample of can be used, or whose label maps hold no class, or one by a wrong table.
-
-    Raises:
-        DataError: with what to write.
-    """
+def _refuse_useless(manifest: Manifest, plan: Plan) -> None:
+    """Refuse a data set without a usable sample, or whose label maps hold no class, or one by a wrong table."""
+    labels, counts, message = plan.labels, manifest["class_pixels"], ""
+    ignored = f"data.labels.ignore: {list(labels.ignore)}"
     if not manifest["num_samples"]:
-        raise DataError(f"no sample can be used: {next(iter(manifest['bad'].values()))}")
-    counts = manifest["class_pixels"]
-    if counts is None or labels.num_classes == 1 or not counts[-1]:
+        message = f"no sample can be used: {next(iter(manifest['bad'].values()))}"
+    elif counts is None or not counts[-1]:
         return
-    used = f"data.labels.ignore: {list(labels.ignore)}"
-    if manifest["doubts"].get("binary") == manifest["num_samples"] and labels.table[255] == labels.dont_care_id:
-        raise DataError(
-            f"every label map holds the values 0 and 255 alone, and {used} takes 255 for no class: one class is left."
-            " If they are binary masks, write data.labels.ignore: [] and data.labels.remap: {255: 1}; if 255 is"
-            " no class and the data set has one, data.labels.num_classes: 1. Then build with --overwrite"
+    elif not any(counts[:-1]):
+        message = f"no pixel of any label map has a class: {ignored}. Mend it, and build with --overwrite"
+    elif labels.num_classes > 1 and manifest["doubts"].get("binary") == manifest["num_samples"]:
+        message = (
+            f"every label map holds 0 and 255 alone, and {ignored} takes 255 for no class, which leaves one class. For"
+            " binary masks write data.labels.ignore: [] and data.labels.remap: {255: 1}; for one class and 255 as no"
+            " class, data.labels.num_classes: 1. Then build with --overwrite"
         )
-    if not any(counts[:-1]):
-        raise DataError(f"no pixel of any label map has a class: {used} ignores them all. Then build with --overwrite")
+    if message:
+        raise DataError(f"{plan.source.root}: {message}")
 
 
 def wrong_checksums(root: Path) -> Iterator[str]:

@@ -22,15 +22,7 @@ from imaginaire_spade.training.checkpoint import CheckpointWriter
 from imaginaire_spade.training.evaluation import CheckStop
 from imaginaire_spade.training.health import Alarms, LossMeter, check_finite, explain_out_of_memory
 from imaginaire_spade.training.run_log import RunLog, preview_batch, preview_sheet
-from imaginaire_spade.training.setup import (
-    BAD_FILES,
-    Run,
-    calibration_inputs,
-    calibration_layouts,
-    content_of,
-    describe,
-    resume,
-)
+from imaginaire_spade.training.setup import Run, calibration_inputs, calibration_layouts, content_of, describe, resume
 from imaginaire_spade.training.state import reestimate_batch_norm
 from imaginaire_spade.training.step import train_step
 
@@ -103,8 +95,8 @@ def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: b
             raise UserError(f"{error}. Give another --logdir") from None
     log = RunLog(logdir, calendar, state.images_seen, enabled=run.info.is_main)
     log.say(describe(run))
-    if run.info.is_main and (bad := [*run.dataset.bad, *run.val_dataset.bad]):
-        write_bytes(logdir / BAD_FILES, "".join(f"{problem}\n" for problem in dict.fromkeys(bad)).encode())
+    if run.info.is_main and run.bad:
+        write_bytes(logdir / "bad_files.txt", "".join(f"{problem}\n" for problem in run.bad).encode())
     if resumed is not None:
         log.say(resumed)
     unscored = run.evaluation is not None and run.evaluation.due(state.images_seen, finished=True)

@@ -83,6 +83,11 @@ class Run:
     calendar: Calendar
     evaluation: Evaluation | None
 
+    @property
+    def bad(self) -> list[str]:
+        """List what is wrong with each sample that ``data.skip_bad`` left out."""
+        return [*dict.fromkeys([*self.dataset.bad, *self.val_dataset.bad])]
+
     def batches(self, num_workers: int | None = None) -> Prefetcher:
         """Yield this process's batches on the device, from the current position on."""
         workers = self.config.data.num_workers if num_workers is None else num_workers
@@ -164,8 +169,8 @@ def describe(run: Run) -> str:
             f"warning: horizontal_flip makes a mirrored {next(iter(sided))} look like a {next(iter(sided.values()))}."
             f" Write data.labels.mirror: {pairs} to swap the classes too (or horizontal_flip: false)"
         )
-    if bad := [*run.dataset.bad, *run.val_dataset.bad]:
-        lines.append(f"data.skip_bad: {len(bad)} sample(s) left out, listed in {BAD_FILES}; the first: {bad[0]}")
+    if run.bad:
+        lines.append(f"data.skip_bad: {len(run.bad)} sample(s) left out, listed in bad_files.txt; first {run.bad[0]}")
     return "\n".join(lines)
 
 
@@ -197,9 +202,6 @@ def calibration_inputs(run: Run, batches: list[Batch]) -> Iterator[tuple[Semanti
         z = style_codes(run.config.seed, batch.keys, run.settings.style_dims, run.device)
         yield batch.layout.to(run.device), z
 
-
-BAD_FILES = "bad_files.txt"
-"""File of the log dir that names the samples that were left out."""
 
 PARTS = {"gen": "generator", "dis": "discriminator", "encoder": "encoder"}
 """Section of the config -> its network's name in a checkpoint."""
