@@ -333,14 +333,13 @@ def _find_suffixes(keys: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """Find what the names of each data type have after the stems by which most of them pair up with the first's."""
     (first, names), *others = ((t, sorted(split_key(key)[1] for key in of_type)) for t, of_type in keys.items())
     found: dict[str, str] = {}
-    for t, others_names in others if names else ():
-        by_length = sorted(others_names, key=len, reverse=True)
-        starts = {"": "", **{os.path.commonprefix([names[0], name]): name for name in by_length}}  # noqa: RUF071
-        longest = max(starts, key=len)
-        stem = longest.rstrip("_-. ")
-        ours, theirs = names[0][len(stem) :], starts[longest][len(stem) :]
+    for t, other_names in others if names else ():
+        starts = {name: os.path.commonprefix([names[0], name]) for name in other_names}  # noqa: RUF071
+        stem = max(starts.values(), key=len, default="").rstrip("_-. ")
+        ours = names[0][len(stem) :]
         mine = {name.removesuffix(ours) for name in names if name.endswith(ours)}
-        paired = mine & {name.removesuffix(theirs) for name in others_names if name.endswith(theirs)}
-        if stem and 2 * len(paired) > len(names):
-            found |= {k: suffix for k, suffix in ((first, ours), (t, theirs)) if suffix}
+        for theirs in {name[len(stem) :] for name, start in starts.items() if stem and start.startswith(stem)}:
+            paired = mine & {name.removesuffix(theirs) for name in other_names if name.endswith(theirs)}
+            if 2 * len(paired) > len(names):
+                found |= {k: suffix for k, suffix in ((first, ours), (t, theirs)) if suffix}
     return found
