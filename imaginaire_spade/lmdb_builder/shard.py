@@ -280,7 +280,7 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str], p
         "class_samples": total("class_samples"),
         "class_shares": _shares(total("class_pixels")),
         "doubts": dict(sum((Counter(part.get("doubts", {})) for part in parts), Counter[str]())),
-        "same_label_map": max(same.items(), key=lambda entry: entry[1], default=None),
+        "same_label_map": [*max(same.items(), key=lambda entry: entry[1], default=())],
         "source_sha256": hashlib.sha256("".join(part["source_sha256"] for part in parts).encode()).hexdigest(),
         "shards": [{**part["shards"][0], "path": name} for name, part in manifests.items()],
         **rest,
