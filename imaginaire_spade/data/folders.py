@@ -21,14 +21,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, MAP_EXTENSIONS
+from imaginaire_spade.data.image_files import PHOTO_EXTENSIONS
 from imaginaire_spade.errors import DataError
 
 DISTANCES = "distances"
 """The data type that can be computed from the label maps: files that lack are no mistake."""
 DATA_TYPES = ("images", "seg_maps", "edge_maps", "inst_maps", DISTANCES)
-EXTENSIONS = {"images": IMAGE_EXTENSIONS, DISTANCES: ("npy",)} | dict.fromkeys(DATA_TYPES[1:4], MAP_EXTENSIONS)
-"""Data type -> the endings of its files."""
+EXTENSIONS = dict.fromkeys(DATA_TYPES[:-1], PHOTO_EXTENSIONS) | {DISTANCES: ("npy",)}
+"""Data type -> those of its files."""
 ROOT_SEQUENCE = "."
 LAYOUT = "ROOT/images/NAME.jpg and ROOT/seg_maps/NAME.png (edge_maps/, inst_maps/ likewise; sub-folders are sequences)"
 
@@ -146,7 +146,7 @@ class FolderSource(Source):
             counts = ", ".join(f"{len(files)} in {self._folders[t]}" for t, files in paired.items())
             others = f"; not read: {_some([str(p.relative_to(root)) for p in self.skipped])}" if self.skipped else ""
             named = f"; data.suffixes: {patterns}" if patterns else ""
-            extensions = " ".join(MAP_EXTENSIONS if "images" not in wanted else IMAGE_EXTENSIONS)
+            extensions = " ".join(PHOTO_EXTENSIONS)
             raise DataError(f"{root}: no samples ({counts}; extensions {extensions}{others}{named}); expected {LAYOUT}")
         self.keys = sorted(common, key=split_key)
         self.shard_sizes = [len(self.keys)]
@@ -255,7 +255,7 @@ class FolderSource(Source):
 
 def holds_images(folder: Path) -> bool:
     """Return whether there is any image file (by extension) in ``folder`` or below."""
-    return any(_extension(name, MAP_EXTENSIONS) for _, name in _walk(folder))
+    return any(_extension(name, PHOTO_EXTENSIONS) for _, name in _walk(folder))
 
 
 def _scan(
