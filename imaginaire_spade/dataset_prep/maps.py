@@ -4,7 +4,7 @@ Command lines: ``scripts/make_edge_maps.py``, ``make_distance_maps.py``, ``label
 (Edges can be drawn in training too, after the augmentation: ``data.edges: instances`` or ``labels``.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypedDict, TypeVar, Unpack
@@ -120,7 +120,9 @@ def _edge_map(source: FolderSource, data_types: Sequence[str], key: str) -> byte
 # ------------------------------------------------------------------------------------------------ distance maps
 
 
-def make_distance_maps(root: Path, labels: LabelSpec, **writing: Unpack[Writing]) -> tuple[int, int]:
+def make_distance_maps(
+    root: Path, labels: LabelSpec, suffixes: Mapping[str, str] | None = None, **writing: Unpack[Writing]
+) -> tuple[int, int]:
     """Write ``root/distances/KEY.npy`` for every label map that lacks it, at the label map's size.
 
     A distance map that is damaged, of another size or older than its label map is replaced.
@@ -130,7 +132,7 @@ def make_distance_maps(root: Path, labels: LabelSpec, **writing: Unpack[Writing]
     Raises:
         DataError, LabelError: a label map cannot be used.
     """
-    source = FolderSource(root, ["seg_maps"])
+    source = FolderSource(root, ["seg_maps"], suffixes=suffixes)
     targets = [(root / DISTANCES / f"{key}.npy", key) for key in source.keys]
     make, is_stale = partial(_distance_map, source, labels), partial(_is_stale, source)
     return write_maps("distance maps", make, targets, is_stale=is_stale, **writing)

@@ -24,6 +24,7 @@ from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import encode_image
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.lmdb_builder.doubts import find_doubts
 
 RESIZABLE = (np.uint8, np.uint16, np.int16, np.float32)
 """Types that OpenCV resizes."""
@@ -88,7 +89,7 @@ class LoadedSample:
     class_pixels: dict[int, int] = field(default_factory=dict)
     """Train id -> number of pixels, of those that occur."""
     doubts: dict[str, int] = field(default_factory=dict)
-    """What may be wrong with the label map, though it can be used: a key of ``Contents.doubts`` -> how often."""
+    """What ``find_doubts`` found in the label map."""
     label_checksum: int | None = None
     """Of the label map's file."""
     problems: list[str] = field(default_factory=list)
@@ -108,8 +109,6 @@ class Contents:
     class_samples: Counter[int] = field(default_factory=Counter)
     """Train id -> number of samples that hold it."""
     doubts: Counter[str] = field(default_factory=Counter)
-    """"one class": label maps of at most one class; "binary": those that hold 0 and 255 alone; "blended": pixels of a
-    colour that the palette lacks."""
     label_checksums: Counter[int] = field(default_factory=Counter)
     """Checksum of a label map's file -> samples that have it."""
     photos: dict[str, PhotoFacts] = field(default_factory=dict)
@@ -185,7 +184,7 @@ def check_sample(
             sizes[data_type] = height, width
             if is_labels and labels is not None:
                 sample.class_pixels = labels.count_pixels(array, where)
-                sample.doubts, sample.label_checksum = _doubts(labels, array, sample.class_pixels), zlib.crc32(data)
+                sample.doubts, sample.label_checksum = find_doubts(labels, array, sample.class_pixels), zlib.crc32(data)
             elif data_type == DISTANCES and not np.isfinite(array).all():
                 raise DataError(f"{where}: {NOT_FINITE}")
         except DataError as error:
@@ -199,17 +198,6 @@ def check_sample(
                 f" {source.describe(key, first)} is {sizes[first][0]} x {sizes[first][1]}: they must be of one size"
             )
     return sample, pixels
-
-
-def _doubts(labels: LabelSpec, raw: NDArray[Any], class_pixels: Mapping[int, int]) -> dict[str, int]:
-    """Return ``LoadedSample.doubts`` of a label map."""
-    doubts = {}
-    if len(class_pixels.keys() - {labels.dont_care_id}) <= 1:
-        is_binary = raw.ndim == 2 and raw.max() in (0, 255) and np.isin(raw, (0, 255)).all() and 255 in labels.ignore
-        doubts = {"one class": 1, "binary": int(is_binary)}
-    if blended := labels.count_blended(raw):
-        doubts["blended"] = blended
-    return doubts
 
 
 def check_photo(

@@ -15,13 +15,13 @@ from typing import Any
 
 import lmdb
 import numpy as np
-from numpy.typing import NDArray
 
 from imaginaire_spade.data.folders import split_key
 from imaginaire_spade.data.lmdb_source import FILENAMES, MANIFEST, METADATA, store_key
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import file_sha256, flush_folder, read_json, write_json
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.lmdb_builder.doubts import describe_doubts, refuse_useless
 from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, PhotoFacts, Plan
 from imaginaire_spade.version import __version__
 
@@ -291,28 +291,8 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str], p
     }
     if list(manifests) == ["."]:
         joined = parts[0] | rest
-    _refuse_useless(joined, plan)
+    refuse_useless(joined, plan.labels, plan.source.root)
     return joined
-
-
-def _refuse_useless(manifest: Manifest, plan: Plan) -> None:
-    """Refuse a data set without a usable sample, or whose label maps hold no class, or one by a wrong table."""
-    labels, counts, message = plan.labels, manifest["class_pixels"], ""
-    ignored = f"data.labels.ignore: {list(labels.ignore)}"
-    if not manifest["num_samples"]:
-        message = f"no sample can be used: {next(iter(manifest['bad'].values()))}"
-    elif counts is None or not counts[-1]:
-        return
-    elif not any(counts[:-1]):
-        message = f"no pixel of any label map has a class: {ignored}. Mend it, and build with --overwrite"
-    elif labels.num_classes > 1 and manifest["doubts"].get("binary") == manifest["num_samples"]:
-        message = (
-            f"every label map holds 0 and 255 alone, and {ignored} takes 255 for no class, which leaves one class. For"
-            " binary masks write data.labels.ignore: [] and data.labels.remap: {255: 1}; for one class and 255 as no"
-            " class, data.labels.num_classes: 1. Then build with --overwrite"
-        )
-    if message:
-        raise DataError(f"{plan.source.root}: {message}")
 
 
 TAKEN = {"upright": "taken upright, as their EXIF orientation says", "stored": "taken as stored, against EXIF"}
@@ -421,23 +401,4 @@ def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:
     if absent:
         more = f" ... ({len(absent)} classes)" if len(absent) > 10 else ""
         lines.append(f"never occur: {', '.join(absent[:10])}{more}")
-    return "\n".join([*lines, *_doubts(manifest, labels, shares)])
-
-
-def _doubts(manifest: Manifest, labels: LabelSpec, shares: NDArray[np.float64]) -> Iterator[str]:
-    """Yield a line for each thing about the label maps that may be a mistake."""
-    number, doubts = manifest["num_samples"], Counter[str](manifest.get("doubts", {}))
-    rare = [labels.name(i) for i in range(labels.num_classes) if 0 < shares[i] < 0.01]
-    if rare:
-        yield f"rarer than 0.01 % of the pixels: {', '.join(rare[:10])}{' ...' if len(rare) > 10 else ''}"
-    if labels.num_classes > 1 and 2 * doubts["one class"] > number:
-        yield (
-            f"note: {doubts['one class']} of {number} label maps hold one class only: are they the maps of these"
-            " photos, and do their values mean what data.labels says?"
-        )
-    _, same = manifest.get("same_label_map") or (0, 0)
-    if number > 1 and 2 * same > number:
-        yield f"note: {same} of {number} label maps are copies of one file: is each that of its photo?"
-    if doubts["blended"]:
-        share = 100 * doubts["blended"] / max(1, sum(manifest["class_pixels"]))
-        yield f"data.labels.nearest_color: {doubts['blended']} pixels ({share:.2g} %) had a colour between classes"
+    return "\n".join([*lines, *describe_doubts(manifest, labels)])
