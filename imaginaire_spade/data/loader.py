@@ -25,8 +25,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from tqdm import tqdm
 
+from imaginaire_spade import distributed
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import DataError, UserError, catch_error
@@ -343,6 +346,21 @@ def _take(chunks: Iterable[list[R | Exception]]) -> Generator[R, None, None]:
         if isinstance(result, Exception):
             raise result
         yield result
+
+
+def leave_out_bad(dataset: LabelMapDataset, num_workers: int | None) -> None:
+    """Read every sample once, shared out over the processes, and drop those that cannot be used, on all of them.
+
+    Raises:
+        DataError: none is left, or ``num_workers`` is negative.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = range(rank, len(dataset), world_size)
+    with map_in_order(dataset.find_problem, mine, num_workers) as problems:
+        shown = tqdm(problems, "checking (data.skip_bad)", len(mine), unit="images", mininterval=0.5, disable=rank > 0)
+        found = {index: problem for index, problem in zip(mine, shown, strict=True) if problem}
+    every = {index: problem for part in distributed.gather_objects(found) for index, problem in part.items()}
+    dataset.leave_out(dict(sorted(every.items())))
 
 
 class Prefetcher:
