@@ -123,9 +123,13 @@ def gradient_difference(case: Case) -> float:
 
 def _random_vgg() -> PerceptualLoss:
     """The perceptual loss with random weights: as slow as the real one."""
+    with tempfile.TemporaryDirectory() as place:
+        write_random_vgg(file := Path(place, "vgg19.pth"))
+        return PerceptualLoss(weights_path=str(file))
+
+
+def write_random_vgg(file: Path) -> None:
+    """Write random weights in the form of torchvision's file of VGG19."""
     torch.manual_seed(0)
     features = torchvision.models.vgg19(weights=None).features
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place, "vgg19.pth")
-        torch.save({f"features.{key}": value for key, value in features.state_dict().items()}, file)
-        return PerceptualLoss(weights_path=str(file))
+    torch.save({f"features.{key}": value for key, value in features.state_dict().items()}, file)
