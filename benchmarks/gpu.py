@@ -47,7 +47,6 @@ from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import ConfigError, first_line, positive_integer, run_command_line
 from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.training.setup import Run, prepare
-from imaginaire_spade.training.state import reestimate_batch_norm
 from imaginaire_spade.training.step import AUTOCAST, train_step
 from imaginaire_spade.version import __version__
 from projects.sample.scenes import write_sample_data
@@ -178,7 +177,8 @@ class Check:
 
 def place_in_package(stack: traceback.StackSummary) -> str:
     """Return file:line of the innermost frame that is the package's."""
-    ours = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in stack if frame.filename.startswith(PACKAGE)]
+    frames = [f for f in stack if f.filename.startswith(PACKAGE) and f.name != "run_command_line"]
+    ours = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
     return ours[-1] if ours else "elsewhere"
 
 
@@ -286,11 +286,10 @@ def iteration(check: Check, name: str, recipe: str, batch: int) -> None:
     def step(sample: Batch) -> None:
         train_step(run.state, run.networks, sample, run.settings)
 
-    average, layout = run.state.generator_ema, next(batches).layout
-    assert average is not None
-    with torch.no_grad():  # what train.py does first, in float32: it takes some of Dynamo's variants
-        reestimate_batch_norm(average, [(layout, None)])
-        average(layout)
+    layout = next(batches).layout
+    with torch.no_grad():  # train.py starts with batch statistics and previews in float32, which Dynamo compiles too
+        for network in filter(None, (run.state.generator, run.state.generator_ema)):
+            network(layout)
     for _ in range(0 if check.quick else 4):
         step(next(batches))
     times, host = [], []
@@ -331,7 +330,7 @@ def syncs(step: Callable[[], None]) -> dict[str, int]:
     where: collections.Counter[str] = collections.Counter()
 
     def note(message: Warning | str, *_: object, **__: object) -> None:
-        if "synchroniz" in str(message):
+        if "called a synchronizing" in str(message):
             where[place_in_package(traceback.extract_stack())] += 1
 
     with warnings.catch_warnings():
