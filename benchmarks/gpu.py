@@ -89,7 +89,12 @@ class Check:
         self.options, self.device, self.info, self.place = options, device, info, place
         self.quick, self.on_gpu = options.quick, device.type == "cuda"
         self.started_at, self.running = time.monotonic(), "the start"
-        self.facts: dict[str, object] = {}
+        self.facts: dict[str, object] = {"date": time.strftime("%Y-%m-%d"), "imaginaire_spade": __version__}
+        self.facts |= {"torch": torch.__version__, "CUDA": torch.version.cuda, "device": device.type}
+        self.facts |= {"processes": info.world_size, "label maps": options.label_maps or "drawn scenes"}
+        self.facts["allocator"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "default")
+        if self.on_gpu:
+            self.facts |= {"device": torch.cuda.get_device_name(), "GPUs": torch.cuda.device_count()}
         self.seconds: dict[str, float] = {}
         self.found: dict[str, dict[str, Any]] = {}
         self.peak_tflops = 0.0
@@ -112,15 +117,20 @@ class Check:
         return self.options.budget_s - (time.monotonic() - self.started_at)
 
     def say(self, name: str, ok: bool | None, detail: object) -> None:
-        """Record a result: right, wrong or (None) a figure. Write the whole report."""
+        """Record a result: right, wrong or (None) a figure."""
         self.found[name] = {"ok": ok, "detail": detail}
         if detail != RUNNING and (self.info.is_main or ok is False):
             print(line_of(name, ok, detail), flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Write the report as it is now."""
         if self.info.is_main:
-            folder: Path = self.options.out
             content = {"facts": self.facts, "results": self.found, "seconds": self.seconds}
-            (folder / "gpu.json").write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-            (folder / "gpu.txt").write_text(self.page(), encoding="utf-8")
+            (self.options.out / "gpu.json").write_text(
+                json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8"
+            )
+            (self.options.out / "gpu.txt").write_text(self.page(), encoding="utf-8")
 
     def part(self, name: str, function: Callable[[Check, str], None], needs_s: float = 15) -> None:
         """Run one part, unless the time is up. It reports by ``say``."""
@@ -142,6 +152,7 @@ class Check:
         if self.found[name]["detail"] == RUNNING:
             del self.found[name]
         self.seconds[name] = round(time.monotonic() - started_at, 1)
+        self.write()
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
@@ -410,16 +421,6 @@ def graphs(check: Check, name: str) -> None:
 # ------------------------------------------------------------------------------------------------- the whole
 
 
-def facts_of(check: Check) -> dict[str, object]:
-    facts: dict[str, object] = {"date": time.strftime("%Y-%m-%d"), "imaginaire_spade": __version__}
-    facts |= {"torch": torch.__version__, "CUDA": torch.version.cuda, "device": check.device.type}
-    facts |= {"processes": check.info.world_size, "label maps": check.options.label_maps or "drawn scenes"}
-    facts["allocator"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "default")
-    if check.on_gpu:
-        facts |= {"device": torch.cuda.get_device_name(), "GPUs": torch.cuda.device_count()}
-    return facts
-
-
 def peak(check: Check, name: str) -> None:
     check.peak_tflops = matmul_peak_tflops(check.device, 256 if check.quick else 8192)
     check.say(name, None, f"{check.peak_tflops:.1f} TFLOP/s in bf16")
@@ -492,7 +493,6 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False  # as matrix products by default: float32 means float32
     with tempfile.TemporaryDirectory() as place:
         check = Check(options, device, info, Path(place))
-        check.facts |= facts_of(check)
         listen(check)
         timer = threading.Timer(options.budget_s, check.give_up)
         timer.daemon = True
