@@ -215,19 +215,19 @@ def line_of(name: str, ok: bool | None, detail: object) -> str:
 
 def norms(check: Check, name: str) -> None:
     """Compare a SPADE norm by tables (as it runs, and with nothing compiled) and dense here with dense on the CPU."""
-    batch = next(check.run("SPADE tables", 1 if check.quick else 2, "fp32", device=CPU).batches(num_workers=0))
+    batch = next(check.run("SPADE tables", 1 if check.quick else 2, "fp32").batches(num_workers=0))
     variants = {"dense": ("dense", False), "tables": ("table", False)}
     if check.on_gpu:
         variants["tables, uncompiled"] = ("table", True)
     forms: tuple[dict[str, Any], ...] = ({"upsample": 2, "slope": 0.2}, {"upsample": 2}, {"slope": 0.2}, {})
     for options in forms[: 1 if check.quick else None]:
-        truth = _norm_and_gradients("dense", "fp64", batch, options)
+        truth = _norm_and_gradients("dense", "fp64", batch.to(CPU), options)
         for precision, bound in BOUNDS.items():
             torch._dynamo.reset()  # its limit is for one training, not for all forms and precisions
             errors = {}
             for variant, (path, eager) in variants.items():
                 with torch.compiler.set_stance("force_eager") if eager else nullcontext():
-                    found = _norm_and_gradients(path, precision, batch.to(check.device), options)
+                    found = _norm_and_gradients(path, precision, batch, options)
                 pairs = zip(found, truth, strict=True)
                 errors[variant] = max(float((a.cpu().double() - b).norm() / b.norm()) for a, b in pairs)
             bounded = all(error <= max(bound, 2 * errors["dense"]) for error in errors.values())
