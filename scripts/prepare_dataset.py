@@ -33,8 +33,8 @@ What annotation tools export, unpacked (docs/data_from_tools.md says which expor
 Label ids stay those of the download; configs/labels/NAME.yaml says what they mean. For the tools, mapillary and
 ade20k_full, OUTPUT/labels.yaml does; pixels that nothing covers have no class, and --classes chooses classes.
 
-Run it again to continue. Under torchrun or in a SLURM job array each process writes its share of the folders; --lmdb and
---edge_maps need one process.
+Run it again to continue. Under torchrun or in a SLURM job array each process writes its share of the folders; --lmdb
+and --edge_maps need one process.
 """
 
 import argparse

@@ -107,7 +107,13 @@ def label_studio(root):
         for name, mask in zip(("tree", "sky"), masks, strict=True)
     ]  # fmt: skip
     choice = {"id": "c", "type": "choices", "from_name": "q", "to_name": "image", "value": {"choices": ["good"]}}
-    note = {"id": 3, "was_cancelled": False, "ground_truth": False, "updated_at": "2026-01-02", "result": results + [choice]}
+    note = {
+        "id": 3,
+        "was_cancelled": False,
+        "ground_truth": False,
+        "updated_at": "2026-01-02",
+        "result": [*results, choice],
+    }
     older = {"id": 2, "was_cancelled": False, "ground_truth": False, "updated_at": "2026-01-01", "result": results[:1]}
     task = {"id": 7, "data": {"image": "/data/upload/1/0123abcd-my%20photo.jpg"}, "annotations": [older, note]}
     (root / "project-1.json").write_text(json.dumps([task, {**task, "id": 8, "annotations": []}]))

@@ -9,7 +9,7 @@ import io
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -27,6 +27,12 @@ from imaginaire_spade.files import read_json, read_text
 
 Area = Callable[[], NDArray[np.bool_]]
 """Draws a region: bool [H, W]. Picklable."""
+Regions = Sequence[tuple[Any, str, Area]]
+"""Class or id, place of the description, and what draws it; the last lies on top."""
+
+
+CocoRegion = tuple[float, Any, str, Area]
+"""Size in pixels, id of the category, place in the file, and what draws it."""
 
 
 class Annotated(NamedTuple):
@@ -37,12 +43,11 @@ class Annotated(NamedTuple):
     photo: Path
     size: tuple[int, int]
     """Height and width of the regions."""
-    regions: Sequence[tuple[str, str, Area]]
-    """Class, place of the description, and what draws it; the last lies on top."""
+    regions: Regions
 
 
-def paint(regions: Sequence[tuple[int, str, Area]], size: tuple[int, int], below: int | NDArray[np.generic]) -> bytes:
-    """Draw (id, place of the description, area) upon ids: a PNG of 8 bits, or 16 as needed.
+def paint(regions: Regions, size: tuple[int, int], below: int | NDArray[np.generic]) -> bytes:
+    """Draw regions, whose classes are ids, upon ids: a PNG of 8 bits, or 16 as needed.
 
     Args:
         size: (height, width).
@@ -104,25 +109,35 @@ def _without_orientation(path: Path, turn: bool) -> bytes:
     return buffer.getvalue()
 
 
-def _find_photo(paths: Sequence[Path], name: str, *folders: Path) -> Path:
-    """Return the photo at ``name`` below one of the folders, or the only one of ``paths`` with that file name.
+def _by_name(folder: Path) -> dict[str, list[Path]]:
+    """Map file names to the photos below a folder that have them."""
+    photos: dict[str, list[Path]] = {}
+    for path in find_images(folder).values():
+        photos.setdefault(path.name, []).append(path)
+    return photos
+
+
+def _find_photo(photos: Mapping[str, list[Path]], name: str, *folders: Path) -> Path:
+    """Return the photo at ``name`` below one of the folders, or the only one of ``photos`` with that file name.
 
     Raises:
         DataError: several photos could be meant.
     """
     places = [folder / name.replace("\\", "/") for folder in folders]
-    found = [place for place in places if place.is_file()][:1] or [p for p in paths if p.name == places[0].name]
+    found = [place for place in places if place.is_file()][:1] or photos.get(places[0].name, places[:1])
     if len(found) > 1:
         raise DataError(f"{name}: several photos have this name: {', '.join(map(str, found[:5]))}")
-    return (found or places)[0]
+    return found[0]
 
 
 # ------------------------------------------------------------------------------------------------ JSON
 
 
-def _gather(
-    paths: Iterable[Path], tool: str, read: Callable[[Path, Any], Iterator[Annotated]]
-) -> tuple[list[Annotated], dict[str, None]]:
+_Reader = Callable[[Path, Any], Iterator[Annotated]]
+"""Takes a JSON file and its content."""
+
+
+def _gather(paths: Sequence[Path], tool: str, read: _Reader) -> tuple[list[Annotated], list[str]]:
     """Read the photos of JSON files, and the names of their classes in alphabetical order."""
     found: list[Annotated] = []
     for path in paths:
@@ -131,13 +146,13 @@ def _gather(
             found += read(path, tree)
         except (KeyError, TypeError, AttributeError, StopIteration, RuntimeError) as error:
             raise DataError(f"{path}: no JSON of {tool} with masks: {error!r}") from None
-    return found, dict.fromkeys(sorted({name for photo in found for name, _, _ in photo.regions}))
+    return found, sorted({name for photo in found for name, _, _ in photo.regions})
 
 
 def _coco(source: Path, options: Options) -> Export:
     """Read COCO's polygons and run length codes. Small regions lie upon large ones."""
     folder, categories, empty = source / (options.images or "."), dict[str, None](), list[str]()
-    photos = list(find_images(folder).values())
+    photos = _by_name(folder)
 
     def read(path: Path, tree: Any) -> Iterator[Annotated]:
         names = {category["id"]: str(category["name"]) for category in tree["categories"]}
@@ -166,20 +181,21 @@ def _coco(source: Path, options: Options) -> Export:
     return _export(found, [name for name in categories if name in used], options, notes)
 
 
-def coco_regions(path: Path, tree: Any, empty: list[str]) -> dict[Any, list[tuple[float, Any, str, Area]]]:
-    """Map the id of every image to its regions, in the file's order: size, category, place in the file, area.
+def coco_regions(path: Path, tree: Any, empty: list[str], otherwise: str = "") -> dict[Any, list[CocoRegion]]:
+    """Map the id of every image to its regions, in the file's order.
 
     Args:
         empty: gets the annotations without a mask.
+        otherwise: says what can be done without pycocotools.
     Raises:
         ConfigError: pycocotools (extra ``data``) is not installed.
         DataError: an annotation belongs to no image.
         KeyError, TypeError, AttributeError: this is no instances JSON of COCO.
     """
-    with how_to_install("data", f"{path}: reading it needs the package pycocotools"):
+    with how_to_install("data", f"{path}: reading it needs the package pycocotools", otherwise):
         import pycocotools.mask  # noqa: F401
     sizes = {image["id"]: (image["height"], image["width"]) for image in tree["images"]}
-    regions: dict[Any, list[tuple[float, Any, str, Area]]] = {image_id: [] for image_id in sizes}
+    regions: dict[Any, list[CocoRegion]] = {image_id: [] for image_id in sizes}
     for note in tree["annotations"]:
         where, shape = f"{path}: annotation {note['id']}", note.get("segmentation")
         if note["image_id"] not in sizes:
@@ -198,13 +214,14 @@ def _coco_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     """Draw polygons or a run length code of COCO: bool [H, W]."""
     from pycocotools import mask
 
-    coded = mask.frPyObjects(segmentation, height, width)
+    is_coded = isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list)
+    coded = segmentation if is_coded else mask.frPyObjects(segmentation, height, width)
     return mask.decode(mask.merge(coded) if isinstance(coded, list) else coded) != 0
 
 
 def _labelme(source: Path, options: Options) -> Export:
     """Read labelme's JSON, one file for each photo. Later shapes lie upon earlier ones, as in labelme's own export."""
-    photos = list(find_images(source / (options.images or ".")).values())
+    photos = _by_name(source / (options.images or "."))
 
     def read(path: Path, tree: Any) -> Iterator[Annotated]:
         size, regions = (tree["imageHeight"], tree["imageWidth"]), []
@@ -250,7 +267,7 @@ def _label_studio(source: Path, options: Options) -> Export:
     Of several annotations of a photo the ground truth counts, or the one that was updated last.
     """
     folder = source / (options.images or ".")
-    photos = list(find_images(folder).values())
+    photos = _by_name(folder)
 
     def read(path: Path, tasks: Any) -> Iterator[Annotated]:
         for task in tasks:
@@ -278,7 +295,7 @@ def _label_studio(source: Path, options: Options) -> Export:
 
     paths = [source / options.labels] if options.labels else sorted(source.glob("*.json"))
     found, names = _gather(paths, "Label Studio (not JSON-MIN)", read)
-    return _export(found, list(names), options)
+    return _export(found, names, options)
 
 
 def _label_studio_area(value: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -324,9 +341,12 @@ def _voc(source: Path, options: Options) -> Export:
     if double := [colour for colour, uses in Counter(colours.values()).items() if uses > 1]:
         raise DataError(f"{path}: several classes have the colour {double[0]}")
     classes = samples.number_classes(colours, options, path)
-    masks = find_images(find_folder(source, str(options.labels or "SegmentationClass")))
-    objects, photos = find_images(source / "SegmentationObject"), source / (options.images or "JPEGImages")
-    shown, made = find_images(find_folder(photos.parent, photos.name)), []
+    masks = find_images(find_folder(source, "SegmentationClass", chosen=options.labels))
+    objects, photos = (
+        find_images(source / "SegmentationObject"),
+        find_folder(source, "JPEGImages", chosen=options.images),
+    )
+    shown, made = find_images(photos), []
     val = set("".join(read_text(p, DataError) for p in source.glob("ImageSets/Segmentation/val*.txt")).split("\n"))
     for key, mask in masks.items():
         photo = shown.get(key, photos / f"{key}.jpg")
@@ -359,8 +379,8 @@ def _by_colour(path: Path, colours: Mapping[str, tuple[int, int, int]], classes:
 
 def _parts(source: Path, options: Options) -> Export:
     """Merge one mask per part: PHOTO_PART.png, PHOTO/PART.png or PART/PHOTO.png. Later ``--classes`` lie on top."""
-    photos = find_images(find_folder(source, str(options.images or "images")))
-    folder = find_folder(source, *([str(options.labels)] if options.labels else ["masks", "labels", "seg_maps"]))
+    photos = find_images(find_folder(source, "images", chosen=options.images))
+    folder = find_folder(source, "masks", "labels", "seg_maps", chosen=options.labels)
     parts: dict[str, dict[str, Path]] = {key: {} for key in photos}
     for key, path in find_images(folder).items():
         cuts = [(key[: m.start()], key[m.end() :]) for m in re.finditer("[_/]", key)][::-1]
@@ -400,10 +420,5 @@ def _export(
 
 
 TOOLS: dict[str, Callable[[Path, Options], Export]] = {
-    "coco": _coco,
-    "cvat": _voc,
-    "label_studio": _label_studio,
-    "labelme": _labelme,
-    "parts": _parts,
-    "voc": _voc,
-}
+    "coco": _coco, "cvat": _voc, "label_studio": _label_studio, "labelme": _labelme, "parts": _parts, "voc": _voc
+}  # fmt: skip

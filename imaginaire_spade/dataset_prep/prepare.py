@@ -24,7 +24,7 @@ import yaml
 from imaginaire_spade.data.image_files import DECODERS, decode_label, encode_map
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.dataset_prep import samples as raw
-from imaginaire_spade.dataset_prep.annotations import TOOLS, Area, coco_regions, mask_file, paint
+from imaginaire_spade.dataset_prep.annotations import TOOLS, CocoRegion, coco_regions, mask_file, paint
 from imaginaire_spade.dataset_prep.maps import Writing, write_maps
 from imaginaire_spade.dataset_prep.samples import Export, Options, RawSample, find_folder, find_images, find_path
 from imaginaire_spade.errors import DataError
@@ -36,8 +36,8 @@ FIRST_OBJECT = 256
 LABELS = "labels.yaml"
 """The label table of an annotation tool's export, in the output folder."""
 
-Objects = tuple[tuple[int, int], list[tuple[float, Any, str, Area]]]
-"""The size of one image of COCO, and its objects: size, category, place in the file, area."""
+Objects = tuple[tuple[int, int], list[CocoRegion]]
+"""The size of one image of COCO, and its objects."""
 
 
 def _cocostuff(source: Path, options: Options) -> Iterator[RawSample]:
@@ -171,13 +171,11 @@ def _celebamask_hq(source: Path, options: Options) -> Iterator[RawSample]:
 
 def _isprs(source: Path, options: Options) -> Iterator[RawSample]:
     """Yield the labelled tiles of Potsdam or Vaihingen, whose colours the table knows."""
-    photos = [str(options.images)] if options.images else ["2_Ortho_RGB", "top"]
-    labels = [str(options.labels)] if options.labels else ["5_Labels_all", "gts_for_participants"]
+    photos = find_folder(source, "2_Ortho_RGB", "top", chosen=options.images)
+    labels = find_folder(source, "5_Labels_all", "gts_for_participants", chosen=options.labels)
     tile = re.compile("_(RGB|IRRG|RGBIR|label|noBoundary|label_noBoundary)$")
-    found = {
-        data_type: {tile.sub("", key): path for key, path in find_images(find_folder(source, *names)).items()}
-        for data_type, names in (("images", photos), ("seg_maps", labels))
-    }
+    by_tile = [{tile.sub("", k): path for k, path in find_images(folder).items()} for folder in (photos, labels)]
+    found = dict(zip(("images", "seg_maps"), by_tile, strict=True))
     found["images"] = {key: path for key, path in found["images"].items() if key in found["seg_maps"]}
     return raw.split_samples(found, options.num_val)
 
@@ -208,15 +206,14 @@ def _mapillary(source: Path, options: Options) -> Export:
 def _ade20k_full(source: Path, options: Options) -> Export:
     """Read all of ADE20K (ADE20K_2021_17_01): R / 10 * 256 + G is a class, which a JSON beside each photo names."""
     found, names = [], dict[str, int]()
-    for split, name in (("train", "training"), ("val", "validation")):
-        for root in ("ADE20K_2021_17_01/images/ADE", "images/ADE", "ADE"):
-            for path in sorted((source / root / name).rglob("*.json")):
-                try:
-                    objects = json.loads(path.read_text("latin-1"))["annotation"]["object"]
-                    names |= {o["name"]: o["name_ndx"] for o in objects if not o["parts"]["part_level"]}
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(f"{path}: no JSON of ADE20K: {error!r}") from None
-                found.append(RawSample(split, path.stem, {"images": path.with_suffix(".jpg")}))
+    for path in sorted(source.rglob("*.json")):
+        try:
+            objects = json.loads(path.read_text("latin-1"))["annotation"]["object"]
+            names |= {o["name"]: o["name_ndx"] for o in objects if not o["parts"]["part_level"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: no JSON of ADE20K_2021_17_01: {error!r}") from None
+        split = "val" if "validation" in path.parts else "train"
+        found.append(RawSample(split, path.stem, {"images": path.with_suffix(".jpg")}))
     classes = raw.number_classes(sorted(names), options, f"{source}: ADE20K_2021_17_01 (with a JSON for each photo)")
     ids = {names[name]: i for name, i in classes.items()}
     found = [replace(s, draw={"seg_maps": partial(_ade20k_ids, s.files["images"], ids)}) for s in found]
@@ -260,7 +257,8 @@ def _read_objects(path: Path) -> dict[str, Objects]:
     """
     tree = read_json(path)
     try:
-        regions = coco_regions(path, tree, [])
+        otherwise = " (or unpack the panoptic maps, or move the file away to go without instance maps)"
+        regions = coco_regions(path, tree, [], otherwise)
         return {
             PurePosixPath(image["file_name"]).stem: ((image["height"], image["width"]), regions[image["id"]])
             for image in tree["images"]

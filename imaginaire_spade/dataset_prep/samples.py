@@ -63,12 +63,13 @@ def find_path(source: Path, *candidates: str) -> Path | None:
     return next((source / candidate for candidate in candidates if (source / candidate).exists()), None)
 
 
-def find_folder(source: Path, *candidates: str) -> Path:
-    """Return the first of ``candidates`` that is there.
+def find_folder(source: Path, *candidates: str, chosen: Path | None = None) -> Path:
+    """Return the folder that the user chose, or the first of ``candidates`` that is there.
 
     Raises:
         DataError: none is.
     """
+    candidates = (str(chosen),) if chosen else candidates
     found = find_path(source, *candidates)
     if found is None:
         raise DataError(f"--source {source}: none of {', '.join(c + '/' for c in candidates)} is there")
