@@ -270,9 +270,9 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1636, "pages": 17, "data": 1192, "models": 1031, "pretrained": 288, "training": 1431,
+    "top level": 1636, "pages": 17, "data": 1195, "models": 1031, "pretrained": 288, "training": 1431,
     "inference": 1035, "evaluation": 944,
-    "lmdb_builder": 694, "dataset_prep": 353, "interop": 827, "export": 146, "demo": 406,
+    "lmdb_builder": 694, "dataset_prep": 730, "interop": 827, "export": 146, "demo": 406,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""
@@ -308,7 +308,7 @@ def test_rooms_keep_their_budget():
     assert lines.keys() == BUDGET.keys()
     over = {room: f"{number} of {BUDGET[room]}" for room, number in lines.items() if number > BUDGET[room]}
     assert not over
-    assert sum(BUDGET.values()) <= 10_000 and sum(CORE_BUDGET.values()) <= 6_800
+    assert sum(BUDGET.values()) <= 10_380 and sum(CORE_BUDGET.values()) <= 6_800
 
 
 def test_folders_are_two_deep():

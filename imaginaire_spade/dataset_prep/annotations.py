@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 
-from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_label, encode_map, image_size
+from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_label, image_size
 from imaginaire_spade.dataset_prep import samples
 from imaginaire_spade.dataset_prep.samples import Export, Options, RawSample, find_folder, find_images, no_class
 from imaginaire_spade.errors import DataError, how_to_install
@@ -64,7 +64,7 @@ def paint(regions: Regions, size: tuple[int, int], below: int | NDArray[np.gener
         if inside.shape != size:
             raise DataError(f"{where} is of another size than its image: {inside.shape}, not {size}")
         ids[inside] = value
-    return encode_map(ids if ids.max() > 255 else ids.astype(np.uint8))
+    return samples.encode_ids(ids)
 
 
 def mask_file(path: Path) -> NDArray[np.bool_]:
@@ -92,10 +92,8 @@ def _turn(path: Path, size: tuple[int, int]) -> dict[str, Callable[[], bytes]]:
         raise DataError(f"{path}: not readable as an image") from None
     upright = stored[::-1] if orientation in (5, 6, 7, 8) else stored
     if size not in (stored, upright):
-        raise DataError(
-            f"{path}: {upright[0]} x {upright[1]} (height x width), but its annotations are for {size[0]} x {size[1]}:"
-            " they are of another photo, or one of them was resized"
-        )
+        sizes = f"{upright[0]} x {upright[1]} (height x width), but its annotations are for {size[0]} x {size[1]}"
+        raise DataError(f"{path}: {sizes}: they are of another photo, or one of them was resized")
     return {"images": partial(_without_orientation, path, size == upright)} if orientation in range(2, 9) else {}
 
 
@@ -285,11 +283,10 @@ def _label_studio(source: Path, options: Options) -> Export:
                 if not kind.endswith("labels"):
                     continue  # choices, texts
                 names, size = result["value"][kind], (result["original_height"], result["original_width"])
-                if kind not in ("brushlabels", "polygonlabels") or len(names) != 1 or result.get("image_rotation"):
-                    raise DataError(
-                        f"{where}: {kind} {names}, photo turned by {result.get('image_rotation', 0)} degrees; what is"
-                        " read: brushlabels and polygonlabels, of one class each, on a photo that was not turned"
-                    )
+                turned = result.get("image_rotation", 0)
+                if kind not in ("brushlabels", "polygonlabels") or len(names) != 1 or turned:
+                    readable = "brushlabels and polygonlabels of one class each, on photos that are not turned"
+                    raise DataError(f"{where}: {kind} {names}, photo turned by {turned} degrees; read are {readable}")
                 regions.append((names[0], where, partial(_label_studio_area, result["value"], size)))
             yield Annotated("train", photo.stem, photo, size, regions)
 
@@ -358,6 +355,9 @@ def _voc(source: Path, options: Options) -> Export:
     return Export(made, list(classes), [colours[name] for name in classes], notes)
 
 
+_VOC_BORDER = (224, 224, 192)
+
+
 def _voc_colour(index: int) -> list[int]:
     """Return the colour that VOC gives to a class: three bits of its number at a time, the lowest first."""
     return [sum((index >> 3 * i + channel & 1) << 7 - i for i in range(8)) for channel in range(3)]
@@ -365,16 +365,15 @@ def _voc_colour(index: int) -> list[int]:
 
 def _by_colour(path: Path, colours: Mapping[str, tuple[int, int, int]], classes: Mapping[str, int]) -> bytes:
     """Turn a mask of colours into ids; VOC's colour of borders, and classes that have no id, are no class."""
-    nothing = no_class(len(classes))
-    known = {(224, 224, 192): nothing} | {colour: classes.get(name, nothing) for name, colour in colours.items()}
+    known = {_VOC_BORDER: no_class(len(classes))}
+    known |= {colour: classes.get(name, no_class(len(classes))) for name, colour in colours.items()}
     with Image.open(path) as image:
-        rgb = np.asarray(image.convert("RGB"))
-    stored, place = np.unique(rgb.reshape(-1, 3), axis=0, return_inverse=True)
+        stored, place = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0, return_inverse=True)
+        size = (image.height, image.width)
     present = [(int(r), int(g), int(b)) for r, g, b in stored]
     if unknown := [colour for colour in present if colour not in known]:
         raise DataError(f"{path}: {len(unknown)} colours that labelmap.txt does not have: {str(unknown[:5])[1:-1]}")
-    ids = np.array([known[colour] for colour in present], np.int32)[place.reshape(rgb.shape[:2])]
-    return encode_map(ids if nothing > 255 else ids.astype(np.uint8))
+    return samples.encode_ids(np.array([known[colour] for colour in present])[place.reshape(size)])
 
 
 def _parts(source: Path, options: Options) -> Export:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 import yaml
@@ -154,10 +154,8 @@ _FACE = "skin nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip
 
 
 def _celebamask_hq(source: Path, options: Options) -> Iterator[RawSample]:
-    photos, masks = (
-        find_images(find_folder(source, folder, f"CelebAMask-HQ/{folder}"))
-        for folder in ("CelebA-HQ-img", "CelebAMask-HQ-mask-anno")
-    )
+    photos = find_images(find_folder(source, "CelebA-HQ-img", "CelebAMask-HQ/CelebA-HQ-img"))
+    masks = find_images(find_folder(source, "CelebAMask-HQ-mask-anno", "CelebAMask-HQ/CelebAMask-HQ-mask-anno"))
     by_name, made = {path.stem: path for path in masks.values()}, []
     for key, photo in photos.items():
         files = ((i, by_name.get(f"{key:0>5}_{part}")) for i, part in enumerate(_FACE.split(), 1))
@@ -221,28 +219,18 @@ def _ade20k_full(source: Path, options: Options) -> Export:
 
 
 def _ade20k_ids(photo: Path, ids: Mapping[int, int]) -> bytes:
-    path = photo.with_name(f"{photo.stem}_seg.png")
+    path, table = photo.with_name(f"{photo.stem}_seg.png"), np.full(65536, raw.no_class(len(ids)))
     stored = decode_label(path.read_bytes(), str(path)).astype(np.int32)
-    table = np.full(65536, raw.no_class(len(ids)), np.int32)
     table[list(ids)] = list(ids.values())
-    labels = table[stored[..., 0] // 10 * 256 + stored[..., 1]]
-    return encode_map(labels if len(ids) > 255 else labels.astype(np.uint8))
+    return raw.encode_ids(table[stored[..., 0] // 10 * 256 + stored[..., 1]])
 
 
 TOOLS |= {"ade20k_full": _ade20k_full, "mapillary": _mapillary}
 DATASETS: dict[str, Callable[[Path, Options], Iterator[RawSample]]] = {
-    "cocostuff": _cocostuff,
-    "ade20k": _ade20k,
-    "ade20k_outdoor": _ade20k_outdoor,
-    "cityscapes": _cityscapes,
-    "camvid": _camvid,
-    "facades": _facades,
-    "landscapes": _photos,
-    "custom": _custom,
-    "celebamask_hq": _celebamask_hq,
-    "isprs": _isprs,
-    "loveda": _loveda,
-}
+    "cocostuff": _cocostuff, "ade20k": _ade20k, "ade20k_outdoor": _ade20k_outdoor, "cityscapes": _cityscapes,
+    "camvid": _camvid, "facades": _facades, "landscapes": _photos, "custom": _custom,
+    "celebamask_hq": _celebamask_hq, "isprs": _isprs, "loveda": _loveda,
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ COCO's objects

@@ -6,8 +6,12 @@ Responsible for what the readers of ``prepare`` (data sets) and ``annotations`` 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS
+import numpy as np
+from numpy.typing import NDArray
+
+from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, encode_map
 from imaginaire_spade.errors import DataError
 
 
@@ -56,6 +60,11 @@ class Export:
 def no_class(num_classes: int) -> int:
     """Return the id of pixels without a class: the largest of 8 bits, or of 16 where these do not suffice."""
     return 255 if num_classes < 256 else 65535
+
+
+def encode_ids(ids: NDArray[Any]) -> bytes:
+    """Encode ids [H, W] as a PNG of 8 bits, or 16 where one is larger."""
+    return encode_map(ids.astype(np.int32) if ids.max() > 255 else ids.astype(np.uint8))
 
 
 def find_path(source: Path, *candidates: str) -> Path | None:
