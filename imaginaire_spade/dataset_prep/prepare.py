@@ -362,11 +362,10 @@ def _write_labels(path: Path, name: str, export: Export) -> None:
     Raises:
         DataError: another table is there, so label maps there may have other ids.
     """
-    ignore, palette = export.ignore or raw.no_class(len(export.names)), [list(colour) for colour in export.palette]
-    labels = {"num_classes": len(export.names), "dont_care": True, "ignore": [ignore], "names": export.names}
-    content = yaml.safe_dump(
-        {"data": {"name": name, "labels": {**labels, "palette": palette}}}, sort_keys=False, allow_unicode=True
-    )
+    names, palette = export.names, [list(colour) for colour in export.palette]
+    ignore = export.ignore or raw.no_class(len(names))
+    labels = {"num_classes": len(names), "dont_care": True, "ignore": [ignore], "names": names, "palette": palette}
+    content = yaml.safe_dump({"data": {"name": name, "labels": labels}}, sort_keys=False, allow_unicode=True)
     if path.exists() and read_text(path, DataError) != content:
         raise DataError(f"{path}: another label table than this export's: take another --output, or remove that one")
     write_bytes(path, content.encode())
