@@ -33,7 +33,7 @@ from imaginaire_spade.lmdb_builder.shard import summary
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--config", required=True, help="YAML with data.labels and data.edges: a run's config, or a label table"
+        "--config", required=True, help="YAML with data.labels, .images and .edges: a run's config, or a label table"
     )
     parser.add_argument("--data_root", required=True, help="folder of images/, seg_maps/ (edge_maps/, inst_maps/)")
     parser.add_argument("--output_root", required=True, help="folder to make")
@@ -76,6 +76,7 @@ def main() -> None:
         arguments.output_root,
         data.labels,
         edges=data.edges,
+        images=data.images,
         data_types=arguments.data_types,
         num_shards=arguments.num_shards,
         num_workers=arguments.num_workers,

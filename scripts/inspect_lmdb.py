@@ -17,11 +17,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade.config_files import load_labels
-from imaginaire_spade.data.image_files import DECODERS
+from imaginaire_spade.data.image_files import decode_label
 from imaginaire_spade.data.lmdb_source import MANIFEST
+from imaginaire_spade.data.photos import decode_photo, is_upright, measured, read_header, show
 from imaginaire_spade.errors import DataError, run_command_line
 from imaginaire_spade.files import read_json, write_image
-from imaginaire_spade.lmdb_builder.build import extract, look_through, open_data, stored_labels, stored_types
+from imaginaire_spade.lmdb_builder.build import (
+    extract,
+    look_through,
+    open_data,
+    stored_images,
+    stored_labels,
+    stored_types,
+)
 from imaginaire_spade.lmdb_builder.shard import summary
 from imaginaire_spade.sheets import draw_class_chart, draw_contact_sheet
 
@@ -72,13 +80,18 @@ def main() -> None:
     if arguments.contact_sheet:
         step = max(1, len(source.keys) // arguments.rows)
         types = [t for t in ("seg_maps", "images") if source.has(t)]
-        rows = []
+        images, rows = measured(stored_images(root), [root]), []
         for key in source.keys[::step][: arguments.rows]:
-            cells = {t: DECODERS[t](source.read(key, t), source.describe(key, t)) for t in types}
-            if "seg_maps" in cells:
-                ids = labels.to_train_ids(cells["seg_maps"], source.describe(key, "seg_maps"))
-                cells["seg_maps"] = labels.colourise(ids)
-            rows.append(list(cells.values()))
+            cells, size = [], None
+            for t in types:
+                where, content = source.describe(key, t), source.read(key, t)
+                if t == "seg_maps":
+                    cells.append(labels.colourise(labels.to_train_ids(decode_label(content, where), where)))
+                    size = cells[0].shape[:2]
+                else:
+                    upright = is_upright(read_header(content, where), images, size, where)
+                    cells.append(show(decode_photo(content, where, images, upright=upright), images))
+            rows.append(cells)
         write_image(arguments.contact_sheet, draw_contact_sheet(rows, types))
         print(f"contact sheet: {arguments.contact_sheet}")
 

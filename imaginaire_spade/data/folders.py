@@ -16,12 +16,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS
+from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, PHOTO_EXTENSIONS
 from imaginaire_spade.errors import DataError
 
 DISTANCES = "distances"
 """The data type that can be computed from the label maps: files that lack are no mistake."""
 DATA_TYPES = ("images", "seg_maps", "edge_maps", "inst_maps", DISTANCES)
+EXTENSIONS = {"images": PHOTO_EXTENSIONS, DISTANCES: ("npy",)}
+"""Data type -> those of its files; others have ``IMAGE_EXTENSIONS``."""
 ROOT_SEQUENCE = "."
 LAYOUT = "ROOT/images/NAME.jpg and ROOT/seg_maps/NAME.png (edge_maps/, inst_maps/ likewise; sub-folders are sequences)"
 
@@ -119,8 +121,7 @@ class FolderSource(Source):
         self.skipped: list[Path] = []
         """Files whose extension is none of their data type."""
         self._extensions = {
-            t: _scan(folder, ("npy",) if t == DISTANCES else IMAGE_EXTENSIONS, self.skipped)
-            for t, folder in self._folders.items()
+            t: _scan(folder, EXTENSIONS.get(t, IMAGE_EXTENSIONS), self.skipped) for t, folder in self._folders.items()
         }
         paired = {t: files for t, files in self._extensions.items() if t != DISTANCES}
         union = set().union(*paired.values())

@@ -21,11 +21,13 @@ from imaginaire_spade.errors import DataError
 # No thread pool of OpenCV's own: work is spread over processes. It must be switched off here, before it exists: a child
 # forked from a process with such a pool hangs for ever when it switches it off (or uses it).
 cv2.setNumThreads(0)
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # no line per TIFF of unusual tags
 
 MAX_PIXELS = 2**27
 """Largest image that is decoded (11,585 squared): a header may promise any size, memory may not."""
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
+PHOTO_EXTENSIONS = (*IMAGE_EXTENSIONS, "npy", "npz")
 
 # OpenCV has combined scale and colour flags for BGR only, so the individual flags are ORed.
 _SCALE = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
@@ -42,7 +44,16 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
     if data.startswith(_PNG) and len(data) >= 26:
         width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     else:
-        width, height = _jpeg_size(data) or _open(data, where).size
+        width, height = (jpeg_frame(data) or open_image(data, where).size)[:2]
+    return check_size(height, width, where)
+
+
+def check_size(height: int, width: int, where: str) -> tuple[int, int]:
+    """Return (height, width) of an image.
+
+    Raises:
+        DataError: none, or more than ``MAX_PIXELS``.
+    """
     if width * height > MAX_PIXELS:
         raise DataError(f"{where}: {width} x {height} pixels by its header; at most {MAX_PIXELS} are read")
     if width < 1 or height < 1:
@@ -58,8 +69,8 @@ def is_jpeg(data: bytes) -> bool:
 def decode_image(data: bytes, where: str, *, reduction: int = 1) -> NDArray[np.uint8]:
     """Decode a photo: uint8 [H, W, 3] RGB.
 
-    Pixels come as stored: an EXIF orientation is ignored, since label maps are drawn on the stored pixels. Grey,
-    palette, 16-bit and RGBA images become 8-bit RGB.
+    Pixels come as stored, except those of a TIFF: an EXIF orientation is ignored. Grey, palette, 16-bit and RGBA images
+    become 8-bit RGB. (``photos.decode_photo`` decodes a data set's photos; it refuses what this would change.)
 
     Args:
         reduction: 2, 4 or 8: decode a JPEG at that part of its size, rounded up, which is several times faster.
@@ -80,17 +91,6 @@ def decode_image(data: bytes, where: str, *, reduction: int = 1) -> NDArray[np.u
     if rgb is None:
         raise DataError(f"{where}: not readable as an image (damaged, or a format that OpenCV does not know)")
     return np.asarray(rgb, np.uint8)
-
-
-def check_photo(data: bytes, where: str) -> tuple[int, int]:
-    """Check that a photo can be decoded. Returns its (height, width).
-
-    Raises:
-        DataError: as ``decode_image``.
-    """
-    # A decoder reads a JPEG to its end at any scale: decoding at 1/8 detects the same corruption 40 % faster.
-    decode_image(data, where, reduction=8 if is_jpeg(data) else 1)
-    return image_size(data, where)
 
 
 def decode_label(data: bytes, where: str) -> NDArray[np.generic]:
@@ -145,7 +145,7 @@ def _decode_map(data: bytes, where: str, what: str) -> NDArray[np.generic]:
 
 
 def _decode_with_pil(data: bytes, where: str, what: str) -> NDArray[np.generic]:
-    image = _open(data, where)
+    image = open_image(data, where)
     png_bits, png_type = (data[24], data[25]) if data.startswith(_PNG) else (8, None)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         raise DataError(f"{where}: a {what} with an alpha channel: save it without (single-channel PNG of ids)")
@@ -168,23 +168,26 @@ def _decode_with_pil(data: bytes, where: str, what: str) -> NDArray[np.generic]:
     return stored
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Read (width, height) from the frame header of a JPEG; None if there is none (PIL then says what it is)."""
+def jpeg_frame(data: bytes) -> tuple[int, int, bytes] | None:
+    """Read width, height and Exif data (b"" without) of a JPEG, up to its frame header; None where there is none."""
     if not data.startswith(b"\xff\xd8\xff"):
         return None
-    place = 2
+    place, exif = 2, b""
     while place + 9 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame of any kind of coding
             height, width = data[place + 5 : place + 7], data[place + 7 : place + 9]
-            return int.from_bytes(width, "big"), int.from_bytes(height, "big")
+            return int.from_bytes(width, "big"), int.from_bytes(height, "big"), exif
         if marker in (0xFF, 0xD9, 0xDA):  # padding, end, scan
             return None
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker == 0xE1 and not exif and data.startswith(b"Exif", place + 4):
+            exif = data[place + 4 : end]
+        place = end
     return None
 
 
-def _open(data: bytes, where: str) -> Image.Image:
+def open_image(data: bytes, where: str) -> Image.Image:
     """Open with PIL, which reads only the header now."""
     if not data:
         raise DataError(f"{where}: the file is empty (0 bytes)")
@@ -229,10 +232,9 @@ def encode_map(ids: NDArray[Any]) -> bytes:
 
 
 DECODERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {
-    "images": decode_image,
     "seg_maps": decode_label,
     "edge_maps": decode_edges,
     "inst_maps": decode_instances,
     "distances": decode_distances,
 }
-"""Data type -> how its files are decoded: [H, W] or [H, W, 3]; distances are [2, H, W]."""
+"""Data type -> how its files are decoded: [H, W] or [H, W, 3]; distances are [2, H, W]. (Photos: ``photos.py``.)"""

@@ -6,7 +6,6 @@ epoch p div n, whatever the number of processes or workers and wherever the run 
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import multiprocessing
 import os
@@ -32,8 +31,7 @@ from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import DataError, UserError, catch_error
 from imaginaire_spade.noise import generator_for
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
+from imaginaire_spade.processes import end_with_parent
 
 PREFETCH = 2
 """Batches that each worker prepares ahead."""
@@ -235,12 +233,12 @@ def start_worker(worker: int) -> None:
     """Set what signals do to a worker process of a DataLoader, whose main process may have handlers of its own."""
     # Schedulers and launchers send their signals to every process of a job, and a terminal sends Ctrl-C. The main one
     # needs batches until it has saved, and closes its loader itself; should it fail to, the alarm ends this worker.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
-    if sys.platform == "linux":
+    if sys.platform != "win32":
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
         # A worker that outlives its killed process holds that one's connections open, and its peers wait for answers.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent(signal.SIGKILL)
     parent = multiprocessing.parent_process()
     assert parent is not None
     if multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent.pid:

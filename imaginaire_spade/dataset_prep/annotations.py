@@ -17,13 +17,14 @@ from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_label, image_size
+from imaginaire_spade.data.photos import SHOWN, decode_stored, read_header
 from imaginaire_spade.dataset_prep import samples
 from imaginaire_spade.dataset_prep.samples import Export, Options, RawSample, find_folder, find_images, no_class
 from imaginaire_spade.errors import DataError, how_to_install
-from imaginaire_spade.files import read_json, read_text
+from imaginaire_spade.files import encode_image, read_json, read_text
 
 Area = Callable[[], NDArray[np.bool_]]
 """Draws a region: bool [H, W]. Picklable."""
@@ -85,26 +86,17 @@ def _turn(path: Path, size: tuple[int, int]) -> dict[str, Callable[[], bytes]]:
     Raises:
         DataError: no image, or of another size.
     """
-    try:
-        with Image.open(path) as image:
-            orientation, stored = image.getexif().get(0x0112, 1), (image.height, image.width)
-    except (OSError, SyntaxError, ValueError):
-        raise DataError(f"{path}: not readable as an image") from None
-    upright = stored[::-1] if orientation in (5, 6, 7, 8) else stored
-    if size not in (stored, upright):
+    header = read_header(path.read_bytes(), str(path))
+    upright = header.shown_size(True)
+    if size not in (header.size, upright):
         sizes = f"{upright[0]} x {upright[1]} (height x width), but its annotations are for {size[0]} x {size[1]}"
         raise DataError(f"{path}: {sizes}: they are of another photo, or one of them was resized")
-    return {"images": partial(_without_orientation, path, size == upright)} if orientation in range(2, 9) else {}
+    return {"images": partial(_without_orientation, path, size == upright)} if header.orientation in SHOWN else {}
 
 
 def _without_orientation(path: Path, turn: bool) -> bytes:
     """Encode a photo without its EXIF orientation, turned as it says or with its pixels where they are."""
-    buffer = io.BytesIO()
-    with Image.open(path) as image:
-        whole = ImageOps.exif_transpose(image) if turn else image.copy()
-        whole.info.pop("exif", None)
-        whole.save(buffer, image.format, quality=95)
-    return buffer.getvalue()
+    return encode_image(decode_stored(path.read_bytes(), str(path), upright=turn), path.suffix)
 
 
 def _by_name(folder: Path) -> dict[str, list[Path]]:

@@ -13,10 +13,12 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
+from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.distances import class_distances, encode_distances, read_header
 from imaginaire_spade.data.folders import DISTANCES, FolderSource
-from imaginaire_spade.data.image_files import DECODERS, decode_image, decode_label, encode_map, image_size
+from imaginaire_spade.data.image_files import DECODERS, decode_label, encode_map, image_size
 from imaginaire_spade.data.loader import map_in_order
+from imaginaire_spade.data.photos import decode_photo
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import atomic_write, write_bytes
 from imaginaire_spade.labels import LabelSpec, edges_from_ids
@@ -166,7 +168,8 @@ def label_photos(segmenter: Segmenter, root: Path, **writing: Unpack[Writing]) -
     source = FolderSource(root, ["images"])
 
     def label(key: str) -> bytes:
-        return encode_map(segmenter.label(decode_image(source.read(key, "images"), source.describe(key, "images"))))
+        data, where = source.read(key, "images"), source.describe(key, "images")
+        return encode_map(segmenter.label(decode_photo(data, where, ImageSpec(drop_alpha=True))))
 
     targets = [(root / "seg_maps" / f"{key}.png", key) for key in source.keys]
     writing["num_workers"] = 0  # the network is in this process, perhaps on a GPU

@@ -22,6 +22,7 @@ import numpy as np
 import yaml
 
 from imaginaire_spade.data.image_files import DECODERS, decode_label, encode_map
+from imaginaire_spade.data.photos import decode_stored
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.dataset_prep import samples as raw
 from imaginaire_spade.dataset_prep.annotations import TOOLS, CocoRegion, coco_regions, mask_file, paint
@@ -344,7 +345,7 @@ def _content(link: bool, file: _RawFile) -> bytes | Path:
     content = sample.draw[data_type]() if data_type in sample.draw else path.read_bytes()
     if not sample.resize_h_w and not sample.replace_ids:
         return content
-    array = DECODERS[data_type](content, str(path))
+    array = (decode_stored if data_type == "images" else DECODERS[data_type])(content, str(path))
     if data_type == "seg_maps":
         for old, new in sample.replace_ids.items():
             array = np.where(array == old, array.dtype.type(new), array)

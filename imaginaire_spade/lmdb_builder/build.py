@@ -16,10 +16,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.folders import DATA_TYPES, DISTANCES, FolderSource, Source
-from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS
+from imaginaire_spade.data.image_files import PHOTO_EXTENSIONS
 from imaginaire_spade.data.lmdb_source import MANIFEST, open_source, store_key
 from imaginaire_spade.data.loader import count_workers, generate_in_workers, map_in_order
+from imaginaire_spade.data.photos import built_images
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import read_json, read_text, write_bytes
 from imaginaire_spade.labels import EdgeSource, LabelSpec
@@ -30,7 +32,8 @@ from imaginaire_spade.lmdb_builder.shard import Manifest, remove_unfinished, wri
 OPTIONAL_TYPES = ("edge_maps", "inst_maps", DISTANCES)
 MAX_PROBLEMS = 20
 """A build stops after this many."""
-MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"BM", "bmp"), (b"RIFF", "webp"), (b"\x93NUMPY", "npy"))
+MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"BM", "bmp"), (b"RIFF", "webp"), (b"\x93NUMPY", "npy"),
+         (b"PK", "npz"), (b"II", "tif"), (b"MM", "tif"))  # fmt: skip
 
 
 def build_dataset(
@@ -39,6 +42,7 @@ def build_dataset(
     labels: LabelSpec,
     *,
     edges: str = "none",
+    images: ImageSpec | None = None,
     data_types: Sequence[str] | None = None,
     num_shards: int | None = None,
     num_workers: int | None = None,
@@ -57,6 +61,7 @@ def build_dataset(
 
     Args:
         edges: ``data.edges`` of the config; "file" requires edge_maps/, "instances" requires inst_maps/.
+        images: what photos mean, ``data.images`` of the config; None: 8-bit RGB.
         data_types: what to build; None: images, seg_maps, what ``edges`` needs, and the other folders that exist.
         num_shards: with 1 the root itself is the shard. None: one per process.
         num_workers: processes that read and check what this one writes; None: min(8, cores); 0: this process alone.
@@ -106,7 +111,7 @@ def build_dataset(
     if num_shards > len(source.keys):
         raise DataError(f"--num_shards {num_shards}: more shards than samples ({len(source.keys)})")
     shards = _divide(source.keys, num_shards)
-    plan = Plan(source, labels, types, shards, check, resize_smallest_side, quality, recode_maps)
+    plan = Plan(source, labels, images or ImageSpec(), types, shards, check, resize_smallest_side, quality, recode_maps)
     own = list(shards)[rank::world_size]
     with hold_shards(output, range(num_shards)[rank::world_size]):
         root, kept = prepare_root(plan, output, own, overwrite, resume, world_size)
@@ -132,7 +137,7 @@ def _read_list(path: Path, source: FolderSource) -> list[str]:
     for line in filter(None, map(str.strip, text.splitlines())):
         key = line.removeprefix("./")
         stem, _, extension = key.rpartition(".")
-        if key not in known and extension.lower() in IMAGE_EXTENSIONS:
+        if key not in known and extension.lower() in PHOTO_EXTENSIONS:
             key = stem
         if key in known:
             wanted.add(key)
@@ -237,6 +242,18 @@ def stored_labels(root: Path) -> LabelSpec | None:
         raise DataError(f"{root / MANIFEST}: no usable label table: {error}") from None
 
 
+def stored_images(root: Path) -> ImageSpec:
+    """Return what the photos of a data set mean: as it was built, else 8-bit RGB.
+
+    Raises:
+        DataError: its manifest does not say so.
+    """
+    try:
+        return ImageSpec.model_validate_json(json.dumps(built_images(root).get("spec", {})))
+    except ValueError as error:
+        raise DataError(f"{root / MANIFEST}: no usable data.images: {error}") from None
+
+
 def look_through(root: Path, labels: LabelSpec | None, num_workers: int | None) -> Contents:
     """Read and check every sample as the builder does, and compare every file's checksum with the manifest's.
 
@@ -244,14 +261,16 @@ def look_through(root: Path, labels: LabelSpec | None, num_workers: int | None) 
     """
     source = open_data(root)
     contents = Contents(problems=list(wrong_checksums(root)))
-    with map_in_order(partial(_check, source, stored_types(source), labels), source.keys, num_workers) as samples:
+    with map_in_order(
+        partial(_check, source, stored_types(source), labels, stored_images(root)), source.keys, num_workers
+    ) as samples:
         for sample in tqdm(samples, "reading", len(source.keys), unit="images", mininterval=0.5):
             contents.add(sample)
     return contents
 
 
-def _check(source: Source, types: list[str], labels: LabelSpec | None, key: str) -> LoadedSample:
-    sample, _ = check_sample(source, key, types, labels)
+def _check(source: Source, types: list[str], labels: LabelSpec | None, images: ImageSpec, key: str) -> LoadedSample:
+    sample, _ = check_sample(source, key, types, labels, images)
     sample.files = {}  # only counts travel between processes
     return sample
 

@@ -6,7 +6,6 @@ releases them when their process ends, however it ends.
 """
 
 import os
-import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -109,8 +108,10 @@ def hold_shards(output: Path, shards: Sequence[int]) -> Iterator[None]:
         DataError: another living process holds one of them, or there can be no locks.
     """
     makes_parent = not output.parent.exists()
-    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS refuses "infinity"
+    with suppress(ImportError, ValueError, OSError):  # Windows has no such limit, macOS refuses "infinity"
+        import resource
+
+        _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # each lock is an open file
     with ExitStack() as held:
         try:

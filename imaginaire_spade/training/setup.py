@@ -191,8 +191,11 @@ def calibration_inputs(run: Run, batches: list[Batch]) -> Iterator[tuple[Semanti
 PARTS = {"gen": "generator", "dis": "discriminator", "encoder": "encoder"}
 """Section of the config -> its network's name in a checkpoint."""
 
-MEANING = ("data.labels.ignore", "data.labels.remap", "data.edges")
-"""Keys that change the meaning of a label map, but not the networks. (``explain_mismatch`` has the others.)"""
+MEANING = (
+    "data.labels.ignore", "data.labels.remap", "data.edges",
+    "data.images.range", "data.images.drop_alpha", "data.images.orientation",
+)  # fmt: skip
+"""Keys that change what a label map or a photo means, but not the networks. (``explain_mismatch`` has the others.)"""
 
 
 def content_of(run: Run) -> dict[str, Any]:
