@@ -7,6 +7,7 @@ import base64
 import json
 import shutil
 import sys
+import zlib
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from conftest import REPOSITORY, write_png
 from PIL import Image
 
 from imaginaire_spade.config_files import load_labels
+from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.image_files import decode_image, decode_instances, decode_label
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.dataset_prep.prepare import LABELS, Options, prepare
@@ -164,6 +166,9 @@ def test_a_photo_is_written_as_its_annotator_saw_it(orientation, tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
+    (tmp_path / "export.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"export\.zip: no such folder: unpack it first"):
+        run("voc", tmp_path / "export.zip", tmp_path / "raw")
     for tool, photo in (
         ("labelme", "a.jpg"), ("coco", "images/train/a.jpg"), ("voc", "JPEGImages/a.jpg"),
         ("label_studio", "photos/my photo.jpg"),
@@ -367,7 +372,7 @@ def test_label_studio_says_what_it_cannot_draw(tmp_path):
     assert table(tmp_path / "polygon").names == ("sea", "sky") and (ids[:3, 4:12] == 0).all() and ids[1, 13] == 255
 
 
-@pytest.mark.parametrize("form", ["{photo}_{part}", "{photo}/{part}", "{part}/{photo}"])
+@pytest.mark.parametrize("form", ["{photo}_{part}", "{photo}-{part}", "{photo}/{part}", "{part}/{photo}"])
 def test_one_mask_per_part(form, tmp_path):
     source, parts = (
         tmp_path / "export",
@@ -379,6 +384,9 @@ def test_one_mask_per_part(form, tmp_path):
             mask = np.zeros((12, 16), np.uint8)
             mask[place] = 1 if part == "hat" else 255
             write_png(source / "masks" / f"{form.format(photo=photo, part=part)}.png", mask)
+    (source / "masks").rename(source / "seg_maps")
+    with pytest.raises(DataError, match=r"One mask per class and photo\? scripts/prepare_dataset\.py parts --source "):
+        FolderSource(source, ["images", "seg_maps"])
     with pytest.raises(DataError, match=r"from the lowest to the top one: --classes hat left_eye skin$"):
         run("parts", source, tmp_path / "raw")
     assert run("parts", source, tmp_path / "raw", classes=("skin", "left_eye", "hat")) == {"train": 2}
@@ -392,7 +400,7 @@ def test_one_mask_per_part(form, tmp_path):
     expected[parts["hat"]] = 0
     expected[parts["skin"]] = 1
     assert np.array_equal(label_map(tmp_path / "two/train/seg_maps/p.png"), expected)
-    write_png(source / "masks/stranger_hat.png", np.zeros((12, 16), np.uint8))
+    write_png(source / "seg_maps/stranger_hat.png", np.zeros((12, 16), np.uint8))
     with pytest.raises(DataError, match=r"stranger_hat\.png: of no photo"):
         run("parts", source, tmp_path / "wrong", classes=("skin",))
 
@@ -465,3 +473,29 @@ def test_mapillary_vistas(version, tmp_path):
     ids = table_read.to_train_ids(label_map(tmp_path / "raw/train/seg_maps/a.png"), "x")
     assert ids[0, :3].tolist() == [0, 1, table_read.dont_care_id]
     assert (tmp_path / "raw/val/inst_maps/a.png").is_file()
+
+
+def test_a_turned_photo_of_16_bits_keeps_them(tmp_path):
+    source = export("labelme", tmp_path / "export")
+    stored = np.arange(12 * 16 * 3, dtype=np.uint16).reshape(12, 16, 3) * 100
+    cv2.imwrite(str(source / "a.tif"), stored)
+    with Image.open(source / "turned.jpg") as turned:  # the TIFF tag of the orientation has EXIF's number
+        assert turned.getexif()[0x0112] == 6
+    data = cv2.imencode(".png", stored)[1].tobytes()
+    chunk = b"eXIf" + turned.info["exif"].removeprefix(b"Exif\0\0")
+    chunk = (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    (source / "turned.png").write_bytes(data[:33] + chunk + data[33:])
+    change(source / "a.json", lambda tree: tree.update(imagePath="a.tif"))
+    change(source / "turned.json", lambda tree: tree.update(imagePath="turned.png"))
+    run("labelme", source, tmp_path / "raw")
+    assert (tmp_path / "raw/train/images/a.tif").read_bytes() == (source / "a.tif").read_bytes()
+    written = cv2.imread(str(tmp_path / "raw/train/images/turned.png"), cv2.IMREAD_UNCHANGED)
+    assert np.array_equal(written, stored.transpose(1, 0, 2)[:, ::-1])
+
+
+def test_processes_share_the_drawing(tmp_path):
+    source = export("labelme", tmp_path / "export")
+    run("labelme", source, tmp_path / "one")
+    prepare("labelme", source, tmp_path / "two", Options(), num_workers=2)
+    for path in (path for path in (tmp_path / "one").rglob("*") if path.is_file()):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()

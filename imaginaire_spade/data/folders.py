@@ -248,7 +248,8 @@ def _explain_unpaired(root: Path, unpaired: Mapping[str, Sequence[str]]) -> str:
             shown = ", ".join(keys[:10]) + (" ..." if len(keys) > 10 else "")
             lines.append(f"  {data_type}: {len(keys)} missing that other folders have: {shown}")
     photos, masks = set(unpaired.get("seg_maps", ())), unpaired.get("images", ())
-    if len(masks) > len(photos) and any({key.partition("_")[0], key.rpartition("_")[0]} & photos for key in masks):
+    cuts = ((key[:i], key[i + 1 :]) for key in masks for i, character in enumerate(key) if character in "-_./")
+    if len(masks) > len(photos) and not all(photos.isdisjoint(cut) for cut in cuts):
         lines.append(f"One mask per class and photo? scripts/prepare_dataset.py parts --source {root} merges them.")
     lines.append(
         "Add the missing files or remove the extra ones; scripts/build_lmdb.py --drop_unpaired builds from those that"

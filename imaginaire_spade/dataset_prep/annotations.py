@@ -374,7 +374,7 @@ def _parts(source: Path, options: Options) -> Export:
     folder = find_folder(source, "masks", "labels", "seg_maps", chosen=options.labels)
     parts: dict[str, dict[str, Path]] = {key: {} for key in photos}
     for key, path in find_images(folder).items():
-        cuts = [(key[: m.start()], key[m.end() :]) for m in re.finditer("[_/]", key)][::-1]
+        cuts = [(key[: m.start()], key[m.end() :]) for m in re.finditer("[-_./]", key)][::-1]
         pair = next((cut for a, b in cuts for cut in ((a, b), (b, a)) if cut[0] in photos), None)
         if pair is None:
             raise DataError(f"{path}: of no photo; masks are named PHOTO_PART, PHOTO/PART or PART/PHOTO")

@@ -295,7 +295,7 @@ def prepare(
         DataError: the source is not laid out as the official download, or files are missing.
     """
     if not source.is_dir():
-        raise DataError(f"--source {source}: no such folder")
+        raise DataError(f"--source {source}: no such folder" + ": unpack it first" * source.is_file())
     export = TOOLS[name](source, options) if name in TOOLS else Export(list(DATASETS[name](source, options)), [])
     samples = [replace(sample, resize_h_w=options.resize_h_w or sample.resize_h_w) for sample in export.samples]
     if name in TOOLS and options.num_val and not any(sample.split == "val" for sample in samples):
