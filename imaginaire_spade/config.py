@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_serializer, model_validator
 
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.labels import EdgeSource, LabelSpec
@@ -187,6 +187,22 @@ class LabelledData(Section):
     """Edge channel: from edge_maps/ files, or drawn after augmentation from inst_maps/ or from the label map."""
     conditions: tuple[Condition, ...] = ()
     """Dense conditions, such as [{name: depth, range: [0, 10]}, {name: normals, channels: 3, flip_sign: [0]}]."""
+    suffixes: dict[str, str] = {}
+    """Data type -> what the names of its files in folders have beside the stem by which they are joined: a suffix
+    (`seg_maps: _mask` for NAME_mask.png), or text with `*` for the stem (`images: "photo_*"`). Files without are left
+    out."""
+
+    @field_validator("suffixes")
+    @classmethod
+    def _check_suffixes(cls, suffixes: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        types = ["images", "seg_maps", "edge_maps", "inst_maps", "distances"]
+        types += [condition.name for condition in info.data.get("conditions", ())]
+        for data_type, suffix in suffixes.items():
+            if data_type not in types or not suffix.strip("*") or suffix.count("*") > 1 or "/" in suffix:
+                raise ValueError(
+                    f"{data_type}: {suffix}: write one of {', '.join(types)}: _mask (or mask_*, with one *)"
+                )
+        return suffixes
 
     @model_validator(mode="after")
     def _check_inputs(self) -> LabelledData:
@@ -210,8 +226,17 @@ class DataConfig(LabelledData):
     shuffle_shards: int | None = Field(None, ge=1)
     """Number of shards whose samples training mixes at a time, in a new order every epoch: for data sets larger than
     memory, of which it then reads a few files at a time. null = it mixes all."""
+    skip_bad: bool = False
+    """Read and check every sample at the start, and go on without those that cannot be used; LOGDIR/bad_files.txt has
+    their names."""
     train: SplitConfig
     val: SplitConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_type(self) -> DataConfig:
+        if self.type and (self.skip_bad or self.suffixes):
+            raise ValueError("skip_bad and suffixes are for folders; with a type of your own its class selects samples")
+        return self
 
 
 class TestDataConfig(Section):

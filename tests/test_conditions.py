@@ -302,7 +302,11 @@ def test_an_lmdb_holds_what_the_folder_does(scene_folder, tmp_path):
         (npy(np.full((40, 56), np.nan)), DEPTH, "not finite"),
         (npy(np.full((40, 56), 3.5)), Condition(name="depth"), r"floats 3\.5\.\.3\.5, and no range is stated"),
         (npy(np.zeros((40, 56, 3))), DEPTH, r"3 channel\(s\), but this condition has 1: write channels: 3"),
-        (npy(np.zeros((40, 56), np.int64)), DEPTH, r"int64 \[40, 56, 1\]; a condition is 8- or 16-bit unsigned integers"),
+        (
+            npy(np.zeros((40, 56), np.int64)),
+            DEPTH,
+            r"int64 \[40, 56, 1\]; a condition is 8- or 16-bit unsigned integers",
+        ),
         (npy(np.zeros((40, 57))), DEPTH, "is 40 x 57 .* must be of one size"),
         (npy(np.zeros((40, 56)))[:500], DEPTH, "a NumPy file that is cut off"),
         (b"\xff\xd8\xff\xe0 a photo", DEPTH, "JPEG and WebP change values: save a condition as PNG, TIFF or .npy"),

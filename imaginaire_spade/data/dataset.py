@@ -7,6 +7,7 @@ position) alone. No array here is one-hot, and images stay uint8.
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from imaginaire_spade.data.conditions import cut_conditions, decode_condition, d
 from imaginaire_spade.data.distances import NOT_FINITE, class_distances
 from imaginaire_spade.data.folders import DISTANCES, Source
 from imaginaire_spade.data.image_files import DECODERS, is_jpeg
+from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.lmdb_source import open_source, usable_memory
 from imaginaire_spade.data.photos import check_built, decode_photo, is_upright, measured, read_header, to_training
 from imaginaire_spade.data.transforms import Geometry, apply_to_distances, apply_to_image, apply_to_map, draw_geometry
@@ -58,6 +60,13 @@ class Root:
         """Read and decode a map or a condition."""
         decode = DECODERS.get(data_type, decode_condition)
         return decode(self.source.read(key, data_type), self.describe(key, data_type))
+
+    def read_guide(self, key: str, labels: LabelSpec) -> tuple[str, NDArray[np.generic]]:
+        """Read a label map (or its ``guide``) as it is stored: its name in messages, and raw ids or colours."""
+        where = self.describe(key, self.guide)
+        if self.guide != "seg_maps":
+            return where, self.decode(key, self.guide)
+        return where, read_labels(self.source.read(key, "seg_maps"), where, labels)
 
     def check_size(self, shape: tuple[int, ...], key: str, data_type: str, label_size: tuple[int, int]) -> None:
         """Refuse a file of another size than its label map."""
@@ -95,6 +104,7 @@ class LabelMapDataset(Dataset[Sample]):
         on_unknown: called with what is wrong with a label map that holds values outside the table, which then count
             as don't care; None: that is raised.
         conditions: ``data.conditions``: files in folders of their names, which every sample must have.
+        suffixes: of the names in folders, as of ``FolderSource``.
     Raises:
         DataError: a root that cannot be used.
     """
@@ -114,6 +124,7 @@ class LabelMapDataset(Dataset[Sample]):
         replace: Mapping[int, int] | None = None,
         on_unknown: Callable[[LabelError], None] | None = None,
         conditions: Sequence[Condition] = (),
+        suffixes: Mapping[str, str] | None = None,
     ) -> None:
         self.labels = labels
         self._replaced = np.arange(labels.num_classes + 1).astype(labels.dtype) if replace else None
@@ -139,7 +150,7 @@ class LabelMapDataset(Dataset[Sample]):
         self._roots: list[Root] = []
         for root in roots:
             optional = [*edge_files, DISTANCES] if distances else edge_files
-            source = open_source(root, required, optional=optional, bare=not with_images)
+            source = open_source(root, required, optional=optional, bare=not with_images, suffixes=suffixes)
             found = all(source.has(data_type) for data_type in edge_files)
             if not found:
                 warnings.warn(
@@ -161,6 +172,8 @@ class LabelMapDataset(Dataset[Sample]):
         self.keys = _unique_keys(sources)
         self.shard_sizes = [size for source in sources for size in source.shard_sizes]
         """Numbers of samples, in the order of ``keys``, whose files lie together."""
+        self.bad: list[str] = []
+        """What is wrong with each sample that was left out (``leave_out``)."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -170,6 +183,30 @@ class LabelMapDataset(Dataset[Sample]):
         dataset = copy.copy(self)
         dataset.with_images = False
         return dataset
+
+    def find_problem(self, index: int) -> str:
+        """Read a sample whole; say what is wrong with it, or return ""."""
+        try:
+            self.check_label_map(index)
+            self.read([(index, index)])
+        except DataError as error:
+            return str(error)
+        return ""
+
+    def leave_out(self, problems: Mapping[int, str]) -> None:
+        """Drop these samples: index -> what is wrong with it.
+
+        Raises:
+            DataError: none is left.
+        """
+        self.bad += problems.values()
+        ends = np.cumsum([0, *self.shard_sizes])
+        kept = [[i for i in range(start, end) if i not in problems] for start, end in itertools.pairwise(ends.tolist())]
+        self.shard_sizes = [len(shard) for shard in kept if shard]
+        if not self.shard_sizes:
+            raise DataError(f"data.skip_bad: no sample can be used: {self.bad[0]}")
+        self._places = [self._places[i] for shard in kept for i in shard]
+        self.keys = [self.keys[i] for shard in kept for i in shard]
 
     @property
     def edges_follow_labels(self) -> bool:
@@ -227,7 +264,7 @@ class LabelMapDataset(Dataset[Sample]):
             key: the sample's in its root.
             name: its key in the data set.
         """
-        where, raw = root.describe(key, root.guide), root.decode(key, root.guide)
+        where, raw = root.read_guide(key, self.labels)
         size = raw.shape[0], raw.shape[1]
         geometry = self._geometry(size, where, position)
         if self.labels.num_classes:
@@ -235,6 +272,8 @@ class LabelMapDataset(Dataset[Sample]):
             labels = self._train_ids(apply_to_map(raw, geometry), where)
         else:
             labels = np.zeros((geometry.height, geometry.width), self.labels.dtype)
+        if geometry.flip and self.labels.mirrored is not None:
+            labels = self.labels.mirrored[labels]
         edges, distances = None, None
         if not self.edges_follow_labels and (drawn := _read_edges(root, key, geometry, size, labels)) is not None:
             edges = torch.from_numpy(drawn)
@@ -284,7 +323,7 @@ class LabelMapDataset(Dataset[Sample]):
             DataError, LabelError: it cannot be used.
         """
         root, key = self._places[index]
-        where, raw = root.describe(key, root.guide), root.decode(key, root.guide)
+        where, raw = root.read_guide(key, self.labels)
         if self._on_unknown is None and self.labels.num_classes:
             self.labels.count_pixels(raw, where)
         stored = raw.shape[0], raw.shape[1]

@@ -8,7 +8,7 @@ sorted stems; ``metadata.json``: data type -> extension. The builder adds ``mani
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lmdb
@@ -86,7 +86,12 @@ class LmdbSource(Source):
 
 
 def open_source(
-    root: str | Path, data_types: Sequence[str], *, optional: Sequence[str] = (), bare: bool = False
+    root: str | Path,
+    data_types: Sequence[str],
+    *,
+    optional: Sequence[str] = (),
+    bare: bool = False,
+    suffixes: Mapping[str, str] | None = None,
 ) -> Source:
     """Open the samples under ``root``: detect whether it holds LMDB shards or plain folders.
 
@@ -94,6 +99,7 @@ def open_source(
         data_types: what every sample must have.
         optional: data types of which ``has`` will be asked; in folders they are joined where they exist.
         bare: accept a plain folder of files as well, where ``data_types`` is one, such as ``["seg_maps"]``.
+        suffixes: of the names in folders, as of ``FolderSource``.
     Raises:
         DataError: nothing usable, with what was looked for.
     """
@@ -114,13 +120,13 @@ def open_source(
     if present := [t for t in known if _is_there(root, t)]:
         raise DataError(f"{root}: LMDBs {', '.join(present)} but no {FILENAMES}: copy that file too, or build again")
     if not any((root / t).is_dir() for t in known):
-        if bare and len(data_types) == 1 and holds_images(root, data_types[0]):
+        if bare and len(data_types) == 1 and holds_images(root):
             return FolderSource(root, data_types, bare=True)
         raise DataError(
             f"{root}: no data set there. Looked for {MANIFEST} or {FILENAMES} (an LMDB built by"
             f" scripts/build_lmdb.py or imaginaire) and for {LAYOUT}{_and_folders(data_types)}"
         )
-    return FolderSource(root, data_types, optional=optional)
+    return FolderSource(root, data_types, optional=optional, suffixes=suffixes)
 
 
 def _and_folders(data_types: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from imaginaire_spade.data.photos import measured, to_training
 from imaginaire_spade.data.transforms import apply_to_image
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import AnyImage
-from imaginaire_spade.labels import EdgeSource
+from imaginaire_spade.labels import EdgeSource, LabelSpec
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.noise import generator_for
 
@@ -51,6 +51,7 @@ class OwnDataset(LabelMapDataset, ABC):
         self.augmentations, self.with_images, self.conditions = augmentations, with_images, data.conditions
         self._edge_source, self._size_of, self._replaced, self._on_unknown = data.edges, None, None, None
         self.images = measured(data.images, roots) if with_images else data.images
+        self.bad: list[str] = []
         self.keys = list(self.list_keys())
         self.shard_sizes = [len(self.keys)]
         if not self.keys or len(set(self.keys)) < len(self.keys):
@@ -126,6 +127,9 @@ class _Loaded(Root):
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]], where: str, edges: EdgeSource, guide: str) -> None:
         self.arrays, self.where, self.edges, self.guide, self.has_distances = arrays, where, edges, guide, False
+
+    def read_guide(self, key: str, labels: LabelSpec) -> tuple[str, NDArray[np.generic]]:
+        return self.describe(key, self.guide), self.decode(key, self.guide)
 
     def describe(self, key: str, data_type: str) -> str:
         return f"{self.where}: {data_type}"
