@@ -172,6 +172,8 @@ def test_clade_and_concat_see_conditions_and_clade_needs_classes():
         ({"conditions": [{"name": "depth", "flip_sign": [1]}]}, r"flip_sign: \[1\]: channels are 0\.\.0"),
         ({"conditions": [{"name": "depth", "chanels": 1}]}, r"unknown key; did you mean 'channels'"),
         ({"type": "csv_pears"}, r"data\.type: unknown data set 'csv_pears'; did you mean 'csv_pairs'"),
+        ({"type": "csv_pairs", "skip_bad": True}, "skip_bad and suffixes are for folders"),
+        ({"suffixes": {"depth": "_d"}}, "depth: _d: write one of images"),
         ({"type": {"type": "csv_pairs", "delimeter": ";"}}, "did you mean 'delimiter'"),
     ],
 )  # fmt: skip
@@ -325,6 +327,9 @@ def test_a_file_that_is_no_such_condition_is_named(scene_folder, tmp_path, data,
 
 def test_values_outside_are_clipped_on_request_and_integers_have_their_own_range(scene_folder):
     root = scene_folder(count=1)
+    (root / "normals" / "0000.npy").rename(root / "normals" / "0000_n.npy")
+    suffixes = parse_config(run_tree(conditions=CONDITIONS, suffixes={"normals": "_n"})).data.suffixes
+    check_sample(LabelMapDataset(root, LABELS, conditions=BOTH, suffixes=suffixes)[0])
     (root / "depth" / "0000.npy").write_bytes(npy(np.linspace(-5, 15, 40 * 56).reshape(40, 56)))
     clipped = LabelMapDataset(root, LABELS, conditions=(DEPTH.model_copy(update={"clip": True}),))[0].conditions
     assert clipped.min() == -1 and clipped.max() == 1
