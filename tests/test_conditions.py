@@ -21,9 +21,10 @@ from imaginaire_spade.data.batch import Sample
 from imaginaire_spade.data.conditions import decode_condition
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import training_loader
-from imaginaire_spade.errors import ConfigError, DataError
+from imaginaire_spade.errors import CheckpointError, ConfigError, DataError
 from imaginaire_spade.export.generator import export_model
 from imaginaire_spade.inference.model import Model
+from imaginaire_spade.interop.checkpoint import export_files
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.lmdb_builder.build import build_dataset, extract, look_through
@@ -433,6 +434,12 @@ def saved(tmp_path, tree) -> Model:
     path = tmp_path / "model.pt"
     write_checkpoint(path, {"config": dump_config(config), "generator": generator.state_dict()})
     return Model.load(path, weights="raw", for_inference=False)
+
+
+@pytest.mark.parametrize("changes", [{"conditions": CONDITIONS}, {"labels": None, "edges": "file"}])
+def test_other_systems_have_no_such_generators(changes):
+    with pytest.raises(CheckpointError, match="clade has generators of label maps alone"):
+        export_files("clade", {}, parse_config(run_tree(**changes)), "ema")
 
 
 def test_soft_label_maps(tmp_path):

@@ -273,7 +273,7 @@ def test_the_readmes_tree_is_true():
 BUDGET = {
     "top level": 1795, "pages": 17, "data": 1389, "models": 1054, "pretrained": 288, "training": 1614,
     "inference": 1091, "evaluation": 944,
-    "lmdb_builder": 722, "dataset_prep": 727, "interop": 827, "export": 157, "demo": 415,
+    "lmdb_builder": 722, "dataset_prep": 727, "interop": 829, "export": 157, "demo": 415,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""
