@@ -1,4 +1,4 @@
-"""Image files, photos of any depth, sheets, curves, the gallery: what is drawn, and that files are complete or absent."""
+"""Images: files, photos of any depth, contact sheets, curves and the gallery; files are complete or absent."""
 
 import errno
 import io
@@ -183,10 +183,10 @@ class Case:
     """Path below the data set -> content."""
     images: ImageSpec
     truth: np.ndarray
-    """[H, W, C] as training must see it: uint8, or floats in [-1, 1]."""
+    """[H, W, C] as training must see it: uint8, or floats of 0..255."""
     is_right: bool
     """Whether the config says what the files are, so that the build must not refuse them."""
-    tolerance: float = 1e-6
+    tolerance: float = 1e-4
     key: str = "data.images"
     """Of the config, which a refusal names."""
 
@@ -276,11 +276,11 @@ def photos(draw) -> Case:
         bottom, top = (stored.min(), stored.max()) if given_range == "auto" else given_range
         if given_range == "auto" and alpha and spec.drop_alpha:
             bottom, top = values.min(), values.max()
-        truth = ((truth.astype(np.float64) - bottom) / (float(top) - float(bottom)) * 2 - 1).clip(-1, 1)
+        truth = ((truth.astype(np.float64) - bottom) / (float(top) - float(bottom)) * 255).clip(0, 255)
     lossy = suffix == "jpg"
     label_map = encode_map(np.arange(seen.shape[0] * seen.shape[1]).reshape(seen.shape[:2]).astype(np.uint8) % 3)
     files = {f"images/a.{suffix}": content, "seg_maps/a.png": label_map}
-    return Case(files, spec, truth, is_right, (0.05 if given_range else 5) if lossy else 1e-6)
+    return Case(files, spec, truth, is_right, 6 if lossy else 1e-4)
 
 
 KINDS: list[st.SearchStrategy[Case]] = [photos()]

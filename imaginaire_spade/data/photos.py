@@ -17,6 +17,7 @@ from typing import IO, Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+from PIL import TiffImagePlugin
 from torch import Tensor
 
 from imaginaire_spade.config import ImageSpec
@@ -159,16 +160,16 @@ def decode_stored(data: bytes, where: str) -> AnyImage:
 
 
 def to_training(array: AnyImage, spec: ImageSpec) -> AnyImage:
-    """Scale a photo of ``decode_photo``: float32 in [-1, 1] if ``spec`` has a range, clipped; else uint8 as it is."""
+    """Scale a photo of ``decode_photo``, of any shape: float32 0..255 if ``spec`` has a range, clipped; else itself."""
     if spec.range is None:
         return array
     low, high = _range_of(spec)
-    return ((array.astype(np.float32) - low) * np.float32(2 / (high - low)) - 1).clip(-1, 1)
+    return ((array.astype(np.float32) - low) * np.float32(255 / (high - low))).clip(0, 255)
 
 
 def to_stored(images: Tensor, spec: ImageSpec) -> Tensor:
     """Convert generated images, floats in [-1, 1] of any shape, to the values and the dtype of the data's files."""
-    if spec.dtype == "uint8" and spec.range is None:
+    if spec.range is None:
         return denormalise(images)
     low, high = _range_of(spec)
     values = (images.double().clamp(-1, 1) + 1) * ((high - low) / 2) + low
@@ -176,8 +177,13 @@ def to_stored(images: Tensor, spec: ImageSpec) -> Tensor:
 
 
 def to_preview(images: Tensor, spec: ImageSpec) -> Tensor:
-    """Show images [..., C, H, W], floats in [-1, 1] or uint8, as uint8 RGB [..., 3, H, W] (``spec.preview``)."""
-    shown = images if images.dtype == torch.uint8 else denormalise(images)
+    """Show generated images, floats [..., C, H, W] in [-1, 1], as uint8 RGB [..., 3, H, W] (``spec.preview``)."""
+    return photo_preview(denormalise(images), spec)
+
+
+def photo_preview(images: Tensor, spec: ImageSpec) -> Tensor:
+    """Show photos of a batch, uint8 or floats [..., C, H, W] of 0..255, as uint8 RGB [..., 3, H, W]."""
+    shown = images.round().to(torch.uint8) if images.is_floating_point() else images
     chosen = spec.preview or ((0, 1, 2) if spec.channels >= 3 else (0, 0, 0))
     return shown if chosen == (0, 1, 2) and spec.channels == 3 else shown[..., chosen, :, :]
 
@@ -185,7 +191,7 @@ def to_preview(images: Tensor, spec: ImageSpec) -> Tensor:
 def show(image: AnyImage, spec: ImageSpec) -> RgbImage:
     """Show an image in the values of the data's files, [H, W, C] or [H, W], as uint8 RGB [H, W, 3]."""
     channels = torch.from_numpy(to_training(image if image.ndim == 3 else image[..., None], spec)).permute(2, 0, 1)
-    return np.ascontiguousarray(to_preview(channels, spec).permute(1, 2, 0).numpy())
+    return np.ascontiguousarray(photo_preview(channels, spec).permute(1, 2, 0).numpy())
 
 
 def measured(spec: ImageSpec, roots: Sequence[str | Path]) -> ImageSpec:
@@ -364,24 +370,14 @@ def _orientation(exif: bytes) -> int:
 
 
 def _tiff_tags(data: bytes) -> dict[int, int]:
-    """Read the first value of each whole-number tag of a TIFF's (or BigTIFF's) first directory; {} if it has none."""
-    order, tags = {b"II": "<", b"MM": ">"}.get(data[:2]), dict[int, int]()
-    if order is None:
-        return tags
+    """Read the first value of each whole-number tag of a TIFF's first directory (Exif data is one); {}: no such."""
     try:
-        is_big = struct.unpack_from(f"{order}H", data, 2)[0] == 43
-        whole, count, step, start = ("Q", "Q", 20, 8) if is_big else ("I", "H", 12, 4)
-        (place,) = struct.unpack_from(order + whole, data, start)
-        (number,) = struct.unpack_from(order + count, data, place)
-        place += struct.calcsize(order + count)
-        for entry in range(place, place + step * min(number, 4096), step):
-            tag, kind, length = struct.unpack_from(f"{order}HH{whole}", data, entry)
-            if (form := {1: "B", 3: "H", 4: "I", 16: "Q"}.get(kind)) is None or not length:
-                continue
-            at = entry + step - start
-            if length * struct.calcsize(form) > start:
-                (at,) = struct.unpack_from(order + whole, data, at)
-            (tags[tag],) = struct.unpack_from(order + form, data, at)
-    except struct.error:  # cut off, or no TIFF
-        pass
-    return tags
+        directory = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2:3] == b"+" else 8])
+        file = io.BytesIO(data)
+        file.seek(directory.next)
+        directory.load(file)
+        values = {tag: directory[tag] for tag in (256, 257, 258, 262, 274, 277, 338, 339) if tag in directory}
+    except (SyntaxError, struct.error, OSError, ValueError, TypeError, KeyError):
+        return {}
+    first = {tag: value[0] if isinstance(value, tuple) else value for tag, value in values.items()}
+    return {tag: value for tag, value in first.items() if isinstance(value, int)}
