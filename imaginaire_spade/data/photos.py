@@ -5,12 +5,13 @@ refused, and the message names the key. 8-bit grey and RGB are decoded by ``imag
 """
 
 import io
+import json
 import math
 import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -30,11 +31,6 @@ from imaginaire_spade.files import AnyImage, RgbImage, read_json
 NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _KINDS = {1: "uint", 2: "int", 3: "float"}  # a TIFF's SampleFormat
-SHOWN = {
-    2: "mirrored", 3: "upside down", 4: "mirrored upside down", 5: "mirrored and turned by 90 degrees",
-    6: "turned by 90 degrees", 7: "mirrored and turned by 90 degrees", 8: "turned by 90 degrees",
-}  # fmt: skip
-"""EXIF orientation -> how stored pixels are shown."""
 
 
 class Header(NamedTuple):
@@ -61,31 +57,27 @@ def read_header(data: bytes, where: str) -> Header:
         DataError: no image, of too many pixels, or a NumPy file that holds no image.
     """
     if frame := jpeg_frame(data):
-        exif = frame[2]
-        return Header(image_size(data, where), orientation=_orientation(exif) if exif else 1)
+        return Header(image_size(data, where), orientation=_orientation(_tiff_tags(frame[2][6:])) if frame[2] else 1)
     if data.startswith((NPY, NPZ)):
         shape, stored, _, _ = _open_numpy(data, where)
         return Header((shape[0], shape[1]), stored.name, shape[2] if len(shape) == 3 else 1)
     if data.startswith(_TIFF) and {256, 257} <= (tags := _tiff_tags(data)).keys():
-        channels, bits = tags.get(277, 1), tags.get(258, 1)
-        dtype = f"{_KINDS.get(tags.get(339, 1), 'uint')}{max(8, 1 << (bits - 1).bit_length())}"
+        channels, kind = tags.get(277, 1), _KINDS.get(tags.get(339, 1), "uint")
+        dtype = f"{kind}{max(8, 1 << (tags.get(258, 1) - 1).bit_length())}"
         if tags.get(262) == 3 and channels == 1:  # a palette
             channels, dtype = 3, "uint8"
-        return Header(
-            check_size(tags[257], tags[256], where), dtype, channels, tags.get(338) in (1, 2), tags.get(274, 1)
-        )
+        size = check_size(tags[257], tags[256], where)
+        return Header(size, dtype, channels, tags.get(338) in (1, 2), _orientation(tags))
     size = image_size(data, where)
     if data.startswith(b"\x89PNG"):
-        colour, chunks = data[25], dict(_chunks(data, 8, ">", 12))
-        has_alpha = colour in (4, 6) or b"tRNS" in chunks
-        dtype = "uint16" if data[24] == 16 else "uint8"
+        colour, chunks = data[25], dict(_png_chunks(data))
+        has_alpha, exif = colour in (4, 6) or b"tRNS" in chunks, chunks.get(b"eXIf", b"")
         channels = (1 if colour in (0, 4) else 3) + has_alpha
-        return Header(size, dtype, channels, has_alpha, _orientation(chunks.get(b"eXIf", b"")))
+        return Header(size, f"uint{max(8, data[24])}", channels, has_alpha, _orientation(_tiff_tags(exif)))
     if data[:4] == b"RIFF":
-        chunks = dict(_chunks(data, 12, "<", 8))
-        lossless = chunks.get(b"VP8L", b"")
-        has_alpha = b"ALPH" in chunks or (len(lossless) > 4 and bool(lossless[4] & 16))
-        return Header(size, "uint8", 3 + has_alpha, has_alpha, _orientation(chunks.get(b"EXIF", b"")))
+        image = open_image(data, where)
+        has_alpha, exif = image.mode == "RGBA", image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+        return Header(size, "uint8", 3 + has_alpha, has_alpha, _orientation(_tiff_tags(exif)))
     return Header(size)
 
 
@@ -97,22 +89,22 @@ def is_upright(header: Header, spec: ImageSpec, label_size: tuple[int, int] | No
     Raises:
         DataError: the size of the label map does not tell, or is another.
     """
-    if header.orientation not in SHOWN or (label_size is None and spec.orientation is None):
+    if header.orientation == 1 or (label_size is None and spec.orientation is None):
         return False
-    exif = f"{where}: its EXIF orientation ({header.orientation}) shows it {SHOWN[header.orientation]}"
-    if spec.orientation is None and header.shown_size(True) == header.size == label_size:
-        raise DataError(
-            f"{exif}, and the sizes do not tell whether its label map is of the photo as shown or of the pixels as"
-            " stored: write data.images.orientation: upright, or stored"
-        )
     upright = header.shown_size(True) == label_size if spec.orientation is None else spec.orientation == "upright"
-    if label_size is not None and (size := header.shown_size(upright)) != label_size:
-        taken = "turned so, as data.images.orientation says," if upright else "as stored"
-        raise DataError(
-            f"{exif}; {taken} it is {size[0]} x {size[1]} (height x width), but its label map is {label_size[0]} x"
-            f" {label_size[1]}: they must be of one size (data.images.orientation: upright or stored)"
-        )
-    return upright
+    way = "upright" if upright else "stored"
+    problem = (
+        f"{label_size}, its label map's (height, width), is not that of the {way} photo, {header.shown_size(upright)}"
+    )
+    if spec.orientation is None and header.shown_size(True) == header.size:
+        problem = "sizes do not tell whether its label map is of the photo as shown (upright) or of the stored pixels"
+    elif label_size in (None, header.shown_size(upright)):
+        return upright
+    turns = "mirrored" if header.orientation in (2, 4, 5, 7) else "turned"
+    raise DataError(
+        f"{where}: viewers show it {turns} (EXIF orientation {header.orientation}), and {problem}: write"
+        " data.images.orientation: upright, or stored"
+    )
 
 
 def decode_photo(
@@ -202,16 +194,13 @@ def measured(spec: ImageSpec, roots: Sequence[str | Path]) -> ImageSpec:
     """
     if spec.range != "auto":
         return spec
-    values: list[int | float] = []
-    for root in roots:
-        if (found := built_images(root).get("values")) is None:
-            raise DataError(
-                f"{root}: data.images.range: auto is what scripts/build_lmdb.py measures, and this is no data set that"
-                " it measured: build one with this config, or write data.images.range: [LOW, HIGH]"
-            )
-        values += found
-    if not min(values) < max(values):
-        raise DataError(f"data.images.range: auto: every value is {values[0]}: write data.images.range: [LOW, HIGH]")
+    found = [built_images(root).get("values") for root in roots]
+    values = [value for pair in found for value in pair or ()]
+    if None in found or not min(values) < max(values):
+        raise DataError(
+            f"data.images.range: auto: scripts/build_lmdb.py measured no values of {', '.join(map(str, roots))}: build"
+            " it with this config, or write data.images.range: [LOW, HIGH]"
+        )
     return spec.model_copy(update={"range": (min(values), max(values))})
 
 
@@ -239,6 +228,18 @@ def built_images(root: str | Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def built_spec(root: str | Path) -> ImageSpec:
+    """Return what the photos of a data set mean: as it was built, else 8-bit RGB.
+
+    Raises:
+        DataError: its manifest does not say so.
+    """
+    try:
+        return ImageSpec.model_validate_json(json.dumps(built_images(root).get("spec", {})))
+    except ValueError as error:
+        raise DataError(f"{Path(root, MANIFEST)}: no usable data.images: {error}") from None
+
+
 def _range_of(spec: ImageSpec) -> tuple[float, float]:
     assert isinstance(spec.range, tuple), "replaced by build.with_measured_range"
     return spec.range
@@ -247,31 +248,26 @@ def _range_of(spec: ImageSpec) -> tuple[float, float]:
 def _check_header(header: Header, spec: ImageSpec, where: str) -> None:
     """Refuse a photo that is not as the config says, with the line to write."""
     kind, channels = header.dtype.rstrip("0123456789"), header.channels - (header.has_alpha and spec.drop_alpha)
+    example = {"float": "[0.0, 3000.0]", "int": "[-1024, 3071]", "uint": "[0, 4095]"}[kind]
+    wrong = ""
     if header.dtype != "uint8" and spec.range is None:
-        bits = header.dtype.removeprefix(kind)
-        numbers = "floats" if kind == "float" else f"signed {bits}-bit integers" if kind == "int" else f"{bits} bits"
-        example = "[0.0, 3000.0]" if kind == "float" else "[-1024, 3071]" if kind == "int" else "[0, 4095]"
-        only = f"channels: {header.channels}, " if header.channels != spec.channels else ""
-        raise DataError(
-            f"{where}: a photo of {numbers} per channel, and data.images.range is not given: write data.images:"
-            f" {{{only}range: auto}} (from minimum to maximum, which build_lmdb.py measures), or the range that is"
-            f" meant, such as {example}"
+        bits, also = header.dtype.removeprefix(kind), f"channels: {channels}, " * (channels != spec.channels)
+        wrong = (
+            f"{'signed ' * (kind == 'int')}{bits} bits per channel{' (floats)' * (kind == 'float')}, and no range is"
+            f" given: write data.images: {{{also}range: auto}} (scripts/build_lmdb.py measures minimum and maximum), or"
+            f" the range that is meant, such as {example}"
         )
-    if kind == "float" and isinstance(spec.range, tuple) and all(isinstance(value, int) for value in spec.range):
-        floats = [float(value) for value in spec.range]
-        raise DataError(
-            f"{where}: a photo of floats, and data.images.range {list(spec.range)} is of integers: write {floats}"
+    elif kind == "float" and spec.dtype != "float32" and spec.range != "auto":
+        wrong = f"floats, and the range is of integers: write data.images.range: {[float(v) for v in _range_of(spec)]}"
+    elif header.has_alpha and not spec.drop_alpha and header.channels != spec.channels:
+        wrong = (
+            "an alpha channel (transparency): write data.images.drop_alpha: true to leave it out, or"
+            f" data.images.channels: {header.channels} to train on it"
         )
-    if header.has_alpha and not spec.drop_alpha and header.channels != spec.channels:
-        raise DataError(
-            f"{where}: a photo with an alpha channel (transparency): write data.images.drop_alpha: true to leave it"
-            f" out, or data.images.channels: {header.channels} to train on it"
-        )
-    if channels != spec.channels and {channels, spec.channels} != {1, 3}:
-        raise DataError(
-            f"{where}: a photo of {channels} channel(s) (bands), and data.images.channels is {spec.channels}: write"
-            f" data.images.channels: {channels}"
-        )
+    elif channels != spec.channels and {channels, spec.channels} != {1, 3}:
+        wrong = f"{channels} channel(s) (bands), not {spec.channels}: write data.images.channels: {channels}"
+    if wrong:
+        raise DataError(f"{where}: a photo of {wrong}")
 
 
 def _with_channels(array: AnyImage, spec: ImageSpec, where: str) -> AnyImage:
@@ -283,10 +279,8 @@ def _with_channels(array: AnyImage, spec: ImageSpec, where: str) -> AnyImage:
         return array.repeat(3, 2)
     if spec.channels == 1 and array.shape[2] == 3 and (array == array[..., :1]).all():
         return array[..., :1]
-    raise DataError(
-        f"{where}: a photo of {array.shape[2]} different channels, and data.images.channels is {spec.channels}: write"
-        f" data.images.channels: {array.shape[2]}, or convert the photos to grey"
-    )
+    found, wanted = array.shape[2], spec.channels
+    raise DataError(f"{where}: a photo of {found} channels, not {wanted}: write data.images.channels: {found}")
 
 
 def _decode_whole(data: bytes, where: str, header: Header) -> AnyImage:
@@ -351,22 +345,17 @@ def _decode_numpy(data: bytes, where: str) -> AnyImage:
     return np.array(array, dtype.newbyteorder("="), order="C")
 
 
-def _chunks(data: bytes, place: int, order: str, extra: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the name and content of each chunk of a PNG or WebP file; of the pixels' only the first bytes."""
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the name and content of each chunk; of the pixels' only the first bytes."""
+    place = 8
     while place + 8 <= len(data):
-        if order == ">":
-            length, name = struct.unpack_from(">I4s", data, place)
-        else:
-            name, length = struct.unpack_from("<4sI", data, place)
-            length += length & 1
+        length, name = struct.unpack_from(">I4s", data, place)
         yield name, data[place + 8 : place + 8 + min(length, 1 << 16)]
-        place += extra + length
+        place += 12 + length
 
 
-def _orientation(exif: bytes) -> int:
-    """Read the orientation of Exif data, 1 to 8; 1 where it states none."""
-    found = _tiff_tags(exif.removeprefix(b"Exif\0\0")).get(274, 1)
-    return found if found in SHOWN else 1
+def _orientation(tags: Mapping[int, int]) -> int:
+    return tags.get(274, 1) if 1 <= tags.get(274, 1) <= 8 else 1
 
 
 def _tiff_tags(data: bytes) -> dict[int, int]:

@@ -57,14 +57,10 @@ class Plan:
 class PhotoFacts(NamedTuple):
     """What the builder found in a photo that is not plain 8-bit RGB or grey."""
 
-    dtype: str
-    values: tuple[int | float, int | float] | None
+    values: tuple[int | float, ...]
     """Minimum and maximum, where ``data.images`` has a range."""
-    beyond: float
-    """Share of the values beyond that range, which training clips."""
-    has_alpha: bool
-    turned: str
-    """"upright" or "stored": how it is taken, if EXIF gives it another orientation than it is stored in; else ""."""
+    notes: list[str]
+    """What a summary counts."""
 
 
 @dataclass
@@ -193,17 +189,17 @@ def check_photo(
     # A decoder reads a JPEG to its end at any scale: decoding at 1/8 detects the same corruption 40 % faster.
     reduction = 8 if is_jpeg(data) and not whole and images.range is None else 1  # (a range is measured whole)
     array = decode_photo(data, where, images, upright=upright and whole, header=header, reduction=reduction)
-    size = header.shown_size(upright)
-    if images.range is None and not header.has_alpha and header.orientation == 1:
-        return array, size, None
-    values, beyond = None, 0.0
+    notes, values = [], tuple[int | float, ...]()
     if images.range is not None:
         values = array.min().item(), array.max().item()
-        low, high = values if images.range == "auto" else images.range
-        if values[0] < low or values[1] > high:
-            beyond = float(((array < low) | (array > high)).mean())
-    turned = "" if header.orientation == 1 else "upright" if upright else "stored"
-    return array, size, PhotoFacts(header.dtype, values, beyond, header.has_alpha, turned)
+        notes.append(f"of {header.dtype}")
+        if images.range != "auto" and not images.range[0] <= values[0] <= values[1] <= images.range[1]:
+            notes.append("with values beyond data.images.range, which are clipped")
+    if header.has_alpha:
+        notes.append("whose alpha channel is left out" if images.drop_alpha else "with alpha as a channel")
+    if header.orientation != 1:
+        notes.append(f"with an EXIF orientation, taken {'upright' if upright else 'as stored'}")
+    return array, header.shown_size(upright), PhotoFacts(values, notes) if notes else None
 
 
 def load_sample(plan: Plan, key: str) -> LoadedSample:

@@ -6,7 +6,7 @@ and the manifest: its content, the sum over several shards, and its summary for 
 
 import hashlib
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -15,12 +15,13 @@ from typing import Any
 import lmdb
 import numpy as np
 
+from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.folders import split_key
 from imaginaire_spade.data.lmdb_source import FILENAMES, MANIFEST, METADATA, store_key
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import file_sha256, flush_folder, read_json, write_json
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, PhotoFacts, Plan
+from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, Plan
 from imaginaire_spade.version import __version__
 
 Manifest = dict[str, Any]
@@ -194,7 +195,13 @@ def _manifest(
             for t in plan.data_types
         },
         **plan.treatment(),
-        "images": _describe_photos(plan, contents.photos),
+        "images": _join_photos(
+            plan.images.model_dump(mode="json"),
+            (
+                {"values": f.values, "found": {note: (1, [key]) for note in f.notes}}
+                for key, f in contents.photos.items()
+            ),
+        ),
         "sizes_h_w": dict(sorted(contents.sizes.items())),
         "class_pixels": (pixels := by_class(contents.class_pixels)),
         "class_samples": by_class(contents.class_samples),
@@ -217,9 +224,10 @@ def _source_sha256(plan: Plan, name: str) -> str:
 
 def difference(manifest: Manifest, plan: Plan, name: str) -> str:
     """Name what a shard differs in from the plan, or return ""."""
+    manifest = {"images": {"spec": ImageSpec().model_dump(mode="json")}} | manifest  # (older ones lack it)
     if manifest["labels"] != plan.labels.model_dump(mode="json"):
         return "another label table"
-    if manifest.get("images", {}).get("spec", {}) != plan.images.model_dump(mode="json"):
+    if manifest["images"]["spec"] != plan.images.model_dump(mode="json"):
         return "another data.images"
     if list(manifest["data_types"]) != list(plan.data_types):
         return f"other data types ({', '.join(manifest['data_types'])})"
@@ -262,7 +270,7 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -
             }
             for t in parts[0]["data_types"]
         },
-        "images": _join_photos([part["images"] for part in parts]),
+        "images": _join_photos(parts[0]["images"]["spec"], [part["images"] for part in parts]),
         "sizes_h_w": dict(sorted(sizes.items())),
         "class_pixels": total("class_pixels"),
         "class_samples": total("class_samples"),
@@ -273,46 +281,24 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -
     }
 
 
-TAKEN = {"upright": "taken upright, as their EXIF orientation says", "stored": "taken as stored, against EXIF"}
-
-
-def _describe_photos(plan: Plan, photos: Mapping[str, PhotoFacts]) -> dict[str, Any]:
-    """Describe the photos of a shard: ``data.images``, and what was found in those that are not plain 8-bit ones."""
-    keys = defaultdict[str, list[str]](list)
-    for key, facts in photos.items():
-        if facts.values:
-            keys[f"of {facts.dtype}"].append(key)
-        if facts.beyond:
-            keys["with values beyond data.images.range, which are clipped"].append(key)
-        if facts.has_alpha:
-            keys["whose alpha channel is " + ("left out" if plan.images.drop_alpha else "a channel")].append(key)
-        if facts.turned:
-            keys[TAKEN[facts.turned]].append(key)
-    values = [value for facts in photos.values() if facts.values for value in facts.values]
-    found = {name: {"photos": len(those), "such_as": those[:5]} for name, those in keys.items()}
-    return _join_photos([{
-        "spec": plan.images.model_dump(mode="json"), "values": [min(values), max(values)] if values else None,
-        "found": found,
-    }])  # fmt: skip
-
-
-def _join_photos(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Sum up what was found in the photos of several shards.
+def _join_photos(spec: dict[str, Any], parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Sum up what was found in photos, of which each part has ``values`` and ``found``: note -> [photos, some keys].
 
     Raises:
-        DataError: 8-bit photos among deeper ones, whose values would all be taken for dark.
+        DataError: 8-bit photos among deeper ones, which would all be taken for dark.
     """
-    values = [value for part in parts for value in part["values"] or ()]
-    found: dict[str, Any] = {}
-    for name, entry in (item for part in parts for item in part["found"].items()):
-        before = found.get(name, {"photos": 0, "such_as": []})
-        such_as = [*before["such_as"], *entry["such_as"]][:5]
-        found[name] = {"photos": before["photos"] + entry["photos"], "such_as": such_as}
-    types = [name for name in found if name.startswith("of ")]
+    values, found = list[int | float](), dict[str, tuple[int, list[str]]]()
+    for part in parts:
+        values = [f(values + list(part["values"])) for f in (min, max)] if part["values"] else values
+        for note, (number, keys) in part["found"].items():
+            before, named = found.get(note, (0, []))
+            found[note] = before + number, (named + keys)[:5]
+    types = {note: keys for note, (_, keys) in found.items() if note.startswith("of ")}
     if "of uint8" in types and len(types) > 1:
-        listed = "; ".join(f"{found[name]['photos']} {name}, such as {found[name]['such_as'][0]}" for name in types)
-        raise DataError(f"photos of 8 bits among deeper ones ({listed}), under one data.images.range: convert them")
-    return {"spec": parts[0]["spec"], "values": [min(values), max(values)] if values else None, "found": found}
+        raise DataError(
+            f"photos of 8 bits among deeper ones under one data.images.range: convert them; such as {types}"
+        )
+    return {"spec": spec, "values": values or None, "found": found}
 
 
 def wrong_checksums(root: Path) -> Iterator[str]:
@@ -352,11 +338,10 @@ def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:
         lines.append(f"sizes (height x width): {shown}{f' and {len(sizes) - 5} more' if len(sizes) > 5 else ''}")
     images = manifest.get("images", {})
     if images.get("values"):
-        asked, (low, high) = images["spec"]["range"], images["values"]
-        lines.append(f"photos: values {low:g} to {high:g}, of which training makes -1 to 1" if asked == "auto" else
-                     f"photos: values {low:g} to {high:g}; data.images.range {asked} becomes -1 to 1")  # fmt: skip
-    for name, entry in images.get("found", {}).items():
-        lines.append(f"photos: {entry['photos']} {name}: {', '.join(entry['such_as'])}{' ...' * (entry['photos'] > 5)}")
+        meant = images["spec"]["range"] if images["spec"]["range"] != "auto" else images["values"]
+        lines.append(f"photos: values {images['values']}; {meant} become -1 and 1 in training")
+    for note, (number, keys) in images.get("found", {}).items():
+        lines.append(f"photos: {number} {note}: {', '.join(keys)}{' ...' * (number > len(keys))}")
     if not manifest["checked"]:
         lines.append("nothing was decoded or checked (--no_check)")
     if manifest["class_pixels"] is None:
