@@ -6,14 +6,13 @@ refused, and the message names the key. 8-bit grey and RGB are decoded by ``imag
 
 import io
 import json
-import math
 import struct
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -29,6 +28,8 @@ from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import AnyImage, RgbImage, read_json
 
 NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
+MAX_BYTES = 1 << 31
+"""Largest content of a .npz file that is unpacked."""
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _KINDS = {1: "uint", 2: "int", 3: "float"}  # a TIFF's SampleFormat
 
@@ -44,6 +45,8 @@ class Header(NamedTuple):
     has_alpha: bool = False
     orientation: int = 1
     """By EXIF or TIFF, 1 to 8; 1: as stored."""
+    array: AnyImage | None = None
+    """What a NumPy file holds."""
 
     def shown_size(self, upright: bool) -> tuple[int, int]:
         """Return (height, width) of the stored or of the upright pixels."""
@@ -59,8 +62,9 @@ def read_header(data: bytes, where: str) -> Header:
     if frame := jpeg_frame(data):
         return Header(image_size(data, where), orientation=_orientation(_tiff_tags(frame[2][6:])) if frame[2] else 1)
     if data.startswith((NPY, NPZ)):
-        shape, stored, _, _ = _open_numpy(data, where)
-        return Header((shape[0], shape[1]), stored.name, shape[2] if len(shape) == 3 else 1)
+        array = _load_numpy(data, where)
+        size = check_size(array.shape[0], array.shape[1], where)
+        return Header(size, array.dtype.name, array.shape[2] if array.ndim == 3 else 1, array=array)
     if data.startswith(_TIFF) and {256, 257} <= (tags := _tiff_tags(data)).keys():
         channels, kind = tags.get(277, 1), _KINDS.get(tags.get(339, 1), "uint")
         dtype = f"{kind}{max(8, 1 << (tags.get(258, 1) - 1).bit_length())}"
@@ -122,8 +126,8 @@ def decode_photo(
     header = header or read_header(data, where)
     _check_header(header, spec, where)
     is_tiff = data.startswith(_TIFF)
-    if data.startswith((NPY, NPZ)):
-        array = _decode_numpy(data, where)
+    if header.array is not None:
+        array = header.array
     elif is_jpeg(data) or (header.dtype == "uint8" and not header.has_alpha and header.channels <= 3):
         array = decode_image(data, where, reduction=reduction)
     else:
@@ -140,22 +144,11 @@ def decode_photo(
     return np.ascontiguousarray(_turn(array, header.orientation if upright else inverse))
 
 
-def decode_stored(data: bytes, where: str) -> AnyImage:
-    """Decode a photo with the depth, the channels and the orientation that it is stored in: [H, W, C].
-
-    Raises:
-        DataError: unreadable.
-    """
-    header = read_header(data, where)
-    any_range = None if header.dtype == "uint8" else (0.0, 1.0)
-    return decode_photo(data, where, ImageSpec(channels=header.channels, range=any_range), header=header)
-
-
 def to_training(array: AnyImage, spec: ImageSpec) -> AnyImage:
     """Scale a photo of ``decode_photo``, of any shape: float32 0..255 if ``spec`` has a range, clipped; else itself."""
     if spec.range is None:
         return array
-    low, high = _range_of(spec)
+    low, high = spec.limits
     return ((array.astype(np.float32) - low) * np.float32(255 / (high - low))).clip(0, 255)
 
 
@@ -163,7 +156,7 @@ def to_stored(images: Tensor, spec: ImageSpec) -> Tensor:
     """Convert generated images, floats in [-1, 1] of any shape, to the values and the dtype of the data's files."""
     if spec.range is None:
         return denormalise(images)
-    low, high = _range_of(spec)
+    low, high = spec.limits
     values = (images.double().clamp(-1, 1) + 1) * ((high - low) / 2) + low
     return (values if spec.dtype == "float32" else values.round()).to(getattr(torch, spec.dtype))
 
@@ -190,34 +183,21 @@ def measured(spec: ImageSpec, roots: Sequence[str | Path]) -> ImageSpec:
     """Replace ``range: auto`` by the minimum and maximum over all of ``roots``, which the builder measured.
 
     Raises:
-        DataError: one of them is not a data set of which they are known.
+        DataError: it measured none; or a data set was built, and so checked, under another ``data.images``.
     """
-    if spec.range != "auto":
-        return spec
     found = [built_images(root).get("values") for root in roots]
     values = [value for pair in found for value in pair or ()]
-    if None in found or not min(values) < max(values):
+    if spec.range == "auto" and (None in found or not min(values) < max(values)):
         raise DataError(
             f"data.images.range: auto: scripts/build_lmdb.py measured no values of {', '.join(map(str, roots))}: build"
             " it with this config, or write data.images.range: [LOW, HIGH]"
         )
-    return spec.model_copy(update={"range": (min(values), max(values))})
-
-
-def check_built(spec: ImageSpec, roots: Sequence[str | Path]) -> None:
-    """Refuse data sets that were built, and so checked, under another meaning of photos.
-
-    Raises:
-        DataError: with the keys that differ.
-    """
-    own = spec.model_dump(mode="json", include={"channels", "drop_alpha", "orientation"})
-    for root in roots:
-        built = built_images(root).get("spec", {})
-        differ = [f"{key}: {built[key]} (here {value})" for key, value in own.items() if built.get(key, value) != value]
-        if (built.get("range", spec.range) is None) != (spec.range is None):
-            differ.append(f"range: {built['range']} (here {spec.range})")
-        if differ:
-            raise DataError(f"{root} was built with data.images.{', '.join(differ)}: write the same, or build it anew")
+    for root in filter(built_images, roots):
+        built = built_spec(root).model_copy(update={"preview": spec.preview})
+        built = built.model_copy(update={"range": spec.range}) if built.range and spec.range else built
+        if built != spec:
+            raise DataError(f"{root} was built with data.images: {built}, not {spec}: write that, or build it anew")
+    return spec.model_copy(update={"range": (min(values), max(values))}) if spec.range == "auto" else spec
 
 
 def built_images(root: str | Path) -> dict[str, Any]:
@@ -240,11 +220,6 @@ def built_spec(root: str | Path) -> ImageSpec:
         raise DataError(f"{Path(root, MANIFEST)}: no usable data.images: {error}") from None
 
 
-def _range_of(spec: ImageSpec) -> tuple[float, float]:
-    assert isinstance(spec.range, tuple), "replaced by build.with_measured_range"
-    return spec.range
-
-
 def _check_header(header: Header, spec: ImageSpec, where: str) -> None:
     """Refuse a photo that is not as the config says, with the line to write."""
     kind, channels = header.dtype.rstrip("0123456789"), header.channels - (header.has_alpha and spec.drop_alpha)
@@ -257,8 +232,8 @@ def _check_header(header: Header, spec: ImageSpec, where: str) -> None:
             f" given: write data.images: {{{also}range: auto}} (scripts/build_lmdb.py measures minimum and maximum), or"
             f" the range that is meant, such as {example}"
         )
-    elif kind == "float" and spec.dtype != "float32" and spec.range != "auto":
-        wrong = f"floats, and the range is of integers: write data.images.range: {[float(v) for v in _range_of(spec)]}"
+    elif kind == "float" and spec.range != "auto" and spec.dtype != "float32":
+        wrong = f"floats, and the range is of integers: write data.images.range: {[float(v) for v in spec.limits]}"
     elif header.has_alpha and not spec.drop_alpha and header.channels != spec.channels:
         wrong = (
             "an alpha channel (transparency): write data.images.drop_alpha: true to leave it out, or"
@@ -307,42 +282,20 @@ def _turn(array: AnyImage, orientation: int) -> AnyImage:
     return array[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
 
 
-def _open_numpy(data: bytes, where: str) -> tuple[tuple[int, ...], np.dtype[Any], bool, IO[bytes]]:
-    """Read shape, dtype and order (whether Fortran's) of the array of a .npy or .npz file, which is then at its values.
-
-    Raises:
-        DataError: no such file, or not one photo.
-    """
+def _load_numpy(data: bytes, where: str) -> AnyImage:
+    """Load the one array of a .npy or .npz file: numbers [H, W] or [H, W, C]."""
     try:
-        file: IO[bytes] = io.BytesIO(data)
-        if data.startswith(NPZ):
-            archive = zipfile.ZipFile(file)
-            if len(names := archive.namelist()) != 1:
-                raise DataError(f"{where}: holds {len(names)} arrays ({', '.join(names[:5])}); save the photo alone")
-            file = archive.open(names[0])
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read(file)
+        if data.startswith(NPZ) and sum(e.file_size for e in zipfile.ZipFile(io.BytesIO(data)).infolist()) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes once unpacked")
+        loaded = np.load(io.BytesIO(data), allow_pickle=False)
+        (array,) = loaded.values() if data.startswith(NPZ) else [loaded]
     except (ValueError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{where}: not readable as a NumPy file: {error}") from None
-    if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind not in "uif":
-        raise DataError(f"{where}: an array of {dtype} {list(shape)}; a photo is numbers [height, width, channels]")
-    if len(shape) == 3 and shape[0] < 16 < shape[2]:
-        raise DataError(f"{where}: an array {list(shape)}: bands come last: save np.moveaxis(array, 0, -1)")
-    check_size(shape[0], shape[1], where)
-    return shape, dtype, is_fortran, file
-
-
-def _decode_numpy(data: bytes, where: str) -> AnyImage:
-    shape, dtype, is_fortran, file = _open_numpy(data, where)
-    try:
-        values = np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype)
-        array = values.reshape(shape, order="F" if is_fortran else "C")
-    except (ValueError, zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
-        raise DataError(f"{where}: a NumPy file that is cut off ({error}): copy or make it again") from None
-    return np.array(array, dtype.newbyteorder("="), order="C")
+        raise DataError(f"{where}: not readable as a NumPy file of one array: {error}") from None
+    if array.ndim not in (2, 3) or not array.size or array.dtype.kind not in "uif":
+        raise DataError(f"{where}: {array.dtype} {list(array.shape)}; a photo is numbers [height, width, channels]")
+    if array.ndim == 3 and array.shape[0] < 16 < array.shape[2]:
+        raise DataError(f"{where}: an array {list(array.shape)}: bands come last: save np.moveaxis(array, 0, -1)")
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -19,8 +19,9 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.image_files import DECODERS, IMAGE_EXTENSIONS, decode_label, encode_map
-from imaginaire_spade.data.photos import decode_stored
+from imaginaire_spade.data.photos import decode_photo
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.dataset_prep.maps import Writing, write_maps
 from imaginaire_spade.errors import DataError, how_to_install
@@ -340,8 +341,8 @@ def _content(link: bool, file: _RawFile) -> bytes | Path:
     if data_type == "inst_maps" and sample.objects:
         array = _draw_instances(sample.objects, path, sample.files["seg_maps"])
     else:
-        decode = decode_stored if data_type == "images" else DECODERS[data_type]
-        array = decode(path.read_bytes(), str(path))
+        photo = partial(decode_photo, spec=ImageSpec(drop_alpha=True))
+        array = (photo if data_type == "images" else DECODERS[data_type])(path.read_bytes(), str(path))
     if data_type == "seg_maps":
         for old, new in sample.replace_ids.items():
             array = np.where(array == old, array.dtype.type(new), array)

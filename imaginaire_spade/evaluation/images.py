@@ -144,10 +144,8 @@ def _grouped(files: Sequence[str], num_samples: int, where: str) -> list[list[st
 def _decode(data: bytes, where: str) -> NDArray[np.uint8]:
     header = read_header(data, where)
     if header.dtype != "uint8" or header.channels > 4:
-        raise DataError(
-            f"{where}: {header.channels} channel(s) of {header.dtype}, but scores are of 8-bit pictures, grey or RGB,"
-            " and a stored file does not say its range: evaluate.py --checkpoint P takes data.images.range of P"
-        )
+        kind = f"{header.channels} channel(s) of {header.dtype}"
+        raise DataError(f"{where}: {kind}, but scores are of 8-bit pictures: evaluate.py --checkpoint P makes those")
     return decode_image(data, where)
 
 

@@ -7,7 +7,7 @@ makes of it on its way into a shard (``--resize_smallest_side``, ``--recode_maps
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,13 +54,28 @@ class Plan:
         return {"checked": self.check, "shrunk": shrunk, "recoded_maps": self.recode_maps}
 
 
-class PhotoFacts(NamedTuple):
-    """What the builder found in a photo that is not plain 8-bit RGB or grey."""
+@dataclass
+class PhotoFacts:
+    """What the builder found in photos that are not plain 8-bit RGB or grey."""
 
-    values: tuple[int | float, ...]
+    values: list[int | float] = field(default_factory=list)
     """Minimum and maximum, where ``data.images`` has a range."""
-    notes: list[str]
-    """What a summary counts."""
+    found: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    """What a summary says -> number of photos, and the keys of some."""
+
+    def add(self, values: Sequence[int | float], found: Mapping[str, tuple[int, list[str]]]) -> None:
+        """Add what was found in others.
+
+        Raises:
+            DataError: 8-bit photos among deeper ones, which would all be taken for dark.
+        """
+        self.values = [f([*self.values, *values]) for f in (min, max)] if values else self.values
+        for note, (number, keys) in found.items():
+            before, named = self.found.get(note, (0, []))
+            self.found[note] = before + number, [*named, *keys][:5]
+        types = {note: keys for note, (_, keys) in self.found.items() if note.startswith("of ")}
+        if "of uint8" in types and len(types) > 1:
+            raise DataError(f"photos of 8 bits among deeper ones, under one data.images.range: convert them: {types}")
 
 
 @dataclass
@@ -76,7 +91,7 @@ class LoadedSample:
     """Data type -> new extension, of the files that were re-encoded with another."""
     size: tuple[int, int] | None = None
     """(height, width) of the label map (or of the first data type); None: nothing was decoded."""
-    photo: PhotoFacts | None = None
+    photo: PhotoFacts = field(default_factory=PhotoFacts)
     class_pixels: dict[int, int] = field(default_factory=dict)
     """Train id -> number of pixels, of those that occur."""
     problems: list[str] = field(default_factory=list)
@@ -95,8 +110,7 @@ class Contents:
     class_pixels: Counter[int] = field(default_factory=Counter)
     class_samples: Counter[int] = field(default_factory=Counter)
     """Train id -> number of samples that hold it."""
-    photos: dict[str, PhotoFacts] = field(default_factory=dict)
-    """By key."""
+    photos: PhotoFacts = field(default_factory=PhotoFacts)
     problems: list[str] = field(default_factory=list)
 
     def add(self, sample: LoadedSample) -> None:
@@ -106,8 +120,8 @@ class Contents:
             self.num_bytes[data_type] += number
         if sample.size:
             self.sizes[f"{sample.size[0]}x{sample.size[1]}"] += 1
-        if sample.photo:
-            self.photos[sample.key] = sample.photo
+        if sample.photo.found:
+            self.photos.add(sample.photo.values, sample.photo.found)
         for train_id, number in sample.class_pixels.items():
             self.class_pixels[train_id] += number
             self.class_samples[train_id] += 1
@@ -152,7 +166,8 @@ def check_sample(
                 continue
             if data_type == "images":
                 label_size = sizes.get("seg_maps") or next(iter(sizes.values()), None)
-                photo, sizes[data_type], sample.photo = check_photo(data, where, images, label_size, whole_photo)
+                photo, sizes[data_type], notes, values = check_photo(data, where, images, label_size, whole_photo)
+                sample.photo.add(values, {note: (1, [key]) for note in notes})
                 if whole_photo:
                     pixels[data_type] = photo
                 continue
@@ -178,8 +193,8 @@ def check_sample(
 
 def check_photo(
     data: bytes, where: str, images: ImageSpec, label_size: tuple[int, int] | None, whole: bool
-) -> tuple[NDArray[Any], tuple[int, int], PhotoFacts | None]:
-    """Decode a photo, a JPEG small unless ``whole``. Returns its pixels, its (height, width) and what there is to say.
+) -> tuple[NDArray[Any], tuple[int, int], list[str], list[int | float]]:
+    """Decode a photo, a JPEG small unless ``whole``. Returns its pixels, its (height, width) and its ``PhotoFacts``.
 
     Raises:
         DataError: it is not as ``images`` says.
@@ -189,9 +204,9 @@ def check_photo(
     # A decoder reads a JPEG to its end at any scale: decoding at 1/8 detects the same corruption 40 % faster.
     reduction = 8 if is_jpeg(data) and not whole and images.range is None else 1  # (a range is measured whole)
     array = decode_photo(data, where, images, upright=upright and whole, header=header, reduction=reduction)
-    notes, values = [], tuple[int | float, ...]()
+    notes, values = list[str](), list[int | float]()
     if images.range is not None:
-        values = array.min().item(), array.max().item()
+        values = [array.min().item(), array.max().item()]
         notes.append(f"of {header.dtype}")
         if images.range != "auto" and not images.range[0] <= values[0] <= values[1] <= images.range[1]:
             notes.append("with values beyond data.images.range, which are clipped")
@@ -199,7 +214,7 @@ def check_photo(
         notes.append("whose alpha channel is left out" if images.drop_alpha else "with alpha as a channel")
     if header.orientation != 1:
         notes.append(f"with an EXIF orientation, taken {'upright' if upright else 'as stored'}")
-    return array, header.shown_size(upright), PhotoFacts(values, notes) if notes else None
+    return array, header.shown_size(upright), notes, values
 
 
 def load_sample(plan: Plan, key: str) -> LoadedSample:

@@ -21,7 +21,7 @@ from imaginaire_spade.data.lmdb_source import FILENAMES, MANIFEST, METADATA, sto
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import file_sha256, flush_folder, read_json, write_json
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, Plan
+from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, PhotoFacts, Plan
 from imaginaire_spade.version import __version__
 
 Manifest = dict[str, Any]
@@ -195,13 +195,7 @@ def _manifest(
             for t in plan.data_types
         },
         **plan.treatment(),
-        "images": _join_photos(
-            plan.images.model_dump(mode="json"),
-            (
-                {"values": f.values, "found": {note: (1, [key]) for note in f.notes}}
-                for key, f in contents.photos.items()
-            ),
-        ),
+        "images": {"spec": plan.images.model_dump(mode="json"), **vars(contents.photos)},
         "sizes_h_w": dict(sorted(contents.sizes.items())),
         "class_pixels": (pixels := by_class(contents.class_pixels)),
         "class_samples": by_class(contents.class_samples),
@@ -258,6 +252,10 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -
         return parts[0] | {"left_out": list(left_out)}
     sizes = sum((Counter(part["sizes_h_w"]) for part in parts), Counter[str]())
 
+    photos = PhotoFacts()
+    for images in (part.get("images", {}) for part in parts):  # (older ones lack it)
+        photos.add(images.get("values", []), images.get("found", {}))
+
     def total(counts: str) -> Any:
         return None if parts[0][counts] is None else np.sum([part[counts] for part in parts], axis=0).tolist()
 
@@ -270,7 +268,7 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -
             }
             for t in parts[0]["data_types"]
         },
-        "images": _join_photos(parts[0]["images"]["spec"], [part["images"] for part in parts]),
+        "images": parts[0].get("images", {}) | vars(photos),
         "sizes_h_w": dict(sorted(sizes.items())),
         "class_pixels": total("class_pixels"),
         "class_samples": total("class_samples"),
@@ -279,26 +277,6 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -
         "shards": [{**part["shards"][0], "path": name} for name, part in manifests.items()],
         "left_out": list(left_out),
     }
-
-
-def _join_photos(spec: dict[str, Any], parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Sum up what was found in photos, of which each part has ``values`` and ``found``: note -> [photos, some keys].
-
-    Raises:
-        DataError: 8-bit photos among deeper ones, which would all be taken for dark.
-    """
-    values, found = list[int | float](), dict[str, tuple[int, list[str]]]()
-    for part in parts:
-        values = [f(values + list(part["values"])) for f in (min, max)] if part["values"] else values
-        for note, (number, keys) in part["found"].items():
-            before, named = found.get(note, (0, []))
-            found[note] = before + number, (named + keys)[:5]
-    types = {note: keys for note, (_, keys) in found.items() if note.startswith("of ")}
-    if "of uint8" in types and len(types) > 1:
-        raise DataError(
-            f"photos of 8 bits among deeper ones under one data.images.range: convert them; such as {types}"
-        )
-    return {"spec": spec, "values": values or None, "found": found}
 
 
 def wrong_checksums(root: Path) -> Iterator[str]:
