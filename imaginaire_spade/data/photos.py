@@ -195,8 +195,9 @@ def measured(spec: ImageSpec, roots: Sequence[str | Path]) -> ImageSpec:
     for root in filter(built_images, roots):
         built = built_spec(root).model_copy(update={"preview": spec.preview})
         built = built.model_copy(update={"range": spec.range}) if built.range and spec.range else built
-        if built != spec:
-            raise DataError(f"{root} was built with data.images: {built}, not {spec}: write that, or build it anew")
+        differ = {key: value for key, value in built.model_dump(mode="json").items() if value != getattr(spec, key)}
+        if differ:
+            raise DataError(f"{root} was built with other data.images: write {json.dumps(differ)}, or build it anew")
     return spec.model_copy(update={"range": (min(values), max(values))}) if spec.range == "auto" else spec
 
 
