@@ -192,10 +192,11 @@ def measured(spec: ImageSpec, roots: Sequence[str | Path]) -> ImageSpec:
             f"data.images.range: auto: scripts/build_lmdb.py measured no values of {', '.join(map(str, roots))}: build"
             " it with this config, or write data.images.range: [LOW, HIGH]"
         )
+    own = spec.model_dump(mode="json")
     for root in filter(built_images, roots):
         built = built_spec(root).model_copy(update={"preview": spec.preview})
         built = built.model_copy(update={"range": spec.range}) if built.range and spec.range else built
-        differ = {key: value for key, value in built.model_dump(mode="json").items() if value != getattr(spec, key)}
+        differ = {key: value for key, value in built.model_dump(mode="json").items() if value != own[key]}
         if differ:
             raise DataError(f"{root} was built with other data.images: write {json.dumps(differ)}, or build it anew")
     return spec.model_copy(update={"range": (min(values), max(values))}) if spec.range == "auto" else spec
