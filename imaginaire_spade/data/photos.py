@@ -10,7 +10,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ def read_header(data: bytes, where: str) -> Header:
         return Header(size, dtype, channels, tags.get(338) in (1, 2), _orientation(tags))
     size = image_size(data, where)
     if data.startswith(b"\x89PNG"):
-        colour, chunks = data[25], dict(_png_chunks(data))
+        colour, chunks = data[25], _png_chunks(data)
         has_alpha, exif = colour in (4, 6) or b"tRNS" in chunks, chunks.get(b"eXIf", b"")
         channels = (1 if colour in (0, 4) else 3) + has_alpha
         return Header(size, f"uint{max(8, data[24])}", channels, has_alpha, _orientation(_tiff_tags(exif)))
@@ -300,13 +300,15 @@ def _load_numpy(data: bytes, where: str) -> AnyImage:
     return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the name and content of each chunk; of the pixels' only the first bytes."""
-    place = 8
+def _png_chunks(data: bytes) -> dict[bytes, bytes]:
+    """Return the chunks that say how pixels are to be shown, by name: transparency and Exif data."""
+    place, found = 8, dict[bytes, bytes]()
     while place + 8 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, place)
-        yield name, data[place + 8 : place + 8 + min(length, 1 << 16)]
-        place += 12 + length
+        name, end = data[place + 4 : place + 8], place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if name in (b"tRNS", b"eXIf"):
+            found[name] = data[place + 8 : end - 4]
+        place = end
+    return found
 
 
 def _orientation(tags: Mapping[int, int]) -> int:
