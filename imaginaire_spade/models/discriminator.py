@@ -1,5 +1,7 @@
 """Discriminators: (layout, images) -> one (logits, features) per scale."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
@@ -40,6 +42,17 @@ class Discriminator(nn.Module):
     """Height and width must be multiples of this."""
     batch_independent = False
     """Whether an image's scores depend on that image alone (no batch statistics). The training step relies on it."""
+    frozen_layers = 0
+    """Layers of each patch discriminator, from its input on, that never train (FreezeD, Mo et al. 2020)."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Discriminator:
+        """Switch the gradients of all layers on, except those of frozen ones, or off."""
+        super().requires_grad_(requires_grad)
+        for module in self.modules():
+            if isinstance(module, PatchDiscriminator):
+                for layer in module.layers[: self.frozen_layers]:
+                    layer.requires_grad_(False)
+        return self
 
 
 class PatchDiscriminator(nn.Module):

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,10 +61,12 @@ class RunLog:
                 write_bytes(self._metrics, b"".join(map(_line, self._records)))
 
     def say(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one."""
+        """Print a line, above the progress bar if there is one, and add it to ``train.log``."""
         if self.enabled:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+            with suppress(OSError), (self.logdir / "train.log").open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def warn(self, images_seen: int, text: str) -> None:
         """Print a warning and write it to TensorBoard's text."""
@@ -178,6 +179,10 @@ def peak_memory_gib() -> float:
     """Return the peak memory of this process in GiB: of the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform == "win32":
+        return 0.0  # it does not say
+    import resource
+
     scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
 
