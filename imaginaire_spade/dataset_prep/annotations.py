@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_label, image_size
-from imaginaire_spade.data.photos import SHOWN, decode_stored, read_header
+from imaginaire_spade.data.photos import decode_stored, read_header
 from imaginaire_spade.dataset_prep import samples
 from imaginaire_spade.dataset_prep.samples import Export, Options, RawSample, find_folder, find_images, no_class
 from imaginaire_spade.errors import DataError, how_to_install
@@ -91,7 +91,7 @@ def _turn(path: Path, size: tuple[int, int]) -> dict[str, Callable[[], bytes]]:
     if size not in (header.size, upright):
         sizes = f"{upright[0]} x {upright[1]} (height x width), but its annotations are for {size[0]} x {size[1]}"
         raise DataError(f"{path}: {sizes}: they are of another photo, or one of them was resized")
-    return {"images": partial(_without_orientation, path, size == upright)} if header.orientation in SHOWN else {}
+    return {"images": partial(_without_orientation, path, size == upright)} if header.orientation != 1 else {}
 
 
 def _without_orientation(path: Path, turn: bool) -> bytes:

@@ -22,15 +22,7 @@ from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import write_image
 from imaginaire_spade.inference.model import Model
-from imaginaire_spade.inference.output import (
-    Output,
-    check_empty,
-    choose_suffix,
-    make_folder,
-    plan_outputs,
-    plan_writes,
-    write_gallery,
-)
+from imaginaire_spade.inference.output import Output, check_empty, make_folder, plan_outputs, plan_writes, write_gallery
 from imaginaire_spade.inference.sizes import MAX_PIXELS, Size, SizeRule, format_size
 from imaginaire_spade.inference.synthesis import Request, StyleOf, drawn_styles, synthesise
 
@@ -139,12 +131,9 @@ def generate_folder(
 
     # Plan this process's files.
     spec = model.config.data.images
-    suffix = choose_suffix(spec, options.suffix)
-    in_browsers = suffix in (".png", ".jpg") and spec.range is None and spec.channels != 4
     everything = plan_outputs(
-        dataset.keys, options.num_samples, suffix, options.animation,
-        with_previews=options.gallery and not in_browsers,
-    )  # fmt: skip
+        dataset.keys, options.num_samples, options.suffix, options.animation, spec, options.gallery
+    )
     own = everything[info.rank :: info.world_size]
     if options.existing == "refuse":
         check_empty(directory, own, everything)
