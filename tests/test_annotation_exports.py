@@ -5,6 +5,7 @@
 
 import base64
 import json
+import re
 import shutil
 import sys
 import zlib
@@ -19,7 +20,7 @@ from imaginaire_spade.config_files import load_labels
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.image_files import decode_image, decode_instances, decode_label
 from imaginaire_spade.data.lmdb_source import open_source
-from imaginaire_spade.dataset_prep.prepare import LABELS, Options, prepare
+from imaginaire_spade.dataset_prep.prepare import DATASETS, LABELS, TOOLS, Options, prepare
 from imaginaire_spade.errors import ConfigError, DataError
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -499,3 +500,13 @@ def test_processes_share_the_drawing(tmp_path):
     prepare("labelme", source, tmp_path / "two", Options(), num_workers=2)
     for path in (path for path in (tmp_path / "one").rglob("*") if path.is_file()):
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
+
+
+def test_the_page_about_tools_names_them_all():
+    """Every command of the page is one, and every tool and every data set with a row of its own stands there."""
+    page = (REPOSITORY / "docs/data_from_tools.md").read_text(encoding="utf-8")
+    named = re.findall(r"`prepare_dataset\.py (\w+) --source \w+ ", page)
+    assert set(named) == {*TOOLS, "celebamask_hq", "isprs", "loveda"} and set(named) <= {*DATASETS, *TOOLS}
+    flags = set(re.findall(r"(--\w+)", page))
+    listed = (REPOSITORY / "tests/options.txt").read_text(encoding="utf-8")
+    assert flags - {"--help"} <= set(re.search(r"scripts/prepare_dataset\.py: (.*)", listed)[1].split())
