@@ -5,6 +5,7 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 import sys
@@ -85,6 +86,31 @@ def test_regions_become_objects(tmp_path):
     for number, label in enumerate([2, 1, 3, 2, 1, 0], 1):  # the shapes of the file
         assert (classes[objects == number] == label).all()
     assert ((objects == 0) == (classes == 255)).all()
+
+
+def test_a_newer_export_replaces_the_older_one(tmp_path):
+    source = export("voc", tmp_path / "voc")
+    run("voc", source, tmp_path / "colours")
+    for name in ("SegmentationClass/a.png", "SegmentationObject/a.png"):
+        stored = np.asarray(Image.open(source / name))
+        write_png(source / name, np.ascontiguousarray(stored[::-1]))
+        os.utime(source / name, (2e9, 2e9))
+    run("voc", source, tmp_path / "colours")
+    assert rows(label_map(tmp_path / "colours/train/seg_maps/a.png")) == EXPORTS["voc"]["classes"]["a"][::-1]
+    objects = tmp_path / "colours/train/inst_maps/a.png"
+    assert objects.read_bytes() == (source / "SegmentationObject/a.png").read_bytes()
+
+    source = export("labelme", tmp_path / "labelme")
+    run("labelme", source, tmp_path / "raw")
+    change(source / "a.json", lambda tree: tree["shapes"].reverse())
+    run("labelme", source, tmp_path / "raw")
+    run("labelme", source, tmp_path / "anew")
+    for name in ("seg_maps/a.png", "inst_maps/a.png"):
+        assert (tmp_path / "raw/train" / name).read_bytes() == (tmp_path / "anew/train" / name).read_bytes()
+    for options in ({"num_val": 1}, {}):
+        with pytest.raises(DataError, match=r"raw.train.seg_maps.a\.png: of an earlier export \(1 such label maps\)"):
+            run("labelme", source, tmp_path / "raw", **options)
+        (source / "a.json").unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ classes
