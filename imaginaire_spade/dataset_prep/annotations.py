@@ -360,12 +360,13 @@ def _by_colour(path: Path, colours: Mapping[str, tuple[int, int, int]], classes:
     known = {_VOC_BORDER: no_class(len(classes))}
     known |= {colour: classes.get(name, no_class(len(classes))) for name, colour in colours.items()}
     with Image.open(path) as image:
-        stored, place = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0, return_inverse=True)
-        size = (image.height, image.width)
-    present = [(int(r), int(g), int(b)) for r, g, b in stored]
-    if unknown := [colour for colour in present if colour not in known]:
+        codes = np.asarray(image.convert("RGB"), np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    ids = np.full(codes.shape, -1, np.int32)
+    for (red, green, blue), value in known.items():
+        ids[codes == (red << 16 | green << 8 | blue)] = value
+    if unknown := [(c >> 16, c >> 8 & 255, c & 255) for c in np.unique(codes[ids < 0]).tolist()]:
         raise DataError(f"{path}: {len(unknown)} colours that labelmap.txt does not have: {str(unknown[:5])[1:-1]}")
-    return samples.encode_ids(np.array([known[colour] for colour in present])[place.reshape(size)])
+    return samples.encode_ids(ids)
 
 
 def _parts(source: Path, options: Options) -> Export:
