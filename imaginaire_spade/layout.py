@@ -58,6 +58,10 @@ class LayoutSpec:
         return self.num_label_channels + self.has_edges
 
 
+CHUNK = 256
+"""Users of a row that a GPU adds up one after the other."""
+
+
 @dataclass(frozen=True)
 class Lookup:
     """Which rows of a table to add up for each place: ``out[i] = sum_j table[index[i, j]]``."""
@@ -77,6 +81,21 @@ class Lookup:
         """Find where the users of each row begin: int64 [num_rows]."""
         counts = torch.bincount(self.index.flatten(), minlength=self.num_rows)
         return counts.cumsum(0) - counts
+
+    @cached_property
+    def chunks(self) -> tuple[Tensor, Tensor]:
+        """Cut the users of each row into chunks of CHUNK: begin of each chunk, first chunk of each row: int64 [T],
+        [num_rows].
+
+        T = num_rows + P * J // CHUNK are always enough, so that nothing is read from a GPU; those left over are empty.
+        """
+        rows = torch.arange(self.num_rows + 1, device=self.index.device)
+        starts = torch.searchsorted(self.index.flatten().sort().values, rows)
+        ends = ((starts.diff() + CHUNK - 1) // CHUNK).cumsum(0)
+        first = F.pad(ends, (1, 0))
+        number = torch.arange(self.num_rows + self.index.numel() // CHUNK, device=self.index.device)
+        row = torch.searchsorted(ends, number, right=True)  # num_rows for those left over, whose start is the end
+        return starts[row] + (number - first[row]) * CHUNK * (row < self.num_rows), first[:-1]
 
 
 @dataclass(frozen=True)

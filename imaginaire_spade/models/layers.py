@@ -163,7 +163,17 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
 def enlarge(x: Tensor, factor: int) -> Tensor:
     """Up-sample x (nearest): [N, C, H, W] -> [N, C, factor H, factor W]."""
-    return x if factor == 1 else F.interpolate(x, scale_factor=factor, mode="nearest")
+    if factor == 1:
+        return x
+    with torch.autocast("cuda", enabled=False):  # which would return float32
+        return F.interpolate(x, scale_factor=factor, mode="nearest")
+
+
+def computing_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype that a convolution with ``weight`` computes in: that of autocast, where it is enabled."""
+    kind = weight.device.type
+    is_cast = torch.is_autocast_enabled(kind) and weight.dtype == torch.float32
+    return torch.get_autocast_dtype(kind) if is_cast else weight.dtype
 
 
 def conv2d(*args: Any, spectral: bool, **kwargs: Any) -> nn.Conv2d:
@@ -222,6 +232,10 @@ def sum_users(values: Tensor, lookup: Lookup | None) -> Tensor:
     """Sum ``values`` [P, C] over the places that use each row of the table: [R, C]. None: the table has one row."""
     if lookup is None:
         return values.sum(0, keepdim=True)
+    if values.is_cuda:  # where a bag is summed by one warp: no bag may be long
+        begin, first = lookup.chunks
+        parts = F.embedding_bag(lookup.users, values, begin, mode="sum")
+        return F.embedding_bag(torch.arange(len(begin), device=values.device), parts, first, mode="sum")
     return F.embedding_bag(lookup.users, values, lookup.starts, mode="sum")
 
 
@@ -249,6 +263,8 @@ def convolve_layout(
     size = weight.shape[-1]
     height, width = ((length + 2 * padding - size) // stride + 1 for length in (layout.height, layout.width))
     table = label_rows(weight, layout.spec.num_label_channels)
+    if weight.is_cuda:
+        table = table.to(computing_dtype(weight))
     rows = sum_rows(table, layout.windows(size, stride, padding))
     if bias is not None:
         rows = rows + bias

@@ -6,20 +6,24 @@ each pass takes the pixels chunk by chunk, so that intermediate results stay in 
 compiled kernel; the function that is compiled is its plain twin.
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from imaginaire_spade.distributed import sum_over_processes
+from imaginaire_spade.distributed import gather_statistics, sum_statistics
 from imaginaire_spade.layout import Lookup
 from imaginaire_spade.models.layers import enlarge, sum_rows, sum_users
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Statistics:
     """float32 (float64 for such x) [C]."""
     rstd: Tensor
     """1 / standard deviation, [C]."""
-    count: Tensor | None = None
+    count: Tensor | int | None = None
     """Number of values per channel behind x's own statistics (of all processes); None: mean and rstd are constants."""
     synchronized: bool = False
     """Whether the statistics include other processes' values."""
@@ -128,7 +132,7 @@ class _Modulate(torch.autograd.Function):
         if count is not None:
             means = torch.stack([(gamma * d_beta).sum(0), (gamma * d_gamma).sum(0)]) / count
             if statistics.synchronized:
-                means = sum_over_processes(means)
+                means = sum_statistics(means)
             factor = -rstd * rstd * means[1] * upsample**2
             offset = -rstd * means[0] * upsample**2 - mean * factor
         dx = _before_upsampling(before, products, few, gamma * rstd, _index(pixels, x, upsample), factor, offset)
@@ -240,31 +244,84 @@ _compiled = cache(_Compiled)
 
 
 @torch.no_grad()
-def batch_moments(x: Tensor, synchronized: bool, times: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute mean and biased variance of x [N, C, H, W] per channel, and the count of values.
-
-    Take means and squares about them chunk by chunk, in one pass over x, and combine them in double precision.
+def batch_statistics(
+    x: Tensor, running: tuple[Tensor, Tensor], momentum: float, eps: float, synchronized: bool, times: int
+) -> Statistics:
+    """Take the statistics of x [N, C, H, W] per channel, and move running mean and (unbiased) variance [C] to them.
 
     Args:
+        momentum: share of x's statistics in the new running ones.
         synchronized: whether to include the values of all processes.
-        times: how often each value counts: as often as in x's enlargement, which has the same mean and variance. So a
-            process may pass x or its enlargement, whichever the others pass.
+        times: how often each value counts: as often as in x's enlargement, which has the same mean and variance.
+    """
+    if x.is_cuda:
+        parts = _once(_moments_on_gpu, x, synchronized, times, eps)  # [processes, 2 C + 1]
+        means, rstds, counts = parts.split([x.shape[1], x.shape[1], 1], 1)
+        gather = torch.batch_norm_gather_stats_with_counts  # type: ignore[attr-defined]
+        mean, rstd = gather(x, means, rstds, *running, momentum, eps, counts.flatten())
+        return Statistics(mean, rstd, counts.sum() if synchronized else times * x.numel() // x.shape[1], synchronized)
+    mean, variance, count = _moments(x, synchronized, times)
+    running[0].lerp_(mean, momentum)
+    running[1].lerp_(variance * (count / (count - 1)), momentum)
+    return Statistics(mean, torch.rsqrt(variance + eps), count, synchronized)
+
+
+def _once(function: Callable[..., T], x: Tensor, *options: Any) -> T:
+    """Call ``function(x, *options)``, or return what the call before gave if it was the same: the norms of a block's
+    two branches ask for the statistics of one x, and they are exchanged once."""
+    if torch.compiler.is_compiling() or x.is_inference():
+        return function(x, *options)
+    key = function, x._version, options
+    if _newest.x() is not x or _newest.key != key:
+        _newest.result = function(x, *options)
+        _newest.x, _newest.key = ref(x), key
+    return _newest.result
+
+
+class _Newest(threading.local):
+    x: Callable[[], Tensor | None] = staticmethod(lambda: None)
+    key: Any = None
+    result: Any = None
+
+
+_newest = _Newest()
+"""The last call of ``_once`` in this thread."""
+
+
+def _moments_on_gpu(x: Tensor, synchronized: bool, times: int, eps: float) -> Tensor:
+    """Compute mean, 1 / sqrt(variance + eps) and count of each process's x: [processes, 2 C + 1]."""
+    mean, rstd = torch.batch_norm_stats(x, eps)  # type: ignore[attr-defined]
+    own = torch.cat([mean, rstd, mean.new_full((1,), times * x.numel() // x.shape[1])])
+    return gather_statistics(own) if synchronized else own.unsqueeze(0)
+
+
+def _moments(x: Tensor, synchronized: bool, times: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute mean and biased variance of x per channel, and the count of values, with one exchange.
+
+    Take means and squares about them chunk by chunk, in one pass over x, and combine them in double precision.
     """
     rows = _grid(x, 1).view(-1, x.shape[1])
     wide = torch.promote_types(x.dtype, torch.float32)
-    total = sum_over_processes if synchronized else torch.clone
     counts, means, squares = [], [], []
-    for places in _chunks(len(rows), rows.shape[1]) if _in_chunks(x) else [slice(None)]:
+    for places in _chunks(len(rows), rows.shape[1]):
         part = rows[places].to(wide)
         counts.append(times * len(part))
         means.append(part.mean(0))
         squares.append((part - means[-1]).square_().sum(0))
-    size = torch.tensor(counts, dtype=torch.float64, device=x.device).unsqueeze(1)  # [chunks, 1]
-    each = torch.stack(means).double()  # [chunks, C]
-    sums = total(torch.cat([(each * size).sum(0), size.sum().unsqueeze(0)]))
-    mean, count = sums[:-1] / sums[-1], sums[-1]
-    about_mean = times * torch.stack(squares).double() + size * (each - mean).square()
-    return mean.to(wide), (total(about_mean.sum(0)) / count).to(wide), count.to(wide)
+    size = torch.tensor(counts, dtype=torch.float64).unsqueeze(1)  # [chunks, 1]
+    moments = _combine(size, torch.stack(means).double(), times * torch.stack(squares).double())
+    if synchronized:
+        moments = _combine(*gather_statistics(torch.cat(moments)).split([1, x.shape[1], x.shape[1]], 1))
+    count, mean, squared = moments
+    return mean.to(wide), (squared / count).to(wide), count.squeeze().to(wide)
+
+
+def _combine(sizes: Tensor, means: Tensor, about_means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Combine parts of a sample (Chan et al. 1979): sizes [parts, 1], means and sums of squares about them [parts, C],
+    in double precision -> the same of the whole: [1], [C], [C]."""
+    size = sizes.sum(0)
+    mean = (means * sizes).sum(0) / size
+    return size, mean, (about_means + sizes * (means - mean).square()).sum(0)
 
 
 def _grid(x: Tensor, upsample: int) -> Tensor:

@@ -24,7 +24,7 @@ from imaginaire_spade.data.loader import Prefetcher, default_num_workers, sequen
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import SemanticLayout
-from imaginaire_spade.models.norms import synchronize_batch_norm
+from imaginaire_spade.models.norms import describe_path, synchronize_batch_norm
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest
 from imaginaire_spade.training.evaluation import Evaluation
@@ -151,6 +151,7 @@ def describe(run: Run) -> str:
         f" encoder {millions(state.encoder)}",
         f"data: {len(run.dataset)} training and {len(run.val_dataset)} preview samples",
         f"losses: {losses}",
+        *([] if (path := describe_path(state.generator, run.device)) is None else [f"SPADE norms: {path}"]),
         f"batch: {run.config.data.train.batch_size} per process x {run.info.world_size} process(es) ="
         f" {calendar.global_batch} globally, on {run.device.type}, {trainer.precision}",
         f"schedule: {calendar.total_iterations} iterations = {epochs:.1f} epochs; learning rates {rates};"
@@ -255,6 +256,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "global_batch": run.calendar.global_batch,
         "data_samples": len(run.dataset),
         "data_sha256": hashlib.sha256("\n".join(run.dataset.keys).encode()).hexdigest(),
+        "spade_norms": describe_path(run.state.generator, run.device),
         "torch": str(torch.__version__),
     }
 
