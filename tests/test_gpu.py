@@ -26,6 +26,7 @@ import collections, json, sys, traceback, warnings
 import torch
 if sys.argv[1] == "stand-in":
     import nullgpu
+from dataclasses import replace
 from functools import partial
 from torch import nn
 from imaginaire_spade import layout as layouts
@@ -37,7 +38,7 @@ from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss
 from imaginaire_spade.models import modulation
 from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
 from imaginaire_spade.models.generator import SPADEGenerator
-from imaginaire_spade.models.norms import CLADE, CLADEICPE, SPADE, synchronize_batch_norm
+from imaginaire_spade.models.norms import CLADE, CLADEICPE, SPADE, synchronize_batch_norm, table_kernel_sizes
 from imaginaire_spade.training.health import LossMeter
 from imaginaire_spade.training.state import TrainState, new_average
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
@@ -79,7 +80,8 @@ def waits_of(name):
     meter = LossMeter((scaler, scaler), device)
 
     def iterate(number):
-        batch = PREPARE(on_host, generator).map(lambda t: t.pin_memory()).to(device, non_blocking=True)
+        batch = replace(on_host, ahead=on_host.look_ahead(table_kernel_sizes(generator), 1))
+        batch = batch.map(lambda t: t.pin_memory()).to(device, non_blocking=True)
         meter.add(number, batch.keys, train_step(state, Networks(generator, discriminator, None), batch, settings))
 
     iterate(1)
@@ -97,11 +99,10 @@ def waits_of(name):
         torch.cuda.set_sync_debug_mode("default")
     return {"waits": dict(places), "exchanges": sum(exchanges.values())}
 
-PREPARE = lambda batch, generator: batch
 print(json.dumps({name: waits_of(name) for name in sys.argv[2].split(",")}))
 """
 
-NORMS = ("dense", "clade", "icpe", "dense synchronized", "clade synchronized", "icpe synchronized")
+NORMS = [f"{kind}{also}" for kind in ("dense", "table", "clade", "icpe") for also in ("", " synchronized")]
 
 
 def run_on_gpu(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

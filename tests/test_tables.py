@@ -1,6 +1,8 @@
 """The table path against the dense path it replaces."""
 
 import copy
+import itertools
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,13 +14,14 @@ from test_layout import random_layout
 from torch import nn
 
 from imaginaire_spade import layout as layout_module
+from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.layout import LayoutSpec, Lookup, SemanticLayout, find_neighbourhoods
 from imaginaire_spade.models import modulation
 from imaginaire_spade.models import norms as norms_module
 from imaginaire_spade.models.discriminator import FPSEDiscriminator, MultiscaleDiscriminator
 from imaginaire_spade.models.for_inference import WinogradConv2d, optimise_for_inference
 from imaginaire_spade.models.generator import SPADEGenerator, StyleSPADEGenerator
-from imaginaire_spade.models.layers import initialise, second_convolution, sum_rows
+from imaginaire_spade.models.layers import initialise, second_convolution, sum_rows, sum_users
 from imaginaire_spade.models.norms import CLADE, SPADE
 
 
@@ -334,3 +337,51 @@ def test_a_frozen_generator_makes_the_same_pictures(norm):
         torch.testing.assert_close(frozen(layout), generator(layout).detach(), rtol=0, atol=1e-5)
         moved = optimise_for_inference(copy.deepcopy(generator).to(memory_format=torch.channels_last), winograd=False)
         torch.testing.assert_close(moved(layout), generator(layout).detach(), rtol=0, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(1, 40), terms=st.integers(1, 3), hot=st.integers(0, 3000), seed=st.integers(0, 99),
+    as_on_gpu=st.booleans(),
+)  # fmt: skip
+def test_chunks_of_users_cover_every_user_once_and_none_is_long(rows, terms, hot, seed, as_on_gpu):
+    g = torch.Generator().manual_seed(seed)
+    index = torch.cat([torch.randint(0, rows, (50, terms), generator=g), torch.full((hot, terms), rows // 2)])
+    lookup = Lookup(index, rows)
+    begin, first = OnGPU(lookup).chunks if as_on_gpu else lookup.chunks
+    lengths = F.pad(begin, (0, 1), value=index.numel()).diff()
+    assert 0 <= int(lengths.min()) and int(lengths.max()) <= layout_module.CHUNK
+    values = torch.randn(len(index), 3, dtype=torch.float64, generator=g)
+    parts = F.embedding_bag(lookup.users, values, begin, mode="sum")
+    total = F.embedding_bag(torch.arange(len(begin)), parts, first, mode="sum")
+    torch.testing.assert_close(total, sum_users(values, lookup))
+
+
+class OnGPU(Lookup):
+    """Cuts chunks as on a GPU, where their number is not known."""
+
+    def __init__(self, lookup: Lookup) -> None:
+        class Index(torch.Tensor):
+            is_cuda = True
+
+        super().__init__(lookup.index.as_subclass(Index), lookup.num_rows)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_neighbourhoods_found_ahead_are_those_of_each_piece(pieces):
+    spec = LayoutSpec(5, has_edges=True)
+    layout = SemanticLayout(spec, blocky_layout(spec, 4, 128, 192).labels, "labels")
+    batch = Batch(layout, None, tuple("abcd"), ((128, 192),) * 4, tuple(range(4)))
+    batch = replace(batch, ahead=batch.look_ahead((3, 5), pieces)).map(torch.clone)
+    assert isinstance(layout._edges, str) and len(batch.ahead) == pieces
+    for number, piece in enumerate(batch.split(pieces)):
+        own = layout[number * len(piece) : (number + 1) * len(piece)]
+        for size, (height, width) in itertools.product((3, 5), ((128, 192), (64, 96))):
+            found, plain = (each.resized(height, width).neighbourhoods(size) for each in (piece.layout, own))
+            assert found.labels.index.dtype == torch.int32
+            assert torch.equal(found.edges, plain.edges) and torch.equal(found.outside, plain.outside)
+            for one, other in zip((found.labels, found.pixels, *found.outer),
+                                  (plain.labels, plain.pixels, *plain.outer), strict=True):  # fmt: skip
+                assert torch.equal(one.index.long(), other.index) and one.num_rows == other.num_rows
+                assert all(torch.equal(a.long(), b) for a, b in zip(one.chunks, other.chunks, strict=True))
+        assert piece.layout.resized(32, 48).neighbourhoods(3).labels.index.dtype == torch.int64  # too few pixels

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.layout import FEWEST_PIXELS_ON_GPU, LayoutSpec, SemanticLayout
 from imaginaire_spade.models.layers import (
     InstanceNorm2d,
     SpectralLinear,
@@ -105,8 +105,10 @@ def _view(layout: SemanticLayout, x: Tensor, upsample: int) -> SemanticLayout:
     return layout.resized(upsample * x.shape[2], upsample * x.shape[3])
 
 
-FEWEST_PIXELS_ON_GPU = 64 * 64
-"""Of a label map, for tables: at 32x32 more than half of the 5x5 windows of real label maps are distinct."""
+def table_kernel_sizes(network: nn.Module) -> tuple[int, ...]:
+    """List the kernel sizes of the SPADE norms of ``network`` that take tables on a GPU."""
+    norms = (module for module in network.modules() if isinstance(module, SPADE) and module.path == "table")
+    return tuple(sorted({norm.kernel_size for norm in norms}))
 
 
 def describe_path(network: nn.Module, device: torch.device) -> str | None:
@@ -114,10 +116,9 @@ def describe_path(network: nn.Module, device: torch.device) -> str | None:
     (path,) = {module.path for module in network.modules() if isinstance(module, SPADE)} or {None}
     if device.type != "cuda" or path is None:
         return {"auto": "tables where label maps repeat enough, else dense (auto)", "table": "tables"}.get(path, path)
-    return {
-        "auto": "dense (auto on a GPU)",
-        "table": f"tables from {FEWEST_PIXELS_ON_GPU} pixels up, dense below",
-    }.get(path, path)
+    return {"auto": "dense (auto on a GPU)", "table": f"tables from {FEWEST_PIXELS_ON_GPU} pixels up, dense below"}.get(
+        path, path
+    )
 
 
 @NORMS.register("spade")
@@ -242,7 +243,9 @@ class Concat(ConditionalNorm):
 
     def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
         """Normalise x [N, channels, h, w], append a layout of any resolution -> [N, channels + num_channels, H, W]."""
-        y = F.leaky_relu(_normalise(self.normalize, x, upsample), slope)  # not in place: a synchronized norm gives a view
+        y = F.leaky_relu(
+            _normalise(self.normalize, x, upsample), slope
+        )  # not in place: a synchronized norm gives a view
         return torch.cat([y, _view(layout, x, upsample).one_hot(y.dtype)], 1)  # of 0 and 1, as the leaky ReLU of it
 
 
