@@ -243,9 +243,7 @@ class Concat(ConditionalNorm):
 
     def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
         """Normalise x [N, channels, h, w], append a layout of any resolution -> [N, channels + num_channels, H, W]."""
-        y = F.leaky_relu(
-            _normalise(self.normalize, x, upsample), slope
-        )  # not in place: a synchronized norm gives a view
+        y = F.leaky_relu(_normalise(self.normalize, x, upsample), slope)  # not in place: it may be a view
         return torch.cat([y, _view(layout, x, upsample).one_hot(y.dtype)], 1)  # of 0 and 1, as the leaky ReLU of it
 
 
