@@ -350,7 +350,7 @@ def test_chunks_of_users_cover_every_user_once_and_none_is_long(rows, terms, hot
     lookup = Lookup(index, rows)
     begin, first = OnGPU(lookup).chunks if as_on_gpu else lookup.chunks
     lengths = F.pad(begin, (0, 1), value=index.numel()).diff()
-    assert 0 <= int(lengths.min()) and int(lengths.max()) <= layout_module.CHUNK
+    assert int(lengths.min()) >= 0 and int(lengths.max()) <= layout_module.CHUNK
     values = torch.randn(len(index), 3, dtype=torch.float64, generator=g)
     parts = F.embedding_bag(lookup.users, values, begin, mode="sum")
     total = F.embedding_bag(torch.arange(len(begin)), parts, first, mode="sum")

@@ -193,8 +193,8 @@ class _Batches(Dataset["Batch | Filled | UserError"]):
         worker, number, samples, ahead = filled
         keys, original_sizes, positions = zip(*samples, strict=True)
         part = self.slots[worker][number][: len(samples)]
-        facts = {"keys": keys, "original_sizes": original_sizes, "positions": positions, "ahead": ahead}
-        return replace(part, **facts).map(function)
+        part = replace(part, keys=keys, original_sizes=original_sizes, positions=positions, ahead=ahead)
+        return part.map(function)
 
 
 def _share(batch: Batch) -> Batch:

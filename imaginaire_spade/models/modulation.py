@@ -257,7 +257,7 @@ def batch_statistics(
     if x.is_cuda:
         parts = _once(_moments_on_gpu, x, synchronized, times, eps)  # [processes, 2 C + 1]
         means, rstds, counts = parts.split([x.shape[1], x.shape[1], 1], 1)
-        gather = torch.batch_norm_gather_stats_with_counts  # type: ignore[attr-defined]
+        gather = torch.batch_norm_gather_stats_with_counts
         mean, rstd = gather(x, means, rstds, *running, momentum, eps, counts.flatten())
         return Statistics(mean, rstd, counts.sum() if synchronized else times * x.numel() // x.shape[1], synchronized)
     mean, variance, count = _moments(x, synchronized, times)
@@ -290,7 +290,7 @@ _newest = _Newest()
 
 def _moments_on_gpu(x: Tensor, synchronized: bool, times: int, eps: float) -> Tensor:
     """Compute mean, 1 / sqrt(variance + eps) and count of each process's x: [processes, 2 C + 1]."""
-    mean, rstd = torch.batch_norm_stats(x, eps)  # type: ignore[attr-defined]
+    mean, rstd = torch.batch_norm_stats(x, eps)
     own = torch.cat([mean, rstd, mean.new_full((1,), times * x.numel() // x.shape[1])])
     return gather_statistics(own) if synchronized else own.unsqueeze(0)
 

@@ -113,12 +113,12 @@ def table_kernel_sizes(network: nn.Module) -> tuple[int, ...]:
 
 def describe_path(network: nn.Module, device: torch.device) -> str | None:
     """Say how the SPADE norms of ``network`` convolve label maps on ``device``; None if it has none."""
-    (path,) = {module.path for module in network.modules() if isinstance(module, SPADE)} or {None}
-    if device.type != "cuda" or path is None:
-        return {"auto": "tables where label maps repeat enough, else dense (auto)", "table": "tables"}.get(path, path)
-    return {"auto": "dense (auto on a GPU)", "table": f"tables from {FEWEST_PIXELS_ON_GPU} pixels up, dense below"}.get(
-        path, path
-    )
+    path = next((module.path for module in network.modules() if isinstance(module, SPADE)), None)
+    if path == "table":
+        return "tables" + f" from {FEWEST_PIXELS_ON_GPU} pixels up, dense below" * (device.type == "cuda")
+    if path == "auto":
+        return "auto, dense on a GPU" if device.type == "cuda" else "auto, tables where label maps repeat enough"
+    return path
 
 
 @NORMS.register("spade")
