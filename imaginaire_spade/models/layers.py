@@ -9,7 +9,9 @@ one row of the table and one multiply-add per channel. These are the same sums i
 Tables run on rows [pixels, channels], which is what memory format channels_last is.
 """
 
-from functools import partial
+import warnings
+from functools import cache, partial
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -209,6 +211,20 @@ def initialise(network: nn.Module, kind: str, gain: float) -> None:
                 module.iterate()
 
 
+@cache
+def triton_kernels(device: torch.device) -> ModuleType | None:
+    """Return the module of kernels for a GPU; None, with a warning, if they cannot be compiled here."""
+    try:
+        from imaginaire_spade.models import kernels
+
+        kernels.probe(device)
+    except Exception as error:  # each step from Triton to the driver has its own
+        text = f"no Triton kernels for {device}, so that norms run slower: {' '.join(str(error).split())[:300]}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return None
+    return kernels
+
+
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, lookup: Lookup) -> Tensor:
@@ -232,8 +248,10 @@ def sum_users(values: Tensor, lookup: Lookup | None) -> Tensor:
     """Sum ``values`` [P, C] over the places that use each row of the table: [R, C]. None: the table has one row."""
     if lookup is None:
         return values.sum(0, keepdim=True)
-    if values.is_cuda:  # where a bag is summed by one warp: no bag may be long
-        begin, first = lookup.chunks
+    if values.is_cuda:  # where a bag is summed by one warp: none may be long
+        if (kernels := triton_kernels(values.device)) is not None:
+            return kernels.sum_users(values, lookup).to(values.dtype)
+        begin, first = (t.to(lookup.users.dtype) for t in lookup.chunks)
         parts = F.embedding_bag(lookup.users, values, begin, mode="sum")
         return F.embedding_bag(torch.arange(len(begin), device=values.device), parts, first, mode="sum")
     return F.embedding_bag(lookup.users, values, lookup.starts, mode="sum")

@@ -2,15 +2,13 @@
 
 SPADE by tables, CLADE and synchronized batch norm share this code. A pixel costs one row of a table and one
 multiply-add per channel. Everything runs on rows [pixels, channels], the order of memory format channels_last. On a CPU
-each pass takes the pixels chunk by chunk, so that intermediate results stay in cache. On a GPU each pass is one
-compiled kernel; the function that is compiled is its plain twin.
+each pass takes the pixels chunk by chunk, so that intermediate results stay in cache. On a GPU a forward is one kernel
+of ``kernels.py``, a backward one that sums and one for the gradient of x; each has its plain twin here.
 """
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -21,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from imaginaire_spade.distributed import gather_statistics, sum_statistics
 from imaginaire_spade.layout import Lookup
-from imaginaire_spade.models.layers import enlarge, sum_rows, sum_users
+from imaginaire_spade.models.layers import enlarge, sum_rows, sum_users, triton_kernels
 
 T = TypeVar("T")
 
@@ -67,8 +65,10 @@ def modulate(
     Returns:
         [N, C, upsample h, upsample w] in memory format channels_last.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    gamma, beta = modulation.gamma.to(wide), modulation.beta.to(wide)
+    gamma, beta = modulation.gamma, modulation.beta
+    if not x.is_cuda:  # a kernel reads any dtype
+        wide = torch.promote_types(x.dtype, torch.float32)
+        gamma, beta = gamma.to(wide), beta.to(wide)
     if torch.compiler.is_exporting():
         return _modulate_for_export(x, gamma, beta, modulation.pixels, statistics, upsample, slope)
     return _Modulate.apply(x, gamma, beta, modulation.pixels, statistics, upsample, slope)
@@ -107,9 +107,13 @@ class _Modulate(torch.autograd.Function):
         upsample: int,
         slope: float,
     ) -> Tensor:
-        scale = gamma * statistics.rstd
-        table = torch.cat([scale, beta - statistics.mean * scale], 1)
-        y = _forward(_grid(x, 1), table, _index(pixels, x, upsample), upsample, slope)
+        index, few = _index(pixels, x, upsample), _grid(x, 1)
+        mean, rstd = (t.expand(x.shape[1]).contiguous() for t in (statistics.mean, statistics.rstd))
+        if _in_chunks(x):
+            scale = gamma * rstd
+            y = _forward(few, torch.cat([scale, beta - mean * scale], 1), index, upsample, slope)
+        else:
+            y = (_pass(x, "forward") or forward_pixels)(few, gamma, beta, index, mean, rstd, upsample, slope)
         y = _images(y, len(x))
         ctx.save_for_backward(x, gamma, *([y] if slope != 1 else []))
         ctx.pixels, ctx.statistics, ctx.upsample, ctx.slope = pixels, statistics, upsample, slope
@@ -120,10 +124,22 @@ class _Modulate(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, *activated = ctx.saved_tensors
         pixels, statistics, upsample = ctx.pixels, ctx.statistics, ctx.upsample
-        mean, rstd, count = statistics.mean, statistics.rstd, statistics.count
-        few = _grid(x, 1)
+        mean, rstd = (t.expand(x.shape[1]).contiguous() for t in (statistics.mean, statistics.rstd))
+        count, few, grid = statistics.count, _grid(x, 1), _grid(dy, upsample)
         y = _grid(activated[0], upsample) if activated else None
-        before, products = _before_activation(_grid(dy, upsample), few, y, ctx.slope, gamma.dtype)
+        if not _in_chunks(x):
+            d_beta, products = (_pass(x, "sums") or sums_of_pixels)(grid, few, y, ctx.slope, pixels)
+            d_gamma = rstd * (products - mean * d_beta)
+            dx = None
+            if ctx.needs_input_grad[0]:
+                means = torch.stack([d_beta, d_gamma]) * gamma
+                means = means.sum(1) / count if count is not None else means.new_zeros(2, x.shape[1])
+                means = sum_statistics(means) if statistics.synchronized else means
+                index = _index(pixels, x, upsample)
+                run = _pass(x, "backward") or backward_pixels
+                dx = _images(run(grid, few, y, gamma, index, mean, rstd, means, ctx.slope), len(x))
+            return dx, d_gamma.to(gamma.dtype), d_beta.to(gamma.dtype), None, None, None, None
+        before, products = _before_activation(grid, few, y, ctx.slope, gamma.dtype)
         d_beta = sum_users(before.view(-1, x.shape[1]), pixels)
         d_gamma = rstd * (sum_users(products.view(-1, x.shape[1]), pixels) - mean * d_beta)
         if not ctx.needs_input_grad[0]:
@@ -140,8 +156,14 @@ class _Modulate(torch.autograd.Function):
 
 
 def _in_chunks(x: Tensor) -> bool:
-    """Return whether to take pixels chunk by chunk, or all at once by a compiled kernel."""
+    """Return whether to take pixels chunk by chunk, or all at once by a kernel."""
     return not x.is_cuda
+
+
+def _pass(x: Tensor, name: str) -> Callable[..., Any] | None:
+    """Return the kernel of a pass over pixels; None: its plain twin has to do."""
+    kernels = triton_kernels(x.device)
+    return None if kernels is None else getattr(kernels, name)
 
 
 # The three passes over the pixels. A grid has shape [N h, upsample, w, upsample, C]: upsample^2 pixels for each of x's.
@@ -149,8 +171,6 @@ def _in_chunks(x: Tensor) -> bool:
 
 def _forward(few: Tensor, table: Tensor, index: Tensor | None, upsample: int, slope: float) -> Tensor:
     """Compute leaky(x scale[i] + shift[i]). ``table`` [V, 2 C] holds scale, then shift."""
-    if not _in_chunks(few):
-        return _compiled(forward_pixels)(few, table, index, upsample, slope)
     y = few.new_empty(len(few), upsample, few.shape[2], upsample, few.shape[4])
     for rows, found in _row_chunks(table, index, y):
         scale, shift = found.chunk(2, -1)
@@ -160,9 +180,13 @@ def _forward(few: Tensor, table: Tensor, index: Tensor | None, upsample: int, sl
     return y
 
 
-def forward_pixels(few: Tensor, table: Tensor, index: Tensor | None, upsample: int, slope: float) -> Tensor:
-    scale, shift = (table if index is None else table[index]).chunk(2, -1)
-    y = few.to(table.dtype).expand(-1, upsample, -1, upsample, -1) * scale + shift
+def forward_pixels(
+    few: Tensor, gamma: Tensor, beta: Tensor, index: Tensor | None, mean: Tensor, rstd: Tensor, up: int, slope: float
+) -> Tensor:
+    """Compute leaky((x - mean) rstd gamma[i] + beta[i]) of a grid: [N h, up, w, up, C], of x's dtype."""
+    scale, shift = (t if index is None else t[index] for t in (gamma, beta))
+    x = (few.to(mean.dtype).expand(-1, up, -1, up, -1) - mean) * rstd
+    y = x * scale.to(mean.dtype) + shift.to(mean.dtype)
     return torch.where(y > 0, y, y * slope).to(few.dtype)
 
 
@@ -170,8 +194,6 @@ def _before_activation(
     dy: Tensor, few: Tensor, y: Tensor | None, slope: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient before the activation, and its products with x. y has the sign of the activation's input."""
-    if not _in_chunks(few):
-        return _compiled(before_activation_pixels)(dy, few, y, slope, dtype)
     before = dy if y is None and dy.dtype == dtype else torch.empty_like(dy, dtype=dtype)
     products = torch.empty_like(before)
     for rows in _chunks(len(dy), dy[0].numel()):
@@ -183,13 +205,30 @@ def _before_activation(
     return before, products
 
 
-def before_activation_pixels(
-    dy: Tensor, few: Tensor, y: Tensor | None, slope: float, dtype: torch.dtype
+def sums_of_pixels(
+    dy: Tensor, few: Tensor, y: Tensor | None, slope: float, pixels: Lookup | None
 ) -> tuple[Tensor, Tensor]:
-    before = dy.to(dtype)
+    """Sum the gradient before the activation, and its products with x, over each row's pixels: [V, C] each, float32 or
+    float64. y has the sign of the activation's input."""
+    before = dy.to(torch.promote_types(dy.dtype, torch.float32))
     if y is not None:
         before = torch.where(y > 0, before, before * slope)
-    return before, before * few.to(dtype)
+    rows = (before, before * few.to(before.dtype))
+    d_beta, products = (sum_users(each.reshape(-1, each.shape[4]), pixels) for each in rows)
+    return d_beta, products
+
+
+def backward_pixels(
+    dy: Tensor, few: Tensor, y: Tensor | None, gamma: Tensor, index: Tensor | None, mean: Tensor, rstd: Tensor,
+    means: Tensor, slope: float,
+) -> Tensor:  # fmt: skip
+    """Compute dx [N h, 1, w, 1, C], of x's dtype. ``means`` [2, C]: of the gradient of x^, and of its product with x^."""
+    before = dy.to(mean.dtype)
+    if y is not None:
+        before = torch.where(y > 0, before, before * slope)
+    terms = before * (gamma if index is None else gamma[index]).to(mean.dtype)
+    own = means[0] + (few.to(mean.dtype) - mean) * rstd * means[1]
+    return ((terms.sum((1, 3), keepdim=True) - own * dy.shape[1] ** 2) * rstd).to(few.dtype)
 
 
 def _before_upsampling(
@@ -199,8 +238,6 @@ def _before_upsampling(
 
     Overwrite ``buffer``, which has the shape of ``before``.
     """
-    if not _in_chunks(few):
-        return _compiled(before_upsampling_pixels)(before, few, scale, index, factor, offset)
     enlarged = before.shape != few.shape
     dx = torch.empty_like(few, dtype=before.dtype) if enlarged else buffer
     for rows, found in _row_chunks(scale, index, before):
@@ -212,35 +249,6 @@ def _before_upsampling(
                 total += part
         dx[rows].addcmul_(few[rows], factor).add_(offset)
     return dx
-
-
-def before_upsampling_pixels(
-    before: Tensor, few: Tensor, scale: Tensor, index: Tensor | None, factor: Tensor, offset: Tensor
-) -> Tensor:
-    terms = before * (scale if index is None else scale[index])
-    return terms.sum((1, 3), keepdim=True) + few.to(before.dtype) * factor + offset
-
-
-class _Compiled:
-    """A function that is compiled at its first use. If the compiler fails, it warns once and runs uncompiled."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.run: Callable[..., Any] = torch.compile(function, dynamic=True)
-
-    def __call__(self, *arguments: Any) -> Any:
-        if self.run is not self.function:
-            try:
-                return self.run(*arguments)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                text = f"{self.function.__name__} runs uncompiled, slower: {' '.join(str(error).split())[:300]}"
-                warnings.warn(text, RuntimeWarning, stacklevel=2)
-                self.run = self.function
-        return self.function(*arguments)
-
-
-_compiled = cache(_Compiled)
-"""One for each function."""
 
 
 @torch.no_grad()
