@@ -26,10 +26,10 @@ import collections, json, sys, traceback, warnings
 import torch
 if sys.argv[1] == "stand-in":
     import nullgpu
+    nullgpu.L.SemanticLayout.neighbourhoods = nullgpu._orig
 from dataclasses import replace
 from functools import partial
 from torch import nn
-from imaginaire_spade import layout as layouts
 from imaginaire_spade.build import build_optimizer
 from imaginaire_spade.config import OptimizerConfig, TrainerConfig
 from imaginaire_spade.data.batch import Batch, Sample
@@ -105,25 +105,41 @@ print(json.dumps({name: waits_of(name) for name in sys.argv[2].split(",")}))
 NORMS = [f"{kind}{also}" for kind in ("dense", "table", "clade", "icpe") for also in ("", " synchronized")]
 
 
-def run_on_gpu(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment, kind = dict(os.environ), "gpu"
-    if not torch.cuda.is_available():
-        kind = "stand-in"
-        environment |= {
-            "LD_PRELOAD": str(LIBRARY), "LD_LIBRARY_PATH": str(LIBRARY.parent), "OMP_NUM_THREADS": "1",
-            "TRITON_LIBCUDA_PATH": str(LIBRARY.parent), "PYTORCH_NVML_BASED_CUDA_CHECK": "0",
-        }  # fmt: skip
-    folders = (Path(__file__).parents[1], *([STAND_IN] if kind == "stand-in" else []))
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, folders))
-    command = [sys.executable, "-c", script, kind, *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, *command)
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
 
+REPOSITORY = Path(__file__).parents[1]
+
+
 @needs_gpu
 def test_an_iteration_does_not_wait_for_the_gpu():
-    found = json.loads(run_on_gpu(SCRIPT, ",".join(NORMS)).stdout.splitlines()[-1])
+    if torch.cuda.is_available():
+        kind, environment = "gpu", {"PYTHONPATH": str(REPOSITORY)}
+    else:
+        kind = "stand-in"
+        environment = {
+            "LD_PRELOAD": str(LIBRARY), "LD_LIBRARY_PATH": str(LIBRARY.parent), "OMP_NUM_THREADS": "1",
+            "TRITON_LIBCUDA_PATH": str(LIBRARY.parent), "PYTORCH_NVML_BASED_CUDA_CHECK": "0",
+            "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{STAND_IN}",
+        }  # fmt: skip
+    result = run(environment, "-W", "error:no Triton kernels", "-c", SCRIPT, kind, ",".join(NORMS))
+    found = json.loads(result.stdout.splitlines()[-1])
     for name in NORMS:
         assert found[name]["waits"] == {}, name
         assert found[name]["exchanges"] == (32 if "synchronized" in name else 0), name
+
+
+@pytest.mark.parametrize("where", ["interpreter", "gpu"])
+def test_the_kernels_are_their_plain_twins(where):
+    pytest.importorskip("triton")
+    if where == "gpu" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    environment = {"PYTHONPATH": str(REPOSITORY)} | ({"TRITON_INTERPRET": "1"} if where == "interpreter" else {})
+    worst = json.loads(run(environment, str(REPOSITORY / "tests/kernels_and_twins.py")).stdout)
+    bounds = {"float64": 1e-13, "float32": 2e-6, "float16": 2**-10, "bfloat16": 2**-7}  # the last place
+    assert worst.keys() == bounds.keys()
+    assert all(worst[name] <= bound for name, bound in bounds.items()), worst

@@ -4,6 +4,7 @@ import copy
 import itertools
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from imaginaire_spade import layout as layout_module
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.layout import LayoutSpec, Lookup, SemanticLayout, find_neighbourhoods
-from imaginaire_spade.models import modulation
+from imaginaire_spade.models import layers, modulation
 from imaginaire_spade.models import norms as norms_module
 from imaginaire_spade.models.discriminator import FPSEDiscriminator, MultiscaleDiscriminator
 from imaginaire_spade.models.for_inference import WinogradConv2d, optimise_for_inference
@@ -143,25 +144,14 @@ def test_spade_by_tables_is_spade(
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-PASSES = (modulation.forward_pixels, modulation.before_activation_pixels, modulation.before_upsampling_pixels)
-
-
-def passes_of(monkeypatch, compiled, layout, x, **options):
-    """``results`` of a table norm whose passes over the pixels are what a GPU runs: ``compiled(function)``."""
-    norm = SPADE(3, layout.spec, path="table", hidden_channels=4)
-    with monkeypatch.context() as patch:
-        patch.setattr(modulation, "_compiled", compiled)
-        patch.setattr(modulation, "_in_chunks", lambda x: False)
-        whole = results(copy.deepcopy(norm).to(x.dtype), layout, x, **options)
-    return whole, results(norm.to(x.dtype), layout, x, **options)
-
-
 @pytest.mark.parametrize("options", [{}, {"upsample": 2}, {"slope": 0.2}, {"upsample": 2, "slope": 0.2}])
 def test_the_plain_twins_of_the_gpus_kernels_are_what_the_cpu_does_in_chunks(monkeypatch, options):
     layout = blocky_layout(LayoutSpec(5, has_edges=True), 2, 16, 12)
-    x = torch.randn(2, 3, 8, 6, dtype=torch.float64)
-    whole, chunked = passes_of(monkeypatch, lambda function: function, layout, x, **options)
-    for a, b in zip(whole, chunked, strict=True):
+    x, norm = torch.randn(2, 3, 8, 6, dtype=torch.float64), SPADE(3, layout.spec, path="table", hidden_channels=4)
+    chunked = results(copy.deepcopy(norm).double(), layout, x, **options)
+    monkeypatch.setattr(modulation, "_in_chunks", lambda x: False)
+    monkeypatch.setattr(modulation, "triton_kernels", lambda device: None)
+    for a, b in zip(results(norm.double(), layout, x, **options), chunked, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -178,30 +168,14 @@ def test_a_norm_that_is_compiled_as_a_whole_is_dense(monkeypatch):
     assert tables == [1]
 
 
-@pytest.mark.slow
-def test_the_compiled_kernels_are_their_plain_twins(monkeypatch):
-    """With the compiler's CPU back end where there is no GPU: minutes."""
-    layout = blocky_layout(LayoutSpec(5, has_edges=True), 2, 16, 12)
-    for dtype in (torch.float32, torch.float64):
-        x = torch.randn(2, 3, 8, 6, dtype=dtype)
-        for options in ({}, {"upsample": 2, "slope": 0.2}):
-            whole, chunked = passes_of(monkeypatch, modulation._compiled, layout, x, **options)
-            assert all(modulation._compiled(function).run is not function for function in PASSES)
-            for a, b in zip(whole, chunked, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+def test_kernels_that_cannot_be_compiled_are_named_once_and_done_without(monkeypatch):
+    from imaginaire_spade.models import kernels
 
-
-def test_a_compiler_that_fails_is_named_once_and_done_without():
-    def broken(graph, inputs):
-        raise RuntimeError("no compiler here")
-
-    kernel = modulation._Compiled(modulation.forward_pixels)
-    kernel.run = torch.compile(modulation.forward_pixels, backend=broken)
-    arguments = (torch.randn(4, 1, 3, 1, 5), torch.randn(1, 10), None, 2, 0.2)
-    with pytest.warns(RuntimeWarning, match=r"forward_pixels runs uncompiled, slower: .*no compiler here"):
-        first = kernel(*arguments)
-    torch.testing.assert_close(first, kernel(*arguments))
-    assert kernel.run is modulation.forward_pixels
+    monkeypatch.setattr(kernels, "probe", Mock(side_effect=OSError("no compiler here")))
+    device = torch.device("cuda", 77)
+    with pytest.warns(RuntimeWarning, match=r"no Triton kernels for cuda:77, so that norms run slower: no compiler"):
+        assert layers.triton_kernels(device) is None
+    assert layers.triton_kernels(device) is None and kernels.probe.call_count == 1
 
 
 def test_under_autocast_tables_are_as_near_the_truth_as_the_dense_path():

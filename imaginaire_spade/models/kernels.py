@@ -18,13 +18,13 @@ TILE = 2048
 
 
 @triton.jit
-def _few_row(pixel, width, up: tl.constexpr):  # type: ignore[no-untyped-def]
+def _few_row(pixel, width, up: tl.constexpr):
     """Return the row of x that a pixel of the enlarged image shows."""
     return (pixel // width // up) * (width // up) + (pixel % width) // up
 
 
 @triton.jit
-def _forward(  # type: ignore[no-untyped-def]
+def _forward(
     few, gamma, beta, index, mean, rstd, out, pixels, channels, width, gamma_row, beta_row, slope,
     up: tl.constexpr, indexed: tl.constexpr, wide: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sum_chunks(  # type: ignore[no-untyped-def]
+def _sum_chunks(
     values, y, few, users, begin, out, chunks, total, channels, width, slope,
     up: tl.constexpr, activated: tl.constexpr, with_products: tl.constexpr, listed: tl.constexpr, wide: tl.constexpr,
     rows: tl.constexpr, columns: tl.constexpr,
@@ -50,7 +50,7 @@ def _sum_chunks(  # type: ignore[no-untyped-def]
     c = tl.program_id(1) * columns + tl.arange(0, columns)
     start = tl.load(begin + chunk)
     stop = tl.load(begin + chunk + 1, mask=chunk + 1 < chunks, other=0)
-    stop = tl.where(chunk + 1 < chunks, stop, total.to(stop.dtype))
+    stop = tl.where(chunk + 1 < chunks, stop, total)
     sums, products = tl.zeros((columns,), wide), tl.zeros((columns,), wide)
     for place in range(start, stop, rows):
         user = place + tl.arange(0, rows)
@@ -59,7 +59,7 @@ def _sum_chunks(  # type: ignore[no-untyped-def]
         offset = pixel[:, None] * channels + c[None, :]
         value = tl.load(values + offset, mask=inside, other=0).to(wide)
         if activated:
-            value = tl.where(tl.load(y + offset, mask=inside, other=0) > 0, value, value * slope)
+            value = tl.where(tl.load(y + offset, mask=inside, other=0).to(wide) > 0, value, value * slope)
         sums += tl.sum(value, 0)
         if with_products:
             x = tl.load(few + _few_row(pixel, width, up)[:, None] * channels + c[None, :], mask=inside, other=0)
@@ -71,7 +71,7 @@ def _sum_chunks(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _backward(  # type: ignore[no-untyped-def]
+def _backward(
     dy, y, few, gamma, index, mean, rstd, means, out, pixels, channels, width, gamma_row, slope,
     up: tl.constexpr, activated: tl.constexpr, indexed: tl.constexpr, wide: tl.constexpr, rows: tl.constexpr,
     columns: tl.constexpr,
@@ -86,7 +86,7 @@ def _backward(  # type: ignore[no-untyped-def]
             offset = pixel[:, None] * channels + c[None, :]
             value = tl.load(dy + offset, mask=inside, other=0).to(wide)
             if activated:
-                value = tl.where(tl.load(y + offset, mask=inside, other=0) > 0, value, value * slope)
+                value = tl.where(tl.load(y + offset, mask=inside, other=0).to(wide) > 0, value, value * slope)
             i = (tl.load(index + pixel, mask=q < pixels, other=0) if indexed else pixel * 0).to(tl.int64)
             total += value * tl.load(gamma + i[:, None] * gamma_row + c[None, :], mask=inside, other=0).to(wide)
     r = tl.load(rstd + c, mask=known)[None, :]
@@ -145,7 +145,7 @@ def sums(dy: Tensor, few: Tensor, y: Tensor | None, slope: float, lookup: Lookup
 
 def sum_users(values: Tensor, lookup: Lookup) -> Tensor:
     """See ``layers.sum_users``; in float32 or float64."""
-    return _sum(values, *values.shape, lookup)
+    return _sum(values, values.shape[0], values.shape[1], lookup)
 
 
 def _sum(

@@ -222,7 +222,7 @@ def backward_pixels(
     dy: Tensor, few: Tensor, y: Tensor | None, gamma: Tensor, index: Tensor | None, mean: Tensor, rstd: Tensor,
     means: Tensor, slope: float,
 ) -> Tensor:  # fmt: skip
-    """Compute dx [N h, 1, w, 1, C], of x's dtype. ``means`` [2, C]: of the gradient of x^, and of its product with x^."""
+    """Compute dx [N h, 1, w, 1, C], of x's dtype. ``means`` [2, C]: of x^'s gradient, and of its product with x^."""
     before = dy.to(mean.dtype)
     if y is not None:
         before = torch.where(y > 0, before, before * slope)
