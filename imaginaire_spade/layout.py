@@ -160,7 +160,7 @@ class Ahead:
 
         def pack(tensor: Tensor) -> Tensor:
             tensor = tensor.int() if tensor.dtype == torch.int64 else tensor
-            as_bytes = tensor.contiguous().flatten().view(torch.uint8)
+            as_bytes = tensor.flatten().view(torch.uint8)
             packed.append(F.pad(as_bytes, (0, -len(as_bytes) % ALIGNMENT)))
             return tensor.to("meta")
 
@@ -168,9 +168,7 @@ class Ahead:
         while height * width >= FEWEST_PIXELS_ON_GPU and view.is_discrete:
             for size in kernel_sizes:
                 found[size, height, width] = view.resized(height, width).neighbourhoods(size).map(pack)
-            if height % 2 or width % 2:
-                break
-            height, width = height // 2, width // 2
+            height, width = (0, 0) if height % 2 or width % 2 else (height // 2, width // 2)
         return cls(torch.cat(packed), found)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Ahead:

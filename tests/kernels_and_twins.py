@@ -11,8 +11,9 @@ from collections import defaultdict
 
 import torch
 
-from imaginaire_spade.layout import CHUNK, Lookup
+from imaginaire_spade.layout import CHUNK, LayoutSpec, Lookup, SemanticLayout
 from imaginaire_spade.models import kernels, layers, modulation
+from imaginaire_spade.models.norms import SPADE, BatchNorm2d
 
 device = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") else "cuda")
 layers.triton_kernels = modulation.triton_kernels = lambda device: None  # the twins alone sum
@@ -50,4 +51,30 @@ for (dtype, channels), up, slope, indexed in itertools.product(kinds, (1, 2), (1
 index = torch.cat([torch.randint(0, 9, (40, 3)), torch.full((CHUNK, 3), 4)]).to(device)  # a row of several chunks
 values = torch.randn(len(index), 7, device=device, dtype=torch.float64)
 compare(torch.float64, kernels.sum_users(values, Lookup(index, 9)), layers.sum_users(values, Lookup(index, 9)))
+
+def results(norm: torch.nn.Module, **options: float) -> list[torch.Tensor]:
+    """Output and gradients of a norm."""
+    torch.manual_seed(1)
+    x = torch.randn(2, 3, 8, 6, device=device, dtype=torch.float64, requires_grad=True)
+    y = norm(x, layout, **options) if isinstance(norm, SPADE) else norm(x, **options)
+    return [y.detach(), *torch.autograd.grad(y.square().mean() + y.sin().sum(), [x, *norm.parameters()])]
+
+
+layout = SemanticLayout(LayoutSpec(3), torch.arange(4).repeat_interleave(48).view(1, 16, 12).repeat(2, 1, 1).byte())
+layout = layout.to(device)
+for case in ("batch", "instance", "synchronized"):
+    if case == "synchronized":  # not modulated
+        norm: torch.nn.Module = BatchNorm2d(3, affine=False)
+        norm.synchronized, options = True, {"upsample": 2}
+    else:
+        norm = SPADE(3, layout.spec, path="table", hidden_channels=4, normalization=case)
+        options = {"upsample": 2, "slope": 0.2}
+    norm.double().to(device)
+    both = []
+    for kernels_run in (False, True):
+        modulation._in_chunks = lambda x, run=kernels_run: not run
+        modulation.triton_kernels = lambda device, run=kernels_run: kernels if run else None
+        both.append(results(norm, **options))
+    for one, other in zip(*both, strict=True):
+        compare(torch.float64, one, other)
 json.dump(worst, sys.stdout)

@@ -102,7 +102,7 @@ def waits_of(name):
 print(json.dumps({name: waits_of(name) for name in sys.argv[2].split(",")}))
 """
 
-NORMS = [f"{kind}{also}" for kind in ("dense", "table", "clade", "icpe") for also in ("", " synchronized")]
+NORMS = ("dense", "table", "clade", "icpe", "dense synchronized", "table synchronized", "icpe synchronized")
 
 
 def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:

@@ -99,9 +99,9 @@ def _backward(
 
 def _tiles(count: int, channels: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Return the grid of programs for ``count`` rows, and the rows and channels of each."""
-    columns = min(triton.next_power_of_2(channels), 128)
+    columns = min(1 << (channels - 1).bit_length(), 128)  # a power of two
     rows = TILE // columns
-    return (triton.cdiv(count, rows), triton.cdiv(channels, columns)), {"rows": rows, "columns": columns}
+    return (-(-count // rows), -(-channels // columns)), {"rows": rows, "columns": columns}
 
 
 def _wide(dtype: torch.dtype) -> Any:
@@ -113,6 +113,7 @@ def forward(
 ) -> Tensor:
     """See ``modulation.forward_pixels``."""
     (lines, _, width, _, channels), some = few.shape, few
+    assert gamma.shape[1] == beta.shape[1] == len(mean) == len(rstd) == channels  # a kernel does not broadcast
     out = few.new_empty(lines, up, width, up, channels)
     grid, tile = _tiles(out.numel() // channels, channels)
     _forward[grid](
@@ -128,6 +129,7 @@ def backward(
 ) -> Tensor:  # fmt: skip
     """See ``modulation.backward_pixels``."""
     out, channels = torch.empty_like(few), few.shape[4]
+    assert gamma.shape[1] == len(mean) == len(rstd) == channels
     grid, tile = _tiles(few.numel() // channels, channels)
     _backward[grid](
         dy, dy if y is None else y, few, gamma, few if index is None else index, mean, rstd, means, out,

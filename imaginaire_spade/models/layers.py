@@ -335,4 +335,4 @@ def second_convolution(hidden: Tensor, places: Tensor, bias: Tensor, around: Lay
     for lookup, part in zip(around.outer, places.split(9), strict=True):
         pieces = F.linear(hidden, part.flatten(0, 1))  # [U, p out]
         sums.append(sum_rows(pieces.view(-1, len(bias)), lookup))
-    return sum(sums, start=bias)
+    return sum(sums, start=bias.to(sums[0].dtype) if bias.is_cuda else bias)

@@ -174,7 +174,7 @@ def _forward(few: Tensor, table: Tensor, index: Tensor | None, upsample: int, sl
     y = few.new_empty(len(few), upsample, few.shape[2], upsample, few.shape[4])
     for rows, found in _row_chunks(table, index, y):
         scale, shift = found.chunk(2, -1)
-        part = torch.addcmul(shift, few[rows], scale, out=y[rows])
+        part = torch.addcmul(shift, few[rows].expand_as(y[rows]), scale, out=y[rows])
         if slope != 1:
             F.leaky_relu_(part, slope)
     return y

@@ -41,7 +41,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         if modulation is None:
             if not (self.training and self.synchronized):
                 return super().forward(enlarge(x, upsample))
-            modulation = Modulation(x.new_ones(1, 1), x.new_zeros(1, 1), None)
+            modulation = Modulation(x.new_ones(1, x.shape[1]), x.new_zeros(1, x.shape[1]), None)
         if self.affine:  # Fold scale and shift into the modulation: (x^ w + b) gamma + beta.
             gamma, beta, pixels = modulation.gamma, modulation.beta, modulation.pixels
             modulation = Modulation(self.weight * gamma, self.bias * gamma + beta, pixels)

@@ -247,6 +247,8 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
     if run.evaluation is not None and (told := run.evaluation.load_state_dict(content.get("evaluation"))):
         lines.append(told)
     lines += _other_processes(before, now, run)
+    if (norms := before.get("spade_norms", now["spade_norms"])) != now["spade_norms"]:
+        lines.append(f"SPADE norms: {norms} then, {now['spade_norms']} now")
     lines += [f"changed since: {key}: {change}" for key, change in changed.items()]
     return "\n".join(lines)
 
