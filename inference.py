@@ -76,7 +76,8 @@ def parse_arguments() -> argparse.Namespace:
                          help=f"{SIZE_HELP} (default: trained if a side of the label map differs from it by more than a"
                          " factor of 1.5, else own)")  # fmt: skip
     outputs.add_argument("--resize_back", action="store_true", help="write images at their label maps' own size")
-    outputs.add_argument("--format", choices=("png", "jpg"), default="png")
+    outputs.add_argument("--format", choices=("png", "jpg", "tif", "npy"),
+                         help="default: png, or what holds the channels and the depth of data.images")  # fmt: skip
     outputs.add_argument("--no_gallery", action="store_true", help="write no index.html and no coloured label maps")
     existing = outputs.add_mutually_exclusive_group()
     existing.add_argument("--skip_existing", action="store_true", help="keep existing images, generate the others")
@@ -126,6 +127,7 @@ def main() -> None:
             size_of=sizes, with_images=False,
             replace=dict(_replacement(config.data.labels, text) for text in arguments.map),
             on_unknown=partial(_remember, changed) if arguments.on_bad_label == "ignore" else None,
+            suffixes=config.data.suffixes,
         )  # fmt: skip
     notes += [str(warning.message) for warning in caught]
     seed = config.seed if arguments.seed is None else arguments.seed
@@ -141,7 +143,7 @@ def main() -> None:
         options = FolderOptions(
             batch_size=arguments.batch_size or (test_data.batch_size if test_data else 1),
             num_samples=arguments.steps if arguments.style_interpolate else arguments.num_samples,
-            suffix=f".{arguments.format}",
+            suffix=f".{arguments.format}" if arguments.format else None,
             animation=animation,
             existing="skip" if arguments.skip_existing else "overwrite" if arguments.overwrite else "refuse",
             on_bad_label="skip" if arguments.on_bad_label == "skip" else "fail",

@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Iterable
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 
 from imaginaire_spade.config import OptimizerConfig, RunConfig, SplitConfig
 from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.loader import leave_out_bad
+from imaginaire_spade.data.photos import measured
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import Discriminator
@@ -64,12 +67,12 @@ def image_size(config: RunConfig) -> tuple[int, int]:
 
 def build_generator(config: RunConfig) -> Generator:
     """Build the generator, initialised according to ``trainer.init``."""
-    return _build_network(config, GENERATORS, config.gen, layout_spec(config), image_size(config))
+    return _build_network(config, GENERATORS, config.gen, "gen", layout_spec(config), image_size(config))
 
 
 def build_discriminator(config: RunConfig) -> Discriminator:
     """Build the discriminator, initialised like the generator."""
-    return _build_network(config, DISCRIMINATORS, config.dis, layout_spec(config))
+    return _build_network(config, DISCRIMINATORS, config.dis, "dis", layout_spec(config))
 
 
 def build_encoder(config: RunConfig) -> nn.Module | None:
@@ -83,10 +86,18 @@ def build_encoder(config: RunConfig) -> nn.Module | None:
     style_dims = config.gen.args.get("style_dims", 0)
     if not style_dims:
         raise ConfigError("encoder is given, but gen.style_dims is 0: write gen.style_dims: 256, or encoder: null")
-    return _build_network(config, ENCODERS, config.encoder, style_dims)
+    return _build_network(config, ENCODERS, config.encoder, "encoder", style_dims)
 
 
-def _build_network(config: RunConfig, registry: Registry, component: Component, *known: Any) -> Any:
+def _build_network(config: RunConfig, registry: Registry, component: Component, part: str, *known: Any) -> Any:
+    channels = config.data.images.channels
+    if channels != 3:  # (of a user's own class only this asks for the parameter)
+        if "image_channels" not in signature(registry[component.type]).parameters:
+            raise ConfigError(
+                f"data.images.channels: {channels}, but {part} ({component.type}) makes or takes 3: give its class a"
+                " parameter image_channels before the *, or write data.images.channels: 3"
+            )
+        known = (*known, channels)
     network = build_component(registry, component, *known)
     if not any(parameter.is_meta for parameter in network.parameters()):
         initialise(network, config.trainer.init.type, config.trainer.init.gain)
@@ -128,10 +139,24 @@ def _apex_adam() -> Any:
 
 def build_split(config: RunConfig, split: SplitConfig, *, with_images: bool = True) -> LabelMapDataset:
     """Open one split, ``config.data.train`` or ``config.data.val``, with or without photos."""
-    return LabelMapDataset(
-        split.roots, config.data.labels, edges=config.data.edges, distances=layout_spec(config).has_distances,
-        augmentations=split.augmentations, seed=config.seed, with_images=with_images,
+    data = with_measured_range(config).data if with_images else config.data
+    dataset = LabelMapDataset(
+        split.roots, data.labels, edges=data.edges, images=data.images, distances=layout_spec(config).has_distances,
+        augmentations=split.augmentations, seed=config.seed, with_images=with_images, suffixes=data.suffixes,
     )  # fmt: skip
+    if data.skip_bad:
+        leave_out_bad(dataset, data.num_workers)
+    return dataset
+
+
+def with_measured_range(config: RunConfig) -> RunConfig:
+    """Replace ``data.images.range: auto`` by the numbers that the builder measured over ``data.train``.
+
+    Raises:
+        DataError: they are not known.
+    """
+    images = measured(config.data.images, config.data.train.roots)
+    return config.model_copy(update={"data": config.data.model_copy(update={"images": images})})
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
@@ -179,6 +204,19 @@ def check_run(config: RunConfig, world_size: int) -> None:
             "trainer.evaluation measures on validation samples, and there is no data.val: write data.val.roots: [...],"
             " or trainer.evaluation: null"
         )
+    # What knows RGB alone.
+    channels, perceptual = config.data.images.channels, config.losses.get("perceptual")
+    if channels not in (1, 3):
+        if perceptual is not None and perceptual.weight > 0:
+            raise ConfigError(
+                f"losses.perceptual compares features of VGG19, which takes RGB (or grey), and data.images.channels is"
+                f" {channels}: write losses.perceptual.weight: 0 (losses.l1.weight: 10 is a stand-in)"
+            )
+        if trainer.evaluation is not None:
+            raise ConfigError(
+                "trainer.evaluation scores pictures by networks that take RGB (or grey), and data.images.channels is"
+                f" {channels}: write trainer.evaluation: null"
+            )
     # Batch statistics and losses.
     if size[0] * size[1] == multiple**2 and train.batch_size * world_size // trainer.gradient_accumulation < 2:
         raise ConfigError(

@@ -100,13 +100,70 @@ class SplitConfig(Section):
     augmentations: AugmentationConfig = AugmentationConfig()
 
 
+class ImageSpec(Section):
+    """The meaning of a photo's numbers: what is trained on, and what is generated."""
+
+    channels: int = Field(3, ge=1, le=64)
+    """1 (grey), 3 (RGB; a grey photo counts as R = G = B), or as many bands as the photos have, in their order."""
+    range: tuple[int | float, int | float] | Literal["auto"] | None = None
+    """Lowest and highest value, of photos of 16 bits or floats: they become -1 and 1 (what lies beyond is clipped; the
+    builder counts it). Whole numbers, [0, 4095], for integers; [0.0, 3000.0] for floats. auto: the minimum and maximum
+    that scripts/build_lmdb.py measured over the training data. null: 8 bits, 0 to 255."""
+    drop_alpha: bool = False
+    """Leave out the alpha channel (transparency) of photos that have one; without it they are refused."""
+    orientation: Literal["upright", "stored"] | None = None
+    """Photos with an EXIF orientation: upright (turned as viewers show them) or stored (as their pixels lie). null:
+    whichever has the label map's size; a photo of which that does not tell is refused."""
+    preview: tuple[int, int, int] | None = None
+    """Channels, counted from 0, that previews and pages show as red, green and blue. null: the first three, or the
+    first alone, as grey."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ImageSpec:
+        if isinstance(self.range, tuple) and not self.range[0] < self.range[1]:
+            raise ValueError(f"range: {list(self.range)}: the lowest value comes first: write range: [0, 4095]")
+        if self.preview and not 0 <= min(self.preview) <= max(self.preview) < self.channels:
+            raise ValueError(f"preview: {list(self.preview)}: channels are 0..{self.channels - 1}")
+        return self
+
+    @property
+    def dtype(self) -> Literal["uint8", "uint16", "int16", "float32"]:
+        """Return the type of generated images' values: integers where ``range`` is of integers that 16 bits hold."""
+        if self.range is None:
+            return "uint8"
+        assert self.range != "auto", "replaced by build.with_measured_range"
+        low, high = self.range
+        if not isinstance(low, int) or not isinstance(high, int) or low < -(2**15) or high >= 2**16:
+            return "float32"
+        if low >= 0:
+            return "uint8" if high < 256 else "uint16"
+        return "int16" if high < 2**15 else "float32"
+
+
 class LabelledData(Section):
     """The meaning of the files of a data set, wherever they lie."""
 
     name: str = "data"
     labels: LabelSpec
+    images: ImageSpec = ImageSpec()
+    """What the numbers of a photo mean; the default is 8-bit RGB."""
     edges: EdgeSource = EdgeSource.NONE
     """Edge channel: from edge_maps/ files, or drawn after augmentation from inst_maps/ or from the label map."""
+    suffixes: dict[str, str] = {}
+    """Data type -> what the names of its files in folders have beside the stem by which they are joined: a suffix
+    (`seg_maps: _mask` for NAME_mask.png), or text with `*` for the stem (`images: "photo_*"`). Files without are left
+    out."""
+
+    @field_validator("suffixes")
+    @classmethod
+    def _check_suffixes(cls, suffixes: dict[str, str]) -> dict[str, str]:
+        for data_type, suffix in suffixes.items():
+            is_known = data_type in (types := ("images", "seg_maps", "edge_maps", "inst_maps", "distances"))
+            if not is_known or not suffix.strip("*") or suffix.count("*") > 1 or "/" in suffix:
+                raise ValueError(
+                    f"{data_type}: {suffix}: write one of {', '.join(types)}: _mask (or mask_*, with one *)"
+                )
+        return suffixes
 
 
 class DataConfig(LabelledData):
@@ -117,6 +174,9 @@ class DataConfig(LabelledData):
     shuffle_shards: int | None = Field(None, ge=1)
     """Number of shards whose samples training mixes at a time, in a new order every epoch: for data sets larger than
     memory, of which it then reads a few files at a time. null = it mixes all."""
+    skip_bad: bool = False
+    """Read and check every sample at the start, and go on without those that cannot be used; LOGDIR/bad_files.txt has
+    their names."""
     train: SplitConfig
     val: SplitConfig | None = None
 
@@ -232,6 +292,8 @@ class TrainerConfig(Section):
     activation_checkpointing: bool = False
     """Compute the activations inside the generator's blocks a second time in the backward pass instead of keeping them:
     less memory, about a third more time for the generator, the same numbers."""
+    freeze_discriminator_layers: int = Field(0, ge=0)
+    """For fine-tuning on little data (FreezeD): so many first layers of each patch discriminator keep their weights."""
     sync_batch_norm: bool = True
     """Batch statistics over all processes."""
     init: InitConfig = InitConfig()

@@ -28,6 +28,11 @@ def explain_mismatch(
             f"trained with{'out' if old.edges == 'none' else ''} an edge channel, this config has"
             f" {'none' if new.edges == 'none' else 'one'} (data.edges: {old.edges}, now {new.edges})"
         )
+    if old.images.channels != new.images.channels:
+        differences.append(
+            f"trained on images of {old.images.channels} channels, this config has {new.images.channels}"
+            " (data.images.channels)"
+        )
     for part in parts:
         differences += _component_differences(part, getattr(trained, part), getattr(given, part))
     # A style code is turned into a start image of fixed size (gen.style_dims > 0 only).

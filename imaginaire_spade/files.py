@@ -1,12 +1,14 @@
 """Write files complete or not at all: images, JSON, any bytes. Read text and JSON. Download, and compute checksums."""
 
+import codecs
 import hashlib
 import http.client
+import io
 import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,14 @@ from imaginaire_spade.errors import DataError, UserError
 
 PARTIAL = ".partial-"
 """The name of a file begins with this while it is being written; a killed process may leave such a file."""
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".npy")
 LABELS_FOLDER = "_labels"
 """Folder among generated images that holds the gallery's coloured label maps."""
 
 RgbImage = NDArray[np.uint8]
 """RGB, uint8 [H, W, 3]."""
+AnyImage = NDArray[Any]
+"""Numbers [H, W, C] of any dtype: uint8 RGB unless ``data.images`` says otherwise."""
 
 
 @contextmanager
@@ -64,8 +68,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def write_image(path: Path, rgb: RgbImage, *, quality: int = 95) -> None:
-    """Write an image as JPEG or PNG, by suffix, complete or not at all. Missing folders are made.
+def write_image(path: Path, rgb: AnyImage, *, quality: int = 95) -> None:
+    """Write an image in the format of its suffix, complete or not at all. Missing folders are made.
 
     Raises:
         UserError: the file cannot be written; the message names it.
@@ -73,19 +77,32 @@ def write_image(path: Path, rgb: RgbImage, *, quality: int = 95) -> None:
     write_bytes(path, encode_image(rgb, path.suffix, quality=quality))
 
 
-def encode_image(rgb: RgbImage, suffix: str, *, quality: int = 95) -> bytes:
+def encode_image(image: AnyImage, suffix: str, *, quality: int = 95) -> bytes:
     """Encode an image in the format of ``suffix`` (".jpg"); ``quality`` of JPEG and WebP: 1..100."""
+    if suffix.lower() in (".npy", ".npz"):
+        file = io.BytesIO()
+        (np.save if suffix.lower() == ".npy" else np.savez_compressed)(file, image)
+        return file.getvalue()
     flags = {".jpg": cv2.IMWRITE_JPEG_QUALITY, ".jpeg": cv2.IMWRITE_JPEG_QUALITY, ".webp": cv2.IMWRITE_WEBP_QUALITY}
     options = [flags[suffix.lower()], quality] if suffix.lower() in flags else []
-    return cv2.imencode(suffix, rgb[..., ::-1], options)[1].tobytes()
+    bgr = image[..., [2, 1, 0, 3]] if image.shape[2] == 4 else image[..., ::-1]
+    return cv2.imencode(suffix, bgr, options)[1].tobytes()
 
 
-def resize_image(rgb: RgbImage, height: int, width: int) -> RgbImage:
+def resize_image(image: AnyImage, height: int, width: int) -> AnyImage:
     """Resize an image: area averaging when shrinking, bicubic when enlarging."""
-    if rgb.shape[:2] == (height, width):
-        return rgb
-    method = cv2.INTER_AREA if height * width < rgb.shape[0] * rgb.shape[1] else cv2.INTER_CUBIC
-    return cv2.resize(rgb, (width, height), interpolation=method)  # type: ignore[return-value]
+    if image.shape[:2] == (height, width):
+        return image
+    method = cv2.INTER_AREA if height * width < image.shape[0] * image.shape[1] else cv2.INTER_CUBIC
+    return by_channels(image, lambda part: cv2.resize(part, (width, height), interpolation=method))
+
+
+def by_channels(image: AnyImage, function: Callable[[AnyImage], AnyImage]) -> AnyImage:
+    """Apply a function of OpenCV's, which takes four channels at most and gives a single one as [H, W]."""
+    if image.shape[2] == 3:
+        return function(image)
+    parts = [function(np.ascontiguousarray(image[..., i : i + 4])) for i in range(0, image.shape[2], 4)]
+    return np.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], 2)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -99,14 +116,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_text(path: Path, error_type: type[UserError], message: str = "") -> str:
-    """Read a text file in UTF-8.
+    """Read a text file in UTF-8, or as Windows writes it: with a byte order mark, in UTF-8 or UTF-16.
 
     Args:
         error_type, message: what is raised if it cannot be read; the reason follows the message.
     """
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        is_wide = path.read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        return path.read_text(encoding="utf-16" if is_wide else "utf-8-sig")
+    except (OSError, UnicodeError) as error:
         raise error_type(f"{message or f'{path}: cannot be read'}: {error}") from None
 
 

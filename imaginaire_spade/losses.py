@@ -25,7 +25,7 @@ class GeneratorOutputs:
     """The inputs of a term of the generator's objective."""
 
     fake: Tensor
-    """float32 [N, 3, H, W] in [-1, 1], with gradient."""
+    """float32 [N, C, H, W] in [-1, 1], with gradient."""
     real: Tensor
     """Like fake, without gradient."""
     fake_scores: list[Scores]

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.config_files import load_data
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.image_files import decode_image
+from imaginaire_spade.data.photos import decode_photo, show, to_preview
 from imaginaire_spade.errors import DataError, run_command_line
 from imaginaire_spade.files import resize_image, write_image
 from imaginaire_spade.sheets import draw_contact_sheet
@@ -28,8 +28,9 @@ def main() -> None:
     add_shared_flags(parser, "--set")
     parser.add_argument("--import", metavar="MODULE", help="accepted and ignored: no components are used here")
     arguments = parser.parse_args()
-    labels = load_data(arguments.config, arguments.overrides).labels
-    dataset = LabelMapDataset([arguments.data_root], labels)
+    data = load_data(arguments.config, arguments.overrides)
+    labels = data.labels
+    dataset = LabelMapDataset([arguments.data_root], labels, images=data.images, suffixes=data.suffixes)
 
     made = [(index, found) for index, key in enumerate(dataset.keys) if (found := _image(arguments.generated, key))]
     if not made:
@@ -43,8 +44,8 @@ def main() -> None:
     for index, path in chosen:
         sample = dataset[index]
         assert sample.image is not None
-        real = sample.image.permute(1, 2, 0).numpy()
-        generated = decode_image(path.read_bytes(), str(path))
+        real = to_preview(sample.image, dataset.images).permute(1, 2, 0).numpy()
+        generated = show(decode_photo(path.read_bytes(), str(path), dataset.images), dataset.images)
         generated = resize_image(generated, *real.shape[:2])
         cells.append([labels.colourise(sample.labels.numpy()), real, generated])
     columns = arguments.columns
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 def _image(folder: Path, key: str) -> Path | None:
-    candidates = [folder / f"{key}.{extension}" for extension in ("png", "jpg")]
+    candidates = [folder / f"{key}.{extension}" for extension in ("png", "jpg", "tif", "npy")]
     return next((path for path in candidates if path.is_file()), None)
 
 

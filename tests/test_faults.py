@@ -4,8 +4,10 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,8 +18,10 @@ from fork_server import TORCHRUN, ForkServer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import REPOSITORY, assert_same, tiny_run  # noqa: F401
 
+from imaginaire_spade import processes
 from imaginaire_spade.config_files import load_config
-from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.errors import EXIT_CODE, CheckpointError, UserError
+from imaginaire_spade.processes import one_writer
 from imaginaire_spade.training import checkpoint, loop
 from imaginaire_spade.training.health import LossMeter, NonFiniteLoss, OutOfMemory, explain_out_of_memory
 from imaginaire_spade.training.run_log import RunLog
@@ -47,18 +51,95 @@ def before_step(monkeypatch):
 
 def test_signals_save_and_leave_and_nothing_is_lost(tiny_run, before_step, capsys):
     _, run = tiny_run
-    straight = run("straight", *SMALL, "trainer.max_iterations=4")
-    exits = [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)]
+    straight = run("straight", *SMALL, "trainer.max_iterations=5")
+    exits = [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
     due = {4 * iteration: number for iteration, (number, _) in enumerate(exits)}
     before_step(lambda state: os.kill(os.getpid(), due.pop(state.images_seen, 0)))
     for iteration, (number, code) in enumerate(exits, start=1):
         with pytest.raises(SystemExit) as leaving:
-            run("broken", *SMALL, "trainer.max_iterations=4")
+            run("broken", *SMALL, "trainer.max_iterations=5")
         assert leaving.value.code == code
         printed = capsys.readouterr().out
         assert f"leaving on {number.name}; the same command continues from iteration {iteration}" in printed
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert_same(run("broken", *SMALL, "trainer.max_iterations=4"), straight)
+    assert_same(run("broken", *SMALL, "trainer.max_iterations=5"), straight)
+
+
+def test_nohup_goes_on_when_the_terminal_is_closed(tiny_run, before_step):
+    _, run = tiny_run
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        before_step(lambda _: os.kill(os.getpid(), signal.SIGHUP))
+        assert run("log", *SMALL, "trainer.max_iterations=2")["images_seen"] == 8
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_ranks_end_when_their_launcher_is_killed(commands, tiny_run, tmp_path):
+    path, _ = tiny_run
+    job = Job(commands, path, tmp_path / "log", settings=("trainer.max_iterations=100000",))
+    job.reaches(2)
+    ranks = job.ranks()
+    assert len(ranks) == 2
+    job.process.send_signal(signal.SIGKILL)
+    give_up_at = time.monotonic() + 60
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < give_up_at:
+        time.sleep(0.05)
+    assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+    assert [*(tmp_path / "log/checkpoints").glob("*.pt")]
+    assert not (tmp_path / "log/.lock").exists()
+
+
+def test_a_log_dir_has_one_writer(commands, tiny_run, tmp_path, monkeypatch, capsys):
+    path, _ = tiny_run
+    logdir = tmp_path / "log"
+    marker = logdir / ".lock"
+    with one_writer(logdir, "--logdir"):
+        result = commands.run("train.py", "--config", path, "--logdir", logdir)
+        mine = marker.read_text()
+    assert result.returncode == EXIT_CODE, result.stderr
+    assert f"--logdir {logdir}: process {os.getpid()} on " in result.stderr and "writes there" in result.stderr
+    assert not logdir.exists()  # nothing was written
+    # A writer that is gone.
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    logdir.mkdir()
+    marker.write_text(mine.replace(f"pid={os.getpid()}", f"pid={gone.pid}"))
+    with one_writer(logdir, "--logdir"):
+        assert f"process {gone.pid} on " in (printed := capsys.readouterr().out) and "taking over" in printed
+    # A writer on another host: a silent one is gone, a living one is not.
+    monkeypatch.setattr(processes, "LEASE_S", 0.5)
+    elsewhere = re.sub("host=.*", "host=node7", re.sub("duration=.*", "duration=0.5", mine))
+    logdir.mkdir(exist_ok=True)
+    marker.write_text(elsewhere)
+    with one_writer(logdir, "--logdir"):
+        assert (
+            "on node7 was writing there: waiting" in (printed := capsys.readouterr().out) and "taking over" in printed
+        )
+    logdir.mkdir(exist_ok=True)
+    marker.write_text(elsewhere)
+    ends = threading.Event()
+
+    def live() -> None:
+        while not ends.wait(0.05):
+            os.utime(marker)
+
+    living = threading.Thread(target=live)
+    living.start()
+    try:
+        with pytest.raises(UserError, match="on node7 writes there"), one_writer(logdir, "--logdir"):
+            pass
+    finally:
+        ends.set()
+        living.join()
+    marker.unlink()
+    # A lock that was taken away.
+    code = "import time; from pathlib import Path; from imaginaire_spade import processes; processes.LEASE_S = 0.3\n"
+    code += f"with processes.one_writer(Path({str(logdir)!r}), '--logdir'):\n print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    marker.unlink()
+    assert holder.wait(20) == EXIT_CODE and "its lock was lost" in holder.stderr.read()
 
 
 def test_another_number_of_processes_goes_on_in_the_same_order_and_says_what_changes(tiny_run, before_step, capsys):

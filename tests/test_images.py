@@ -1,6 +1,9 @@
-"""Image files, contact sheets, curves and the gallery: what is drawn, and that files are complete or absent."""
+"""Image files, photos of any depth, sheets, curves, the gallery: what is drawn, and files are complete or absent."""
 
 import errno
+import io
+import struct
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -8,12 +11,19 @@ from urllib.parse import unquote
 import cv2
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
-from imaginaire_spade.errors import UserError
-from imaginaire_spade.files import write_image
+from imaginaire_spade.config import ImageSpec
+from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.image_files import encode_map
+from imaginaire_spade.errors import DataError, UserError
+from imaginaire_spade.files import encode_image, write_bytes, write_image
 from imaginaire_spade.inference import output as output_folder
 from imaginaire_spade.inference.output import Output, write_gallery
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.sheets import BACKGROUND, draw_contact_sheet
 from imaginaire_spade.training import run_log
 
@@ -160,3 +170,142 @@ def test_a_large_gallery_has_pages(tmp_path, monkeypatch):
 
 def test_an_empty_gallery(tmp_path):
     assert Page(write_gallery(tmp_path, [], "none", LABELS)).images == []
+
+
+# ------------------------------------------------------------------------------------------------ photos of data sets
+
+
+@dataclass
+class Case:
+    """One data set of one sample: what its owner has, what the config says, and what must come of it."""
+
+    files: dict[str, bytes]
+    """Path below the data set -> content."""
+    images: ImageSpec
+    truth: np.ndarray
+    """[H, W, C] as training must see it: uint8, or floats in [-1, 1]."""
+    is_right: bool
+    """Whether the config says what the files are, so that the build must not refuse them."""
+    tolerance: float = 1e-6
+    key: str = "data.images"
+    """Of the config, which a refusal names."""
+
+
+def turned(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Stored pixels as EXIF 2.3 (4.6.4, tag 274) shows them: by its row and column of the stored picture's corner."""
+    turns = {
+        1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
+        5: lambda a: np.swapaxes(a, 0, 1), 6: lambda a: np.rot90(a, -1),
+        7: lambda a: np.rot90(np.swapaxes(a, 0, 1), 2), 8: np.rot90,
+    }  # fmt: skip
+    return turns[orientation](array)
+
+
+def tiff(array: np.ndarray, orientation: int = 1, *, alpha: bool = False) -> bytes:
+    """A TIFF of any type, bands and orientation, [H, W, C]; PIL writes few of them, OpenCV no orientation."""
+    height, width, channels = array.shape
+    pixels, extra = array.tobytes(), max(0, channels - 3)
+    entries = {
+        256: ("I", [width]), 257: ("I", [height]), 258: ("H", [8 * array.itemsize] * channels), 259: ("H", [1]),
+        262: ("H", [2 if channels >= 3 else 1]), 273: ("I", [8]), 274: ("H", [orientation]), 277: ("H", [channels]),
+        278: ("I", [height]), 279: ("I", [len(pixels)]), 284: ("H", [1]),
+        **({338: ("H", [2 if alpha else 0] * extra)} if extra else {}),
+        339: ("H", [{"u": 1, "i": 2, "f": 3}[array.dtype.kind]] * channels),
+    }  # fmt: skip
+    directory, values = struct.pack("<H", len(entries)), b""
+    after = 8 + len(pixels) + 2 + 12 * len(entries) + 4
+    for tag, (form, numbers) in entries.items():
+        value = struct.pack(f"<{len(numbers)}{form}", *numbers)
+        if len(value) > 4:
+            value, values = struct.pack("<I", after + len(values)), values + value + b"\0" * (len(value) % 2)
+        directory += struct.pack("<HHI", tag, {"H": 3, "I": 4}[form], len(numbers)) + value.ljust(4, b"\0")
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + directory + bytes(4) + values
+
+
+def encoded_photo(array: np.ndarray, suffix: str, orientation: int, alpha: bool) -> bytes | None:
+    """A photo [H, W, C] as a file; None where the format does not hold it."""
+    kind, channels = array.dtype, array.shape[2]
+    if suffix == "tif":
+        return tiff(array, orientation, alpha=alpha) if channels <= 4 else None
+    if suffix in ("npy", "npz"):
+        return None if alpha or orientation != 1 else encode_image(array, f".{suffix}")
+    if channels not in (1, 3, 4) or kind not in ("uint8", "uint16") or (channels == 4) != alpha:
+        return None
+    exif, stream = Image.Exif(), io.BytesIO()
+    exif[274] = orientation
+    if kind == np.uint16:
+        return encode_image(array, ".png") if suffix == "png" and orientation == 1 else None
+    if suffix == "jpg" and channels == 4:
+        return None
+    options = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True, "exact": True}}.get(suffix, {})
+    picture = Image.fromarray(array[..., 0] if channels == 1 else array)
+    picture.save(stream, {"jpg": "JPEG"}.get(suffix, suffix), exif=exif.tobytes(), **options)
+    return stream.getvalue()
+
+
+@st.composite
+def photos(draw) -> Case:
+    """Bit depth, channels and orientation, and a config that may or may not say so."""
+    suffix = draw(st.sampled_from(["png", "tif", "tif", "npy", "npz", "jpg", "webp"]))
+    dtype = np.dtype(draw(st.sampled_from(["uint8", "uint16", "int16", "float32"])))
+    channels, orientation = draw(st.sampled_from([1, 3, 4, 5])), draw(st.integers(1, 8))
+    height, width = draw(st.sampled_from([(12, 20), (16, 16)]))
+    alpha = channels == 4 and draw(st.booleans())
+    low, high = {"uint8": (0, 255), "uint16": (700, 3900), "int16": (-900, 900), "float32": (-2.5, 2.5)}[dtype.name]
+    # Smooth, without any symmetry, and different in every channel.
+    y, x, c = np.mgrid[:height, :width, :channels]
+    steps = (y / height * 0.55 + (x / width) ** 2 * 0.35 + c / 10) / 1.4
+    stored = (low + (high - low) * steps).astype(dtype)
+    content = encoded_photo(stored, suffix, orientation, alpha)
+    assume(content is not None)
+    # The label map is of the photo as shown or of the pixels as stored.
+    upright = draw(st.booleans())
+    seen = turned(stored, orientation) if upright else stored
+    # What the config says.
+    given_range = draw(st.sampled_from([None, "auto", (low, high)]))
+    spec = ImageSpec(
+        channels=draw(st.sampled_from([3, channels])), range=given_range, drop_alpha=draw(st.booleans()),
+        orientation=draw(st.sampled_from([None, "upright" if upright else "stored"])),
+    )  # fmt: skip
+    values = seen[..., :3] if alpha and spec.drop_alpha else seen
+    fits = values.shape[2] == spec.channels or (values.shape[2] == 1 and spec.channels == 3)
+    tells = orientation == 1 or spec.orientation or turned(stored, orientation).shape[:2] != stored.shape[:2]
+    is_right = fits and bool(tells) and (given_range is not None or dtype == np.uint8)
+    truth = values.repeat(3, 2) if values.shape[2] == 1 and spec.channels == 3 else values
+    if given_range is not None:
+        bottom, top = (stored.min(), stored.max()) if given_range == "auto" else given_range
+        if given_range == "auto" and alpha and spec.drop_alpha:
+            bottom, top = values.min(), values.max()
+        truth = ((truth.astype(np.float64) - bottom) / (float(top) - float(bottom)) * 2 - 1).clip(-1, 1)
+    lossy = suffix == "jpg"
+    label_map = encode_map(np.arange(seen.shape[0] * seen.shape[1]).reshape(seen.shape[:2]).astype(np.uint8) % 3)
+    files = {f"images/a.{suffix}": content, "seg_maps/a.png": label_map}
+    return Case(files, spec, truth, is_right, (0.05 if given_range else 5) if lossy else 1e-6)
+
+
+KINDS: list[st.SearchStrategy[Case]] = [photos()]
+"""Kinds of data; who adds one adds what it may look like, what the config may say, and the truth."""
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=st.one_of(KINDS))
+def test_a_sample_is_the_truth_or_the_build_names_file_and_key(case, tmp_path_factory):
+    root = tmp_path_factory.mktemp("case")
+    for name, content in case.files.items():
+        write_bytes(root / "raw" / name, content)
+    labels = LabelSpec(num_classes=3)
+    try:
+        build_dataset(root / "raw", root / "lmdb", labels, images=case.images, num_workers=0)
+    except DataError as error:
+        assert not case.is_right, error
+        assert case.key in str(error) and any(name in str(error) for name in case.files), error
+        # A folder that is trained on as it is must say the same.
+        if case.images.range != "auto":
+            with pytest.raises(DataError, match=case.key.replace(".", r"\.")):
+                LabelMapDataset(root / "raw", labels, images=case.images)[0]
+        return
+    assert case.is_right
+    image = LabelMapDataset(root / "lmdb", labels, images=case.images)[0].image.permute(1, 2, 0).numpy()
+    assert image.dtype == (np.uint8 if case.images.range is None else np.float32)
+    assert image.shape == case.truth.shape
+    assert np.abs(image.astype(np.float64) - case.truth).max() <= case.tolerance

@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file
 
+from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.image_files import (
-    check_photo,
     decode_edges,
     decode_image,
     decode_instances,
@@ -41,6 +41,7 @@ from imaginaire_spade.data.lmdb_source import open_source, store_key, usable_mem
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
+from imaginaire_spade.lmdb_builder.sample import check_photo
 from imaginaire_spade.lmdb_builder.shard import EnvironmentWriter
 
 LABELS = LabelSpec(num_classes=5)
@@ -105,7 +106,7 @@ def test_label_maps_keep_their_integers():
         (encoded(IDS, "PNG", "LA"), "alpha"),
         (raw_png([b"\0" * 6], 1, 16, 2), "16 bits per channel"),
         (encoded(IDS.astype(np.float32), "TIFF"), "pixel format F"),
-        (encoded(IDS.astype(np.int32) - 1, "TIFF"), "label values -1..2"),
+        (encoded(IDS.astype(np.int32) - 40_000, "TIFF"), "label values -40000..-39997"),
         (b"", "empty"),
         (b"not an image", "not readable"),
         (encoded(IDS)[:60], "not readable"),
@@ -142,7 +143,7 @@ def test_photos_become_rgb_as_stored():
 def test_a_photo_is_checked_as_if_it_were_decoded(data, progressive, height, width):
     pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     photo = bytearray(encoded(pixels, "JPEG", progressive=progressive))
-    assert check_photo(bytes(photo), "a") == (height, width)
+    assert check_photo(bytes(photo), "a", ImageSpec(), None, False)[1] == (height, width)
     start = data.draw(st.integers(0, len(photo) - 1))
     kind = data.draw(st.sampled_from(["cut", "flip", "hole", "cut, but with an end"]))
     if kind == "cut":
@@ -157,9 +158,9 @@ def test_a_photo_is_checked_as_if_it_were_decoded(data, progressive, height, wid
         expected = decode_image(bytes(photo), "a").shape[:2]
     except DataError as error:
         with pytest.raises(DataError, match=f"^{re.escape(str(error))}$"):
-            check_photo(bytes(photo), "a")
+            check_photo(bytes(photo), "a", ImageSpec(), None, False)
     else:
-        assert check_photo(bytes(photo), "a") == expected
+        assert check_photo(bytes(photo), "a", ImageSpec(), None, False)[1] == expected
 
 
 def test_edges_and_instances():

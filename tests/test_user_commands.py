@@ -124,19 +124,25 @@ def blocks_of(text: str) -> list[str]:
     return [re.sub(r"^ {7}", "", block, flags=re.MULTILINE).strip() for block in found]
 
 
+def config_in(text: str) -> str:
+    (config,) = (block for block in blocks_of(text) if block.startswith("base: "))
+    return config
+
+
 def test_the_readmes_own_data_is_built_trained_and_painted_as_it_says(tiny_folder, tmp_path, commands):
     text = section("README.md", "Your own data")
-    config, *shells = blocks_of(text)
-    lines = [line for block in shells for line in block.splitlines()]
-    assert config.startswith("base: ") and len(lines) == 6
+    config = config_in(text)
+    lines = [line for block in blocks_of(text) if block != config for line in block.splitlines()]
+    assert len(lines) == 8
     (tmp_path / "mine.yaml").write_text(config)
     labels = yaml.safe_load(config)["data"]["labels"]
     assert len(set(labels["names"])) == len(labels["palette"]) == labels["num_classes"] > 1
     for name in ("train.py", "inference.py", "evaluate.py", "scripts", "configs"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
-    for split in ("train", "val"):
-        tiny_folder(f"RAW/{split}", keys=4, size=(108, 144), num_classes=labels["num_classes"],
-                    types=("images", "seg_maps"))  # fmt: skip
+    mine = tiny_folder("MINE", keys=24, size=(108, 144), num_classes=labels["num_classes"],
+                       types=("images", "seg_maps"))  # fmt: skip
+    (mine / "images").rename(mine / "photos")
+    (mine / "seg_maps").rename(mine / "maps")
 
     # What is added to the lines, by the script that they start: a short run of few filters, no weights for the scores.
     narrow = ("gen.num_filters=4", "gen.norm.hidden_channels=8", "dis.num_filters=4", "data.num_workers=0")
@@ -157,9 +163,11 @@ def test_the_readmes_own_data_is_built_trained_and_painted_as_it_says(tiny_folde
         result = commands.run(*words, *more.get(script, []), cwd=tmp_path, NO_CURVES="1")
         assert result.returncode == 0, f"{line}\n{result.stdout[-1000:]}{result.stderr[-3000:]}"
         printed[script] = result.stdout
-    assert set(printed) == {"scripts/build_lmdb.py", "train.py", "inference.py", "evaluate.py"}
+    scripts = {f"scripts/{name}.py" for name in ("prepare_dataset", "build_lmdb", "inspect_lmdb")}
+    assert set(printed) == {*scripts, "train.py", "inference.py", "evaluate.py"}
+    assert all((tmp_path / name).stat().st_size for name in ("legend.png", "sheet.png", "logs/mine/train.log"))
     assert labels["names"][0] in printed["scripts/build_lmdb.py"] and "class 0" not in printed["scripts/build_lmdb.py"]
-    assert "wrote 4 of 4 images" in printed["inference.py"]
+    assert "wrote 20 of 20 images" in printed["inference.py"]
     assert labels["names"][0] in (tmp_path / "pictures/index.html").read_text()
     assert json.loads((tmp_path / "report.json").read_text())["scores"]
 
@@ -178,7 +186,7 @@ def look_at_the_page(process: Forked) -> None:
 
 
 def test_the_readmes_line_for_square_and_upright_photos_is_true(tmp_path):
-    config, *_ = blocks_of(section("README.md", "Your own data"))
+    config = config_in(section("README.md", "Your own data"))
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     for name, text in (("as_it_is.yaml", config), ("with_it.yaml", re.sub(r"# .*(?=augmentations: )", "", config))):
         (tmp_path / name).write_text(text)
@@ -196,7 +204,7 @@ def geometry_of(config: Path, height: int, width: int) -> Geometry:
 
 def test_the_readme_says_when_weights_are_needed_and_where_that_is_told():
     text = section("README.md", "Your own data")
-    config = next(iter(blocks_of(text)))
+    config = config_in(text)
     without = load_config(REPOSITORY / yaml.safe_load(config)["base"])
     assert without.losses["perceptual"].weight == 0, "this recipe needs the weights of VGG19"
     link = re.search(r"VGG19[^.]*\[INSTALL\.md\]\(INSTALL\.md#([\w-]+)\)", text)

@@ -7,6 +7,7 @@ position) alone. No array here is one-hot, and images stay uint8.
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,14 +22,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from imaginaire_spade.config import AugmentationConfig
+from imaginaire_spade.config import AugmentationConfig, ImageSpec
 from imaginaire_spade.data.batch import Sample
 from imaginaire_spade.data.distances import NOT_FINITE, class_distances
 from imaginaire_spade.data.folders import DISTANCES, Source
-from imaginaire_spade.data.image_files import DECODERS, decode_image, image_size, is_jpeg
+from imaginaire_spade.data.image_files import DECODERS, is_jpeg
+from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.lmdb_source import open_source, usable_memory
+from imaginaire_spade.data.photos import check_built, decode_photo, is_upright, measured, read_header, to_training
 from imaginaire_spade.data.transforms import Geometry, apply_to_distances, apply_to_image, apply_to_map, draw_geometry
 from imaginaire_spade.errors import DataError, LabelError
+from imaginaire_spade.files import AnyImage
 from imaginaire_spade.labels import EdgeSource, LabelSpec, edges_from_ids
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.noise import uniform_draws
@@ -49,6 +53,11 @@ class _Root:
         """Read and decode a map."""
         return DECODERS[data_type](self.source.read(key, data_type), self.source.describe(key, data_type))
 
+    def read_labels(self, key: str, labels: LabelSpec) -> tuple[str, NDArray[np.generic]]:
+        """Read a label map as it is stored: its name in messages, and raw ids or colours."""
+        where = self.source.describe(key, "seg_maps")
+        return where, read_labels(self.source.read(key, "seg_maps"), where, labels)
+
     def check_size(self, shape: tuple[int, ...], key: str, data_type: str, label_size: tuple[int, int]) -> None:
         """Refuse a file of another size than its label map."""
         if shape[:2] != label_size:
@@ -67,6 +76,7 @@ class LabelMapDataset(Dataset[Sample]):
             prefixed with its root's folder name (``train_a/0001``), so that keys stay unique.
         labels: the label table.
         edges: where the edge channel comes from.
+        images: what photos mean; None: 8-bit RGB.
         distances: whether samples have distances: read from distances/ where a root has one for every sample, else
             computed from the label map as it comes out of the augmentation.
         augmentations: joint geometry; None leaves images as they are.
@@ -77,6 +87,7 @@ class LabelMapDataset(Dataset[Sample]):
         replace: train id -> train id that stands for it, in every label map; stored edges stay as they are.
         on_unknown: called with what is wrong with a label map that holds values outside the table, which then count
             as don't care; None: that is raised.
+        suffixes: of the names in folders, as of ``FolderSource``.
     Raises:
         DataError: a root that cannot be used.
     """
@@ -87,6 +98,7 @@ class LabelMapDataset(Dataset[Sample]):
         labels: LabelSpec,
         *,
         edges: EdgeSource | str = EdgeSource.NONE,
+        images: ImageSpec | None = None,
         distances: bool = False,
         augmentations: AugmentationConfig | None = None,
         size_of: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
@@ -94,6 +106,7 @@ class LabelMapDataset(Dataset[Sample]):
         with_images: bool = True,
         replace: Mapping[int, int] | None = None,
         on_unknown: Callable[[LabelError], None] | None = None,
+        suffixes: Mapping[str, str] | None = None,
     ) -> None:
         self.labels = labels
         self._replaced = np.arange(labels.num_classes + 1).astype(labels.dtype) if replace else None
@@ -105,14 +118,19 @@ class LabelMapDataset(Dataset[Sample]):
         self._size_of = size_of
         self.seed = seed
         self.with_images = with_images
+        roots = [roots] if isinstance(roots, str | Path) else roots
+        self.images = images or ImageSpec()
+        if with_images:
+            self.images = measured(self.images, roots)
+            check_built(self.images, roots)
         edges = EdgeSource(edges)
         self.spec = LayoutSpec.of(labels, edges, distances)
         edge_files = edges.files_needed
         required = ["images", "seg_maps", *edge_files] if with_images else ["seg_maps"]
         self._roots: list[_Root] = []
-        for root in [roots] if isinstance(roots, str | Path) else roots:
+        for root in roots:
             optional = [*edge_files, DISTANCES] if distances else edge_files
-            source = open_source(root, required, optional=optional, bare=not with_images)
+            source = open_source(root, required, optional=optional, bare=not with_images, suffixes=suffixes)
             found = all(source.has(data_type) for data_type in edge_files)
             if not found:
                 warnings.warn(
@@ -134,6 +152,8 @@ class LabelMapDataset(Dataset[Sample]):
         self.keys = _unique_keys(sources)
         self.shard_sizes = [size for source in sources for size in source.shard_sizes]
         """Numbers of samples, in the order of ``keys``, whose files lie together."""
+        self.bad: list[str] = []
+        """What is wrong with each sample that was left out (``leave_out``)."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -143,6 +163,30 @@ class LabelMapDataset(Dataset[Sample]):
         dataset = copy.copy(self)
         dataset.with_images = False
         return dataset
+
+    def find_problem(self, index: int) -> str:
+        """Read a sample whole; say what is wrong with it, or return ""."""
+        try:
+            self.check_label_map(index)
+            self.read([(index, index)])
+        except DataError as error:
+            return str(error)
+        return ""
+
+    def leave_out(self, problems: Mapping[int, str]) -> None:
+        """Drop these samples: index -> what is wrong with it.
+
+        Raises:
+            DataError: none is left.
+        """
+        self.bad += problems.values()
+        ends = np.cumsum([0, *self.shard_sizes])
+        kept = [[i for i in range(start, end) if i not in problems] for start, end in itertools.pairwise(ends.tolist())]
+        self.shard_sizes = [len(shard) for shard in kept if shard]
+        if not self.shard_sizes:
+            raise DataError(f"data.skip_bad: no sample can be used: {self.bad[0]}")
+        self._places = [self._places[i] for shard in kept for i in shard]
+        self.keys = [self.keys[i] for shard in kept for i in shard]
 
     @property
     def edges_follow_labels(self) -> bool:
@@ -154,7 +198,9 @@ class LabelMapDataset(Dataset[Sample]):
         if (size := self.augmentations.output_h_w) is None:
             return None
         return Sample(
-            torch.zeros(3, *size, dtype=torch.uint8) if self.with_images else None,
+            torch.from_numpy(to_training(np.zeros((self.images.channels, *size), np.uint8), self.images))
+            if self.with_images
+            else None,
             torch.from_numpy(np.zeros(size, self.labels.dtype)),
             torch.zeros(size, dtype=torch.uint8) if self.spec.has_edges and not self.edges_follow_labels else None,
             torch.zeros(2, *size) if self.spec.has_distances else None, "", size, 0,
@@ -171,22 +217,20 @@ class LabelMapDataset(Dataset[Sample]):
             sample = sample._replace(edges=torch.from_numpy(edges_from_ids(sample.labels.numpy())))
         return sample
 
-    def read(
-        self, items: Sequence[tuple[int, int]], *, images_out: Sequence[NDArray[np.uint8]] | None = None
-    ) -> list[Sample]:
+    def read(self, items: Sequence[tuple[int, int]], *, images_out: Sequence[AnyImage] | None = None) -> list[Sample]:
         """Read the samples of these (index, position) pairs, and leave edges that follow the labels to the layout.
 
         All maps, then all photos: an eighth faster, since what a stage uses stays in the processor's cache.
 
         Args:
-            images_out: uint8 [H, W, 3] for each sample, to lay its photo in.
+            images_out: [H, W, C] for each sample, to lay its photo in.
         Raises:
             DataError, LabelError: naming the file and what is wrong with it.
         """
         read = [self._read_maps(*item) for item in items]
         if not self.with_images:
             return [sample for sample, _ in read]
-        outs: Sequence[NDArray[np.uint8] | None] = images_out or [None] * len(items)
+        outs: Sequence[AnyImage | None] = images_out or [None] * len(items)
         return [
             sample._replace(image=self._read_image(index, sample.original_size, geometry, out))
             for (index, _), (sample, geometry), out in zip(items, read, outs, strict=True)
@@ -195,11 +239,13 @@ class LabelMapDataset(Dataset[Sample]):
     def _read_maps(self, index: int, position: int) -> tuple[Sample, Geometry]:
         """Read a sample without its photo."""
         root, key = self._places[index]
-        where, raw = root.source.describe(key, "seg_maps"), root.decode(key, "seg_maps")
+        where, raw = root.read_labels(key, self.labels)
         size = raw.shape[0], raw.shape[1]
         geometry = self._geometry(size, where, position)
         # Only values that reach the network are looked at; the builder has looked at all.
         labels = self._train_ids(apply_to_map(raw, geometry), where)
+        if geometry.flip and self.labels.mirrored is not None:
+            labels = self.labels.mirrored[labels]
         edges, distances = None, None
         if not self.edges_follow_labels and (drawn := _read_edges(root, key, geometry, size, labels)) is not None:
             edges = torch.from_numpy(drawn)
@@ -208,16 +254,17 @@ class LabelMapDataset(Dataset[Sample]):
         sample = Sample(None, torch.from_numpy(labels), edges, distances, self.keys[index], size, position)
         return sample, geometry
 
-    def _read_image(
-        self, index: int, size: tuple[int, int], geometry: Geometry, out: NDArray[np.uint8] | None
-    ) -> Tensor:
-        """Read a photo: uint8 [3, H, W] RGB, in memory channels last. A JPEG is decoded no larger than need be."""
+    def _read_image(self, index: int, size: tuple[int, int], geometry: Geometry, out: AnyImage | None) -> Tensor:
+        """Read a photo: [C, H, W], in memory channels last. A JPEG is decoded no larger than need be."""
         root, key = self._places[index]
         where, data = root.source.describe(key, "images"), root.source.read(key, "images")
         # (Once a JPEG is decoded at a part of its size, only the header tells that.)
-        root.check_size(image_size(data, where), key, "images", size)
-        reduction = geometry.reduction if is_jpeg(data) else 1
-        image = decode_image(data, where, reduction=reduction)
+        header = read_header(data, where)
+        upright = is_upright(header, self.images, size, where)
+        root.check_size(header.shown_size(upright), key, "images", size)
+        reduction = geometry.reduction if is_jpeg(data) and not upright else 1
+        stored = decode_photo(data, where, self.images, upright=upright, header=header, reduction=reduction)
+        image = to_training(stored, self.images)
         return torch.from_numpy(apply_to_image(image, geometry, reduction=reduction, out=out)).permute(2, 0, 1)
 
     def expect_random_reads(self, shards_at_a_time: int | None = None) -> None:
@@ -238,7 +285,7 @@ class LabelMapDataset(Dataset[Sample]):
             DataError, LabelError: it cannot be used.
         """
         root, key = self._places[index]
-        where, raw = root.source.describe(key, "seg_maps"), root.decode(key, "seg_maps")
+        where, raw = root.read_labels(key, self.labels)
         if self._on_unknown is None:
             self.labels.count_pixels(raw, where)
         stored = raw.shape[0], raw.shape[1]

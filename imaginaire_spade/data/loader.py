@@ -6,7 +6,6 @@ epoch p div n, whatever the number of processes or workers and wherever the run 
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import multiprocessing
 import os
@@ -26,15 +25,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from tqdm import tqdm
 
+from imaginaire_spade import distributed
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import DataError, UserError, catch_error
 from imaginaire_spade.layout import Ahead
 from imaginaire_spade.noise import generator_for
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
+from imaginaire_spade.processes import end_with_parent
 
 PREFETCH = 2
 """Batches that each worker prepares ahead."""
@@ -249,12 +250,12 @@ def start_worker(worker: int) -> None:
     """Set what signals do to a worker process of a DataLoader, whose main process may have handlers of its own."""
     # Schedulers and launchers send their signals to every process of a job, and a terminal sends Ctrl-C. The main one
     # needs batches until it has saved, and closes its loader itself; should it fail to, the alarm ends this worker.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
-    if sys.platform == "linux":
+    if sys.platform != "win32":
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
         # A worker that outlives its killed process holds that one's connections open, and its peers wait for answers.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent(signal.SIGKILL)
     parent = multiprocessing.parent_process()
     assert parent is not None
     if multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent.pid:
@@ -334,13 +335,19 @@ def _results(
     loader = DataLoader(
         data, batch_size=chunk, collate_fn=collate, num_workers=num_workers, worker_init_fn=start_worker
     )
+    iterator: Any = iter(loader)
     try:
-        with closing(_take(loader)) as results:
+        with closing(_take(iterator)) as results:
             yield results
     except RuntimeError as error:  # in the midst of the block too: torch raises it when a worker's end is signalled
         if "DataLoader worker" not in str(error):
             raise
         raise DataError("a worker process was killed (out of memory?): write a smaller --num_workers") from None
+    finally:
+        if num_workers:  # An exception's traceback may hold the iterator, and the workers would go on for a while.
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.join()
 
 
 def _try_each(task: Callable[[T], R], items: Sequence[T]) -> list[R | Exception]:
@@ -348,11 +355,26 @@ def _try_each(task: Callable[[T], R], items: Sequence[T]) -> list[R | Exception]
     return [catch_error(UserError, task)(item) for item in items]
 
 
-def _take(loader: Iterable[list[R | Exception]]) -> Generator[R, None, None]:
-    for result in itertools.chain.from_iterable(loader):
+def _take(chunks: Iterable[list[R | Exception]]) -> Generator[R, None, None]:
+    for result in itertools.chain.from_iterable(chunks):
         if isinstance(result, Exception):
             raise result
         yield result
+
+
+def leave_out_bad(dataset: LabelMapDataset, num_workers: int | None) -> None:
+    """Read every sample once, shared out over the processes, and drop those that cannot be used, on all of them.
+
+    Raises:
+        DataError: none is left, or ``num_workers`` is negative.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = range(rank, len(dataset), world_size)
+    with map_in_order(dataset.find_problem, mine, num_workers) as problems:
+        shown = tqdm(problems, "checking (data.skip_bad)", len(mine), unit="images", mininterval=0.5, disable=rank > 0)
+        found = {index: problem for index, problem in zip(mine, shown, strict=True) if problem}
+    every = {index: problem for part in distributed.gather_objects(found) for index, problem in part.items()}
+    dataset.leave_out(dict(sorted(every.items())))
 
 
 class Prefetcher:

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.image_files import decode_image, decode_label, image_size
+from imaginaire_spade.data.image_files import image_size
+from imaginaire_spade.data.label_files import read_labels
+from imaginaire_spade.data.photos import decode_photo, show
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.files import encode_image
 from imaginaire_spade.inference.synthesizer import Synthesizer
@@ -83,7 +85,7 @@ class PaintingService:
         }
 
     def generate(self, fields: Mapping[str, Any]) -> bytes:
-        """Generate the image of a label map, a PNG of the label map's size.
+        """Generate the image of a label map, an 8-bit PNG of the label map's size.
 
         Args:
             fields: ``height``, ``width``, ``labels`` (base64 of the ids, row by row, ``bytes_per_id`` each, low byte
@@ -96,7 +98,7 @@ class PaintingService:
         seed = _whole_number("seed", fields["seed"], 0, MAX_SEED) if "seed" in fields else 0
         style = self._style_code(fields["style"]) if "style" in fields else None
         image = self._run(lambda: self._synthesizer(raw, seed=seed, style=style, resize_back=True))
-        return encode_image(image, ".png")
+        return encode_image(show(image, self._synthesizer.model.config.data.images), ".png")
 
     def generated_size(self, fields: Mapping[str, Any]) -> tuple[int, int]:
         """Return the (height, width) at which ``generate`` generates these fields before it resizes the image."""
@@ -124,7 +126,7 @@ class PaintingService:
         _check_canvas(height, width)
         where = "the uploaded label map"
         _check_pixels(content, where)
-        return self._to_page(self._labels.to_train_ids(decode_label(content, where), where), height, width)
+        return self._to_page(self._labels.to_train_ids(read_labels(content, where, self._labels), where), height, width)
 
     def read_sample(self, number: int, height: int, width: int) -> dict[str, Any]:
         """Fit the ``number``-th of the label maps to start from (modulo their number) to the canvas."""
@@ -144,7 +146,8 @@ class PaintingService:
         """
         where = "the uploaded photo"
         _check_pixels(photo, where)
-        return {"style": self._run(lambda: self._synthesizer.encode(decode_image(photo, where))).tolist()}
+        array = decode_photo(photo, where, self._synthesizer.model.config.data.images)
+        return {"style": self._run(lambda: self._synthesizer.encode(array)).tolist()}
 
     def warm_up(self) -> None:
         """Generate one image, so that the first stroke need not wait. Raises UserError if these weights cannot."""
@@ -211,7 +214,7 @@ def fit_to_canvas(ids: NDArray[np.generic], height: int, width: int) -> NDArray[
 
 def _raw_ids(labels: LabelSpec) -> NDArray[np.int64]:
     """Return the smallest raw id of each train id, don't care included, or -1: int64 [num_classes + 1]."""
-    smallest = dict(zip(labels.table[::-1].tolist(), range(MAX_RAW_ID, -1, -1), strict=True))
+    smallest = dict(zip(labels.table[MAX_RAW_ID::-1].tolist(), range(MAX_RAW_ID, -1, -1), strict=True))
     return np.array([smallest.get(train_id, -1) for train_id in range(labels.num_classes + 1)])
 
 

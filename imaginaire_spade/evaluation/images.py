@@ -9,6 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.batch import Sample
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.folders import Source
 from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_image
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.data.loader import read_ahead
+from imaginaire_spade.data.photos import read_header, to_preview
 from imaginaire_spade.errors import DataError, catch_error
 from imaginaire_spade.files import LABELS_FOLDER
 from imaginaire_spade.labels import LabelSpec
@@ -105,7 +108,7 @@ class StoredImages(ImageSource):
 
     def _read(self, index: int) -> SourceImage:
         files = [(self._source.describe(key, "images"), self._source.read(key, "images")) for key in self._files[index]]
-        first, *others = (torch.from_numpy(decode_image(data, where)).permute(2, 0, 1) for where, data in files)
+        first, *others = (torch.from_numpy(_decode(data, where)).permute(2, 0, 1) for where, data in files)
         place = self._label_map_of.get(self.keys[index])
         label_map = None if place is None or not self._label_maps else self._label_maps[place].labels.numpy()
         return SourceImage(first, *_kind(files[0][1]), label_map, others)
@@ -138,6 +141,16 @@ def _grouped(files: Sequence[str], num_samples: int, where: str) -> list[list[st
     return [[group[number] for number in range(num_samples)] for _, group in sorted(groups.items())]
 
 
+def _decode(data: bytes, where: str) -> NDArray[np.uint8]:
+    header = read_header(data, where)
+    if header.dtype != "uint8" or header.channels > 4:
+        raise DataError(
+            f"{where}: {header.channels} channel(s) of {header.dtype}, but scores are of 8-bit pictures, grey or RGB,"
+            " and a stored file does not say its range: evaluate.py --checkpoint P takes data.images.range of P"
+        )
+    return decode_image(data, where)
+
+
 def _kind(data: bytes) -> tuple[str, str]:
     """Return (file format, what decoding to RGB did to it)."""
     try:
@@ -157,11 +170,11 @@ Made = Iterable[tuple[int, int, Tensor]]
 """(place of the key, number of the sample, uint8 [3, H, W])."""
 
 
-def photos_of(samples: Samples) -> Made:
-    """Give the photo of each sample, as the augmentations leave it."""
+def photos_of(images: ImageSpec, samples: Samples) -> Made:
+    """Give the photo of each sample as 8-bit RGB, as the augmentations leave it."""
     for index, sample in samples:
         assert sample.image is not None, "a data set without its photos"
-        yield index, 0, sample.image
+        yield index, 0, to_preview(sample.image, images)
 
 
 class DatasetImages(ImageSource):
@@ -169,7 +182,7 @@ class DatasetImages(ImageSource):
 
     Args:
         dataset: its augmentations decide the size of the images.
-        make: samples -> their images, in any order.
+        make: samples -> their images, in any order; None: their photos.
         format: of what it makes.
         indices: the samples that are used; None: all.
         strict: raise the DataError of a sample that cannot be read, instead of yielding it.
@@ -179,14 +192,17 @@ class DatasetImages(ImageSource):
         self,
         dataset: LabelMapDataset,
         name: str,
-        make: Callable[[Samples], Made] = photos_of,
+        make: Callable[[Samples], Made] | None = None,
         *,
         format: str = PIPELINE,
         indices: Sequence[int] | None = None,
         num_samples: int = 1,
         strict: bool = False,
     ) -> None:
-        self._dataset, self._make, self._format, self._strict = dataset, make, format, strict
+        self._dataset, self._format, self._strict = dataset, format, strict
+        self._make = make or partial(photos_of, dataset.images)
+        plain = dataset.images.channels == 3 and dataset.images.range is None
+        self._remark = "" if plain else f"{dataset.images.channels} channel(s) of {dataset.images.dtype} shown as RGB"
         self._indices = range(len(dataset)) if indices is None else indices
         self.name, self.num_samples, self.label_table = name, num_samples, dataset.labels
         self.keys = [dataset.keys[index] for index in self._indices]
@@ -213,6 +229,6 @@ class DatasetImages(ImageSource):
             made.setdefault(index, {})[number] = pixels
             if len(made[index]) == self.num_samples:
                 first, *others = (image for _, image in sorted(made.pop(index).items()))
-                yield index, SourceImage(first, self._format, label_map=labels.pop(index), others=others)
+                yield index, SourceImage(first, self._format, self._remark, label_map=labels.pop(index), others=others)
         assert not made, f"{self.name}: incomplete samples"
         yield from unreadable

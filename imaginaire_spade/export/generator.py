@@ -128,9 +128,11 @@ def export_model(model: Model, output: Path, on_checked: Callable[[str, float], 
 
 def metadata(model: Model) -> dict[str, Any]:
     """Describe a generator for its file: in an ONNX file's metadata, one JSON value per key."""
-    config = model.config
+    config, channels = model.config, model.config.data.images.channels
     return {
-        "images": "float32 [N, 3, H, W], RGB, -1 to 1",
+        "images": f"float32 [N, {channels}, H, W], {'RGB' if channels == 3 else 'grey' if channels == 1 else 'bands'},"
+        " -1 to 1",
+        "image_values": config.data.images.model_dump(mode="json"),
         "size_multiple": model.generator.size_multiple,
         "trained_size": image_size(config),
         "style_dims": model.generator.style_dims,

@@ -16,13 +16,21 @@ from tqdm import tqdm
 
 from imaginaire_spade.data.batch import Sample
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.image_files import image_size
 from imaginaire_spade.data.loader import read_ahead
+from imaginaire_spade.data.photos import read_header
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import write_image
 from imaginaire_spade.inference.model import Model
-from imaginaire_spade.inference.output import Output, check_empty, make_folder, plan_outputs, plan_writes, write_gallery
+from imaginaire_spade.inference.output import (
+    Output,
+    check_empty,
+    choose_suffix,
+    make_folder,
+    plan_outputs,
+    plan_writes,
+    write_gallery,
+)
 from imaginaire_spade.inference.sizes import MAX_PIXELS, Size, SizeRule, format_size
 from imaginaire_spade.inference.synthesis import Request, StyleOf, drawn_styles, synthesise
 
@@ -64,8 +72,8 @@ class FolderOptions:
     batch_size: int = 1
     num_samples: int = 1
     """Images per label map."""
-    suffix: str = ".png"
-    """Of image files: ".png" or ".jpg"."""
+    suffix: str | None = None
+    """Of image files: ".png", ".jpg", ".tif" or ".npy"; None: the first but JPEG that holds the model's images."""
     animation: str | None = None
     """".gif" or ".mp4": also write a file per label map that shows its samples one after the other."""
     existing: Literal["refuse", "skip", "overwrite"] = "refuse"
@@ -128,7 +136,13 @@ def generate_folder(
             on_note(note if info.world_size == 1 else f"process {info.rank} of {info.world_size}: {note}")
 
     # Plan this process's files.
-    everything = plan_outputs(dataset.keys, options.num_samples, options.suffix, options.animation)
+    spec = model.config.data.images
+    suffix = choose_suffix(spec, options.suffix)
+    in_browsers = suffix in (".png", ".jpg") and spec.range is None and spec.channels != 4
+    everything = plan_outputs(
+        dataset.keys, options.num_samples, suffix, options.animation,
+        with_previews=options.gallery and not in_browsers,
+    )  # fmt: skip
     own = everything[info.rank :: info.world_size]
     if options.existing == "refuse":
         check_empty(directory, own, everything)
@@ -146,7 +160,7 @@ def generate_folder(
     # Read ahead, generate in batches of one size, write.
     started_at = time.perf_counter()
     images = synthesise(model, share.requests(jobs, style_of), options.batch_size)
-    writes = plan_writes(images, jobs, directory, on_written)
+    writes = plan_writes(images, jobs, directory, on_written, spec)
     for _ in read_ahead(lambda write: write(), writes, WRITES_HELD, num_threads=THREADS):
         pass
     seconds = time.perf_counter() - started_at
@@ -257,7 +271,7 @@ class _Share:
         path = self.directory / first.images[0]
         try:
             stored, read = self.dataset.check_label_map(first.index)
-            kept = image_size(path.read_bytes(), str(path))
+            kept = read_header(path.read_bytes(), str(path)).size
         except DataError:
             return None
         if kept == (size := stored if self.options.resize_back else read):
@@ -271,7 +285,8 @@ class _Share:
 def _find_missing(output: Output, directory: Path, options: FolderOptions) -> Sequence[int] | None:
     """Return the numbers of the samples to make; None if not even the gallery lacks anything."""
     keep = options.existing == "skip"
-    missing = [j for j, path in enumerate(output.images) if not (keep and (directory / path).is_file())]
+    files = zip(output.images, output.previews or output.images, strict=True)
+    missing = [j for j, paths in enumerate(files) if not (keep and all((directory / p).is_file() for p in paths))]
     if output.animation is not None and (missing or not (directory / output.animation).is_file()):
         missing = list(range(len(output.images)))  # an animation is made of all its frames
     return missing if missing or (options.gallery and not (directory / output.label_map).is_file()) else None

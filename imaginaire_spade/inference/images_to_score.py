@@ -11,6 +11,7 @@ from imaginaire_spade.build import build_split
 from imaginaire_spade.config import AugmentationConfig, RunConfig
 from imaginaire_spade.config_files import load_labels
 from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.photos import to_preview
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation.collection import Collection, holds_statistics, load_statistics
 from imaginaire_spade.evaluation.images import NOT_STORED, DatasetImages, ImageSource, Made, Samples, StoredImages
@@ -110,6 +111,11 @@ def checkpoint_images(
     if data.val is None:
         where = "--config" if given else path
         raise ConfigError(f"{where}: no data.val to evaluate on: write data: {{val: {{roots: [DIR]}}}}")
+    if config.data.images.channels not in (1, 3):
+        raise ConfigError(
+            f"{path}: its images have {config.data.images.channels} channels (data.images.channels), and scores are by"
+            " networks that take RGB (or grey): they have no scores"
+        )
     if num_samples > 1 and not style_dims:
         raise ConfigError(
             f"--num_samples {num_samples}: this generator takes no style code, so that the samples of a label map are"
@@ -153,5 +159,5 @@ def _generate(model: Model, style_of: StyleOf, num_samples: int, batch_size: int
                 asked[name] = index, j
                 yield Request(name, sample.labels, sample.edges, style_of(sample.key, j), sample.distances)
 
-    for name, image in synthesise(model, requests(), batch_size):
+    for name, image in synthesise(model, requests(), batch_size, convert=to_preview):
         yield *asked.pop(name), torch.from_numpy(image).permute(2, 0, 1)

@@ -18,7 +18,6 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
@@ -32,10 +31,15 @@ from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import fold_spectral_norm
-from imaginaire_spade.training.checkpoint import check_counter, check_tensors, load_checkpoint, newest_checkpoint
+from imaginaire_spade.training.checkpoint import (
+    PUBLISHED,
+    check_counter,
+    check_tensors,
+    load_checkpoint,
+    newest_checkpoint,
+    read_published,
+)
 from imaginaire_spade.version import __version__
-
-PUBLISHED = "imaginaire_spade.generator.1"
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Model:
                 ``overrides``) describes.
             ConfigError: a component of the user's own is not registered, or ``overrides`` are wrong.
         """
-        content = _read_published(path) if path.suffix == ".safetensors" else load_checkpoint(path)
+        content = read_published(path) if path.suffix == ".safetensors" else load_checkpoint(path)
         if missing := {"config", "generator"} - set(content):
             names = " and ".join(sorted(missing))
             raise CheckpointError(f"{path}: a checkpoint without {names}: not one to generate with")
@@ -187,29 +191,6 @@ def _fill(network: nn.Module, content: Mapping[str, Any], name: str, weights: st
             f"{path}: the weights of its {name} do not fit the architecture of its own config; it is damaged, or its"
             f" components were changed since ({error})"
         ) from None
-
-
-def _read_published(path: Path) -> dict[str, Any]:
-    """Read a published generator as a checkpoint that holds the networks or their EMAs, whichever were published."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        if metadata.get("format") != PUBLISHED:
-            raise CheckpointError(f"{path}: not written by scripts/export_generator.py, so it does not say what it is")
-        config, images_seen = json.loads(metadata["config"]), int(metadata["images_seen"])
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: cannot be read as a published generator, it is damaged ({error})") from None
-    content: dict[str, Any] = {"format": PUBLISHED, "config": config, "images_seen": images_seen}
-    suffix = "_ema" if metadata.get("weights") == "ema" else ""
-    for name in ("generator", "encoder"):
-        state = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
-        content |= {name: None, f"{name}_ema": None} | ({f"{name}{suffix}": state} if state else {})
-    return content
 
 
 def load_named(

@@ -16,9 +16,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.folders import DATA_TYPES, stays_inside
-from imaginaire_spade.errors import DataError, UserError
-from imaginaire_spade.files import IMAGE_SUFFIXES, LABELS_FOLDER, PARTIAL, RgbImage, write_bytes, write_image
+from imaginaire_spade.data.photos import show
+from imaginaire_spade.errors import ConfigError, DataError, UserError
+from imaginaire_spade.files import IMAGE_SUFFIXES, LABELS_FOLDER, PARTIAL, AnyImage, RgbImage, write_bytes, write_image
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.pages import render
 
@@ -38,14 +40,43 @@ class Output:
     images: tuple[str, ...]
     label_map: str
     animation: str | None = None
+    previews: tuple[str, ...] = ()
+    """8-bit copies of images that browsers do not show."""
+
+
+def choose_suffix(images: ImageSpec, asked: str | None) -> str:
+    """Return the suffix of image files: ``asked``, or PNG, TIFF or NPY, the first that holds such images.
+
+    Raises:
+        ConfigError: ``asked`` cannot hold them.
+    """
+    by_opencv, dtype = images.channels in (1, 3, 4), images.dtype
+    holds = {
+        ".png": by_opencv and dtype in ("uint8", "uint16"), ".tif": by_opencv, ".npy": True,
+        ".jpg": images.channels in (1, 3) and dtype == "uint8",
+    }  # fmt: skip
+    if asked is not None and not holds[asked]:
+        formats = " or ".join(suffix[1:] for suffix, fits in holds.items() if fits)
+        raise ConfigError(
+            f"--format {asked[1:]} does not hold images of {images.channels} channel(s) of {dtype} (data.images): write"
+            f" --format {formats}, or leave it out"
+        )
+    holds[".png"] &= images.channels != 4  # (whose fourth would be taken for transparency)
+    return asked or next(suffix for suffix, fits in holds.items() if fits)
 
 
 def plan_outputs(
-    keys: Sequence[str], num_samples: int = 1, suffix: str = ".png", animation: str | None = None
+    keys: Sequence[str],
+    num_samples: int = 1,
+    suffix: str = ".png",
+    animation: str | None = None,
+    *,
+    with_previews: bool = False,
 ) -> list[Output]:
     """Name the files of every key, sorted by key.
 
     Args:
+        with_previews: browsers do not show the images: there are 8-bit copies.
         animation: suffix of a file that shows the samples of a key one after the other; None: there is none.
     Raises:
         DataError: keys that lead out of the folder or collide.
@@ -63,8 +94,9 @@ def plan_outputs(
         images = tuple(f"{stem}{suffix}" for stem in stems)
         label_map = f"{LABELS_FOLDER}/{key}.png"
         film = None if animation is None else f"{key}{animation}"
-        outputs.append(Output(key, index, images, label_map, film))
-        for path in filter(None, (*images, label_map, film)):
+        previews = tuple(f"{LABELS_FOLDER}/{stem}.preview.png" for stem in stems) if with_previews else ()
+        outputs.append(Output(key, index, images, label_map, film, previews))
+        for path in filter(None, (*images, *previews, label_map, film)):
             if path in taken:
                 raise DataError(f"label maps {taken[path]!r} and {key!r} would both be written to {path}: rename one")
             taken[path] = key
@@ -162,10 +194,11 @@ def write_gallery(directory: Path, outputs: Sequence[Output], title: str, labels
 
 
 def plan_writes(
-    images: Iterable[tuple[str, RgbImage]],
+    images: Iterable[tuple[str, AnyImage]],
     jobs: Mapping[Output, Sequence[int]],
     directory: Path,
     on_written: Callable[[int, int], None],
+    spec: ImageSpec | None = None,
 ) -> Iterator[Callable[[], None]]:
     """Yield what writes each image, and each animation once all its frames are made.
 
@@ -173,17 +206,22 @@ def plan_writes(
         images: (path below ``directory``, image).
         jobs: label maps of ``images`` and which of their samples are made.
         on_written: called after each image with (images done, images to do).
+        spec: what the images' numbers mean; None: 8-bit RGB.
     """
     number = sum(map(len, jobs.values()))
     animated = {
         path: (output.animation, output.images) for output in jobs if output.animation for path in output.images
     }
+    previews = dict(pair for output in jobs for pair in zip(output.images, output.previews, strict=False))
     frames: defaultdict[str, dict[str, RgbImage]] = defaultdict(dict)
     for done, (path, image) in enumerate(images, 1):
         yield partial(write_image, directory / path, image)
+        shown = show(image, spec or ImageSpec()) if path in previews or path in animated else image
+        if path in previews:
+            yield partial(write_image, directory / previews[path], shown)
         if path in animated:
             animation, paths = animated[path]
-            frames[animation][path] = image
+            frames[animation][path] = shown
             if len(frames[animation]) == len(paths):
                 made = frames.pop(animation)
                 yield partial(_write_animation, directory / animation, [made[path] for path in paths])

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imaginaire_spade.data.batch import denormalise, normalise
+from imaginaire_spade.config import ImageSpec
+from imaginaire_spade.data.batch import normalise
 from imaginaire_spade.data.distances import class_distances
-from imaginaire_spade.data.image_files import decode_image
 from imaginaire_spade.data.lmdb_source import open_source
+from imaginaire_spade.data.photos import decode_photo, to_stored, to_training
 from imaginaire_spade.errors import CheckpointError, DataError, UserError, is_out_of_memory
-from imaginaire_spade.files import RgbImage, resize_image
+from imaginaire_spade.files import AnyImage, resize_image
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.sizes import scale
 from imaginaire_spade.layout import SemanticLayout
@@ -53,8 +54,16 @@ class Request:
         return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
-def synthesise(model: Model, requests: Iterable[Request], batch_size: int = 1) -> Iterator[tuple[str, RgbImage]]:
-    """Generate images: yield (name, RGB uint8 [H, W, 3] of the label map's size or ``resize_to``) in arbitrary order.
+Convert = Callable[[Tensor, ImageSpec], Tensor]
+"""(images float [N, C, H, W] in [-1, 1], what numbers mean) -> what is wanted of them, [N, C, H, W]."""
+
+
+def synthesise(
+    model: Model, requests: Iterable[Request], batch_size: int = 1, *, convert: Convert = to_stored
+) -> Iterator[tuple[str, AnyImage]]:
+    """Generate images: yield (name, image [H, W, C] of the label map's size or ``resize_to``) in arbitrary order.
+
+    By default images have the values and the dtype of the data's files: uint8 RGB, or as ``data.images`` says.
 
     Requests are taken lazily and wait for others of their padded size, at most ``BATCHES_HELD`` batches of them.
 
@@ -66,9 +75,9 @@ def synthesise(model: Model, requests: Iterable[Request], batch_size: int = 1) -
     for batch in group_by_size(requests, model.generator.size_multiple, batch_size):
         previous, launched = launched, (batch, _forward(model, batch))
         if previous is not None:
-            yield from _fetch(*previous)
+            yield from _fetch(model, convert, *previous)
     if launched is not None:
-        yield from _fetch(*launched)
+        yield from _fetch(model, convert, *launched)
 
 
 def group_by_size(requests: Iterable[Request], multiple: int, batch_size: int) -> Iterator[list[Request]]:
@@ -108,7 +117,7 @@ def _distances_of(request: Request) -> Tensor:
 
 @torch.inference_mode()
 def _forward(model: Model, requests: Sequence[Request]) -> Tensor:
-    """Generate requests of one padded size: float [N, 3, H, W] on the device, padding included."""
+    """Generate requests of one padded size: float [N, C, H, W] on the device, padding included."""
     step = 1 if model.one_by_one else len(requests)
     dtype = AUTOCAST[model.precision]
     try:
@@ -134,10 +143,12 @@ def _forward(model: Model, requests: Sequence[Request]) -> Tensor:
         ) from None
 
 
-def _fetch(requests: Sequence[Request], images: Tensor) -> Iterator[tuple[str, RgbImage]]:
+def _fetch(
+    model: Model, convert: Convert, requests: Sequence[Request], images: Tensor
+) -> Iterator[tuple[str, AnyImage]]:
     """Yield a batch's (name, image), cropped and resized."""
     finite = images.isfinite().flatten(1).all(1).cpu()
-    pixels = denormalise(images).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = convert(images, model.config.data.images).permute(0, 2, 3, 1).cpu().numpy()
     for request, image, is_finite in zip(requests, pixels, finite.tolist(), strict=True):
         if not is_finite:
             raise UserError(
@@ -198,7 +209,7 @@ def image_styles(model: Model, path: Path, keys: Sequence[str], seed: int = 0, n
     """
     check_has_encoder(model)
     if not path.is_dir():
-        styles = [encode_style(model, read_style_image(path))]
+        styles = [encode_style(model, read_style_image(model, path))]
         return _around_mean(lambda key: styles[0], seed, num_samples)
     source = open_source(path, ["images"], bare=True)
     missing = sorted(set(keys) - set(source.keys))
@@ -212,7 +223,8 @@ def image_styles(model: Model, path: Path, keys: Sequence[str], seed: int = 0, n
 
     @lru_cache(maxsize=256)
     def encoded(name: str) -> tuple[Tensor, Tensor]:
-        return encode_style(model, decode_image(source.read(name, "images"), source.describe(name, "images")))
+        data, where = source.read(name, "images"), source.describe(name, "images")
+        return encode_style(model, decode_photo(data, where, model.config.data.images))
 
     return _around_mean(lambda key: encoded(names[key] if names else key), seed, num_samples)
 
@@ -227,8 +239,8 @@ def _around_mean(style_of: Callable[[str], tuple[Tensor, Tensor]], seed: int, nu
     return style
 
 
-def read_style_image(path: Path) -> RgbImage:
-    """Read an image file: RGB uint8 [H, W, 3].
+def read_style_image(model: Model, path: Path) -> AnyImage:
+    """Read an image file, which must be as the model's ``data.images`` says: [H, W, C], values as in the file.
 
     Raises:
         DataError: no image.
@@ -237,7 +249,7 @@ def read_style_image(path: Path) -> RgbImage:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"style image {path}: cannot be read: {error.strerror}") from None
-    return decode_image(content, f"style image {path}")
+    return decode_photo(content, f"style image {path}", model.config.data.images)
 
 
 def check_has_encoder(model: Model) -> None:
@@ -255,16 +267,17 @@ def check_has_encoder(model: Model) -> None:
 
 
 @torch.inference_mode()
-def encode_style(model: Model, image: RgbImage) -> tuple[Tensor, Tensor]:
+def encode_style(model: Model, image: AnyImage) -> tuple[Tensor, Tensor]:
     """Encode (mu, logvar) of an image's style, float32 [style_dims] each, on the CPU.
 
     Args:
-        image: RGB uint8 [H, W, 3] of any size.
+        image: [H, W, C] of any size, with the values of the data's files (uint8 RGB, or as ``data.images`` says).
     Raises:
         CheckpointError: trained without an encoder.
     """
     check_has_encoder(model)
     assert model.encoder is not None
+    image = to_training(image, model.config.data.images)
     # Shrunk by area average to about the size of the training images; the encoder's own resizing would alias.
     if model.trained_size and min(model.trained_size) < min(image.shape[:2]):
         image = resize_image(image, *scale((image.shape[0], image.shape[1]), min(model.trained_size)))
@@ -295,7 +308,7 @@ def style_named(model: Model, name: str) -> Tensor:
     if name.isdecimal():
         return style_of_seed(int(name), model.generator.style_dims)
     check_has_encoder(model)
-    return encode_style(model, read_style_image(Path(name)))[0]
+    return encode_style(model, read_style_image(model, Path(name)))[0]
 
 
 def slerp(start: Tensor, end: Tensor, place: float) -> Tensor:

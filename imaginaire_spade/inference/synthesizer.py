@@ -15,14 +15,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.transforms import Geometry, apply_to_map
 from imaginaire_spade.distributed import ProcessInfo, choose_device
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError
-from imaginaire_spade.files import RgbImage
+from imaginaire_spade.files import AnyImage
 from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.sizes import SizeRule, format_size, read_size
 from imaginaire_spade.inference.synthesis import Request, encode_style, read_style_image, style_of_seed, synthesise
-from imaginaire_spade.labels import MAX_RAW_ID, LabelSpec, edges_from_ids
+from imaginaire_spade.labels import MAX_RAW_ID, MIN_RAW_ID, LabelSpec, edges_from_ids
 
 ImageLike = Image.Image | NDArray[Any]
 MODES = ("1", "L", "P", "RGB", "I", "I;16")
@@ -117,7 +118,8 @@ class Synthesizer:
             size, resize_back: as above, for this image; None: as the synthesizer was made.
         Returns:
             The kind that was given: a PIL image (RGB), or uint8 [H, W, 3], of the size at which it was generated, or
-            the label map's with ``resize_back``.
+            the label map's with ``resize_back``. If ``data.images`` says otherwise: [H, W, C] ([H, W] of one channel)
+            in the values and the dtype of the data's files; a PIL image only of one channel, or of 8-bit RGB.
         Raises:
             LabelError: values or colours that are not in the table.
             DataError: an array or image of the wrong kind.
@@ -146,8 +148,12 @@ class Synthesizer:
             self._style(style, seed),
             resize_to=own if resize_back else None,
         )
-        image: RgbImage = next(iter(synthesise(self.model, [request])))[1]
-        return Image.fromarray(image) if isinstance(label_map, Image.Image) else image
+        image: AnyImage = next(iter(synthesise(self.model, [request])))[1]
+        image = image[..., 0] if image.shape[2] == 1 else image
+        has_mode = (image.ndim == 2 and image.dtype != np.int16) or (
+            image.shape[2:] == (3,) and image.dtype == np.uint8
+        )
+        return Image.fromarray(image) if has_mode and isinstance(label_map, Image.Image) else image
 
     def train_ids(self, label_map: ImageLike) -> NDArray[np.generic]:
         """Convert a label map of any accepted kind to train ids, uint8 or int16 [H, W].
@@ -157,8 +163,8 @@ class Synthesizer:
             DataError: an array or image of the wrong kind.
         """
         raw = _to_array(label_map, WHERE)
-        if raw.ndim == 2 and raw.dtype != np.uint8 and not 0 <= raw.min() <= raw.max() <= MAX_RAW_ID:
-            raise LabelError(f"{WHERE}: label values {raw.min()}..{raw.max()}; ids are 0..{MAX_RAW_ID}")
+        if raw.ndim == 2 and raw.dtype != np.uint8 and not MIN_RAW_ID <= raw.min() <= raw.max() <= MAX_RAW_ID:
+            raise LabelError(f"{WHERE}: label values {raw.min()}..{raw.max()}; ids are {MIN_RAW_ID}..{MAX_RAW_ID}")
         return self.labels.to_train_ids(raw, WHERE)
 
     def encode(self, image: ImageLike | str | Path) -> NDArray[np.float32]:
@@ -168,12 +174,17 @@ class Synthesizer:
             CheckpointError: trained without an encoder.
             DataError: no image.
         """
+        spec = self.model.config.data.images
         if isinstance(image, str | Path):
-            array = read_style_image(Path(image))
+            array = read_style_image(self.model, Path(image))
         else:
-            array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-            raise DataError(f"style: an array of {array.dtype} {list(array.shape)}; give uint8 [H, W, 3], RGB")
+            is_rgb = isinstance(image, Image.Image) and spec == ImageSpec()
+            array = np.asarray(image.convert("RGB") if is_rgb else image)  # type: ignore[union-attr]
+        array = array[..., None] if array.ndim == 2 else array
+        wrong_type = array.dtype != np.uint8 if spec.range is None else array.dtype.kind not in "uif"
+        if wrong_type or array.ndim != 3 or array.shape[2] != spec.channels or not array.size:
+            wanted = "uint8 [H, W, 3], RGB" if spec == ImageSpec() else f"{spec.dtype} [H, W, {spec.channels}]"
+            raise DataError(f"style: an array of {array.dtype} {list(array.shape)}; give {wanted}")
         code: NDArray[np.float32] = encode_style(self.model, array)[0].numpy()
         return code
 

@@ -6,7 +6,6 @@ releases them when their process ends, however it ends.
 """
 
 import os
-import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -109,8 +108,10 @@ def hold_shards(output: Path, shards: Sequence[int]) -> Iterator[None]:
         DataError: another living process holds one of them, or there can be no locks.
     """
     makes_parent = not output.parent.exists()
-    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS refuses "infinity"
+    with suppress(ImportError, ValueError, OSError):  # Windows has no such limit, macOS refuses "infinity"
+        import resource
+
+        _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # each lock is an open file
     with ExitStack() as held:
         try:
@@ -213,11 +214,15 @@ def _kept_shards(plan: Plan, root: Path, names: Sequence[str]) -> list[str]:
 
 
 def join_shards(plan: Plan, root: Path, output: Path, left_out: Sequence[str]) -> Manifest | None:
-    """If all shards are there, write the root's manifest and give the data set its name; remove what had it before."""
+    """If all shards are there, write the root's manifest and give the data set its name; remove what had it before.
+
+    Raises:
+        DataError: the data set is useless.
+    """
     with _locked(output):
         if not all((root / name / MANIFEST).is_file() for name in plan.shards):
             return None
-        manifest = join_manifests({name: read_json(root / name / MANIFEST) for name in plan.shards}, left_out)
+        manifest = join_manifests({name: read_json(root / name / MANIFEST) for name in plan.shards}, left_out, plan)
         if not (root / MANIFEST).is_file() or read_json(root / MANIFEST) != manifest:
             write_json(root / MANIFEST, manifest)
             flush_folder(root)

@@ -4,23 +4,30 @@ Responsible for what a valid sample is, for the builder and for ``scripts/inspec
 makes of it on its way into a shard (``--resize_smallest_side``, ``--recode_maps``), and the counts over many samples.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.distances import NOT_FINITE
 from imaginaire_spade.data.folders import DISTANCES, FolderSource, Source
-from imaginaire_spade.data.image_files import DECODERS, check_photo, encode_map
+from imaginaire_spade.data.image_files import DECODERS, encode_map, is_jpeg
+from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.lmdb_source import store_key
+from imaginaire_spade.data.photos import decode_photo, is_upright, read_header
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import encode_image
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.lmdb_builder.doubts import find_doubts
 
+RESIZABLE = (np.uint8, np.uint16, np.int16, np.float32)
+"""Types that OpenCV resizes."""
 MAX_KEY_BYTES = 511
 """LMDB's limit."""
 
@@ -31,6 +38,7 @@ class Plan:
 
     source: FolderSource
     labels: LabelSpec
+    images: ImageSpec
     data_types: tuple[str, ...]
     shards: Mapping[str, Sequence[str]]
     """Path of every shard below the root -> its keys, in the order of their store keys."""
@@ -42,11 +50,26 @@ class Plan:
     """Of JPEGs that are shrunk."""
     recode_maps: bool = False
     """Whether to re-encode maps, with the same integers, so that they decode faster."""
+    skip_bad: bool = False
+    """Whether to leave out the samples that have a problem."""
 
     def treatment(self) -> dict[str, Any]:
         """Return what is done to the files, as a manifest states it."""
         shrunk = {"smallest_side": self.smallest_side, "quality": self.quality} if self.smallest_side else None
         return {"checked": self.check, "shrunk": shrunk, "recoded_maps": self.recode_maps}
+
+
+class PhotoFacts(NamedTuple):
+    """What the builder found in a photo that is not plain 8-bit RGB or grey."""
+
+    dtype: str
+    values: tuple[int | float, int | float] | None
+    """Minimum and maximum, where ``data.images`` has a range."""
+    beyond: float
+    """Share of the values beyond that range, which training clips."""
+    has_alpha: bool
+    turned: str
+    """"upright" or "stored": how it is taken, if EXIF gives it another orientation than it is stored in; else ""."""
 
 
 @dataclass
@@ -62,8 +85,13 @@ class LoadedSample:
     """Data type -> new extension, of the files that were re-encoded with another."""
     size: tuple[int, int] | None = None
     """(height, width) of the label map (or of the first data type); None: nothing was decoded."""
+    photo: PhotoFacts | None = None
     class_pixels: dict[int, int] = field(default_factory=dict)
     """Train id -> number of pixels, of those that occur."""
+    doubts: dict[str, int] = field(default_factory=dict)
+    """What ``find_doubts`` found in the label map."""
+    label_checksum: int | None = None
+    """Of the label map's file."""
     problems: list[str] = field(default_factory=list)
     """Each names its file."""
 
@@ -80,6 +108,11 @@ class Contents:
     class_pixels: Counter[int] = field(default_factory=Counter)
     class_samples: Counter[int] = field(default_factory=Counter)
     """Train id -> number of samples that hold it."""
+    doubts: Counter[str] = field(default_factory=Counter)
+    label_checksums: Counter[int] = field(default_factory=Counter)
+    """Checksum of a label map's file -> samples that have it."""
+    photos: dict[str, PhotoFacts] = field(default_factory=dict)
+    """By key."""
     problems: list[str] = field(default_factory=list)
 
     def add(self, sample: LoadedSample) -> None:
@@ -89,9 +122,15 @@ class Contents:
             self.num_bytes[data_type] += number
         if sample.size:
             self.sizes[f"{sample.size[0]}x{sample.size[1]}"] += 1
+        if sample.photo:
+            self.photos[sample.key] = sample.photo
         for train_id, number in sample.class_pixels.items():
             self.class_pixels[train_id] += number
             self.class_samples[train_id] += 1
+        for doubt, number in sample.doubts.items():
+            self.doubts[doubt] += number
+        if sample.label_checksum is not None:
+            self.label_checksums[sample.label_checksum] += 1
         self.problems += sample.problems
 
 
@@ -100,6 +139,7 @@ def check_sample(
     key: str,
     data_types: Sequence[str],
     labels: LabelSpec | None,
+    images: ImageSpec,
     *,
     decode: bool = True,
     whole_photo: bool = False,
@@ -111,6 +151,7 @@ def check_sample(
 
     Args:
         labels: the label table; None: do not look at label values.
+        images: what photos mean.
         decode: False: only read the files, which must not be empty.
         whole_photo: decode the photo at full size and return it.
     Returns:
@@ -119,7 +160,7 @@ def check_sample(
     sample = LoadedSample(key)
     pixels: dict[str, NDArray[Any]] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    for data_type in data_types:
+    for data_type in sorted(data_types, key="images".__eq__):  # the photo last: its label map tells how it is turned
         where = source.describe(key, data_type)
         try:
             data = source.read(key, data_type)
@@ -129,14 +170,21 @@ def check_sample(
             sample.num_bytes[data_type] = len(data)
             if not decode:
                 continue
-            if data_type == "images" and not whole_photo:
-                sizes[data_type] = check_photo(data, where)
+            if data_type == "images":
+                label_size = sizes.get("seg_maps") or next(iter(sizes.values()), None)
+                photo, sizes[data_type], sample.photo = check_photo(data, where, images, label_size, whole_photo)
+                if whole_photo:
+                    pixels[data_type] = photo
                 continue
-            pixels[data_type] = array = DECODERS[data_type](data, where)
+            is_labels = data_type == "seg_maps"
+            pixels[data_type] = array = (
+                read_labels(data, where, labels) if is_labels else DECODERS[data_type](data, where)
+            )
             height, width = array.shape[1:] if data_type == DISTANCES else array.shape[:2]
             sizes[data_type] = height, width
-            if data_type == "seg_maps" and labels is not None:
+            if is_labels and labels is not None:
                 sample.class_pixels = labels.count_pixels(array, where)
+                sample.doubts, sample.label_checksum = find_doubts(labels, array, sample.class_pixels), zlib.crc32(data)
             elif data_type == DISTANCES and not np.isfinite(array).all():
                 raise DataError(f"{where}: {NOT_FINITE}")
         except DataError as error:
@@ -152,11 +200,37 @@ def check_sample(
     return sample, pixels
 
 
+def check_photo(
+    data: bytes, where: str, images: ImageSpec, label_size: tuple[int, int] | None, whole: bool
+) -> tuple[NDArray[Any], tuple[int, int], PhotoFacts | None]:
+    """Decode a photo, a JPEG small unless ``whole``. Returns its pixels, its (height, width) and what there is to say.
+
+    Raises:
+        DataError: it is not as ``images`` says.
+    """
+    header = read_header(data, where)
+    upright = is_upright(header, images, label_size, where)
+    # A decoder reads a JPEG to its end at any scale: decoding at 1/8 detects the same corruption 40 % faster.
+    reduction = 8 if is_jpeg(data) and not whole and images.range is None else 1  # (a range is measured whole)
+    array = decode_photo(data, where, images, upright=upright and whole, header=header, reduction=reduction)
+    size = header.shown_size(upright)
+    if images.range is None and not header.has_alpha and header.orientation == 1:
+        return array, size, None
+    values, beyond = None, 0.0
+    if images.range is not None:
+        values = array.min().item(), array.max().item()
+        low, high = values if images.range == "auto" else images.range
+        if values[0] < low or values[1] > high:
+            beyond = float(((array < low) | (array > high)).mean())
+    turned = "" if header.orientation == 1 else "upright" if upright else "stored"
+    return array, size, PhotoFacts(header.dtype, values, beyond, header.has_alpha, turned)
+
+
 def load_sample(plan: Plan, key: str) -> LoadedSample:
     """Read, check and (if the plan says so) re-encode all files of one sample. Problems are collected, not raised."""
     shrinks = plan.smallest_side is not None
     sample, pixels = check_sample(
-        plan.source, key, plan.data_types, plan.labels, decode=plan.check, whole_photo=shrinks
+        plan.source, key, plan.data_types, plan.labels, plan.images, decode=plan.check, whole_photo=shrinks
     )
     if len(store_key(key)) > MAX_KEY_BYTES:
         sample.problems.append(
@@ -180,13 +254,15 @@ def _reencode(plan: Plan, sample: LoadedSample, pixels: dict[str, NDArray[Any]],
     for data_type, array in pixels.items():
         if data_type == "images":
             if shrinks:
-                suffix = f".{plan.source.extension(sample.key, data_type)}"
-                shrunk = apply_to_image(array, geometry, any_area=True)
-                sample.files[data_type] = encode_image(shrunk, suffix, quality=plan.quality)
+                extension = plan.source.extension(sample.key, data_type)
+                sample.recoded[data_type] = extension = {"jfif": "jpg", "gif": "png"}.get(extension, extension)
+                resizable = array if array.dtype in RESIZABLE else array.astype(np.float64)
+                shrunk = apply_to_image(resizable, geometry, any_area=True).astype(array.dtype, copy=False)
+                sample.files[data_type] = encode_image(shrunk, f".{extension}", quality=plan.quality)
         elif data_type != DISTANCES:
             moved = apply_to_map(array * np.uint8(255) if data_type == "edge_maps" else array, geometry)
             sample.files[data_type] = encode_map(moved)
-            sample.recoded[data_type] = "png"
+            sample.recoded[data_type] = "png" if sample.files[data_type].startswith(b"\x89PNG") else "npy"
             if data_type == "seg_maps" and shrinks:
                 sample.class_pixels = plan.labels.count_pixels(moved, plan.source.describe(sample.key, data_type))
     sample.num_bytes = {data_type: len(data) for data_type, data in sample.files.items()}

@@ -5,8 +5,9 @@ and the manifest: its content, the sum over several shards, and its summary for 
 """
 
 import hashlib
+import json
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -20,7 +21,8 @@ from imaginaire_spade.data.lmdb_source import FILENAMES, MANIFEST, METADATA, sto
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import file_sha256, flush_folder, read_json, write_json
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, Plan
+from imaginaire_spade.lmdb_builder.doubts import describe_doubts, refuse_useless
+from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, PhotoFacts, Plan
 from imaginaire_spade.version import __version__
 
 Manifest = dict[str, Any]
@@ -28,7 +30,8 @@ _CHUNK_BYTES = 16 << 20
 
 
 def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSample]) -> Iterator[list[str]]:
-    """Write one shard, read it back, flush and name it, unless a sample of it is missing or has a problem.
+    """Write one shard, read it back, flush and name it, unless a sample of it is missing or has a problem (which
+    ``plan.skip_bad`` leaves out).
 
     Args:
         samples: of its keys, in their order.
@@ -40,7 +43,7 @@ def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSampl
     keys = plan.shards[name]
     digest = _source_sha256(plan, name)  # before they are read: a file that changes meanwhile is noticed when resuming
     extensions: dict[str, dict[str, str]] = {t: {} for t in plan.data_types}
-    contents = Contents()
+    contents, bad = Contents(), dict[str, str]()
     folder = root if name == "." else root / f"{name}.tmp"
     with ExitStack() as unfinished:
         unfinished.callback(remove_unfinished, root, name)
@@ -54,14 +57,17 @@ def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSampl
                         writers[t].put(store_key(sample.key), data)
                         extensions[t][sample.key] = sample.recoded.get(t) or plan.source.extension(sample.key, t)
                     contents.add(sample)
+                elif plan.skip_bad:
+                    bad[sample.key] = "; ".join(sample.problems)
                 yield sample.problems
-            if contents.num_samples < len(keys):
+            if contents.num_samples + len(bad) < len(keys):
                 return
+            keys = [key for key in keys if key not in bad]
             for writer in writers.values():
                 writer.finish(len(keys))
         # Describe them.
         write_index(folder, keys, extensions)
-        write_json(folder / MANIFEST, _manifest(plan, contents, extensions, digest, folder))
+        write_json(folder / MANIFEST, _manifest(plan, contents, extensions, digest, folder) | {"bad": bad})
         for written in (*(folder / t for t in plan.data_types), folder):
             flush_folder(written)
         # Name the shard.
@@ -165,7 +171,7 @@ def write_index(shard: Path, keys: Sequence[str], extensions: Mapping[str, Mappi
 def _most_common(words: Iterable[str]) -> str:
     """Return the most frequent word; of equally frequent ones the first in the alphabet."""
     counts = Counter(words)
-    return min(counts, key=lambda word: (-counts[word], word))
+    return min(counts, key=lambda word: (-counts[word], word), default="")
 
 
 def _manifest(
@@ -194,10 +200,13 @@ def _manifest(
             for t in plan.data_types
         },
         **plan.treatment(),
+        "images": _describe_photos(plan, contents.photos),
         "sizes_h_w": dict(sorted(contents.sizes.items())),
         "class_pixels": (pixels := by_class(contents.class_pixels)),
         "class_samples": by_class(contents.class_samples),
         "class_shares": _shares(pixels),
+        "doubts": dict(contents.doubts),
+        "same_label_map": max(contents.label_checksums.items(), key=lambda entry: entry[1], default=None),
         "labels": plan.labels.model_dump(mode="json"),
         "label_table": _label_table(plan.labels),
         "source_sha256": source_sha256,
@@ -216,8 +225,12 @@ def _source_sha256(plan: Plan, name: str) -> str:
 
 def difference(manifest: Manifest, plan: Plan, name: str) -> str:
     """Name what a shard differs in from the plan, or return ""."""
-    if manifest["labels"] != plan.labels.model_dump(mode="json"):
+    if LabelSpec.model_validate_json(json.dumps(manifest["labels"])) != plan.labels:
         return "another label table"
+    if manifest.get("bad") and not plan.skip_bad:
+        return "--skip_bad"
+    if manifest.get("images", {}).get("spec", {}) != plan.images.model_dump(mode="json"):
+        return "another data.images"
     if list(manifest["data_types"]) != list(plan.data_types):
         return f"other data types ({', '.join(manifest['data_types'])})"
     if any(manifest[key] != planned for key, planned in plan.treatment().items()):
@@ -235,22 +248,28 @@ def _shares(class_pixels: Sequence[int] | None) -> list[float] | None:
 
 def _label_table(labels: LabelSpec) -> dict[str, int | str]:
     """Map every raw id that may occur to its train id, or to "ignored"."""
-    allowed = np.flatnonzero(labels.table != labels.error_id).tolist()
     ignored = labels.dont_care_id
-    return {str(raw): "ignored" if labels.table[raw] == ignored else int(labels.table[raw]) for raw in allowed}
+    return {str(raw): "ignored" if labels.table[raw] == ignored else int(labels.table[raw]) for raw in labels.known_ids}
 
 
-def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -> Manifest:
-    """Return the root's manifest: sums over the shards' (by path), and the files that the build ``left_out``."""
+def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str], plan: Plan) -> Manifest:
+    """Return the root's manifest: sums over the shards' (by path), and the files that the build ``left_out``.
+
+    Raises:
+        DataError: the data set is useless.
+    """
     parts = list(manifests.values())
-    if list(manifests) == ["."]:
-        return parts[0] | {"left_out": list(left_out)}
+    bad = {key: problem for part in parts for key, problem in part.get("bad", {}).items()}
+    rest = {"bad": bad, "num_bad": len(bad), "left_out": list(left_out)}
     sizes = sum((Counter(part["sizes_h_w"]) for part in parts), Counter[str]())
+    same = Counter[int]()
+    for checksum, count in filter(None, (part.get("same_label_map") for part in parts)):
+        same[checksum] += count
 
     def total(counts: str) -> Any:
         return None if parts[0][counts] is None else np.sum([part[counts] for part in parts], axis=0).tolist()
 
-    return parts[0] | {
+    joined = parts[0] | {
         "num_samples": sum(part["num_samples"] for part in parts),
         "data_types": {
             t: {
@@ -259,14 +278,63 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -
             }
             for t in parts[0]["data_types"]
         },
+        "images": _join_photos([part["images"] for part in parts]),
         "sizes_h_w": dict(sorted(sizes.items())),
         "class_pixels": total("class_pixels"),
         "class_samples": total("class_samples"),
         "class_shares": _shares(total("class_pixels")),
+        "doubts": dict(sum((Counter(part.get("doubts", {})) for part in parts), Counter[str]())),
+        "same_label_map": [*max(same.items(), key=lambda entry: entry[1], default=())],
         "source_sha256": hashlib.sha256("".join(part["source_sha256"] for part in parts).encode()).hexdigest(),
         "shards": [{**part["shards"][0], "path": name} for name, part in manifests.items()],
-        "left_out": list(left_out),
+        **rest,
     }
+    if list(manifests) == ["."]:
+        joined = parts[0] | rest
+    refuse_useless(joined, plan.labels, plan.source.root)
+    return joined
+
+
+TAKEN = {"upright": "taken upright, as their EXIF orientation says", "stored": "taken as stored, against EXIF"}
+
+
+def _describe_photos(plan: Plan, photos: Mapping[str, PhotoFacts]) -> dict[str, Any]:
+    """Describe the photos of a shard: ``data.images``, and what was found in those that are not plain 8-bit ones."""
+    keys = defaultdict[str, list[str]](list)
+    for key, facts in photos.items():
+        if facts.values:
+            keys[f"of {facts.dtype}"].append(key)
+        if facts.beyond:
+            keys["with values beyond data.images.range, which are clipped"].append(key)
+        if facts.has_alpha:
+            keys["whose alpha channel is " + ("left out" if plan.images.drop_alpha else "a channel")].append(key)
+        if facts.turned:
+            keys[TAKEN[facts.turned]].append(key)
+    values = [value for facts in photos.values() if facts.values for value in facts.values]
+    found = {name: {"photos": len(those), "such_as": those[:5]} for name, those in keys.items()}
+    return _join_photos([{
+        "spec": plan.images.model_dump(mode="json"), "values": [min(values), max(values)] if values else None,
+        "found": found,
+    }])  # fmt: skip
+
+
+def _join_photos(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Sum up what was found in the photos of several shards.
+
+    Raises:
+        DataError: 8-bit photos among deeper ones, whose values would all be taken for dark.
+    """
+    values = [value for part in parts for value in part["values"] or ()]
+    found: dict[str, Any] = {}
+    for name, entry in (item for part in parts for item in part["found"].items()):
+        before = found.get(name, {"photos": 0, "such_as": []})
+        such_as = [*before["such_as"], *entry["such_as"]][:5]
+        found[name] = {"photos": before["photos"] + entry["photos"], "such_as": such_as}
+    types = [name for name in found if name.startswith("of ")]
+    if "of uint8" in types and len(types) > 1:
+        listed = "; ".join(f"{found[name]['photos']} {name}, such as {found[name]['such_as'][0]}" for name in types)
+        raise DataError(f"photos of 8 bits among deeper ones ({listed}), under one data.images.range: convert them")
+    return {"spec": parts[0]["spec"], "values": [min(values), max(values)] if values else None, "found": found}
 
 
 def wrong_checksums(root: Path) -> Iterator[str]:
@@ -294,6 +362,11 @@ def wrong_checksums(root: Path) -> Iterator[str]:
             yield f"{path}: its checksum differs from the manifest's: copy it again, or build again (--resume mends it)"
 
 
+def bad_files(output: Path) -> Path:
+    """Return the file beside a data set that names the samples that were left out of it."""
+    return output.with_name(f"{output.name}.bad_files.txt")
+
+
 def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:
     """Describe in a few lines what a data set holds."""
     num_bytes = sum(entry["bytes"] for shard in manifest["shards"] for entry in shard["files"].values())
@@ -304,8 +377,17 @@ def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:
     if sizes := manifest["sizes_h_w"]:
         shown = ", ".join(f"{size} ({sizes[size]})" for size in sorted(sizes, key=lambda s: (-sizes[s], s))[:5])
         lines.append(f"sizes (height x width): {shown}{f' and {len(sizes) - 5} more' if len(sizes) > 5 else ''}")
+    images = manifest.get("images", {})
+    if images.get("values"):
+        asked, (low, high) = images["spec"]["range"], images["values"]
+        lines.append(f"photos: values {low:g} to {high:g}, of which training makes -1 to 1" if asked == "auto" else
+                     f"photos: values {low:g} to {high:g}; data.images.range {asked} becomes -1 to 1")  # fmt: skip
+    for name, entry in images.get("found", {}).items():
+        lines.append(f"photos: {entry['photos']} {name}: {', '.join(entry['such_as'])}{' ...' * (entry['photos'] > 5)}")
     if not manifest["checked"]:
         lines.append("nothing was decoded or checked (--no_check)")
+    if number := manifest.get("num_bad"):
+        lines.append(f"left out {number} sample(s) that cannot be used (--skip_bad): {bad_files(output)} lists them")
     if manifest["class_pixels"] is None:
         return "\n".join(lines)
     pixels = np.array(manifest["class_pixels"], np.float64)
@@ -319,4 +401,4 @@ def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:
     if absent:
         more = f" ... ({len(absent)} classes)" if len(absent) > 10 else ""
         lines.append(f"never occur: {', '.join(absent[:10])}{more}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *describe_doubts(manifest, labels)])

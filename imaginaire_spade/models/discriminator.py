@@ -1,5 +1,7 @@
 """Discriminators: (layout, images) -> one (logits, features) per scale."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
@@ -40,6 +42,17 @@ class Discriminator(nn.Module):
     """Height and width must be multiples of this."""
     batch_independent = False
     """Whether an image's scores depend on that image alone (no batch statistics). The training step relies on it."""
+    frozen_layers = 0
+    """Layers of each patch discriminator, from its input on, that never train (FreezeD, Mo et al. 2020)."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Discriminator:
+        """Switch the gradients of all layers on, except those of frozen ones, or off."""
+        super().requires_grad_(requires_grad)
+        for module in self.modules():
+            if isinstance(module, PatchDiscriminator):
+                for layer in module.layers[: self.frozen_layers]:
+                    layer.requires_grad_(False)
+        return self
 
 
 class PatchDiscriminator(nn.Module):
@@ -74,6 +87,7 @@ class MultiscaleDiscriminator(Discriminator):
 
     Args:
         spec: channels of the layouts.
+        image_channels: C of the images, RGB or others.
         num_discriminators: number of resolutions.
         num_layers: convolutions of each before the last; the last of them has stride 1.
         num_filters: width of the first; doubles per layer.
@@ -87,6 +101,7 @@ class MultiscaleDiscriminator(Discriminator):
     def __init__(
         self,
         spec: LayoutSpec,
+        image_channels: int = 3,
         *,
         num_discriminators: int = 2,
         num_layers: int = 4,
@@ -100,7 +115,7 @@ class MultiscaleDiscriminator(Discriminator):
         with_norm = normalization == "instance"
 
         def patch_discriminator() -> PatchDiscriminator:
-            layers = [nn.Sequential(nn.Conv2d(spec.num_channels + 3, num_filters, 4, 2, 2))]
+            layers = [nn.Sequential(nn.Conv2d(spec.num_channels + image_channels, num_filters, 4, 2, 2))]
             for index, (a, b) in enumerate(itertools.pairwise(widths), start=1):
                 stride = 1 if index == num_layers - 1 else 2
                 # A bias would be removed by the norm.
@@ -115,7 +130,7 @@ class MultiscaleDiscriminator(Discriminator):
 
         Args:
             layout: N label maps [H, W].
-            images: float [k * N, 3, H, W] in [-1, 1]; image i belongs to label map i % N, so one call can score fake
+            images: float [k * N, C, H, W] in [-1, 1]; image i belongs to label map i % N, so one call can score fake
                 and real images of the same label maps.
         """
         semantics: SemanticLayout | Tensor = layout
@@ -157,9 +172,9 @@ class FPSEBranch(nn.Module):
     It judges whether each patch is real and matches its label, at 1/4, 1/8 and 1/16 of the resolution.
     """
 
-    def __init__(self, num_labels: int, num_filters: int) -> None:
+    def __init__(self, num_labels: int, image_channels: int, num_filters: int) -> None:
         super().__init__()
-        widths = [3, *(num_filters * width for width in (1, 2, 4, 8, 8))]
+        widths = [image_channels, *(num_filters * width for width in (1, 2, 4, 8, 8))]
         lateral, final = 4 * num_filters, 2 * num_filters
         self.enc = nn.ModuleList(SpectralConv2d(a, b, 3, 2, 1) for a, b in itertools.pairwise(widths))
         self.lat = nn.ModuleList(SpectralConv2d(width, lateral, 1) for width in widths[2:])
@@ -169,7 +184,7 @@ class FPSEBranch(nn.Module):
         self.embedding = nn.Conv2d(num_labels, final, 1)
 
     def forward(self, layout: SemanticLayout, images: Tensor) -> list[Tensor]:
-        """Score images [M, 3, H, W] with N label maps [H, W], N dividing M -> three [M, 1, h, w], fine to coarse."""
+        """Score images [M, C, H, W] with N label maps [H, W], N dividing M -> three [M, 1, h, w], fine to coarse."""
         encoded, x = [], images
         for enc in self.enc:
             x = F.leaky_relu(enc(x), 0.2)
@@ -196,6 +211,7 @@ class FPSEDiscriminator(Discriminator):
 
     Args:
         spec: channels of the layouts.
+        image_channels: C of the images, RGB or others.
         num_discriminators: number of resolutions of the patch discriminators.
         num_layers: strided convolutions of each; one of stride 1 and the score's follow.
         num_filters: width of the first; doubles per layer. Also the branch's.
@@ -207,6 +223,7 @@ class FPSEDiscriminator(Discriminator):
     def __init__(
         self,
         spec: LayoutSpec,
+        image_channels: int = 3,
         *,
         num_discriminators: int = 2,
         num_layers: int = 5,
@@ -218,21 +235,21 @@ class FPSEDiscriminator(Discriminator):
         # The convolution of stride 1 needs 2 pixels at the coarsest resolution.
         self.min_size = max(32, 2 ** (num_layers + num_discriminators))
         widths = [min(num_filters * 2**index, max_num_filters) for index in range(num_layers + 1)]
-        *strided, last = itertools.pairwise([spec.num_channels + 3, *widths])
+        *strided, last = itertools.pairwise([spec.num_channels + image_channels, *widths])
 
         def patch_discriminator() -> PatchDiscriminator:
             layers = [*(SpectralConv2d(a, b, 4, 2, 1) for a, b in strided), SpectralConv2d(*last, 4, 1, 1)]
             return PatchDiscriminator(layers, SpectralConv2d(widths[-1], 1, 3, 1, 1))
 
         self.discriminators = nn.ModuleList(patch_discriminator() for _ in range(num_discriminators))
-        self.fpse = FPSEBranch(spec.num_channels, num_filters)
+        self.fpse = FPSEBranch(spec.num_channels, image_channels, num_filters)
 
     def forward(self, layout: SemanticLayout, images: Tensor) -> list[Scores]:
         """Return the branch's three scores, without features, then one per resolution, full first.
 
         Args:
             layout: N label maps [H, W], multiples of ``size_multiple`` and at least ``min_size``.
-            images: float [k * N, 3, H, W] in [-1, 1]; image i belongs to label map i % N.
+            images: float [k * N, C, H, W] in [-1, 1]; image i belongs to label map i % N.
         """
         scores = [Scores(logits, []) for logits in self.fpse(layout, images)]
         semantics: SemanticLayout | Tensor = layout

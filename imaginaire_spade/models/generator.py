@@ -86,6 +86,7 @@ class SPADEGenerator(Generator):
     Args:
         spec: channels of the layouts.
         image_size: (height, width) of training; fixes the start resolution of a style code.
+        image_channels: C of the images, RGB or others.
         num_filters: width of the last block; the first has 16 times as many.
         style_dims: length of the style code z; 0: none is taken.
         upsampling: number of x2 steps: normal 5, more 6, most 7.
@@ -97,6 +98,7 @@ class SPADEGenerator(Generator):
         self,
         spec: LayoutSpec,
         image_size: tuple[int, int],
+        image_channels: int = 3,
         *,
         num_filters: int = 64,
         style_dims: int = 0,
@@ -119,10 +121,10 @@ class SPADEGenerator(Generator):
         self.blocks = nn.ModuleList(
             SPADEResidualBlock(a, b, spec, norm, spectral_norm) for a, b in itertools.pairwise(channels)
         )
-        self.to_image = nn.Conv2d(channels[-1], 3, 3, padding=1)
+        self.to_image = nn.Conv2d(channels[-1], image_channels, 3, padding=1)
 
     def forward(self, layout: SemanticLayout, z: Tensor | None = None) -> Tensor:
-        """Generate images float32 [N, 3, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).
+        """Generate images float32 [N, C, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).
 
         Args:
             layout: N label maps [H, W].
@@ -137,7 +139,7 @@ class SPADEGenerator(Generator):
             x = self.fc(layout.resized(*start).one_hot(self.to_image.weight.dtype))  # [N, 16 F, h0, w0]
         for block, upsample in zip(self.blocks, self.upsample_before, strict=True):
             x = block(x, layout, upsample=2 if upsample else 1)
-        return torch.tanh(self.to_image(F.leaky_relu(x, 0.2)).float())  # [N, 3, H, W]
+        return torch.tanh(self.to_image(F.leaky_relu(x, 0.2)).float())  # [N, C, H, W]
 
 
 class StyleBlock(nn.Module):
@@ -164,6 +166,7 @@ class StyleSPADEGenerator(Generator):
     Args:
         spec: channels of the layouts.
         image_size: unused; this generator is fully convolutional.
+        image_channels: C of the images, RGB or others.
         num_filters: widths are 8, 16, 8, 4, 2 times this, then once and half of it at 512 and 1024.
         style_dims: length of the style code z.
         output_size: shorter side of its images: 256, 512 or 1024 take 4, 5 or 6 x2 steps.
@@ -176,6 +179,7 @@ class StyleSPADEGenerator(Generator):
         self,
         spec: LayoutSpec,
         image_size: tuple[int, int],
+        image_channels: int = 3,
         *,
         num_filters: int = 128,
         style_dims: int = 256,
@@ -212,18 +216,18 @@ class StyleSPADEGenerator(Generator):
         self.up_2a = block(4 * width, 4 * width)
         self.cbn_up_2a = StyleBlock(4 * width, 4 * width, style_channels)
         self.up_2b = block(4 * width, 2 * width)
-        self.to_image = SpectralConv2d(2 * width, 3, 5, padding=2)
+        self.to_image = SpectralConv2d(2 * width, image_channels, 5, padding=2)
         if output_size >= 512:
             self.up_3a = block(2 * width, width)
             self.up_3b = block(width, width)
-            self.to_image_512 = SpectralConv2d(width, 3, 5, padding=2)
+            self.to_image_512 = SpectralConv2d(width, image_channels, 5, padding=2)
         if output_size >= 1024:
             self.up_4a = block(width, width // 2)
             self.up_4b = block(width // 2, width // 2)
-            self.to_image_1024 = SpectralConv2d(width // 2, 3, 5, padding=2)
+            self.to_image_1024 = SpectralConv2d(width // 2, image_channels, 5, padding=2)
 
     def forward(self, layout: SemanticLayout, z: Tensor | None = None) -> Tensor:
-        """Generate images float32 [N, 3, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).
+        """Generate images float32 [N, C, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).
 
         Args:
             layout: N label maps [H, W].
@@ -241,14 +245,14 @@ class StyleSPADEGenerator(Generator):
         x = self.up_1b(self.cbn_up_1a(x, style), layout)
         x = self.up_2a(x, layout, upsample=2)  # [N, 4 F, 8 h, 8 w]
         x = enlarge(self.up_2b(self.cbn_up_2a(x, style), layout), 2)  # [N, 2 F, 16 h, 16 w]
-        image = self.to_image(F.leaky_relu(x, 0.2)).float()  # [N, 3, 16 h, 16 w]
+        image = self.to_image(F.leaky_relu(x, 0.2)).float()  # [N, C, 16 h, 16 w]
         if self.output_size >= 512:
             x = enlarge(self.up_3b(self.up_3a(x, layout), layout), 2)  # [N, F, 32 h, 32 w]
             image = enlarge(image, 2) + self.to_image_512(F.leaky_relu(x, 0.2))
         if self.output_size >= 1024:
             x = enlarge(self.up_4b(self.up_4a(x, layout), layout), 2)  # [N, F/2, 64 h, 64 w]
             image = enlarge(image, 2) + self.to_image_1024(F.leaky_relu(x, 0.2))
-        return torch.tanh(self.output_multiplier * image)  # [N, 3, H, W]
+        return torch.tanh(self.output_multiplier * image)  # [N, C, H, W]
 
     def _start(self, layout: SemanticLayout) -> Tensor:
         """Return the first layer's input: float [N, num_channels (+ 2 coordinates), h, w]."""
@@ -298,6 +302,7 @@ class Pix2pixHDGenerator(Generator):
         self,
         spec: LayoutSpec,
         image_size: tuple[int, int],
+        image_channels: int = 3,
         *,
         num_filters: int = 64,
         num_downsamplings: int = 4,
@@ -323,10 +328,10 @@ class Pix2pixHDGenerator(Generator):
         self.up = nn.ModuleList(
             transposed(a, b, 3, stride=2, padding=1, output_padding=1) for a, b in itertools.pairwise(channels[::-1])
         )
-        self.to_image = nn.Conv2d(num_filters, 3, 7, padding=3, padding_mode="reflect")
+        self.to_image = nn.Conv2d(num_filters, image_channels, 7, padding=3, padding_mode="reflect")
 
     def forward(self, layout: SemanticLayout, z: Tensor | None = None) -> Tensor:
-        """Generate images float32 [N, 3, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).
+        """Generate images float32 [N, C, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).
 
         Args:
             layout: N label maps [H, W].
@@ -341,7 +346,7 @@ class Pix2pixHDGenerator(Generator):
         x = self.blocks(x)  # [N, 16 F, H/16, W/16] with 4 down-samplings
         for layer in self.up:
             x = F.relu(instance_norm(layer(x)))
-        return torch.tanh(self.to_image(x).float())  # [N, 3, H, W]
+        return torch.tanh(self.to_image(x).float())  # [N, C, H, W]
 
 
 @ENCODERS.register("conv")
@@ -350,6 +355,7 @@ class ConvEncoder(nn.Module):
 
     Args:
         style_dims: length of the style code, the generator's.
+        image_channels: C of the images, RGB or others.
         num_filters: width of the first layer; the last has 8 times as many.
         image_size: the encoder resizes images of any other size to this square first (bilinear). A multiple of 64,
             128 or more: six x2 down-samplings, and an instance norm after the last.
@@ -359,6 +365,7 @@ class ConvEncoder(nn.Module):
     def __init__(
         self,
         style_dims: int,
+        image_channels: int = 3,
         *,
         num_filters: int = 64,
         image_size: int = 256,
@@ -368,7 +375,7 @@ class ConvEncoder(nn.Module):
         if image_size % 64 or image_size < 128:
             raise ConfigError(f"encoder.image_size: {image_size} must be 128 or more and a multiple of 64")
         self.image_size = image_size
-        channels = [3, *(num_filters * width for width in (1, 2, 4, 8, 8, 8))]
+        channels = [image_channels, *(num_filters * width for width in (1, 2, 4, 8, 8, 8))]
         self.with_norm = normalization == "instance"
         self.layers = nn.ModuleList(
             SpectralConv2d(a, b, 3, 2, 1, bias=not self.with_norm) for a, b in itertools.pairwise(channels)
@@ -378,7 +385,7 @@ class ConvEncoder(nn.Module):
         self.fc_var = nn.Linear(size, style_dims)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode images float [N, 3, H, W] in [-1, 1] -> (mu, logvar), float32 [N, style_dims] each."""
+        """Encode images float [N, C, H, W] in [-1, 1] -> (mu, logvar), float32 [N, style_dims] each."""
         x = images
         if x.shape[-2:] != (self.image_size, self.image_size):
             x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False)

@@ -6,6 +6,7 @@ table included), ``run`` (batch and data it was trained with, see ``setup.py``) 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from imaginaire_spade.errors import CheckpointError, first_line
 from imaginaire_spade.files import atomic_write, file_sha256, flush_folder
 from imaginaire_spade.version import __version__
 
 FORMAT = "imaginaire_spade.checkpoint.1"
+PUBLISHED = "imaginaire_spade.generator.1"
+"""The format of generators that ``inference/model.py`` publishes."""
 BEST = "best.pt"
 
 
@@ -195,6 +199,29 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
             f"{path}: not a checkpoint of this package. One of another system is converted by"
             " scripts/import_checkpoint.py"
         )
+    return content
+
+
+def read_published(path: Path) -> dict[str, Any]:
+    """Read a published generator as a checkpoint that holds the networks or their EMAs, whichever were published."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        if metadata.get("format") != PUBLISHED:
+            raise CheckpointError(f"{path}: not written by scripts/export_generator.py, so it does not say what it is")
+        config, images_seen = json.loads(metadata["config"]), int(metadata["images_seen"])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: cannot be read as a published generator, it is damaged ({error})") from None
+    content: dict[str, Any] = {"format": PUBLISHED, "config": config, "images_seen": images_seen}
+    suffix = "_ema" if metadata.get("weights") == "ema" else ""
+    for name in ("generator", "encoder"):
+        state = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
+        content |= {name: None, f"{name}_ema": None} | ({f"{name}{suffix}": state} if state else {})
     return content
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import islice
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ import torch
 from torch import Tensor
 
 from imaginaire_spade.config import EvaluationConfig, RunConfig
-from imaginaire_spade.data.batch import Batch, denormalise
+from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.photos import to_preview
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation import scores
@@ -136,7 +136,7 @@ class Evaluation:
         self._real = broadcast_object(self._stored(path) if self._info.is_main else None)
         if self._real is not None:
             return f"evaluation: statistics of {len(self._indices)} real photos from {path}"
-        source = self._images("photos", attrgetter("images"), PIPELINE, check_stop)
+        source = self._images("photos", self._show_photos, PIPELINE, check_stop)
         segmentation = self._segmentation
         with self._random_numbers_kept():
             self._real = collect(
@@ -171,7 +171,7 @@ class Evaluation:
 
         def generate(batch: Batch) -> Tensor:
             z = style_codes(self._seed, batch.keys, generator.style_dims, self._device)
-            return denormalise(generator(batch.layout.to(self._device), z))
+            return to_preview(generator(batch.layout.to(self._device), z), self._dataset.images)
 
         subject = {"images_seen": str(images_seen), "samples": f"{len(self._indices)} of data.val"}
         with self._random_numbers_kept():
@@ -196,6 +196,10 @@ class Evaluation:
         if is_best:
             return f"{text} | the best {self._deciding} so far: checkpoints/best.pt"
         return text if self.best is None else f"{text} | best {self._deciding} {self.best[0]:.5g}"
+
+    def _show_photos(self, batch: Batch) -> Tensor:
+        assert batch.images is not None
+        return to_preview(batch.images, self._dataset.images)
 
     def _images(self, name: str, make: Callable[[Batch], Tensor], format: str, check_stop: CheckStop) -> DatasetImages:
         """Return what ``make`` makes, uint8 [N, 3, H, W], of batches of the run's validation samples."""

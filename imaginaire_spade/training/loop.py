@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -18,17 +19,19 @@ from imaginaire_spade.config_files import dump_yaml
 from imaginaire_spade.data.loader import Prefetcher
 from imaginaire_spade.errors import CheckpointError, UserError, first_line
 from imaginaire_spade.files import write_bytes
+from imaginaire_spade.processes import LAUNCHER_GONE_S, forget_terminal
 from imaginaire_spade.training.checkpoint import CheckpointWriter
 from imaginaire_spade.training.evaluation import CheckStop
+from imaginaire_spade.training.fine_tuning import initialise_from
 from imaginaire_spade.training.health import Alarms, LossMeter, check_finite, explain_out_of_memory
 from imaginaire_spade.training.run_log import RunLog, preview_batch, preview_sheet
 from imaginaire_spade.training.setup import Run, calibration_inputs, calibration_layouts, content_of, describe, resume
 from imaginaire_spade.training.state import reestimate_batch_norm
 from imaginaire_spade.training.step import train_step
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)]
 """SIGTERM: preemption, a launcher that stops its processes, ``kill``. SIGUSR1: a batch system's warning before the time
-limit (SLURM's ``--signal``). SIGINT: Ctrl-C."""
+limit (SLURM's ``--signal``). SIGHUP: the terminal is closed, unless nohup has it ignored. SIGINT: Ctrl-C."""
 
 INSIST_AFTER_S = 2.0
 """A Ctrl-C arrives twice within moments, from the terminal and from the launcher; a later one means "at once"."""
@@ -59,10 +62,13 @@ class StopRequest:
         """The number of the first signal; 0: none yet."""
         self._noted_at = 0.0
         self._before: dict[int, Any] = {}
+        self._parent = os.getppid()
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
             self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+            if (hangup := getattr(signal, "SIGHUP", None)) and self._before[hangup] is signal.SIG_IGN:
+                signal.signal(hangup, signal.SIG_IGN)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,21 +78,30 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
             self.number, self._noted_at = number, time.monotonic()
+            if signal.Signals(number).name == "SIGHUP":
+                forget_terminal()
+            if os.getppid() != self._parent and sys.platform != "win32":
+                signal.alarm(LAUNCHER_GONE_S)
         elif number == signal.SIGINT and time.monotonic() - self._noted_at > INSIST_AFTER_S:
             raise KeyboardInterrupt
 
 
-def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: bool = False) -> None:
+def train(
+    run: Run, logdir: Path, start_from: Path | None, allow_changed_data: bool = False, *, init_from: Path | None = None
+) -> None:
     """Train to the end of the run, or to ``--max_iterations``; continue from the newest checkpoint of ``logdir``.
 
     Args:
         start_from: checkpoint to begin with if ``logdir`` has none yet.
+        init_from: as ``start_from``, but take only weights, also those of networks for other classes.
         allow_changed_data: continue although the data set or its labels are not those of the checkpoint.
     Raises:
         SystemExit: a signal asked the run to stop; it has saved. The code is that by which shells know the signal: 143
             for SIGTERM, 138 for SIGUSR1, 130 for SIGINT.
     """
     resumed = resume(run, logdir, start_from, allow_changed_data)
+    if resumed is None and init_from is not None:
+        resumed = initialise_from(run, init_from)
     state, calendar = run.state, run.calendar
     if run.info.is_main:
         try:
@@ -95,6 +110,8 @@ def train(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: b
             raise UserError(f"{error}. Give another --logdir") from None
     log = RunLog(logdir, calendar, state.images_seen, enabled=run.info.is_main)
     log.say(describe(run))
+    if run.info.is_main and run.bad:
+        write_bytes(logdir / "bad_files.txt", "".join(f"{problem}\n" for problem in run.bad).encode())
     if resumed is not None:
         log.say(resumed)
     unscored = run.evaluation is not None and run.evaluation.due(state.images_seen, finished=True)

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +20,9 @@ from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from imaginaire_spade.data.batch import Batch, denormalise
+from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.loader import sequential_batches
+from imaginaire_spade.data.photos import to_preview
 from imaginaire_spade.errors import UserError
 from imaginaire_spade.files import write_bytes, write_image
 from imaginaire_spade.noise import style_codes
@@ -61,10 +61,12 @@ class RunLog:
                 write_bytes(self._metrics, b"".join(map(_line, self._records)))
 
     def say(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one."""
+        """Print a line, above the progress bar if there is one, and add it to ``train.log``."""
         if self.enabled:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+            with suppress(OSError), (self.logdir / "train.log").open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def warn(self, images_seen: int, text: str) -> None:
         """Print a warning and write it to TensorBoard's text."""
@@ -177,6 +179,10 @@ def peak_memory_gib() -> float:
     """Return the peak memory of this process in GiB: of the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform == "win32":
+        return 0.0  # it does not say
+    import resource
+
     scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
 
@@ -209,14 +215,15 @@ def preview_sheet(run: Run, batch: Batch) -> NDArray[np.uint8]:
     if batch.layout.edges is not None:
         columns["edges"] = (255 - batch.layout.edges.numpy() * 255).astype(np.uint8)[..., None].repeat(3, -1)
     assert batch.images is not None
-    images = {"real": batch.images}
+    spec = run.config.data.images
+    images = {"real": to_preview(batch.images, spec)}
     z = style_codes(run.config.seed, batch.keys, run.settings.style_dims, run.device)
     layout = batch.layout.to(run.device)
     state.generator.eval()
-    images["generated"] = denormalise(state.generator(layout, z))
+    images["generated"] = to_preview(state.generator(layout, z), spec)
     state.generator.train()
     if state.generator_ema is not None:
-        images["average"] = denormalise(state.generator_ema(layout, z))
+        images["average"] = to_preview(state.generator_ema(layout, z), spec)
     columns |= {name: made.permute(0, 2, 3, 1).cpu().numpy() for name, made in images.items()}
     rows = [[column[i] for column in columns.values()] for i in range(len(batch))]
     return draw_contact_sheet(rows, list(columns))

@@ -184,6 +184,8 @@ def new_train_state(config: RunConfig, device: torch.device, seed: int) -> Train
         torch.manual_seed(seed)
         generator = build_generator(config)
         discriminator = build_discriminator(config)
+        discriminator.frozen_layers = config.trainer.freeze_discriminator_layers
+        discriminator.requires_grad_()
         encoder = build_encoder(config)
     layout = torch.channels_last if config.trainer.channels_last else torch.contiguous_format
     networks = [network for network in (generator, discriminator, encoder) if network is not None]

@@ -1,0 +1,112 @@
+"""Live with other processes: one writer per folder, and none that outlives its launcher.
+
+Imports no torch, so that a command line can call ``end_with_launcher`` early.
+"""
+
+import ctypes
+import os
+import signal
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from filelock import LeaseCompromise, SoftFileLease, Timeout
+
+from imaginaire_spade.errors import EXIT_CODE, UserError
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
+
+LEASE_S = 60.0
+"""Seconds of silence after which the writer of a folder counts as gone. One on the same host that ended is noticed at
+once."""
+
+LAUNCHER_GONE_S = 120
+"""Seconds that a process has to save and leave once its launcher is gone: nobody else would end it."""
+
+
+def end_with_parent(number: int) -> None:
+    """Have the system send signal ``number`` to this process when its parent dies. (Linux; no effect elsewhere.)"""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+def end_with_launcher() -> None:
+    """Have this process stopped by SIGTERM when torchrun or SLURM's step daemon, which started it, dies.
+
+    A process without such a launcher may outlive its parent, as with ``nohup``.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    name, command = (Path(f"/proc/{parent}/{part}") for part in ("comm", "cmdline"))
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
+    try:
+        if not elastic and name.read_text().strip() != "slurmstepd":
+            return
+        end_with_parent(signal.SIGTERM)
+        adopted = elastic and parent == 1 and b"python" not in command.read_bytes()
+        is_gone = adopted or os.getppid() != parent
+    except OSError:  # it died while we looked
+        is_gone = True
+    if is_gone:
+        sys.exit(128 + signal.SIGTERM)
+
+
+def forget_terminal() -> None:
+    """Drop what is printed to a terminal from now on: one that was closed makes every print an error."""
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+@contextmanager
+def one_writer(folder: Path, flag: str) -> Iterator[None]:
+    """Hold ``folder`` (made if missing) for this process while the block runs, by ``folder/.lock``.
+
+    The file says who writes, and is touched regularly, so it works on network file systems without locks. The lock of a
+    writer that is gone is taken over. A process that lost its lock (stopped for longer than ``LEASE_S``) ends at once.
+
+    Args:
+        flag: the command line's flag for the folder.
+    Raises:
+        UserError: another living process writes there, or the folder is not writable.
+    """
+
+    def leave(lost: LeaseCompromise) -> None:
+        print(f"error: {folder}: its lock was lost ({lost.reason}): ending, nothing more is written", file=sys.stderr)
+        os._exit(EXIT_CODE)
+
+    lease = SoftFileLease(folder / ".lock", lease_duration=LEASE_S, on_compromise=leave)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        owner = lease.owner
+        who = "another process" if owner is None else f"process {owner.pid} on {owner.hostname}"
+        try:
+            lease.acquire(timeout=0)
+        except Timeout:
+            if owner is None or owner.hostname == _hostname():
+                raise
+            print(f"{folder}: {who} was writing there: waiting up to {LEASE_S:.0f} s for a sign of life", flush=True)
+            lease.acquire(timeout=LEASE_S + 10)
+    except Timeout:
+        raise UserError(f"{flag} {folder}: {who} writes there. Wait for it, end it, or give another {flag}") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}. Give another {flag}") from None
+    try:
+        if owner is not None:
+            print(f"{folder}: {who}, which wrote there, is gone: taking over", flush=True)
+        yield
+    finally:
+        lease.release()
+        with suppress(OSError):
+            folder.rmdir()  # if nothing was written
+
+
+def _hostname() -> str:
+    """Return how locks name this machine (with the container, where process numbers are its own)."""
+    with TemporaryDirectory() as folder, SoftFileLease(Path(folder) / "lock") as lease:
+        owner = lease.owner
+    return "" if owner is None else owner.hostname
