@@ -52,6 +52,7 @@ index = torch.cat([torch.randint(0, 9, (40, 3)), torch.full((CHUNK, 3), 4)]).to(
 values = torch.randn(len(index), 7, device=device, dtype=torch.float64)
 compare(torch.float64, kernels.sum_users(values, Lookup(index, 9)), layers.sum_users(values, Lookup(index, 9)))
 
+
 def results(norm: torch.nn.Module, **options: float) -> list[torch.Tensor]:
     """Output and gradients of a norm."""
     torch.manual_seed(1)
