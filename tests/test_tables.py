@@ -4,6 +4,7 @@ import copy
 import itertools
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -208,6 +209,27 @@ def test_auto_takes_tables_where_they_pay_and_only_where_they_can():
         for layout in (soft, between):
             assert not norm._takes_tables(layout)
             assert not torch.allclose(norm(x, layout), norm(x, blocky), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "tables"),
+    [("auto", 256, False), ("dense", 256, False), ("table", 256, True), ("table", 64, True), ("table", 32, False)],
+)
+def test_on_a_gpu_config_and_resolution_alone_decide(path, size, tables):
+    norm = SPADE(8, LayoutSpec(3), path=path)
+    view = SimpleNamespace(labels=SimpleNamespace(is_cuda=True), is_discrete=True, height=size, width=size)
+    assert norm._takes_tables(view) is tables  # and no count is asked for
+
+
+def test_the_way_of_the_norms_can_be_told():
+    network = nn.Sequential(SPADE(8, LayoutSpec(3), path="table", kernel_size=5), nn.ReLU())
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [norms_module.describe_path(network, device) for device in (cpu, gpu)] == [
+        "tables", "tables from 4096 pixels up, dense below"
+    ]  # fmt: skip
+    assert norms_module.table_kernel_sizes(network) == (5,)
+    assert norms_module.describe_path(SPADE(8, LayoutSpec(3)), gpu) == "auto, dense on a GPU"
+    assert norms_module.describe_path(CLADE(8, LayoutSpec(3)), gpu) is None
 
 
 def forced(network: nn.Module, path: str) -> nn.Module:
