@@ -271,7 +271,7 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1707, "pages": 17, "data": 1194, "models": 1040, "pretrained": 288, "training": 1606,
+    "top level": 1767, "pages": 17, "data": 1217, "models": 1262, "pretrained": 288, "training": 1612,
     "inference": 1020, "evaluation": 944,
     "lmdb_builder": 694, "dataset_prep": 738, "interop": 827, "export": 146, "demo": 406,
 }  # fmt: skip
