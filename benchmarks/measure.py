@@ -105,9 +105,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def matmul_peak_tflops(device: torch.device) -> float:
+def matmul_peak_tflops(device: torch.device, size: int = 8192) -> float:
     """What a large bf16 matrix product reaches on this GPU, in TFLOP/s."""
-    size = 8192
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     ms = take_turns({"matmul": lambda: a @ b}, 20, device, warm_up=5)["matmul"]
     return 2 * size**3 / ms / 1e9

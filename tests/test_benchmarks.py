@@ -1,17 +1,26 @@
 """The benchmarks run and compare like with like; what they measure is nobody's promise."""
 
+import argparse
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from fork_server import TORCHRUN
 
 from benchmarks import data as data_benchmark
+from benchmarks import gpu, gpu_graphs
 from benchmarks.__main__ import main as benchmarks_main
+from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import run_command_line
+from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.models.norms import SPADE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -63,3 +72,111 @@ def test_the_data_benchmark_runs_all_its_contestants(tiny_folder, tiny_config, m
         assert f"\n{line}" in printed
     assert "webdataset is not installed" in printed or "\nwebdataset + OpenCV, 1 workers" in printed
     assert "loader, 1 worker / decode only, 1 process" in printed
+
+
+def test_the_check_of_a_gpu_runs_in_two_processes(commands, tmp_path):
+    launcher = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
+    result = commands.run(*launcher, "benchmarks/gpu.py", "--device", "cpu", "--quick", "--out", tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert all(result["ok"] is not False for result in results.values())
+    assert {f"statistics of all processes, {path}" for path in ("dense", "table", "auto")} < results.keys()
+    assert {f"order of collectives, {path}" for path in ("dense", "table", "auto")} < results.keys()
+    for precision in ("fp64", "fp32", "bf16", "fp16"):
+        assert results[f"one norm, {precision}, upsample 2, slope 0.2"]["ok"]
+    for recipe in ("SPADE dense", "SPADE tables", "CLADE"):
+        assert results[f"iteration as on the CPU, {recipe}"]["ok"]
+        assert results[f"{recipe}, batch 2"]["detail"]["images/s"] > 0
+    assert results["sample, 2 iterations, bf16"]["ok"]
+    page = (tmp_path / "gpu.txt").read_text()
+    assert page in result.stdout and page.endswith("0 failed\n")
+    assert re.search(r"^SPADE tables, batch 2 +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ ", page, re.MULTILINE)
+
+
+@pytest.fixture
+def gpu_check(tmp_path, one_thread):
+    options = argparse.Namespace(quick=True, label_maps=None, out=tmp_path, budget_s=60)
+    return gpu.Check(options, torch.device("cpu"), ProcessInfo(), tmp_path)
+
+
+def test_a_part_of_the_check_that_fails_is_reported_and_ends_no_other(gpu_check, tmp_path):
+    def broken(check, name):
+        check.say(f"{name}, begun", True, "so far")
+        torch.zeros(2) + torch.zeros(3)
+
+    gpu_check.part("broken", broken)
+    gpu_check.part("whole", lambda check, name: check.say(name, None, {"ms": 2.5, "syncs": 1}))
+    gpu_check.quick, gpu_check.options.budget_s = False, 5
+    gpu_check.part("late", broken, needs_s=10)
+    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert list(results) == ["broken, begun", "broken, stopped", "whole", "late"]
+    assert results["broken, stopped"]["ok"] is False
+    assert re.search(
+        r"RuntimeError at elsewhere, test_benchmarks.py:\d+: The size of tensor", results["broken, stopped"]["detail"]
+    )
+    assert re.fullmatch(r"left out: \d s of --budget_s left, 10 s needed", results["late"]["detail"])
+    page = (tmp_path / "gpu.txt").read_text()
+    assert "FAIL  broken, stopped: RuntimeError" in page and page.endswith("1 failed: broken, stopped\n")
+    assert re.search(r"^whole +2.5 +1 *$", page, re.MULTILINE)
+
+
+def test_the_check_finds_tables_and_gradients_that_are_wrong(gpu_check, monkeypatch):
+    right = SPADE._modulation
+
+    def wrong(self, view):
+        modulation = right(self, view)
+        return dataclasses.replace(modulation, beta=modulation.beta + 0.1)
+
+    monkeypatch.setattr(SPADE, "_modulation", wrong)
+    monkeypatch.setattr(gpu, "BOUNDS", {"fp32": 1e-5})
+    gpu_check.recipes = ["SPADE dense", "SPADE tables"]
+    gpu_check.part("norm", gpu.norms)
+    gpu_check.part("iteration", gpu.same_as_on_the_cpu)
+    assert {name: result["ok"] for name, result in gpu_check.found.items()} == {
+        "norm, fp32, upsample 2, slope 0.2": False,
+        "iteration, SPADE dense": True,
+        "iteration, SPADE tables": False,
+    }
+
+
+def test_synchronisations_are_counted_by_the_line_of_the_package(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    layout = SemanticLayout(LayoutSpec(2), torch.zeros(1, 2, 2, dtype=torch.uint8))
+
+    def wait(tensor: torch.Tensor) -> torch.Tensor:
+        warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+        return tensor
+
+    def step() -> None:
+        warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=1)
+        wait(layout.map(wait).map(wait).labels)
+
+    (twice, there), (once, elsewhere) = ((number, place) for place, number in gpu.syncs(step).items())
+    assert (twice, once, elsewhere) == (2, 1, "elsewhere") and re.fullmatch(r"layout\.py:\d+", there)
+    assert modes == ["warn", "default"]
+
+
+def test_a_capture_that_fails_is_the_last_of_its_process(gpu_check, capsys):
+    gpu_graphs.try_graphs(gpu_check, ["SPADE dense:1", "CLADE:1"])  # there is no GPU, or the check is of the CPU
+    (answer,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert answer["graph"] == "SPADE dense, batch 1" and "Error" in answer["fails"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--label_maps", "maps"], r"--label_maps \S+maps: name a folder seg_maps that has images/ and inst_maps/"),
+        (["--out", "file"], "--out file is a file; name a folder"),
+        (["--budget_s", "0"], "'0' is not a whole number of at least 1"),
+    ],
+)
+def test_wrong_arguments_of_the_check_are_named(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("maps").mkdir()
+    Path("file").touch()
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        run_command_line(gpu.main)
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)

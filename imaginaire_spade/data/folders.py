@@ -239,6 +239,11 @@ class FolderSource(Source):
         if suffixes := _find_suffixes({t: list(self._extensions[t]) for t in self.unpaired}):
             shown = ", ".join(f'{t}: "{suffix}"' for t, suffix in suffixes.items())
             lines.append(f"They pair up by their stems if you write data.suffixes: {{{shown}}}")
+        photos, masks = set(self.unpaired.get("seg_maps", ())), self.unpaired.get("images", ())
+        cuts = ((key[:i], key[i + 1 :]) for key in masks for i, character in enumerate(key) if character in "-_./")
+        if len(masks) > len(photos) and not all(photos.isdisjoint(cut) for cut in cuts):
+            source = f"scripts/prepare_dataset.py parts --source {self.root}"
+            lines.append(f"One mask per class and photo? {source} merges them.")
         lines.append(
             "Add the missing files or remove the extra ones (or, where names differ by a suffix or prefix, write"
             " data.suffixes); scripts/build_lmdb.py --drop_unpaired builds from those that have all"

@@ -321,13 +321,19 @@ def _results(
     loader = DataLoader(
         data, batch_size=chunk, collate_fn=collate, num_workers=num_workers, worker_init_fn=start_worker
     )
+    iterator: Any = iter(loader)
     try:
-        with closing(_take(loader)) as results:
+        with closing(_take(iterator)) as results:
             yield results
     except RuntimeError as error:  # in the midst of the block too: torch raises it when a worker's end is signalled
         if "DataLoader worker" not in str(error):
             raise
         raise DataError("a worker process was killed (out of memory?): write a smaller --num_workers") from None
+    finally:
+        if num_workers:  # An exception's traceback may hold the iterator, and the workers would go on for a while.
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.join()
 
 
 def _try_each(task: Callable[[T], R], items: Sequence[T]) -> list[R | Exception]:
@@ -335,8 +341,8 @@ def _try_each(task: Callable[[T], R], items: Sequence[T]) -> list[R | Exception]
     return [catch_error(UserError, task)(item) for item in items]
 
 
-def _take(loader: Iterable[list[R | Exception]]) -> Generator[R, None, None]:
-    for result in itertools.chain.from_iterable(loader):
+def _take(chunks: Iterable[list[R | Exception]]) -> Generator[R, None, None]:
+    for result in itertools.chain.from_iterable(chunks):
         if isinstance(result, Exception):
             raise result
         yield result
