@@ -366,6 +366,8 @@ def _write_labels(path: Path, name: str, export: Export) -> None:
     names, palette = export.names, [list(colour) for colour in export.palette]
     ignore = export.ignore or raw.no_class(len(names))
     labels = {"num_classes": len(names), "dont_care": True, "ignore": [ignore], "names": names, "palette": palette}
+    if sided := LabelSpec(num_classes=len(names), names=tuple(names)).sided_classes():
+        labels["mirror"] = sided
     content = yaml.safe_dump({"data": {"name": name, "labels": labels}}, sort_keys=False, allow_unicode=True)
     if path.exists() and read_text(path, DataError) != content:
         raise DataError(f"{path}: another label table than this export's: take another --output, or remove that one")
