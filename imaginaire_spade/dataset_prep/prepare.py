@@ -30,6 +30,7 @@ from imaginaire_spade.dataset_prep.maps import Writing, write_maps
 from imaginaire_spade.dataset_prep.samples import Export, Options, RawSample, find_folder, find_images, find_path
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import PARTIAL, encode_image, read_json, read_text, write_bytes
+from imaginaire_spade.labels import LabelSpec
 
 FIRST_OBJECT = 256
 """In an instance map, smaller numbers are label ids of pixels that belong to no object."""
