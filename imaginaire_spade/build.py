@@ -139,6 +139,8 @@ def _apex_adam() -> Any:
 
 def build_split(config: RunConfig, split: SplitConfig, *, with_images: bool = True) -> LabelMapDataset:
     """Open one split, ``config.data.train`` or ``config.data.val``, with or without photos."""
+    if config.data.skip_bad and not with_images:  # the same samples as with photos
+        return build_split(config, split).without_images()
     data = with_measured_range(config).data if with_images else config.data
     dataset = LabelMapDataset(
         split.roots, data.labels, edges=data.edges, images=data.images, distances=layout_spec(config).has_distances,

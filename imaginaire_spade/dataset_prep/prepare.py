@@ -30,6 +30,7 @@ from imaginaire_spade.dataset_prep.maps import Writing, write_maps
 from imaginaire_spade.dataset_prep.samples import Export, Options, RawSample, find_folder, find_images, find_path
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import PARTIAL, encode_image, read_json, read_text, write_bytes
+from imaginaire_spade.labels import LabelSpec
 
 FIRST_OBJECT = 256
 """In an instance map, smaller numbers are label ids of pixels that belong to no object."""
@@ -377,6 +378,8 @@ def _write_labels(path: Path, name: str, export: Export) -> None:
     names, palette = export.names, [list(colour) for colour in export.palette]
     ignore = export.ignore or raw.no_class(len(names))
     labels = {"num_classes": len(names), "dont_care": True, "ignore": [ignore], "names": names, "palette": palette}
+    if sided := LabelSpec(num_classes=len(names), names=tuple(names)).sided_classes():
+        labels["mirror"] = sided
     content = yaml.safe_dump({"data": {"name": name, "labels": labels}}, sort_keys=False, allow_unicode=True)
     if path.exists() and read_text(path, DataError) != content:
         raise DataError(f"{path}: another label table than this export's: take another --output, or remove that one")
