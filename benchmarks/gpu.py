@@ -25,8 +25,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from imaginaire_spade.config_files import load_config
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import ConfigError, first_line, positive_integer, run_command_line
+from imaginaire_spade.models import layers, modulation
 from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.training.setup import Run, prepare
 from imaginaire_spade.training.step import AUTOCAST, train_step
@@ -214,11 +215,11 @@ def line_of(name: str, ok: bool | None, detail: object) -> str:
 
 
 def norms(check: Check, name: str) -> None:
-    """Compare a SPADE norm by tables (as it runs, and with nothing compiled) and dense here with dense on the CPU."""
+    """Compare a SPADE norm by tables (as it runs, and by the kernels' twins) and dense here with dense on the CPU."""
     batch = next(check.run("SPADE tables", 1 if check.quick else 2, "fp32").batches(num_workers=0))
     variants = {"dense": ("dense", False), "tables": ("table", False)}
     if check.on_gpu:
-        variants["tables, uncompiled"] = ("table", True)
+        variants["tables, plain twins"] = ("table", True)
     forms: tuple[dict[str, Any], ...] = ({"upsample": 2, "slope": 0.2}, {"upsample": 2}, {"slope": 0.2}, {})
     for options in forms[: 1 if check.quick else None]:
         truth = _norm_and_gradients("dense", "fp64", batch.to(CPU), options)
@@ -226,7 +227,7 @@ def norms(check: Check, name: str) -> None:
             torch._dynamo.reset()  # its limit is for one training, not for all forms and precisions
             errors = {}
             for variant, (path, eager) in variants.items():
-                with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+                with without_kernels() if eager else nullcontext():
                     found = _norm_and_gradients(path, precision, batch, options)
                 pairs = zip(found, truth, strict=True)
                 errors[variant] = max(float((a.cpu().double() - b).norm() / b.norm()) for a, b in pairs)
@@ -234,6 +235,20 @@ def norms(check: Check, name: str) -> None:
             ok = bounded and errors["dense"] <= 10 * bound
             case = ", ".join([precision, *(f"{key} {value}" for key, value in options.items())])
             check.say(f"{name}, {case}", ok, {key: f"{error:.1e}" for key, error in errors.items()})
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Run the kernels' plain twins."""
+    modules: tuple[Any, ...] = (layers, modulation)
+    before = layers.triton_kernels
+    for module in modules:
+        module.triton_kernels = lambda device: None
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.triton_kernels = before
 
 
 def _norm_and_gradients(path: Any, precision: str, batch: Batch, options: dict[str, Any]) -> list[Tensor]:

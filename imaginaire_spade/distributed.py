@@ -161,6 +161,15 @@ def _reduce(values: Tensor, operation: Any, group: dist.ProcessGroup | None = No
     return values
 
 
+def gather_statistics(values: Tensor) -> Tensor:
+    """Collect every process's batch statistics [n], in the order of ranks: [processes, n] (no gradient)."""
+    if not dist.is_initialized():
+        return values.unsqueeze(0)
+    gathered = values.new_empty(dist.get_world_size() * len(values))
+    dist.all_gather_into_tensor(gathered, values, group=open_own_groups()["statistics"])
+    return gathered.view(-1, len(values))
+
+
 def mean_of_host_numbers(first: float, second: float) -> tuple[float, float]:
     """Average two numbers over the processes, exactly the same on all of them. Does not wait for a GPU."""
     if not dist.is_initialized():
@@ -200,19 +209,9 @@ class LaggedMaximum:
         return known
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        return _reduce(values, dist.ReduceOp.SUM, open_own_groups()["statistics"])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _reduce(gradients[0], dist.ReduceOp.SUM, open_own_groups()["statistics"])
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """Sum batch statistics over the processes, with gradient: every process's loss reaches every process."""
-    return _SumOverProcesses.apply(values)
+def sum_statistics(values: Tensor) -> Tensor:
+    """Sum batch statistics, or gradients of them, over the processes (no gradient)."""
+    return _reduce(values, dist.ReduceOp.SUM, open_own_groups()["statistics"]) if dist.is_initialized() else values
 
 
 def wrap(model: nn.Module, device: torch.device, bucket_cap_mb: float) -> nn.Module:

@@ -66,25 +66,60 @@ class LayoutSpec:
         return self.has_edges + self.num_conditions
 
 
+FEWEST_PIXELS_ON_GPU = 64 * 64
+"""Of a label map, for tables: at 32x32 more than half of the 5x5 windows of real label maps are distinct."""
+
+ALIGNMENT = 16
+"""Bytes: where each tensor begins in the memory of an ``Ahead``."""
+
+CHUNK = 256
+"""Users of a row that a GPU adds up one after the other."""
+
+
 @dataclass(frozen=True)
 class Lookup:
     """Which rows of a table to add up for each place: ``out[i] = sum_j table[index[i, j]]``."""
 
     index: Tensor
-    """int64 [P, J]."""
+    """int64, from a loader int32 [P, J]."""
     num_rows: int
     """Rows of the table."""
 
     @cached_property
     def users(self) -> Tensor:
         """List the places that take row 0, then those that take row 1 and so on: int64 [P * J]."""
-        return torch.argsort(self.index.flatten(), stable=True) // self.index.shape[1]
+        order = torch.argsort(self.index.flatten(), stable=True)
+        return order if self.index.shape[1] == 1 else order // self.index.shape[1]
 
     @cached_property
     def starts(self) -> Tensor:
         """Find where the users of each row begin: int64 [num_rows]."""
         counts = torch.bincount(self.index.flatten(), minlength=self.num_rows)
         return counts.cumsum(0) - counts
+
+    @cached_property
+    def chunks(self) -> tuple[Tensor, Tensor]:
+        """Cut the users of each row into chunks of CHUNK: each chunk's begin [T], each row's first chunk [num_rows].
+
+        On a GPU T = num_rows + P * J // CHUNK, which is always enough: the true count would have to be waited for.
+        Those left over are empty and come last.
+        """
+        flat, most = self.index.flatten(), self.num_rows + self.index.numel() // CHUNK
+        if flat.is_cuda:
+            starts = torch.searchsorted(flat.sort().values, torch.arange(self.num_rows + 1, device=flat.device))
+        else:
+            starts = F.pad(torch.bincount(flat, minlength=self.num_rows).cumsum(0), (1, 0))
+        ends = ((starts.diff() + CHUNK - 1) // CHUNK).cumsum(0)
+        first = F.pad(ends, (1, 0))
+        number = torch.arange(most if flat.is_cuda else int(first[-1]), device=flat.device)
+        row = torch.searchsorted(ends, number, right=True)  # num_rows for those left over, whose start is the end
+        return starts[row] + (number - first[row]) * CHUNK * (row < self.num_rows), first[:-1]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Lookup:
+        """Apply a function to the index and the chunks."""
+        lookup = Lookup(function(self.index), self.num_rows)
+        vars(lookup)["chunks"] = tuple(map(function, self.chunks))
+        return lookup
 
 
 @dataclass(frozen=True)
@@ -105,6 +140,60 @@ class LayoutNeighbourhoods:
     for each p = 9 places (the last may have fewer), so that the table of 5x5 windows need not be held whole."""
     pixels: Lookup
     """[N H W] from rows [V]."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LayoutNeighbourhoods:
+        """Apply a function to every tensor."""
+        edges = None if self.edges is None else function(self.edges)
+        lookups = [lookup.map(function) for lookup in (self.labels, self.pixels, *self.outer)]
+        return LayoutNeighbourhoods(lookups[0], edges, function(self.outside), tuple(lookups[2:]), lookups[1])
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Neighbourhoods of the views of a layout, found on the host before a GPU asks for them."""
+
+    memory: Tensor
+    """All tensors of ``found``: uint8 [bytes]."""
+    found: dict[tuple[int, int, int], LayoutNeighbourhoods]
+    """Kernel size, height, width of a view -> its neighbourhoods; tensors without memory."""
+
+    @classmethod
+    def of(cls, layout: SemanticLayout, kernel_sizes: Sequence[int]) -> Ahead:
+        """Find what the tables of a GPU need: at the resolutions of FEWEST_PIXELS_ON_GPU or more.
+
+        Args:
+            layout: on the host; nothing in it is changed.
+        """
+        view, found, packed = layout[:], {}, [torch.empty(0, dtype=torch.uint8)]
+
+        def pack(tensor: Tensor) -> Tensor:
+            tensor = tensor.int() if tensor.dtype == torch.int64 else tensor
+            as_bytes = tensor.flatten().view(torch.uint8)
+            packed.append(F.pad(as_bytes, (0, -len(as_bytes) % ALIGNMENT)))
+            return tensor.to("meta")
+
+        height, width = view.height, view.width
+        while height * width >= FEWEST_PIXELS_ON_GPU and view.is_discrete:
+            for size in kernel_sizes:
+                found[size, height, width] = view.resized(height, width).neighbourhoods(size).map(pack)
+            height, width = (0, 0) if height % 2 or width % 2 else (height // 2, width // 2)
+        return cls(torch.cat(packed), found)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Ahead:
+        """Apply a function to the memory."""
+        return Ahead(function(self.memory), self.found)
+
+    def unpack(self) -> dict[tuple[int, int, int], LayoutNeighbourhoods]:
+        """Return ``found``, its tensors views of the memory."""
+        place = 0
+
+        def view(tensor: Tensor) -> Tensor:
+            nonlocal place
+            size, start = tensor.numel() * tensor.element_size(), place
+            place += size + -size % ALIGNMENT
+            return self.memory[start : start + size].view(tensor.dtype).view(tensor.shape)
+
+        return {key: around.map(view) for key, around in self.found.items()}
 
 
 Edges = Tensor | Literal["labels"] | None
@@ -152,6 +241,8 @@ class SemanticLayout:
         self._neighbourhoods: dict[int, LayoutNeighbourhoods] = {}
         self._counts: dict[tuple[int, bool], tuple[float, float]] = {}
         self._resized: list[SemanticLayout] = []
+        self.ahead: dict[tuple[int, int, int], LayoutNeighbourhoods] = {}
+        """Neighbourhoods that are known already: kernel size, height, width of a view -> its own."""
 
     @classmethod
     def from_dense(cls, spec: LayoutSpec, semantics: Tensor, distances: Tensor | None = None) -> SemanticLayout:
@@ -212,6 +303,7 @@ class SemanticLayout:
 
         self._edges = self.edges  # drawn at this size, not at the other
         self._resized.append(self.map(nearest))
+        self._resized[-1].ahead = self.ahead
         return self._resized[-1]
 
     def one_hot(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -280,6 +372,8 @@ class SemanticLayout:
     def neighbourhoods(self, kernel_size: int) -> LayoutNeighbourhoods:
         """Find the distinct neighbourhoods of a layout under two stacked convolutions of odd ``kernel_size``."""
         assert self.is_discrete
+        if known := self.ahead.get((kernel_size, self.height, self.width)):
+            return known
         if kernel_size not in self._neighbourhoods:
             bits = 1 + self.spec.has_edges
             codes = self.labels.int() * bits

@@ -36,4 +36,7 @@ def style_noise(seed: int, samples: Sequence[int | str], dims: int) -> Tensor:
 
 def style_codes(seed: int, samples: Sequence[int | str], dims: int, device: torch.device) -> Tensor | None:
     """Draw ``style_noise`` for a generator on ``device``; None for one without style codes (``dims`` 0)."""
-    return style_noise(seed, samples, dims).to(device) if dims else None
+    if not dims:
+        return None
+    codes = style_noise(seed, samples, dims)
+    return codes.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else codes.to(device)

@@ -440,6 +440,22 @@ def test_workers_use_their_memory_again_but_never_under_a_batch_that_lives(tiny_
             assert equal(got, wanted if got.images is not None else replace(wanted, images=None))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("edges", ["none", "labels"])
+def test_the_loader_finds_the_neighbourhoods_for_a_gpu(tiny_folder, edges, num_workers):
+    crop = AugmentationConfig(random_crop_h_w=(64, 64), horizontal_flip=True)
+    data = LabelMapDataset(tiny_folder(size=(70, 80), keys=9), LABELS, edges=edges, augmentations=crop, seed=1)
+    loader = training_loader(data, 2, seed=0, num_workers=num_workers, look_ahead=((3,), 2))
+    for batch in itertools.islice(loader, 8):  # more than there are slots
+        assert len(batch.ahead) == 2
+        for piece in batch.split(2):
+            assert list(piece.layout.ahead) == [(3, 64, 64)]
+            found, own = piece.layout.neighbourhoods(3), piece.layout[:].neighbourhoods(3)
+            assert torch.equal(found.pixels.index.long(), own.pixels.index)
+            assert torch.equal(found.labels.index.long(), own.labels.index)
+            assert found.edges is None or torch.equal(found.edges, own.edges)
+
+
 def test_too_little_shared_memory(tiny_folder, monkeypatch):
     def refuse(tensor):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")

@@ -1,7 +1,11 @@
 """The table path against the dense path it replaces."""
 
 import copy
+import itertools
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,13 +16,14 @@ from test_layout import random_layout
 from torch import nn
 
 from imaginaire_spade import layout as layout_module
+from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.layout import LayoutSpec, Lookup, SemanticLayout, find_neighbourhoods
-from imaginaire_spade.models import modulation
+from imaginaire_spade.models import layers, modulation
 from imaginaire_spade.models import norms as norms_module
 from imaginaire_spade.models.discriminator import FPSEDiscriminator, MultiscaleDiscriminator
 from imaginaire_spade.models.for_inference import WinogradConv2d, optimise_for_inference
 from imaginaire_spade.models.generator import SPADEGenerator, StyleSPADEGenerator
-from imaginaire_spade.models.layers import initialise, second_convolution, sum_rows
+from imaginaire_spade.models.layers import initialise, second_convolution, sum_rows, sum_users
 from imaginaire_spade.models.norms import CLADE, SPADE
 
 
@@ -140,25 +145,14 @@ def test_spade_by_tables_is_spade(
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-PASSES = (modulation.forward_pixels, modulation.before_activation_pixels, modulation.before_upsampling_pixels)
-
-
-def passes_of(monkeypatch, compiled, layout, x, **options):
-    """``results`` of a table norm whose passes over the pixels are what a GPU runs: ``compiled(function)``."""
-    norm = SPADE(3, layout.spec, path="table", hidden_channels=4)
-    with monkeypatch.context() as patch:
-        patch.setattr(modulation, "_compiled", compiled)
-        patch.setattr(modulation, "_in_chunks", lambda x: False)
-        whole = results(copy.deepcopy(norm).to(x.dtype), layout, x, **options)
-    return whole, results(norm.to(x.dtype), layout, x, **options)
-
-
 @pytest.mark.parametrize("options", [{}, {"upsample": 2}, {"slope": 0.2}, {"upsample": 2, "slope": 0.2}])
 def test_the_plain_twins_of_the_gpus_kernels_are_what_the_cpu_does_in_chunks(monkeypatch, options):
     layout = blocky_layout(LayoutSpec(5, has_edges=True), 2, 16, 12)
-    x = torch.randn(2, 3, 8, 6, dtype=torch.float64)
-    whole, chunked = passes_of(monkeypatch, lambda function: function, layout, x, **options)
-    for a, b in zip(whole, chunked, strict=True):
+    x, norm = torch.randn(2, 3, 8, 6, dtype=torch.float64), SPADE(3, layout.spec, path="table", hidden_channels=4)
+    chunked = results(copy.deepcopy(norm).double(), layout, x, **options)
+    monkeypatch.setattr(modulation, "_in_chunks", lambda x: False)
+    monkeypatch.setattr(modulation, "triton_kernels", lambda device: None)
+    for a, b in zip(results(norm.double(), layout, x, **options), chunked, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -175,30 +169,14 @@ def test_a_norm_that_is_compiled_as_a_whole_is_dense(monkeypatch):
     assert tables == [1]
 
 
-@pytest.mark.slow
-def test_the_compiled_kernels_are_their_plain_twins(monkeypatch):
-    """With the compiler's CPU back end where there is no GPU: minutes."""
-    layout = blocky_layout(LayoutSpec(5, has_edges=True), 2, 16, 12)
-    for dtype in (torch.float32, torch.float64):
-        x = torch.randn(2, 3, 8, 6, dtype=dtype)
-        for options in ({}, {"upsample": 2, "slope": 0.2}):
-            whole, chunked = passes_of(monkeypatch, modulation._compiled, layout, x, **options)
-            assert all(modulation._compiled(function).run is not function for function in PASSES)
-            for a, b in zip(whole, chunked, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+def test_kernels_that_cannot_be_compiled_are_named_once_and_done_without(monkeypatch):
+    from imaginaire_spade.models import kernels
 
-
-def test_a_compiler_that_fails_is_named_once_and_done_without():
-    def broken(graph, inputs):
-        raise RuntimeError("no compiler here")
-
-    kernel = modulation._Compiled(modulation.forward_pixels)
-    kernel.run = torch.compile(modulation.forward_pixels, backend=broken)
-    arguments = (torch.randn(4, 1, 3, 1, 5), torch.randn(1, 10), None, 2, 0.2)
-    with pytest.warns(RuntimeWarning, match=r"forward_pixels runs uncompiled, slower: .*no compiler here"):
-        first = kernel(*arguments)
-    torch.testing.assert_close(first, kernel(*arguments))
-    assert kernel.run is modulation.forward_pixels
+    monkeypatch.setattr(kernels, "probe", Mock(side_effect=OSError("no compiler here")))
+    device = torch.device("cuda", 77)
+    with pytest.warns(RuntimeWarning, match=r"no Triton kernels for cuda:77, so that norms run slower: no compiler"):
+        assert layers.triton_kernels(device) is None
+    assert layers.triton_kernels(device) is None and kernels.probe.call_count == 1
 
 
 def test_under_autocast_tables_are_as_near_the_truth_as_the_dense_path():
@@ -231,6 +209,27 @@ def test_auto_takes_tables_where_they_pay_and_only_where_they_can():
         for layout in (soft, between):
             assert not norm._takes_tables(layout)
             assert not torch.allclose(norm(x, layout), norm(x, blocky), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "tables"),
+    [("auto", 256, False), ("dense", 256, False), ("table", 256, True), ("table", 64, True), ("table", 32, False)],
+)
+def test_on_a_gpu_config_and_resolution_alone_decide(path, size, tables):
+    norm = SPADE(8, LayoutSpec(3), path=path)
+    view = SimpleNamespace(labels=SimpleNamespace(is_cuda=True), is_discrete=True, height=size, width=size)
+    assert norm._takes_tables(view) is tables  # and no count is asked for
+
+
+def test_the_way_of_the_norms_can_be_told():
+    network = nn.Sequential(SPADE(8, LayoutSpec(3), path="table", kernel_size=5), nn.ReLU())
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [norms_module.describe_path(network, device) for device in (cpu, gpu)] == [
+        "tables", "tables from 4096 pixels up, dense below"
+    ]  # fmt: skip
+    assert norms_module.table_kernel_sizes(network) == (5,)
+    assert norms_module.describe_path(SPADE(8, LayoutSpec(3)), gpu) == "auto, dense on a GPU"
+    assert norms_module.describe_path(CLADE(8, LayoutSpec(3)), gpu) is None
 
 
 def forced(network: nn.Module, path: str) -> nn.Module:
@@ -334,3 +333,51 @@ def test_a_frozen_generator_makes_the_same_pictures(norm):
         torch.testing.assert_close(frozen(layout), generator(layout).detach(), rtol=0, atol=1e-5)
         moved = optimise_for_inference(copy.deepcopy(generator).to(memory_format=torch.channels_last), winograd=False)
         torch.testing.assert_close(moved(layout), generator(layout).detach(), rtol=0, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(1, 40), terms=st.integers(1, 3), hot=st.integers(0, 3000), seed=st.integers(0, 99),
+    as_on_gpu=st.booleans(),
+)  # fmt: skip
+def test_chunks_of_users_cover_every_user_once_and_none_is_long(rows, terms, hot, seed, as_on_gpu):
+    g = torch.Generator().manual_seed(seed)
+    index = torch.cat([torch.randint(0, rows, (50, terms), generator=g), torch.full((hot, terms), rows // 2)])
+    lookup = Lookup(index, rows)
+    begin, first = OnGPU(lookup).chunks if as_on_gpu else lookup.chunks
+    lengths = F.pad(begin, (0, 1), value=index.numel()).diff()
+    assert int(lengths.min()) >= 0 and int(lengths.max()) <= layout_module.CHUNK
+    values = torch.randn(len(index), 3, dtype=torch.float64, generator=g)
+    parts = F.embedding_bag(lookup.users, values, begin, mode="sum")
+    total = F.embedding_bag(torch.arange(len(begin)), parts, first, mode="sum")
+    torch.testing.assert_close(total, sum_users(values, lookup))
+
+
+class OnGPU(Lookup):
+    """Cuts chunks as on a GPU, where their number is not known."""
+
+    def __init__(self, lookup: Lookup) -> None:
+        class Index(torch.Tensor):
+            is_cuda = True
+
+        super().__init__(lookup.index.as_subclass(Index), lookup.num_rows)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_neighbourhoods_found_ahead_are_those_of_each_piece(pieces):
+    spec = LayoutSpec(5, has_edges=True)
+    layout = SemanticLayout(spec, blocky_layout(spec, 4, 128, 192).labels, "labels")
+    batch = Batch(layout, None, tuple("abcd"), ((128, 192),) * 4, tuple(range(4)))
+    batch = replace(batch, ahead=batch.look_ahead((3, 5), pieces)).map(torch.clone)
+    assert isinstance(layout._edges, str) and len(batch.ahead) == pieces
+    for number, piece in enumerate(batch.split(pieces)):
+        own = layout[number * len(piece) : (number + 1) * len(piece)]
+        for size, (height, width) in itertools.product((3, 5), ((128, 192), (64, 96))):
+            found, plain = (each.resized(height, width).neighbourhoods(size) for each in (piece.layout, own))
+            assert found.labels.index.dtype == torch.int32
+            assert torch.equal(found.edges, plain.edges) and torch.equal(found.outside, plain.outside)
+            for one, other in zip((found.labels, found.pixels, *found.outer),
+                                  (plain.labels, plain.pixels, *plain.outer), strict=True):  # fmt: skip
+                assert torch.equal(one.index.long(), other.index) and one.num_rows == other.num_rows
+                assert all(torch.equal(a.long(), b) for a, b in zip(one.chunks, other.chunks, strict=True))
+        assert piece.layout.resized(32, 48).neighbourhoods(3).labels.index.dtype == torch.int64  # too few pixels

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.layout import Edges, LayoutSpec, SemanticLayout
+from imaginaire_spade.layout import Ahead, Edges, LayoutSpec, SemanticLayout
 
 
 class Sample(NamedTuple):
     """One sample, on the CPU."""
 
     image: Tensor | None
-    """[C, H, W], in memory channels last: uint8, or float32 in [-1, 1] where ``data.images`` has a range."""
+    """[C, H, W], in memory channels last: uint8, or float32 0..255 where ``data.images`` has a range."""
     labels: Tensor
     """uint8 or int16 [H, W], train ids 0..num_classes (num_classes = don't care)."""
     edges: Tensor | None
@@ -47,10 +47,16 @@ class Batch:
 
     layout: SemanticLayout
     images: Tensor | None
-    """[N, C, H, W], in memory channels last, as images are decoded: uint8, or float32 in [-1, 1]."""
+    """[N, C, H, W], in memory channels last, as images are decoded: uint8, or float32 0..255."""
     keys: tuple[str, ...]
     original_sizes: tuple[tuple[int, int], ...]
     positions: tuple[int, ...]
+    ahead: tuple[Ahead, ...] = ()
+    """Neighbourhoods of the layout that the loader found, of each of the parts that ``split`` will give."""
+
+    def __post_init__(self) -> None:
+        if len(self.ahead) == 1:
+            self.layout.ahead = self.ahead[0].unpack()
 
     @classmethod
     def collate(cls, spec: LayoutSpec, samples: Sequence[Sample]) -> Batch:
@@ -98,7 +104,14 @@ class Batch:
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Apply a function to every tensor."""
         images = None if self.images is None else function(self.images)
-        return replace(self, layout=self.layout.map(function), images=images)
+        ahead = tuple(part.map(function) for part in self.ahead)
+        return replace(self, layout=self.layout.map(function), images=images, ahead=ahead)
+
+    def look_ahead(self, kernel_sizes: Sequence[int], pieces: int) -> tuple[Ahead, ...]:
+        """Find the neighbourhoods of a batch on the host, for ``ahead``."""
+        size = len(self) // pieces
+        parts = (self.layout[start : start + size] for start in range(0, len(self), size))
+        return tuple(Ahead.of(part, kernel_sizes) for part in parts) if kernel_sizes else ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Move the batch to a device."""
@@ -106,14 +119,16 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor of the batch."""
-        return self.layout.tensors() if self.images is None else [self.images, *self.layout.tensors()]
+        images = [] if self.images is None else [self.images]
+        return [*images, *self.layout.tensors(), *(part.memory for part in self.ahead)]
 
     def split(self, pieces: int) -> Iterator[Batch]:
         """Yield equal parts, in order, each made when its turn comes: its layout's cache lives no longer than it."""
         assert pieces > 0 and len(self) % pieces == 0, f"{len(self)} samples do not split into {pieces} equal parts"
         size = len(self) // pieces
-        for start in range(0, len(self), size):
-            yield self if pieces == 1 else self[start : start + size]
+        for number, start in enumerate(range(0, len(self), size)):
+            piece = self if pieces == 1 else self[start : start + size]
+            yield replace(piece, ahead=self.ahead[number : number + 1]) if pieces > 1 and self.ahead else piece
 
 
 def _stack(tensors: Iterable[Tensor | None]) -> Tensor | None:
@@ -123,9 +138,8 @@ def _stack(tensors: Iterable[Tensor | None]) -> Tensor | None:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Convert uint8 0..255 to float32 in [-1, 1], of any shape, contiguous: x / 127.5 - 1. Floats are so already."""
-    images = images.contiguous()
-    return images if images.is_floating_point() else images.float() / 127.5 - 1
+    """Convert uint8 or floats of 0..255 to float32 in [-1, 1], of any shape, contiguous: x / 127.5 - 1."""
+    return images.contiguous().float() / 127.5 - 1
 
 
 def denormalise(images: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from imaginaire_spade import distributed
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import DataError, UserError, catch_error
+from imaginaire_spade.layout import Ahead
 from imaginaire_spade.noise import generator_for
 from imaginaire_spade.processes import end_with_parent
 
@@ -50,8 +51,11 @@ NO_SHARED_MEMORY = (
 Item = tuple[int, int]
 """(index into the data set, position in the run)."""
 
-Filled = tuple[int, int, list[tuple[str, tuple[int, int], int]]]
-"""A batch in shared memory: numbers of worker and slot; key, original size and position of each sample."""
+Filled = tuple[int, int, list[tuple[str, tuple[int, int], int]], tuple[Ahead, ...]]
+"""A batch in shared memory: numbers of worker and slot; key, original size and position of each sample; ``ahead``."""
+
+LookAhead = tuple[tuple[int, ...], int]
+"""Kernel sizes, and pieces of a batch, whose neighbourhoods the workers find for a GPU: see ``Batch.look_ahead``."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -113,6 +117,7 @@ def training_loader(
     num_workers: int,
     pin_memory: bool = False,
     shuffle_shards: int | None = None,
+    look_ahead: LookAhead = ((), 1),
 ) -> Iterator[Batch]:
     """Load the training batches of one process, without end, in the order of ``training_order``.
 
@@ -131,7 +136,7 @@ def training_loader(
         dataset.shard_sizes, batch_size, seed=seed, images_seen=images_seen, rank=rank, world_size=world_size,
         shuffle_shards=shuffle_shards,
     )  # fmt: skip
-    return _load(dataset, items, batch_size, num_workers, pin_memory)
+    return _load(dataset, items, batch_size, num_workers, pin_memory, look_ahead)
 
 
 def sequential_batches(
@@ -155,8 +160,9 @@ class _Batches(Dataset["Batch | Filled | UserError"]):
     PREFETCH batches before the main process has copied the one before them, so PREFETCH + 1 slots are enough.
     """
 
-    def __init__(self, dataset: LabelMapDataset, batch_size: int, num_workers: int) -> None:
+    def __init__(self, dataset: LabelMapDataset, batch_size: int, num_workers: int, look_ahead: LookAhead) -> None:
         self.dataset = dataset
+        self.look_ahead = look_ahead
         self.slots: list[list[Batch]] = []
         """By worker and number."""
         self._filled = 0
@@ -169,6 +175,7 @@ class _Batches(Dataset["Batch | Filled | UserError"]):
         try:
             if worker is None or not self.slots:
                 batch = Batch.collate(self.dataset.spec, self.dataset.read(items))
+                batch = replace(batch, ahead=batch.look_ahead(*self.look_ahead))
                 return batch if worker is None else _share(batch)
             number = self._filled % (PREFETCH + 1)
             self._filled += 1
@@ -179,14 +186,16 @@ class _Batches(Dataset["Batch | Filled | UserError"]):
         except UserError as error:
             return error
         slot.fill(samples)
-        return worker.id, number, [(sample.key, sample.original_size, sample.position) for sample in samples]
+        facts = [(sample.key, sample.original_size, sample.position) for sample in samples]
+        return worker.id, number, facts, slot[: len(samples)].look_ahead(*self.look_ahead)
 
     def copy(self, filled: Filled, function: Callable[[Tensor], Tensor]) -> Batch:
         """Copy a batch out of its slot, which the worker fills again once another batch is asked for."""
-        worker, number, samples = filled
+        worker, number, samples, ahead = filled
         keys, original_sizes, positions = zip(*samples, strict=True)
-        part = self.slots[worker][number][: len(samples)].map(function)
-        return replace(part, keys=keys, original_sizes=original_sizes, positions=positions)
+        part = self.slots[worker][number][: len(samples)]
+        part = replace(part, keys=keys, original_sizes=original_sizes, positions=positions, ahead=ahead)
+        return part.map(function)
 
 
 def _share(batch: Batch) -> Batch:
@@ -202,9 +211,14 @@ def _share(batch: Batch) -> Batch:
 
 
 def _load(
-    dataset: LabelMapDataset, items: Iterable[list[Item]], batch_size: int, num_workers: int, pin_memory: bool
+    dataset: LabelMapDataset,
+    items: Iterable[list[Item]],
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    look_ahead: LookAhead = ((), 1),
 ) -> Iterator[Batch]:
-    batches = _Batches(dataset, batch_size, num_workers)
+    batches = _Batches(dataset, batch_size, num_workers, look_ahead)
     loader = DataLoader(
         batches,
         sampler=items,

@@ -9,7 +9,9 @@ one row of the table and one multiply-add per channel. These are the same sums i
 Tables run on rows [pixels, channels], which is what memory format channels_last is.
 """
 
-from functools import partial
+import warnings
+from functools import cache, partial
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -163,7 +165,17 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
 def enlarge(x: Tensor, factor: int) -> Tensor:
     """Up-sample x (nearest): [N, C, H, W] -> [N, C, factor H, factor W]."""
-    return x if factor == 1 else F.interpolate(x, scale_factor=factor, mode="nearest")
+    if factor == 1:
+        return x
+    with torch.autocast("cuda", enabled=False):  # which would return float32
+        return F.interpolate(x, scale_factor=factor, mode="nearest")
+
+
+def computing_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype that a convolution with ``weight`` computes in: that of autocast, where it is enabled."""
+    kind = weight.device.type
+    is_cast = torch.is_autocast_enabled(kind) and weight.dtype == torch.float32
+    return torch.get_autocast_dtype(kind) if is_cast else weight.dtype
 
 
 def conv2d(*args: Any, spectral: bool, **kwargs: Any) -> nn.Conv2d:
@@ -199,6 +211,20 @@ def initialise(network: nn.Module, kind: str, gain: float) -> None:
                 module.iterate()
 
 
+@cache
+def triton_kernels(device: torch.device) -> ModuleType | None:
+    """Return the module of kernels for a GPU; None, with a warning, if they cannot be compiled here."""
+    try:
+        from imaginaire_spade.models import kernels
+
+        kernels.probe(device)
+    except Exception as error:  # each step from Triton to the driver has its own
+        text = f"no Triton kernels for {device}, so that norms run slower: {' '.join(str(error).split())[:300]}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return None
+    return kernels
+
+
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, lookup: Lookup) -> Tensor:
@@ -222,6 +248,12 @@ def sum_users(values: Tensor, lookup: Lookup | None) -> Tensor:
     """Sum ``values`` [P, C] over the places that use each row of the table: [R, C]. None: the table has one row."""
     if lookup is None:
         return values.sum(0, keepdim=True)
+    if values.is_cuda:  # where a bag is summed by one warp: none may be long
+        if (kernels := triton_kernels(values.device)) is not None:
+            return kernels.sum_users(values, lookup).to(values.dtype)
+        begin, first = (t.to(lookup.users.dtype) for t in lookup.chunks)
+        parts = F.embedding_bag(lookup.users, values, begin, mode="sum")
+        return F.embedding_bag(torch.arange(len(begin), device=values.device), parts, first, mode="sum")
     return F.embedding_bag(lookup.users, values, lookup.starts, mode="sum")
 
 
@@ -250,6 +282,8 @@ def convolve_layout(
     height, width = ((length + 2 * padding - size) // stride + 1 for length in (layout.height, layout.width))
     labels = layout.spec.num_label_channels
     table = label_rows(weight, labels)
+    if weight.is_cuda:
+        table = table.to(computing_dtype(weight))
     rows = sum_rows(table, layout.windows(size, stride, padding))
     if bias is not None:
         rows = rows + bias
@@ -302,4 +336,4 @@ def second_convolution(hidden: Tensor, places: Tensor, bias: Tensor, around: Lay
     for lookup, part in zip(around.outer, places.split(9), strict=True):
         pieces = F.linear(hidden, part.flatten(0, 1))  # [U, p out]
         sums.append(sum_rows(pieces.view(-1, len(bias)), lookup))
-    return sum(sums, start=bias)
+    return sum(sums, start=bias.to(sums[0].dtype) if bias.is_cuda else bias)

@@ -2,24 +2,26 @@
 
 SPADE by tables, CLADE and synchronized batch norm share this code. A pixel costs one row of a table and one
 multiply-add per channel. Everything runs on rows [pixels, channels], the order of memory format channels_last. On a CPU
-each pass takes the pixels chunk by chunk, so that intermediate results stay in cache. On a GPU each pass is one
-compiled kernel; the function that is compiled is its plain twin.
+each pass takes the pixels chunk by chunk, so that intermediate results stay in cache. On a GPU a forward is one kernel
+of ``kernels.py``, a backward one that sums and one for the gradient of x; each has its plain twin here.
 """
 
-import warnings
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import Any, TypeVar
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from imaginaire_spade.distributed import sum_over_processes
+from imaginaire_spade.distributed import gather_statistics, sum_statistics
 from imaginaire_spade.layout import Lookup
-from imaginaire_spade.models.layers import enlarge, sum_rows, sum_users
+from imaginaire_spade.models.layers import enlarge, sum_rows, sum_users, triton_kernels
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Statistics:
     """float32 (float64 for such x) [C]."""
     rstd: Tensor
     """1 / standard deviation, [C]."""
-    count: Tensor | None = None
+    count: Tensor | int | None = None
     """Number of values per channel behind x's own statistics (of all processes); None: mean and rstd are constants."""
     synchronized: bool = False
     """Whether the statistics include other processes' values."""
@@ -63,8 +65,10 @@ def modulate(
     Returns:
         [N, C, upsample h, upsample w] in memory format channels_last.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    gamma, beta = modulation.gamma.to(wide), modulation.beta.to(wide)
+    gamma, beta = modulation.gamma, modulation.beta
+    if not x.is_cuda:  # a kernel reads any dtype
+        wide = torch.promote_types(x.dtype, torch.float32)
+        gamma, beta = gamma.to(wide), beta.to(wide)
     if torch.compiler.is_exporting():
         return _modulate_for_export(x, gamma, beta, modulation.pixels, statistics, upsample, slope)
     return _Modulate.apply(x, gamma, beta, modulation.pixels, statistics, upsample, slope)
@@ -103,9 +107,13 @@ class _Modulate(torch.autograd.Function):
         upsample: int,
         slope: float,
     ) -> Tensor:
-        scale = gamma * statistics.rstd
-        table = torch.cat([scale, beta - statistics.mean * scale], 1)
-        y = _forward(_grid(x, 1), table, _index(pixels, x, upsample), upsample, slope)
+        index, few = _index(pixels, x, upsample), _grid(x, 1)
+        mean, rstd = (t.expand(x.shape[1]).contiguous() for t in (statistics.mean, statistics.rstd))
+        if _in_chunks(x):
+            scale = gamma * rstd
+            y = _forward(few, torch.cat([scale, beta - mean * scale], 1), index, upsample, slope)
+        else:
+            y = (_pass(x, "forward") or forward_pixels)(few, gamma, beta, index, mean, rstd, upsample, slope)
         y = _images(y, len(x))
         ctx.save_for_backward(x, gamma, *([y] if slope != 1 else []))
         ctx.pixels, ctx.statistics, ctx.upsample, ctx.slope = pixels, statistics, upsample, slope
@@ -116,10 +124,22 @@ class _Modulate(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, *activated = ctx.saved_tensors
         pixels, statistics, upsample = ctx.pixels, ctx.statistics, ctx.upsample
-        mean, rstd, count = statistics.mean, statistics.rstd, statistics.count
-        few = _grid(x, 1)
+        mean, rstd = (t.expand(x.shape[1]).contiguous() for t in (statistics.mean, statistics.rstd))
+        count, few, grid = statistics.count, _grid(x, 1), _grid(dy, upsample)
         y = _grid(activated[0], upsample) if activated else None
-        before, products = _before_activation(_grid(dy, upsample), few, y, ctx.slope, gamma.dtype)
+        if not _in_chunks(x):
+            d_beta, products = (_pass(x, "sums") or sums_of_pixels)(grid, few, y, ctx.slope, pixels)
+            d_gamma = rstd * (products - mean * d_beta)
+            dx = None
+            if ctx.needs_input_grad[0]:
+                means = torch.stack([d_beta, d_gamma]) * gamma
+                means = means.sum(1) / count if count is not None else means.new_zeros(2, x.shape[1])
+                means = sum_statistics(means) if statistics.synchronized else means
+                index = _index(pixels, x, upsample)
+                run = _pass(x, "backward") or backward_pixels
+                dx = _images(run(grid, few, y, gamma, index, mean, rstd, means, ctx.slope), len(x))
+            return dx, d_gamma.to(gamma.dtype), d_beta.to(gamma.dtype), None, None, None, None
+        before, products = _before_activation(grid, few, y, ctx.slope, gamma.dtype)
         d_beta = sum_users(before.view(-1, x.shape[1]), pixels)
         d_gamma = rstd * (sum_users(products.view(-1, x.shape[1]), pixels) - mean * d_beta)
         if not ctx.needs_input_grad[0]:
@@ -128,7 +148,7 @@ class _Modulate(torch.autograd.Function):
         if count is not None:
             means = torch.stack([(gamma * d_beta).sum(0), (gamma * d_gamma).sum(0)]) / count
             if statistics.synchronized:
-                means = sum_over_processes(means)
+                means = sum_statistics(means)
             factor = -rstd * rstd * means[1] * upsample**2
             offset = -rstd * means[0] * upsample**2 - mean * factor
         dx = _before_upsampling(before, products, few, gamma * rstd, _index(pixels, x, upsample), factor, offset)
@@ -136,8 +156,14 @@ class _Modulate(torch.autograd.Function):
 
 
 def _in_chunks(x: Tensor) -> bool:
-    """Return whether to take pixels chunk by chunk, or all at once by a compiled kernel."""
+    """Return whether to take pixels chunk by chunk, or all at once by a kernel."""
     return not x.is_cuda
+
+
+def _pass(x: Tensor, name: str) -> Callable[..., Any] | None:
+    """Return the kernel of a pass over pixels; None: its plain twin has to do."""
+    kernels = triton_kernels(x.device)
+    return None if kernels is None else getattr(kernels, name)
 
 
 # The three passes over the pixels. A grid has shape [N h, upsample, w, upsample, C]: upsample^2 pixels for each of x's.
@@ -145,20 +171,22 @@ def _in_chunks(x: Tensor) -> bool:
 
 def _forward(few: Tensor, table: Tensor, index: Tensor | None, upsample: int, slope: float) -> Tensor:
     """Compute leaky(x scale[i] + shift[i]). ``table`` [V, 2 C] holds scale, then shift."""
-    if not _in_chunks(few):
-        return _compiled(forward_pixels)(few, table, index, upsample, slope)
     y = few.new_empty(len(few), upsample, few.shape[2], upsample, few.shape[4])
     for rows, found in _row_chunks(table, index, y):
         scale, shift = found.chunk(2, -1)
-        part = torch.addcmul(shift, few[rows], scale, out=y[rows])
+        part = torch.addcmul(shift, few[rows].expand_as(y[rows]), scale, out=y[rows])
         if slope != 1:
             F.leaky_relu_(part, slope)
     return y
 
 
-def forward_pixels(few: Tensor, table: Tensor, index: Tensor | None, upsample: int, slope: float) -> Tensor:
-    scale, shift = (table if index is None else table[index]).chunk(2, -1)
-    y = few.to(table.dtype).expand(-1, upsample, -1, upsample, -1) * scale + shift
+def forward_pixels(
+    few: Tensor, gamma: Tensor, beta: Tensor, index: Tensor | None, mean: Tensor, rstd: Tensor, up: int, slope: float
+) -> Tensor:
+    """Compute leaky((x - mean) rstd gamma[i] + beta[i]) of a grid: [N h, up, w, up, C], of x's dtype."""
+    scale, shift = (t if index is None else t[index] for t in (gamma, beta))
+    x = (few.to(mean.dtype).expand(-1, up, -1, up, -1) - mean) * rstd
+    y = x * scale.to(mean.dtype) + shift.to(mean.dtype)
     return torch.where(y > 0, y, y * slope).to(few.dtype)
 
 
@@ -166,8 +194,6 @@ def _before_activation(
     dy: Tensor, few: Tensor, y: Tensor | None, slope: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient before the activation, and its products with x. y has the sign of the activation's input."""
-    if not _in_chunks(few):
-        return _compiled(before_activation_pixels)(dy, few, y, slope, dtype)
     before = dy if y is None and dy.dtype == dtype else torch.empty_like(dy, dtype=dtype)
     products = torch.empty_like(before)
     for rows in _chunks(len(dy), dy[0].numel()):
@@ -179,13 +205,30 @@ def _before_activation(
     return before, products
 
 
-def before_activation_pixels(
-    dy: Tensor, few: Tensor, y: Tensor | None, slope: float, dtype: torch.dtype
+def sums_of_pixels(
+    dy: Tensor, few: Tensor, y: Tensor | None, slope: float, pixels: Lookup | None
 ) -> tuple[Tensor, Tensor]:
-    before = dy.to(dtype)
+    """Sum the gradient before the activation, and its products with x, over each row's pixels: [V, C] each, float32 or
+    float64. y has the sign of the activation's input."""
+    before = dy.to(torch.promote_types(dy.dtype, torch.float32))
     if y is not None:
         before = torch.where(y > 0, before, before * slope)
-    return before, before * few.to(dtype)
+    rows = (before, before * few.to(before.dtype))
+    d_beta, products = (sum_users(each.reshape(-1, each.shape[4]), pixels) for each in rows)
+    return d_beta, products
+
+
+def backward_pixels(
+    dy: Tensor, few: Tensor, y: Tensor | None, gamma: Tensor, index: Tensor | None, mean: Tensor, rstd: Tensor,
+    means: Tensor, slope: float,
+) -> Tensor:  # fmt: skip
+    """Compute dx [N h, 1, w, 1, C], of x's dtype. ``means`` [2, C]: of x^'s gradient, and of its product with x^."""
+    before = dy.to(mean.dtype)
+    if y is not None:
+        before = torch.where(y > 0, before, before * slope)
+    terms = before * (gamma if index is None else gamma[index]).to(mean.dtype)
+    own = means[0] + (few.to(mean.dtype) - mean) * rstd * means[1]
+    return ((terms.sum((1, 3), keepdim=True) - own * dy.shape[1] ** 2) * rstd).to(few.dtype)
 
 
 def _before_upsampling(
@@ -195,8 +238,6 @@ def _before_upsampling(
 
     Overwrite ``buffer``, which has the shape of ``before``.
     """
-    if not _in_chunks(few):
-        return _compiled(before_upsampling_pixels)(before, few, scale, index, factor, offset)
     enlarged = before.shape != few.shape
     dx = torch.empty_like(few, dtype=before.dtype) if enlarged else buffer
     for rows, found in _row_chunks(scale, index, before):
@@ -210,61 +251,85 @@ def _before_upsampling(
     return dx
 
 
-def before_upsampling_pixels(
-    before: Tensor, few: Tensor, scale: Tensor, index: Tensor | None, factor: Tensor, offset: Tensor
-) -> Tensor:
-    terms = before * (scale if index is None else scale[index])
-    return terms.sum((1, 3), keepdim=True) + few.to(before.dtype) * factor + offset
-
-
-class _Compiled:
-    """A function that is compiled at its first use. If the compiler fails, it warns once and runs uncompiled."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.run: Callable[..., Any] = torch.compile(function, dynamic=True)
-
-    def __call__(self, *arguments: Any) -> Any:
-        if self.run is not self.function:
-            try:
-                return self.run(*arguments)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                text = f"{self.function.__name__} runs uncompiled, slower: {' '.join(str(error).split())[:300]}"
-                warnings.warn(text, RuntimeWarning, stacklevel=2)
-                self.run = self.function
-        return self.function(*arguments)
-
-
-_compiled = cache(_Compiled)
-"""One for each function."""
-
-
 @torch.no_grad()
-def batch_moments(x: Tensor, synchronized: bool, times: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute mean and biased variance of x [N, C, H, W] per channel, and the count of values.
-
-    Take means and squares about them chunk by chunk, in one pass over x, and combine them in double precision.
+def batch_statistics(
+    x: Tensor, running: tuple[Tensor, Tensor], momentum: float, eps: float, synchronized: bool, times: int
+) -> Statistics:
+    """Take the statistics of x [N, C, H, W] per channel, and move running mean and (unbiased) variance [C] to them.
 
     Args:
+        momentum: share of x's statistics in the new running ones.
         synchronized: whether to include the values of all processes.
-        times: how often each value counts: as often as in x's enlargement, which has the same mean and variance. So a
-            process may pass x or its enlargement, whichever the others pass.
+        times: how often each value counts: as often as in x's enlargement, which has the same mean and variance.
+    """
+    if x.is_cuda:
+        parts = _once(_moments_on_gpu, x, synchronized, times, eps)  # [processes, 2 C + 1]
+        means, rstds, counts = parts.split([x.shape[1], x.shape[1], 1], 1)
+        gather = torch.batch_norm_gather_stats_with_counts
+        mean, rstd = gather(x, means, rstds, *running, momentum, eps, counts.flatten())
+        return Statistics(mean, rstd, counts.sum() if synchronized else times * x.numel() // x.shape[1], synchronized)
+    mean, variance, count = _moments(x, synchronized, times)
+    running[0].lerp_(mean, momentum)
+    running[1].lerp_(variance * (count / (count - 1)), momentum)
+    return Statistics(mean, torch.rsqrt(variance + eps), count, synchronized)
+
+
+def _once(function: Callable[..., T], x: Tensor, *options: Any) -> T:
+    """Call ``function(x, *options)``, or return what the call before gave if it was the same: the norms of a block's
+    two branches ask for the statistics of one x, and they are exchanged once."""
+    if torch.compiler.is_compiling() or x.is_inference():
+        return function(x, *options)
+    key = function, x._version, options
+    if _newest.x() is not x or _newest.key != key:
+        _newest.result = function(x, *options)
+        _newest.x, _newest.key = ref(x), key
+    return _newest.result
+
+
+class _Newest(threading.local):
+    x: Callable[[], Tensor | None] = staticmethod(lambda: None)
+    key: Any = None
+    result: Any = None
+
+
+_newest = _Newest()
+"""The last call of ``_once`` in this thread."""
+
+
+def _moments_on_gpu(x: Tensor, synchronized: bool, times: int, eps: float) -> Tensor:
+    """Compute mean, 1 / sqrt(variance + eps) and count of each process's x: [processes, 2 C + 1]."""
+    mean, rstd = torch.batch_norm_stats(x, eps)
+    own = torch.cat([mean, rstd, mean.new_full((1,), times * x.numel() // x.shape[1])])
+    return gather_statistics(own) if synchronized else own.unsqueeze(0)
+
+
+def _moments(x: Tensor, synchronized: bool, times: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute mean and biased variance of x per channel, and the count of values, with one exchange.
+
+    Take means and squares about them chunk by chunk, in one pass over x, and combine them in double precision.
     """
     rows = _grid(x, 1).view(-1, x.shape[1])
     wide = torch.promote_types(x.dtype, torch.float32)
-    total = sum_over_processes if synchronized else torch.clone
     counts, means, squares = [], [], []
-    for places in _chunks(len(rows), rows.shape[1]) if _in_chunks(x) else [slice(None)]:
+    for places in _chunks(len(rows), rows.shape[1]):
         part = rows[places].to(wide)
         counts.append(times * len(part))
         means.append(part.mean(0))
         squares.append((part - means[-1]).square_().sum(0))
-    size = torch.tensor(counts, dtype=torch.float64, device=x.device).unsqueeze(1)  # [chunks, 1]
-    each = torch.stack(means).double()  # [chunks, C]
-    sums = total(torch.cat([(each * size).sum(0), size.sum().unsqueeze(0)]))
-    mean, count = sums[:-1] / sums[-1], sums[-1]
-    about_mean = times * torch.stack(squares).double() + size * (each - mean).square()
-    return mean.to(wide), (total(about_mean.sum(0)) / count).to(wide), count.to(wide)
+    size = torch.tensor(counts, dtype=torch.float64).unsqueeze(1)  # [chunks, 1]
+    moments = _combine(size, torch.stack(means).double(), times * torch.stack(squares).double())
+    if synchronized:
+        moments = _combine(*gather_statistics(torch.cat(moments)).split([1, x.shape[1], x.shape[1]], 1))
+    count, mean, squared = moments
+    return mean.to(wide), (squared / count).to(wide), count.squeeze().to(wide)
+
+
+def _combine(sizes: Tensor, means: Tensor, about_means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Combine parts of a sample (Chan et al. 1979): sizes [parts, 1], means and sums of squares about them [parts, C],
+    in double precision -> the same of the whole: [1], [C], [C]."""
+    size = sizes.sum(0)
+    mean = (means * sizes).sum(0) / size
+    return size, mean, (about_means + sizes * (means - mean).square()).sum(0)
 
 
 def _grid(x: Tensor, upsample: int) -> Tensor:

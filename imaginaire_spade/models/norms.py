@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.layout import FEWEST_PIXELS_ON_GPU, LayoutSpec, SemanticLayout
 from imaginaire_spade.models.layers import (
     InstanceNorm2d,
     SpectralLinear,
+    computing_dtype,
     conv2d,
     convolve_layout,
     effective_weight,
@@ -20,7 +21,7 @@ from imaginaire_spade.models.layers import (
     second_convolution,
     sum_rows,
 )
-from imaginaire_spade.models.modulation import Modulation, Statistics, batch_moments, modulate
+from imaginaire_spade.models.modulation import Modulation, Statistics, batch_statistics, modulate
 from imaginaire_spade.registry import NORMS
 
 
@@ -37,11 +38,11 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(
         self, x: Tensor, modulation: Modulation | None = None, *, upsample: int = 1, slope: float = 1.0
     ) -> Tensor:
-        """Normalise x [N, C, H, W]; given a modulation, also enlarge, modulate and activate x in the same pass."""
+        """Enlarge and normalise x [N, C, H, W]; given a modulation, also modulate and activate x in the same pass."""
         if modulation is None:
             if not (self.training and self.synchronized):
-                return super().forward(x)
-            modulation = Modulation(x.new_ones(1, 1), x.new_zeros(1, 1), None)
+                return super().forward(enlarge(x, upsample))
+            modulation = Modulation(x.new_ones(1, x.shape[1]), x.new_zeros(1, x.shape[1]), None)
         if self.affine:  # Fold scale and shift into the modulation: (x^ w + b) gamma + beta.
             gamma, beta, pixels = modulation.gamma, modulation.beta, modulation.pixels
             modulation = Modulation(self.weight * gamma, self.bias * gamma + beta, pixels)
@@ -49,13 +50,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             statistics = Statistics(self.running_mean, torch.rsqrt(self.running_var + self.eps))
             return modulate(x, modulation, statistics, upsample=upsample, slope=slope)
-        mean, variance, count = batch_moments(x, self.synchronized, times=upsample**2)  # without gradients
-        # Update the running statistics (with the unbiased variance), as torch does.
         self.num_batches_tracked.add_(1)
         momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance * (count / (count - 1)), momentum)
-        statistics = Statistics(mean, torch.rsqrt(variance + self.eps), count, self.synchronized)
+        running = self.running_mean, self.running_var
+        statistics = batch_statistics(x, running, momentum, self.eps, self.synchronized, upsample**2)
         return modulate(x, modulation, statistics, upsample=upsample, slope=slope)
 
 
@@ -78,6 +76,12 @@ def _normalise_and_modulate(norm: nn.Module, x: Tensor, modulation: Modulation, 
         return norm(x, modulation, upsample=upsample, slope=slope)
     statistics = Statistics(x.new_zeros(1), x.new_ones(1))
     return modulate(norm(x), modulation, statistics, upsample=upsample, slope=slope)
+
+
+def _normalise(norm: nn.Module, x: Tensor, upsample: int) -> Tensor:
+    """Enlarge and normalise x; on a GPU batch statistics are those of x itself, which several norms share."""
+    in_one = x.is_cuda and isinstance(norm, BatchNorm2d)
+    return norm(x, upsample=upsample) if in_one else norm(enlarge(x, upsample))
 
 
 def activate(x: Tensor, slope: float) -> Tensor:
@@ -108,6 +112,22 @@ def _view(layout: SemanticLayout, x: Tensor, upsample: int) -> SemanticLayout:
     return layout.resized(upsample * x.shape[2], upsample * x.shape[3])
 
 
+def table_kernel_sizes(network: nn.Module) -> tuple[int, ...]:
+    """List the kernel sizes of the SPADE norms of ``network`` that take tables on a GPU."""
+    norms = (module for module in network.modules() if isinstance(module, SPADE) and module.path == "table")
+    return tuple(sorted({norm.kernel_size for norm in norms}))
+
+
+def describe_path(network: nn.Module, device: torch.device) -> str | None:
+    """Say how the SPADE norms of ``network`` convolve label maps on ``device``; None if it has none."""
+    path = next((module.path for module in network.modules() if isinstance(module, SPADE)), None)
+    if path == "table":
+        return "tables" + f" from {FEWEST_PIXELS_ON_GPU} pixels up, dense below" * (device.type == "cuda")
+    if path == "auto":
+        return "auto, dense on a GPU" if device.type == "cuda" else "auto, tables where label maps repeat enough"
+    return path
+
+
 @NORMS.register("spade")
 class SPADE(ConditionalNorm):
     """Spatially-adaptive denormalisation (Park et al. 2019, eq. 1): normalize(x) * (1 + gamma) + beta.
@@ -122,7 +142,8 @@ class SPADE(ConditionalNorm):
         kernel_size: of both convolutions, odd.
         path: ``dense`` convolves the one-hot map; ``table`` computes gamma and beta once per distinct neighbourhood of
             labels, which gives the same numbers; ``auto`` chooses the faster one, in training the same on all
-            processes.
+            processes. On a GPU ``auto`` is ``dense``, and ``table``, which needs half the memory, is dense below 64x64
+            pixels, where neighbourhoods seldom repeat.
         affine: whether the norm has a learned scale and shift per channel (as in imaginaire; the paper has none).
         spectral_norm: spectral norm on the convolutions (as in imaginaire; the paper has none).
     """
@@ -163,20 +184,23 @@ class SPADE(ConditionalNorm):
             modulation = self._modulation(view)
             return _normalise_and_modulate(self.normalize, x, modulation, upsample, slope)
         hidden = F.relu(self._hidden(view))
-        y = self.normalize(enlarge(x, upsample)) * (1 + self.gamma(hidden)) + self.beta(hidden)
+        y = _normalise(self.normalize, x, upsample) * (1 + self.gamma(hidden)) + self.beta(hidden)
         return activate(y, slope)
 
     def _hidden(self, view: SemanticLayout) -> Tensor:
         """Convolve the layout: [N, hidden, H, W]. Beside conditions, labels are looked up where that is faster."""
         looks_up = view.conditions is not None and self.path != "dense" and view.spec.num_label_channels >= LOOKED_UP
         if not looks_up or torch.compiler.is_compiling():
-            hidden: Tensor = self.shared(view.one_hot(self.shared.weight.dtype))
+            hidden: Tensor = self.shared(view.one_hot(computing_dtype(self.shared.weight)))
             return hidden
         weight = effective_weight(self.shared)
         return convolve_layout(view, weight, self.shared.bias, padding=self.kernel_size // 2)
 
     def _takes_tables(self, view: SemanticLayout) -> bool:
         """Return whether tables are possible and, for ``auto``, faster: few distinct neighbourhoods for so many pixels.
+
+        On a GPU the answer depends on the config and the resolution alone: counts would have to be waited for. On a CPU
+        it depends on the label maps.
 
         The unit of cost is one row of the second convolution's matrix product, the main work of both paths. Measured on
         a CPU: reordering the weights costs as much as 200 rows, summing the pieces of one outer window as much as
@@ -185,6 +209,8 @@ class SPADE(ConditionalNorm):
         """
         if self.path == "dense" or not view.is_discrete or torch.compiler.is_compiling():
             return False  # a network that is compiled or exported as a whole cannot inspect its data
+        if view.labels.is_cuda:
+            return self.path == "table" and view.height * view.width >= FEWEST_PIXELS_ON_GPU
         out, hidden, *_ = self.gamma.weight.shape
         dense_rows = view.labels.numel() * (1 + self.shared.weight.shape[1] / (2 * out))
         if self.path == "table" or dense_rows <= 200:
@@ -233,7 +259,7 @@ class Concat(ConditionalNorm):
 
     def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
         """Normalise x [N, channels, h, w], append a layout of any resolution -> [N, channels + num_channels, H, W]."""
-        y = F.leaky_relu(self.normalize(enlarge(x, upsample)), slope)  # not in place: a synchronized norm gives a view
+        y = F.leaky_relu(_normalise(self.normalize, x, upsample), slope)  # not in place: it may be a view
         return torch.cat([y, _view(layout, x, upsample).one_hot(y.dtype)], 1)  # (its 0 and 1 need no leaky ReLU)
 
 
@@ -299,6 +325,7 @@ class CLADEICPE(CLADE):
     """
 
     needs_distances = True
+    skipped: Tensor
 
     def __init__(
         self,
@@ -314,6 +341,7 @@ class CLADEICPE(CLADE):
                 f"norm.skip_ids: {wrong} are no train ids: write ids of 0..{spec.num_classes} (the last is don't care)"
             )
         self.skip_ids = tuple(skip_ids)
+        self.register_buffer("skipped", torch.tensor(skip_ids, dtype=torch.int64).view(1, -1, 1, 1), persistent=False)
         self.scale_position = _Position()
         self.shift_position = _Position()
 
@@ -321,8 +349,8 @@ class CLADEICPE(CLADE):
         assert view.distances is not None, "clade_icpe needs layouts with distances"
         distances = view.distances.to(self.weight.dtype)
         if self.skip_ids:
-            skip = torch.tensor(self.skip_ids, device=view.device).view(1, -1, 1, 1)
-            distances = distances.masked_fill((view.labels.unsqueeze(1) == skip).any(1, keepdim=True), 0)
+            without = (view.labels.unsqueeze(1) == self.skipped).any(1, keepdim=True)
+            distances = distances.masked_fill(without, 0)
         modulation = Modulation(self.weight, torch.zeros_like(self.bias), view.classes)
         y = _normalise_and_modulate(self.normalize, x, modulation, upsample, 1.0)
         shift = sum_rows(self.bias, view.classes).view(x.shape[0], *y.shape[2:], -1).permute(0, 3, 1, 2).to(y.dtype)

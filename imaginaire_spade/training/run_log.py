@@ -23,7 +23,7 @@ from tqdm import tqdm
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.conditions import draw_condition
 from imaginaire_spade.data.loader import sequential_batches
-from imaginaire_spade.data.photos import to_preview
+from imaginaire_spade.data.photos import photo_preview, to_preview
 from imaginaire_spade.errors import UserError
 from imaginaire_spade.files import write_bytes, write_image
 from imaginaire_spade.noise import style_codes
@@ -224,7 +224,7 @@ def preview_sheet(run: Run, batch: Batch) -> NDArray[np.uint8]:
             columns[condition.name] = [draw_condition(one) for one in channels.numpy()]
     assert batch.images is not None
     spec = run.config.data.images
-    images = {"real": to_preview(batch.images, spec)}
+    images = {"real": photo_preview(batch.images, spec)}
     z = style_codes(run.config.seed, batch.keys, run.settings.style_dims, run.device)
     layout = batch.layout.to(run.device)
     state.generator.eval()

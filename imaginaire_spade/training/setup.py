@@ -25,7 +25,7 @@ from imaginaire_spade.data.loader import Prefetcher, default_num_workers, sequen
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import SemanticLayout
-from imaginaire_spade.models.norms import synchronize_batch_norm
+from imaginaire_spade.models.norms import describe_path, synchronize_batch_norm, table_kernel_sizes
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest
 from imaginaire_spade.training.evaluation import Evaluation
@@ -91,11 +91,13 @@ class Run:
     def batches(self, num_workers: int | None = None) -> Prefetcher:
         """Yield this process's batches on the device, from the current position on."""
         workers = self.config.data.num_workers if num_workers is None else num_workers
+        on_gpu, sizes = self.device.type == "cuda", table_kernel_sizes(self.state.generator)
         loader = training_loader(
             self.dataset, self.config.data.train.batch_size, seed=self.config.seed, images_seen=self.state.images_seen,
             rank=self.info.rank, world_size=self.info.world_size,
             num_workers=default_num_workers(self.info.local_world_size) if workers is None else workers,
-            pin_memory=self.device.type == "cuda", shuffle_shards=self.config.data.shuffle_shards,
+            pin_memory=on_gpu, shuffle_shards=self.config.data.shuffle_shards,
+            look_ahead=(sizes if on_gpu else (), self.config.trainer.gradient_accumulation),
         )  # fmt: skip
         return Prefetcher(loader, self.device)
 
@@ -157,6 +159,7 @@ def describe(run: Run) -> str:
         f" encoder {millions(state.encoder)}",
         f"data: {len(run.dataset)} training and {len(run.val_dataset)} preview samples",
         f"losses: {losses}",
+        *([] if (path := describe_path(state.generator, run.device)) is None else [f"SPADE norms: {path}"]),
         f"batch: {run.config.data.train.batch_size} per process x {run.info.world_size} process(es) ="
         f" {calendar.global_batch} globally, on {run.device.type}, {trainer.precision}",
         f"schedule: {calendar.total_iterations} iterations = {epochs:.1f} epochs; learning rates {rates};"
@@ -262,6 +265,8 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
     if run.evaluation is not None and (told := run.evaluation.load_state_dict(content.get("evaluation"))):
         lines.append(told)
     lines += _other_processes(before, now, run)
+    if (norms := before.get("spade_norms", now["spade_norms"])) != now["spade_norms"]:
+        lines.append(f"SPADE norms: {norms} then, {now['spade_norms']} now")
     lines += [f"changed since: {key}: {change}" for key, change in changed.items()]
     return "\n".join(lines)
 
@@ -273,6 +278,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "global_batch": run.calendar.global_batch,
         "data_samples": len(run.dataset),
         "data_sha256": hashlib.sha256("\n".join(run.dataset.keys).encode()).hexdigest(),
+        "spade_norms": describe_path(run.state.generator, run.device),
         "torch": str(torch.__version__),
     }
 

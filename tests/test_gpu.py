@@ -1,0 +1,145 @@
+"""What a GPU does with an iteration, where there is one; else on a stand-in of one, which counts and computes nothing.
+
+The stand-in lies in the folder that IMAGINAIRE_SPADE_SHARED names: libraries in place of CUDA's, and ``nullgpu.py``,
+which lends torch convolutions without cuDNN.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+STAND_IN = Path(os.environ.get("IMAGINAIRE_SPADE_SHARED", Path(__file__).parents[2] / "shared"), "nullgpu")
+LIBRARY = STAND_IN / "null/libnullcudart.so"
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() and not (LIBRARY.is_file() and torch.version.cuda),
+    reason=f"no GPU, and no stand-in at {STAND_IN} (set IMAGINAIRE_SPADE_SHARED)",
+)
+
+SCRIPT = """
+import collections, json, sys, traceback, warnings
+import torch
+if sys.argv[1] == "stand-in":
+    import nullgpu
+    nullgpu.L.SemanticLayout.neighbourhoods = nullgpu._orig
+from dataclasses import replace
+from functools import partial
+from torch import nn
+from imaginaire_spade.build import build_optimizer
+from imaginaire_spade.config import OptimizerConfig, TrainerConfig
+from imaginaire_spade.data.batch import Batch, Sample
+from imaginaire_spade.layout import LayoutSpec
+from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss
+from imaginaire_spade.models import modulation
+from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
+from imaginaire_spade.models.generator import SPADEGenerator
+from imaginaire_spade.models.norms import CLADE, CLADEICPE, SPADE, synchronize_batch_norm, table_kernel_sizes
+from imaginaire_spade.training.health import LossMeter
+from imaginaire_spade.training.state import TrainState, new_average
+from imaginaire_spade.training.step import Networks, StepSettings, train_step
+
+SIZE, device = 128, torch.device("cuda")
+exchanges = collections.Counter()
+
+def gather(values):  # two processes with the same images; on an own stream, as NCCL, nothing waits
+    exchanges["gather"] += 1
+    return torch.stack([values, values])
+
+def add_up(values):
+    exchanges["sum"] += 1
+    return values + values
+
+def waits_of(name):
+    kind, _, synchronized = name.partition(" ")
+    norm = {"dense": partial(SPADE, path="auto"), "table": partial(SPADE, path="table"), "clade": CLADE,
+            "icpe": partial(CLADEICPE, skip_ids=(1,))}[kind]
+    spec = LayoutSpec(20, has_dont_care=True, has_edges=True, has_distances=kind == "icpe")
+    labels = torch.zeros(2, SIZE, SIZE, dtype=torch.uint8)
+    labels[:, :50], labels[:, 70:, 30:] = 3, 7
+    samples = [Sample(torch.zeros(3, SIZE, SIZE, dtype=torch.uint8), one, None,
+                      torch.zeros(2, SIZE, SIZE) if spec.has_distances else None, str(index), (SIZE, SIZE), index)
+               for index, one in enumerate(labels)]
+    on_host = Batch.collate(spec, samples)
+    generator = SPADEGenerator(spec, (SIZE, SIZE), num_filters=4, norm=norm).to(device)
+    discriminator = MultiscaleDiscriminator(spec, num_filters=4).to(device)
+    if synchronized:
+        modulation.gather_statistics, modulation.sum_statistics = gather, add_up
+        synchronize_batch_norm(generator)
+    optimizers = [build_optimizer(n.parameters(), OptimizerConfig(lr=1e-4)) for n in (generator, discriminator)]
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    state = TrainState(generator, discriminator, None, new_average(generator), None, *optimizers, scaler, scaler)
+    terms, weights = nn.ModuleDict({"gan": GANLoss(), "feature_matching": FeatureMatchingLoss()}), {}
+    weights = dict.fromkeys(terms, 1.0)
+    settings = StepSettings(terms, weights, TrainerConfig(max_iterations=1, precision="bf16"), style_dims=0, seed=0,
+                            global_batch=2, rates=lambda seen: (1e-4, 1e-4, 0.999))
+    meter = LossMeter((scaler, scaler), device)
+
+    def iterate(number):
+        batch = replace(on_host, ahead=on_host.look_ahead(table_kernel_sizes(generator), 1))
+        batch = batch.map(lambda t: t.pin_memory()).to(device, non_blocking=True)
+        meter.add(number, batch.keys, train_step(state, Networks(generator, discriminator, None), batch, settings))
+
+    iterate(1)
+    places = collections.Counter()
+    def note(message, *_, **__):
+        if "called a synchronizing" in str(message):
+            frames = [f for f in traceback.extract_stack() if "imaginaire_spade" in f.filename]
+            places[f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "elsewhere"] += 1
+    exchanges.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        iterate(2)
+        torch.cuda.set_sync_debug_mode("default")
+    return {"waits": dict(places), "exchanges": sum(exchanges.values())}
+
+print(json.dumps({name: waits_of(name) for name in sys.argv[2].split(",")}))
+"""
+
+NORMS = ("dense", "table", "clade", "icpe", "dense synchronized", "table synchronized", "icpe synchronized")
+
+
+def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, *command)
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@needs_gpu
+def test_an_iteration_does_not_wait_for_the_gpu():
+    if torch.cuda.is_available():
+        kind, environment = "gpu", {"PYTHONPATH": str(REPOSITORY)}
+    else:
+        kind = "stand-in"
+        environment = {
+            "LD_PRELOAD": str(LIBRARY), "LD_LIBRARY_PATH": str(LIBRARY.parent), "OMP_NUM_THREADS": "1",
+            "TRITON_LIBCUDA_PATH": str(LIBRARY.parent), "PYTORCH_NVML_BASED_CUDA_CHECK": "0",
+            "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{STAND_IN}",
+        }  # fmt: skip
+    result = run(environment, "-W", "error:no Triton kernels", "-c", SCRIPT, kind, ",".join(NORMS))
+    found = json.loads(result.stdout.splitlines()[-1])
+    for name in NORMS:
+        assert found[name]["waits"] == {}, name
+        assert found[name]["exchanges"] == (32 if "synchronized" in name else 0), name
+
+
+@pytest.mark.parametrize("where", ["interpreter", "gpu"])
+def test_the_kernels_are_their_plain_twins(where):
+    pytest.importorskip("triton")
+    if where == "gpu" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    environment = {"PYTHONPATH": str(REPOSITORY)} | ({"TRITON_INTERPRET": "1"} if where == "interpreter" else {})
+    worst = json.loads(run(environment, str(REPOSITORY / "tests/kernels_and_twins.py")).stdout)
+    bounds = {"float64": 1e-13, "float32": 2e-6, "float16": 2**-10, "bfloat16": 2**-7}  # the last place
+    assert worst.keys() == bounds.keys()
+    assert all(worst[name] <= bound for name, bound in bounds.items()), worst
