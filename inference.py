@@ -75,6 +75,9 @@ def parse_arguments() -> argparse.Namespace:
     outputs.add_argument("--size", metavar="trained|own|HxW",
                          help=f"{SIZE_HELP} (default: trained if a side of the label map differs from it by more than a"
                          " factor of 1.5, else own)")  # fmt: skip
+    outputs.add_argument("--tile", nargs="?", const="auto", metavar="auto|N",
+                         help="generate larger label maps in tiles of N pixels a side: the same images, in the memory"
+                         " of one tile (auto: 768)")  # fmt: skip
     outputs.add_argument("--resize_back", action="store_true", help="write images at their label maps' own size")
     outputs.add_argument("--format", choices=("png", "jpg", "tif", "npy"),
                          help="default: png, or what holds the channels and the depth of data.images")  # fmt: skip
@@ -106,6 +109,7 @@ def main() -> None:
         device=device, precision=arguments.precision, compiled=arguments.compile,
     )  # fmt: skip
     config, sizes = model.config, SizeRule(asked, model.trained_size)
+    tile = synthesis.check_tile(model, arguments.tile)
     test_data = (given.test_data if given else None) or config.test_data
     notes = list(model.notes)
     varied = arguments.num_samples > 1 or arguments.seed is not None or arguments.style_seed is not None
@@ -147,7 +151,8 @@ def main() -> None:
             animation=animation,
             existing="skip" if arguments.skip_existing else "overwrite" if arguments.overwrite else "refuse",
             on_bad_label="skip" if arguments.on_bad_label == "skip" else "fail",
-            max_pixels=arguments.max_pixels, resize_back=arguments.resize_back, gallery=not arguments.no_gallery,
+            max_pixels=arguments.max_pixels, tile=tile, resize_back=arguments.resize_back,
+            gallery=not arguments.no_gallery,
         )  # fmt: skip
         report = generate_folder(
             model, dataset, arguments.output_dir, options,

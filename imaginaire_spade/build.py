@@ -139,6 +139,8 @@ def _apex_adam() -> Any:
 
 def build_split(config: RunConfig, split: SplitConfig, *, with_images: bool = True) -> LabelMapDataset:
     """Open one split, ``config.data.train`` or ``config.data.val``, with or without photos."""
+    if config.data.skip_bad and not with_images:  # the same samples as with photos
+        return build_split(config, split).without_images()
     data = with_measured_range(config).data if with_images else config.data
     dataset = LabelMapDataset(
         split.roots, data.labels, edges=data.edges, images=data.images, distances=layout_spec(config).has_distances,
@@ -205,18 +207,13 @@ def check_run(config: RunConfig, world_size: int) -> None:
             " or trainer.evaluation: null"
         )
     # What knows RGB alone.
-    channels, perceptual = config.data.images.channels, config.losses.get("perceptual")
-    if channels not in (1, 3):
-        if perceptual is not None and perceptual.weight > 0:
-            raise ConfigError(
-                f"losses.perceptual compares features of VGG19, which takes RGB (or grey), and data.images.channels is"
-                f" {channels}: write losses.perceptual.weight: 0 (losses.l1.weight: 10 is a stand-in)"
-            )
-        if trainer.evaluation is not None:
-            raise ConfigError(
-                "trainer.evaluation scores pictures by networks that take RGB (or grey), and data.images.channels is"
-                f" {channels}: write trainer.evaluation: null"
-            )
+    perceptual = config.losses.get("perceptual")
+    through_networks = (perceptual and perceptual.weight > 0) or trainer.evaluation
+    if (channels := config.data.images.channels) not in (1, 3) and through_networks:
+        raise ConfigError(
+            "losses.perceptual and trainer.evaluation look at images through networks that take RGB (or grey), and"
+            f" data.images.channels is {channels}: write losses.perceptual.weight: 0 and trainer.evaluation: null"
+        )
     # Batch statistics and losses.
     if size[0] * size[1] == multiple**2 and train.batch_size * world_size // trainer.gradient_accumulation < 2:
         raise ConfigError(

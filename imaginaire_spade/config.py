@@ -127,17 +127,18 @@ class ImageSpec(Section):
         return self
 
     @property
-    def dtype(self) -> Literal["uint8", "uint16", "int16", "float32"]:
-        """Return the type of generated images' values: integers where ``range`` is of integers that 16 bits hold."""
-        if self.range is None:
-            return "uint8"
+    def limits(self) -> tuple[int | float, int | float]:
+        """Return ``range`` as numbers."""
         assert self.range != "auto", "replaced by build.with_measured_range"
-        low, high = self.range
-        if not isinstance(low, int) or not isinstance(high, int) or low < -(2**15) or high >= 2**16:
-            return "float32"
-        if low >= 0:
-            return "uint8" if high < 256 else "uint16"
-        return "int16" if high < 2**15 else "float32"
+        return self.range or (0, 255)
+
+    @property
+    def dtype(self) -> str:
+        """Return the type of generated images' values: integers where ``range`` is of integers that 16 bits hold."""
+        low, high = self.limits
+        types = {"uint8": (0, 2**8), "uint16": (0, 2**16), "int16": (-(2**15), 2**15)}
+        integers = isinstance(low, int) and isinstance(high, int)
+        return next((t for t, (least, end) in types.items() if integers and least <= low and high < end), "float32")
 
 
 class LabelledData(Section):

@@ -19,17 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from imaginaire_spade.config_files import load_labels
 from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.lmdb_source import MANIFEST
-from imaginaire_spade.data.photos import decode_photo, is_upright, measured, read_header, show
+from imaginaire_spade.data.photos import built_spec, decode_photo, is_upright, measured, read_header, show
 from imaginaire_spade.errors import DataError, run_command_line
 from imaginaire_spade.files import read_json, write_bytes, write_image
-from imaginaire_spade.lmdb_builder.build import (
-    extract,
-    look_through,
-    open_data,
-    stored_images,
-    stored_labels,
-    stored_types,
-)
+from imaginaire_spade.lmdb_builder.build import extract, look_through, open_data, stored_labels, stored_types
 from imaginaire_spade.lmdb_builder.shard import bad_files, summary
 from imaginaire_spade.sheets import draw_class_chart, draw_contact_sheet
 
@@ -89,7 +82,7 @@ def main() -> None:
     if arguments.contact_sheet:
         step = max(1, len(source.keys) // arguments.rows)
         types = [t for t in ("seg_maps", "images") if source.has(t)]
-        images, rows = measured(stored_images(root), [root]), []
+        images, rows = measured(built_spec(root), [root]), []
         for key in source.keys[::step][: arguments.rows]:
             cells, size = [], None
             for t in types:

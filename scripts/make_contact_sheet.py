@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.config_files import load_data
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.photos import decode_photo, show, to_preview
+from imaginaire_spade.data.photos import decode_photo, photo_preview, show
 from imaginaire_spade.errors import DataError, run_command_line
 from imaginaire_spade.files import resize_image, write_image
 from imaginaire_spade.sheets import draw_contact_sheet
@@ -44,7 +44,7 @@ def main() -> None:
     for index, path in chosen:
         sample = dataset[index]
         assert sample.image is not None
-        real = to_preview(sample.image, dataset.images).permute(1, 2, 0).numpy()
+        real = photo_preview(sample.image, dataset.images).permute(1, 2, 0).numpy()
         generated = show(decode_photo(path.read_bytes(), str(path), dataset.images), dataset.images)
         generated = resize_image(generated, *real.shape[:2])
         cells.append([labels.colourise(sample.labels.numpy()), real, generated])

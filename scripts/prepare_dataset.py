@@ -97,7 +97,7 @@ def main() -> None:
             raise ConfigError("--lmdb needs label maps: prepare folders first, then scripts/label_images.py")
         if arguments.config is None and not table.is_file() and arguments.name not in TOOLS:
             raise ConfigError("--lmdb needs a label table: give --config (YAML with data.labels), or prepare folders")
-        labels = load_labels(table) if table.is_file() else None
+        labels = load_labels(table) if arguments.config or arguments.name not in TOOLS else None
     size = tuple(arguments.resize_h_w) if arguments.resize_h_w else None
     options = Options(
         size, arguments.scene_list, arguments.num_val, arguments.images, arguments.labels, arguments.instances,

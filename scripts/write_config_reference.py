@@ -4,6 +4,7 @@ import argparse
 import inspect
 import re
 import sys
+import types
 import typing
 from enum import Enum
 from pathlib import Path
@@ -36,8 +37,8 @@ def type_name(annotation: object) -> str:
         return " or ".join(f"`{argument}`" for argument in arguments)
     if inspect.isclass(annotation) and issubclass(annotation, Enum):
         return " or ".join(f"`{member.value}`" for member in annotation)
-    if type(None) in arguments:
-        return f"{type_name(next(a for a in arguments if a is not type(None)))} or null"
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return " or ".join("null" if argument is type(None) else type_name(argument) for argument in arguments)
     if typing.get_origin(annotation) is tuple:
         if arguments[-1] is Ellipsis:
             return f"list of {type_name(arguments[0])}"

@@ -5,6 +5,8 @@
 
 import base64
 import json
+import os
+import re
 import shutil
 import sys
 import zlib
@@ -19,7 +21,7 @@ from imaginaire_spade.config_files import load_labels
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.image_files import decode_image, decode_instances, decode_label
 from imaginaire_spade.data.lmdb_source import open_source
-from imaginaire_spade.dataset_prep.prepare import LABELS, Options, prepare
+from imaginaire_spade.dataset_prep.prepare import DATASETS, LABELS, TOOLS, Options, prepare
 from imaginaire_spade.errors import ConfigError, DataError
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -84,6 +86,31 @@ def test_regions_become_objects(tmp_path):
     for number, label in enumerate([2, 1, 3, 2, 1, 0], 1):  # the shapes of the file
         assert (classes[objects == number] == label).all()
     assert ((objects == 0) == (classes == 255)).all()
+
+
+def test_a_newer_export_replaces_the_older_one(tmp_path):
+    source = export("voc", tmp_path / "voc")
+    run("voc", source, tmp_path / "colours")
+    for name in ("SegmentationClass/a.png", "SegmentationObject/a.png"):
+        stored = np.asarray(Image.open(source / name))
+        write_png(source / name, np.ascontiguousarray(stored[::-1]))
+        os.utime(source / name, (2e9, 2e9))
+    run("voc", source, tmp_path / "colours")
+    assert rows(label_map(tmp_path / "colours/train/seg_maps/a.png")) == EXPORTS["voc"]["classes"]["a"][::-1]
+    objects = tmp_path / "colours/train/inst_maps/a.png"
+    assert objects.read_bytes() == (source / "SegmentationObject/a.png").read_bytes()
+
+    source = export("labelme", tmp_path / "labelme")
+    run("labelme", source, tmp_path / "raw")
+    change(source / "a.json", lambda tree: tree["shapes"].reverse())
+    run("labelme", source, tmp_path / "raw")
+    run("labelme", source, tmp_path / "anew")
+    for name in ("seg_maps/a.png", "inst_maps/a.png"):
+        assert (tmp_path / "raw/train" / name).read_bytes() == (tmp_path / "anew/train" / name).read_bytes()
+    for options in ({"num_val": 1}, {}):
+        with pytest.raises(DataError, match=r"raw.train.seg_maps.a\.png: of an earlier export \(1 such label maps\)"):
+            run("labelme", source, tmp_path / "raw", **options)
+        (source / "a.json").unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ classes
@@ -499,3 +526,13 @@ def test_processes_share_the_drawing(tmp_path):
     prepare("labelme", source, tmp_path / "two", Options(), num_workers=2)
     for path in (path for path in (tmp_path / "one").rglob("*") if path.is_file()):
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
+
+
+def test_the_page_about_tools_names_them_all():
+    """Every command of the page is one, and every tool and every data set with a row of its own stands there."""
+    page = (REPOSITORY / "docs/data_from_tools.md").read_text(encoding="utf-8")
+    named = re.findall(r"`prepare_dataset\.py (\w+) --source \w+ ", page)
+    assert set(named) == {*TOOLS, "celebamask_hq", "isprs", "loveda"} and set(named) <= {*DATASETS, *TOOLS}
+    flags = set(re.findall(r"(--\w+)", page))
+    listed = (REPOSITORY / "tests/options.txt").read_text(encoding="utf-8")
+    assert flags - {"--help"} <= set(re.search(r"scripts/prepare_dataset\.py: (.*)", listed)[1].split())

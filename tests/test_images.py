@@ -1,7 +1,9 @@
-"""Image files, photos of any depth, sheets, curves, the gallery: what is drawn, and files are complete or absent."""
+"""Images: files, photos of any depth, contact sheets, curves and the gallery; files are complete or absent."""
 
+import base64
 import errno
 import io
+import json
 import struct
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -11,21 +13,38 @@ from urllib.parse import unquote
 import cv2
 import numpy as np
 import pytest
+import torch
+from conftest import blocky_labels, write_png
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_training import TINY
 
+from imaginaire_spade.build import build_losses, check_run, with_measured_range
 from imaginaire_spade.config import ImageSpec
+from imaginaire_spade.config_diff import explain_mismatch, list_changes
+from imaginaire_spade.config_files import parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.image_files import encode_map
-from imaginaire_spade.errors import DataError, UserError
+from imaginaire_spade.data.image_files import decode_label, encode_map
+from imaginaire_spade.data.photos import decode_photo
+from imaginaire_spade.demo.service import PaintingService
+from imaginaire_spade.distributed import ProcessInfo
+from imaginaire_spade.errors import ConfigError, DataError, UserError
+from imaginaire_spade.export.generator import metadata
 from imaginaire_spade.files import encode_image, write_bytes, write_image
 from imaginaire_spade.inference import output as output_folder
+from imaginaire_spade.inference.folder import FolderOptions, generate_folder
+from imaginaire_spade.inference.images_to_score import checkpoint_images
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.output import Output, write_gallery
+from imaginaire_spade.inference.synthesizer import Synthesizer
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
+from imaginaire_spade.lmdb_builder.shard import summary
 from imaginaire_spade.sheets import BACKGROUND, draw_contact_sheet
-from imaginaire_spade.training import run_log
+from imaginaire_spade.training import loop, run_log
+from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpoint
+from imaginaire_spade.training.setup import MEANING, prepare
 
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -183,10 +202,10 @@ class Case:
     """Path below the data set -> content."""
     images: ImageSpec
     truth: np.ndarray
-    """[H, W, C] as training must see it: uint8, or floats in [-1, 1]."""
+    """[H, W, C] as training must see it: uint8, or floats of 0..255."""
     is_right: bool
     """Whether the config says what the files are, so that the build must not refuse them."""
-    tolerance: float = 1e-6
+    tolerance: float = 1e-4
     key: str = "data.images"
     """Of the config, which a refusal names."""
 
@@ -276,11 +295,11 @@ def photos(draw) -> Case:
         bottom, top = (stored.min(), stored.max()) if given_range == "auto" else given_range
         if given_range == "auto" and alpha and spec.drop_alpha:
             bottom, top = values.min(), values.max()
-        truth = ((truth.astype(np.float64) - bottom) / (float(top) - float(bottom)) * 2 - 1).clip(-1, 1)
+        truth = ((truth.astype(np.float64) - bottom) / (float(top) - float(bottom)) * 255).clip(0, 255)
     lossy = suffix == "jpg"
     label_map = encode_map(np.arange(seen.shape[0] * seen.shape[1]).reshape(seen.shape[:2]).astype(np.uint8) % 3)
     files = {f"images/a.{suffix}": content, "seg_maps/a.png": label_map}
-    return Case(files, spec, truth, is_right, (0.05 if given_range else 5) if lossy else 1e-6)
+    return Case(files, spec, truth, is_right, 6 if lossy else 1e-4)
 
 
 KINDS: list[st.SearchStrategy[Case]] = [photos()]
@@ -309,3 +328,180 @@ def test_a_sample_is_the_truth_or_the_build_names_file_and_key(case, tmp_path_fa
     assert image.dtype == (np.uint8 if case.images.range is None else np.float32)
     assert image.shape == case.truth.shape
     assert np.abs(image.astype(np.float64) - case.truth).max() <= case.tolerance
+
+
+def write_bands(folder: Path, make, suffix: str, *, count: int = 4) -> None:
+    """A data set of 32x32 samples: ``make`` gives the photo [H, W, C] of a label map."""
+    for i in range(count):
+        labels = blocky_labels(np.random.default_rng(i), 32, 32, 5)
+        write_png(folder / "seg_maps" / f"s{i}.png", labels)
+        write_bytes(folder / "images" / f"s{i}{suffix}", encode_image(make(labels), suffix))
+
+
+GREY = ({"channels": 1, "range": "auto"}, lambda ids: 700 + 200 * ids[..., None].astype(np.uint16), ".png")
+BANDS = (
+    {"channels": 5, "range": [0.0, 8.0], "preview": [4, 0, 1]},
+    lambda ids: ids[..., None] + np.arange(5, dtype=np.float32) / 8, ".npy",
+)  # fmt: skip
+
+
+@pytest.fixture(params=[GREY, BANDS], ids=["grey16", "bands"])
+def deep_run(request, tmp_path, monkeypatch, one_thread):
+    """(config, checkpoint) of two iterations on photos that are not 8-bit RGB."""
+    images, make, suffix = request.param
+    write_bands(tmp_path / "raw", make, suffix)
+    tree = json.loads(json.dumps(TINY))
+    tree["data"] |= {"images": images, "train": {
+        "roots": [str(tmp_path / "lmdb")], "batch_size": 2, "augmentations": {"resize_h_w": [32, 32]},
+    }}  # fmt: skip
+    tree["gen"]["style_dims"], tree["encoder"] = 4, {"type": "conv", "num_filters": 2, "image_size": 128}
+    tree["losses"] |= {"kl": 0.05, "l1": 1.0}
+    config = parse_config(tree)
+    manifest = build_dataset(
+        tmp_path / "raw", tmp_path / "lmdb", config.data.labels, images=config.data.images, num_workers=0, num_shards=2
+    )
+    monkeypatch.setattr(run_log, "write_curves", lambda *_: None)
+    config = with_measured_range(config)
+    run = prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"), 2)
+    loop.train(run, tmp_path / "log", None)
+    return config, newest_checkpoint(tmp_path / "log"), manifest, tmp_path
+
+
+def test_photos_of_any_depth_and_bands_train_and_generate_in_kind(deep_run):
+    config, checkpoint, manifest, folder = deep_run
+    spec, is_grey = config.data.images, config.data.images.channels == 1
+    # What was measured is in the manifest, its summary, and the config of the run.
+    values = manifest["images"]["values"]
+    assert values == ([700, 1500] if is_grey else [0.0, 4.5])
+    assert spec.range == ((700, 1500) if is_grey else (0.0, 8.0))
+    lines = summary(manifest, config.data.labels, folder)
+    assert f"values {values}" in lines and f"4 of {'uint16' if is_grey else 'float32'}: s0, s1, s2, s3" in lines
+    stored = load_checkpoint(checkpoint)["config"]["data"]["images"]
+    assert stored["range"] == list(spec.range) and stored["channels"] == spec.channels
+    # A file and an array, in the values of the data.
+    model = Model.load(checkpoint)
+    maps = LabelMapDataset(folder / "raw/seg_maps", config.data.labels, edges="labels", with_images=False)
+    generate_folder(model, maps, folder / "out", FolderOptions())
+    path = folder / "out" / ("s0.png" if is_grey else "s0.npy")
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)[..., None] if is_grey else np.load(path)
+    assert image.dtype == spec.dtype == ("uint16" if is_grey else "float32")
+    assert image.shape == (32, 32, spec.channels)
+    assert spec.range[0] <= image.min() < image.max() <= spec.range[1]
+    preview = read(folder / "out/_labels/s0.preview.png")
+    assert preview.shape == (32, 32, 3) and "_labels/s0.preview.png" in (folder / "out/index.html").read_text()
+    shown = (image.astype(float) - spec.range[0]) / (spec.range[1] - spec.range[0]) * 255
+    assert np.abs(shown[..., list(spec.preview or (0, 0, 0))] - preview).max() <= 1
+    ids = decode_label((folder / "raw/seg_maps/s0.png").read_bytes(), "s0")
+    style = folder / "raw/images" / f"s1.{'png' if is_grey else 'npy'}"
+    made = Synthesizer(model)(ids, style=style)
+    assert made.shape == ((32, 32) if is_grey else (32, 32, 5)) and made.dtype == spec.dtype
+    with pytest.raises(DataError, match=rf"give {spec.dtype} \[H, W, {spec.channels}\]"):
+        Synthesizer(model).encode(np.zeros((8, 8, 2), np.uint8))
+    with pytest.raises(ConfigError, match="--format jpg does not hold images"):
+        generate_folder(model, maps, folder / "other", FolderOptions(suffix=".jpg"))
+    # The preview of training, the painting page, and the metadata of an export.
+    assert cv2.imread(str(next((folder / "log/images").iterdir()))).ndim == 3
+    labels = base64.b64encode(bytes(32 * 32)).decode()
+    page = PaintingService(Synthesizer(model), "tiny").generate({"height": 32, "width": 32, "labels": labels})
+    assert cv2.imdecode(np.frombuffer(page, np.uint8), cv2.IMREAD_UNCHANGED).shape == (32, 32, 3)
+    assert f"[N, {spec.channels}, H, W]" in metadata(model)["images"]
+    # Scores: of grey as RGB, and said; of bands none.
+    photos = checkpoint_images if is_grey else None
+    val = config.data.model_copy(update={"val": config.data.train})
+    given = config.model_copy(update={"data": val})
+    how = {"real": None, "reference_split": "val", "num_samples": 1, "seed": 0, "batch_size": 2, "with_photos": True}
+    if photos is None:
+        with pytest.raises(ConfigError, match="5 channels"):
+            checkpoint_images(checkpoint, model, given, **how)
+        return
+    for source in (found := checkpoint_images(checkpoint, model, given, **how)).fake, found.real:
+        (_, scored), *_ = source.read([0])
+        assert scored.pixels.shape == (3, 32, 32) and scored.pixels.dtype == torch.uint8
+        assert scored.remark == "1 channel(s) of uint16 shown as RGB"
+
+
+@pytest.mark.parametrize("change", [{"channels": 3}, {"range": (0, 65535)}, {"drop_alpha": True}])
+def test_a_run_goes_on_with_the_meaning_of_photos_that_it_began_with(change):
+    before, after = (
+        parse_config(TINY | {"data": TINY["data"] | {"images": {"channels": 1, "range": (0, 4095)} | images}})
+        for images in ({}, {key: list(value) if isinstance(value, tuple) else value for key, value in change.items()})
+    )
+    if "channels" in change:
+        assert "trained on images of 1 channels, this config has 3" in explain_mismatch(before, after)[0]
+    else:
+        assert set(list_changes(before, after)) <= set(MEANING) and not explain_mismatch(before, after)
+
+
+def test_deep_photos_without_a_range_are_refused_with_the_line_to_write(tmp_path):
+    labels = LabelSpec(num_classes=5)
+    write_bands(tmp_path / "raw", GREY[1], ".png")
+    with pytest.raises(DataError, match=r"s0\.png: a photo of 16 bits.*write data\.images: {channels: 1, range: auto}"):
+        build_dataset(tmp_path / "raw", tmp_path / "lmdb", labels, num_workers=0)
+    with pytest.raises(DataError, match=r"s0\.png: a photo of 16 bits per channel, and no range is given"):
+        LabelMapDataset(tmp_path / "raw", labels)[0]
+    grey = ImageSpec(channels=1, range="auto")
+    with pytest.raises(DataError, match=r"range: auto: scripts/build_lmdb\.py measured no values of .*raw"):
+        LabelMapDataset(tmp_path / "raw", labels, images=grey)
+    build_dataset(tmp_path / "raw", tmp_path / "lmdb", labels, images=grey, num_workers=0)
+    with pytest.raises(DataError, match=r'built with other data\.images: write {"channels": 1, "range": "auto"}'):
+        LabelMapDataset(tmp_path / "lmdb", labels)
+    with pytest.raises(DataError, match=r"another data\.images: use --overwrite"):
+        build_dataset(tmp_path / "raw", tmp_path / "lmdb", labels, num_workers=0)
+    write_bytes(tmp_path / "raw/images/s1.png", encode_image(np.zeros((32, 32, 1), np.uint8), ".png"))
+    with pytest.raises(DataError, match=r"photos of 8 bits among deeper ones.*s1"):
+        build_dataset(tmp_path / "raw", tmp_path / "mixed", labels, images=grey, num_workers=0)
+    assert not (tmp_path / "mixed").exists()
+
+
+def test_what_the_builder_did_is_counted_and_named(tmp_path, capsys):
+    for i, orientation in enumerate([6, 1, 6]):
+        photo = RNG.integers(0, 256, (24, 40, 4), dtype=np.uint8)
+        write_bytes(tmp_path / f"raw/images/s{i}.tif", tiff(photo, orientation, alpha=True))
+        size = (40, 24) if i == 0 else (24, 40)  # s0's label map is of the photo as shown, s2's of the stored pixels
+        write_png(tmp_path / f"raw/seg_maps/s{i}.png", np.zeros(size, np.uint8))
+    spec = ImageSpec(range=(0, 200), drop_alpha=True)
+    manifest = build_dataset(tmp_path / "raw", tmp_path / "lmdb", LABELS, images=spec, num_workers=0)
+    text = summary(manifest, LABELS, tmp_path / "lmdb")
+    assert "3 whose alpha channel is left out: s0, s1, s2" in text
+    assert "1 with an EXIF orientation, taken upright: s0\n" in text
+    assert "1 with an EXIF orientation, taken as stored: s2\n" in text
+    assert "3 with values beyond data.images.range, which are clipped: s0, s1, s2" in text
+    # Shrunk photos keep no EXIF: they are written as they are taken.
+    build_dataset(tmp_path / "raw", tmp_path / "small", LABELS, images=spec, num_workers=0, resize_smallest_side=12)
+    sizes = [tuple(LabelMapDataset(tmp_path / "small", LABELS, images=spec)[i].image.shape) for i in range(3)]
+    assert sizes == [(3, 20, 12), (3, 12, 20), (3, 12, 20)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.full((8, 8, 1), np.nan, np.float32), "64 value.s. are not finite"),
+        (np.zeros((4, 20, 20), np.float32), "bands come last"),
+        (np.zeros((8, 8, 1), np.complex64), "a photo is numbers"),
+        (b"\x93NUMPY cut off", "not readable as a NumPy file"),
+        (b"PK\x03\x04 cut off", "not readable as a NumPy file"),
+    ],
+    ids=["nan", "axes", "complex", "cut off", "cut off archive"],
+)
+def test_numpy_files_that_are_no_photos(content, message):
+    data = content if isinstance(content, bytes) else encode_image(content, ".npy")
+    with pytest.raises(DataError, match=message):
+        decode_photo(data, "a.npy", ImageSpec(channels=1, range=(0.0, 1.0)))
+
+
+def test_networks_for_rgb_refuse_bands_before_the_work_starts():
+    def check(*, images: dict, **sections) -> None:
+        tree = json.loads(json.dumps(TINY)) | sections
+        tree["data"]["images"] = images
+        check_run(parse_config(tree), 1)
+
+    perceptual = {"losses": {"gan": 1.0, "perceptual": 10.0}}
+    check(images={"channels": 1}, **perceptual)
+    with pytest.raises(ConfigError, match=r"write losses\.perceptual\.weight: 0"):
+        check(images={"channels": 4}, **perceptual)
+    for entry, message in (
+        ({"range": [5, 5]}, "the lowest value comes first"),
+        ({"channels": 2, "preview": [0, 1, 2]}, r"channels are 0\.\.1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check(images=entry)

@@ -275,6 +275,37 @@ def test_batches_are_of_one_size_and_few_wait():
     assert sizes == [4] * 12
 
 
+def test_tiles_make_the_image_of_the_whole(run, plain_checkpoint, checkpoint, tmp_path, monkeypatch):
+    model = Model.load(plain_checkpoint)
+    for norm in (module for module in model.generator.modules() if hasattr(module, "running_var")):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    labels = torch.from_numpy(blocky_labels(np.random.default_rng(0), 460, 500, 5))
+
+    def make(tile: int | None) -> np.ndarray:
+        ((_, image),) = synthesise(model, [Request("a", labels)], convert=lambda images, _: images, tile=tile)
+        return image
+
+    halo, whole = model.generator.halo, make(None)
+    assert halo == 224 and np.abs(make(halo) - whole).max() < 1e-5 < whole.std() / 1e3
+    monkeypatch.setattr(type(model.generator), "halo", halo // 2)
+    assert np.abs(make(halo) - whole).max() > 1e-5  # the halo matters
+    monkeypatch.undo()
+    # The command line: no limit of pixels, since none is made in one piece.
+    folder = tmp_path / "large"
+    write_png(folder / "a.png", labels.numpy())
+    large = ("--input_dir", folder, "--no_gallery", "--size", "own", "--max_pixels", "1000")
+    with pytest.raises(DataError, match="or --tile to generate it in pieces"):
+        run("--checkpoint", plain_checkpoint, *large, "--output_dir", tmp_path / "out")
+    run("--checkpoint", plain_checkpoint, *large, "--output_dir", tmp_path / "out", "--tile", "224")
+    assert size_of(tmp_path / "out/a.png")[:2] == (460, 500)
+    for tile in ("100", "225", "big"):
+        with pytest.raises(ConfigError, match=f"--tile {tile}: write auto, or a multiple of 32 of at least 224"):
+            run("--checkpoint", plain_checkpoint, *large, "--output_dir", tmp_path / "other", "--tile", tile)
+    with pytest.raises(ConfigError, match="every pixel depends on the whole label map"):
+        run("--checkpoint", checkpoint, *large, "--output_dir", tmp_path / "other", "--tile", "auto")
+
+
 def test_several_samples_differ_and_a_style_image_rules(run, checkpoint, label_maps, tmp_path):
     common = ("--checkpoint", checkpoint, "--input_dir", label_maps, "--format", "jpg", "--output_dir")
     run(*common, tmp_path / "k", "--num_samples", 3)

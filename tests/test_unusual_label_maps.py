@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY, write_jpg, write_png
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,14 +20,17 @@ from pydantic import ValidationError
 
 from imaginaire_spade.build import build_split
 from imaginaire_spade.config_files import load_config, load_labels
+from imaginaire_spade.data.batch import Batch, Sample
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.image_files import decode_image, decode_label, encode_map
 from imaginaire_spade.data.loader import leave_out_bad
 from imaginaire_spade.errors import ConfigError, DataError
-from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.labels import EdgeSource, LabelSpec
+from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.lmdb_builder.shard import summary
+from imaginaire_spade.training.health import doubt_labels
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import inspect_lmdb
@@ -137,11 +141,16 @@ def test_gif_and_jfif(tmp_path):
         with pytest.raises(DataError, match="moving: an animated GIF"):
             decode((tmp_path / "moving.gif").read_bytes(), "moving")
     assert decode_label(indexed(np.eye(4), COLOURS, "GIF"), "x").tolist() == np.eye(4).tolist()
-    root = folder(tmp_path / "raw", {"a": png(np.zeros((64, 80), np.uint8))})
-    (root / "images/a.jpg").rename(root / "images/a.jfif")
-    for side in (None, 32):
-        built = build_dataset(root, tmp_path / f"out{side}", RGB, num_workers=0, resize_smallest_side=side)
-        assert built["data_types"]["images"]["extension"] == ("jpg" if side else "jfif")
+    photo = np.full((64, 80, 3), 90, np.uint8)
+    for extension, shrunk in (("jfif", "jpg"), ("gif", "png")):
+        root = folder(tmp_path / extension, {"a": png(np.zeros((64, 80), np.uint8))})
+        (root / "images/a.jpg").unlink()
+        Image.fromarray(photo).save(root / f"images/a.{extension}", "JPEG" if extension == "jfif" else "GIF")
+        for side in (None, 32):
+            out = tmp_path / f"{extension}{side}"
+            built = build_dataset(root, out, RGB, num_workers=0, resize_smallest_side=side)
+            assert built["data_types"]["images"]["extension"] == (shrunk if side else extension)
+            assert abs(LabelMapDataset(str(out), RGB)[0].image.numpy().astype(int) - 90).max() <= 1
 
 
 def test_signed_maps_survive_a_build_that_encodes_them_again(tmp_path):
@@ -249,6 +258,27 @@ def test_binary_masks_under_a_table_that_ignores_255_are_refused(tmp_path, num_c
     assert build_dataset(root, tmp_path / "alone", alone, num_workers=0)["class_pixels"] == [448, 320]
     with pytest.raises(DataError, match=r"no pixel of any label map has a class: data\.labels\.ignore: \[0, 255\]"):
         build_dataset(root, tmp_path / "none", LabelSpec(num_classes=2, ignore=(0, 255)), num_workers=0)
+
+
+def test_binary_masks_of_16_bits_too(tmp_path):
+    root = folder(tmp_path / "raw", {"a": png(np.eye(8, dtype=np.uint16) * 65535)})
+    with pytest.raises(DataError, match=r"0 and 65535 alone.*remap: \{65535: 1\}"):
+        build_dataset(root, tmp_path / "out", LabelSpec(num_classes=2, ignore=(65535,)), num_workers=0)
+
+
+def test_training_on_a_folder_of_binary_masks_says_so():
+    def batches(*maps):
+        spec = LayoutSpec.of(labels, EdgeSource.NONE, False)
+        samples = [Sample(None, torch.from_numpy(ids), None, None, "k", ids.shape, 0) for ids in maps]
+        return [Batch.collate(spec, [sample]) for sample in samples]
+
+    labels = LabelSpec(num_classes=3, ignore=(255,), names=("road", "sky", "car"))
+    road, void, sky = (np.full((4, 4), i, np.uint8) for i in (0, 3, 1))
+    assert re.search(
+        r"warning: .* road and don't care alone, .*remap: \{255: 1\}", doubt_labels(labels, batches(road, void))
+    )
+    assert doubt_labels(labels, batches(road, void, sky)) is None
+    assert doubt_labels(labels, batches(road)) is None and doubt_labels(labels, []) is None
 
 
 def test_blended_binary_masks_are_named_as_such(tmp_path):
@@ -512,6 +542,7 @@ def test_training_on_folders_goes_on_without_bad_samples(tiny_folder, tiny_confi
     assert dataset.keys == [f"{i:04d}" for i in range(12) if f"{i:04d}" not in bad | {"0001"}]
     assert dataset.shard_sizes == [8] and len(dataset.bad) == 4 and "cut off" in dataset.bad[0]
     assert [dataset[i].key for i in range(8)] == dataset.keys
+    assert build_split(config, config.data.train, with_images=False).keys == dataset.keys
     clean = build_split(load_config(tiny_config(), sets), config.data.train)
     assert len(clean) == 12 and clean.bad == []
     damage(root, 1, 12)

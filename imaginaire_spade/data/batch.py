@@ -20,7 +20,7 @@ class Sample(NamedTuple):
     """One sample, on the CPU."""
 
     image: Tensor | None
-    """[C, H, W], in memory channels last: uint8, or float32 in [-1, 1] where ``data.images`` has a range."""
+    """[C, H, W], in memory channels last: uint8, or float32 0..255 where ``data.images`` has a range."""
     labels: Tensor
     """uint8 or int16 [H, W], train ids 0..num_classes (num_classes = don't care)."""
     edges: Tensor | None
@@ -44,7 +44,7 @@ class Batch:
 
     layout: SemanticLayout
     images: Tensor | None
-    """[N, C, H, W], in memory channels last, as images are decoded: uint8, or float32 in [-1, 1]."""
+    """[N, C, H, W], in memory channels last, as images are decoded: uint8, or float32 0..255."""
     keys: tuple[str, ...]
     original_sizes: tuple[tuple[int, int], ...]
     positions: tuple[int, ...]
@@ -134,9 +134,8 @@ def _stack(tensors: Iterable[Tensor | None]) -> Tensor | None:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Convert uint8 0..255 to float32 in [-1, 1], of any shape, contiguous: x / 127.5 - 1. Floats are so already."""
-    images = images.contiguous()
-    return images if images.is_floating_point() else images.float() / 127.5 - 1
+    """Convert uint8 or floats of 0..255 to float32 in [-1, 1], of any shape, contiguous: x / 127.5 - 1."""
+    return images.contiguous().float() / 127.5 - 1
 
 
 def denormalise(images: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from imaginaire_spade.data.folders import DISTANCES, Source
 from imaginaire_spade.data.image_files import DECODERS, is_jpeg
 from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.lmdb_source import open_source, usable_memory
-from imaginaire_spade.data.photos import check_built, decode_photo, is_upright, measured, read_header, to_training
+from imaginaire_spade.data.photos import decode_photo, is_upright, measured, read_header, to_training
 from imaginaire_spade.data.transforms import Geometry, apply_to_distances, apply_to_image, apply_to_map, draw_geometry
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.files import AnyImage
@@ -122,7 +122,6 @@ class LabelMapDataset(Dataset[Sample]):
         self.images = images or ImageSpec()
         if with_images:
             self.images = measured(self.images, roots)
-            check_built(self.images, roots)
         edges = EdgeSource(edges)
         self.spec = LayoutSpec.of(labels, edges, distances)
         edge_files = edges.files_needed

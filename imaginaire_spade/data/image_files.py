@@ -114,7 +114,10 @@ def decode_label(data: bytes, where: str, *, lossy: bool = False) -> NDArray[np.
     ids = _decode_map(data, where, "label map")
     if ids.dtype == np.int32:
         if ids.min() < -32768 or ids.max() > 65535:
-            raise DataError(f"{where}: label values {ids.min()}..{ids.max()}; save the map with 8 or 16 bits")
+            raise DataError(
+                f"{where}: label values {ids.min()}..{ids.max()}; ids are -32768..65535: save the map with 8 or 16 bits"
+                " (with -1 or 255 for no class, and data.labels.ignore: [-1] or [255])"
+            )
         return ids if ids.min() < 0 else ids.astype(np.uint16)
     return ids
 

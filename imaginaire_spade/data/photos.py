@@ -5,18 +5,19 @@ refused, and the message names the key. 8-bit grey and RGB are decoded by ``imag
 """
 
 import io
-import math
+import json
 import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
+from PIL import TiffImagePlugin
 from torch import Tensor
 
 from imaginaire_spade.config import ImageSpec
@@ -27,13 +28,10 @@ from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import AnyImage, RgbImage, read_json
 
 NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
+MAX_BYTES = 1 << 31
+"""Largest content of a .npz file that is unpacked."""
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _KINDS = {1: "uint", 2: "int", 3: "float"}  # a TIFF's SampleFormat
-SHOWN = {
-    2: "mirrored", 3: "upside down", 4: "mirrored upside down", 5: "mirrored and turned by 90 degrees",
-    6: "turned by 90 degrees", 7: "mirrored and turned by 90 degrees", 8: "turned by 90 degrees",
-}  # fmt: skip
-"""EXIF orientation -> how stored pixels are shown."""
 
 
 class Header(NamedTuple):
@@ -47,6 +45,8 @@ class Header(NamedTuple):
     has_alpha: bool = False
     orientation: int = 1
     """By EXIF or TIFF, 1 to 8; 1: as stored."""
+    array: AnyImage | None = None
+    """What a NumPy file holds."""
 
     def shown_size(self, upright: bool) -> tuple[int, int]:
         """Return (height, width) of the stored or of the upright pixels."""
@@ -60,31 +60,28 @@ def read_header(data: bytes, where: str) -> Header:
         DataError: no image, of too many pixels, or a NumPy file that holds no image.
     """
     if frame := jpeg_frame(data):
-        exif = frame[2]
-        return Header(image_size(data, where), orientation=_orientation(exif) if exif else 1)
+        return Header(image_size(data, where), orientation=_orientation(_tiff_tags(frame[2][6:])) if frame[2] else 1)
     if data.startswith((NPY, NPZ)):
-        shape, stored, _, _ = _open_numpy(data, where)
-        return Header((shape[0], shape[1]), stored.name, shape[2] if len(shape) == 3 else 1)
+        array = _load_numpy(data, where)
+        size = check_size(array.shape[0], array.shape[1], where)
+        return Header(size, array.dtype.name, array.shape[2] if array.ndim == 3 else 1, array=array)
     if data.startswith(_TIFF) and {256, 257} <= (tags := _tiff_tags(data)).keys():
-        channels, bits = tags.get(277, 1), tags.get(258, 1)
-        dtype = f"{_KINDS.get(tags.get(339, 1), 'uint')}{max(8, 1 << (bits - 1).bit_length())}"
+        channels, kind = tags.get(277, 1), _KINDS.get(tags.get(339, 1), "uint")
+        dtype = f"{kind}{max(8, 1 << (tags.get(258, 1) - 1).bit_length())}"
         if tags.get(262) == 3 and channels == 1:  # a palette
             channels, dtype = 3, "uint8"
-        return Header(
-            check_size(tags[257], tags[256], where), dtype, channels, tags.get(338) in (1, 2), tags.get(274, 1)
-        )
+        size = check_size(tags[257], tags[256], where)
+        return Header(size, dtype, channels, tags.get(338) in (1, 2), _orientation(tags))
     size = image_size(data, where)
     if data.startswith(b"\x89PNG"):
-        colour, chunks = data[25], dict(_chunks(data, 8, ">", 12))
-        has_alpha = colour in (4, 6) or b"tRNS" in chunks
-        dtype = "uint16" if data[24] == 16 else "uint8"
+        colour, chunks = data[25], _png_chunks(data)
+        has_alpha, exif = colour in (4, 6) or b"tRNS" in chunks, chunks.get(b"eXIf", b"")
         channels = (1 if colour in (0, 4) else 3) + has_alpha
-        return Header(size, dtype, channels, has_alpha, _orientation(chunks.get(b"eXIf", b"")))
+        return Header(size, f"uint{max(8, data[24])}", channels, has_alpha, _orientation(_tiff_tags(exif)))
     if data[:4] == b"RIFF":
-        chunks = dict(_chunks(data, 12, "<", 8))
-        lossless = chunks.get(b"VP8L", b"")
-        has_alpha = b"ALPH" in chunks or (len(lossless) > 4 and bool(lossless[4] & 16))
-        return Header(size, "uint8", 3 + has_alpha, has_alpha, _orientation(chunks.get(b"EXIF", b"")))
+        image = open_image(data, where)
+        has_alpha, exif = image.mode == "RGBA", image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+        return Header(size, "uint8", 3 + has_alpha, has_alpha, _orientation(_tiff_tags(exif)))
     return Header(size)
 
 
@@ -96,22 +93,22 @@ def is_upright(header: Header, spec: ImageSpec, label_size: tuple[int, int] | No
     Raises:
         DataError: the size of the label map does not tell, or is another.
     """
-    if header.orientation not in SHOWN or (label_size is None and spec.orientation is None):
+    if header.orientation == 1 or (label_size is None and spec.orientation is None):
         return False
-    exif = f"{where}: its EXIF orientation ({header.orientation}) shows it {SHOWN[header.orientation]}"
-    if spec.orientation is None and header.shown_size(True) == header.size == label_size:
-        raise DataError(
-            f"{exif}, and the sizes do not tell whether its label map is of the photo as shown or of the pixels as"
-            " stored: write data.images.orientation: upright, or stored"
-        )
     upright = header.shown_size(True) == label_size if spec.orientation is None else spec.orientation == "upright"
-    if label_size is not None and (size := header.shown_size(upright)) != label_size:
-        taken = "turned so, as data.images.orientation says," if upright else "as stored"
-        raise DataError(
-            f"{exif}; {taken} it is {size[0]} x {size[1]} (height x width), but its label map is {label_size[0]} x"
-            f" {label_size[1]}: they must be of one size (data.images.orientation: upright or stored)"
-        )
-    return upright
+    way = "upright" if upright else "stored"
+    problem = (
+        f"{label_size}, its label map's (height, width), is not that of the {way} photo, {header.shown_size(upright)}"
+    )
+    if spec.orientation is None and header.shown_size(True) == header.size:
+        problem = "sizes do not tell whether its label map is of the photo as shown (upright) or of the stored pixels"
+    elif label_size in (None, header.shown_size(upright)):
+        return upright
+    turns = "mirrored" if header.orientation in (2, 4, 5, 7) else "turned"
+    raise DataError(
+        f"{where}: viewers show it {turns} (EXIF orientation {header.orientation}), and {problem}: write"
+        " data.images.orientation: upright, or stored"
+    )
 
 
 def decode_photo(
@@ -129,8 +126,8 @@ def decode_photo(
     header = header or read_header(data, where)
     _check_header(header, spec, where)
     is_tiff = data.startswith(_TIFF)
-    if data.startswith((NPY, NPZ)):
-        array = _decode_numpy(data, where)
+    if header.array is not None:
+        array = header.array
     elif is_jpeg(data) or (header.dtype == "uint8" and not header.has_alpha and header.channels <= 3):
         array = decode_image(data, where, reduction=reduction)
     else:
@@ -162,25 +159,30 @@ def decode_stored(data: bytes, where: str, *, upright: bool = False) -> AnyImage
 
 
 def to_training(array: AnyImage, spec: ImageSpec) -> AnyImage:
-    """Scale a photo of ``decode_photo``: float32 in [-1, 1] if ``spec`` has a range, clipped; else uint8 as it is."""
+    """Scale a photo of ``decode_photo``, of any shape: float32 0..255 if ``spec`` has a range, clipped; else itself."""
     if spec.range is None:
         return array
-    low, high = _range_of(spec)
-    return ((array.astype(np.float32) - low) * np.float32(2 / (high - low)) - 1).clip(-1, 1)
+    low, high = spec.limits
+    return ((array.astype(np.float32) - low) * np.float32(255 / (high - low))).clip(0, 255)
 
 
 def to_stored(images: Tensor, spec: ImageSpec) -> Tensor:
     """Convert generated images, floats in [-1, 1] of any shape, to the values and the dtype of the data's files."""
-    if spec.dtype == "uint8" and spec.range is None:
+    if spec.range is None:
         return denormalise(images)
-    low, high = _range_of(spec)
+    low, high = spec.limits
     values = (images.double().clamp(-1, 1) + 1) * ((high - low) / 2) + low
     return (values if spec.dtype == "float32" else values.round()).to(getattr(torch, spec.dtype))
 
 
 def to_preview(images: Tensor, spec: ImageSpec) -> Tensor:
-    """Show images [..., C, H, W], floats in [-1, 1] or uint8, as uint8 RGB [..., 3, H, W] (``spec.preview``)."""
-    shown = images if images.dtype == torch.uint8 else denormalise(images)
+    """Show generated images, floats [..., C, H, W] in [-1, 1], as uint8 RGB [..., 3, H, W] (``spec.preview``)."""
+    return photo_preview(denormalise(images), spec)
+
+
+def photo_preview(images: Tensor, spec: ImageSpec) -> Tensor:
+    """Show photos of a batch, uint8 or floats [..., C, H, W] of 0..255, as uint8 RGB [..., 3, H, W]."""
+    shown = images.round().to(torch.uint8) if images.is_floating_point() else images
     chosen = spec.preview or ((0, 1, 2) if spec.channels >= 3 else (0, 0, 0))
     return shown if chosen == (0, 1, 2) and spec.channels == 3 else shown[..., chosen, :, :]
 
@@ -188,44 +190,30 @@ def to_preview(images: Tensor, spec: ImageSpec) -> Tensor:
 def show(image: AnyImage, spec: ImageSpec) -> RgbImage:
     """Show an image in the values of the data's files, [H, W, C] or [H, W], as uint8 RGB [H, W, 3]."""
     channels = torch.from_numpy(to_training(image if image.ndim == 3 else image[..., None], spec)).permute(2, 0, 1)
-    return np.ascontiguousarray(to_preview(channels, spec).permute(1, 2, 0).numpy())
+    return np.ascontiguousarray(photo_preview(channels, spec).permute(1, 2, 0).numpy())
 
 
 def measured(spec: ImageSpec, roots: Sequence[str | Path]) -> ImageSpec:
     """Replace ``range: auto`` by the minimum and maximum over all of ``roots``, which the builder measured.
 
     Raises:
-        DataError: one of them is not a data set of which they are known.
+        DataError: it measured none; or a data set was built, and so checked, under another ``data.images``.
     """
-    if spec.range != "auto":
-        return spec
-    values: list[int | float] = []
-    for root in roots:
-        if (found := built_images(root).get("values")) is None:
-            raise DataError(
-                f"{root}: data.images.range: auto is what scripts/build_lmdb.py measures, and this is no data set that"
-                " it measured: build one with this config, or write data.images.range: [LOW, HIGH]"
-            )
-        values += found
-    if not min(values) < max(values):
-        raise DataError(f"data.images.range: auto: every value is {values[0]}: write data.images.range: [LOW, HIGH]")
-    return spec.model_copy(update={"range": (min(values), max(values))})
-
-
-def check_built(spec: ImageSpec, roots: Sequence[str | Path]) -> None:
-    """Refuse data sets that were built, and so checked, under another meaning of photos.
-
-    Raises:
-        DataError: with the keys that differ.
-    """
-    own = spec.model_dump(mode="json", include={"channels", "drop_alpha", "orientation"})
-    for root in roots:
-        built = built_images(root).get("spec", {})
-        differ = [f"{key}: {built[key]} (here {value})" for key, value in own.items() if built.get(key, value) != value]
-        if (built.get("range", spec.range) is None) != (spec.range is None):
-            differ.append(f"range: {built['range']} (here {spec.range})")
+    found = [built_images(root).get("values") for root in roots]
+    values = [value for pair in found for value in pair or ()]
+    if spec.range == "auto" and (None in found or not min(values) < max(values)):
+        raise DataError(
+            f"data.images.range: auto: scripts/build_lmdb.py measured no values of {', '.join(map(str, roots))}: build"
+            " it with this config, or write data.images.range: [LOW, HIGH]"
+        )
+    own = spec.model_dump(mode="json")
+    for root in filter(built_images, roots):
+        built = built_spec(root).model_copy(update={"preview": spec.preview})
+        built = built.model_copy(update={"range": spec.range}) if built.range and spec.range else built
+        differ = {key: value for key, value in built.model_dump(mode="json").items() if value != own[key]}
         if differ:
-            raise DataError(f"{root} was built with data.images.{', '.join(differ)}: write the same, or build it anew")
+            raise DataError(f"{root} was built with other data.images: write {json.dumps(differ)}, or build it anew")
+    return spec.model_copy(update={"range": (min(values), max(values))}) if spec.range == "auto" else spec
 
 
 def built_images(root: str | Path) -> dict[str, Any]:
@@ -236,39 +224,41 @@ def built_images(root: str | Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _range_of(spec: ImageSpec) -> tuple[float, float]:
-    assert isinstance(spec.range, tuple), "replaced by build.with_measured_range"
-    return spec.range
+def built_spec(root: str | Path) -> ImageSpec:
+    """Return what the photos of a data set mean: as it was built, else 8-bit RGB.
+
+    Raises:
+        DataError: its manifest does not say so.
+    """
+    try:
+        return ImageSpec.model_validate_json(json.dumps(built_images(root).get("spec", {})))
+    except ValueError as error:
+        raise DataError(f"{Path(root, MANIFEST)}: no usable data.images: {error}") from None
 
 
 def _check_header(header: Header, spec: ImageSpec, where: str) -> None:
     """Refuse a photo that is not as the config says, with the line to write."""
     kind, channels = header.dtype.rstrip("0123456789"), header.channels - (header.has_alpha and spec.drop_alpha)
+    example = {"float": "[0.0, 3000.0]", "int": "[-1024, 3071]", "uint": "[0, 4095]"}[kind]
+    wrong = ""
     if header.dtype != "uint8" and spec.range is None:
-        bits = header.dtype.removeprefix(kind)
-        numbers = "floats" if kind == "float" else f"signed {bits}-bit integers" if kind == "int" else f"{bits} bits"
-        example = "[0.0, 3000.0]" if kind == "float" else "[-1024, 3071]" if kind == "int" else "[0, 4095]"
-        only = f"channels: {header.channels}, " if header.channels != spec.channels else ""
-        raise DataError(
-            f"{where}: a photo of {numbers} per channel, and data.images.range is not given: write data.images:"
-            f" {{{only}range: auto}} (from minimum to maximum, which build_lmdb.py measures), or the range that is"
-            f" meant, such as {example}"
+        bits, also = header.dtype.removeprefix(kind), f"channels: {channels}, " * (channels != spec.channels)
+        wrong = (
+            f"{'signed ' * (kind == 'int')}{bits} bits per channel{' (floats)' * (kind == 'float')}, and no range is"
+            f" given: write data.images: {{{also}range: auto}} (scripts/build_lmdb.py measures minimum and maximum), or"
+            f" the range that is meant, such as {example}"
         )
-    if kind == "float" and isinstance(spec.range, tuple) and all(isinstance(value, int) for value in spec.range):
-        floats = [float(value) for value in spec.range]
-        raise DataError(
-            f"{where}: a photo of floats, and data.images.range {list(spec.range)} is of integers: write {floats}"
+    elif kind == "float" and spec.range != "auto" and spec.dtype != "float32":
+        wrong = f"floats, and the range is of integers: write data.images.range: {[float(v) for v in spec.limits]}"
+    elif header.has_alpha and not spec.drop_alpha and header.channels != spec.channels:
+        wrong = (
+            "an alpha channel (transparency): write data.images.drop_alpha: true to leave it out, or"
+            f" data.images.channels: {header.channels} to train on it"
         )
-    if header.has_alpha and not spec.drop_alpha and header.channels != spec.channels:
-        raise DataError(
-            f"{where}: a photo with an alpha channel (transparency): write data.images.drop_alpha: true to leave it"
-            f" out, or data.images.channels: {header.channels} to train on it"
-        )
-    if channels != spec.channels and {channels, spec.channels} != {1, 3}:
-        raise DataError(
-            f"{where}: a photo of {channels} channel(s) (bands), and data.images.channels is {spec.channels}: write"
-            f" data.images.channels: {channels}"
-        )
+    elif channels != spec.channels and {channels, spec.channels} != {1, 3}:
+        wrong = f"{channels} channel(s) (bands), not {spec.channels}: write data.images.channels: {channels}"
+    if wrong:
+        raise DataError(f"{where}: a photo of {wrong}")
 
 
 def _with_channels(array: AnyImage, spec: ImageSpec, where: str) -> AnyImage:
@@ -280,10 +270,8 @@ def _with_channels(array: AnyImage, spec: ImageSpec, where: str) -> AnyImage:
         return array.repeat(3, 2)
     if spec.channels == 1 and array.shape[2] == 3 and (array == array[..., :1]).all():
         return array[..., :1]
-    raise DataError(
-        f"{where}: a photo of {array.shape[2]} different channels, and data.images.channels is {spec.channels}: write"
-        f" data.images.channels: {array.shape[2]}, or convert the photos to grey"
-    )
+    found, wanted = array.shape[2], spec.channels
+    raise DataError(f"{where}: a photo of {found} channels, not {wanted}: write data.images.channels: {found}")
 
 
 def _decode_whole(data: bytes, where: str, header: Header) -> AnyImage:
@@ -310,81 +298,46 @@ def _turn(array: AnyImage, orientation: int) -> AnyImage:
     return array[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
 
 
-def _open_numpy(data: bytes, where: str) -> tuple[tuple[int, ...], np.dtype[Any], bool, IO[bytes]]:
-    """Read shape, dtype and order (whether Fortran's) of the array of a .npy or .npz file, which is then at its values.
-
-    Raises:
-        DataError: no such file, or not one photo.
-    """
+def _load_numpy(data: bytes, where: str) -> AnyImage:
+    """Load the one array of a .npy or .npz file: numbers [H, W] or [H, W, C]."""
     try:
-        file: IO[bytes] = io.BytesIO(data)
-        if data.startswith(NPZ):
-            archive = zipfile.ZipFile(file)
-            if len(names := archive.namelist()) != 1:
-                raise DataError(f"{where}: holds {len(names)} arrays ({', '.join(names[:5])}); save the photo alone")
-            file = archive.open(names[0])
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read(file)
+        if data.startswith(NPZ) and sum(e.file_size for e in zipfile.ZipFile(io.BytesIO(data)).infolist()) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes once unpacked")
+        loaded = np.load(io.BytesIO(data), allow_pickle=False)
+        (array,) = loaded.values() if data.startswith(NPZ) else [loaded]
     except (ValueError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{where}: not readable as a NumPy file: {error}") from None
-    if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind not in "uif":
-        raise DataError(f"{where}: an array of {dtype} {list(shape)}; a photo is numbers [height, width, channels]")
-    if len(shape) == 3 and shape[0] < 16 < shape[2]:
-        raise DataError(f"{where}: an array {list(shape)}: bands come last: save np.moveaxis(array, 0, -1)")
-    check_size(shape[0], shape[1], where)
-    return shape, dtype, is_fortran, file
+        raise DataError(f"{where}: not readable as a NumPy file of one array: {error}") from None
+    if array.ndim not in (2, 3) or not array.size or array.dtype.kind not in "uif":
+        raise DataError(f"{where}: {array.dtype} {list(array.shape)}; a photo is numbers [height, width, channels]")
+    if array.ndim == 3 and array.shape[0] < 16 < array.shape[2]:
+        raise DataError(f"{where}: an array {list(array.shape)}: bands come last: save np.moveaxis(array, 0, -1)")
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
 
 
-def _decode_numpy(data: bytes, where: str) -> AnyImage:
-    shape, dtype, is_fortran, file = _open_numpy(data, where)
-    try:
-        values = np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype)
-        array = values.reshape(shape, order="F" if is_fortran else "C")
-    except (ValueError, zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
-        raise DataError(f"{where}: a NumPy file that is cut off ({error}): copy or make it again") from None
-    return np.array(array, dtype.newbyteorder("="), order="C")
-
-
-def _chunks(data: bytes, place: int, order: str, extra: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the name and content of each chunk of a PNG or WebP file; of the pixels' only the first bytes."""
+def _png_chunks(data: bytes) -> dict[bytes, bytes]:
+    """Return the chunks that say how pixels are to be shown, by name: transparency and Exif data."""
+    place, found = 8, dict[bytes, bytes]()
     while place + 8 <= len(data):
-        if order == ">":
-            length, name = struct.unpack_from(">I4s", data, place)
-        else:
-            name, length = struct.unpack_from("<4sI", data, place)
-            length += length & 1
-        yield name, data[place + 8 : place + 8 + min(length, 1 << 16)]
-        place += extra + length
+        name, end = data[place + 4 : place + 8], place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if name in (b"tRNS", b"eXIf"):
+            found[name] = data[place + 8 : end - 4]
+        place = end
+    return found
 
 
-def _orientation(exif: bytes) -> int:
-    """Read the orientation of Exif data, 1 to 8; 1 where it states none."""
-    found = _tiff_tags(exif.removeprefix(b"Exif\0\0")).get(274, 1)
-    return found if found in SHOWN else 1
+def _orientation(tags: Mapping[int, int]) -> int:
+    return tags.get(274, 1) if 1 <= tags.get(274, 1) <= 8 else 1
 
 
 def _tiff_tags(data: bytes) -> dict[int, int]:
-    """Read the first value of each whole-number tag of a TIFF's (or BigTIFF's) first directory; {} if it has none."""
-    order, tags = {b"II": "<", b"MM": ">"}.get(data[:2]), dict[int, int]()
-    if order is None:
-        return tags
+    """Read the first value of each whole-number tag of a TIFF's first directory (Exif data is one); {}: no such."""
     try:
-        is_big = struct.unpack_from(f"{order}H", data, 2)[0] == 43
-        whole, count, step, start = ("Q", "Q", 20, 8) if is_big else ("I", "H", 12, 4)
-        (place,) = struct.unpack_from(order + whole, data, start)
-        (number,) = struct.unpack_from(order + count, data, place)
-        place += struct.calcsize(order + count)
-        for entry in range(place, place + step * min(number, 4096), step):
-            tag, kind, length = struct.unpack_from(f"{order}HH{whole}", data, entry)
-            if (form := {1: "B", 3: "H", 4: "I", 16: "Q"}.get(kind)) is None or not length:
-                continue
-            at = entry + step - start
-            if length * struct.calcsize(form) > start:
-                (at,) = struct.unpack_from(order + whole, data, at)
-            (tags[tag],) = struct.unpack_from(order + form, data, at)
-    except struct.error:  # cut off, or no TIFF
-        pass
-    return tags
+        directory = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2:3] == b"+" else 8])
+        file = io.BytesIO(data)
+        file.seek(directory.next)
+        directory.load(file)
+        values = {tag: directory[tag] for tag in (256, 257, 258, 262, 274, 277, 338, 339) if tag in directory}
+    except (SyntaxError, struct.error, OSError, ValueError, TypeError, KeyError):
+        return {}
+    first = {tag: value[0] if isinstance(value, tuple) else value for tag, value in values.items()}
+    return {tag: value for tag, value in first.items() if isinstance(value, int)}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_label, image_size
-from imaginaire_spade.data.photos import SHOWN, decode_stored, read_header
+from imaginaire_spade.data.photos import decode_stored, read_header
 from imaginaire_spade.dataset_prep import samples
 from imaginaire_spade.dataset_prep.samples import Export, Options, RawSample, find_folder, find_images, no_class
 from imaginaire_spade.errors import DataError, how_to_install
@@ -91,7 +91,7 @@ def _turn(path: Path, size: tuple[int, int]) -> dict[str, Callable[[], bytes]]:
     if size not in (header.size, upright):
         sizes = f"{upright[0]} x {upright[1]} (height x width), but its annotations are for {size[0]} x {size[1]}"
         raise DataError(f"{path}: {sizes}: they are of another photo, or one of them was resized")
-    return {"images": partial(_without_orientation, path, size == upright)} if header.orientation in SHOWN else {}
+    return {"images": partial(_without_orientation, path, size == upright)} if header.orientation != 1 else {}
 
 
 def _without_orientation(path: Path, turn: bool) -> bytes:
@@ -360,12 +360,13 @@ def _by_colour(path: Path, colours: Mapping[str, tuple[int, int, int]], classes:
     known = {_VOC_BORDER: no_class(len(classes))}
     known |= {colour: classes.get(name, no_class(len(classes))) for name, colour in colours.items()}
     with Image.open(path) as image:
-        stored, place = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0, return_inverse=True)
-        size = (image.height, image.width)
-    present = [(int(r), int(g), int(b)) for r, g, b in stored]
-    if unknown := [colour for colour in present if colour not in known]:
+        codes = np.asarray(image.convert("RGB"), np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    ids = np.full(codes.shape, -1, np.int32)
+    for (red, green, blue), value in known.items():
+        ids[codes == (red << 16 | green << 8 | blue)] = value
+    if unknown := [(c >> 16, c >> 8 & 255, c & 255) for c in np.unique(codes[ids < 0]).tolist()]:
         raise DataError(f"{path}: {len(unknown)} colours that labelmap.txt does not have: {str(unknown[:5])[1:-1]}")
-    return samples.encode_ids(np.array([known[colour] for colour in present])[place.reshape(size)])
+    return samples.encode_ids(ids)
 
 
 def _parts(source: Path, options: Options) -> Export:

@@ -30,6 +30,7 @@ from imaginaire_spade.dataset_prep.maps import Writing, write_maps
 from imaginaire_spade.dataset_prep.samples import Export, Options, RawSample, find_folder, find_images, find_path
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import PARTIAL, encode_image, read_json, read_text, write_bytes
+from imaginaire_spade.labels import LabelSpec
 
 FIRST_OBJECT = 256
 """In an instance map, smaller numbers are label ids of pixels that belong to no object."""
@@ -287,7 +288,8 @@ def prepare(
 ) -> dict[str, int]:
     """Write ``output/SPLIT/{images,seg_maps,inst_maps}/KEY.ext``; return the number of samples per split.
 
-    Existing files are kept, so that an interrupted run continues when it runs again.
+    Existing files are kept, so that an interrupted run continues when it runs again. Those of an annotation tool's
+    export are made anew if they are drawn, or older than the file that they were copied from.
 
     Args:
         link: make symbolic links where nothing has to change, instead of copies.
@@ -311,12 +313,16 @@ def prepare(
         raise DataError(
             f"--source {source}: {len(twice)} file names stand for several samples: {', '.join(twice[:10])}"
         )
+    stray = sorted(set(output.glob("*/seg_maps/**/*.png")) - {path for path, _ in targets}) if export.names else []
+    if stray:
+        which = f"of an earlier export ({len(stray)} such label maps)"
+        raise DataError(f"{stray[0]}: {which}: take another --output, or remove that one")
     if writing.get("rank", 0) == 0:
         for note in export.notes:
             print(note)
         if export.names:
             _write_labels(output / LABELS, name, export)
-    write_maps(name, partial(_content, link), targets, **writing)
+    write_maps(name, partial(_content, link), targets, is_stale=_is_stale if export.names else None, **writing)
     return dict(Counter(sample.split for sample in samples))
 
 
@@ -335,6 +341,12 @@ def _changes(sample: RawSample, data_type: str) -> bool:
     """Return whether the file that is written differs from the downloaded one."""
     replaced = data_type == "seg_maps" and sample.replace_ids
     return bool(sample.resize_h_w or data_type in sample.draw or replaced)
+
+
+def _is_stale(path: Path, file: _RawFile) -> bool:
+    """Return whether a file may be of an earlier export of the tool."""
+    sample, data_type = file
+    return data_type in sample.draw or sample.files[data_type].stat().st_mtime > path.stat().st_mtime
 
 
 def _content(link: bool, file: _RawFile) -> bytes | Path:
@@ -366,6 +378,8 @@ def _write_labels(path: Path, name: str, export: Export) -> None:
     names, palette = export.names, [list(colour) for colour in export.palette]
     ignore = export.ignore or raw.no_class(len(names))
     labels = {"num_classes": len(names), "dont_care": True, "ignore": [ignore], "names": names, "palette": palette}
+    if sided := LabelSpec(num_classes=len(names), names=tuple(names)).sided_classes():
+        labels["mirror"] = sided
     content = yaml.safe_dump({"data": {"name": name, "labels": labels}}, sort_keys=False, allow_unicode=True)
     if path.exists() and read_text(path, DataError) != content:
         raise DataError(f"{path}: another label table than this export's: take another --output, or remove that one")

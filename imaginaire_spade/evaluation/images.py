@@ -25,7 +25,7 @@ from imaginaire_spade.data.folders import Source
 from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_image
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.data.loader import read_ahead
-from imaginaire_spade.data.photos import read_header, to_preview
+from imaginaire_spade.data.photos import photo_preview, read_header
 from imaginaire_spade.errors import DataError, catch_error
 from imaginaire_spade.files import LABELS_FOLDER
 from imaginaire_spade.labels import LabelSpec
@@ -144,10 +144,8 @@ def _grouped(files: Sequence[str], num_samples: int, where: str) -> list[list[st
 def _decode(data: bytes, where: str) -> NDArray[np.uint8]:
     header = read_header(data, where)
     if header.dtype != "uint8" or header.channels > 4:
-        raise DataError(
-            f"{where}: {header.channels} channel(s) of {header.dtype}, but scores are of 8-bit pictures, grey or RGB,"
-            " and a stored file does not say its range: evaluate.py --checkpoint P takes data.images.range of P"
-        )
+        kind = f"{header.channels} channel(s) of {header.dtype}"
+        raise DataError(f"{where}: {kind}, but scores are of 8-bit pictures: evaluate.py --checkpoint P makes those")
     return decode_image(data, where)
 
 
@@ -174,7 +172,7 @@ def photos_of(images: ImageSpec, samples: Samples) -> Made:
     """Give the photo of each sample as 8-bit RGB, as the augmentations leave it."""
     for index, sample in samples:
         assert sample.image is not None, "a data set without its photos"
-        yield index, 0, to_preview(sample.image, images)
+        yield index, 0, photo_preview(sample.image, images)
 
 
 class DatasetImages(ImageSource):

@@ -22,15 +22,7 @@ from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import write_image
 from imaginaire_spade.inference.model import Model
-from imaginaire_spade.inference.output import (
-    Output,
-    check_empty,
-    choose_suffix,
-    make_folder,
-    plan_outputs,
-    plan_writes,
-    write_gallery,
-)
+from imaginaire_spade.inference.output import Output, check_empty, make_folder, plan_outputs, plan_writes, write_gallery
 from imaginaire_spade.inference.sizes import MAX_PIXELS, Size, SizeRule, format_size
 from imaginaire_spade.inference.synthesis import Request, StyleOf, drawn_styles, synthesise
 
@@ -82,6 +74,8 @@ class FolderOptions:
     """"fail": check every label map before the first image; "skip": leave out those that cannot be used."""
     max_pixels: int = MAX_PIXELS
     """A label map that would be generated (or resized back) at more cannot be used."""
+    tile: int | None = None
+    """Side of the tiles in which larger label maps are generated; ``max_pixels`` does not apply then."""
     resize_back: bool = False
     """Resize images to the size of the stored label map; else they have the size at which they are generated."""
     gallery: bool = True
@@ -137,12 +131,9 @@ def generate_folder(
 
     # Plan this process's files.
     spec = model.config.data.images
-    suffix = choose_suffix(spec, options.suffix)
-    in_browsers = suffix in (".png", ".jpg") and spec.range is None and spec.channels != 4
     everything = plan_outputs(
-        dataset.keys, options.num_samples, suffix, options.animation,
-        with_previews=options.gallery and not in_browsers,
-    )  # fmt: skip
+        dataset.keys, options.num_samples, options.suffix, options.animation, spec, options.gallery
+    )
     own = everything[info.rank :: info.world_size]
     if options.existing == "refuse":
         check_empty(directory, own, everything)
@@ -159,7 +150,7 @@ def generate_folder(
 
     # Read ahead, generate in batches of one size, write.
     started_at = time.perf_counter()
-    images = synthesise(model, share.requests(jobs, style_of), options.batch_size)
+    images = synthesise(model, share.requests(jobs, style_of), options.batch_size, tile=options.tile)
     writes = plan_writes(images, jobs, directory, on_written, spec)
     for _ in read_ahead(lambda write: write(), writes, WRITES_HELD, num_threads=THREADS):
         pass
@@ -251,11 +242,13 @@ class _Share:
         return sample
 
     def _check_pixels(self, key: str, stored: Size, read: Size) -> None:
+        if self.options.tile is not None:
+            return
         if (pixels := read[0] * read[1]) > self.options.max_pixels:
             raise DataError(
                 f"{key}: a label map that would be generated at {format_size(read)}, {pixels:,} pixels in one piece."
                 f" Write{' --size trained or' if read == stored else ''} a smaller --size HEIGHTxWIDTH, or write"
-                f" --max_pixels {pixels} if the memory is there"
+                f" --max_pixels {pixels} if the memory is there, or --tile to generate it in pieces"
             )
         if self.options.resize_back and (pixels := stored[0] * stored[1]) > self.options.max_pixels:
             raise DataError(

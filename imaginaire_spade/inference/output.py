@@ -50,37 +50,37 @@ def choose_suffix(images: ImageSpec, asked: str | None) -> str:
     Raises:
         ConfigError: ``asked`` cannot hold them.
     """
-    by_opencv, dtype = images.channels in (1, 3, 4), images.dtype
-    holds = {
-        ".png": by_opencv and dtype in ("uint8", "uint16"), ".tif": by_opencv, ".npy": True,
-        ".jpg": images.channels in (1, 3) and dtype == "uint8",
-    }  # fmt: skip
-    if asked is not None and not holds[asked]:
-        formats = " or ".join(suffix[1:] for suffix, fits in holds.items() if fits)
+    channels, dtype = images.channels, images.dtype
+    fits = [".png"] * (channels in (1, 3, 4) and dtype in ("uint8", "uint16"))
+    fits += [".tif"] * (channels in (1, 3, 4)) + [".npy"] + [".jpg"] * (channels in (1, 3) and dtype == "uint8")
+    if asked is not None and asked not in fits:
         raise ConfigError(
-            f"--format {asked[1:]} does not hold images of {images.channels} channel(s) of {dtype} (data.images): write"
-            f" --format {formats}, or leave it out"
+            f"--format {asked[1:]} does not hold images of {channels} channel(s) of {dtype} (data.images): write"
+            f" --format {' or '.join(suffix[1:] for suffix in fits)}, or leave it out"
         )
-    holds[".png"] &= images.channels != 4  # (whose fourth would be taken for transparency)
-    return asked or next(suffix for suffix, fits in holds.items() if fits)
+    return asked or (".tif" if channels == 4 else fits[0])  # (a PNG's fourth channel is transparency)
 
 
 def plan_outputs(
     keys: Sequence[str],
     num_samples: int = 1,
-    suffix: str = ".png",
+    suffix: str | None = None,
     animation: str | None = None,
-    *,
-    with_previews: bool = False,
+    spec: ImageSpec | None = None,
+    gallery: bool = True,
 ) -> list[Output]:
     """Name the files of every key, sorted by key.
 
     Args:
-        with_previews: browsers do not show the images: there are 8-bit copies.
+        spec: what the images' numbers mean; None: 8-bit RGB.
+        gallery: whether images that browsers do not show have 8-bit copies.
         animation: suffix of a file that shows the samples of a key one after the other; None: there is none.
     Raises:
         DataError: keys that lead out of the folder or collide.
     """
+    spec = spec or ImageSpec()
+    suffix = choose_suffix(spec, suffix)
+    hidden = gallery and (suffix not in (".png", ".jpg") or spec.range is not None or spec.channels == 4)
     digits = max(2, len(str(num_samples - 1)))
     outputs = []
     taken: dict[str, str] = {}
@@ -94,9 +94,9 @@ def plan_outputs(
         images = tuple(f"{stem}{suffix}" for stem in stems)
         label_map = f"{LABELS_FOLDER}/{key}.png"
         film = None if animation is None else f"{key}{animation}"
-        previews = tuple(f"{LABELS_FOLDER}/{stem}.preview.png" for stem in stems) if with_previews else ()
-        outputs.append(Output(key, index, images, label_map, film, previews))
-        for path in filter(None, (*images, *previews, label_map, film)):
+        shown = tuple(f"{LABELS_FOLDER}/{stem}.preview.png" for stem in stems if hidden)
+        outputs.append(Output(key, index, images, label_map, film, shown))
+        for path in filter(None, (*images, *shown, label_map, film)):
             if path in taken:
                 raise DataError(f"label maps {taken[path]!r} and {key!r} would both be written to {path}: rename one")
             taken[path] = key

@@ -4,12 +4,15 @@ Responsible for the way of a label map through the generator: batches of one siz
 about too little memory and damaged weights; and each image's style code: from a seed, from an image, or between two.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +22,7 @@ from imaginaire_spade.data.batch import normalise
 from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.data.photos import decode_photo, to_stored, to_training
-from imaginaire_spade.errors import CheckpointError, DataError, UserError, is_out_of_memory
+from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, UserError, is_out_of_memory
 from imaginaire_spade.files import AnyImage, resize_image
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.sizes import scale
@@ -27,6 +30,9 @@ from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.generator import sample_style
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.step import AUTOCAST
+
+AUTO_TILE = 768
+"""Side of a tile: with what it needs around it, about 3 GiB for a generator of 32 filters."""
 
 BATCHES_HELD = 8
 """Label maps waiting for others of their size: at most this many batches."""
@@ -59,7 +65,12 @@ Convert = Callable[[Tensor, ImageSpec], Tensor]
 
 
 def synthesise(
-    model: Model, requests: Iterable[Request], batch_size: int = 1, *, convert: Convert = to_stored
+    model: Model,
+    requests: Iterable[Request],
+    batch_size: int = 1,
+    *,
+    convert: Convert = to_stored,
+    tile: int | None = None,
 ) -> Iterator[tuple[str, AnyImage]]:
     """Generate images: yield (name, image [H, W, C] of the label map's size or ``resize_to``) in arbitrary order.
 
@@ -67,17 +78,71 @@ def synthesise(
 
     Requests are taken lazily and wait for others of their padded size, at most ``BATCHES_HELD`` batches of them.
 
+    Args:
+        tile: label maps with a longer side are generated in tiles of this side (see ``check_tile``): the same image,
+            up to rounding, in the memory of one tile.
     Raises:
         UserError: the device has too little memory, or the network's output is not finite.
     """
     # The next batch is launched before the last one is fetched, so that a GPU does not wait for the host.
     launched: tuple[list[Request], Tensor] | None = None
     for batch in group_by_size(requests, model.generator.size_multiple, batch_size):
+        if tile is not None and max(batch[0].labels.shape) > tile:
+            yield from ((request.name, _in_tiles(model, request, tile, convert)) for request in batch)
+            continue
         previous, launched = launched, (batch, _forward(model, batch))
         if previous is not None:
             yield from _fetch(model, convert, *previous)
     if launched is not None:
         yield from _fetch(model, convert, *launched)
+
+
+def check_tile(model: Model, given: str | None) -> int | None:
+    """Parse ``--tile``: "auto", or the side of a tile in pixels; None: none.
+
+    Raises:
+        ConfigError: no such side, too small, or this generator's images depend on the whole label map everywhere.
+    """
+    if given is None:
+        return None
+    halo, step = model.generator.halo, model.generator.size_multiple
+    if halo is None:
+        raise ConfigError(
+            "--tile: this generator cannot make tiles that fit together, since every pixel depends on the whole label"
+            " map (instance norms, a style code or a start map of fixed size). Leave --tile out, and write a smaller"
+            " --size"
+        )
+    if given == "auto":
+        return -(-AUTO_TILE // step) * step
+    tile = int(given) if given.isdecimal() else 0
+    if tile < halo or tile % step:
+        raise ConfigError(
+            f"--tile {given}: write auto, or a multiple of {step} of at least {halo}, which is what a tile of this"
+            " generator needs around it on each side"
+        )
+    return tile
+
+
+def _in_tiles(model: Model, request: Request, tile: int, convert: Convert) -> AnyImage:
+    """Generate one image in tiles, each with so much around it that it comes out as in the whole."""
+    halo, (height, width) = model.generator.halo, request.labels.shape
+    assert halo is not None
+    if model.layout_spec.has_distances:
+        request = replace(request, distances=_distances_of(request))
+    whole: AnyImage | None = None
+    for top, left in itertools.product(range(0, height, tile), range(0, width, tile)):
+        y, x = max(0, top - halo), max(0, left - halo)
+        window = (..., slice(y, top + tile + halo), slice(x, left + tile + halo))
+        maps: dict[str, Any] = {
+            name: value[window] for name, value in vars(request).items() if isinstance(value, Tensor)
+        }
+        part = replace(request, **maps, resize_to=None)
+        ((_, made),) = _fetch(model, convert, [part], _forward(model, [part]))
+        if whole is None:
+            whole = np.empty((height, width, *made.shape[2:]), made.dtype)
+        whole[top : top + tile, left : left + tile] = made[top - y :, left - x :][:tile, :tile]
+    assert whole is not None
+    return resize_image(whole, *(request.resize_to or (height, width)))
 
 
 def group_by_size(requests: Iterable[Request], multiple: int, batch_size: int) -> Iterator[list[Request]]:

@@ -119,7 +119,7 @@ class Synthesizer:
         Returns:
             The kind that was given: a PIL image (RGB), or uint8 [H, W, 3], of the size at which it was generated, or
             the label map's with ``resize_back``. If ``data.images`` says otherwise: [H, W, C] ([H, W] of one channel)
-            in the values and the dtype of the data's files; a PIL image only of one channel, or of 8-bit RGB.
+            in the values and the dtype of the data's files; a PIL image only if they are 8-bit grey or RGB.
         Raises:
             LabelError: values or colours that are not in the table.
             DataError: an array or image of the wrong kind.
@@ -150,10 +150,8 @@ class Synthesizer:
         )
         image: AnyImage = next(iter(synthesise(self.model, [request])))[1]
         image = image[..., 0] if image.shape[2] == 1 else image
-        has_mode = (image.ndim == 2 and image.dtype != np.int16) or (
-            image.shape[2:] == (3,) and image.dtype == np.uint8
-        )
-        return Image.fromarray(image) if has_mode and isinstance(label_map, Image.Image) else image
+        is_picture = image.dtype == np.uint8 and image.shape[2:] in ((), (3,))
+        return Image.fromarray(image) if is_picture and isinstance(label_map, Image.Image) else image
 
     def train_ids(self, label_map: ImageLike) -> NDArray[np.generic]:
         """Convert a label map of any accepted kind to train ids, uint8 or int16 [H, W].

@@ -22,7 +22,7 @@ from imaginaire_spade.data.folders import DATA_TYPES, DISTANCES, FolderSource, S
 from imaginaire_spade.data.image_files import PHOTO_EXTENSIONS
 from imaginaire_spade.data.lmdb_source import MANIFEST, open_source, store_key
 from imaginaire_spade.data.loader import count_workers, generate_in_workers, map_in_order
-from imaginaire_spade.data.photos import built_images
+from imaginaire_spade.data.photos import built_spec
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import read_json, read_text, write_bytes
 from imaginaire_spade.labels import EdgeSource, LabelSpec
@@ -261,18 +261,6 @@ def stored_labels(root: Path) -> LabelSpec | None:
         raise DataError(f"{root / MANIFEST}: no usable label table: {error}") from None
 
 
-def stored_images(root: Path) -> ImageSpec:
-    """Return what the photos of a data set mean: as it was built, else 8-bit RGB.
-
-    Raises:
-        DataError: its manifest does not say so.
-    """
-    try:
-        return ImageSpec.model_validate_json(json.dumps(built_images(root).get("spec", {})))
-    except ValueError as error:
-        raise DataError(f"{root / MANIFEST}: no usable data.images: {error}") from None
-
-
 def look_through(root: Path, labels: LabelSpec | None, num_workers: int | None) -> Contents:
     """Read and check every sample as the builder does, and compare every file's checksum with the manifest's.
 
@@ -280,9 +268,8 @@ def look_through(root: Path, labels: LabelSpec | None, num_workers: int | None) 
     """
     source = open_data(root)
     contents = Contents(problems=list(wrong_checksums(root)))
-    with map_in_order(
-        partial(_check, source, stored_types(source), labels, stored_images(root)), source.keys, num_workers
-    ) as samples:
+    check = partial(_check, source, stored_types(source), labels, built_spec(root))
+    with map_in_order(check, source.keys, num_workers) as samples:
         for sample in tqdm(samples, "reading", len(source.keys), unit="images", mininterval=0.5):
             contents.add(sample)
     return contents

@@ -16,12 +16,13 @@ def find_doubts(labels: LabelSpec, raw: NDArray[Any], class_pixels: Mapping[int,
     """Look at a label map.
 
     Returns:
-        "one class": 1 if it has at most one class; "binary": 1 if it holds 0 and 255 alone, of which the table ignores
-        255; "blended": number of pixels of a colour that the palette lacks. What does not apply may be absent.
+        "one class": 1 if it has at most one class; "binary": 1 if it holds 0 and an ignored value (255) alone;
+        "blended": number of pixels of a colour that the palette lacks. What does not apply may be absent.
     """
     found = {"blended": blended} if (blended := labels.count_blended(raw)) else {}
     if len(class_pixels.keys() - {labels.dont_care_id}) <= 1:
-        is_binary = raw.ndim == 2 and raw.max() in (0, 255) and 255 in labels.ignore and np.isin(raw, (0, 255)).all()
+        top = raw.max()
+        is_binary = raw.ndim == 2 and top in (0, *labels.ignore) and np.isin(raw, (0, top)).all()
         found |= {"one class": 1, "binary": int(is_binary)}
     return found
 
@@ -59,8 +60,9 @@ def refuse_useless(manifest: Mapping[str, Any], labels: LabelSpec, where: Path) 
         raise DataError(f"{where}: no pixel of any label map has a class: {ignored}. Then build with --overwrite")
     is_binary = manifest.get("doubts", {}).get("binary") == manifest["num_samples"]
     if is_binary and counts[-1] and labels.num_classes > 1:
+        top = 255 if 255 in labels.ignore else labels.ignore[0]
         raise DataError(
-            f"{where}: every label map holds 0 and 255 alone, and {ignored} takes 255 for no class, which leaves one"
-            " class. For binary masks write data.labels.ignore: [] and data.labels.remap: {255: 1}; for one class and"
-            " 255 as no class, data.labels.num_classes: 1. Then build with --overwrite"
+            f"{where}: every label map holds 0 and {top} alone, and {ignored} takes {top} for no class, which leaves"
+            f" one class. For binary masks write data.labels.ignore: [] and data.labels.remap: {{{top}: 1}}; for one"
+            " class and no class, data.labels.num_classes: 1. Then build with --overwrite"
         )

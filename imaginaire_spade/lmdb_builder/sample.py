@@ -8,7 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,17 +59,28 @@ class Plan:
         return {"checked": self.check, "shrunk": shrunk, "recoded_maps": self.recode_maps}
 
 
-class PhotoFacts(NamedTuple):
-    """What the builder found in a photo that is not plain 8-bit RGB or grey."""
+@dataclass
+class PhotoFacts:
+    """What the builder found in photos that are not plain 8-bit RGB or grey."""
 
-    dtype: str
-    values: tuple[int | float, int | float] | None
+    values: list[int | float] = field(default_factory=list)
     """Minimum and maximum, where ``data.images`` has a range."""
-    beyond: float
-    """Share of the values beyond that range, which training clips."""
-    has_alpha: bool
-    turned: str
-    """"upright" or "stored": how it is taken, if EXIF gives it another orientation than it is stored in; else ""."""
+    found: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    """What a summary says -> number of photos, and the keys of some."""
+
+    def add(self, values: Sequence[int | float], found: Mapping[str, tuple[int, list[str]]]) -> None:
+        """Add what was found in others.
+
+        Raises:
+            DataError: 8-bit photos among deeper ones, which would all be taken for dark.
+        """
+        self.values = [f([*self.values, *values]) for f in (min, max)] if values else self.values
+        for note, (number, keys) in found.items():
+            before, named = self.found.get(note, (0, []))
+            self.found[note] = before + number, [*named, *keys][:5]
+        types = {note: keys for note, (_, keys) in self.found.items() if note.startswith("of ")}
+        if "of uint8" in types and len(types) > 1:
+            raise DataError(f"photos of 8 bits among deeper ones, under one data.images.range: convert them: {types}")
 
 
 @dataclass
@@ -85,7 +96,7 @@ class LoadedSample:
     """Data type -> new extension, of the files that were re-encoded with another."""
     size: tuple[int, int] | None = None
     """(height, width) of the label map (or of the first data type); None: nothing was decoded."""
-    photo: PhotoFacts | None = None
+    photo: PhotoFacts = field(default_factory=PhotoFacts)
     class_pixels: dict[int, int] = field(default_factory=dict)
     """Train id -> number of pixels, of those that occur."""
     doubts: dict[str, int] = field(default_factory=dict)
@@ -111,8 +122,7 @@ class Contents:
     doubts: Counter[str] = field(default_factory=Counter)
     label_checksums: Counter[int] = field(default_factory=Counter)
     """Checksum of a label map's file -> samples that have it."""
-    photos: dict[str, PhotoFacts] = field(default_factory=dict)
-    """By key."""
+    photos: PhotoFacts = field(default_factory=PhotoFacts)
     problems: list[str] = field(default_factory=list)
 
     def add(self, sample: LoadedSample) -> None:
@@ -122,8 +132,8 @@ class Contents:
             self.num_bytes[data_type] += number
         if sample.size:
             self.sizes[f"{sample.size[0]}x{sample.size[1]}"] += 1
-        if sample.photo:
-            self.photos[sample.key] = sample.photo
+        if sample.photo.found:
+            self.photos.add(sample.photo.values, sample.photo.found)
         for train_id, number in sample.class_pixels.items():
             self.class_pixels[train_id] += number
             self.class_samples[train_id] += 1
@@ -172,7 +182,8 @@ def check_sample(
                 continue
             if data_type == "images":
                 label_size = sizes.get("seg_maps") or next(iter(sizes.values()), None)
-                photo, sizes[data_type], sample.photo = check_photo(data, where, images, label_size, whole_photo)
+                photo, sizes[data_type], notes, values = check_photo(data, where, images, label_size, whole_photo)
+                sample.photo.add(values, {note: (1, [key]) for note in notes})
                 if whole_photo:
                     pixels[data_type] = photo
                 continue
@@ -202,8 +213,8 @@ def check_sample(
 
 def check_photo(
     data: bytes, where: str, images: ImageSpec, label_size: tuple[int, int] | None, whole: bool
-) -> tuple[NDArray[Any], tuple[int, int], PhotoFacts | None]:
-    """Decode a photo, a JPEG small unless ``whole``. Returns its pixels, its (height, width) and what there is to say.
+) -> tuple[NDArray[Any], tuple[int, int], list[str], list[int | float]]:
+    """Decode a photo, a JPEG small unless ``whole``. Returns its pixels, its (height, width) and its ``PhotoFacts``.
 
     Raises:
         DataError: it is not as ``images`` says.
@@ -213,17 +224,17 @@ def check_photo(
     # A decoder reads a JPEG to its end at any scale: decoding at 1/8 detects the same corruption 40 % faster.
     reduction = 8 if is_jpeg(data) and not whole and images.range is None else 1  # (a range is measured whole)
     array = decode_photo(data, where, images, upright=upright and whole, header=header, reduction=reduction)
-    size = header.shown_size(upright)
-    if images.range is None and not header.has_alpha and header.orientation == 1:
-        return array, size, None
-    values, beyond = None, 0.0
+    notes, values = list[str](), list[int | float]()
     if images.range is not None:
-        values = array.min().item(), array.max().item()
-        low, high = values if images.range == "auto" else images.range
-        if values[0] < low or values[1] > high:
-            beyond = float(((array < low) | (array > high)).mean())
-    turned = "" if header.orientation == 1 else "upright" if upright else "stored"
-    return array, size, PhotoFacts(header.dtype, values, beyond, header.has_alpha, turned)
+        values = [array.min().item(), array.max().item()]
+        notes.append(f"of {header.dtype}")
+        if images.range != "auto" and not images.range[0] <= values[0] <= values[1] <= images.range[1]:
+            notes.append("with values beyond data.images.range, which are clipped")
+    if header.has_alpha:
+        notes.append("whose alpha channel is left out" if images.drop_alpha else "with alpha as a channel")
+    if header.orientation != 1:
+        notes.append(f"with an EXIF orientation, taken {'upright' if upright else 'as stored'}")
+    return array, header.shown_size(upright), notes, values
 
 
 def load_sample(plan: Plan, key: str) -> LoadedSample:

@@ -7,7 +7,7 @@ and the manifest: its content, the sum over several shards, and its summary for 
 import hashlib
 import json
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import lmdb
 import numpy as np
 
+from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.folders import split_key
 from imaginaire_spade.data.lmdb_source import FILENAMES, MANIFEST, METADATA, store_key
 from imaginaire_spade.errors import DataError
@@ -200,7 +201,7 @@ def _manifest(
             for t in plan.data_types
         },
         **plan.treatment(),
-        "images": _describe_photos(plan, contents.photos),
+        "images": {"spec": plan.images.model_dump(mode="json"), **vars(contents.photos)},
         "sizes_h_w": dict(sorted(contents.sizes.items())),
         "class_pixels": (pixels := by_class(contents.class_pixels)),
         "class_samples": by_class(contents.class_samples),
@@ -225,11 +226,12 @@ def _source_sha256(plan: Plan, name: str) -> str:
 
 def difference(manifest: Manifest, plan: Plan, name: str) -> str:
     """Name what a shard differs in from the plan, or return ""."""
+    manifest = {"images": {"spec": ImageSpec().model_dump(mode="json")}} | manifest  # (older ones lack it)
     if LabelSpec.model_validate_json(json.dumps(manifest["labels"])) != plan.labels:
         return "another label table"
     if manifest.get("bad") and not plan.skip_bad:
         return "--skip_bad"
-    if manifest.get("images", {}).get("spec", {}) != plan.images.model_dump(mode="json"):
+    if manifest["images"]["spec"] != plan.images.model_dump(mode="json"):
         return "another data.images"
     if list(manifest["data_types"]) != list(plan.data_types):
         return f"other data types ({', '.join(manifest['data_types'])})"
@@ -266,6 +268,10 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str], p
     for checksum, count in filter(None, (part.get("same_label_map") for part in parts)):
         same[checksum] += count
 
+    photos = PhotoFacts()
+    for images in (part.get("images", {}) for part in parts):  # (older ones lack it)
+        photos.add(images.get("values", []), images.get("found", {}))
+
     def total(counts: str) -> Any:
         return None if parts[0][counts] is None else np.sum([part[counts] for part in parts], axis=0).tolist()
 
@@ -278,7 +284,7 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str], p
             }
             for t in parts[0]["data_types"]
         },
-        "images": _join_photos([part["images"] for part in parts]),
+        "images": parts[0].get("images", {}) | vars(photos),
         "sizes_h_w": dict(sorted(sizes.items())),
         "class_pixels": total("class_pixels"),
         "class_samples": total("class_samples"),
@@ -293,48 +299,6 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str], p
         joined = parts[0] | rest
     refuse_useless(joined, plan.labels, plan.source.root)
     return joined
-
-
-TAKEN = {"upright": "taken upright, as their EXIF orientation says", "stored": "taken as stored, against EXIF"}
-
-
-def _describe_photos(plan: Plan, photos: Mapping[str, PhotoFacts]) -> dict[str, Any]:
-    """Describe the photos of a shard: ``data.images``, and what was found in those that are not plain 8-bit ones."""
-    keys = defaultdict[str, list[str]](list)
-    for key, facts in photos.items():
-        if facts.values:
-            keys[f"of {facts.dtype}"].append(key)
-        if facts.beyond:
-            keys["with values beyond data.images.range, which are clipped"].append(key)
-        if facts.has_alpha:
-            keys["whose alpha channel is " + ("left out" if plan.images.drop_alpha else "a channel")].append(key)
-        if facts.turned:
-            keys[TAKEN[facts.turned]].append(key)
-    values = [value for facts in photos.values() if facts.values for value in facts.values]
-    found = {name: {"photos": len(those), "such_as": those[:5]} for name, those in keys.items()}
-    return _join_photos([{
-        "spec": plan.images.model_dump(mode="json"), "values": [min(values), max(values)] if values else None,
-        "found": found,
-    }])  # fmt: skip
-
-
-def _join_photos(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Sum up what was found in the photos of several shards.
-
-    Raises:
-        DataError: 8-bit photos among deeper ones, whose values would all be taken for dark.
-    """
-    values = [value for part in parts for value in part["values"] or ()]
-    found: dict[str, Any] = {}
-    for name, entry in (item for part in parts for item in part["found"].items()):
-        before = found.get(name, {"photos": 0, "such_as": []})
-        such_as = [*before["such_as"], *entry["such_as"]][:5]
-        found[name] = {"photos": before["photos"] + entry["photos"], "such_as": such_as}
-    types = [name for name in found if name.startswith("of ")]
-    if "of uint8" in types and len(types) > 1:
-        listed = "; ".join(f"{found[name]['photos']} {name}, such as {found[name]['such_as'][0]}" for name in types)
-        raise DataError(f"photos of 8 bits among deeper ones ({listed}), under one data.images.range: convert them")
-    return {"spec": parts[0]["spec"], "values": [min(values), max(values)] if values else None, "found": found}
 
 
 def wrong_checksums(root: Path) -> Iterator[str]:
@@ -379,11 +343,10 @@ def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:
         lines.append(f"sizes (height x width): {shown}{f' and {len(sizes) - 5} more' if len(sizes) > 5 else ''}")
     images = manifest.get("images", {})
     if images.get("values"):
-        asked, (low, high) = images["spec"]["range"], images["values"]
-        lines.append(f"photos: values {low:g} to {high:g}, of which training makes -1 to 1" if asked == "auto" else
-                     f"photos: values {low:g} to {high:g}; data.images.range {asked} becomes -1 to 1")  # fmt: skip
-    for name, entry in images.get("found", {}).items():
-        lines.append(f"photos: {entry['photos']} {name}: {', '.join(entry['such_as'])}{' ...' * (entry['photos'] > 5)}")
+        meant = images["spec"]["range"] if images["spec"]["range"] != "auto" else images["values"]
+        lines.append(f"photos: values {images['values']}; {meant} become -1 and 1 in training")
+    for note, (number, keys) in images.get("found", {}).items():
+        lines.append(f"photos: {number} {note}: {', '.join(keys)}{' ...' * (number > len(keys))}")
     if not manifest["checked"]:
         lines.append("nothing was decoded or checked (--no_check)")
     if number := manifest.get("num_bad"):

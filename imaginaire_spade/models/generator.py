@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.layers import (
+    InstanceNorm2d,
     SpectralConv2d,
     SpectralConvTranspose2d,
     SpectralLinear,
@@ -33,6 +34,9 @@ class Generator(nn.Module):
     """Height and width of a layout must be multiples of this."""
     style_dims: int
     """Length of the style code z; 0: it takes none."""
+    halo: int | None = None
+    """How far beyond a pixel, at most, the label map matters to it, up to a multiple of ``size_multiple``; None: all of
+    it does. In evaluation mode."""
 
     def check_input(self, layout: SemanticLayout, z: Tensor | None) -> None:
         """Raise ValueError if this generator does not take such a layout's size or style code."""
@@ -122,6 +126,18 @@ class SPADEGenerator(Generator):
             SPADEResidualBlock(a, b, spec, norm, spectral_norm) for a, b in itertools.pairwise(channels)
         )
         self.to_image = nn.Conv2d(channels[-1], image_channels, 3, padding=1)
+
+    @property
+    def halo(self) -> int | None:  # type: ignore[override]
+        if self.style_dims or any(isinstance(module, InstanceNorm2d) for module in self.modules()):
+            return None
+        # In pixels of the image: the last convolution, two per block, and what the first block's norm sees at the
+        # coarsest resolution, where one step is ``size_multiple`` pixels.
+        scales = itertools.accumulate(self.upsample_before, lambda scale, doubles: scale // (1 + doubles),
+                                      initial=self.size_multiple)  # fmt: skip
+        windows = [2 * (norm.kernel_size // 2) for norm in self.modules() if isinstance(norm, SPADE)]
+        reach = 1 + sum(2 * scale for scale in list(scales)[1:]) + max([1, *windows]) * self.size_multiple
+        return -(-reach // self.size_multiple) * self.size_multiple
 
     def forward(self, layout: SemanticLayout, z: Tensor | None = None) -> Tensor:
         """Generate images float32 [N, C, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).

@@ -21,7 +21,7 @@ from torch import Tensor
 from imaginaire_spade.config import EvaluationConfig, RunConfig
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.photos import to_preview
+from imaginaire_spade.data.photos import photo_preview, to_preview
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation import scores
@@ -199,7 +199,7 @@ class Evaluation:
 
     def _show_photos(self, batch: Batch) -> Tensor:
         assert batch.images is not None
-        return to_preview(batch.images, self._dataset.images)
+        return photo_preview(batch.images, self._dataset.images)
 
     def _images(self, name: str, make: Callable[[Batch], Tensor], format: str, check_stop: CheckStop) -> DatasetImages:
         """Return what ``make`` makes, uint8 [N, 3, H, W], of batches of the run's validation samples."""

@@ -19,6 +19,7 @@ from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.distributed import maximum_over_processes, total_over_processes
 from imaginaire_spade.errors import UserError, first_line, is_out_of_memory
 from imaginaire_spade.files import write_bytes
+from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.training.setup import Run
 from imaginaire_spade.training.step import Networks, autocast, generate, real_images
 
@@ -253,3 +254,15 @@ def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
             + "\ntrain.py --dry_run measures the peak of one iteration. Other programs on the same GPU take theirs too:"
             f" see nvidia-smi (process {os.getpid()} is this one)"
         ) from None
+
+
+def doubt_labels(labels: LabelSpec, batches: Sequence[Batch]) -> str | None:
+    """Return a warning if the label maps of some batches hold one class and no class, and nothing else."""
+    present = {i for batch in batches for i in torch.unique(batch.layout.labels).tolist()}
+    if labels.num_classes == 1 or labels.dont_care_id not in present or len(present) > 2:
+        return None
+    return (
+        f"warning: the label maps that were looked at hold {' and '.join(map(labels.name, sorted(present)))} alone, for"
+        f" data.labels.ignore: {list(labels.ignore)}. Binary masks of 0 and 255? Write data.labels.ignore: [] and"
+        " data.labels.remap: {255: 1}"
+    )

@@ -23,7 +23,7 @@ from imaginaire_spade.processes import LAUNCHER_GONE_S, forget_terminal
 from imaginaire_spade.training.checkpoint import CheckpointWriter
 from imaginaire_spade.training.evaluation import CheckStop
 from imaginaire_spade.training.fine_tuning import initialise_from
-from imaginaire_spade.training.health import Alarms, LossMeter, check_finite, explain_out_of_memory
+from imaginaire_spade.training.health import Alarms, LossMeter, check_finite, doubt_labels, explain_out_of_memory
 from imaginaire_spade.training.run_log import RunLog, preview_batch, preview_sheet
 from imaginaire_spade.training.setup import Run, calibration_inputs, calibration_layouts, content_of, describe, resume
 from imaginaire_spade.training.state import reestimate_batch_norm
@@ -151,6 +151,8 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
             log.say(run.evaluation.find_reference(log.logdir, check_stop))
     preview = preview_batch(run) if run.info.is_main else None
     calibration = calibration_layouts(run)
+    if doubt := doubt_labels(run.config.data.labels, calibration):
+        log.say(doubt)
 
     while True:
         # What is due?

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.loader import sequential_batches
-from imaginaire_spade.data.photos import to_preview
+from imaginaire_spade.data.photos import photo_preview, to_preview
 from imaginaire_spade.errors import UserError
 from imaginaire_spade.files import write_bytes, write_image
 from imaginaire_spade.noise import style_codes
@@ -216,7 +216,7 @@ def preview_sheet(run: Run, batch: Batch) -> NDArray[np.uint8]:
         columns["edges"] = (255 - batch.layout.edges.numpy() * 255).astype(np.uint8)[..., None].repeat(3, -1)
     assert batch.images is not None
     spec = run.config.data.images
-    images = {"real": to_preview(batch.images, spec)}
+    images = {"real": photo_preview(batch.images, spec)}
     z = style_codes(run.config.seed, batch.keys, run.settings.style_dims, run.device)
     layout = batch.layout.to(run.device)
     state.generator.eval()
