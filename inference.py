@@ -4,7 +4,8 @@ Writes OUT/KEY.png and a gallery OUT/index.html. If a side of a label map differ
 trained size, the image is generated at the trained size, otherwise at the label map's own size. A note reports the
 choice; --size and --resize_back change it. Needs only the checkpoint (which contains its config and label table) and
 label maps: PNGs of class ids, palette PNGs, or RGB images in the table's colours. Under torchrun the processes share
-the work. After Ctrl-C every written file is complete; --skip_existing resumes.
+the work. A model of edges or dense conditions reads their files from --input_dir DIR: DIR/edge_maps/, DIR/depth/ ...
+After Ctrl-C every written file is complete; --skip_existing resumes.
 
 With --num_samples k, or --style_interpolate A B --steps k, a label map's images are OUT/KEY_00.png, OUT/KEY_01.png...
 """
@@ -22,6 +23,7 @@ from imaginaire_spade import distributed
 from imaginaire_spade.build import import_modules
 from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.folders import DATA_TYPES
 from imaginaire_spade.errors import ConfigError, LabelError, positive_integer, run_command_line
 from imaginaire_spade.inference import synthesis
 from imaginaire_spade.inference.folder import PROBLEMS_SHOWN, FolderOptions, Progress, RunReport, generate_folder
@@ -122,7 +124,7 @@ def main() -> None:
     roots = (str(arguments.input_dir),) if arguments.input_dir else test_data.roots if test_data else ()
     if not roots:
         raise ConfigError("no label maps: give --input_dir DIR, or test_data: {roots: [DIR]} in the --config")
-    check_apart(arguments.output_dir, roots)
+    check_apart(arguments.output_dir, roots, {*DATA_TYPES, *(condition.name for condition in config.data.conditions)})
     changed: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -131,6 +133,7 @@ def main() -> None:
             size_of=sizes, with_images=False,
             replace=dict(_replacement(config.data.labels, text) for text in arguments.map),
             on_unknown=partial(_remember, changed) if arguments.on_bad_label == "ignore" else None,
+            conditions=config.data.conditions,
             suffixes=config.data.suffixes,
         )  # fmt: skip
     notes += [str(warning.message) for warning in caught]

@@ -20,7 +20,7 @@ from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import initialise
-from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Component, Registry
+from imaginaire_spade.registry import DATASETS, DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Component, Registry
 
 
 def import_modules(names: Iterable[str]) -> None:
@@ -40,7 +40,9 @@ def import_modules(names: Iterable[str]) -> None:
 
 def layout_spec(config: RunConfig) -> LayoutSpec:
     """Describe the label maps of a run: by ``data``, and by the needs of the generator's norm."""
-    return LayoutSpec.of(config.data.labels, config.data.edges, _needs_distances(GENERATORS, config.gen))
+    data = config.data
+    channels = sum(condition.channels for condition in data.conditions)
+    return LayoutSpec.of(data.labels, data.edges, _needs_distances(GENERATORS, config.gen), channels)
 
 
 def _needs_distances(registry: Registry, component: Component) -> bool:
@@ -141,10 +143,15 @@ def build_split(config: RunConfig, split: SplitConfig, *, with_images: bool = Tr
     """Open one split, ``config.data.train`` or ``config.data.val``, with or without photos."""
     if config.data.skip_bad and not with_images:  # the same samples as with photos
         return build_split(config, split).without_images()
+    if config.data.type is not None:
+        known = split.roots, config.data, layout_spec(config), split.augmentations, config.seed, with_images
+        own: LabelMapDataset = build_component(DATASETS, config.data.type, *known)
+        return own
     data = with_measured_range(config).data if with_images else config.data
     dataset = LabelMapDataset(
         split.roots, data.labels, edges=data.edges, images=data.images, distances=layout_spec(config).has_distances,
         augmentations=split.augmentations, seed=config.seed, with_images=with_images, suffixes=data.suffixes,
+        conditions=data.conditions,
     )  # fmt: skip
     if data.skip_bad:
         leave_out_bad(dataset, data.num_workers)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_serializer, model_validator
 
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.labels import EdgeSource, LabelSpec
-from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Component
+from imaginaire_spade.registry import DATASETS, DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Component
 
 
 class Section(BaseModel):
@@ -100,6 +100,41 @@ class SplitConfig(Section):
     augmentations: AugmentationConfig = AugmentationConfig()
 
 
+class Condition(Section):
+    """A dense condition: float channels that the networks see beside the labels, or in place of them."""
+
+    name: str = Field(pattern=r"^[A-Za-z]\w*$")
+    """Folder of its files, beside images/: PNG or TIFF of 8 or 16 bits, float TIFF, or .npy [H, W] or [H, W, C]."""
+    channels: int = Field(1, ge=1, le=64)
+    range: tuple[float, float] | None = None
+    """The file's values that the networks see as -1 and 1; a file with others is refused. null: 0 and the largest
+    integer of the file's 8 or 16 bits. Files of floats need a range."""
+    clip: bool = False
+    """Move values outside the range to its ends, instead of refusing the file."""
+    flip_sign: tuple[int, ...] | None = None
+    """Channels whose sign a mirrored sample turns: [0] for normals and flow, whose first channel points to the right.
+    With several channels and horizontal_flip it must be stated; [] is right for colours."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_name(cls, entry: Any) -> Any:
+        """Read a name alone as a condition of that name."""
+        entry = {"name": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict):
+            return entry
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+
+    @model_validator(mode="after")
+    def _check(self) -> Condition:
+        if self.range and self.range[0] >= self.range[1]:
+            raise ValueError(f"range: {list(self.range)}: the first value must be the smaller one")
+        if wrong := [c for c in self.flip_sign or () if not 0 <= c < self.channels]:
+            raise ValueError(f"flip_sign: {wrong}: channels are 0..{self.channels - 1}")
+        if self.name in ("images", "seg_maps", "edge_maps", "inst_maps", "distances"):
+            raise ValueError(f"name: {self.name} is a folder of its own meaning: rename yours")
+        return self
+
+
 class ImageSpec(Section):
     """The meaning of a photo's numbers: what is trained on, and what is generated."""
 
@@ -146,10 +181,13 @@ class LabelledData(Section):
 
     name: str = "data"
     labels: LabelSpec
+    """The label table; null: there are no label maps, and images are made from edges or conditions alone."""
     images: ImageSpec = ImageSpec()
     """What the numbers of a photo mean; the default is 8-bit RGB."""
     edges: EdgeSource = EdgeSource.NONE
     """Edge channel: from edge_maps/ files, or drawn after augmentation from inst_maps/ or from the label map."""
+    conditions: tuple[Condition, ...] = ()
+    """Dense conditions, such as [{name: depth, range: [0, 10]}, {name: normals, channels: 3, flip_sign: [0]}]."""
     suffixes: dict[str, str] = {}
     """Data type -> what the names of its files in folders have beside the stem by which they are joined: a suffix
     (`seg_maps: _mask` for NAME_mask.png), or text with `*` for the stem (`images: "photo_*"`). Files without are left
@@ -157,19 +195,33 @@ class LabelledData(Section):
 
     @field_validator("suffixes")
     @classmethod
-    def _check_suffixes(cls, suffixes: dict[str, str]) -> dict[str, str]:
+    def _check_suffixes(cls, suffixes: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        types = ["images", "seg_maps", "edge_maps", "inst_maps", "distances"]
+        types += [condition.name for condition in info.data.get("conditions", ())]
         for data_type, suffix in suffixes.items():
-            is_known = data_type in (types := ("images", "seg_maps", "edge_maps", "inst_maps", "distances"))
-            if not is_known or not suffix.strip("*") or suffix.count("*") > 1 or "/" in suffix:
+            if data_type not in types or not suffix.strip("*") or suffix.count("*") > 1 or "/" in suffix:
                 raise ValueError(
                     f"{data_type}: {suffix}: write one of {', '.join(types)}: _mask (or mask_*, with one *)"
                 )
         return suffixes
 
+    @model_validator(mode="after")
+    def _check_inputs(self) -> LabelledData:
+        names = [condition.name for condition in self.conditions]
+        if len(set(names)) < len(names):
+            raise ValueError(f"conditions: {', '.join(names)}: state each name once")
+        if not self.labels.num_classes and self.edges == EdgeSource.LABELS:
+            raise ValueError("edges: labels are drawn from label maps, and labels is null: write edges: file")
+        if not self.labels.num_classes and self.edges == EdgeSource.NONE and not names:
+            raise ValueError("labels is null, so images need another input: write edges: file, or conditions: [depth]")
+        return self
+
 
 class DataConfig(LabelledData):
     """A data set: its label table and its splits."""
 
+    type: Annotated[Component, DATASETS] | None = None
+    """A data set class of your own, by its registered name (docs/own_data.md); null: folders or LMDBs."""
     num_workers: int | None = Field(None, ge=0)
     """Loader workers per process; null = min(8, cores / processes)."""
     shuffle_shards: int | None = Field(None, ge=1)
@@ -180,6 +232,12 @@ class DataConfig(LabelledData):
     their names."""
     train: SplitConfig
     val: SplitConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_type(self) -> DataConfig:
+        if self.type and (self.skip_bad or self.suffixes):
+            raise ValueError("skip_bad and suffixes are for folders; with a type of your own its class selects samples")
+        return self
 
 
 class TestDataConfig(Section):
@@ -381,4 +439,12 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         if "gan" not in self.losses:
             raise ValueError("losses must contain gan")
+        flips = self.data.train.augmentations.horizontal_flip
+        if unclear := [c.name for c in self.data.conditions if flips and c.channels > 1 and c.flip_sign is None]:
+            raise ValueError(
+                f"data.conditions: {unclear[0]}: horizontal_flip mirrors it: write flip_sign: [0] if its first channel"
+                " points to the right (normals, flow), or flip_sign: [] if no channel has a direction"
+            )
+        if self.trainer.evaluation and self.trainer.evaluation.segmenter and not self.data.labels.num_classes:
+            raise ValueError("trainer.evaluation.metrics: segmentation compares label maps, and data.labels is null")
         return self

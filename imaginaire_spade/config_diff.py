@@ -33,6 +33,9 @@ def explain_mismatch(
             f"trained on images of {old.images.channels} channels, this config has {new.images.channels}"
             " (data.images.channels)"
         )
+    inputs = ["; ".join(f"{c.name} ({c.channels})" for c in data.conditions) or "none" for data in (old, new)]
+    if inputs[0] != inputs[1]:
+        differences.append(f"trained with data.conditions (channels): {inputs[0]}; this config has {inputs[1]}")
     for part in parts:
         differences += _component_differences(part, getattr(trained, part), getattr(given, part))
     # A style code is turned into a start image of fixed size (gen.style_dims > 0 only).

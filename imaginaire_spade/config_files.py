@@ -238,6 +238,10 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any, origin: str, origins:
 
 def _check(schema: type[S], tree: Mapping[str, Any], origins: Origins, source: str) -> S:
     """Validate a tree and fill in the defaults; every mistake is one line of the ConfigError."""
+    data = tree.get("data")
+    if isinstance(data, Mapping) and "labels" in data and data["labels"] is None:
+        # (No validator of the field: behind one, JSON mode ends, and with it lists that are tuples.)
+        tree = {**tree, "data": {**data, "labels": {"num_classes": 0, "dont_care": False}}}
     try:
         # JSON mode is strict about scalars ("4" is no int) and lets lists be tuples.
         return schema.model_validate_json(json.dumps(tree, default=str))
@@ -285,7 +289,7 @@ def _origin(where: tuple[str, ...], origins: Origins, source: str) -> str:
 
 def _fields_at(schema: type[BaseModel], path: list[str]) -> set[str]:
     """Return the names of the keys allowed in the section that ``path`` leads to."""
-    for part in path:
+    for part in (part for part in path if not part.isdigit()):  # the place in a list
         annotation = schema.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         schema = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), schema)

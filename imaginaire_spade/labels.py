@@ -86,8 +86,8 @@ class LabelSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
-    num_classes: int = Field(ge=1, le=32000)
-    """Number of classes, don't-care not counted."""
+    num_classes: int = Field(ge=0, le=32000)
+    """Number of classes, don't-care not counted. 0 is what ``data.labels: null`` means: there are no label maps."""
     dont_care: bool = True
     """Whether the networks get a channel for pixels without a class."""
     ignore: tuple[int, ...] = ()
@@ -108,6 +108,8 @@ class LabelSpec(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> LabelSpec:
+        if not self.num_classes and self.dont_care:
+            raise ValueError("num_classes: 0: to train without label maps write data.labels: null")
         for raw in (*self.ignore, *self.remap):
             if not MIN_RAW_ID <= raw <= MAX_RAW_ID:
                 raise ValueError(f"raw id {raw} cannot occur in an 8- or 16-bit label map ({MIN_RAW_ID}..{MAX_RAW_ID})")
@@ -381,4 +383,4 @@ def distinct_colours(count: int) -> NDArray[np.uint8]:
     """Return ``count`` distinguishable RGB colours, the same on every machine: uint8 [count, 3]."""
     golden = 0.61803398875
     hsv = [((i * golden) % 1.0, 0.55 + 0.3 * (i % 2), 0.95 - 0.2 * (i % 3)) for i in range(count)]
-    return (np.array([colorsys.hsv_to_rgb(*c) for c in hsv]) * 255).round().astype(np.uint8)
+    return (np.array([colorsys.hsv_to_rgb(*c) for c in hsv]).reshape(-1, 3) * 255).round().astype(np.uint8)

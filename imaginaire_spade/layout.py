@@ -33,19 +33,22 @@ class LayoutSpec:
     has_dont_care: bool = False
     """Whether id ``num_classes`` has a channel of its own."""
     has_edges: bool = False
-    """Whether an edge channel comes last."""
+    """Whether an edge channel follows."""
     has_distances: bool = False
     """Whether offsets from the centres of the classes' regions are there (CLADE-ICPE)."""
+    num_conditions: int = 0
+    """Channels of dense conditions (depth, normals), which come last."""
 
     @classmethod
-    def of(cls, labels: LabelSpec, edges: EdgeSource, distances: bool) -> LayoutSpec:
+    def of(cls, labels: LabelSpec, edges: EdgeSource, distances: bool, num_conditions: int = 0) -> LayoutSpec:
         """Describe the layouts of a data set.
 
         Args:
             labels, edges: as in ``data`` of a config.
             distances: whether its samples have distances.
+            num_conditions: channels of all its ``data.conditions``.
         """
-        return cls(labels.num_classes, labels.dont_care, edges != EdgeSource.NONE, distances)
+        return cls(labels.num_classes, labels.dont_care, edges != EdgeSource.NONE, distances, num_conditions)
 
     @property
     def num_label_channels(self) -> int:
@@ -54,8 +57,13 @@ class LayoutSpec:
 
     @property
     def num_channels(self) -> int:
-        """Count the channels of the one-hot view: classes, don't-care, edges."""
-        return self.num_label_channels + self.has_edges
+        """Count the channels of the one-hot view: classes, don't-care, edges, conditions."""
+        return self.num_label_channels + self.num_dense_channels
+
+    @property
+    def num_dense_channels(self) -> int:
+        """Count the channels that are no labels: edges, conditions."""
+        return self.has_edges + self.num_conditions
 
 
 FEWEST_PIXELS_ON_GPU = 64 * 64
@@ -201,12 +209,18 @@ class SemanticLayout:
         edges: uint8 or bool [N, H, W] of 0/1, or float in [0, 1] (edge maps that were resized linearly), or None;
             "labels": the ``borders`` of the label maps, drawn when first asked for, on the device that they are on.
         distances: float [N, 2, H, W], row and column offsets, or None.
+        conditions: float [N, spec.num_conditions, H, W], or None if there are none.
     """
 
-    def __init__(self, spec: LayoutSpec, labels: Tensor, edges: Edges = None, distances: Tensor | None = None) -> None:
+    def __init__(
+        self, spec: LayoutSpec, labels: Tensor, edges: Edges = None, distances: Tensor | None = None,
+        conditions: Tensor | None = None,
+    ) -> None:  # fmt: skip
         if labels.dim() != 3 or labels.dtype not in (torch.uint8, torch.int16):
             raise ValueError(f"labels must be uint8 or int16 [N, H, W], not {labels.dtype} {list(labels.shape)}")
-        for name, given, wanted in (("edges", edges, spec.has_edges), ("distances", distances, spec.has_distances)):
+        wants = spec.has_edges, spec.has_distances, spec.num_conditions > 0
+        named = zip(("edges", "distances", "conditions"), (edges, distances, conditions), wants, strict=True)
+        for name, given, wanted in named:
             if (given is not None) != wanted:
                 state = "given" if given is not None else "missing"
                 raise ValueError(f"{name} {state}, but the layout's spec has has_{name}={wanted}")
@@ -214,10 +228,13 @@ class SemanticLayout:
             raise ValueError(f"edges {list(edges.shape)} and labels {list(labels.shape)} differ in shape")
         if distances is not None and distances.shape != (labels.shape[0], 2, *labels.shape[1:]):
             raise ValueError(f"distances {list(distances.shape)} do not belong to labels {list(labels.shape)}")
+        if conditions is not None and conditions.shape != (labels.shape[0], spec.num_conditions, *labels.shape[1:]):
+            raise ValueError(f"conditions {list(conditions.shape)} do not belong to labels {list(labels.shape)}")
         self.spec = spec
         self.labels = labels
         self._edges = edges
         self.distances = distances
+        self.conditions = conditions
         self._dense: Tensor | None = None
         self._one_hot: dict[torch.dtype, Tensor] = {}
         self._windows: dict[tuple[int, int, int], Lookup] = {}
@@ -231,12 +248,15 @@ class SemanticLayout:
     def from_dense(cls, spec: LayoutSpec, semantics: Tensor, distances: Tensor | None = None) -> SemanticLayout:
         """Make a layout whose one-hot view is ``semantics`` itself: float [N, num_channels, H, W].
 
-        For inputs that are not one-hot (soft labels, a gradient with respect to the semantics). Ids are the argmax.
+        For inputs that are not one-hot (soft labels, a gradient with respect to the semantics). Ids are the argmax:
+        norms that look up one class per pixel (``needs_classes``) see those.
         """
         if semantics.shape[1] != spec.num_channels:
             raise ValueError(f"semantics has {semantics.shape[1]} channels, the spec {spec.num_channels}")
-        labels = semantics[:, : spec.num_label_channels].argmax(1).to(torch.int16)
-        layout = cls(spec, labels, semantics[:, -1] if spec.has_edges else None, distances)
+        classes, dense = semantics.tensor_split([spec.num_label_channels], 1)
+        ids = classes.argmax(1) if spec.num_label_channels else torch.zeros_like(semantics[:, 0])
+        conditions = dense[:, spec.has_edges :] if spec.num_conditions else None
+        layout = cls(spec, ids.to(torch.int16), dense[:, 0] if spec.has_edges else None, distances, conditions)
         layout._dense = semantics
         return layout
 
@@ -252,7 +272,7 @@ class SemanticLayout:
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor it consists of; edges that have not been computed are omitted."""
-        return [t for t in (self.labels, self._edges, self.distances) if isinstance(t, Tensor)]
+        return [t for t in (self.labels, self._edges, self.distances, self.conditions) if isinstance(t, Tensor)]
 
     @property
     def height(self) -> int:
@@ -287,7 +307,10 @@ class SemanticLayout:
         return self._resized[-1]
 
     def one_hot(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Build the dense view [N, num_channels, H, W] of 0/1 (edges as given): classes, don't-care, edges."""
+        """Build the dense view [N, num_channels, H, W] of 0/1 (edges and conditions as given).
+
+        Channels are the classes, don't-care, edges, conditions.
+        """
         if self._dense is not None:
             return self._dense.to(dtype)
         if dtype not in self._one_hot:
@@ -297,10 +320,19 @@ class SemanticLayout:
             dense = torch.zeros(shape, dtype=dtype, device=self.device)
             dense.scatter_(1, self.labels.long().unsqueeze(1), 1)
             dense = dense[:, : spec.num_label_channels]
-            if self.edges is not None:
-                dense = torch.cat([dense, self.edges.to(dtype).unsqueeze(1)], 1)
+            if spec.num_dense_channels:
+                dense = torch.cat([dense, self.dense_channels(dtype)], 1)
             self._one_hot[dtype] = dense
         return self._one_hot[dtype]
+
+    def dense_channels(self, dtype: torch.dtype) -> Tensor:
+        """Return the channels that are no labels [N, num_dense_channels, H, W]: edges, conditions."""
+        edges = None if self.edges is None else self.edges.to(dtype).unsqueeze(1)
+        if self.conditions is None:
+            assert edges is not None
+            return edges
+        conditions = self.conditions.to(dtype)
+        return conditions if edges is None else torch.cat([edges, conditions], 1)
 
     @property
     def is_dense(self) -> bool:
@@ -310,7 +342,9 @@ class SemanticLayout:
     @property
     def is_discrete(self) -> bool:
         """Return whether the one-hot view is made of zeros and ones, so that codes can distinguish neighbourhoods."""
-        return self._dense is None and not (self.edges is not None and self.edges.is_floating_point())
+        if self._dense is not None or self.conditions is not None:
+            return False
+        return not (self.edges is not None and self.edges.is_floating_point())
 
     @cached_property
     def classes(self) -> Lookup:
@@ -382,6 +416,7 @@ class SemanticLayout:
             function(self.labels),
             function(self._edges) if isinstance(self._edges, Tensor) else self._edges,
             None if self.distances is None else function(self.distances),
+            None if self.conditions is None else function(self.conditions),
         )
         if self._dense is not None:
             layout._dense = function(self._dense)

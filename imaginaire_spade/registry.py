@@ -1,9 +1,10 @@
 """Map names in YAML to classes in Python.
 
-Responsible for the registries of generators, discriminators, encoders, norms and losses, and the typed schema that each
-registered class brings along: its keyword-only parameters *are* the keys that YAML may set, with their types and
-defaults. Knows nothing of files or of how a component is assembled (``build.py`` does that). It knows only the names of
-the modules that fill the registries: the first look-up imports them, so that a config may name their classes.
+Responsible for the registries of generators, discriminators, encoders, norms, losses and data sets, and the typed
+schema that each registered class brings along: its keyword-only parameters *are* the keys that YAML may set, with their
+types and defaults. Knows nothing of files or of how a component is assembled (``build.py`` does that). It knows only
+the names of the modules that fill the registries: the first look-up imports them, so that a config may name their
+classes.
 
 A user registers a component from their own module and names that module on the command line (``--import``)::
 
@@ -109,7 +110,7 @@ class Registry:
         known = self._known()
         if name not in known:
             raise ConfigError(
-                f"unknown {self.kind} {name!r}{did_you_mean(name, known)} Known: {', '.join(self.names())}."
+                f"unknown {self.kind} {name!r}{did_you_mean(name, known)} Known: {', '.join(self.names()) or 'none'}."
                 " (A component of your own: name its module with --import.)"
             )
         return known[name]
@@ -170,4 +171,6 @@ GENERATORS = Registry("generator", "imaginaire_spade.models.generator")
 DISCRIMINATORS = Registry("discriminator", "imaginaire_spade.models.discriminator")
 ENCODERS = Registry("encoder", "imaginaire_spade.models.generator")
 NORMS = Registry("norm", "imaginaire_spade.models.norms")
+DATASETS = Registry("data set")
+"""Of users' own alone: folders and LMDBs need no name."""
 LOSSES = Registry("loss", "imaginaire_spade.losses")

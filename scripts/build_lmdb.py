@@ -4,7 +4,8 @@
     python scripts/build_lmdb.py --config my.yaml --data_root RAW --output_root datasets/my/train
 
 RAW/images/NAME.jpg, RAW/seg_maps/NAME.png, RAW/edge_maps/NAME.png and RAW/inst_maps/NAME.png join by name; sub-folders
-are sequences. The build decodes every file and checks every label against the label table. --config is the config of a
+are sequences. Folders of data.conditions (RAW/depth/NAME.png) join likewise. The build decodes every file and checks
+every label against the label table. --config is the config of a
 run, or a label table alone (configs/labels/).
 
 Run the same command again after an interruption: the finished shards are kept. For more speed, on one machine or many,
@@ -21,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from imaginaire_spade.build import import_modules
 from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.config_files import load_data
 from imaginaire_spade.data.folders import DATA_TYPES
@@ -63,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="decode nothing: check neither sizes nor labels, and count no labels")
     parser.add_argument("--paired", action="store_true", help="accepted and ignored: data here is always paired")
     add_shared_flags(parser, "--set")
-    parser.add_argument("--import", metavar="MODULE", help="accepted and ignored: no components are used here")
+    add_shared_flags(parser, "--import")
     # fmt: on
     return parser.parse_args()
 
@@ -71,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     started_at = time.perf_counter()
+    import_modules(arguments.imports)
     data = load_data(arguments.config, arguments.overrides)
     rank, world_size = rank_from_environment()
     manifest = build_dataset(
@@ -78,6 +81,7 @@ def main() -> None:
         arguments.output_root,
         data.labels,
         edges=data.edges,
+        conditions=data.conditions,
         images=data.images,
         data_types=arguments.data_types,
         num_shards=arguments.num_shards,

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pydantic import BaseModel
 
 from imaginaire_spade.config import RunConfig
-from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Registry
+from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Component, Registry
 
 COMPONENT_KEYS = {"gen": GENERATORS, "dis": DISCRIMINATORS, "encoder": ENCODERS}
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "config.md"
@@ -87,6 +87,8 @@ def sections(model: type[BaseModel], path: str, written: dict[type[BaseModel], s
         elif not path and key == "losses":
             nested = None
             meaning += " `name: weight` or `name: {weight: W, ...}`."
+        elif nested is Component:
+            nested = None
         default = field.get_default(call_default_factory=True)
         lines.append(row(key, field.annotation, field.is_required(), default, meaning.split("\n\n")[0]))
         if nested is not None:

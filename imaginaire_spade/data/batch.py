@@ -32,10 +32,13 @@ class Sample(NamedTuple):
     """(height, width) of the stored label map."""
     position: int
     """Position in the run. Every random number of the sample is a function of it and the seed."""
+    conditions: Tensor | None = None
+    """float32 [C, H, W], the channels of all ``data.conditions``, their ranges scaled to [-1, 1]."""
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor of the sample."""
-        return [t for t in (self.image, self.labels, self.edges, self.distances) if t is not None]
+        tensors = (self.image, self.labels, self.edges, self.distances, self.conditions)
+        return [tensor for tensor in tensors if tensor is not None]
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ class Batch:
         if spec.has_edges and edges is None:
             edges = "labels"
         labels = torch.stack([sample.labels for sample in samples])
+        others = [[sample.distances for sample in samples], [sample.conditions for sample in samples]]
         return cls(
-            SemanticLayout(spec, labels, edges, _stack(sample.distances for sample in samples)),
+            SemanticLayout(spec, labels, edges, *(_stack(maps) for maps in others)),
             None if images is None else images.permute(0, 3, 1, 2),
             tuple(sample.key for sample in samples),
             tuple(sample.original_size for sample in samples),

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from imaginaire_spade.config import AugmentationConfig, ImageSpec
+from imaginaire_spade.config import AugmentationConfig, Condition, ImageSpec
 from imaginaire_spade.data.batch import Sample
+from imaginaire_spade.data.conditions import cut_conditions, decode_condition, draw_condition
 from imaginaire_spade.data.distances import NOT_FINITE, class_distances
 from imaginaire_spade.data.folders import DISTANCES, Source
 from imaginaire_spade.data.image_files import DECODERS, is_jpeg
@@ -32,40 +33,55 @@ from imaginaire_spade.data.lmdb_source import open_source, usable_memory
 from imaginaire_spade.data.photos import decode_photo, is_upright, measured, read_header, to_training
 from imaginaire_spade.data.transforms import Geometry, apply_to_distances, apply_to_image, apply_to_map, draw_geometry
 from imaginaire_spade.errors import DataError, LabelError
-from imaginaire_spade.files import AnyImage
+from imaginaire_spade.files import AnyImage, RgbImage
 from imaginaire_spade.labels import EdgeSource, LabelSpec, edges_from_ids
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.noise import uniform_draws
 
 
 @dataclass
-class _Root:
+class Root:
     """Where the samples of one root come from."""
 
     source: Source
     edges: EdgeSource
     has_distances: bool
     """Whether distances are read from files."""
+    guide: str = "seg_maps"
+    """The data type whose files say how large a sample is: label maps, or the first of what there is instead."""
     has_warned: bool = False
     """Of distances of another size than their label map."""
 
-    def decode(self, key: str, data_type: str) -> NDArray[Any]:
-        """Read and decode a map."""
-        return DECODERS[data_type](self.source.read(key, data_type), self.source.describe(key, data_type))
+    def describe(self, key: str, data_type: str) -> str:
+        """Name a file in a message."""
+        return self.source.describe(key, data_type)
 
-    def read_labels(self, key: str, labels: LabelSpec) -> tuple[str, NDArray[np.generic]]:
-        """Read a label map as it is stored: its name in messages, and raw ids or colours."""
-        where = self.source.describe(key, "seg_maps")
+    def decode(self, key: str, data_type: str) -> NDArray[Any]:
+        """Read and decode a map or a condition."""
+        decode = DECODERS.get(data_type, decode_condition)
+        return decode(self.source.read(key, data_type), self.describe(key, data_type))
+
+    def read_guide(self, key: str, labels: LabelSpec) -> tuple[str, NDArray[np.generic]]:
+        """Read a label map (or its ``guide``) as it is stored: its name in messages, and raw ids or colours."""
+        where = self.describe(key, self.guide)
+        if self.guide != "seg_maps":
+            return where, self.decode(key, self.guide)
         return where, read_labels(self.source.read(key, "seg_maps"), where, labels)
 
     def check_size(self, shape: tuple[int, ...], key: str, data_type: str, label_size: tuple[int, int]) -> None:
         """Refuse a file of another size than its label map."""
         if shape[:2] != label_size:
             raise DataError(
-                f"{self.source.describe(key, data_type)} is {shape[0]} x {shape[1]} (height x width), but"
-                f" {self.source.describe(key, 'seg_maps')} is {label_size[0]} x {label_size[1]}: they must be of one"
+                f"{self.describe(key, data_type)} is {shape[0]} x {shape[1]} (height x width), but"
+                f" {self.describe(key, self.guide)} is {label_size[0]} x {label_size[1]}: they must be of one"
                 " size. Resize the label map with nearest neighbour, or export both from the original"
             )
+
+
+def map_types(labels: LabelSpec, edges: EdgeSource, conditions: Sequence[Condition]) -> list[str]:
+    """List the data types without which there is no sample, its guide first."""
+    maps = ["seg_maps"] if labels.num_classes else [*edges.files_needed]
+    return maps + [condition.name for condition in conditions]
 
 
 class LabelMapDataset(Dataset[Sample]):
@@ -87,6 +103,7 @@ class LabelMapDataset(Dataset[Sample]):
         replace: train id -> train id that stands for it, in every label map; stored edges stay as they are.
         on_unknown: called with what is wrong with a label map that holds values outside the table, which then count
             as don't care; None: that is raised.
+        conditions: ``data.conditions``: files in folders of their names, which every sample must have.
         suffixes: of the names in folders, as of ``FolderSource``.
     Raises:
         DataError: a root that cannot be used.
@@ -106,6 +123,7 @@ class LabelMapDataset(Dataset[Sample]):
         with_images: bool = True,
         replace: Mapping[int, int] | None = None,
         on_unknown: Callable[[LabelError], None] | None = None,
+        conditions: Sequence[Condition] = (),
         suffixes: Mapping[str, str] | None = None,
     ) -> None:
         self.labels = labels
@@ -123,10 +141,12 @@ class LabelMapDataset(Dataset[Sample]):
         if with_images:
             self.images = measured(self.images, roots)
         edges = EdgeSource(edges)
-        self.spec = LayoutSpec.of(labels, edges, distances)
+        self.conditions = tuple(conditions)
+        self.spec = LayoutSpec.of(labels, edges, distances, sum(condition.channels for condition in conditions))
         edge_files = edges.files_needed
-        required = ["images", "seg_maps", *edge_files] if with_images else ["seg_maps"]
-        self._roots: list[_Root] = []
+        maps = map_types(labels, edges, conditions)
+        required = ["images", *dict.fromkeys([*maps, *edge_files])] if with_images else maps
+        self._roots: list[Root] = []
         for root in roots:
             optional = [*edge_files, DISTANCES] if distances else edge_files
             source = open_source(root, required, optional=optional, bare=not with_images, suffixes=suffixes)
@@ -144,7 +164,7 @@ class LabelMapDataset(Dataset[Sample]):
                     " (scripts/make_distance_maps.py makes the missing ones)",
                     stacklevel=2,
                 )
-            self._roots.append(_Root(source, edges if found else EdgeSource.LABELS, stored))
+            self._roots.append(Root(source, edges if found else EdgeSource.LABELS, stored, maps[0]))
         sources = [root.source for root in self._roots]
         self._places = [(root, key) for root in self._roots for key in root.source.keys]
         """The root that has a sample, and the sample's key there."""
@@ -203,6 +223,7 @@ class LabelMapDataset(Dataset[Sample]):
             torch.from_numpy(np.zeros(size, self.labels.dtype)),
             torch.zeros(size, dtype=torch.uint8) if self.spec.has_edges and not self.edges_follow_labels else None,
             torch.zeros(2, *size) if self.spec.has_distances else None, "", size, 0,
+            torch.zeros(self.spec.num_conditions, *size) if self.conditions else None,
         )  # fmt: skip
 
     def __getitem__(self, item: int | tuple[int, int]) -> Sample:
@@ -226,7 +247,7 @@ class LabelMapDataset(Dataset[Sample]):
         Raises:
             DataError, LabelError: naming the file and what is wrong with it.
         """
-        read = [self._read_maps(*item) for item in items]
+        read = [self._read_maps(*self._places[index], self.keys[index], position) for index, position in items]
         if not self.with_images:
             return [sample for sample, _ in read]
         outs: Sequence[AnyImage | None] = images_out or [None] * len(items)
@@ -235,14 +256,21 @@ class LabelMapDataset(Dataset[Sample]):
             for (index, _), (sample, geometry), out in zip(items, read, outs, strict=True)
         ]
 
-    def _read_maps(self, index: int, position: int) -> tuple[Sample, Geometry]:
-        """Read a sample without its photo."""
-        root, key = self._places[index]
-        where, raw = root.read_labels(key, self.labels)
+    def _read_maps(self, root: Root, key: str, name: str, position: int) -> tuple[Sample, Geometry]:
+        """Read a sample without its photo.
+
+        Args:
+            key: the sample's in its root.
+            name: its key in the data set.
+        """
+        where, raw = root.read_guide(key, self.labels)
         size = raw.shape[0], raw.shape[1]
         geometry = self._geometry(size, where, position)
-        # Only values that reach the network are looked at; the builder has looked at all.
-        labels = self._train_ids(apply_to_map(raw, geometry), where)
+        if self.labels.num_classes:
+            # Only values that reach the network are looked at; the builder has looked at all.
+            labels = self._train_ids(apply_to_map(raw, geometry), where)
+        else:
+            labels = np.zeros((geometry.height, geometry.width), self.labels.dtype)
         if geometry.flip and self.labels.mirrored is not None:
             labels = self.labels.mirrored[labels]
         edges, distances = None, None
@@ -250,8 +278,18 @@ class LabelMapDataset(Dataset[Sample]):
             edges = torch.from_numpy(drawn)
         if self.spec.has_distances:
             distances = torch.from_numpy(_read_distances(root, key, geometry, size, labels))
-        sample = Sample(None, torch.from_numpy(labels), edges, distances, self.keys[index], size, position)
-        return sample, geometry
+        conditions = _read_conditions(root, key, geometry, size, self.conditions)
+        maps = torch.from_numpy(labels), edges, distances
+        return Sample(None, *maps, name, size, position, conditions), geometry
+
+    def picture(self, sample: Sample) -> RgbImage:
+        """Draw what an image is made of: the label map in its colours; without one, the edges or the condition."""
+        if self.labels.num_classes:
+            return self.labels.colourise(sample.labels.numpy())
+        if sample.edges is not None:
+            return 255 - 255 * sample.edges.numpy()[..., None].repeat(3, -1)
+        assert sample.conditions is not None
+        return draw_condition(sample.conditions[: self.conditions[0].channels].numpy())
 
     def _read_image(self, index: int, size: tuple[int, int], geometry: Geometry, out: AnyImage | None) -> Tensor:
         """Read a photo: [C, H, W], in memory channels last. A JPEG is decoded no larger than need be."""
@@ -284,11 +322,13 @@ class LabelMapDataset(Dataset[Sample]):
             DataError, LabelError: it cannot be used.
         """
         root, key = self._places[index]
-        where, raw = root.read_labels(key, self.labels)
-        if self._on_unknown is None:
+        where, raw = root.read_guide(key, self.labels)
+        if self._on_unknown is None and self.labels.num_classes:
             self.labels.count_pixels(raw, where)
         stored = raw.shape[0], raw.shape[1]
         geometry = self._geometry(stored, where, index)
+        if self.conditions:  # each is looked at
+            _read_conditions(root, key, geometry, stored, self.conditions)
         return stored, (geometry.height, geometry.width)
 
     def _geometry(self, stored: tuple[int, int], where: str, position: int) -> Geometry:
@@ -307,7 +347,7 @@ class LabelMapDataset(Dataset[Sample]):
 
 
 def _read_edges(
-    root: _Root, key: str, geometry: Geometry, size: tuple[int, int], labels: NDArray[np.generic]
+    root: Root, key: str, geometry: Geometry, size: tuple[int, int], labels: NDArray[np.generic]
 ) -> NDArray[np.uint8] | None:
     """Read or draw the edges of a sample: after the geometry, so that a border is one pixel wide at any scale."""
     stored: NDArray[np.generic] | None = None
@@ -318,8 +358,21 @@ def _read_edges(
     return root.edges.draw(labels, stored)
 
 
+def _read_conditions(
+    root: Root, key: str, geometry: Geometry, size: tuple[int, int], conditions: Sequence[Condition]
+) -> Tensor | None:
+    """Read the conditions of a sample: float32 [C, H, W]; None if there are none."""
+
+    def read(name: str) -> tuple[NDArray[Any], str]:
+        stored = root.decode(key, name)
+        root.check_size(stored.shape, key, name, size)
+        return stored, root.describe(key, name)
+
+    return cut_conditions(conditions, read, geometry)
+
+
 def _read_distances(
-    root: _Root, key: str, geometry: Geometry, size: tuple[int, int], labels: NDArray[np.generic]
+    root: Root, key: str, geometry: Geometry, size: tuple[int, int], labels: NDArray[np.generic]
 ) -> NDArray[np.float32]:
     """Read the distances of a sample; compute them where there is no file, or one of another size."""
     if root.has_distances:

@@ -28,7 +28,7 @@ DISTANCES = "distances"
 """The data type that can be computed from the label maps: files that lack are no mistake."""
 DATA_TYPES = ("images", "seg_maps", "edge_maps", "inst_maps", DISTANCES)
 EXTENSIONS = dict.fromkeys(DATA_TYPES[:-1], PHOTO_EXTENSIONS) | {DISTANCES: ("npy",)}
-"""Data type -> those of its files."""
+"""Data type -> those of its files; conditions have ``PHOTO_EXTENSIONS``."""
 ROOT_SEQUENCE = "."
 LAYOUT = "ROOT/images/NAME.jpg and ROOT/seg_maps/NAME.png (edge_maps/, inst_maps/ likewise; sub-folders are sequences)"
 
@@ -91,7 +91,9 @@ def instead_of(data_type: str) -> str:
     """Say how to do without a data type that is not there."""
     if data_type in ("edge_maps", "inst_maps"):
         return "; or write data.edges: labels (borders of the label map) or data.edges: none"
-    return ""
+    if data_type == "seg_maps":
+        return "; to train without label maps, from edges or conditions alone, write data.labels: null"
+    return "" if data_type in DATA_TYPES else f"; or leave {data_type} out of data.conditions"
 
 
 class FolderSource(Source):
@@ -132,7 +134,7 @@ class FolderSource(Source):
         self._names: dict[str, dict[str, str]] = {}
         """Data type -> key -> path below its folder, without extension, where that is not the key."""
         for t, folder in self._folders.items():
-            found = _scan(folder, EXTENSIONS[t], self.skipped, patterns.get(t, ""))
+            found = _scan(folder, EXTENSIONS.get(t, PHOTO_EXTENSIONS), self.skipped, patterns.get(t, ""))
             self._extensions[t], self._names[t] = found
         self._join_other_spellings()
         paired = {t: files for t, files in self._extensions.items() if t != DISTANCES}

@@ -55,7 +55,7 @@ class LmdbSource(Source):
                 self._shard_of[key] = number
                 self.keys.append(key)
             self.shard_sizes.append(len(self.keys) - sum(self.shard_sizes))
-            for data_type in DATA_TYPES:
+            for data_type in {*DATA_TYPES, *data_types}:
                 _forget_replaced(_data_file(shard, data_type))
             for data_type in data_types:
                 if not _is_there(shard, data_type):
@@ -98,7 +98,7 @@ def open_source(
     Args:
         data_types: what every sample must have.
         optional: data types of which ``has`` will be asked; in folders they are joined where they exist.
-        bare: accept a plain folder of label maps as well (then ``data_types`` is ``["seg_maps"]``).
+        bare: accept a plain folder of files as well, where ``data_types`` is one, such as ``["seg_maps"]``.
         suffixes: of the names in folders, as of ``FolderSource``.
     Raises:
         DataError: nothing usable, with what was looked for.
@@ -109,23 +109,30 @@ def open_source(
         raise DataError(f"{root}: {state}; expected {LAYOUT}, or an LMDB root")
     if (root / FILENAMES).is_file():
         return LmdbSource(root, [root], data_types)
-    if (root / MANIFEST).is_file() and not any((root / t).is_dir() for t in DATA_TYPES):
+    known = dict.fromkeys((*DATA_TYPES, *data_types))
+    if (root / MANIFEST).is_file() and not any((root / t).is_dir() for t in known):
         return LmdbSource(root, _shards(root), data_types)
     if unfinished := sorted(p.name for p in root.iterdir() if p.is_dir() and p.name.startswith("shard_")):
         raise DataError(
             f"{root}: an unfinished build ({', '.join(unfinished[:5])} but no {MANIFEST}): run the same"
             " scripts/build_lmdb.py command again"
         )
-    if present := [t for t in DATA_TYPES if _is_there(root, t)]:
+    if present := [t for t in known if _is_there(root, t)]:
         raise DataError(f"{root}: LMDBs {', '.join(present)} but no {FILENAMES}: copy that file too, or build again")
-    if not any((root / t).is_dir() for t in DATA_TYPES):
-        if bare and holds_images(root):
+    if not any((root / t).is_dir() for t in known):
+        if bare and len(data_types) == 1 and holds_images(root):
             return FolderSource(root, data_types, bare=True)
         raise DataError(
             f"{root}: no data set there. Looked for {MANIFEST} or {FILENAMES} (an LMDB built by"
-            f" scripts/build_lmdb.py or imaginaire) and for {LAYOUT}"
+            f" scripts/build_lmdb.py or imaginaire) and for {LAYOUT}{_and_folders(data_types)}"
         )
     return FolderSource(root, data_types, optional=optional, suffixes=suffixes)
+
+
+def _and_folders(data_types: Sequence[str]) -> str:
+    """Name the folders of conditions that are needed."""
+    folders = [f"{t}/" for t in data_types if t not in DATA_TYPES]
+    return f", with folders {', '.join(folders)} of the conditions" if folders else ""
 
 
 def _data_file(shard: Path | str, data_type: str) -> str:

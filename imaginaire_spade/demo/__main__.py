@@ -13,7 +13,7 @@ from imaginaire_spade.config import RunConfig
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.demo.server import PaintingServer, is_loopback
 from imaginaire_spade.demo.service import PaintingService
-from imaginaire_spade.errors import DataError, run_command_line
+from imaginaire_spade.errors import ConfigError, DataError, run_command_line
 from imaginaire_spade.inference.sizes import SIZE_HELP, read_size
 from imaginaire_spade.inference.synthesizer import Synthesizer
 
@@ -59,6 +59,12 @@ def main() -> None:
     import_modules(arguments.imports)
     synthesizer = Synthesizer.load(arguments.checkpoint, weights=arguments.weights, device=arguments.device, size=size)
     config = synthesizer.model.config
+    if synthesizer.dense or not synthesizer.labels.num_classes:
+        inputs = ", ".join(["edges"] * (config.data.edges != "none") + [c.name for c in synthesizer.dense])
+        raise ConfigError(
+            f"--checkpoint {arguments.checkpoint}: its generator is made for {inputs}, which cannot be painted as label"
+            " maps: make its images with inference.py, or with Synthesizer in Python"
+        )
     for note in synthesizer.model.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
     service = PaintingService(synthesizer, config.data.name, find_samples(config, arguments.samples))

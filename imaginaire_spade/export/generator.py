@@ -3,9 +3,10 @@
 Responsible for the inputs and outputs of such a file, its metadata, and the check that its images are the generator's.
 A file takes, in this order, those of the following inputs that the generator needs:
 
-- ``labels`` int32 [N, H, W]: train ids 0..num_classes (num_classes = don't care);
+- ``labels`` int32 [N, H, W]: train ids 0..num_classes (num_classes = don't care), unless ``data.labels`` was null;
 - ``edges`` float32 [N, H, W]: 1 where there is an edge, else 0;
 - ``distances`` float32 [N, 2, H, W]: of ``data/distances.py`` (CLADE-ICPE);
+- ``conditions`` float32 [N, C, H, W]: dense conditions (depth, normals), their ranges scaled to [-1, 1];
 - ``z`` float32 [N, style_dims]: style codes, standard normal.
 
 It returns ``images`` float32 [N, 3, H, W], RGB in [-1, 1]. N, H and W are free; H and W must be multiples of
@@ -53,9 +54,14 @@ class ExportedGenerator(nn.Module):
         self.spec = spec
 
     def forward(
-        self, labels: Tensor, edges: Tensor | None = None, distances: Tensor | None = None, z: Tensor | None = None
-    ) -> Tensor:
-        return self.generator(SemanticLayout(self.spec, labels.to(torch.int16), edges, distances), z)
+        self, labels: Tensor | None = None, edges: Tensor | None = None, distances: Tensor | None = None,
+        conditions: Tensor | None = None, z: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        if labels is None:  # without label maps every pixel has the id of no class, 0
+            like = edges if conditions is None else conditions[:, 0]
+            assert like is not None
+            labels = torch.zeros_like(like)
+        return self.generator(SemanticLayout(self.spec, labels.to(torch.int16), edges, distances, conditions), z)
 
 
 def check_output(output: Path, *, overwrite: bool = False) -> None:
@@ -137,6 +143,7 @@ def metadata(model: Model) -> dict[str, Any]:
         "trained_size": image_size(config),
         "style_dims": model.generator.style_dims,
         "edges": config.data.edges,
+        "conditions": [condition.model_dump(mode="json") for condition in config.data.conditions],
         "label_table": config.data.labels.model_dump(),
         "generator": config.gen.type,
         "weights": model.weights,
@@ -148,11 +155,15 @@ def example_inputs(network: ExportedGenerator, count: int, height: int, width: i
     """Make every input that the generator takes, the same each time; labels come in blocks, some of them don't care."""
     spec, rng = network.spec, np.random.default_rng((count, height, width))
     blocks = rng.integers(0, spec.num_classes + 1, (count, height // 4 + 1, width // 4 + 1), dtype=np.int32)
-    inputs: dict[str, NDArray[np.generic]] = {"labels": blocks.repeat(4, 1).repeat(4, 2)[:, :height, :width].copy()}
+    inputs: dict[str, NDArray[np.generic]] = {}
+    if spec.num_label_channels:
+        inputs["labels"] = blocks.repeat(4, 1).repeat(4, 2)[:, :height, :width].copy()
     if spec.has_edges:
         inputs["edges"] = (rng.random((count, height, width)) < 0.1).astype(np.float32)
     if spec.has_distances:
         inputs["distances"] = rng.uniform(-1, 1, (count, 2, height, width)).astype(np.float32)
+    if spec.num_conditions:
+        inputs["conditions"] = rng.uniform(-1, 1, (count, spec.num_conditions, height, width)).astype(np.float32)
     if network.generator.style_dims:
         inputs["z"] = rng.standard_normal((count, network.generator.style_dims), dtype=np.float32)
     return {name: torch.from_numpy(value) for name, value in inputs.items()}
@@ -161,7 +172,8 @@ def example_inputs(network: ExportedGenerator, count: int, height: int, width: i
 def _traced(network: ExportedGenerator, multiple: int) -> ExportedProgram:
     """Trace the network for any number of images of any size."""
     maps = (count, height, width) = Dim("batch"), multiple * Dim("height"), multiple * Dim("width")
-    sizes = {"labels": maps, "edges": maps, "distances": (count, None, height, width), "z": (count,)}
+    planes = (count, None, height, width)
+    sizes = {"labels": maps, "edges": maps, "distances": planes, "conditions": planes, "z": (count,)}
     inputs = example_inputs(network, 2, 2 * multiple, 3 * multiple)
     shapes = {name: dict(enumerate(sizes[name])) for name in inputs}
     program = torch.export.export(network, (), inputs, dynamic_shapes=shapes)

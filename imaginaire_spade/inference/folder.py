@@ -231,14 +231,16 @@ class _Share:
             back = sample.original_size if self.options.resize_back else None
             for j in jobs[output]:
                 z = style_of(output.key, j)
-                yield Request(output.images[j], sample.labels, sample.edges, z, sample.distances, back)
+                yield Request(
+                    output.images[j], sample.labels, sample.edges, z, sample.distances, back, sample.conditions
+                )
 
     def _read(self, output: Output) -> Sample:
         """Read a label map, and write the coloured one that the gallery shows."""
         sample = self.dataset[output.index]
         self._check_pixels(sample.key, sample.original_size, (sample.labels.shape[0], sample.labels.shape[1]))
         if self.options.gallery:
-            write_image(self.directory / output.label_map, self.dataset.labels.colourise(sample.labels.numpy()))
+            write_image(self.directory / output.label_map, self.dataset.picture(sample))
         return sample
 
     def _check_pixels(self, key: str, stored: Size, read: Size) -> None:

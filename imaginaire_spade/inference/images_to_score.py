@@ -157,7 +157,8 @@ def _generate(model: Model, style_of: StyleOf, num_samples: int, batch_size: int
             for j in range(num_samples):
                 name = f"{sample.key}#{j}"
                 asked[name] = index, j
-                yield Request(name, sample.labels, sample.edges, style_of(sample.key, j), sample.distances)
+                z = style_of(sample.key, j)
+                yield Request(name, sample.labels, sample.edges, z, sample.distances, conditions=sample.conditions)
 
     for name, image in synthesise(model, requests(), batch_size, convert=to_preview):
         yield *asked.pop(name), torch.from_numpy(image).permute(2, 0, 1)

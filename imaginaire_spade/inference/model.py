@@ -144,6 +144,7 @@ class Model:
             for key, tensor in network.state_dict().items()
         }
         config = dump_config(self.config) | {"test_data": None, "pretrained_weight": None}
+        config["data"]["type"] = None  # of whoever trained it
         for split in filter(None, (config["data"]["train"], config["data"]["val"])):
             split["roots"] = [Path(root).name for root in split["roots"]]
         metadata = {

@@ -6,7 +6,7 @@ import re
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -131,9 +131,11 @@ def check_empty(directory: Path, own: Sequence[Output], everything: Sequence[Out
             )
 
 
-def check_apart(directory: Path, roots: Iterable[str | Path]) -> None:
+def check_apart(directory: Path, roots: Iterable[str | Path], folders: Collection[str] = DATA_TYPES) -> None:
     """Check that images would not land among the label maps that they are made of.
 
+    Args:
+        folders: of a data set, which hold them.
     Raises:
         UserError: they would.
     """
@@ -143,7 +145,7 @@ def check_apart(directory: Path, roots: Iterable[str | Path]) -> None:
         if not target.is_relative_to(source):
             continue
         below = target.relative_to(source).parts
-        if not below or below[0] in DATA_TYPES or not any((source / name).is_dir() for name in DATA_TYPES):
+        if not below or below[0] in folders or not any((source / name).is_dir() for name in folders):
             raise UserError(
                 f"--output_dir {directory} lies among the label maps of {root}: images would replace them or be taken"
                 " for label maps. Give a folder elsewhere"

@@ -53,6 +53,10 @@ class Request:
     """float32 [2, H, W]; computed if the generator needs them and they are not given."""
     resize_to: tuple[int, int] | None = None
     """(height, width) to which the image is resized; None: it keeps the label map's."""
+    conditions: Tensor | None = None
+    """float32 [C, H, W], scaled to [-1, 1]."""
+    soft: Tensor | None = None
+    """float32 [label channels, H, W]: shares of the classes in each pixel, which then count instead of ``labels``."""
 
     def padded_size(self, multiple: int) -> tuple[int, int]:
         """Return the smallest (height, width), at least the label map's, that ``multiple`` divides."""
@@ -160,7 +164,8 @@ def group_by_size(requests: Iterable[Request], multiple: int, batch_size: int) -
 
 
 def pad_to_layout(model: Model, requests: Sequence[Request]) -> SemanticLayout:
-    """Stack requests of one padded size, filled up with don't-care (no edges) at the bottom and on the right."""
+    """Stack requests of one padded size, filled up at the bottom and on the right: with don't-care, without edges, by
+    the last values of conditions. All of them have soft label maps, or none."""
     spec = model.layout_spec
     height, width = requests[0].padded_size(model.generator.size_multiple)
 
@@ -172,7 +177,19 @@ def pad_to_layout(model: Model, requests: Sequence[Request]) -> SemanticLayout:
     distances = None
     if spec.has_distances:  # of the label map itself, not of its padding
         distances = stack([_distances_of(request) for request in requests], 0)
-    return SemanticLayout(spec, labels, stack(edges, 0) if edges else None, distances)
+    conditions = None
+    if spec.num_conditions:
+        given = [request.conditions for request in requests if request.conditions is not None]
+        below = [(0, width - c.shape[2], 0, height - c.shape[1]) for c in given]
+        conditions = torch.stack([F.pad(c, sides, "replicate") for c, sides in zip(given, below, strict=True)])
+    layout = SemanticLayout(spec, labels, stack(edges, 0) if edges else None, distances, conditions)
+    soft = [request.soft for request in requests if request.soft is not None]
+    if not soft:
+        return layout
+    dense = layout.one_hot()
+    for row, shares in zip(dense, soft, strict=True):
+        row[: spec.num_label_channels, : shares.shape[1], : shares.shape[2]] = shares
+    return SemanticLayout.from_dense(spec, dense, distances)
 
 
 def _distances_of(request: Request) -> Tensor:

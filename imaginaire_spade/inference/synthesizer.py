@@ -7,6 +7,7 @@ generator, ``sizes`` at which size.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,14 +17,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imaginaire_spade.config import ImageSpec
+from imaginaire_spade.data.conditions import cut_conditions
 from imaginaire_spade.data.transforms import Geometry, apply_to_map
 from imaginaire_spade.distributed import ProcessInfo, choose_device
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError
 from imaginaire_spade.files import AnyImage
 from imaginaire_spade.inference.model import Model, find_checkpoint
-from imaginaire_spade.inference.sizes import SizeRule, format_size, read_size
+from imaginaire_spade.inference.sizes import Size, SizeRule, format_size, read_size
 from imaginaire_spade.inference.synthesis import Request, encode_style, read_style_image, style_of_seed, synthesise
 from imaginaire_spade.labels import MAX_RAW_ID, MIN_RAW_ID, LabelSpec, edges_from_ids
+from imaginaire_spade.models.norms import ConditionalNorm
 
 ImageLike = Image.Image | NDArray[Any]
 MODES = ("1", "L", "P", "RGB", "I", "I;16")
@@ -51,6 +54,7 @@ class Synthesizer:
         has_style_encoder: whether ``style`` may be an image.
         style_dims: length of a style code; 0: the generator takes none, and a label map has one image.
         wants_edges: whether the generator sees object borders besides labels.
+        dense: ``data.conditions``: the dense conditions that it sees besides, each with name, channels and range.
         sizes: the rule of ``size``: (height, width) of a label map -> that at which it is generated.
         model: what was loaded (generator, encoder, config, ``notes`` for the user).
     """
@@ -65,6 +69,7 @@ class Synthesizer:
         self.has_style_encoder = model.encoder is not None
         self.style_dims = model.generator.style_dims
         self.wants_edges = model.layout_spec.has_edges
+        self.dense = model.config.data.conditions
 
     @classmethod
     def load(
@@ -95,12 +100,13 @@ class Synthesizer:
 
     def __call__(
         self,
-        label_map: ImageLike,
+        label_map: ImageLike | torch.Tensor | None = None,
         *,
         seed: int = 0,
         style: ImageLike | str | Path | None = None,
         edges: ImageLike | None = None,
         instances: ImageLike | None = None,
+        conditions: Mapping[str, ImageLike] | None = None,
         size: str | tuple[int, int] | None = None,
         resize_back: bool | None = None,
     ) -> Any:
@@ -108,13 +114,16 @@ class Synthesizer:
 
         Args:
             label_map: ids as the data set stores them, integer [H, W] or a PIL image of mode L, P, I or I;16; or
-                colours of the table's palette, uint8 [H, W, 3] or a PIL image of mode RGB.
+                colours of the table's palette, uint8 [H, W, 3] or a PIL image of mode RGB; or soft, float [C, H, W]
+                (array or tensor): the share 0..1 of each class in each pixel, don't-care last where the table has it.
+                None for a generator that was trained without label maps.
             seed: of the style code, if ``style`` is not given.
             style: an image (array uint8 [H, W, 3], PIL, or its file), whose style is taken, or a style code, float
                 [style_dims].
             edges: [H, W], not 0 where objects meet; only for a generator that wants edges. Without it they are drawn
                 from ``instances``, and without these from the label map.
             instances: object ids, integer [H, W], from whose borders edges are drawn.
+            conditions: name -> [H, W] or [H, W, C], of each of ``data.conditions``, with values as in its files.
             size, resize_back: as above, for this image; None: as the synthesizer was made.
         Returns:
             The kind that was given: a PIL image (RGB), or uint8 [H, W, 3], of the size at which it was generated, or
@@ -123,10 +132,19 @@ class Synthesizer:
         Raises:
             LabelError: values or colours that are not in the table.
             DataError: an array or image of the wrong kind.
-            ConfigError: edges for a generator that takes none, no such size.
+            ConfigError: edges or conditions for a generator that takes none, or none for one that takes them; no such
+                size.
             CheckpointError: a style for a generator that takes none.
         """
-        train_ids = self.train_ids(label_map)
+        conditions = dict(conditions or {})
+        shares = None
+        if label_map is None or not self.labels.num_classes:
+            train_ids = self._without_labels(label_map, [edges, instances, *conditions.values()])
+        elif isinstance(label_map, torch.Tensor) or _is_soft(label_map):
+            shares = self._shares(label_map)
+            train_ids = shares.argmax(0).astype(self.labels.dtype)
+        else:
+            train_ids = self.train_ids(label_map)
         rule = self.sizes if size is None else SizeRule(read_size(size, "size"), self.size)
         resize_back = self.resize_back if resize_back is None else resize_back
         own = (train_ids.shape[0], train_ids.shape[1])
@@ -147,11 +165,14 @@ class Synthesizer:
             self._edges(train_ids, edges, instances, geometry),
             self._style(style, seed),
             resize_to=own if resize_back else None,
+            conditions=self._conditions(conditions, own, geometry),
+            soft=None if shares is None else torch.stack([torch.from_numpy(apply_to_map(s, geometry)) for s in shares]),
         )
         image: AnyImage = next(iter(synthesise(self.model, [request])))[1]
         image = image[..., 0] if image.shape[2] == 1 else image
         is_picture = image.dtype == np.uint8 and image.shape[2:] in ((), (3,))
-        return Image.fromarray(image) if is_picture and isinstance(label_map, Image.Image) else image
+        first = next((given for given in (label_map, edges, *conditions.values()) if given is not None), None)
+        return Image.fromarray(image) if is_picture and isinstance(first, Image.Image) else image
 
     def train_ids(self, label_map: ImageLike) -> NDArray[np.generic]:
         """Convert a label map of any accepted kind to train ids, uint8 or int16 [H, W].
@@ -197,6 +218,46 @@ class Synthesizer:
             return torch.from_numpy(style.astype(np.float32))
         return torch.from_numpy(self.encode(style))
 
+    def _without_labels(self, label_map: object, others: Sequence[ImageLike | None]) -> NDArray[np.generic]:
+        """Return ids of no class, [H, W] as large as the first of ``others`` that is given."""
+        if self.labels.num_classes:
+            raise ConfigError(f"{WHERE}: None; this generator was trained with label maps: give one")
+        sizes = [np.asarray(given).shape[:2] for given in others if given is not None]
+        if label_map is not None or not sizes:
+            needed = ["edges"] * self.wants_edges + [f"conditions={{{c.name!r}: ...}}" for c in self.dense]
+            raise ConfigError(f"{WHERE}: this generator was trained without label maps: give {', '.join(needed)} alone")
+        return np.zeros(sizes[0], self.labels.dtype)
+
+    def _shares(self, given: ImageLike | torch.Tensor) -> NDArray[np.float32]:
+        """Return a soft label map, float32 [label channels, H, W]."""
+        array = given.detach().cpu().numpy() if isinstance(given, torch.Tensor) else np.asarray(given)
+        channels, classes = self.model.layout_spec.num_label_channels, self.labels.num_classes
+        if array.dtype.kind != "f" or array.ndim != 3 or array.shape[0] not in (channels, classes) or not array.size:
+            wanted = f"{classes}" + (f" or {channels} (don't care last)" if channels > classes else "")
+            raise DataError(
+                f"{WHERE}: {array.dtype} {list(array.shape)}; a soft label map is float [C, H, W] with C = {wanted}"
+            )
+        if not 0 <= array.min() <= array.max() <= 1:  # NaN too
+            raise DataError(f"{WHERE}: values {array.min():g}..{array.max():g}; a soft label map has shares, 0..1")
+        if any(isinstance(norm, ConditionalNorm) and norm.needs_classes for norm in self.model.generator.modules()):
+            raise ConfigError(f"{WHERE}: this generator (gen.norm: clade) takes one class per pixel; give their ids")
+        missing = np.zeros((channels - len(array), *array.shape[1:]), np.float32)
+        return np.concatenate([array.astype(np.float32), missing])
+
+    def _conditions(self, given: Mapping[str, ImageLike], size: Size, geometry: Geometry) -> torch.Tensor | None:
+        names = [condition.name for condition in self.dense]
+        if set(given) != set(names):
+            wanted = ", ".join(names) or "none"
+            raise ConfigError(f"conditions: {', '.join(given) or 'none'} given; this generator takes {wanted}")
+
+        def read(name: str) -> tuple[NDArray[Any], str]:
+            array, where = np.asarray(given[name]), f"conditions[{name!r}]"
+            if array.shape[:2] != size:
+                raise DataError(f"{where} {list(array.shape[:2])} and the other inputs {list(size)} differ in size")
+            return array, where
+
+        return cut_conditions(self.dense, read, geometry)
+
     def _edges(
         self, train_ids: NDArray[np.generic], edges: ImageLike | None, instances: ImageLike | None, geometry: Geometry
     ) -> torch.Tensor | None:
@@ -207,11 +268,17 @@ class Synthesizer:
             raise ConfigError("edges and instances are both given: edges are drawn from instances; leave one out")
         if not self.wants_edges:
             return None
+        if given is None and not self.labels.num_classes:
+            raise ConfigError("edges: this generator was trained without label maps, from edges: give them")
         ids = train_ids if given is None else _to_array(given, name)
         if ids.shape != train_ids.shape:
             raise DataError(f"{name} {list(ids.shape)} and the label map {list(train_ids.shape)} differ in size")
         cut = apply_to_map(ids, geometry)
         return torch.from_numpy((cut != 0).astype(np.uint8) if edges is not None else edges_from_ids(cut))
+
+
+def _is_soft(given: ImageLike) -> bool:
+    return isinstance(given, np.ndarray) and given.dtype.kind == "f" and given.ndim == 3
 
 
 def _to_array(given: ImageLike, name: str) -> NDArray[np.generic]:

@@ -193,6 +193,8 @@ def export_files(
     """
     if wrong := explain_old_import(content, config.data.labels):
         raise CheckpointError(wrong)
+    if config.data.conditions or not config.data.labels.num_classes:
+        raise CheckpointError(f"data.conditions, or data.labels: null: {target} has generators of label maps alone")
     norm = config.gen.args.get("norm")
     if norm is not None and norm.type not in _NORMS[target]:
         raise CheckpointError(f"gen.norm: {norm.type}: {target} has {' and '.join(_NORMS[target])}")

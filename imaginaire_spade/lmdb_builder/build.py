@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from imaginaire_spade.config import ImageSpec
+from imaginaire_spade.config import Condition, ImageSpec
 from imaginaire_spade.data.folders import DATA_TYPES, DISTANCES, FolderSource, Source
 from imaginaire_spade.data.image_files import PHOTO_EXTENSIONS
 from imaginaire_spade.data.lmdb_source import MANIFEST, open_source, store_key
@@ -57,6 +57,7 @@ def build_dataset(
     resize_smallest_side: int | None = None,
     quality: int = 95,
     recode_maps: bool = False,
+    conditions: Sequence[Condition] = (),
     rank: int = 0,
     world_size: int = 1,
 ) -> Manifest | None:
@@ -65,7 +66,8 @@ def build_dataset(
     Args:
         edges: ``data.edges`` of the config; "file" requires edge_maps/, "instances" requires inst_maps/.
         images: what photos mean, ``data.images`` of the config; None: 8-bit RGB.
-        data_types: what to build; None: images, seg_maps, what ``edges`` needs, and the other folders that exist.
+        data_types: what to build; None: images, seg_maps (if there are classes), what ``edges`` needs, and the other
+            folders that exist.
         num_shards: with 1 the root itself is the shard. None: one per process.
         num_workers: processes that read and check what this one writes; None: min(8, cores); 0: this process alone.
         overwrite: replace an existing data set, once the new one is complete.
@@ -76,6 +78,7 @@ def build_dataset(
         input_list: file with one key per line (an extension is ignored): build from these samples only.
         check: decode every file and compare sizes and label values with the table.
         resize_smallest_side, quality: shrink what is larger; JPEGs are then written with this quality.
+        conditions: ``data.conditions`` of the config; their folders are data types too.
         recode_maps: re-encode label, edge and instance maps, with the same integers, so that they decode faster.
         rank, world_size: build every ``world_size``-th shard, from number ``rank`` on.
     Returns:
@@ -93,12 +96,14 @@ def build_dataset(
         raise DataError("--resize_smallest_side takes at least 1, with --quality 1..100, and excludes --no_check")
     if recode_maps and not check:
         raise DataError("--recode_maps decodes every map, which --no_check excludes: write one of the two")
-    check_output(raw, output, overwrite, resume)
+    names = [condition.name for condition in conditions]
+    check_output(raw, output, overwrite, resume, (*DATA_TYPES, *names))
     # Select the samples.
     types = tuple(dict.fromkeys(data_types or ()))
     if data_types is None:
         optional = [t for t in OPTIONAL_TYPES if t in EdgeSource(edges).files_needed or (raw / t).is_dir()]
-        types = ("images", "seg_maps", *optional)
+        types = ("images", *(["seg_maps"] if labels.num_classes else []), *optional)
+    types = (*types, *names)
     drops = drop_unpaired or input_list is not None
     source = FolderSource(raw, types, drop_unpaired=drops, suffixes=suffixes)
     named = " or data.suffixes" if suffixes else ""
@@ -118,7 +123,7 @@ def build_dataset(
     if num_shards > len(source.keys):
         raise DataError(f"--num_shards {num_shards}: more shards than samples ({len(source.keys)})")
     shards = _divide(source.keys, num_shards)
-    treatment = check, resize_smallest_side, quality, recode_maps, skip_bad
+    treatment = check, resize_smallest_side, quality, recode_maps, skip_bad, tuple(conditions)
     plan = Plan(source, labels, images or ImageSpec(), types, shards, *treatment)
     own = list(shards)[rank::world_size]
     with hold_shards(output, range(num_shards)[rank::world_size]):
@@ -239,12 +244,22 @@ def open_data(root: Path) -> Source:
     Raises:
         DataError: no data set is there.
     """
-    return open_source(root, [t for t in DATA_TYPES if (root / t).is_dir()])
+    return open_source(root, [t for t in _types(root) if (root / t).is_dir()])
 
 
 def stored_types(source: Source) -> list[str]:
     """List the data types that every sample has."""
-    return [t for t in DATA_TYPES if source.has(t)]
+    return [t for t in _types(source.root) if source.has(t)]
+
+
+def stored_conditions(root: Path) -> list[Condition]:
+    """Return the dense conditions that the data set was built with; none where another builder made it."""
+    manifest = read_json(root / MANIFEST) if (root / MANIFEST).is_file() else {}
+    return [Condition.model_validate(entry) for entry in manifest.get("conditions", [])]
+
+
+def _types(root: Path) -> list[str]:
+    return [*DATA_TYPES, *(condition.name for condition in stored_conditions(root))]
 
 
 def stored_labels(root: Path) -> LabelSpec | None:
@@ -268,15 +283,17 @@ def look_through(root: Path, labels: LabelSpec | None, num_workers: int | None) 
     """
     source = open_data(root)
     contents = Contents(problems=list(wrong_checksums(root)))
-    check = partial(_check, source, stored_types(source), labels, built_spec(root))
+    check = partial(_check, source, stored_types(source), labels, built_spec(root), stored_conditions(root))
     with map_in_order(check, source.keys, num_workers) as samples:
         for sample in tqdm(samples, "reading", len(source.keys), unit="images", mininterval=0.5):
             contents.add(sample)
     return contents
 
 
-def _check(source: Source, types: list[str], labels: LabelSpec | None, images: ImageSpec, key: str) -> LoadedSample:
-    sample, _ = check_sample(source, key, types, labels, images)
+def _check(
+    source: Source, types: list[str], labels: LabelSpec | None, images: ImageSpec, conditions: list[Condition], key: str
+) -> LoadedSample:
+    sample, _ = check_sample(source, key, types, labels, images, conditions=conditions)
     sample.files = {}  # only counts travel between processes
     return sample
 

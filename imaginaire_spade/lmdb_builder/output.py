@@ -22,9 +22,13 @@ from imaginaire_spade.lmdb_builder.sample import Plan
 from imaginaire_spade.lmdb_builder.shard import Manifest, difference, join_manifests, remove_if_empty, wrong_checksums
 
 
-def check_output(raw: Path, output: Path, overwrite: bool, resume: bool) -> None:
+def check_output(
+    raw: Path, output: Path, overwrite: bool, resume: bool, data_types: Sequence[str] = DATA_TYPES
+) -> None:
     """Check that the output can be written without harm to what is there.
 
+    Args:
+        data_types: folders of the raw data.
     Raises:
         DataError: it cannot.
     """
@@ -33,7 +37,7 @@ def check_output(raw: Path, output: Path, overwrite: bool, resume: bool) -> None
     here, there = output.resolve(), raw.resolve()
     if here == there or here in there.parents:
         raise DataError(f"--output_root {output} contains --data_root {raw}: choose a folder of its own")
-    for data_type in DATA_TYPES:
+    for data_type in data_types:
         inside = (raw / data_type).resolve()
         if here == inside or inside in here.parents:
             raise DataError(f"--output_root {output} lies among the raw files in {raw / data_type}: choose another")

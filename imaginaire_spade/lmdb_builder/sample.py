@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaginaire_spade.config import ImageSpec
+from imaginaire_spade.config import Condition, ImageSpec
+from imaginaire_spade.data.conditions import check_values, decode_condition, encode_condition
 from imaginaire_spade.data.distances import NOT_FINITE
 from imaginaire_spade.data.folders import DISTANCES, FolderSource, Source
 from imaginaire_spade.data.image_files import DECODERS, encode_map, is_jpeg
@@ -52,11 +53,15 @@ class Plan:
     """Whether to re-encode maps, with the same integers, so that they decode faster."""
     skip_bad: bool = False
     """Whether to leave out the samples that have a problem."""
+    conditions: tuple[Condition, ...] = ()
+    """``data.conditions``, whose names are data types."""
 
     def treatment(self) -> dict[str, Any]:
         """Return what is done to the files, as a manifest states it."""
         shrunk = {"smallest_side": self.smallest_side, "quality": self.quality} if self.smallest_side else None
-        return {"checked": self.check, "shrunk": shrunk, "recoded_maps": self.recode_maps}
+        treatment = {"checked": self.check, "shrunk": shrunk, "recoded_maps": self.recode_maps}
+        conditions = [condition.model_dump(mode="json") for condition in self.conditions]
+        return treatment | ({"conditions": conditions} if conditions else {})
 
 
 @dataclass
@@ -153,6 +158,7 @@ def check_sample(
     *,
     decode: bool = True,
     whole_photo: bool = False,
+    conditions: Sequence[Condition] = (),
 ) -> tuple[LoadedSample, dict[str, NDArray[Any]]]:
     """Read all files of one sample, decode them, compare their sizes and count the classes.
 
@@ -164,12 +170,14 @@ def check_sample(
         images: what photos mean.
         decode: False: only read the files, which must not be empty.
         whole_photo: decode the photo at full size and return it.
+        conditions: what the data types of their names hold.
     Returns:
         The sample, and data type -> pixels of the files that were decoded at full size.
     """
     sample = LoadedSample(key)
     pixels: dict[str, NDArray[Any]] = {}
     sizes: dict[str, tuple[int, int]] = {}
+    dense = {condition.name: condition for condition in conditions}
     for data_type in sorted(data_types, key="images".__eq__):  # the photo last: its label map tells how it is turned
         where = source.describe(key, data_type)
         try:
@@ -187,10 +195,15 @@ def check_sample(
                 if whole_photo:
                     pixels[data_type] = photo
                 continue
-            is_labels = data_type == "seg_maps"
-            pixels[data_type] = array = (
-                read_labels(data, where, labels) if is_labels else DECODERS[data_type](data, where)
-            )
+            is_labels, condition = data_type == "seg_maps", dense.get(data_type)
+            if is_labels:
+                array = read_labels(data, where, labels)
+            elif condition is not None:
+                array = decode_condition(data, where, condition.channels)
+                check_values(array, array.dtype, condition, where)
+            else:
+                array = DECODERS[data_type](data, where)
+            pixels[data_type] = array
             height, width = array.shape[1:] if data_type == DISTANCES else array.shape[:2]
             sizes[data_type] = height, width
             if is_labels and labels is not None:
@@ -241,8 +254,9 @@ def load_sample(plan: Plan, key: str) -> LoadedSample:
     """Read, check and (if the plan says so) re-encode all files of one sample. Problems are collected, not raised."""
     shrinks = plan.smallest_side is not None
     sample, pixels = check_sample(
-        plan.source, key, plan.data_types, plan.labels, plan.images, decode=plan.check, whole_photo=shrinks
-    )
+        plan.source, key, plan.data_types, plan.labels, plan.images, decode=plan.check, whole_photo=shrinks,
+        conditions=plan.conditions,
+    )  # fmt: skip
     if len(store_key(key)) > MAX_KEY_BYTES:
         sample.problems.append(
             f"{key}: the name is longer than {MAX_KEY_BYTES} bytes, the most that LMDB takes: shorten it"
@@ -270,6 +284,10 @@ def _reencode(plan: Plan, sample: LoadedSample, pixels: dict[str, NDArray[Any]],
                 resizable = array if array.dtype in RESIZABLE else array.astype(np.float64)
                 shrunk = apply_to_image(resizable, geometry, any_area=True).astype(array.dtype, copy=False)
                 sample.files[data_type] = encode_image(shrunk, f".{extension}", quality=plan.quality)
+        elif data_type not in DECODERS:  # a condition
+            if shrinks:
+                sample.files[data_type] = encode_condition(apply_to_map(array, geometry))
+                sample.recoded[data_type] = "npy"
         elif data_type != DISTANCES:
             moved = apply_to_map(array * np.uint8(255) if data_type == "edge_maps" else array, geometry)
             sample.files[data_type] = encode_map(moved)

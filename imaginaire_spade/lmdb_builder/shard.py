@@ -235,8 +235,9 @@ def difference(manifest: Manifest, plan: Plan, name: str) -> str:
         return "another data.images"
     if list(manifest["data_types"]) != list(plan.data_types):
         return f"other data types ({', '.join(manifest['data_types'])})"
-    if any(manifest[key] != planned for key, planned in plan.treatment().items()):
-        return "another --resize_smallest_side, --quality, --recode_maps or --no_check"
+    treatment = {"conditions": [], **plan.treatment()}
+    if any(manifest.get(key, []) != planned for key, planned in treatment.items()):
+        return "another --resize_smallest_side, --quality, --recode_maps, --no_check or data.conditions"
     return "" if manifest["source_sha256"] == _source_sha256(plan, name) else "another set of samples or files"
 
 

@@ -152,7 +152,7 @@ def _half_semantics(semantics: SemanticLayout | Tensor, like: Tensor) -> Tensor:
     if isinstance(semantics, Tensor):
         return _half_by_average(semantics)
     layout = semantics
-    if layout.is_dense:
+    if layout.is_dense or not layout.spec.num_label_channels:
         return _half_by_average(layout.one_hot(like.dtype))
     none, (height, width) = layout.spec.num_label_channels, like.shape[2:]
     channels = layout.windows(3, 2, 1).index % (none + 1)  # [N h w, 9]
@@ -161,9 +161,9 @@ def _half_semantics(semantics: SemanticLayout | Tensor, like: Tensor) -> Tensor:
     counts.scatter_add_(1, channels, torch.ones_like(channels, dtype=like.dtype))
     inside = 9 * F.avg_pool2d(like.new_ones(1, 1, layout.height, layout.width), 3, stride=2, padding=1)
     counts = counts[:, :none] / inside
-    if layout.edges is None:
+    if not layout.spec.num_dense_channels:
         return counts
-    return torch.cat([counts, _half_by_average(layout.edges.to(like.dtype).unsqueeze(1))], 1)
+    return torch.cat([counts, _half_by_average(layout.dense_channels(like.dtype))], 1)
 
 
 class FPSEBranch(nn.Module):

@@ -275,21 +275,22 @@ def convolve_layout(
     Returns:
         [N, out, h, w], channels_last.
     """
-    if isinstance(layout, Tensor) or layout.is_dense:
+    if isinstance(layout, Tensor) or layout.is_dense or not layout.spec.num_label_channels:
         dense = layout if isinstance(layout, Tensor) else layout.one_hot(weight.dtype)
         return F.conv2d(dense, weight, bias, stride, padding)
     size = weight.shape[-1]
     height, width = ((length + 2 * padding - size) // stride + 1 for length in (layout.height, layout.width))
-    table = label_rows(weight, layout.spec.num_label_channels)
+    labels = layout.spec.num_label_channels
+    table = label_rows(weight, labels)
     if weight.is_cuda:
         table = table.to(computing_dtype(weight))
     rows = sum_rows(table, layout.windows(size, stride, padding))
     if bias is not None:
         rows = rows + bias
     y = rows.view(len(layout), height, width, -1).permute(0, 3, 1, 2)
-    if layout.edges is None:
+    if not layout.spec.num_dense_channels:
         return y
-    return y + F.conv2d(layout.edges.to(weight.dtype).unsqueeze(1), weight[:, -1:], None, stride, padding)
+    return y + F.conv2d(layout.dense_channels(weight.dtype), weight[:, labels:], None, stride, padding)
 
 
 def convolve_with_images(conv: nn.Module, semantics: SemanticLayout | Tensor, images: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from imaginaire_spade.models.layers import (
     SpectralLinear,
     computing_dtype,
     conv2d,
+    convolve_layout,
     effective_weight,
     enlarge,
     first_convolution,
@@ -88,6 +89,10 @@ def activate(x: Tensor, slope: float) -> Tensor:
     return x if slope == 1 else F.leaky_relu(x, slope, inplace=True)
 
 
+LOOKED_UP = 32
+"""Label channels from which looking them up is faster than convolving them (measured on a CPU)."""
+
+
 class ConditionalNorm(nn.Module):
     """Interface of every norm: ``norm(x, layout, upsample=1, slope=1.0)``, and the number of channels that it returns.
 
@@ -98,6 +103,8 @@ class ConditionalNorm(nn.Module):
     out_channels: int
     needs_distances: ClassVar[bool] = False
     """Whether the norm needs layouts with distances; the pipeline then computes them."""
+    needs_classes: ClassVar[bool] = False
+    """Whether the norm looks up one class per pixel: it then takes neither data without labels nor soft label maps."""
 
 
 def _view(layout: SemanticLayout, x: Tensor, upsample: int) -> SemanticLayout:
@@ -176,9 +183,18 @@ class SPADE(ConditionalNorm):
         if self._takes_tables(view):
             modulation = self._modulation(view)
             return _normalise_and_modulate(self.normalize, x, modulation, upsample, slope)
-        hidden = F.relu(self.shared(view.one_hot(computing_dtype(self.shared.weight))))
+        hidden = F.relu(self._hidden(view))
         y = _normalise(self.normalize, x, upsample) * (1 + self.gamma(hidden)) + self.beta(hidden)
         return activate(y, slope)
+
+    def _hidden(self, view: SemanticLayout) -> Tensor:
+        """Convolve the layout: [N, hidden, H, W]. Beside conditions, labels are looked up where that is faster."""
+        looks_up = view.conditions is not None and self.path != "dense" and view.spec.num_label_channels >= LOOKED_UP
+        if not looks_up or torch.compiler.is_compiling():
+            hidden: Tensor = self.shared(view.one_hot(computing_dtype(self.shared.weight)))
+            return hidden
+        weight = effective_weight(self.shared)
+        return convolve_layout(view, weight, self.shared.bias, padding=self.kernel_size // 2)
 
     def _takes_tables(self, view: SemanticLayout) -> bool:
         """Return whether tables are possible and, for ``auto``, faster: few distinct neighbourhoods for so many pixels.
@@ -244,15 +260,15 @@ class Concat(ConditionalNorm):
     def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
         """Normalise x [N, channels, h, w], append a layout of any resolution -> [N, channels + num_channels, H, W]."""
         y = F.leaky_relu(_normalise(self.normalize, x, upsample), slope)  # not in place: it may be a view
-        return torch.cat([y, _view(layout, x, upsample).one_hot(y.dtype)], 1)  # of 0 and 1, as the leaky ReLU of it
+        return torch.cat([y, _view(layout, x, upsample).one_hot(y.dtype)], 1)  # (its 0 and 1 need no leaky ReLU)
 
 
 @NORMS.register("clade")
 class CLADE(ConditionalNorm):
     """Class-adaptive normalisation (Tan et al. 2021, eq. 5): normalize(x) * weight[c] + bias[c], c the pixel's class.
 
-    Unlike SPADE, there is no "1 +" on the scale. If the layouts have edges, a 1x1 convolution of the edge map becomes
-    one more channel. In layouts without a don't-care channel, a pixel without a class counts as class 0.
+    Unlike SPADE, there is no "1 +" on the scale. If the layouts have edges or conditions, a 1x1 convolution of them
+    gives as many more channels. In layouts without a don't-care channel, a pixel without a class counts as class 0.
 
     Args:
         channels: of x.
@@ -260,15 +276,20 @@ class CLADE(ConditionalNorm):
         normalization: parameter-free ``batch`` or ``instance`` norm of x.
     """
 
+    needs_classes = True
+
     def __init__(
         self, channels: int, spec: LayoutSpec, *, normalization: Literal["batch", "instance"] = "batch"
     ) -> None:
         super().__init__()
-        self.out_channels = channels + spec.has_edges
+        if not spec.num_label_channels:
+            raise ConfigError("gen.norm: clade looks up classes, and data.labels is null: write gen.norm.type: spade")
+        dense = spec.num_dense_channels
+        self.out_channels = channels + dense
         self.normalize = _normalisation(normalization, channels)
         self.weight = nn.Parameter(torch.rand(spec.num_label_channels, channels))
         self.bias = nn.Parameter(torch.zeros(spec.num_label_channels, channels))
-        self.edge = nn.Conv2d(1, 1, 1) if spec.has_edges else None
+        self.edge = nn.Conv2d(dense, dense, 1) if dense else None
 
     def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
         """Modulate x [N, channels, h, w] by a layout of any resolution -> [N, out_channels, H, W]."""
@@ -276,8 +297,7 @@ class CLADE(ConditionalNorm):
         y = self._modulate(x, view, upsample, slope)
         if self.edge is None:
             return y
-        assert view.edges is not None
-        edges = activate(self.edge(view.edges.to(self.edge.weight.dtype).unsqueeze(1)), slope)  # [N, 1, H, W]
+        edges = activate(self.edge(view.dense_channels(self.edge.weight.dtype)), slope)  # [N, dense channels, H, W]
         # y is channels_last; on a CPU torch.cat takes eight times as long along its channels as along a last dimension.
         pixels = [part.permute(0, 2, 3, 1).to(y.dtype) for part in (y, edges)]
         return torch.cat(pixels, 3).permute(0, 3, 1, 2)

@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from imaginaire_spade.data.batch import Batch
+from imaginaire_spade.data.conditions import draw_condition
 from imaginaire_spade.data.loader import sequential_batches
 from imaginaire_spade.data.photos import photo_preview, to_preview
 from imaginaire_spade.errors import UserError
@@ -211,9 +212,16 @@ def preview_batch(run: Run) -> Batch | None:
 def preview_sheet(run: Run, batch: Batch) -> NDArray[np.uint8]:
     """Draw a sheet, uint8 RGB [H, W, 3], with one row per sample. The generators run in evaluation mode."""
     state = run.state
-    columns = {"label map": run.config.data.labels.colourise(batch.layout.labels.numpy())}
+    columns: dict[str, Any] = {}
+    if run.config.data.labels.num_classes:
+        columns["label map"] = run.config.data.labels.colourise(batch.layout.labels.numpy())
     if batch.layout.edges is not None:
         columns["edges"] = (255 - batch.layout.edges.numpy() * 255).astype(np.uint8)[..., None].repeat(3, -1)
+    if batch.layout.conditions is not None:
+        sizes = [condition.channels for condition in run.config.data.conditions]
+        parts = batch.layout.conditions.split(sizes, 1)
+        for condition, channels in zip(run.config.data.conditions, parts, strict=True):
+            columns[condition.name] = [draw_condition(one) for one in channels.numpy()]
     assert batch.images is not None
     spec = run.config.data.images
     images = {"real": photo_preview(batch.images, spec)}

@@ -210,7 +210,7 @@ PARTS = {"gen": "generator", "dis": "discriminator", "encoder": "encoder"}
 """Section of the config -> its network's name in a checkpoint."""
 
 MEANING = (
-    "data.labels.ignore", "data.labels.remap", "data.edges",
+    "data.labels.ignore", "data.labels.remap", "data.edges", "data.conditions",
     "data.images.range", "data.images.drop_alpha", "data.images.orientation",
 )  # fmt: skip
 """Keys that change what a label map or a photo means, but not the networks. (``explain_mismatch`` has the others.)"""
