@@ -69,9 +69,6 @@ class LayoutSpec:
 FEWEST_PIXELS_ON_GPU = 64 * 64
 """Of a label map, for tables: at 32x32 more than half of the 5x5 windows of real label maps are distinct."""
 
-ALIGNMENT = 16
-"""Bytes: where each tensor begins in the memory of an ``Ahead``."""
-
 CHUNK = 256
 """Users of a row that a GPU adds up one after the other."""
 
@@ -146,54 +143,6 @@ class LayoutNeighbourhoods:
         edges = None if self.edges is None else function(self.edges)
         lookups = [lookup.map(function) for lookup in (self.labels, self.pixels, *self.outer)]
         return LayoutNeighbourhoods(lookups[0], edges, function(self.outside), tuple(lookups[2:]), lookups[1])
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """Neighbourhoods of the views of a layout, found on the host before a GPU asks for them."""
-
-    memory: Tensor
-    """All tensors of ``found``: uint8 [bytes]."""
-    found: dict[tuple[int, int, int], LayoutNeighbourhoods]
-    """Kernel size, height, width of a view -> its neighbourhoods; tensors without memory."""
-
-    @classmethod
-    def of(cls, layout: SemanticLayout, kernel_sizes: Sequence[int]) -> Ahead:
-        """Find what the tables of a GPU need: at the resolutions of FEWEST_PIXELS_ON_GPU or more.
-
-        Args:
-            layout: on the host; nothing in it is changed.
-        """
-        view, found, packed = layout[:], {}, [torch.empty(0, dtype=torch.uint8)]
-
-        def pack(tensor: Tensor) -> Tensor:
-            tensor = tensor.int() if tensor.dtype == torch.int64 else tensor
-            as_bytes = tensor.flatten().view(torch.uint8)
-            packed.append(F.pad(as_bytes, (0, -len(as_bytes) % ALIGNMENT)))
-            return tensor.to("meta")
-
-        height, width = view.height, view.width
-        while height * width >= FEWEST_PIXELS_ON_GPU and view.is_discrete:
-            for size in kernel_sizes:
-                found[size, height, width] = view.resized(height, width).neighbourhoods(size).map(pack)
-            height, width = (0, 0) if height % 2 or width % 2 else (height // 2, width // 2)
-        return cls(torch.cat(packed), found)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Ahead:
-        """Apply a function to the memory."""
-        return Ahead(function(self.memory), self.found)
-
-    def unpack(self) -> dict[tuple[int, int, int], LayoutNeighbourhoods]:
-        """Return ``found``, its tensors views of the memory."""
-        place = 0
-
-        def view(tensor: Tensor) -> Tensor:
-            nonlocal place
-            size, start = tensor.numel() * tensor.element_size(), place
-            place += size + -size % ALIGNMENT
-            return self.memory[start : start + size].view(tensor.dtype).view(tensor.shape)
-
-        return {key: around.map(view) for key, around in self.found.items()}
 
 
 Edges = Tensor | Literal["labels"] | None
