@@ -285,12 +285,8 @@ class SemanticLayout:
 
     def dense_channels(self, dtype: torch.dtype) -> Tensor:
         """Return the channels that are no labels [N, num_dense_channels, H, W]: edges, conditions."""
-        edges = None if self.edges is None else self.edges.to(dtype).unsqueeze(1)
-        if self.conditions is None:
-            assert edges is not None
-            return edges
-        conditions = self.conditions.to(dtype)
-        return conditions if edges is None else torch.cat([edges, conditions], 1)
+        parts = [None if self.edges is None else self.edges.unsqueeze(1), self.conditions]
+        return torch.cat([part.to(dtype) for part in parts if part is not None], 1)
 
     @property
     def is_dense(self) -> bool:
@@ -300,9 +296,8 @@ class SemanticLayout:
     @property
     def is_discrete(self) -> bool:
         """Return whether the one-hot view is made of zeros and ones, so that codes can distinguish neighbourhoods."""
-        if self._dense is not None or self.conditions is not None:
-            return False
-        return not (self.edges is not None and self.edges.is_floating_point())
+        has_floats = self.conditions is not None or (self.edges is not None and self.edges.is_floating_point())
+        return self._dense is None and not has_floats
 
     @cached_property
     def classes(self) -> Lookup:

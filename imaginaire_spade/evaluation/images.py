@@ -21,7 +21,7 @@ from torch import Tensor
 from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.batch import Sample
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.folders import Source
+from imaginaire_spade.data.folders import FolderSource, Source
 from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_image
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.data.loader import read_ahead
@@ -118,11 +118,14 @@ def _open(root: Path) -> Source:
     if root.is_file():
         raise DataError(f"{root}: a file; expected a folder of images, an LMDB root, or statistics (.npz)")
     try:
-        return open_source(root, ["images"], bare=True)
+        source = open_source(root, ["images"], bare=True)
     except DataError as error:
         if not root.is_dir() or any(root.iterdir()):
             raise
         raise DataError(f"{root}: the folder is empty; expected images ({' '.join(IMAGE_EXTENSIONS)})") from error
+    if isinstance(source, FolderSource):  # without the animations that inference.py writes beside images
+        source = source.restricted_to([key for key in source.keys if source.extension(key, "images") != "gif"])
+    return source
 
 
 def _grouped(files: Sequence[str], num_samples: int, where: str) -> list[list[str]]:

@@ -9,8 +9,8 @@ A file takes, in this order, those of the following inputs that the generator ne
 - ``conditions`` float32 [N, C, H, W]: dense conditions (depth, normals), their ranges scaled to [-1, 1];
 - ``z`` float32 [N, style_dims]: style codes, standard normal.
 
-It returns ``images`` float32 [N, 3, H, W], RGB in [-1, 1]. N, H and W are free; H and W must be multiples of
-``size_multiple``, and at least twice that.
+It returns ``images`` float32 [N, C, H, W] in [-1, 1], RGB unless ``image_values`` says otherwise. N, H and W are free;
+H and W must be multiples of ``size_multiple``, and at least twice that.
 """
 
 import importlib
