@@ -21,50 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imaginaire_spade.distributed import mean_of_host_numbers
-from imaginaire_spade.labels import EdgeSource, LabelSpec, mark_borders
-
-
-@dataclass(frozen=True)
-class LayoutSpec:
-    """What a layout consists of, and so what a network takes."""
-
-    num_classes: int
-    """Classes, don't-care not counted."""
-    has_dont_care: bool = False
-    """Whether id ``num_classes`` has a channel of its own."""
-    has_edges: bool = False
-    """Whether an edge channel follows."""
-    has_distances: bool = False
-    """Whether offsets from the centres of the classes' regions are there (CLADE-ICPE)."""
-    num_conditions: int = 0
-    """Channels of dense conditions (depth, normals), which come last."""
-
-    @classmethod
-    def of(cls, labels: LabelSpec, edges: EdgeSource, distances: bool, num_conditions: int = 0) -> LayoutSpec:
-        """Describe the layouts of a data set.
-
-        Args:
-            labels, edges: as in ``data`` of a config.
-            distances: whether its samples have distances.
-            num_conditions: channels of all its ``data.conditions``.
-        """
-        return cls(labels.num_classes, labels.dont_care, edges != EdgeSource.NONE, distances, num_conditions)
-
-    @property
-    def num_label_channels(self) -> int:
-        """Count the channels of classes and don't-care."""
-        return self.num_classes + self.has_dont_care
-
-    @property
-    def num_channels(self) -> int:
-        """Count the channels of the one-hot view: classes, don't-care, edges, conditions."""
-        return self.num_label_channels + self.num_dense_channels
-
-    @property
-    def num_dense_channels(self) -> int:
-        """Count the channels that are no labels: edges, conditions."""
-        return self.has_edges + self.num_conditions
-
+from imaginaire_spade.labels import mark_borders
+from imaginaire_spade.layout_spec import LayoutSpec as LayoutSpec
 
 FEWEST_PIXELS_ON_GPU = 64 * 64
 """Of a label map, for tables: at 32x32 more than half of the 5x5 windows of real label maps are distinct."""
@@ -276,12 +234,8 @@ class SemanticLayout:
 
     def dense_channels(self, dtype: torch.dtype) -> Tensor:
         """Return the channels that are no labels [N, num_dense_channels, H, W]: edges, conditions."""
-        edges = None if self.edges is None else self.edges.to(dtype).unsqueeze(1)
-        if self.conditions is None:
-            assert edges is not None
-            return edges
-        conditions = self.conditions.to(dtype)
-        return conditions if edges is None else torch.cat([edges, conditions], 1)
+        parts = [None if self.edges is None else self.edges.unsqueeze(1), self.conditions]
+        return torch.cat([part.to(dtype) for part in parts if part is not None], 1)
 
     @property
     def is_dense(self) -> bool:
@@ -291,9 +245,8 @@ class SemanticLayout:
     @property
     def is_discrete(self) -> bool:
         """Return whether the one-hot view is made of zeros and ones, so that codes can distinguish neighbourhoods."""
-        if self._dense is not None or self.conditions is not None:
-            return False
-        return not (self.edges is not None and self.edges.is_floating_point())
+        has_floats = self.conditions is not None or (self.edges is not None and self.edges.is_floating_point())
+        return self._dense is None and not has_floats
 
     @cached_property
     def classes(self) -> Lookup:

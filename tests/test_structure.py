@@ -21,7 +21,7 @@ PACKAGE = REPOSITORY / "imaginaire_spade"
 CORE = [
     {"errors", "version", "files", "labels", "registry", "noise", "cli", "processes"},
     {"config"}, {"config_files"}, {"config_diff"},
-    {"distributed"}, {"layout"}, {"sheets"}, {"pages"}, {"data"}, {"models"}, {"pretrained"}, {"losses"},
+    {"distributed"}, {"layout", "layout_spec"}, {"sheets"}, {"pages"}, {"data"}, {"models"}, {"pretrained"}, {"losses"},
     {"build"}, {"evaluation"}, {"training"}, {"inference"},
 ]  # fmt: skip
 WINGS = [{"lmdb_builder"}, {"dataset_prep"}, {"interop"}, {"export"}, {"demo"}]
