@@ -118,14 +118,11 @@ def _open(root: Path) -> Source:
     if root.is_file():
         raise DataError(f"{root}: a file; expected a folder of images, an LMDB root, or statistics (.npz)")
     try:
-        source = open_source(root, ["images"], bare=True)
+        return open_source(root, ["images"], bare=True)
     except DataError as error:
         if not root.is_dir() or any(root.iterdir()):
             raise
         raise DataError(f"{root}: the folder is empty; expected images ({' '.join(IMAGE_EXTENSIONS)})") from error
-    if isinstance(source, FolderSource):  # without the animations that inference.py writes beside images
-        source = source.restricted_to([key for key in source.keys if source.extension(key, "images") != "gif"])
-    return source
 
 
 def _grouped(files: Sequence[str], num_samples: int, where: str) -> list[list[str]]:
