@@ -311,7 +311,7 @@ def test_an_lmdb_holds_what_the_folder_does(scene_folder, tmp_path):
             r"int64 \[40, 56, 1\]; a condition is 8- or 16-bit unsigned integers",
         ),
         (npy(np.zeros((40, 57))), DEPTH, "is 40 x 57 .* must be of one size"),
-        (npy(np.zeros((40, 56)))[:500], DEPTH, "a NumPy file that is cut off"),
+        (npy(np.zeros((40, 56)))[:500], DEPTH, "not readable as a NumPy file"),
         (b"\xff\xd8\xff\xe0 a photo", DEPTH, "JPEG and WebP change values: save a condition as PNG, TIFF or .npy"),
         (b"II*\0 cut off", DEPTH, "not readable as an image"),
         (b"", DEPTH, "0 bytes"),
