@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
                          " factor of 1.5, else own)")  # fmt: skip
     outputs.add_argument("--tile", nargs="?", const="auto", metavar="auto|N",
                          help="generate larger label maps in tiles of N pixels a side: the same images, in the memory"
-                         " of one tile (auto: 768)")  # fmt: skip
+                         " of one tile (auto: 768); --size is own then, unless given")  # fmt: skip
     outputs.add_argument("--resize_back", action="store_true", help="write images at their label maps' own size")
     outputs.add_argument("--format", choices=("png", "jpg", "tif", "npy"),
                          help="default: png, or what holds the channels and the depth of data.images")  # fmt: skip
@@ -100,7 +100,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    asked = read_size(arguments.size, "--size", max_pixels=arguments.max_pixels)
+    size = "own" if arguments.tile and not arguments.size else arguments.size
+    asked = read_size(size, "--size", max_pixels=None if arguments.tile else arguments.max_pixels)
     if arguments.resize_back and asked == "own":
         raise ConfigError("--resize_back: with --size own images have their label maps' size already; leave one out")
     import_modules(arguments.imports)

@@ -80,6 +80,7 @@ def load_data(path: str | Path, overrides: Iterable[str] = ()) -> LabelledData:
             f"{path}: no label table, in it or in its base. Write data: {{labels: {{num_classes: N, ignore: [255],"
             " names: [...]}}, or take one: base: configs/labels/camvid.yaml"
         )
+    tree["data"] = {key: value for key, value in data.items() if key != "type"}  # a class that is not needed here
     fields: dict[str, Any] = dict.fromkeys(RunConfig.model_fields, (Any, None))
     fields["data"] = (DataConfig if "train" in data else LabelledData, ...)
     content: Any = _check(create_model("file", __base__=Section, **fields), tree, origins, str(path))

@@ -21,56 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imaginaire_spade.distributed import mean_of_host_numbers
-from imaginaire_spade.labels import EdgeSource, LabelSpec, mark_borders
-
-
-@dataclass(frozen=True)
-class LayoutSpec:
-    """What a layout consists of, and so what a network takes."""
-
-    num_classes: int
-    """Classes, don't-care not counted."""
-    has_dont_care: bool = False
-    """Whether id ``num_classes`` has a channel of its own."""
-    has_edges: bool = False
-    """Whether an edge channel follows."""
-    has_distances: bool = False
-    """Whether offsets from the centres of the classes' regions are there (CLADE-ICPE)."""
-    num_conditions: int = 0
-    """Channels of dense conditions (depth, normals), which come last."""
-
-    @classmethod
-    def of(cls, labels: LabelSpec, edges: EdgeSource, distances: bool, num_conditions: int = 0) -> LayoutSpec:
-        """Describe the layouts of a data set.
-
-        Args:
-            labels, edges: as in ``data`` of a config.
-            distances: whether its samples have distances.
-            num_conditions: channels of all its ``data.conditions``.
-        """
-        return cls(labels.num_classes, labels.dont_care, edges != EdgeSource.NONE, distances, num_conditions)
-
-    @property
-    def num_label_channels(self) -> int:
-        """Count the channels of classes and don't-care."""
-        return self.num_classes + self.has_dont_care
-
-    @property
-    def num_channels(self) -> int:
-        """Count the channels of the one-hot view: classes, don't-care, edges, conditions."""
-        return self.num_label_channels + self.num_dense_channels
-
-    @property
-    def num_dense_channels(self) -> int:
-        """Count the channels that are no labels: edges, conditions."""
-        return self.has_edges + self.num_conditions
-
+from imaginaire_spade.labels import mark_borders
+from imaginaire_spade.layout_spec import LayoutSpec as LayoutSpec
 
 FEWEST_PIXELS_ON_GPU = 64 * 64
 """Of a label map, for tables: at 32x32 more than half of the 5x5 windows of real label maps are distinct."""
-
-ALIGNMENT = 16
-"""Bytes: where each tensor begins in the memory of an ``Ahead``."""
 
 CHUNK = 256
 """Users of a row that a GPU adds up one after the other."""
@@ -146,54 +101,6 @@ class LayoutNeighbourhoods:
         edges = None if self.edges is None else function(self.edges)
         lookups = [lookup.map(function) for lookup in (self.labels, self.pixels, *self.outer)]
         return LayoutNeighbourhoods(lookups[0], edges, function(self.outside), tuple(lookups[2:]), lookups[1])
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """Neighbourhoods of the views of a layout, found on the host before a GPU asks for them."""
-
-    memory: Tensor
-    """All tensors of ``found``: uint8 [bytes]."""
-    found: dict[tuple[int, int, int], LayoutNeighbourhoods]
-    """Kernel size, height, width of a view -> its neighbourhoods; tensors without memory."""
-
-    @classmethod
-    def of(cls, layout: SemanticLayout, kernel_sizes: Sequence[int]) -> Ahead:
-        """Find what the tables of a GPU need: at the resolutions of FEWEST_PIXELS_ON_GPU or more.
-
-        Args:
-            layout: on the host; nothing in it is changed.
-        """
-        view, found, packed = layout[:], {}, [torch.empty(0, dtype=torch.uint8)]
-
-        def pack(tensor: Tensor) -> Tensor:
-            tensor = tensor.int() if tensor.dtype == torch.int64 else tensor
-            as_bytes = tensor.flatten().view(torch.uint8)
-            packed.append(F.pad(as_bytes, (0, -len(as_bytes) % ALIGNMENT)))
-            return tensor.to("meta")
-
-        height, width = view.height, view.width
-        while height * width >= FEWEST_PIXELS_ON_GPU and view.is_discrete:
-            for size in kernel_sizes:
-                found[size, height, width] = view.resized(height, width).neighbourhoods(size).map(pack)
-            height, width = (0, 0) if height % 2 or width % 2 else (height // 2, width // 2)
-        return cls(torch.cat(packed), found)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Ahead:
-        """Apply a function to the memory."""
-        return Ahead(function(self.memory), self.found)
-
-    def unpack(self) -> dict[tuple[int, int, int], LayoutNeighbourhoods]:
-        """Return ``found``, its tensors views of the memory."""
-        place = 0
-
-        def view(tensor: Tensor) -> Tensor:
-            nonlocal place
-            size, start = tensor.numel() * tensor.element_size(), place
-            place += size + -size % ALIGNMENT
-            return self.memory[start : start + size].view(tensor.dtype).view(tensor.shape)
-
-        return {key: around.map(view) for key, around in self.found.items()}
 
 
 Edges = Tensor | Literal["labels"] | None
@@ -327,12 +234,8 @@ class SemanticLayout:
 
     def dense_channels(self, dtype: torch.dtype) -> Tensor:
         """Return the channels that are no labels [N, num_dense_channels, H, W]: edges, conditions."""
-        edges = None if self.edges is None else self.edges.to(dtype).unsqueeze(1)
-        if self.conditions is None:
-            assert edges is not None
-            return edges
-        conditions = self.conditions.to(dtype)
-        return conditions if edges is None else torch.cat([edges, conditions], 1)
+        parts = [None if self.edges is None else self.edges.unsqueeze(1), self.conditions]
+        return torch.cat([part.to(dtype) for part in parts if part is not None], 1)
 
     @property
     def is_dense(self) -> bool:
@@ -342,9 +245,8 @@ class SemanticLayout:
     @property
     def is_discrete(self) -> bool:
         """Return whether the one-hot view is made of zeros and ones, so that codes can distinguish neighbourhoods."""
-        if self._dense is not None or self.conditions is not None:
-            return False
-        return not (self.edges is not None and self.edges.is_floating_point())
+        has_floats = self.conditions is not None or (self.edges is not None and self.edges.is_floating_point())
+        return self._dense is None and not has_floats
 
     @cached_property
     def classes(self) -> Lookup:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.build import import_modules
 from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.config_files import load_data
 from imaginaire_spade.data.folders import DATA_TYPES
@@ -65,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="decode nothing: check neither sizes nor labels, and count no labels")
     parser.add_argument("--paired", action="store_true", help="accepted and ignored: data here is always paired")
     add_shared_flags(parser, "--set")
-    add_shared_flags(parser, "--import")
+    parser.add_argument("--import", metavar="MODULE", help="accepted and ignored: no components are used here")
     # fmt: on
     return parser.parse_args()
 
@@ -73,7 +72,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     started_at = time.perf_counter()
-    import_modules(arguments.imports)
     data = load_data(arguments.config, arguments.overrides)
     rank, world_size = rank_from_environment()
     manifest = build_dataset(

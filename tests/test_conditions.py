@@ -16,7 +16,7 @@ from PIL import Image
 from imaginaire_spade import Synthesizer
 from imaginaire_spade.build import build_discriminator, build_generator, build_split, layout_spec
 from imaginaire_spade.config import AugmentationConfig, Condition
-from imaginaire_spade.config_files import dump_config, parse_config
+from imaginaire_spade.config_files import dump_config, load_data, parse_config
 from imaginaire_spade.data.batch import Sample
 from imaginaire_spade.data.conditions import decode_condition
 from imaginaire_spade.data.dataset import LabelMapDataset
@@ -311,7 +311,7 @@ def test_an_lmdb_holds_what_the_folder_does(scene_folder, tmp_path):
             r"int64 \[40, 56, 1\]; a condition is 8- or 16-bit unsigned integers",
         ),
         (npy(np.zeros((40, 57))), DEPTH, "is 40 x 57 .* must be of one size"),
-        (npy(np.zeros((40, 56)))[:500], DEPTH, "not readable as a NumPy file"),
+        (npy(np.zeros((40, 56)))[:500], DEPTH, "not readable as a NumPy file of one array: EOF"),
         (b"\xff\xd8\xff\xe0 a photo", DEPTH, "JPEG and WebP change values: save a condition as PNG, TIFF or .npy"),
         (b"II*\0 cut off", DEPTH, "not readable as an image"),
         (b"", DEPTH, "0 bytes"),
@@ -498,6 +498,12 @@ def test_pairs_of_a_csv_are_the_folders_samples(scene_folder, tmp_path, commands
     tree = run_tree(type={"type": "csv_pairs", "delimiter": ";"}, train=split, edges="labels")
     config = parse_config(tree)
     own = build_split(config, config.data.train)
+    own.pairs[4] = (tmp_path / "gone.png", own.pairs[4][1])
+    with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
+        own[4]
+    own = build_split(config, config.data.train)
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(dict(tree, data=dict(tree["data"], type="nobody_has_it"))))
+    assert load_data(tmp_path / "table.yaml").labels == config.data.labels
     plain = LabelMapDataset(root, config.data.labels, edges="labels", augmentations=config.data.train.augmentations)
     for index in range(5):
         assert all(map(torch.equal, own[index, 7 + index].tensors(), plain[index, 7 + index].tensors()))
@@ -575,6 +581,13 @@ def test_a_data_set_of_ones_own_is_held_to_its_contract():
     ):
         with pytest.raises(DataError, match=message):
             sample(wrong, **changes)
+
+    def fail(self, index, rng):
+        raise FileNotFoundError(2, "No such file", "x.npz")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match=r"sample 'a': .*No such file: 'x\.npz'"):
+        patch.setattr(Mine, "load", fail)
+        sample(both)
     for roots, message in (((), "there are no samples"), (("a", "a"), "'a' stands for several samples")):
         with pytest.raises(DataError, match=message):
             sample(both, roots)

@@ -297,7 +297,8 @@ def test_tiles_make_the_image_of_the_whole(run, plain_checkpoint, checkpoint, tm
     large = ("--input_dir", folder, "--no_gallery", "--size", "own", "--max_pixels", "1000")
     with pytest.raises(DataError, match="or --tile to generate it in pieces"):
         run("--checkpoint", plain_checkpoint, *large, "--output_dir", tmp_path / "out")
-    run("--checkpoint", plain_checkpoint, *large, "--output_dir", tmp_path / "out", "--tile", "224")
+    own = ("--input_dir", folder, "--no_gallery", "--max_pixels", "1000", "--tile", "224")
+    run("--checkpoint", plain_checkpoint, *own, "--output_dir", tmp_path / "out")
     assert size_of(tmp_path / "out/a.png")[:2] == (460, 500)
     for tile in ("100", "225", "big"):
         with pytest.raises(ConfigError, match=f"--tile {tile}: write auto, or a multiple of 32 of at least 224"):

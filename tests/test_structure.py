@@ -21,7 +21,7 @@ PACKAGE = REPOSITORY / "imaginaire_spade"
 CORE = [
     {"errors", "version", "files", "labels", "registry", "noise", "cli", "processes"},
     {"config"}, {"config_files"}, {"config_diff"},
-    {"distributed"}, {"layout"}, {"sheets"}, {"pages"}, {"data"}, {"models"}, {"pretrained"}, {"losses"},
+    {"distributed"}, {"layout", "layout_spec"}, {"sheets"}, {"pages"}, {"data"}, {"models"}, {"pretrained"}, {"losses"},
     {"build"}, {"evaluation"}, {"training"}, {"inference"},
 ]  # fmt: skip
 WINGS = [{"lmdb_builder"}, {"dataset_prep"}, {"interop"}, {"export"}, {"demo"}]
@@ -271,9 +271,9 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1795, "pages": 17, "data": 1389, "models": 1054, "pretrained": 288, "training": 1614,
-    "inference": 1091, "evaluation": 944,
-    "lmdb_builder": 722, "dataset_prep": 727, "interop": 829, "export": 157, "demo": 415,
+    "top level": 1999, "pages": 17, "data": 1858, "models": 1301, "pretrained": 288, "training": 1655,
+    "inference": 1197, "evaluation": 956,
+    "lmdb_builder": 888, "dataset_prep": 741, "interop": 829, "export": 159, "demo": 415,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""

@@ -153,6 +153,12 @@ def test_gif_and_jfif(tmp_path):
             assert abs(LabelMapDataset(str(out), RGB)[0].image.numpy().astype(int) - 90).max() <= 1
 
 
+def test_animations_among_generated_images_are_no_images(tmp_path):
+    write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+    Image.new("L", (4, 4)).save(tmp_path / "a.gif")
+    assert FolderSource(tmp_path, ["images"], bare=True).extension("a", "images") == "png"
+
+
 def test_signed_maps_survive_a_build_that_encodes_them_again(tmp_path):
     signed = np.kron(SIGNED, np.ones((16, 16))).astype(np.int16)
     root, labels = (
@@ -279,6 +285,7 @@ def test_training_on_a_folder_of_binary_masks_says_so():
     )
     assert doubt_labels(labels, batches(road, void, sky)) is None
     assert doubt_labels(labels, batches(road)) is None and doubt_labels(labels, []) is None
+    assert doubt_labels(changed(labels, num_classes=1, names=()), batches(road, road + 1)) is None
 
 
 def test_blended_binary_masks_are_named_as_such(tmp_path):
@@ -474,6 +481,10 @@ def test_files_with_an_unknown_ending_are_not_called_missing(tiny_folder, ending
     text = str(refused.value)
     assert "images: 2 file(s) with an ending that is not read (those are jpg jpeg jfif png" in text
     assert f"0001{ending}, 0002{ending}" in text and "missing that" not in text
+    (root / "images").rename(root / "depth")
+    with pytest.raises(DataError, match=rf"depth: 2 file\(s\) with an ending that is not read .*0001{ending}"):
+        FolderSource(root, ["seg_maps", "depth"])
+    (root / "depth").rename(root / "images")
     (root / "images/0000.jpg").unlink()
     with pytest.raises(DataError, match=rf"0001{ending}"):
         FolderSource(root, ["images", "seg_maps"])

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.layout import Ahead, Edges, LayoutSpec, SemanticLayout
+from imaginaire_spade.layout import FEWEST_PIXELS_ON_GPU, Edges, LayoutNeighbourhoods, LayoutSpec, SemanticLayout
 
 
 class Sample(NamedTuple):
@@ -39,6 +40,58 @@ class Sample(NamedTuple):
         """Return every tensor of the sample."""
         tensors = (self.image, self.labels, self.edges, self.distances, self.conditions)
         return [tensor for tensor in tensors if tensor is not None]
+
+
+ALIGNMENT = 16
+"""Bytes: where each tensor begins in the memory of an ``Ahead``."""
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Neighbourhoods of the views of a layout, found on the host before a GPU asks for them."""
+
+    memory: Tensor
+    """All tensors of ``found``: uint8 [bytes]."""
+    found: dict[tuple[int, int, int], LayoutNeighbourhoods]
+    """Kernel size, height, width of a view -> its neighbourhoods; tensors without memory."""
+
+    @classmethod
+    def of(cls, layout: SemanticLayout, kernel_sizes: Sequence[int]) -> Ahead:
+        """Find what the tables of a GPU need: at the resolutions of FEWEST_PIXELS_ON_GPU or more.
+
+        Args:
+            layout: on the host; nothing in it is changed.
+        """
+        view, found, packed = layout[:], {}, [torch.empty(0, dtype=torch.uint8)]
+
+        def pack(tensor: Tensor) -> Tensor:
+            tensor = tensor.int() if tensor.dtype == torch.int64 else tensor
+            as_bytes = tensor.flatten().view(torch.uint8)
+            packed.append(F.pad(as_bytes, (0, -len(as_bytes) % ALIGNMENT)))
+            return tensor.to("meta")
+
+        height, width = view.height, view.width
+        while height * width >= FEWEST_PIXELS_ON_GPU and view.is_discrete:
+            for size in kernel_sizes:
+                found[size, height, width] = view.resized(height, width).neighbourhoods(size).map(pack)
+            height, width = (0, 0) if height % 2 or width % 2 else (height // 2, width // 2)
+        return cls(torch.cat(packed), found)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Ahead:
+        """Apply a function to the memory."""
+        return Ahead(function(self.memory), self.found)
+
+    def unpack(self) -> dict[tuple[int, int, int], LayoutNeighbourhoods]:
+        """Return ``found``, its tensors views of the memory."""
+        place = 0
+
+        def view(tensor: Tensor) -> Tensor:
+            nonlocal place
+            size, start = tensor.numel() * tensor.element_size(), place
+            place += size + -size % ALIGNMENT
+            return self.memory[start : start + size].view(tensor.dtype).view(tensor.shape)
+
+        return {key: around.map(view) for key, around in self.found.items()}
 
 
 @dataclass(frozen=True)

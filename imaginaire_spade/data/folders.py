@@ -134,7 +134,9 @@ class FolderSource(Source):
         self._names: dict[str, dict[str, str]] = {}
         """Data type -> key -> path below its folder, without extension, where that is not the key."""
         for t, folder in self._folders.items():
-            found = _scan(folder, EXTENSIONS.get(t, PHOTO_EXTENSIONS), self.skipped, patterns.get(t, ""))
+            # (A GIF among generated images is an animation.)
+            endings = [e for e in EXTENSIONS.get(t, PHOTO_EXTENSIONS) if e != "gif" or not bare or t != "images"]
+            found = _scan(folder, endings, self.skipped, patterns.get(t, ""))
             self._extensions[t], self._names[t] = found
         self._join_other_spellings()
         paired = {t: files for t, files in self._extensions.items() if t != DISTANCES}
@@ -232,7 +234,7 @@ class FolderSource(Source):
             below = sorted(path.relative_to(folder).as_posix() for path in self.skipped if folder in path.parents)
             unread = {name.rpartition(".")[0] or name: name for name in below}
             if there := [unread[key] for key in keys if key in unread]:
-                known = " ".join(EXTENSIONS[t])
+                known = " ".join(EXTENSIONS.get(t, PHOTO_EXTENSIONS))
                 lines.append(
                     f"  {t}: {len(there)} file(s) with an ending that is not read (those are {known}): {_some(there)}"
                 )

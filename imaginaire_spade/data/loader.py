@@ -30,10 +30,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from tqdm import tqdm
 
 from imaginaire_spade import distributed
-from imaginaire_spade.data.batch import Batch
+from imaginaire_spade.data.batch import Ahead, Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import DataError, UserError, catch_error
-from imaginaire_spade.layout import Ahead
 from imaginaire_spade.noise import generator_for
 from imaginaire_spade.processes import end_with_parent
 

@@ -85,7 +85,7 @@ class OwnDataset(LabelMapDataset, ABC):
             ``inst_maps``: object ids, integers [H, W]; with ``data.edges: instances``.
             The name of each of ``data.conditions``: uint8, uint16 or floats [H, W] or [H, W, C].
         Raises:
-            DataError: naming the file and what is wrong with it. It ends the run with that message alone.
+            DataError, OSError: naming the file and what is wrong with it. It ends the run with that message alone.
         """
 
     @property
@@ -105,9 +105,13 @@ class OwnDataset(LabelMapDataset, ABC):
 
     def _make(self, index: int, position: int, out: AnyImage | None) -> Sample:
         key = self.keys[index]
-        arrays = self.load(index, generator_for(self.seed, position, "load"))
+        where = f"data.type: {type(self).__name__}, sample {key!r}"
+        try:
+            arrays = self.load(index, generator_for(self.seed, position, "load"))
+        except OSError as error:
+            raise DataError(f"{where}: {error}") from None
         guide = map_types(self.labels, self._edge_source, self.conditions)[0]
-        loaded = _Loaded(arrays, f"data.type: {type(self).__name__}, sample {key!r}", self._edge_source, guide)
+        loaded = _Loaded(arrays, where, self._edge_source, guide)
         sample, geometry = self._read_maps(loaded, key, key, position)
         if not self.with_images:
             return sample

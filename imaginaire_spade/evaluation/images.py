@@ -21,7 +21,7 @@ from torch import Tensor
 from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.batch import Sample
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.folders import Source
+from imaginaire_spade.data.folders import FolderSource, Source
 from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_image
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.data.loader import read_ahead

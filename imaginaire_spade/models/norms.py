@@ -325,7 +325,6 @@ class CLADEICPE(CLADE):
     """
 
     needs_distances = True
-    skipped: Tensor
 
     def __init__(
         self,
@@ -341,16 +340,15 @@ class CLADEICPE(CLADE):
                 f"norm.skip_ids: {wrong} are no train ids: write ids of 0..{spec.num_classes} (the last is don't care)"
             )
         self.skip_ids = tuple(skip_ids)
-        self.register_buffer("skipped", torch.tensor(skip_ids, dtype=torch.int64).view(1, -1, 1, 1), persistent=False)
         self.scale_position = _Position()
         self.shift_position = _Position()
 
     def _modulate(self, x: Tensor, view: SemanticLayout, upsample: int, slope: float) -> Tensor:
         assert view.distances is not None, "clade_icpe needs layouts with distances"
         distances = view.distances.to(self.weight.dtype)
-        if self.skip_ids:
-            without = (view.labels.unsqueeze(1) == self.skipped).any(1, keepdim=True)
-            distances = distances.masked_fill(without, 0)
+        labels = view.labels.int().unsqueeze(1)
+        for skipped in self.skip_ids:  # a tensor of them would have to be sent to a GPU each time
+            distances = distances.masked_fill(labels == skipped, 0)
         modulation = Modulation(self.weight, torch.zeros_like(self.bias), view.classes)
         y = _normalise_and_modulate(self.normalize, x, modulation, upsample, 1.0)
         shift = sum_rows(self.bias, view.classes).view(x.shape[0], *y.shape[2:], -1).permute(0, 3, 1, 2).to(y.dtype)

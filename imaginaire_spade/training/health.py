@@ -259,7 +259,7 @@ def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
 def doubt_labels(labels: LabelSpec, batches: Sequence[Batch]) -> str | None:
     """Return a warning if the label maps of some batches hold one class and no class, and nothing else."""
     present = {i for batch in batches for i in torch.unique(batch.layout.labels).tolist()}
-    if labels.num_classes == 1 or labels.dont_care_id not in present or len(present) > 2:
+    if labels.num_classes < 2 or labels.dont_care_id not in present or len(present) > 2:
         return None
     return (
         f"warning: the label maps that were looked at hold {' and '.join(map(labels.name, sorted(present)))} alone, for"
