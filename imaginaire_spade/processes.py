@@ -67,7 +67,8 @@ def one_writer(folder: Path, flag: str) -> Iterator[None]:
     """Hold ``folder`` (made if missing) for this process while the block runs, by ``folder/.lock``.
 
     The file says who writes, and is touched regularly, so it works on network file systems without locks. The lock of a
-    writer that is gone is taken over. A process that lost its lock (stopped for longer than ``LEASE_S``) ends at once.
+    writer that is gone is taken over; one that has lost its launcher leaves soon, and is waited for. A process that
+    lost its lock (stopped for longer than ``LEASE_S``) ends at once.
 
     Args:
         flag: the command line's flag for the folder.
@@ -87,10 +88,16 @@ def one_writer(folder: Path, flag: str) -> Iterator[None]:
         try:
             lease.acquire(timeout=0)
         except Timeout:
-            if owner is None or owner.hostname == _hostname():
+            if owner is None:
                 raise
-            print(f"{folder}: {who} was writing there: waiting up to {LEASE_S:.0f} s for a sign of life", flush=True)
-            lease.acquire(timeout=LEASE_S + 10)
+            if owner.hostname != _hostname():
+                patience, state = LEASE_S + 10, "was writing there"
+            elif _is_orphan(owner.pid):
+                patience, state = LAUNCHER_GONE_S, "writes there, and its launcher is gone"
+            else:
+                raise
+            print(f"{folder}: {who} {state}: waiting up to {patience:.0f} s for its end", flush=True)
+            lease.acquire(timeout=patience)
     except Timeout:
         raise UserError(f"{flag} {folder}: {who} writes there. Wait for it, end it, or give another {flag}") from None
     except OSError as error:
@@ -103,6 +110,15 @@ def one_writer(folder: Path, flag: str) -> Iterator[None]:
         lease.release()
         with suppress(OSError):
             folder.rmdir()  # if nothing was written
+
+
+def _is_orphan(pid: int) -> bool:
+    """Whether a process of this machine has lost the one that started it. (Linux; False elsewhere.)"""
+    try:
+        parent = int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+        return parent == 1 or Path(f"/proc/{parent}/comm").read_text(encoding="utf-8").strip() == "systemd"
+    except OSError:
+        return False
 
 
 def _hostname() -> str:

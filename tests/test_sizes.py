@@ -439,7 +439,7 @@ def test_the_default_of_both_is_the_trained_size_where_data_val_is_resized_to_it
 def test_overrides_reach_the_network_that_is_evaluated(model_of, monkeypatch):
     path, generated = model_of(), []
 
-    def synthesise(model, *arguments):
+    def synthesise(model, *arguments, **options):
         generated.append(model.generator)
         return iter(())
 
