@@ -271,7 +271,7 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1970, "pages": 17, "data": 1891, "models": 1299, "pretrained": 288, "training": 1655,
+    "top level": 1982, "pages": 17, "data": 1891, "models": 1299, "pretrained": 288, "training": 1655,
     "inference": 1197, "evaluation": 956,
     "lmdb_builder": 888, "dataset_prep": 741, "interop": 829, "export": 159, "demo": 415,
 }  # fmt: skip
