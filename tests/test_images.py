@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import struct
+import unicodedata
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -328,6 +329,49 @@ def test_a_sample_is_the_truth_or_the_build_names_file_and_key(case, tmp_path_fa
     assert image.dtype == (np.uint8 if case.images.range is None else np.float32)
     assert image.shape == case.truth.shape
     assert np.abs(image.astype(np.float64) - case.truth).max() <= case.tolerance
+
+
+MAPS = {"plain": "", "suffix": "data.suffixes", "nodata": "ignore", "colours": "remap", "two Unicode forms": ""}
+"""Form of the label map and its name -> the key that it needs."""
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=photos(), form=st.sampled_from([*MAPS]), is_said=st.booleans())
+def test_photo_and_label_map_of_any_forms_are_the_truth_or_are_refused(case, form, is_said, tmp_path_factory):
+    root = tmp_path_factory.mktemp("case")
+    ((photo, content),) = ((name, content) for name, content in case.files.items() if name.startswith("images/"))
+    ids = decode_label(case.files["seg_maps/a.png"], "x").astype(np.int16)
+    stem, label_map, keys, suffixes = "a", encode_map(ids.astype(np.uint8)), {}, None
+    train_ids = ids.copy()
+    if form == "suffix":
+        stem, suffixes = "a_mask", {"seg_maps": "_mask"} if is_said else None
+    elif form == "nodata":
+        label_map = cv2.imencode(".tif", np.where(ids == 2, np.int16(-1), ids))[1].tobytes()
+        train_ids[ids == 2] = 3
+        keys = {"ignore": (-1,)} if is_said else {}
+    elif form == "colours":
+        colours = ((200, 0, 0), (0, 200, 0), (0, 0, 200))
+        indexed, stream = Image.fromarray(ids.astype(np.uint8), mode="P"), io.BytesIO()
+        indexed.putpalette([value for place in (1, 0, 2) for value in colours[place]])
+        indexed.save(stream, "png")
+        label_map, train_ids = stream.getvalue(), np.array([1, 0, 2])[ids]
+        keys = {"palette": colours} | ({"remap": {0: 1, 1: 0}} if is_said else {})
+    elif form == "two Unicode forms":
+        photo, stem = photo.replace("/a.", "/\u00e9."), "e\u0301"
+    write_bytes(root / "raw" / photo, content)
+    write_bytes(root / "raw/seg_maps" / f"{stem}.{'tif' if form == 'nodata' else 'png'}", label_map)
+    labels = LabelSpec(num_classes=3, **keys)
+    faults = {case.key} - ({case.key} if case.is_right else set()) | ({MAPS[form]} - {""} if not is_said else set())
+    try:
+        build_dataset(root / "raw", root / "lmdb", labels, images=case.images, num_workers=0, suffixes=suffixes)
+    except DataError as error:
+        assert any(fault in str(error) for fault in faults), error
+        assert any(name in unicodedata.normalize("NFC", str(error)) for name in ("a.", "a_mask", "\u00e9.")), error
+        return
+    assert not faults
+    sample = LabelMapDataset(root / "lmdb", labels, images=case.images)[0]
+    assert (sample.labels.numpy() == train_ids).all()
+    assert np.abs(sample.image.permute(1, 2, 0).numpy().astype(np.float64) - case.truth).max() <= case.tolerance
 
 
 def write_bands(folder: Path, make, suffix: str, *, count: int = 4) -> None:
