@@ -200,12 +200,13 @@ def _key_lines(node: yaml.Node | None, prefix: str, where: str) -> Iterator[tupl
         yield from _key_lines(value, f"{dotted}.", where)
 
 
-def _merge(base: Any, own: Any) -> Any:
+def _merge(base: Any, own: Any, section: str = "") -> Any:
     if not (isinstance(base, dict) and isinstance(own, dict)):
         return own
-    if own.get("type", base.get("type")) != base.get("type"):
+    # Another component than the base's shares none of its keys; another class of the data set does.
+    if section != "data" and own.get("type", base.get("type")) != base.get("type"):
         return own
-    return base | {key: _merge(base[key], value) if key in base else value for key, value in own.items()}
+    return base | {key: _merge(base[key], value, key) if key in base else value for key, value in own.items()}
 
 
 def _override(tree: dict[str, Any], overrides: Iterable[str], origins: Origins) -> None:

@@ -5,6 +5,7 @@ alone and exit with ``EXIT_CODE``, which launchers can tell from a crash.
 """
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -99,8 +100,12 @@ def run_command_line(main: Callable[[], None]) -> None:
     """Run a command line's ``main``; print a user's mistake as one message, without a traceback, and exit.
 
     If several processes under one launcher meet the same mistake, only local rank 0 prints: the others wait a little,
-    in which the launcher ends them. A process that met it alone prints in the end.
+    in which the launcher ends them. A process that met it alone prints in the end. What the output's encoding lacks is
+    printed as its escape.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

@@ -16,7 +16,7 @@ from PIL import Image
 from imaginaire_spade import Synthesizer
 from imaginaire_spade.build import build_discriminator, build_generator, build_split, layout_spec
 from imaginaire_spade.config import AugmentationConfig, Condition
-from imaginaire_spade.config_files import dump_config, load_data, parse_config
+from imaginaire_spade.config_files import dump_config, load_config, load_data, parse_config
 from imaginaire_spade.data.batch import Sample
 from imaginaire_spade.data.conditions import decode_condition
 from imaginaire_spade.data.dataset import LabelMapDataset
@@ -591,3 +591,14 @@ def test_a_data_set_of_ones_own_is_held_to_its_contract():
     for roots, message in (((), "there are no samples"), (("a", "a"), "'a' stands for several samples")):
         with pytest.raises(DataError, match=message):
             sample(both, roots)
+
+
+def test_a_data_set_class_keeps_what_the_base_says_of_the_data(tmp_path):
+    base = REPOSITORY / "configs/projects/spade/sample/small64.yaml"
+    (tmp_path / "a.yaml").write_text(f"base: {base}\ndata: {{type: csv_pairs, train: {{roots: [x]}}}}")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\ndata: {type: scene_crops}")
+    plain = load_config(base).data
+    for name, kind in (("a", "csv_pairs"), ("b", "scene_crops")):
+        data = load_config(tmp_path / f"{name}.yaml").data
+        assert data.type.type == kind and data.train.roots == ("x",)
+        assert data.labels == plain.labels and data.train.augmentations == plain.train.augmentations

@@ -2,6 +2,7 @@
 """Runs that begin with another run's weights, also with other classes."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +111,29 @@ def test_edges_and_dont_care_may_come_and_go(tmp_path):
     assert torch.equal(weights[1][:, 2], weights[2][:, 2])
     assert "no longer there: car, tree" in said and "don't care" in said
     assert not now.gen_optimizer.state and now.images_seen == 0
+
+
+def test_conditions_continue_beside_edges_and_other_classes(tmp_path):
+    def with_depth(names: list[str]):
+        config = config_of(names)
+        conditions = ({"name": "depth", "range": [0, 10]}, {"name": "normals", "channels": 3, "flip_sign": [0]})
+        return parse_config(dump_config(config) | {"data": dump_config(config)["data"] | {"conditions": conditions}})
+
+    path, old, new = tmp_path / "old.pt", with_depth(OLD), with_depth(["road", "lava"])
+    before, now = saved(old, path), new_train_state(new, CPU, seed=2)
+    said = initialise_from(SimpleNamespace(config=new, state=now), path)
+    assert (
+        re.search("edges +the edges", said)
+        and "the conditions continue" in said
+        and "no longer there: sky, car, tree" in said
+    )
+    first, second = (state.generator.fc.weight for state in (before, now))
+    # (4 classes, don't care, edges, 4 channels of conditions; 2 classes, don't care, edges, the same.)
+    for channel, source in ((0, 1), (2, 4), (3, 5), (4, 6), (5, 7), (6, 8), (7, 9)):
+        assert torch.equal(second[:, channel], first[:, source])
+    again = new_train_state(old, CPU, seed=3)
+    assert "all 4 classes continue" in initialise_from(SimpleNamespace(config=old, state=again), path)
+    assert torch.equal(again.generator.fc.weight, first)
 
 
 def test_a_run_is_fine_tuned_for_other_classes(tiny_run, tmp_path, capsys):

@@ -549,3 +549,32 @@ def test_networks_for_rgb_refuse_bands_before_the_work_starts():
     ):
         with pytest.raises(ConfigError, match=message):
             check(images=entry)
+
+
+def test_grey_with_alpha_is_two_channels_or_one(tmp_path):
+    array, stream = np.random.default_rng(0).integers(0, 255, (48, 64, 2), np.uint8), io.BytesIO()
+    Image.fromarray(array, mode="LA").save(stream, "png")
+    content = stream.getvalue()
+    write_bytes(tmp_path / "raw/images/a.png", content)
+    write_png(tmp_path / "raw/seg_maps/a.png", np.zeros((48, 64), np.uint8))
+    both, one = ImageSpec(channels=2), ImageSpec(channels=1, drop_alpha=True)
+    assert (decode_photo(content, "x", both) == array).all()
+    assert (decode_photo(content, "x", one) == array[..., :1]).all()
+    with pytest.raises(DataError, match=r"drop_alpha: true to leave it out, or data\.images\.channels: 2"):
+        decode_photo(content, "x", ImageSpec())
+    built = build_dataset(
+        tmp_path / "raw", tmp_path / "small", LabelSpec(num_classes=1), images=both, num_workers=0,
+        resize_smallest_side=24,
+    )  # fmt: skip
+    assert built["data_types"]["images"]["extension"] == "npy" and built["sizes_h_w"] == {"24x32": 1}
+
+
+def test_grey_with_a_transparent_colour_and_cmyk(tmp_path):
+    stream = io.BytesIO()
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    Image.fromarray(grey).save(stream, "png", transparency=9)
+    decoded = decode_photo(stream.getvalue(), "x", ImageSpec(channels=2))
+    assert (decoded[..., 0] == grey).all() and (decoded[..., 1] == np.where(grey == 9, 0, 255)).all()
+    Image.new("CMYK", (8, 8)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match="a TIFF of CMYK colours: convert it to RGB"):
+        decode_photo((tmp_path / "a.tif").read_bytes(), "x", ImageSpec(channels=4))

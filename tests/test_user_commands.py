@@ -1,11 +1,13 @@
 """The commands that users know, of imaginaire's SPADE project and of our README, word for word, on miniature data."""
 
 import json
+import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -353,3 +355,31 @@ def test_every_file_has_the_mode_that_the_umask_leaves(umask, tmp_path, commands
     assert kinds >= {".mdb", ".npz", ".npy", ".yaml"}
     left = {True: 0o777 & ~int(umask, 8), False: 0o666 & ~int(umask, 8)}
     assert not {str(p): oct(p.stat().st_mode) for p in written if p.stat().st_mode & 0o777 != left[p.is_dir()]}
+
+
+def test_names_that_the_output_cannot_show_stop_nothing(tiny_folder, tmp_path):
+    root = tiny_folder(keys=2, num_classes=2, types=("images", "seg_maps"))
+    (tmp_path / "c.yaml").write_text("data: {labels: {num_classes: 2, names: [Straße, Grün]}}", encoding="utf-8")
+    ascii_only = {
+        **os.environ,
+        "PYTHONUTF8": "0",
+        "LC_ALL": "C",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": "ascii",
+    }
+    arguments = [
+        "--config",
+        tmp_path / "c.yaml",
+        "--data_root",
+        root,
+        "--output_root",
+        tmp_path / "out",
+        "--num_workers",
+        "0",
+    ]
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "scripts/build_lmdb.py", *arguments],
+        env=ascii_only, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Stra\\xdfe" in done.stdout

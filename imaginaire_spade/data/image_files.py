@@ -184,10 +184,8 @@ def _decode_with_pil(data: bytes, where: str, what: str) -> NDArray[np.generic]:
         raise DataError(f"{where}: a {what} with an alpha channel: save it without (single-channel PNG of ids)")
     readable = image.mode in ("1", "L", "P", "RGB", "I", "I;16", "I;16B", "I;16L")
     if not readable or (png_bits == 16 and png_type != _GREY):
-        raise DataError(
-            f"{where}: a {what} of pixel format {image.mode}, {png_bits} bits per channel; save it as a single-channel"
-            " PNG of 8 or 16 bits"
-        )
+        form = "floats" if image.mode == "F" else f"pixel format {image.mode}, {png_bits} bits per channel"
+        raise DataError(f"{where}: a {what} of {form}; save it as a single-channel PNG of 8 or 16 bits")
     try:
         stored = np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:  # PIL's words for damaged data

@@ -68,6 +68,8 @@ def read_header(data: bytes, where: str) -> Header:
     if data.startswith(_TIFF) and {256, 257} <= (tags := _tiff_tags(data)).keys():
         channels, kind = tags.get(277, 1), _KINDS.get(tags.get(339, 1), "uint")
         dtype = f"{kind}{max(8, 1 << (tags.get(258, 1) - 1).bit_length())}"
+        if tags.get(262) == 5:
+            raise DataError(f"{where}: a TIFF of CMYK colours: convert it to RGB")
         if tags.get(262) == 3 and channels == 1:  # a palette
             channels, dtype = 3, "uint8"
         size = check_size(tags[257], tags[256], where)
@@ -283,11 +285,15 @@ def _decode_whole(data: bytes, where: str, header: Header) -> AnyImage:
     try:
         if data.startswith(_TIFF) and header.dtype == "uint8" and _tiff_tags(data).get(338) == 2:
             return np.asarray(open_image(data, where))  # (OpenCV would multiply its colours by alpha)
+        if data.startswith(b"\x89PNG") and header.channels == 2 and header.dtype == "uint8":
+            return np.asarray(open_image(data, where).convert("LA"))  # (OpenCV makes four channels of it, or one)
         array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except (cv2.error, OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{where}: not readable as an image: {error}") from None
     if array is None:
         raise DataError(f"{where}: not readable as an image (damaged, or a format that OpenCV does not know)")
+    if header.channels == 2 and array.ndim == 3 and array.shape[2] == 4:
+        return array[..., [0, 3]]  # grey with alpha
     return array if array.ndim == 2 else array[..., [2, 1, 0, 3][: array.shape[2]]]
 
 

@@ -96,7 +96,8 @@ def _turn(path: Path, size: tuple[int, int]) -> dict[str, Callable[[], bytes]]:
 
 def _without_orientation(path: Path, turn: bool) -> bytes:
     """Encode a photo without its EXIF orientation, turned as it says or with its pixels where they are."""
-    return encode_image(decode_stored(path.read_bytes(), str(path), upright=turn), path.suffix)
+    photo = decode_stored(path.read_bytes(), str(path), upright=turn)
+    return encode_image(photo[..., [0, 0, 0, 1]] if photo.shape[2] == 2 else photo, path.suffix)  # (grey with alpha)
 
 
 def _by_name(folder: Path) -> dict[str, list[Path]]:

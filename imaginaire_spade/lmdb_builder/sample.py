@@ -281,6 +281,8 @@ def _reencode(plan: Plan, sample: LoadedSample, pixels: dict[str, NDArray[Any]],
             if shrinks:
                 extension = plan.source.extension(sample.key, data_type)
                 sample.recoded[data_type] = extension = {"jfif": "jpg", "gif": "png"}.get(extension, extension)
+                if array.shape[2] not in (1, 3, 4):
+                    sample.recoded[data_type] = extension = "npy"
                 resizable = array if array.dtype in RESIZABLE else array.astype(np.float64)
                 shrunk = apply_to_image(resizable, geometry, any_area=True).astype(array.dtype, copy=False)
                 sample.files[data_type] = encode_image(shrunk, f".{extension}", quality=plan.quality)

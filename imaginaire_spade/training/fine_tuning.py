@@ -92,9 +92,10 @@ def _match_channels(old: RunConfig, new: RunConfig) -> list[int | None]:
     sources = [known.get(name) for name in wanted]
     if now.dont_care:
         sources.append(before.dont_care_id if before.dont_care else None)
+    spec = layout_spec(old)
     if layout_spec(new).has_edges:
-        sources.append(layout_spec(old).num_channels - 1 if layout_spec(old).has_edges else None)
-    return sources
+        sources.append(spec.num_label_channels if spec.has_edges else None)
+    return sources + list(range(spec.num_channels - spec.num_conditions, spec.num_channels))  # equal in both
 
 
 def _label_axes(name: str, config: RunConfig) -> dict[str, int]:
@@ -176,14 +177,15 @@ def _copy_channels(
 
 def _describe(old: RunConfig, new: RunConfig, sources: Sequence[int | None]) -> list[str]:
     """List the classes and where their weights come from; one line if all come from themselves."""
-    before, now = old.data.labels, new.data.labels
+    before, now, spec = old.data.labels, new.data.labels, layout_spec(new)
     if list(sources) == list(range(layout_spec(old).num_channels)):
-        return [f"  all {now.num_classes} classes continue"]
+        return [f"  all {now.num_classes} classes continue" if now.num_classes else "  all inputs continue"]
     width = max(len(now.name(i)) for i in range(now.num_classes + 1))
     lines = [f"  {'class':>5}  {'':{width}}  takes the weights of"]
-    for channel, source in enumerate(sources):
-        is_edge = channel == layout_spec(new).num_label_channels
+    for channel, source in enumerate(sources[: spec.num_channels - spec.num_conditions]):
+        is_edge = channel == spec.num_label_channels
         taken = "new" if source is None else "the edges" if is_edge else f"{source} {before.name(source)}"
         lines.append(f"  {channel:>5}  {'edges' if is_edge else now.name(channel):{width}}  {taken}")
-    left = [before.name(i) for i in range(before.num_classes) if i not in sources]
-    return lines + ([f"  no longer there: {', '.join(left)}"] if left else [])
+    left = [before.name(i) for i in range(before.num_classes) if i not in sources[: spec.num_label_channels]]
+    lines += [f"  no longer there: {', '.join(left)}"] if left else []
+    return lines + (["  the conditions continue"] if spec.num_conditions else [])
