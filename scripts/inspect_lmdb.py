@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from imaginaire_spade.config_files import load_labels
+from imaginaire_spade.config_files import load_data
 from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.lmdb_source import MANIFEST
 from imaginaire_spade.data.photos import built_spec, decode_photo, is_upright, measured, read_header, show
@@ -47,16 +47,17 @@ def main() -> None:
         for path in extract(root, arguments.extract, arguments.output_dir):
             print(path)
         return
-    labels = load_labels(arguments.config) if arguments.config else stored_labels(root)
+    data = load_data(arguments.config) if arguments.config else None
+    labels = data.labels if data else stored_labels(root)
     known = read_json(root / MANIFEST) if (root / MANIFEST).is_file() else {}
-    source = open_data(root)
+    source = open_data(root, data)
     if "class_shares" in known and labels:
         print(summary(known, labels, root))
     else:
-        print(f"{len(source.keys)} samples of {', '.join(stored_types(source))}: {root} (no manifest of ours)")
+        print(f"{len(source.keys)} samples of {', '.join(stored_types(source, data))}: {root} (no manifest of ours)")
     shares = list(known["class_shares"] or []) if "class_shares" in known else []
     if arguments.verify or (arguments.legend and not shares):
-        contents = look_through(root, labels, arguments.num_workers)
+        contents = look_through(root, labels, arguments.num_workers, data)
         sizes = ", ".join(f"{size} ({count})" for size, count in contents.sizes.most_common(5))
         for data_type, num_bytes in contents.num_bytes.items():
             print(f"{data_type}: {num_bytes / 1e6:.1f} MB")
@@ -82,7 +83,7 @@ def main() -> None:
     if arguments.contact_sheet:
         step = max(1, len(source.keys) // arguments.rows)
         types = [t for t in ("seg_maps", "images") if source.has(t)]
-        images, rows = measured(built_spec(root), [root]), []
+        images, rows = measured(built_spec(root) if known or not data else data.images, [root]), []
         for key in source.keys[::step][: arguments.rows]:
             cells, size = [], None
             for t in types:

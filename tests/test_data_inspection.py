@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, write_png
 
 from imaginaire_spade.data.distances import class_distances, encode_distances
 from imaginaire_spade.data.folders import DATA_TYPES, FolderSource
@@ -176,3 +176,16 @@ def test_edge_maps_are_the_borders(tiny_folder, of):
     for command in (lambda: make_edge_maps(root, of, num_workers=-1), lambda: look_through(root, None, -1)):
         with pytest.raises(DataError, match=r"--num_workers -1: write at least 0"):
             command()
+
+
+def test_a_plain_folder_is_read_as_the_config_says(tmp_path, monkeypatch, capsys):
+    for name in ("a", "b"):
+        write_png(tmp_path / f"raw/images/{name}.png", np.full((16, 16), 900, np.uint16))
+        write_png(tmp_path / f"raw/seg_maps/{name}_mask.png", np.zeros((16, 16), np.uint8))
+    (tmp_path / "c.yaml").write_text(
+        "data: {labels: {num_classes: 2}, suffixes: {seg_maps: _mask}, images: {channels: 1, range: auto}}"
+    )
+    told = ["inspect_lmdb.py", tmp_path / "raw", "--config", tmp_path / "c.yaml", "--verify", "--num_workers", "0"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in told])
+    inspect_lmdb.main()
+    assert "read 2 samples" in (printed := capsys.readouterr().out) and "everything decodes" in printed

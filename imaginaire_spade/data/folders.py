@@ -240,14 +240,14 @@ class FolderSource(Source):
                 )
             if missing := [key for key in keys if key not in unread]:
                 lines.append(f"  {t}: {len(missing)} missing that other folders have: {_some(missing)}")
-        if suffixes := _find_suffixes({t: list(self._extensions[t]) for t in self.unpaired}):
-            shown = ", ".join(f'{t}: "{suffix}"' for t, suffix in suffixes.items())
-            lines.append(f"They pair up by their stems if you write data.suffixes: {{{shown}}}")
         photos, masks = set(self.unpaired.get("seg_maps", ())), self.unpaired.get("images", ())
         cuts = ((key[:i], key[i + 1 :]) for key in masks for i, character in enumerate(key) if character in "-_./")
         if len(masks) > len(photos) and not all(photos.isdisjoint(cut) for cut in cuts):
             source = f"scripts/prepare_dataset.py parts --source {self.root}"
             lines.append(f"One mask per class and photo? {source} merges them.")
+        if suffixes := _find_suffixes({t: list(self._extensions[t]) for t in self.unpaired}):
+            shown = ", ".join(f'{t}: "{suffix}"' for t, suffix in suffixes.items())
+            lines.append(f"They pair up by their stems if you write data.suffixes: {{{shown}}}")
         lines.append(
             "Add the missing files or remove the extra ones (or, where names differ by a suffix or prefix, write"
             " data.suffixes); scripts/build_lmdb.py --drop_unpaired builds from those that have all"

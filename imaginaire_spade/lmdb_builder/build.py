@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from imaginaire_spade.config import Condition, ImageSpec
+from imaginaire_spade.config import Condition, ImageSpec, LabelledData
 from imaginaire_spade.data.folders import DATA_TYPES, DISTANCES, FolderSource, Source
 from imaginaire_spade.data.image_files import PHOTO_EXTENSIONS
 from imaginaire_spade.data.lmdb_source import MANIFEST, open_source, store_key
@@ -238,28 +238,34 @@ def _write_alone(plan: Plan, root: Path, name: str) -> Iterator[list[str]]:
 # ------------------------------------------------------------------------------------------------ inspection
 
 
-def open_data(root: Path) -> Source:
+def open_data(root: Path, data: LabelledData | None = None) -> Source:
     """Open what lies under ``root``: LMDB shards, or plain folders.
 
+    Args:
+        data: of a config; what it says of files counts where no manifest does.
     Raises:
         DataError: no data set is there.
     """
-    return open_source(root, [t for t in _types(root) if (root / t).is_dir()])
+    there = [t for t in _types(root, data) if (root / t).is_dir()]
+    return open_source(root, there, suffixes=data.suffixes if data else None)
 
 
-def stored_types(source: Source) -> list[str]:
+def stored_types(source: Source, data: LabelledData | None = None) -> list[str]:
     """List the data types that every sample has."""
-    return [t for t in _types(source.root) if source.has(t)]
+    return [t for t in _types(source.root, data) if source.has(t)]
 
 
-def stored_conditions(root: Path) -> list[Condition]:
-    """Return the dense conditions that the data set was built with; none where another builder made it."""
-    manifest = read_json(root / MANIFEST) if (root / MANIFEST).is_file() else {}
-    return [Condition.model_validate(entry) for entry in manifest.get("conditions", [])]
+def stored_conditions(root: Path, data: LabelledData | None = None) -> list[Condition]:
+    """Return the dense conditions that the data set was built with, or those of ``data`` where no manifest says."""
+    if not (root / MANIFEST).is_file():
+        return list(data.conditions) if data else []
+    return [Condition.model_validate(entry) for entry in read_json(root / MANIFEST).get("conditions", [])]
 
 
-def _types(root: Path) -> list[str]:
-    return [*DATA_TYPES, *(condition.name for condition in stored_conditions(root))]
+def _types(root: Path, data: LabelledData | None) -> list[str]:
+    has_no_table = data is not None and not data.labels.num_classes
+    files = [t for t in DATA_TYPES if t != "seg_maps" or not has_no_table]
+    return [*files, *(condition.name for condition in stored_conditions(root, data))]
 
 
 def stored_labels(root: Path) -> LabelSpec | None:
@@ -276,14 +282,17 @@ def stored_labels(root: Path) -> LabelSpec | None:
         raise DataError(f"{root / MANIFEST}: no usable label table: {error}") from None
 
 
-def look_through(root: Path, labels: LabelSpec | None, num_workers: int | None) -> Contents:
+def look_through(
+    root: Path, labels: LabelSpec | None, num_workers: int | None, data: LabelledData | None = None
+) -> Contents:
     """Read and check every sample as the builder does, and compare every file's checksum with the manifest's.
 
     Problems are collected, not raised.
     """
-    source = open_data(root)
+    source = open_data(root, data)
     contents = Contents(problems=list(wrong_checksums(root)))
-    check = partial(_check, source, stored_types(source), labels, built_spec(root), stored_conditions(root))
+    images = data.images if data and not (root / MANIFEST).is_file() else built_spec(root)
+    check = partial(_check, source, stored_types(source, data), labels, images, stored_conditions(root, data))
     with map_in_order(check, source.keys, num_workers) as samples:
         for sample in tqdm(samples, "reading", len(source.keys), unit="images", mininterval=0.5):
             contents.add(sample)
