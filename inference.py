@@ -127,6 +127,7 @@ def main() -> None:
             size_of=sizes, with_images=False,
             replace=dict(_replacement(config.data.labels, text) for text in arguments.map),
             on_unknown=partial(_remember, changed) if arguments.on_bad_label == "ignore" else None,
+            suffixes=config.data.suffixes,
         )  # fmt: skip
     notes += [str(warning.message) for warning in caught]
     seed = config.seed if arguments.seed is None else arguments.seed

@@ -13,6 +13,7 @@ from torch import nn
 
 from imaginaire_spade.config import OptimizerConfig, RunConfig, SplitConfig
 from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.loader import leave_out_bad
 from imaginaire_spade.data.photos import measured
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec
@@ -138,12 +139,14 @@ def _apex_adam() -> Any:
 
 def build_split(config: RunConfig, split: SplitConfig, *, with_images: bool = True) -> LabelMapDataset:
     """Open one split, ``config.data.train`` or ``config.data.val``, with or without photos."""
-    images = with_measured_range(config).data.images if with_images else config.data.images
-    return LabelMapDataset(
-        split.roots, config.data.labels, edges=config.data.edges, images=images,
-        distances=layout_spec(config).has_distances, augmentations=split.augmentations, seed=config.seed,
-        with_images=with_images,
+    data = with_measured_range(config).data if with_images else config.data
+    dataset = LabelMapDataset(
+        split.roots, data.labels, edges=data.edges, images=data.images, distances=layout_spec(config).has_distances,
+        augmentations=split.augmentations, seed=config.seed, with_images=with_images, suffixes=data.suffixes,
     )  # fmt: skip
+    if data.skip_bad:
+        leave_out_bad(dataset, data.num_workers)
+    return dataset
 
 
 def with_measured_range(config: RunConfig) -> RunConfig:

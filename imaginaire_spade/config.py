@@ -149,6 +149,21 @@ class LabelledData(Section):
     """What the numbers of a photo mean; the default is 8-bit RGB."""
     edges: EdgeSource = EdgeSource.NONE
     """Edge channel: from edge_maps/ files, or drawn after augmentation from inst_maps/ or from the label map."""
+    suffixes: dict[str, str] = {}
+    """Data type -> what the names of its files in folders have beside the stem by which they are joined: a suffix
+    (`seg_maps: _mask` for NAME_mask.png), or text with `*` for the stem (`images: "photo_*"`). Files without are left
+    out."""
+
+    @field_validator("suffixes")
+    @classmethod
+    def _check_suffixes(cls, suffixes: dict[str, str]) -> dict[str, str]:
+        for data_type, suffix in suffixes.items():
+            is_known = data_type in (types := ("images", "seg_maps", "edge_maps", "inst_maps", "distances"))
+            if not is_known or not suffix.strip("*") or suffix.count("*") > 1 or "/" in suffix:
+                raise ValueError(
+                    f"{data_type}: {suffix}: write one of {', '.join(types)}: _mask (or mask_*, with one *)"
+                )
+        return suffixes
 
 
 class DataConfig(LabelledData):
@@ -159,6 +174,9 @@ class DataConfig(LabelledData):
     shuffle_shards: int | None = Field(None, ge=1)
     """Number of shards whose samples training mixes at a time, in a new order every epoch: for data sets larger than
     memory, of which it then reads a few files at a time. null = it mixes all."""
+    skip_bad: bool = False
+    """Read and check every sample at the start, and go on without those that cannot be used; LOGDIR/bad_files.txt has
+    their names."""
     train: SplitConfig
     val: SplitConfig | None = None
 

@@ -1,5 +1,6 @@
 """Write files complete or not at all: images, JSON, any bytes. Read text and JSON. Download, and compute checksums."""
 
+import codecs
 import hashlib
 import http.client
 import io
@@ -115,14 +116,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_text(path: Path, error_type: type[UserError], message: str = "") -> str:
-    """Read a text file in UTF-8.
+    """Read a text file in UTF-8, or as Windows writes it: with a byte order mark, in UTF-8 or UTF-16.
 
     Args:
         error_type, message: what is raised if it cannot be read; the reason follows the message.
     """
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        is_wide = path.read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        return path.read_text(encoding="utf-16" if is_wide else "utf-8-sig")
+    except (OSError, UnicodeError) as error:
         raise error_type(f"{message or f'{path}: cannot be read'}: {error}") from None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import difflib
+import re
 from enum import StrEnum
 from functools import cached_property
 from typing import Any, Literal
@@ -19,8 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from imaginaire_spade.errors import LabelError
 
-MAX_RAW_ID = 65535
-"""Label maps are 8- or 16-bit: the largest raw id a file can hold."""
+MIN_RAW_ID, MAX_RAW_ID = -32768, 65535
+"""Label maps are 8- or 16-bit, signed or not: the raw ids that a file can hold."""
+
+_SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
+_SIDE = re.compile(r"left|right|(?<![a-z])[lr](?![a-z])")
 
 
 class EdgeSource(StrEnum):
@@ -87,7 +91,7 @@ class LabelSpec(BaseModel):
     dont_care: bool = True
     """Whether the networks get a channel for pixels without a class."""
     ignore: tuple[int, ...] = ()
-    """Raw ids that mean "no class", such as 255."""
+    """Raw ids that mean "no class", such as 255; in signed files (TIFF, NPY) negative ones too, such as -1."""
     remap: dict[int, int] = {}
     """Raw id -> train id, for ids that are not their own train id."""
     names: tuple[str, ...] = ()
@@ -95,12 +99,18 @@ class LabelSpec(BaseModel):
     palette: tuple[tuple[int, int, int], ...] = ()
     """One RGB colour per class (0..255): for images of label maps and for reading RGB label maps (in which no colour
     that several classes share may occur)."""
+    nearest_color: float | None = Field(None, gt=0)
+    """RGB label maps with blended borders, and JPEGs: read a colour that the palette lacks as the nearest one of it, at
+    most this far away (Euclidean distance, 1..442). null = such a colour is an error."""
+    mirror: dict[str | int, str | int] = {}
+    """Class -> its counterpart on the other side (names or ids; each pair once or both ways): a horizontal flip swaps
+    them, so that a left eye stays a left eye."""
 
     @model_validator(mode="after")
     def _check(self) -> LabelSpec:
         for raw in (*self.ignore, *self.remap):
-            if not 0 <= raw <= MAX_RAW_ID:
-                raise ValueError(f"raw id {raw} cannot occur in an 8- or 16-bit label map (0..{MAX_RAW_ID})")
+            if not MIN_RAW_ID <= raw <= MAX_RAW_ID:
+                raise ValueError(f"raw id {raw} cannot occur in an 8- or 16-bit label map ({MIN_RAW_ID}..{MAX_RAW_ID})")
         for raw, train in self.remap.items():
             if not 0 <= train < self.num_classes:
                 raise ValueError(
@@ -114,7 +124,45 @@ class LabelSpec(BaseModel):
                 raise ValueError(f"{field} has {len(getattr(self, field))} entries for num_classes: {self.num_classes}")
         if any(not 0 <= value <= 255 for colour in self.palette for value in colour):
             raise ValueError("palette: colours are RGB triples of 0..255")
+        if self.nearest_color and not self.palette:
+            raise ValueError("nearest_color: needs the colours of the classes: write palette: [[r, g, b], ...]")
+        for left, right in self._pairs:
+            assert self.mirrored is not None
+            if left == right or self.dont_care_id in (left, right) or [*self.mirrored[[left, right]]] != [right, left]:
+                raise ValueError(
+                    f"mirror: {self.name(left)}: {self.name(right)}: a class has one counterpart, another class"
+                )
         return self
+
+    @cached_property
+    def _pairs(self) -> list[tuple[int, int]]:
+        """List the train ids of ``mirror``."""
+        try:
+            return [(self.id_of(str(left)), self.id_of(str(right))) for left, right in self.mirror.items()]
+        except LabelError as error:
+            raise ValueError(f"mirror: {error}") from None
+
+    @cached_property
+    def mirrored(self) -> NDArray[np.generic] | None:
+        """Tabulate train id -> that in a mirrored image: ``dtype`` [num_classes + 1]; None: it stays."""
+        if not self.mirror:
+            return None
+        table = np.arange(self.num_classes + 1).astype(self.dtype)
+        for left, right in self._pairs:
+            table[[left, right]] = right, left
+        return table
+
+    def sided_classes(self) -> dict[str, str]:
+        """Find the classes whose names differ in their side alone (left eye, right eye) and that ``mirror`` lacks."""
+        names = {name.lower(): i for i, name in enumerate(self.names)}
+        known = {i for pair in self._pairs for i in pair}
+        found: dict[str, str] = {}
+        for name, i in names.items():
+            other = names.get(_SIDE.sub(lambda side: _SIDES[side[0]], name), i)
+            if other != i and i not in known:
+                found[self.names[i]] = self.names[other]
+                known |= {i, other}
+        return found
 
     @property
     def dont_care_id(self) -> int:
@@ -133,12 +181,18 @@ class LabelSpec(BaseModel):
 
     @cached_property
     def table(self) -> NDArray[np.generic]:
-        """Tabulate raw id -> train id, ``dont_care_id`` or ``error_id``: ``dtype`` [65536]."""
-        table = np.full(MAX_RAW_ID + 1, self.error_id, self.dtype)
+        """Tabulate raw id -> train id, ``dont_care_id`` or ``error_id``: ``dtype`` [98304], negative ids at the end."""
+        table = np.full(MAX_RAW_ID + 1 - MIN_RAW_ID, self.error_id, self.dtype)
         table[: self.num_classes] = np.arange(self.num_classes)
         table[list(self.remap)] = list(self.remap.values())
         table[list(self.ignore)] = self.dont_care_id
         return table
+
+    @property
+    def known_ids(self) -> list[int]:
+        """List the raw ids that the table has: classes and ignored ones."""
+        places = np.flatnonzero(self.table != self.error_id)
+        return np.where(places > MAX_RAW_ID, places - len(self.table), places).tolist()
 
     @property
     def channel_order(self) -> list[int] | None:
@@ -180,7 +234,7 @@ class LabelSpec(BaseModel):
         """Convert a raw label map to train ids.
 
         Args:
-            raw: unsigned integer [H, W], or uint8 [H, W, 3] RGB where the spec has a palette.
+            raw: integer [H, W], -32768..65535, or uint8 [H, W, 3] RGB where the spec has a palette.
             where: file or key, for the message.
             unknown: whether ids and colours outside the table raise, or count as don't care.
         Returns:
@@ -242,9 +296,11 @@ class LabelSpec(BaseModel):
                 f"{where}: an RGB colour image, but label maps hold class ids. Give the colours in the config, one"
                 " per class: data.labels.palette: [[r, g, b], ...]; or save a single-channel PNG of ids"
             )
-        code = rgb.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
-        codes = np.array(self.palette, np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+        code = _codes(rgb)
+        codes = _codes(np.array(self.palette, np.uint8))
         colours, classes, uses = np.unique(codes, return_index=True, return_counts=True)
+        if self.nearest_color:
+            code = self._nearest(code, colours)
         place = np.searchsorted(colours, code).clip(max=len(colours) - 1)
         known = colours[place] == code
         shared = known & (uses[place] > 1)
@@ -265,8 +321,9 @@ class LabelSpec(BaseModel):
             listed = ", ".join(f"({v >> 16}, {v >> 8 & 255}, {v & 255})" for v in values[:5].tolist())
             raise LabelError(
                 f"{where}: {len(values)} colour(s) that data.labels.palette does not have: {listed}"
-                f"{' ...' if len(values) > 5 else ''}. Add them to the palette, or save the map without"
-                " compression, antialiasing or resizing"
+                f"{' ...' if len(values) > 5 else ''}, {100 * wrong.mean():.2g} % of the pixels. Add them to the"
+                " palette, or save the map without compression, antialiasing or resizing; or, if they are blends at"
+                " borders, take the nearest colour: data.labels.nearest_color: 442 (or less: how far a colour may be)"
             )
         if not known.all() and not self.ignore:
             raise LabelError(
@@ -275,11 +332,33 @@ class LabelSpec(BaseModel):
             )
         return ids
 
+    def _nearest(self, code: NDArray[np.uint32], colours: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """Replace each colour by the nearest of ``colours`` (or black, if it may mean "no class") within reach."""
+        seen, inverse = np.unique(code, return_inverse=True)
+        nearest, best = seen.copy(), np.full(seen.shape, float(self.nearest_color or 0))
+        for colour in [0, *colours.tolist()] if self.ignore else colours.tolist():
+            shifts = np.array([[16], [8], [0]])
+            distance = np.linalg.norm((seen >> shifts & 255).astype(np.float32) - (colour >> shifts & 255), axis=0)
+            is_near = distance <= best
+            nearest[is_near], best[is_near] = colour, distance[is_near]
+        return nearest[inverse].reshape(code.shape)
+
+    def count_blended(self, raw: NDArray[np.generic]) -> int:
+        """Count the pixels whose colour is not in the palette, but taken for one that is (``nearest_color``)."""
+        if self.nearest_color is None or raw.ndim != 3:
+            return 0
+        return int(np.isin(_codes(raw), [0, *_codes(np.array(self.palette, np.uint8))], invert=True).sum())
+
     def _complain(self, wrong: NDArray[np.generic], present: NDArray[np.generic], where: str) -> str:
         values = ", ".join(map(str, wrong[:10].tolist())) + (" ..." if len(wrong) > 10 else "")
         text = f"{where}: label value(s) {values} outside the table (num_classes: {self.num_classes})."
         if present.tolist() == [0, 255] and self.num_classes >= 2:
             return text + " A binary 0/255 mask? Write data.labels.remap: {255: 1}"
+        if wrong.max() < 0:
+            listed = ", ".join(map(str, wrong[:10].tolist()))
+            return text + f' If negative values mean "no class", write data.labels.ignore: [{listed}]'
+        if {0, 255} <= {*present.tolist()} and len(wrong) > 8:
+            return text + " A mask of 0 and 255 with blended borders? Threshold it, and save it as PNG"
         if wrong.tolist() == [255]:
             return text + ' If 255 means "no class", write data.labels.ignore: [255]'
         if wrong.tolist() == [self.num_classes] and present[0] > 0 and not self.remap:
@@ -291,6 +370,11 @@ class LabelSpec(BaseModel):
             f' Write data.labels.ignore: [{", ".join(map(str, wrong[:10].tolist()))}] if they mean "no class",'
             " data.labels.remap: {raw id: class} to map them, or a larger num_classes"
         )
+
+
+def _codes(rgb: NDArray[np.generic]) -> NDArray[np.uint32]:
+    """Return 65536 R + 256 G + B of colours [..., 3]."""
+    return rgb.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
 
 
 def distinct_colours(count: int) -> NDArray[np.uint8]:

@@ -47,6 +47,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
                         help="keep the finished shards of an interrupted build")
     parser.add_argument("--drop_unpaired", action="store_true", help="build from the samples that have all data types")
+    parser.add_argument("--skip_bad", action="store_true",
+                        help="build from the samples without a problem; OUTPUT_ROOT.bad_files.txt lists the others")
     parser.add_argument("--input_list", help="file of keys, one SEQUENCE/NAME or NAME per line: build these only")
     parser.add_argument("--data_types", nargs="+", choices=DATA_TYPES,
                         help="what to build (default: images seg_maps, and the others whose folders exist)")
@@ -83,6 +85,8 @@ def main() -> None:
         overwrite=arguments.overwrite,
         resume=arguments.resume,
         drop_unpaired=arguments.drop_unpaired,
+        skip_bad=arguments.skip_bad,
+        suffixes=data.suffixes,
         input_list=arguments.input_list,
         check=not arguments.no_check,
         resize_smallest_side=arguments.resize_smallest_side,

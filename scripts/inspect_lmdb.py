@@ -17,11 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade.config_files import load_labels
-from imaginaire_spade.data.image_files import decode_label
+from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.lmdb_source import MANIFEST
 from imaginaire_spade.data.photos import decode_photo, is_upright, measured, read_header, show
 from imaginaire_spade.errors import DataError, run_command_line
-from imaginaire_spade.files import read_json, write_image
+from imaginaire_spade.files import read_json, write_bytes, write_image
 from imaginaire_spade.lmdb_builder.build import (
     extract,
     look_through,
@@ -30,7 +30,7 @@ from imaginaire_spade.lmdb_builder.build import (
     stored_labels,
     stored_types,
 )
-from imaginaire_spade.lmdb_builder.shard import summary
+from imaginaire_spade.lmdb_builder.shard import bad_files, summary
 from imaginaire_spade.sheets import draw_class_chart, draw_contact_sheet
 
 
@@ -39,6 +39,9 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="LMDB root, or a folder of images/, seg_maps/ ...")
     parser.add_argument("--config", help="YAML with data.labels (default: the table that the data set was built with)")
     parser.add_argument("--verify", action="store_true", help="compare checksums, decode everything; exit 2 on damage")
+    parser.add_argument(
+        "--skip_bad", action="store_true", help="with --verify: list what is damaged in ROOT.bad_files.txt, and go on"
+    )
     parser.add_argument("--num_workers", type=int, help="processes that read (default: min(8, cores))")
     parser.add_argument("--legend", type=Path, help="image to write: id, colour, name and share of every class")
     parser.add_argument("--contact_sheet", type=Path, help="image to write: label maps and photos")
@@ -65,10 +68,16 @@ def main() -> None:
         for data_type, num_bytes in contents.num_bytes.items():
             print(f"{data_type}: {num_bytes / 1e6:.1f} MB")
         print(f"read {contents.num_samples} samples; sizes (height x width): {sizes}")
-        if contents.problems:
-            listed = "\n  ".join(contents.problems[:20])
-            raise DataError(f"{root}: {len(contents.problems)} problem(s):\n  {listed}")
-        print("everything decodes, checksums agree" if known else "everything decodes (no checksums to compare)")
+        if contents.problems and arguments.skip_bad:
+            listed = bad_files(root.resolve())
+            write_bytes(listed, "".join(f"{problem}\n" for problem in contents.problems).encode())
+            print(f"{len(contents.problems)} problem(s), listed in {listed}")
+        elif contents.problems:
+            first = "\n  ".join(contents.problems[:20])
+            more = "\n--skip_bad lists all of them in a file" if len(contents.problems) > 20 else ""
+            raise DataError(f"{root}: {len(contents.problems)} problem(s):\n  {first}{more}")
+        else:
+            print("everything decodes, checksums agree" if known else "everything decodes (no checksums to compare)")
         if labels:
             total = max(1, contents.class_pixels.total())
             shares = [contents.class_pixels[i] / total for i in range(labels.num_classes + 1)]
@@ -86,7 +95,8 @@ def main() -> None:
             for t in types:
                 where, content = source.describe(key, t), source.read(key, t)
                 if t == "seg_maps":
-                    cells.append(labels.colourise(labels.to_train_ids(decode_label(content, where), where)))
+                    ids = labels.to_train_ids(read_labels(content, where, labels), where)
+                    cells.append(labels.colourise(ids))
                     size = cells[0].shape[:2]
                 else:
                     upright = is_upright(read_header(content, where), images, size, where)

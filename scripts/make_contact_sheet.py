@@ -30,7 +30,7 @@ def main() -> None:
     arguments = parser.parse_args()
     data = load_data(arguments.config, arguments.overrides)
     labels = data.labels
-    dataset = LabelMapDataset([arguments.data_root], labels, images=data.images)
+    dataset = LabelMapDataset([arguments.data_root], labels, images=data.images, suffixes=data.suffixes)
 
     made = [(index, found) for index, key in enumerate(dataset.keys) if (found := _image(arguments.generated, key))]
     if not made:

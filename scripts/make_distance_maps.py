@@ -32,11 +32,11 @@ def main() -> None:
     add_shared_flags(parser, "--set", "--local-rank")
     parser.add_argument("--import", metavar="MODULE", help="accepted and ignored: no components are used here")
     arguments = parser.parse_args()
-    labels = load_data(arguments.config, arguments.overrides).labels
+    data = load_data(arguments.config, arguments.overrides)
     rank, world_size = rank_from_environment()
     started_at = time.perf_counter()
     made, kept = make_distance_maps(
-        arguments.data_root, labels, num_workers=arguments.num_workers, overwrite=arguments.overwrite,
+        arguments.data_root, data.labels, data.suffixes, num_workers=arguments.num_workers, overwrite=arguments.overwrite,
         rank=rank, world_size=world_size,
     )  # fmt: skip
     seconds = time.perf_counter() - started_at

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turn the official download of a data set into raw folders, or straight into LMDBs.
+"""Turn the official download of a data set, or the export of an annotation tool, into raw folders or LMDBs.
 
     python scripts/prepare_dataset.py cocostuff --source DOWNLOADS --output dataset/cocostuff_raw
     python scripts/prepare_dataset.py cityscapes --source DOWNLOADS --output dataset/cityscapes --lmdb
@@ -15,10 +15,26 @@ What --source must hold, unpacked:
     camvid          {train,val,test}/ {train,val,test}annot/ (SegNet's split)
     facades         base/ extended/ (CMP); 106 images, evenly spread, become val
     landscapes      photos (LHQ, Flickr): no labels, see scripts/label_images.py
+    celebamask_hq   CelebA-HQ-img/ CelebAMask-HQ-mask-anno/; the parts are merged, photos made 512 x 512 like them
+    loveda          {Train,Val}/{Urban,Rural}/{images_png,masks_png}/
+    isprs           Potsdam: 2_Ortho_RGB/ 5_Labels_all/; Vaihingen: top/ gts_for_participants/ [--images, --labels]
+    ade20k_full     ADE20K_2021_17_01/images/ADE/{training,validation}/ with all classes, or those of --classes
+    mapillary       {training,validation}/{images,v2.0,...}/ config_v2.0.json [--labels v1.2]
     custom          images/ labels/ [--images, --labels, --instances name other folders]
 
-Label ids stay those of the download; configs/labels/NAME.yaml says what they mean. Run it again to continue. Under
-torchrun or in a SLURM job array each process writes its share of the folders; --lmdb and --edge_maps need one process.
+What annotation tools export, unpacked (docs/data_from_tools.md says which export to choose):
+    coco            any COCO JSON with polygons or masks, and the photos (CVAT, Roboflow, ...) [--images, --labels JSON]
+    cvat, voc       labelmap.txt SegmentationClass/ JPEGImages/ [SegmentationObject/ ImageSets/]
+    labelme         photos, each with its JSON [--images]
+    label_studio    the JSON, and the photos [--images]
+    parts           images/ masks/ with one mask per part: PHOTO_PART.png, PHOTO/PART.png or PART/PHOTO.png; --classes
+                    names the parts from the lowest to the top one
+
+Label ids stay those of the download; configs/labels/NAME.yaml says what they mean. For the tools, mapillary and
+ade20k_full, OUTPUT/labels.yaml does; pixels that nothing covers have no class, and --classes chooses classes.
+
+Run it again to continue. Under torchrun or in a SLURM job array each process writes its share of the folders; --lmdb
+and --edge_maps need one process.
 """
 
 import argparse
@@ -30,17 +46,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade.config_files import load_labels
 from imaginaire_spade.dataset_prep.maps import BORDERS, make_edge_maps
-from imaginaire_spade.dataset_prep.prepare import DATASETS, Options, prepare
+from imaginaire_spade.dataset_prep.prepare import DATASETS, LABELS, TOOLS, Options, prepare
 from imaginaire_spade.distributed import rank_from_environment
 from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.lmdb_builder.build import build_dataset
 
-LABELS = Path(__file__).resolve().parents[1] / "configs/labels"
+TABLES = Path(__file__).resolve().parents[1] / "configs/labels"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=list(DATASETS))
+    parser.add_argument("name", choices=[*DATASETS, *TOOLS])
     parser.add_argument("--source", required=True, type=Path, help="folder of the unpacked download")
     parser.add_argument(
         "--output", required=True, type=Path, help="folder to write SPLIT/images, SPLIT/seg_maps ... into"
@@ -55,9 +71,13 @@ def main() -> None:
         help="ade20k_outdoor: scenes (as in sceneCategories.txt) or names of images, one per line",
     )
     parser.add_argument("--num_val", type=int, default=0, help="number of images for val, if the download has no split")
-    parser.add_argument("--images", type=Path, help="custom: folder of the photos below --source")
-    parser.add_argument("--labels", type=Path, help="custom: folder of the label maps below --source")
+    parser.add_argument("--images", type=Path, help="folder of the photos below --source, if it has another name")
+    parser.add_argument("--labels", type=Path, help="folder of the label maps, or the JSON, below --source")
     parser.add_argument("--instances", type=Path, help="custom: folder of the instance maps below --source")
+    parser.add_argument(
+        "--classes", nargs="+", default=[], metavar="NAME",
+        help="tools: the classes with the ids 0, 1, ...; all others count as no class (default: all)",
+    )  # fmt: skip
     parser.add_argument("--config", type=Path, help="--lmdb: YAML with data.labels (default: configs/labels/NAME.yaml)")
     parser.add_argument("--num_workers", type=int, help="processes (default: min(8, cores))")
     arguments = parser.parse_args()
@@ -67,29 +87,39 @@ def main() -> None:
             f"{world_size} processes: --lmdb and --edge_maps need all folders. Prepare the folders first, then run"
             " scripts/build_lmdb.py and scripts/make_edge_maps.py, which work with several processes as well"
         )
-    table = arguments.config or LABELS / f"{arguments.name}.yaml"
+    choosers = [name for name in TOOLS if name != "mapillary"]
+    if arguments.classes and arguments.name not in choosers:
+        raise ConfigError(f"--classes: {arguments.name} has fixed classes; those with a choice: {', '.join(choosers)}")
+    table = arguments.config or TABLES / f"{arguments.name}.yaml"
     labels = None
     if arguments.lmdb:
         if arguments.name == "landscapes":
             raise ConfigError("--lmdb needs label maps: prepare folders first, then scripts/label_images.py")
-        if arguments.config is None and not table.is_file():
+        if arguments.config is None and not table.is_file() and arguments.name not in TOOLS:
             raise ConfigError("--lmdb needs a label table: give --config (YAML with data.labels), or prepare folders")
-        labels = load_labels(table)
+        labels = load_labels(table) if table.is_file() else None
     size = tuple(arguments.resize_h_w) if arguments.resize_h_w else None
     options = Options(
-        size, arguments.scene_list, arguments.num_val, arguments.images, arguments.labels, arguments.instances
-    )
+        size, arguments.scene_list, arguments.num_val, arguments.images, arguments.labels, arguments.instances,
+        tuple(arguments.classes),
+    )  # fmt: skip
     raw = arguments.output / ".raw" if arguments.lmdb else arguments.output
     counts = prepare(
         arguments.name, arguments.source, raw, options,
         link=arguments.link or arguments.lmdb, num_workers=arguments.num_workers, rank=rank, world_size=world_size,
     )  # fmt: skip
+    if arguments.lmdb and labels is None:
+        labels = load_labels(raw / LABELS)
     for split, count in counts.items():
         if arguments.edge_maps:
             make_edge_maps(raw / split, arguments.edge_maps, num_workers=arguments.num_workers)
         if labels is not None:
             build_dataset(raw / split, arguments.output / split, labels, num_workers=arguments.num_workers)
         print(f"{split}: {count} samples: {arguments.output / split}")
+    if arguments.name in TOOLS:
+        if arguments.lmdb:
+            (raw / LABELS).replace(arguments.output / LABELS)
+        print(f"label table: {arguments.output / LABELS} (a config may name it as a base)")
     if arguments.lmdb:
         shutil.rmtree(raw)
 

@@ -1,4 +1,4 @@
-"""Image files, photos of any depth, sheets, curves, the gallery: what is drawn, and that files are complete or absent."""
+"""Image files, photos of any depth, sheets, curves, the gallery: what is drawn, and files are complete or absent."""
 
 import errno
 import io

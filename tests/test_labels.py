@@ -120,7 +120,7 @@ def test_black_is_refused_where_no_pixel_may_be_without_a_class():
     "keys, message",
     [
         ({"ignore": (70000,)}, "70000"),
-        ({"ignore": (-1,)}, "-1"),
+        ({"ignore": (-40000,)}, "-40000"),
         ({"remap": {9: 5}}, "train ids are 0..4"),
         ({"remap": {9: 1}, "ignore": (9,)}, "both"),
         ({"names": ("a",)}, "names has 1"),

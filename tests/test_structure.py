@@ -271,9 +271,9 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1707, "pages": 17, "data": 1191, "models": 1040, "pretrained": 288, "training": 1606,
+    "top level": 1707, "pages": 17, "data": 1194, "models": 1040, "pretrained": 288, "training": 1606,
     "inference": 1020, "evaluation": 944,
-    "lmdb_builder": 694, "dataset_prep": 353, "interop": 827, "export": 146, "demo": 406,
+    "lmdb_builder": 694, "dataset_prep": 727, "interop": 827, "export": 146, "demo": 406,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""

@@ -7,6 +7,7 @@ position) alone. No array here is one-hot, and images stay uint8.
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from imaginaire_spade.data.batch import Sample
 from imaginaire_spade.data.distances import NOT_FINITE, class_distances
 from imaginaire_spade.data.folders import DISTANCES, Source
 from imaginaire_spade.data.image_files import DECODERS, is_jpeg
+from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.lmdb_source import open_source, usable_memory
 from imaginaire_spade.data.photos import check_built, decode_photo, is_upright, measured, read_header, to_training
 from imaginaire_spade.data.transforms import Geometry, apply_to_distances, apply_to_image, apply_to_map, draw_geometry
@@ -50,6 +52,11 @@ class _Root:
     def decode(self, key: str, data_type: str) -> NDArray[Any]:
         """Read and decode a map."""
         return DECODERS[data_type](self.source.read(key, data_type), self.source.describe(key, data_type))
+
+    def read_labels(self, key: str, labels: LabelSpec) -> tuple[str, NDArray[np.generic]]:
+        """Read a label map as it is stored: its name in messages, and raw ids or colours."""
+        where = self.source.describe(key, "seg_maps")
+        return where, read_labels(self.source.read(key, "seg_maps"), where, labels)
 
     def check_size(self, shape: tuple[int, ...], key: str, data_type: str, label_size: tuple[int, int]) -> None:
         """Refuse a file of another size than its label map."""
@@ -80,6 +87,7 @@ class LabelMapDataset(Dataset[Sample]):
         replace: train id -> train id that stands for it, in every label map; stored edges stay as they are.
         on_unknown: called with what is wrong with a label map that holds values outside the table, which then count
             as don't care; None: that is raised.
+        suffixes: of the names in folders, as of ``FolderSource``.
     Raises:
         DataError: a root that cannot be used.
     """
@@ -98,6 +106,7 @@ class LabelMapDataset(Dataset[Sample]):
         with_images: bool = True,
         replace: Mapping[int, int] | None = None,
         on_unknown: Callable[[LabelError], None] | None = None,
+        suffixes: Mapping[str, str] | None = None,
     ) -> None:
         self.labels = labels
         self._replaced = np.arange(labels.num_classes + 1).astype(labels.dtype) if replace else None
@@ -121,7 +130,7 @@ class LabelMapDataset(Dataset[Sample]):
         self._roots: list[_Root] = []
         for root in roots:
             optional = [*edge_files, DISTANCES] if distances else edge_files
-            source = open_source(root, required, optional=optional, bare=not with_images)
+            source = open_source(root, required, optional=optional, bare=not with_images, suffixes=suffixes)
             found = all(source.has(data_type) for data_type in edge_files)
             if not found:
                 warnings.warn(
@@ -143,6 +152,8 @@ class LabelMapDataset(Dataset[Sample]):
         self.keys = _unique_keys(sources)
         self.shard_sizes = [size for source in sources for size in source.shard_sizes]
         """Numbers of samples, in the order of ``keys``, whose files lie together."""
+        self.bad: list[str] = []
+        """What is wrong with each sample that was left out (``leave_out``)."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -152,6 +163,30 @@ class LabelMapDataset(Dataset[Sample]):
         dataset = copy.copy(self)
         dataset.with_images = False
         return dataset
+
+    def find_problem(self, index: int) -> str:
+        """Read a sample whole; say what is wrong with it, or return ""."""
+        try:
+            self.check_label_map(index)
+            self.read([(index, index)])
+        except DataError as error:
+            return str(error)
+        return ""
+
+    def leave_out(self, problems: Mapping[int, str]) -> None:
+        """Drop these samples: index -> what is wrong with it.
+
+        Raises:
+            DataError: none is left.
+        """
+        self.bad += problems.values()
+        ends = np.cumsum([0, *self.shard_sizes])
+        kept = [[i for i in range(start, end) if i not in problems] for start, end in itertools.pairwise(ends.tolist())]
+        self.shard_sizes = [len(shard) for shard in kept if shard]
+        if not self.shard_sizes:
+            raise DataError(f"data.skip_bad: no sample can be used: {self.bad[0]}")
+        self._places = [self._places[i] for shard in kept for i in shard]
+        self.keys = [self.keys[i] for shard in kept for i in shard]
 
     @property
     def edges_follow_labels(self) -> bool:
@@ -204,11 +239,13 @@ class LabelMapDataset(Dataset[Sample]):
     def _read_maps(self, index: int, position: int) -> tuple[Sample, Geometry]:
         """Read a sample without its photo."""
         root, key = self._places[index]
-        where, raw = root.source.describe(key, "seg_maps"), root.decode(key, "seg_maps")
+        where, raw = root.read_labels(key, self.labels)
         size = raw.shape[0], raw.shape[1]
         geometry = self._geometry(size, where, position)
         # Only values that reach the network are looked at; the builder has looked at all.
         labels = self._train_ids(apply_to_map(raw, geometry), where)
+        if geometry.flip and self.labels.mirrored is not None:
+            labels = self.labels.mirrored[labels]
         edges, distances = None, None
         if not self.edges_follow_labels and (drawn := _read_edges(root, key, geometry, size, labels)) is not None:
             edges = torch.from_numpy(drawn)
@@ -248,7 +285,7 @@ class LabelMapDataset(Dataset[Sample]):
             DataError, LabelError: it cannot be used.
         """
         root, key = self._places[index]
-        where, raw = root.source.describe(key, "seg_maps"), root.decode(key, "seg_maps")
+        where, raw = root.read_labels(key, self.labels)
         if self._on_unknown is None:
             self.labels.count_pixels(raw, where)
         stored = raw.shape[0], raw.shape[1]

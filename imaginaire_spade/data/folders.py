@@ -5,25 +5,30 @@ keys, and what ``Source`` means: keys in a fixed order, and bytes by key and dat
 
 **Keys.** A sample's key is ``SEQUENCE/STEM``, where the sequence is the path of its sub-folder with forward slashes;
 files that lie directly in the folder have the key ``STEM``. (imaginaire calls their sequence ``.``; only inside its
-LMDBs is such a key spelled ``./STEM``.) Names are taken as they are: nothing is normalised.
+LMDBs is such a key spelled ``./STEM``.) Names are taken as they are. Where they do not pair up so, two
+that differ in their Unicode normal form alone are one, spelled as in the first data type, and files of a data type that
+lie directly in its folder belong to those of another in sub-folders, by stem, if the stems are unique.
 """
 
 from __future__ import annotations
 
 import copy
 import os
+import unicodedata
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, PHOTO_EXTENSIONS
+from imaginaire_spade.data.image_files import PHOTO_EXTENSIONS
 from imaginaire_spade.errors import DataError
 
 DISTANCES = "distances"
 """The data type that can be computed from the label maps: files that lack are no mistake."""
 DATA_TYPES = ("images", "seg_maps", "edge_maps", "inst_maps", DISTANCES)
-EXTENSIONS = {"images": PHOTO_EXTENSIONS, DISTANCES: ("npy",)}
-"""Data type -> those of its files; others have ``IMAGE_EXTENSIONS``."""
+EXTENSIONS = dict.fromkeys(DATA_TYPES[:-1], PHOTO_EXTENSIONS) | {DISTANCES: ("npy",)}
+"""Data type -> those of its files."""
 ROOT_SEQUENCE = "."
 LAYOUT = "ROOT/images/NAME.jpg and ROOT/seg_maps/NAME.png (edge_maps/, inst_maps/ likewise; sub-folders are sequences)"
 
@@ -98,6 +103,7 @@ class FolderSource(Source):
         optional: those that are joined too where ``root`` has such a folder.
         drop_unpaired: keep the samples that have all data types, instead of raising.
         bare: ``root`` itself is the folder of the (then only) data type.
+        suffixes: data type -> what its names have beside the key's stem: a suffix, or text with ``*`` for the stem.
     Raises:
         DataError: a folder is missing or empty, files do not pair up, or one stem stands for two files.
     """
@@ -110,6 +116,7 @@ class FolderSource(Source):
         optional: Sequence[str] = (),
         drop_unpaired: bool = False,
         bare: bool = False,
+        suffixes: Mapping[str, str] | None = None,
     ) -> None:
         self.root = root
         assert not bare or len(data_types) == 1
@@ -119,21 +126,28 @@ class FolderSource(Source):
             if not folder.is_dir():
                 raise DataError(f"{root}: no folder {data_type}/ there; expected {LAYOUT}{instead_of(data_type)}")
         self.skipped: list[Path] = []
-        """Files whose extension is none of their data type."""
-        self._extensions = {
-            t: _scan(folder, EXTENSIONS.get(t, IMAGE_EXTENSIONS), self.skipped) for t, folder in self._folders.items()
-        }
+        """Files whose extension is none of their data type, or whose name lacks its suffix."""
+        patterns = {} if bare or suffixes is None else suffixes
+        self._extensions: dict[str, dict[str, str]] = {}
+        self._names: dict[str, dict[str, str]] = {}
+        """Data type -> key -> path below its folder, without extension, where that is not the key."""
+        for t, folder in self._folders.items():
+            found = _scan(folder, EXTENSIONS[t], self.skipped, patterns.get(t, ""))
+            self._extensions[t], self._names[t] = found
+        self._join_other_spellings()
         paired = {t: files for t, files in self._extensions.items() if t != DISTANCES}
         union = set().union(*paired.values())
         self.unpaired = {t: sorted(union - files.keys(), key=split_key) for t, files in paired.items()}
         """Data type -> keys that other data types have and it lacks."""
         if any(self.unpaired.values()) and not drop_unpaired:
-            raise DataError(_explain_unpaired(root, self.unpaired))
+            raise DataError(self._explain_unpaired())
         common = set.intersection(*(set(files) for files in paired.values()))
         if not common:
             counts = ", ".join(f"{len(files)} in {self._folders[t]}" for t, files in paired.items())
-            extensions = " ".join(IMAGE_EXTENSIONS)
-            raise DataError(f"{root}: no samples ({counts}; extensions {extensions}); expected {LAYOUT}")
+            others = f"; not read: {_some([str(p.relative_to(root)) for p in self.skipped])}" if self.skipped else ""
+            named = f"; data.suffixes: {patterns}" if patterns else ""
+            extensions = " ".join(PHOTO_EXTENSIONS)
+            raise DataError(f"{root}: no samples ({counts}; extensions {extensions}{others}{named}); expected {LAYOUT}")
         self.keys = sorted(common, key=split_key)
         self.shard_sizes = [len(self.keys)]
 
@@ -143,7 +157,8 @@ class FolderSource(Source):
     def describe(self, key: str, data_type: str) -> str:
         if key not in self._extensions.get(data_type, {}):
             raise DataError(f"{self.root}: no file for {key!r} among the {data_type}")
-        return f"{self._folders[data_type]}{os.sep}{key}.{self._extensions[data_type][key]}"
+        name = self._names[data_type].get(key, key)
+        return f"{self._folders[data_type]}{os.sep}{name}.{self._extensions[data_type][key]}"
 
     def path(self, key: str, data_type: str) -> Path:
         """Return the file of ``key``.
@@ -177,6 +192,64 @@ class FolderSource(Source):
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
+    def aliases(self) -> dict[str, str]:
+        """Map the names of files (without extension) that are not their keys to these."""
+        return {name: key for names in self._names.values() for key, name in names.items()}
+
+    def _join_other_spellings(self) -> None:
+        """Join names that differ in their Unicode normal form alone, and files directly in their folder with those of
+        other data types in sub-folders, where each can only mean one."""
+        by_type = list(self._extensions.values())
+        if all(files.keys() == by_type[0].keys() for files in by_type):
+            return
+        form = partial(unicodedata.normalize, "NFC")
+        twice = {name for files in by_type for name, count in Counter(map(form, files)).items() if count > 1}
+        spelling = {form(key): key for files in reversed(by_type) for key in files}
+        for t, files in self._extensions.items():
+            self._rename(t, {key: key if form(key) in twice else spelling[form(key)] for key in files})
+        by_type = list(self._extensions.values())
+        nested = {key for files in by_type for key in files if "/" in key}
+        stems = {split_key(key)[1]: key for key in nested}
+        flat = [t for t, files in self._extensions.items() if not nested & files.keys()]
+        taken = {key for t, files in self._extensions.items() if t not in flat for key in files}
+        if len(stems) == len(nested):
+            for t in flat:
+                self._rename(t, {key: key if key in taken else stems.get(key, key) for key in self._extensions[t]})
+
+    def _rename(self, data_type: str, new_keys: Mapping[str, str]) -> None:
+        """Give the files of a data type other keys: old -> new for each."""
+        names = self._names[data_type]
+        self._names[data_type] = {new: name for old, new in new_keys.items() if (name := names.get(old, old)) != new}
+        self._extensions[data_type] = {new: self._extensions[data_type][old] for old, new in new_keys.items()}
+
+    def _explain_unpaired(self) -> str:
+        """Say which files lack a partner; if they have one under another name or ending, say that instead."""
+        lines = [f"{self.root}: files do not pair up (they are joined by sequence and name without extension)."]
+        for t, keys in self.unpaired.items():
+            folder = self._folders[t]
+            below = sorted(path.relative_to(folder).as_posix() for path in self.skipped if folder in path.parents)
+            unread = {name.rpartition(".")[0] or name: name for name in below}
+            if there := [unread[key] for key in keys if key in unread]:
+                known = " ".join(EXTENSIONS[t])
+                lines.append(
+                    f"  {t}: {len(there)} file(s) with an ending that is not read (those are {known}): {_some(there)}"
+                )
+            if missing := [key for key in keys if key not in unread]:
+                lines.append(f"  {t}: {len(missing)} missing that other folders have: {_some(missing)}")
+        if suffixes := _find_suffixes({t: list(self._extensions[t]) for t in self.unpaired}):
+            shown = ", ".join(f'{t}: "{suffix}"' for t, suffix in suffixes.items())
+            lines.append(f"They pair up by their stems if you write data.suffixes: {{{shown}}}")
+        photos, masks = set(self.unpaired.get("seg_maps", ())), self.unpaired.get("images", ())
+        cuts = ((key[:i], key[i + 1 :]) for key in masks for i, character in enumerate(key) if character in "-_./")
+        if len(masks) > len(photos) and not all(photos.isdisjoint(cut) for cut in cuts):
+            source = f"scripts/prepare_dataset.py parts --source {self.root}"
+            lines.append(f"One mask per class and photo? {source} merges them.")
+        lines.append(
+            "Add the missing files or remove the extra ones (or, where names differ by a suffix or prefix, write"
+            " data.suffixes); scripts/build_lmdb.py --drop_unpaired builds from those that have all"
+        )
+        return "\n".join(lines)
+
     def restricted_to(self, keys: Sequence[str]) -> FolderSource:
         """Return the same source with a part of its keys, in its own order."""
         part = copy.copy(self)
@@ -187,31 +260,46 @@ class FolderSource(Source):
 
 def holds_images(folder: Path) -> bool:
     """Return whether there is any image file (by extension) in ``folder`` or below."""
-    return any(_extension(name, IMAGE_EXTENSIONS) for _, name in _walk(folder))
+    return any(_extension(name, PHOTO_EXTENSIONS) for _, name in _walk(folder))
 
 
-def _scan(folder: Path, extensions: Sequence[str], skipped: list[Path]) -> dict[str, str]:
-    """Map the keys of the files below ``folder`` that have one of ``extensions`` to the extension as spelled."""
+def _scan(
+    folder: Path, extensions: Sequence[str], skipped: list[Path], affix: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Find the files below ``folder`` that have one of ``extensions``, and ``affix`` in their names.
+
+    Returns:
+        Key -> extension as spelled; key -> path without extension, where that is not the key.
+    """
     found: dict[str, str] = {}
+    names: dict[str, str] = {}
     place = str(folder)
+    before, _, after = affix.rpartition("*")
     for sequence, name in _walk(folder):
         extension = _extension(name, extensions)
-        if not extension:
+        whole = name[: -len(extension) - 1]
+        has_affix = len(whole) > len(before) + len(after) and whole.startswith(before) and whole.endswith(after)
+        if not extension or not has_affix:
             skipped.append(folder / sequence / name)
             continue
         path = f"{place}{os.sep}{sequence}{os.sep}{name}"
-        key = make_key(sequence, name[: -len(extension) - 1], path)
+        key = written = make_key(sequence, whole, path)
+        if affix:
+            key = make_key(sequence, whole[len(before) : len(whole) - len(after)], path)
         if key in found:
+            other = f"{names.get(key, key)}.{found[key]}"
             raise DataError(
-                f"{folder / sequence}: {key}.{found[key]} and {key}.{extension} have one name: files are joined by it."
+                f"{folder / sequence}: {other} and {written}.{extension} have one name: files are joined by it."
                 " Remove or rename one"
             )
+        if written != key:
+            names[key] = written
         try:
             key.encode()
         except UnicodeEncodeError:
             raise DataError(f"{path!r}: the name is not UTF-8: rename it (e.g. with convmv)") from None
         found[key] = extension
-    return found
+    return found, names
 
 
 def _extension(name: str, extensions: Sequence[str]) -> str:
@@ -241,14 +329,22 @@ def _walk(folder: Path) -> Iterator[tuple[str, str]]:
                 yield sequence, name
 
 
-def _explain_unpaired(root: Path, unpaired: Mapping[str, Sequence[str]]) -> str:
-    lines = [f"{root}: files do not pair up (they are joined by sequence and name without extension)."]
-    for data_type, keys in unpaired.items():
-        if keys:
-            shown = ", ".join(keys[:10]) + (" ..." if len(keys) > 10 else "")
-            lines.append(f"  {data_type}: {len(keys)} missing that other folders have: {shown}")
-    lines.append(
-        "Add the missing files or remove the extra ones; scripts/build_lmdb.py --drop_unpaired builds from those that"
-        " have all"
-    )
-    return "\n".join(lines)
+def _some(names: Sequence[str]) -> str:
+    """List the first ten of some names."""
+    return ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+
+
+def _find_suffixes(keys: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Find what the names of each data type have after the stems by which most of them pair up with the first's."""
+    (first, names), *others = ((t, sorted(split_key(key)[1] for key in of_type)) for t, of_type in keys.items())
+    found: dict[str, str] = {}
+    for t, other_names in others if names else ():
+        starts = {name: os.path.commonprefix([names[0], name]) for name in other_names}  # noqa: RUF071
+        stem = max(starts.values(), key=len, default="").rstrip("_-. ")
+        ours = names[0][len(stem) :]
+        mine = {name.removesuffix(ours) for name in names if name.endswith(ours)}
+        for theirs in {name[len(stem) :] for name, start in starts.items() if stem and start.startswith(stem)}:
+            paired = mine & {name.removesuffix(theirs) for name in other_names if name.endswith(theirs)}
+            if 2 * len(paired) > len(names):
+                found |= {k: suffix for k, suffix in ((first, ours), (t, theirs)) if suffix}
+    return found

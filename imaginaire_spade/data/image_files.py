@@ -1,12 +1,14 @@
 """Decode image files into arrays, and encode maps; each data type keeps its exact meaning.
 
 Responsible for what a photo, a label map, an edge map and an instance map may look like as a file. A photo may be
-anything that OpenCV reads; a map must be lossless, and its integers come out as they stand in the file: palette images
-give their indices, 16-bit greys stay 16-bit, 1-, 2- and 4-bit greys give the raw sample values. Knows nothing of label
-tables.
+anything that OpenCV reads; a map must be lossless (an image, .npy or .npz), and its integers come out as they stand
+in the file: palette images give their indices, 16-bit greys stay 16-bit, 1-, 2- and 4-bit greys give the raw sample
+values, signed files their negative ones. Knows nothing of label tables.
 """
 
 import io
+import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,13 +28,16 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # no line per 
 MAX_PIXELS = 2**27
 """Largest image that is decoded (11,585 squared): a header may promise any size, memory may not."""
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "bmp", "webp", "tif", "tiff", "gif")
 PHOTO_EXTENSIONS = (*IMAGE_EXTENSIONS, "npy", "npz")
+"""Of the photos of a data set, and of its maps."""
 
 # OpenCV has combined scale and colour flags for BGR only, so the individual flags are ORed.
 _SCALE = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
 _PNG = b"\x89PNG\r\n\x1a\n"
+_ARRAYS = (b"\x93NUMPY", b"PK")
 _GREY, _PALETTE = 0, 3  # PNG colour types
+_SAMPLE_FORMAT, _SIGNED = 339, 2  # a TIFF tag; PIL reads signed bytes as unsigned ones
 
 
 def image_size(data: bytes, where: str) -> tuple[int, int]:
@@ -43,6 +48,8 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
     """
     if data.startswith(_PNG) and len(data) >= 26:
         width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    elif data.startswith(_ARRAYS):
+        height, width = _decode_map(data, where, "map").shape[:2]
     else:
         width, height = (jpeg_frame(data) or open_image(data, where).size)[:2]
     return check_size(height, width, where)
@@ -93,18 +100,34 @@ def decode_image(data: bytes, where: str, *, reduction: int = 1) -> NDArray[np.u
     return np.asarray(rgb, np.uint8)
 
 
-def decode_label(data: bytes, where: str) -> NDArray[np.generic]:
-    """Decode a label map as stored: uint8 or uint16 [H, W], or uint8 [H, W, 3] RGB of a true-colour image.
+def decode_label(data: bytes, where: str, *, lossy: bool = False) -> NDArray[np.generic]:
+    """Decode a label map as stored: uint8 or uint16 [H, W], int32 [H, W] if some are negative, or uint8 [H, W, 3] RGB
+    of a true-colour image.
 
+    Args:
+        lossy: accept a lossy format, as RGB.
     Raises:
         DataError: unreadable, lossy, with alpha, or of values that are no 8- or 16-bit integers.
     """
+    if lossy and _lossy_format(data):
+        return decode_image(data, where)
     ids = _decode_map(data, where, "label map")
     if ids.dtype == np.int32:
-        if ids.min() < 0 or ids.max() > 65535:
+        if ids.min() < -32768 or ids.max() > 65535:
             raise DataError(f"{where}: label values {ids.min()}..{ids.max()}; save the map with 8 or 16 bits")
-        return ids.astype(np.uint16)
+        return ids if ids.min() < 0 else ids.astype(np.uint16)
     return ids
+
+
+def colour_table(data: bytes, where: str) -> bytes:
+    """Return the colours of an image of indexed colour, R, G, B, R, G, ...; empty for other files."""
+    if data.startswith(_PNG):
+        place = data.find(b"PLTE", 8, data.find(b"IDAT")) if data[25] == _PALETTE else -1
+        return data[place + 4 : place + 4 + int.from_bytes(data[place - 4 : place], "big")] if place > 0 else b""
+    if data[:2] not in (b"BM", b"II", b"MM", b"GI"):
+        return b""
+    image = open_image(data, where)
+    return bytes(image.getpalette("RGB") or ()) if image.mode == "P" else b""
 
 
 def decode_edges(data: bytes, where: str) -> NDArray[np.uint8]:
@@ -132,7 +155,14 @@ def decode_instances(data: bytes, where: str) -> NDArray[np.int32]:
 
 def _decode_map(data: bytes, where: str, what: str) -> NDArray[np.generic]:
     """Decode the stored integers: uint8, uint16 or int32 [H, W], or uint8 [H, W, 3] RGB."""
-    _refuse_lossy(data, where, what)
+    if data.startswith(_ARRAYS):
+        return _integers(read_array(data, where), where, what)
+    if lossy := _lossy_format(data):
+        raise DataError(
+            f"{where}: a {what} stored as {lossy}, whose compression changes ids; save it as PNG from the original ids"
+            " (converting this file does not bring them back). Label maps in colours that lie far apart can be read by"
+            " the nearest colour: data.labels.nearest_color: 442"
+        )
     height, width = image_size(data, where)
     if data.startswith(_PNG) and data[24] >= 8 and data[25] == _GREY:
         # The usual case, several times faster than PIL. (OpenCV expands palettes and scales 1-bit maps: not for those.)
@@ -161,11 +191,47 @@ def _decode_with_pil(data: bytes, where: str, what: str) -> NDArray[np.generic]:
         raise DataError(f"{where}: not readable as an image: {error}") from None
     if image.mode == "1":
         return stored.astype(np.uint8)
+    if image.mode == "L" and image.format == "TIFF" and image.getexif().get(_SAMPLE_FORMAT) == _SIGNED:
+        return stored.view(np.int8).astype(np.int32)
     if image.mode == "L" and png_type == _GREY and png_bits < 8:
         return stored // np.uint8(255 // (2**png_bits - 1))  # PIL scales 0..3 and 0..15 to 0..255
     if image.mode.startswith("I;16"):
         return stored.astype(np.uint16)
     return stored
+
+
+def read_array(data: bytes, where: str) -> NDArray[Any]:
+    """Read the array of a .npy file, or the only one of a .npz file, of numbers; read-only.
+
+    Raises:
+        DataError: another kind of file, cut off, or several arrays.
+    """
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+        if data.startswith(b"PK"):
+            if len(array.files) != 1:
+                raise ValueError(f"it holds {', '.join(array.files) or 'nothing'}; one array is read")
+            array = array[array.files[0]]
+    except (ValueError, SyntaxError, KeyError, OSError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
+        raise DataError(f"{where}: not readable as a .npy or .npz file: {error}") from None
+    return array
+
+
+def _integers(array: NDArray[Any], where: str, what: str) -> NDArray[np.generic]:
+    """Check that an array is a map: [H, W] (or with a channel of its own), or uint8 [H, W, 3] RGB."""
+    stored = array
+    if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
+        array = array[0] if array.shape[0] == 1 else array[..., 0]
+    is_rgb = array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8
+    if array.dtype.kind not in "bui" or not (array.ndim == 2 or is_rgb) or not 0 < array.size <= 3 * MAX_PIXELS:
+        raise DataError(
+            f"{where}: an array of {stored.dtype} {list(stored.shape)}; a {what} is integers [height, width]:"
+            " save it as ids.astype(np.uint8) or another integer type"
+        )
+    if array.dtype.itemsize > 2 and (array.min() < -(2**31) or array.max() >= 2**31):
+        raise DataError(f"{where}: values {array.min()}..{array.max()}; save the {what} with 8 or 16 bits")
+    kept = {"b1": np.uint8, "u1": np.uint8, "u2": np.uint16}.get(array.dtype.str[1:], np.int32)
+    return array.astype(kept, copy=False)
 
 
 def jpeg_frame(data: bytes) -> tuple[int, int, bytes] | None:
@@ -192,24 +258,22 @@ def open_image(data: bytes, where: str) -> Image.Image:
     if not data:
         raise DataError(f"{where}: the file is empty (0 bytes)")
     try:
-        return Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data))
+        is_animated = image.format == "GIF" and getattr(image, "is_animated", False)
     except Image.DecompressionBombError:
         raise DataError(f"{where}: more pixels by its header than the {MAX_PIXELS} that are read") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
         raise DataError(f"{where}: not readable as an image (damaged, or no image at all)") from None
+    if is_animated:
+        raise DataError(f"{where}: an animated GIF; save the image that is meant as PNG, or as a GIF of one frame")
+    return image
 
 
-def _refuse_lossy(data: bytes, where: str, what: str) -> None:
-    lossy = None
+def _lossy_format(data: bytes) -> str:
+    """Name the lossy format of a file; "" if it is none."""
     if data.startswith(b"\xff\xd8"):
-        lossy = "JPEG"
-    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP" and b"VP8L" not in data[12:4096]:
-        lossy = "lossy WebP"
-    if lossy:
-        raise DataError(
-            f"{where}: a {what} stored as {lossy}, whose compression changes ids; save it as PNG from the original ids"
-            " (converting this file does not bring them back)"
-        )
+        return "JPEG"
+    return "lossy WebP" * (data[:4] == b"RIFF" and data[8:12] == b"WEBP" and b"VP8L" not in data[12:4096])
 
 
 # Without PNG's row filters, which are made for photos: maps become smaller, and decode two to three times faster.
@@ -220,11 +284,14 @@ def encode_map(ids: NDArray[Any]) -> bytes:
     """Encode a label, edge or instance map as a PNG from which the decoders give the same integers.
 
     Args:
-        ids: uint8 or uint16 [H, W]; int32 [H, W] of at least 0, written with 16 bits or, where one is larger, as
-            R + 256 G + 65536 B; or uint8 [H, W, 3] RGB.
+        ids: uint8 or uint16 [H, W]; int32 [H, W], written with 16 bits or, where one is larger, as R + 256 G + 65536 B,
+            or, where one is negative, as the content of a .npy file; or uint8 [H, W, 3] RGB.
     """
+    if ids.dtype == np.int32 and ids.min() < 0:
+        file = io.BytesIO()
+        np.save(file, ids)
+        return file.getvalue()
     if ids.dtype == np.int32:
-        assert ids.min() >= 0
         small = ids.max() <= 65535
         ids = ids.astype(np.uint16) if small else np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], 2)
     stored = ids if ids.dtype == np.uint16 else ids.astype(np.uint8, copy=False)

@@ -8,7 +8,7 @@ sorted stems; ``metadata.json``: data type -> extension. The builder adds ``mani
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lmdb
@@ -86,7 +86,12 @@ class LmdbSource(Source):
 
 
 def open_source(
-    root: str | Path, data_types: Sequence[str], *, optional: Sequence[str] = (), bare: bool = False
+    root: str | Path,
+    data_types: Sequence[str],
+    *,
+    optional: Sequence[str] = (),
+    bare: bool = False,
+    suffixes: Mapping[str, str] | None = None,
 ) -> Source:
     """Open the samples under ``root``: detect whether it holds LMDB shards or plain folders.
 
@@ -94,6 +99,7 @@ def open_source(
         data_types: what every sample must have.
         optional: data types of which ``has`` will be asked; in folders they are joined where they exist.
         bare: accept a plain folder of label maps as well (then ``data_types`` is ``["seg_maps"]``).
+        suffixes: of the names in folders, as of ``FolderSource``.
     Raises:
         DataError: nothing usable, with what was looked for.
     """
@@ -119,7 +125,7 @@ def open_source(
             f"{root}: no data set there. Looked for {MANIFEST} or {FILENAMES} (an LMDB built by"
             f" scripts/build_lmdb.py or imaginaire) and for {LAYOUT}"
         )
-    return FolderSource(root, data_types, optional=optional)
+    return FolderSource(root, data_types, optional=optional, suffixes=suffixes)
 
 
 def _data_file(shard: Path | str, data_type: str) -> str:

@@ -25,8 +25,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from tqdm import tqdm
 
+from imaginaire_spade import distributed
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import DataError, UserError, catch_error
@@ -318,13 +321,19 @@ def _results(
     loader = DataLoader(
         data, batch_size=chunk, collate_fn=collate, num_workers=num_workers, worker_init_fn=start_worker
     )
+    iterator: Any = iter(loader)
     try:
-        with closing(_take(loader)) as results:
+        with closing(_take(iterator)) as results:
             yield results
     except RuntimeError as error:  # in the midst of the block too: torch raises it when a worker's end is signalled
         if "DataLoader worker" not in str(error):
             raise
         raise DataError("a worker process was killed (out of memory?): write a smaller --num_workers") from None
+    finally:
+        if num_workers:  # An exception's traceback may hold the iterator, and the workers would go on for a while.
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.join()
 
 
 def _try_each(task: Callable[[T], R], items: Sequence[T]) -> list[R | Exception]:
@@ -332,11 +341,26 @@ def _try_each(task: Callable[[T], R], items: Sequence[T]) -> list[R | Exception]
     return [catch_error(UserError, task)(item) for item in items]
 
 
-def _take(loader: Iterable[list[R | Exception]]) -> Generator[R, None, None]:
-    for result in itertools.chain.from_iterable(loader):
+def _take(chunks: Iterable[list[R | Exception]]) -> Generator[R, None, None]:
+    for result in itertools.chain.from_iterable(chunks):
         if isinstance(result, Exception):
             raise result
         yield result
+
+
+def leave_out_bad(dataset: LabelMapDataset, num_workers: int | None) -> None:
+    """Read every sample once, shared out over the processes, and drop those that cannot be used, on all of them.
+
+    Raises:
+        DataError: none is left, or ``num_workers`` is negative.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = range(rank, len(dataset), world_size)
+    with map_in_order(dataset.find_problem, mine, num_workers) as problems:
+        shown = tqdm(problems, "checking (data.skip_bad)", len(mine), unit="images", mininterval=0.5, disable=rank > 0)
+        found = {index: problem for index, problem in zip(mine, shown, strict=True) if problem}
+    every = {index: problem for part in distributed.gather_objects(found) for index, problem in part.items()}
+    dataset.leave_out(dict(sorted(every.items())))
 
 
 class Prefetcher:

@@ -147,15 +147,18 @@ def decode_photo(
     return np.ascontiguousarray(_turn(array, header.orientation if upright else inverse))
 
 
-def decode_stored(data: bytes, where: str) -> AnyImage:
+def decode_stored(data: bytes, where: str, *, upright: bool = False) -> AnyImage:
     """Decode a photo with the depth, the channels and the orientation that it is stored in: [H, W, C].
 
+    Args:
+        upright: turn it as its EXIF orientation says.
     Raises:
         DataError: unreadable.
     """
     header = read_header(data, where)
     any_range = None if header.dtype == "uint8" else (0.0, 1.0)
-    return decode_photo(data, where, ImageSpec(channels=header.channels, range=any_range), header=header)
+    spec = ImageSpec(channels=header.channels, range=any_range)
+    return decode_photo(data, where, spec, upright=upright, header=header)
 
 
 def to_training(array: AnyImage, spec: ImageSpec) -> AnyImage:

@@ -4,7 +4,7 @@ Command lines: ``scripts/make_edge_maps.py``, ``make_distance_maps.py``, ``label
 (Edges can be drawn in training too, after the augmentation: ``data.edges: instances`` or ``labels``.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypedDict, TypeVar, Unpack
@@ -16,7 +16,8 @@ from tqdm import tqdm
 from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.distances import class_distances, encode_distances, read_header
 from imaginaire_spade.data.folders import DISTANCES, FolderSource
-from imaginaire_spade.data.image_files import DECODERS, decode_label, encode_map, image_size
+from imaginaire_spade.data.image_files import DECODERS, encode_map, image_size
+from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.loader import map_in_order
 from imaginaire_spade.data.photos import decode_photo
 from imaginaire_spade.errors import DataError
@@ -119,7 +120,9 @@ def _edge_map(source: FolderSource, data_types: Sequence[str], key: str) -> byte
 # ------------------------------------------------------------------------------------------------ distance maps
 
 
-def make_distance_maps(root: Path, labels: LabelSpec, **writing: Unpack[Writing]) -> tuple[int, int]:
+def make_distance_maps(
+    root: Path, labels: LabelSpec, suffixes: Mapping[str, str] | None = None, **writing: Unpack[Writing]
+) -> tuple[int, int]:
     """Write ``root/distances/KEY.npy`` for every label map that lacks it, at the label map's size.
 
     A distance map that is damaged, of another size or older than its label map is replaced.
@@ -129,7 +132,7 @@ def make_distance_maps(root: Path, labels: LabelSpec, **writing: Unpack[Writing]
     Raises:
         DataError, LabelError: a label map cannot be used.
     """
-    source = FolderSource(root, ["seg_maps"])
+    source = FolderSource(root, ["seg_maps"], suffixes=suffixes)
     targets = [(root / DISTANCES / f"{key}.npy", key) for key in source.keys]
     make, is_stale = partial(_distance_map, source, labels), partial(_is_stale, source)
     return write_maps("distance maps", make, targets, is_stale=is_stale, **writing)
@@ -138,7 +141,7 @@ def make_distance_maps(root: Path, labels: LabelSpec, **writing: Unpack[Writing]
 def _distance_map(source: FolderSource, labels: LabelSpec, key: str) -> bytes:
     where = source.describe(key, "seg_maps")
     return encode_distances(
-        class_distances(labels.to_train_ids(decode_label(source.read(key, "seg_maps"), where), where))
+        class_distances(labels.to_train_ids(read_labels(source.read(key, "seg_maps"), where, labels), where))
     )
 
 

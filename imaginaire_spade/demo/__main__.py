@@ -46,7 +46,7 @@ def find_samples(config: RunConfig, given: str | None) -> LabelMapDataset | None
     if not roots:
         return None
     try:
-        return LabelMapDataset(roots, config.data.labels, with_images=False)
+        return LabelMapDataset(roots, config.data.labels, with_images=False, suffixes=config.data.suffixes)
     except DataError:
         if given:
             raise

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.image_files import decode_label, image_size
+from imaginaire_spade.data.image_files import image_size
+from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.photos import decode_photo, show
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.files import encode_image
@@ -125,7 +126,7 @@ class PaintingService:
         _check_canvas(height, width)
         where = "the uploaded label map"
         _check_pixels(content, where)
-        return self._to_page(self._labels.to_train_ids(decode_label(content, where), where), height, width)
+        return self._to_page(self._labels.to_train_ids(read_labels(content, where, self._labels), where), height, width)
 
     def read_sample(self, number: int, height: int, width: int) -> dict[str, Any]:
         """Fit the ``number``-th of the label maps to start from (modulo their number) to the canvas."""
@@ -213,7 +214,7 @@ def fit_to_canvas(ids: NDArray[np.generic], height: int, width: int) -> NDArray[
 
 def _raw_ids(labels: LabelSpec) -> NDArray[np.int64]:
     """Return the smallest raw id of each train id, don't care included, or -1: int64 [num_classes + 1]."""
-    smallest = dict(zip(labels.table[::-1].tolist(), range(MAX_RAW_ID, -1, -1), strict=True))
+    smallest = dict(zip(labels.table[MAX_RAW_ID::-1].tolist(), range(MAX_RAW_ID, -1, -1), strict=True))
     return np.array([smallest.get(train_id, -1) for train_id in range(labels.num_classes + 1)])
 
 

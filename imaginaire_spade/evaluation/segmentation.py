@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from imaginaire_spade.config_files import read_yaml
 from imaginaire_spade.data.folders import FolderSource
-from imaginaire_spade.data.image_files import decode_label
+from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.evaluation.images import Ids, SourceImage
 from imaginaire_spade.evaluation.report import Report
@@ -362,6 +362,6 @@ class StoredSegmentation(Segmentation):
     def predict(self, kind: str, key: str, image: NDArray[np.uint8], size: tuple[int, int]) -> Ids:
         source = self._sources[kind]
         where = source.describe(key, "seg_maps")
-        ids = self.labels.to_train_ids(decode_label(source.read(key, "seg_maps"), where), where)
+        ids = self.labels.to_train_ids(read_labels(source.read(key, "seg_maps"), where, self.labels), where)
         rows, columns = (nearest_indices(a, b).numpy() for a, b in zip(ids.shape, size, strict=True))
         return ids[rows][:, columns]

@@ -23,7 +23,7 @@ from imaginaire_spade.files import AnyImage
 from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.sizes import SizeRule, format_size, read_size
 from imaginaire_spade.inference.synthesis import Request, encode_style, read_style_image, style_of_seed, synthesise
-from imaginaire_spade.labels import MAX_RAW_ID, LabelSpec, edges_from_ids
+from imaginaire_spade.labels import MAX_RAW_ID, MIN_RAW_ID, LabelSpec, edges_from_ids
 
 ImageLike = Image.Image | NDArray[Any]
 MODES = ("1", "L", "P", "RGB", "I", "I;16")
@@ -163,8 +163,8 @@ class Synthesizer:
             DataError: an array or image of the wrong kind.
         """
         raw = _to_array(label_map, WHERE)
-        if raw.ndim == 2 and raw.dtype != np.uint8 and not 0 <= raw.min() <= raw.max() <= MAX_RAW_ID:
-            raise LabelError(f"{WHERE}: label values {raw.min()}..{raw.max()}; ids are 0..{MAX_RAW_ID}")
+        if raw.ndim == 2 and raw.dtype != np.uint8 and not MIN_RAW_ID <= raw.min() <= raw.max() <= MAX_RAW_ID:
+            raise LabelError(f"{WHERE}: label values {raw.min()}..{raw.max()}; ids are {MIN_RAW_ID}..{MAX_RAW_ID}")
         return self.labels.to_train_ids(raw, WHERE)
 
     def encode(self, image: ImageLike | str | Path) -> NDArray[np.float32]:

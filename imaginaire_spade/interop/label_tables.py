@@ -73,7 +73,7 @@ def adapt_config(source: str, config: RunConfig, *, has_networks: bool = True) -
 
 def _with_raw_ids(labels: LabelSpec, order: Sequence[int]) -> dict[str, Any]:
     """Return the table in which raw id r is class r; the don't care of ``labels`` becomes a class, "other"."""
-    known = np.flatnonzero(labels.table != labels.error_id).tolist()
+    known = labels.known_ids
     classes = {raw: order.index(int(labels.table[raw])) for raw in known}
     names, palette = (*labels.names, "other"), (*labels.palette, (0, 0, 0))
     return {
@@ -106,7 +106,7 @@ def export_notes(target: str, config: RunConfig, label_order: LabelOrder) -> lis
     order = exported_channels(labels, label_order)
     num_channels = labels.num_classes + labels.dont_care
     table = labels.table.astype(np.int64)
-    known = np.flatnonzero((labels.table != labels.error_id) & (table < num_channels)).tolist()
+    known = [raw for raw in labels.known_ids if table[raw] < num_channels]
     if order is not None:
         notes.append(
             f"label channels are in the order of raw ids, which {target}'s loader reads as channels: it takes the same"

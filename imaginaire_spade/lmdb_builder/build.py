@@ -9,6 +9,7 @@ and joins them.
 
 import itertools
 import json
+import unicodedata
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -27,13 +28,13 @@ from imaginaire_spade.files import read_json, read_text, write_bytes
 from imaginaire_spade.labels import EdgeSource, LabelSpec
 from imaginaire_spade.lmdb_builder.output import check_output, expect_room, hold_shards, join_shards, prepare_root
 from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, Plan, check_sample, load_sample
-from imaginaire_spade.lmdb_builder.shard import Manifest, remove_unfinished, write_shard, wrong_checksums
+from imaginaire_spade.lmdb_builder.shard import Manifest, bad_files, remove_unfinished, write_shard, wrong_checksums
 
 OPTIONAL_TYPES = ("edge_maps", "inst_maps", DISTANCES)
 MAX_PROBLEMS = 20
 """A build stops after this many."""
 MAGIC = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"BM", "bmp"), (b"RIFF", "webp"), (b"\x93NUMPY", "npy"),
-         (b"PK", "npz"), (b"II", "tif"), (b"MM", "tif"))  # fmt: skip
+         (b"PK", "npz"), (b"II", "tif"), (b"MM", "tif"), (b"GIF8", "gif"))  # fmt: skip
 
 
 def build_dataset(
@@ -49,6 +50,8 @@ def build_dataset(
     overwrite: bool = False,
     resume: bool = True,
     drop_unpaired: bool = False,
+    skip_bad: bool = False,
+    suffixes: Mapping[str, str] | None = None,
     input_list: str | Path | None = None,
     check: bool = True,
     resize_smallest_side: int | None = None,
@@ -68,6 +71,8 @@ def build_dataset(
         overwrite: replace an existing data set, once the new one is complete.
         resume: keep verified shards of an earlier, interrupted build of the same data.
         drop_unpaired: build from the samples that have all data types.
+        skip_bad: build from the samples without a problem; ``OUTPUT.bad_files.txt`` names the others.
+        suffixes: ``data.suffixes`` of the config.
         input_list: file with one key per line (an extension is ignored): build from these samples only.
         check: decode every file and compare sizes and label values with the table.
         resize_smallest_side, quality: shrink what is larger; JPEGs are then written with this quality.
@@ -94,8 +99,10 @@ def build_dataset(
     if data_types is None:
         optional = [t for t in OPTIONAL_TYPES if t in EdgeSource(edges).files_needed or (raw / t).is_dir()]
         types = ("images", "seg_maps", *optional)
-    source = FolderSource(raw, types, drop_unpaired=drop_unpaired or input_list is not None)
-    left_out = [f"{path.relative_to(raw)}: no image by its extension" for path in source.skipped]
+    drops = drop_unpaired or input_list is not None
+    source = FolderSource(raw, types, drop_unpaired=drops, suffixes=suffixes)
+    named = " or data.suffixes" if suffixes else ""
+    left_out = [f"{path.relative_to(raw)}: not read, by its ending{named}" for path in source.skipped]
     if input_list is None:
         left_out += [f"{key}: dropped, no file in {t}" for t, keys in source.unpaired.items() for key in keys]
     if left_out and rank == 0:
@@ -111,7 +118,8 @@ def build_dataset(
     if num_shards > len(source.keys):
         raise DataError(f"--num_shards {num_shards}: more shards than samples ({len(source.keys)})")
     shards = _divide(source.keys, num_shards)
-    plan = Plan(source, labels, images or ImageSpec(), types, shards, check, resize_smallest_side, quality, recode_maps)
+    treatment = check, resize_smallest_side, quality, recode_maps, skip_bad
+    plan = Plan(source, labels, images or ImageSpec(), types, shards, *treatment)
     own = list(shards)[rank::world_size]
     with hold_shards(output, range(num_shards)[rank::world_size]):
         root, kept = prepare_root(plan, output, own, overwrite, resume, world_size)
@@ -123,7 +131,10 @@ def build_dataset(
         num_bytes = sum(source.file_size(key, t) for keys in todo.values() for key in keys for t in types)
         with expect_room(output, num_bytes):
             _write_shards(plan, root, todo, num_workers, silent=rank > 0)
-            return join_shards(plan, root, output, left_out)
+            manifest = join_shards(plan, root, output, left_out)
+    if manifest and manifest["bad"]:
+        write_bytes(bad_files(output), "".join(f"{k}\t{v}\n" for k, v in manifest["bad"].items()).encode())
+    return manifest
 
 
 def _read_list(path: Path, source: FolderSource) -> list[str]:
@@ -133,15 +144,22 @@ def _read_list(path: Path, source: FolderSource) -> list[str]:
         DataError: the file cannot be read, or names a sample that ``source`` lacks.
     """
     text = read_text(path, DataError, f"--input_list {path}: cannot be read")
-    known, wanted, unknown = set(source.keys), set[str](), []
+    known = {unicodedata.normalize("NFC", key): key for key in source.keys}
+    known = {unicodedata.normalize("NFC", name): key for name, key in source.aliases().items()} | known
+    wanted, unknown = set[str](), []
     for line in filter(None, map(str.strip, text.splitlines())):
-        key = line.removeprefix("./")
+        key = unicodedata.normalize("NFC", line)
+        if key not in known:
+            key = key.strip("\"'").replace("\\", "/").removeprefix(f"{source.root.as_posix()}/").removeprefix("./")
         stem, _, extension = key.rpartition(".")
         if key not in known and extension.lower() in PHOTO_EXTENSIONS:
             key = stem
+        folder, _, below = key.partition("/")
+        if key not in known and folder in DATA_TYPES:
+            key = below
         if key in known:
-            wanted.add(key)
-        else:
+            wanted.add(known[key])
+        elif not line.startswith("#"):
             unknown.append(line)
     if unknown or not wanted:
         shown = ", ".join(unknown[:10]) + (" ..." if len(unknown) > 10 else "")
@@ -173,14 +191,15 @@ def _write_shards(plan: Plan, root: Path, shards: Mapping[str, Sequence[str]], n
         for found in tqdm(samples, "building", num_samples, unit="images", mininterval=0.5, disable=hidden):
             seen += 1
             problems += found
-            if len(problems) >= MAX_PROBLEMS:
+            if len(problems) >= MAX_PROBLEMS and not plan.skip_bad:
                 break
-    if problems:
+    if problems and not plan.skip_bad:
         rest = f" (checking stopped after sample {seen} of {num_samples})" if seen < num_samples else ""
         finished = sum((root / name / MANIFEST).is_file() for name in plan.shards)
         state = f"{finished} finished shard(s) are kept" if finished else "nothing was built"
         listed = "\n  ".join(problems[:MAX_PROBLEMS])
-        raise DataError(f"{plan.source.root}: {len(problems)} problem(s), {state}{rest}:\n  {listed}")
+        state += f"{rest}; --skip_bad builds without them, and lists all in a file"
+        raise DataError(f"{plan.source.root}: {len(problems)} problem(s), {state}:\n  {listed}")
 
 
 def _written(

@@ -214,11 +214,15 @@ def _kept_shards(plan: Plan, root: Path, names: Sequence[str]) -> list[str]:
 
 
 def join_shards(plan: Plan, root: Path, output: Path, left_out: Sequence[str]) -> Manifest | None:
-    """If all shards are there, write the root's manifest and give the data set its name; remove what had it before."""
+    """If all shards are there, write the root's manifest and give the data set its name; remove what had it before.
+
+    Raises:
+        DataError: the data set is useless.
+    """
     with _locked(output):
         if not all((root / name / MANIFEST).is_file() for name in plan.shards):
             return None
-        manifest = join_manifests({name: read_json(root / name / MANIFEST) for name in plan.shards}, left_out)
+        manifest = join_manifests({name: read_json(root / name / MANIFEST) for name in plan.shards}, left_out, plan)
         if not (root / MANIFEST).is_file() or read_json(root / MANIFEST) != manifest:
             write_json(root / MANIFEST, manifest)
             flush_folder(root)

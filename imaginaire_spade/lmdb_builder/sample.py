@@ -4,6 +4,7 @@ Responsible for what a valid sample is, for the builder and for ``scripts/inspec
 makes of it on its way into a shard (``--resize_smallest_side``, ``--recode_maps``), and the counts over many samples.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,14 @@ from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.distances import NOT_FINITE
 from imaginaire_spade.data.folders import DISTANCES, FolderSource, Source
 from imaginaire_spade.data.image_files import DECODERS, encode_map, is_jpeg
+from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.lmdb_source import store_key
 from imaginaire_spade.data.photos import decode_photo, is_upright, read_header
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import encode_image
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.lmdb_builder.doubts import find_doubts
 
 RESIZABLE = (np.uint8, np.uint16, np.int16, np.float32)
 """Types that OpenCV resizes."""
@@ -47,6 +50,8 @@ class Plan:
     """Of JPEGs that are shrunk."""
     recode_maps: bool = False
     """Whether to re-encode maps, with the same integers, so that they decode faster."""
+    skip_bad: bool = False
+    """Whether to leave out the samples that have a problem."""
 
     def treatment(self) -> dict[str, Any]:
         """Return what is done to the files, as a manifest states it."""
@@ -83,6 +88,10 @@ class LoadedSample:
     photo: PhotoFacts | None = None
     class_pixels: dict[int, int] = field(default_factory=dict)
     """Train id -> number of pixels, of those that occur."""
+    doubts: dict[str, int] = field(default_factory=dict)
+    """What ``find_doubts`` found in the label map."""
+    label_checksum: int | None = None
+    """Of the label map's file."""
     problems: list[str] = field(default_factory=list)
     """Each names its file."""
 
@@ -99,6 +108,9 @@ class Contents:
     class_pixels: Counter[int] = field(default_factory=Counter)
     class_samples: Counter[int] = field(default_factory=Counter)
     """Train id -> number of samples that hold it."""
+    doubts: Counter[str] = field(default_factory=Counter)
+    label_checksums: Counter[int] = field(default_factory=Counter)
+    """Checksum of a label map's file -> samples that have it."""
     photos: dict[str, PhotoFacts] = field(default_factory=dict)
     """By key."""
     problems: list[str] = field(default_factory=list)
@@ -115,6 +127,10 @@ class Contents:
         for train_id, number in sample.class_pixels.items():
             self.class_pixels[train_id] += number
             self.class_samples[train_id] += 1
+        for doubt, number in sample.doubts.items():
+            self.doubts[doubt] += number
+        if sample.label_checksum is not None:
+            self.label_checksums[sample.label_checksum] += 1
         self.problems += sample.problems
 
 
@@ -160,11 +176,15 @@ def check_sample(
                 if whole_photo:
                     pixels[data_type] = photo
                 continue
-            pixels[data_type] = array = DECODERS[data_type](data, where)
+            is_labels = data_type == "seg_maps"
+            pixels[data_type] = array = (
+                read_labels(data, where, labels) if is_labels else DECODERS[data_type](data, where)
+            )
             height, width = array.shape[1:] if data_type == DISTANCES else array.shape[:2]
             sizes[data_type] = height, width
-            if data_type == "seg_maps" and labels is not None:
+            if is_labels and labels is not None:
                 sample.class_pixels = labels.count_pixels(array, where)
+                sample.doubts, sample.label_checksum = find_doubts(labels, array, sample.class_pixels), zlib.crc32(data)
             elif data_type == DISTANCES and not np.isfinite(array).all():
                 raise DataError(f"{where}: {NOT_FINITE}")
         except DataError as error:
@@ -234,14 +254,15 @@ def _reencode(plan: Plan, sample: LoadedSample, pixels: dict[str, NDArray[Any]],
     for data_type, array in pixels.items():
         if data_type == "images":
             if shrinks:
-                suffix = f".{plan.source.extension(sample.key, data_type)}"
+                extension = plan.source.extension(sample.key, data_type)
+                sample.recoded[data_type] = extension = {"jfif": "jpg", "gif": "png"}.get(extension, extension)
                 resizable = array if array.dtype in RESIZABLE else array.astype(np.float64)
                 shrunk = apply_to_image(resizable, geometry, any_area=True).astype(array.dtype, copy=False)
-                sample.files[data_type] = encode_image(shrunk, suffix, quality=plan.quality)
+                sample.files[data_type] = encode_image(shrunk, f".{extension}", quality=plan.quality)
         elif data_type != DISTANCES:
             moved = apply_to_map(array * np.uint8(255) if data_type == "edge_maps" else array, geometry)
             sample.files[data_type] = encode_map(moved)
-            sample.recoded[data_type] = "png"
+            sample.recoded[data_type] = "png" if sample.files[data_type].startswith(b"\x89PNG") else "npy"
             if data_type == "seg_maps" and shrinks:
                 sample.class_pixels = plan.labels.count_pixels(moved, plan.source.describe(sample.key, data_type))
     sample.num_bytes = {data_type: len(data) for data_type, data in sample.files.items()}

@@ -5,6 +5,7 @@ and the manifest: its content, the sum over several shards, and its summary for 
 """
 
 import hashlib
+import json
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from imaginaire_spade.data.lmdb_source import FILENAMES, MANIFEST, METADATA, sto
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import file_sha256, flush_folder, read_json, write_json
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.lmdb_builder.doubts import describe_doubts, refuse_useless
 from imaginaire_spade.lmdb_builder.sample import Contents, LoadedSample, PhotoFacts, Plan
 from imaginaire_spade.version import __version__
 
@@ -28,7 +30,8 @@ _CHUNK_BYTES = 16 << 20
 
 
 def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSample]) -> Iterator[list[str]]:
-    """Write one shard, read it back, flush and name it, unless a sample of it is missing or has a problem.
+    """Write one shard, read it back, flush and name it, unless a sample of it is missing or has a problem (which
+    ``plan.skip_bad`` leaves out).
 
     Args:
         samples: of its keys, in their order.
@@ -40,7 +43,7 @@ def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSampl
     keys = plan.shards[name]
     digest = _source_sha256(plan, name)  # before they are read: a file that changes meanwhile is noticed when resuming
     extensions: dict[str, dict[str, str]] = {t: {} for t in plan.data_types}
-    contents = Contents()
+    contents, bad = Contents(), dict[str, str]()
     folder = root if name == "." else root / f"{name}.tmp"
     with ExitStack() as unfinished:
         unfinished.callback(remove_unfinished, root, name)
@@ -54,14 +57,17 @@ def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSampl
                         writers[t].put(store_key(sample.key), data)
                         extensions[t][sample.key] = sample.recoded.get(t) or plan.source.extension(sample.key, t)
                     contents.add(sample)
+                elif plan.skip_bad:
+                    bad[sample.key] = "; ".join(sample.problems)
                 yield sample.problems
-            if contents.num_samples < len(keys):
+            if contents.num_samples + len(bad) < len(keys):
                 return
+            keys = [key for key in keys if key not in bad]
             for writer in writers.values():
                 writer.finish(len(keys))
         # Describe them.
         write_index(folder, keys, extensions)
-        write_json(folder / MANIFEST, _manifest(plan, contents, extensions, digest, folder))
+        write_json(folder / MANIFEST, _manifest(plan, contents, extensions, digest, folder) | {"bad": bad})
         for written in (*(folder / t for t in plan.data_types), folder):
             flush_folder(written)
         # Name the shard.
@@ -165,7 +171,7 @@ def write_index(shard: Path, keys: Sequence[str], extensions: Mapping[str, Mappi
 def _most_common(words: Iterable[str]) -> str:
     """Return the most frequent word; of equally frequent ones the first in the alphabet."""
     counts = Counter(words)
-    return min(counts, key=lambda word: (-counts[word], word))
+    return min(counts, key=lambda word: (-counts[word], word), default="")
 
 
 def _manifest(
@@ -199,6 +205,8 @@ def _manifest(
         "class_pixels": (pixels := by_class(contents.class_pixels)),
         "class_samples": by_class(contents.class_samples),
         "class_shares": _shares(pixels),
+        "doubts": dict(contents.doubts),
+        "same_label_map": max(contents.label_checksums.items(), key=lambda entry: entry[1], default=None),
         "labels": plan.labels.model_dump(mode="json"),
         "label_table": _label_table(plan.labels),
         "source_sha256": source_sha256,
@@ -217,8 +225,10 @@ def _source_sha256(plan: Plan, name: str) -> str:
 
 def difference(manifest: Manifest, plan: Plan, name: str) -> str:
     """Name what a shard differs in from the plan, or return ""."""
-    if manifest["labels"] != plan.labels.model_dump(mode="json"):
+    if LabelSpec.model_validate_json(json.dumps(manifest["labels"])) != plan.labels:
         return "another label table"
+    if manifest.get("bad") and not plan.skip_bad:
+        return "--skip_bad"
     if manifest.get("images", {}).get("spec", {}) != plan.images.model_dump(mode="json"):
         return "another data.images"
     if list(manifest["data_types"]) != list(plan.data_types):
@@ -238,22 +248,28 @@ def _shares(class_pixels: Sequence[int] | None) -> list[float] | None:
 
 def _label_table(labels: LabelSpec) -> dict[str, int | str]:
     """Map every raw id that may occur to its train id, or to "ignored"."""
-    allowed = np.flatnonzero(labels.table != labels.error_id).tolist()
     ignored = labels.dont_care_id
-    return {str(raw): "ignored" if labels.table[raw] == ignored else int(labels.table[raw]) for raw in allowed}
+    return {str(raw): "ignored" if labels.table[raw] == ignored else int(labels.table[raw]) for raw in labels.known_ids}
 
 
-def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -> Manifest:
-    """Return the root's manifest: sums over the shards' (by path), and the files that the build ``left_out``."""
+def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str], plan: Plan) -> Manifest:
+    """Return the root's manifest: sums over the shards' (by path), and the files that the build ``left_out``.
+
+    Raises:
+        DataError: the data set is useless.
+    """
     parts = list(manifests.values())
-    if list(manifests) == ["."]:
-        return parts[0] | {"left_out": list(left_out)}
+    bad = {key: problem for part in parts for key, problem in part.get("bad", {}).items()}
+    rest = {"bad": bad, "num_bad": len(bad), "left_out": list(left_out)}
     sizes = sum((Counter(part["sizes_h_w"]) for part in parts), Counter[str]())
+    same = Counter[int]()
+    for checksum, count in filter(None, (part.get("same_label_map") for part in parts)):
+        same[checksum] += count
 
     def total(counts: str) -> Any:
         return None if parts[0][counts] is None else np.sum([part[counts] for part in parts], axis=0).tolist()
 
-    return parts[0] | {
+    joined = parts[0] | {
         "num_samples": sum(part["num_samples"] for part in parts),
         "data_types": {
             t: {
@@ -267,10 +283,16 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str]) -
         "class_pixels": total("class_pixels"),
         "class_samples": total("class_samples"),
         "class_shares": _shares(total("class_pixels")),
+        "doubts": dict(sum((Counter(part.get("doubts", {})) for part in parts), Counter[str]())),
+        "same_label_map": [*max(same.items(), key=lambda entry: entry[1], default=())],
         "source_sha256": hashlib.sha256("".join(part["source_sha256"] for part in parts).encode()).hexdigest(),
         "shards": [{**part["shards"][0], "path": name} for name, part in manifests.items()],
-        "left_out": list(left_out),
+        **rest,
     }
+    if list(manifests) == ["."]:
+        joined = parts[0] | rest
+    refuse_useless(joined, plan.labels, plan.source.root)
+    return joined
 
 
 TAKEN = {"upright": "taken upright, as their EXIF orientation says", "stored": "taken as stored, against EXIF"}
@@ -340,6 +362,11 @@ def wrong_checksums(root: Path) -> Iterator[str]:
             yield f"{path}: its checksum differs from the manifest's: copy it again, or build again (--resume mends it)"
 
 
+def bad_files(output: Path) -> Path:
+    """Return the file beside a data set that names the samples that were left out of it."""
+    return output.with_name(f"{output.name}.bad_files.txt")
+
+
 def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:
     """Describe in a few lines what a data set holds."""
     num_bytes = sum(entry["bytes"] for shard in manifest["shards"] for entry in shard["files"].values())
@@ -359,6 +386,8 @@ def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:
         lines.append(f"photos: {entry['photos']} {name}: {', '.join(entry['such_as'])}{' ...' * (entry['photos'] > 5)}")
     if not manifest["checked"]:
         lines.append("nothing was decoded or checked (--no_check)")
+    if number := manifest.get("num_bad"):
+        lines.append(f"left out {number} sample(s) that cannot be used (--skip_bad): {bad_files(output)} lists them")
     if manifest["class_pixels"] is None:
         return "\n".join(lines)
     pixels = np.array(manifest["class_pixels"], np.float64)
@@ -372,4 +401,4 @@ def summary(manifest: Manifest, labels: LabelSpec, output: Path) -> str:
     if absent:
         more = f" ... ({len(absent)} classes)" if len(absent) > 10 else ""
         lines.append(f"never occur: {', '.join(absent[:10])}{more}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *describe_doubts(manifest, labels)])

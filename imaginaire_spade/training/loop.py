@@ -110,6 +110,8 @@ def train(
             raise UserError(f"{error}. Give another --logdir") from None
     log = RunLog(logdir, calendar, state.images_seen, enabled=run.info.is_main)
     log.say(describe(run))
+    if run.info.is_main and run.bad:
+        write_bytes(logdir / "bad_files.txt", "".join(f"{problem}\n" for problem in run.bad).encode())
     if resumed is not None:
         log.say(resumed)
     unscored = run.evaluation is not None and run.evaluation.due(state.images_seen, finished=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
 from imaginaire_spade import distributed
@@ -81,6 +82,11 @@ class Run:
     settings: StepSettings
     calendar: Calendar
     evaluation: Evaluation | None
+
+    @property
+    def bad(self) -> list[str]:
+        """List what is wrong with each sample that ``data.skip_bad`` left out."""
+        return [*dict.fromkeys([*self.dataset.bad, *self.val_dataset.bad])]
 
     def batches(self, num_workers: int | None = None) -> Prefetcher:
         """Yield this process's batches on the device, from the current position on."""
@@ -156,6 +162,15 @@ def describe(run: Run) -> str:
         f"schedule: {calendar.total_iterations} iterations = {epochs:.1f} epochs; learning rates {rates};"
         f" EMA {'off' if averaged is None else f'beta {averaged.beta:g}'}",
     ]
+    sided = run.config.data.labels.sided_classes() if run.config.data.train.augmentations.horizontal_flip else {}
+    if sided:
+        pairs = yaml.safe_dump(sided, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6).strip()
+        lines.append(
+            f"warning: horizontal_flip makes a mirrored {next(iter(sided))} look like a {next(iter(sided.values()))}."
+            f" Write data.labels.mirror: {pairs} to swap the classes too (or horizontal_flip: false)"
+        )
+    if run.bad:
+        lines.append(f"data.skip_bad: {len(run.bad)} sample(s) left out, listed in bad_files.txt; first {run.bad[0]}")
     return "\n".join(lines)
 
 
