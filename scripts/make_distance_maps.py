@@ -36,8 +36,8 @@ def main() -> None:
     rank, world_size = rank_from_environment()
     started_at = time.perf_counter()
     made, kept = make_distance_maps(
-        arguments.data_root, data.labels, data.suffixes, num_workers=arguments.num_workers, overwrite=arguments.overwrite,
-        rank=rank, world_size=world_size,
+        arguments.data_root, data.labels, data.suffixes, num_workers=arguments.num_workers,
+        overwrite=arguments.overwrite, rank=rank, world_size=world_size,
     )  # fmt: skip
     seconds = time.perf_counter() - started_at
     rate = f" at {made / seconds:.0f} maps/s" if made else ""
