@@ -16,7 +16,6 @@ import gc
 import json
 import logging
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -159,8 +158,7 @@ class Check:
             torch.cuda.empty_cache()
 
     def give_up(self) -> None:
-        """End the process in the midst of a part: the time is up."""
-        shutil.rmtree(self.place, ignore_errors=True)
+        """End the process in the midst of a part, since the time is up. Temporary files stay: the part still reads them."""
         self.say(f"{self.running}, stopped", False, f"not finished after --budget_s {self.options.budget_s:g}")
         os._exit(1)
 
