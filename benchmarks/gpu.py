@@ -158,7 +158,7 @@ class Check:
             torch.cuda.empty_cache()
 
     def give_up(self) -> None:
-        """End the process in the midst of a part, since the time is up. Temporary files stay: the part still reads them."""
+        """End the process in the midst of a part: the time is up. Temporary files stay, since the part reads them."""
         self.say(f"{self.running}, stopped", False, f"not finished after --budget_s {self.options.budget_s:g}")
         os._exit(1)
 
