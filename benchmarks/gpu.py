@@ -16,7 +16,6 @@ import gc
 import json
 import logging
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -96,6 +95,7 @@ class Check:
         self.facts["allocator"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "default")
         if self.on_gpu:
             self.facts |= {"device": torch.cuda.get_device_name(), "GPUs": torch.cuda.device_count()}
+            self.facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
         self.seconds: dict[str, float] = {}
         self.found: dict[str, dict[str, Any]] = {}
         self.peak_tflops = 0.0
@@ -159,8 +159,7 @@ class Check:
             torch.cuda.empty_cache()
 
     def give_up(self) -> None:
-        """End the process in the midst of a part: the time is up."""
-        shutil.rmtree(self.place, ignore_errors=True)
+        """End the process in the midst of a part: the time is up. Temporary files stay, since the part reads them."""
         self.say(f"{self.running}, stopped", False, f"not finished after --budget_s {self.options.budget_s:g}")
         os._exit(1)
 
@@ -486,9 +485,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true", help="narrow networks, small pictures: does everything run?")
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder of the report (default: gpu_check)")
-    parser.add_argument(
-        "--budget_s", type=positive_integer, default=540, help="end within so many seconds (default: 540)"
-    )
+    parser.add_argument("--budget_s", type=positive_integer, default=540, help="end in this time (default: 540)")
     parser.add_argument(
         "--label_maps", type=Path, metavar="FOLDER",
         help="seg_maps/ of COCO-Stuff, with images/ and inst_maps/ beside it (default: drawn scenes)",

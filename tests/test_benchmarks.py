@@ -20,6 +20,7 @@ from benchmarks.__main__ import main as benchmarks_main
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import run_command_line
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.models import layers
 from imaginaire_spade.models.norms import SPADE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -155,6 +156,24 @@ def test_synchronisations_are_counted_by_the_line_of_the_package(monkeypatch):
     (twice, there), (once, elsewhere) = ((number, place) for place, number in gpu.syncs(step).items())
     assert (twice, once, elsewhere) == (2, 1, "elsewhere") and re.fullmatch(r"layout\.py:\d+", there)
     assert modes == ["warn", "default"]
+
+
+def test_variants_of_a_compiled_function_are_counted_and_the_limit_is_heard(gpu_check):
+    compiled = torch.compile(layers.enlarge, backend="eager", dynamic=False)
+
+    def run(check: gpu.Check, name: str) -> None:
+        for width in range(2, 2 + int(name)):
+            compiled(torch.ones(1, 1, 1, width), 2)
+
+    gpu.listen(gpu_check)
+    for sizes in (3, 12):
+        gpu_check.part(str(sizes), run)
+        gpu.compiled_variants(gpu_check, f"compiled for {sizes}")
+    few, many = (gpu_check.found[f"compiled for {sizes}"] for sizes in (3, 12))
+    assert few == {"ok": True, "detail": {"limit": 8, "enlarge": 3, "warnings": "none"}}
+    assert many["ok"] is False and many["detail"]["enlarge"] == 8
+    (warning,) = many["detail"]["warnings"]
+    assert re.search(r"hit config\.\w+ \(8\) function: 'enlarge'", warning)
 
 
 def test_a_capture_that_fails_is_the_last_of_its_process(gpu_check, capsys):
