@@ -105,7 +105,7 @@ def test_label_maps_keep_their_integers():
         (encoded(IDS, "PNG", "RGBA"), "alpha"),
         (encoded(IDS, "PNG", "LA"), "alpha"),
         (raw_png([b"\0" * 6], 1, 16, 2), "16 bits per channel"),
-        (encoded(IDS.astype(np.float32), "TIFF"), "pixel format F"),
+        (encoded(IDS.astype(np.float32), "TIFF"), "a label map of floats"),
         (encoded(IDS.astype(np.int32) - 40_000, "TIFF"), "label values -40000..-39997"),
         (b"", "empty"),
         (b"not an image", "not readable"),
