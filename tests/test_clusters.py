@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (the fixture tiny_run is imported)
 """The examples for clusters: SLURM's with stand-ins for its commands, Kubernetes' read as its operator would."""
 
 import os
@@ -9,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from slurm_cluster import NODES, Cluster, NoCluster
+from test_faults import TWO, Job
+from test_training import assert_same, tiny_run  # noqa: F401
 from torch.distributed.run import config_from_args, get_args_parser
 
 import train
+from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -74,3 +79,114 @@ def test_kubernetes_starts_what_exists(monkeypatch):
     assert script == sys.executable and arguments[:2] == ["-u", "train.py"]
     monkeypatch.setattr(sys, "argv", arguments[1:])
     assert str(train.parse_arguments().logdir).startswith("/shared/")
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    try:
+        with Cluster(tmp_path / "cluster") as started:
+            yield started
+    except NoCluster as reason:
+        pytest.skip(str(reason))
+
+
+SLOW = (
+    *TWO,
+    "trainer.max_iterations=250",
+    "trainer.checkpoint_every=20",
+    "dis.num_discriminators=1",
+    "dis.num_layers=1",
+)
+
+
+class BatchJob:
+    """scripts/slurm/train.sbatch on both nodes, with one process each. It is in no hurry while ``hold`` exists."""
+
+    def __init__(self, cluster: Cluster, config: Path, folder: Path) -> None:
+        self.cluster, self.logdir, self.log, self.hold = cluster, folder / "log", folder / "job.log", folder / "hold"
+        self.hold.touch()
+        (folder / "in_no_hurry.py").write_text(
+            "import time; from pathlib import Path; from imaginaire_spade.training import loop; step = loop.train_step\n"
+            f"def slow(*arguments): time.sleep(Path({str(self.hold)!r}).exists() / 2); return step(*arguments)\n"
+            "loop.train_step = slow\n"
+        )
+        settings = [f"--set={item}" for item in SLOW]
+        self.id = cluster.run(
+            "sbatch", "--parsable", "--nodes=2", "--gpus-per-node=1", "--time=5", f"--output={self.log}",
+            "scripts/slurm/train.sbatch",
+            "--config", config, "--logdir", self.logdir, "--device=cpu", "--import=in_no_hurry", *settings,
+            cwd=REPOSITORY, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", OMP_NUM_THREADS="1",
+            PYTHONPATH=f"{REPOSITORY}:{folder}",
+        ).strip()  # fmt: skip
+
+    def prints(self, text: str, times: int = 1) -> None:
+        self.cluster.wait_for(lambda: self.log.exists() and self.log.read_text().count(text) >= times, text)
+
+    def reaches(self, iteration: int) -> None:
+        self.prints(f"iteration {iteration}/")
+
+    def ends(self) -> str:
+        """Its last state, once nothing of it is left on a node."""
+
+        def left() -> list[str]:
+            return [line for node in NODES for line in self.cluster.processes(node).values() if "slurmd -D" not in line]
+
+        self.cluster.wait_for(lambda: self.field("JobState") not in ("PENDING", "RUNNING", "COMPLETING"), "over")
+        self.cluster.wait_for(lambda: not left(), "left")
+        return self.field("JobState")
+
+    def field(self, name: str) -> str:
+        shown = self.cluster.run("scontrol", "show", "job", self.id)
+        return dict(item.split("=", 1) for item in shown.split() if "=" in item)[name]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_a_slurm_job_saves_before_its_time_limit_and_ends_as_if_it_had_none(cluster, commands, tiny_run, tmp_path):
+    path, _ = tiny_run
+    job = BatchJob(cluster, path, tmp_path)
+    job.prints("leaving on SIGTERM")
+    cluster.wait_for(lambda: job.field("Restarts") == "1", "requeued")
+    cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=UNLIMITED")  # now it is another one's turn
+    ends_as_if_undisturbed(job, commands, path, tmp_path)
+
+
+def ends_as_if_undisturbed(job: BatchJob, commands, path: Path, folder: Path) -> None:
+    job.hold.unlink()
+    assert job.ends() == "COMPLETED", job.log.read_text()
+    assert job.field("Restarts") == "1" and "continuing from" in job.log.read_text()
+    straight = Job(commands, path, folder / "straight", settings=SLOW).process
+    assert straight.wait(3600) == 0, straight.output()
+    assert_same(*(load_checkpoint(newest_checkpoint(logdir)) for logdir in (folder / "straight", job.logdir)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("node", NODES)
+def test_a_slurm_job_whose_node_daemon_is_killed_starts_again_and_ends_the_same(
+    cluster, commands, tiny_run, tmp_path, node
+):
+    path, _ = tiny_run
+    job = BatchJob(cluster, path, tmp_path)
+    job.reaches(21)
+    cluster.kill(node, "slurmd -D")
+    cluster.wait_for(lambda: job.field("JobState") == "PENDING", "requeued")
+    cluster.start_daemon(node)
+    ends_as_if_undisturbed(job, commands, path, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("how", ["scancel", "scancel --signal=KILL", "srun", "slurmstepd"])
+def test_nothing_is_left_of_a_slurm_job_that_is_ended_in_any_way(cluster, tiny_run, tmp_path, how):
+    path, _ = tiny_run
+    job = BatchJob(cluster, path, tmp_path)
+    job.reaches(2)
+    if how.startswith("scancel"):
+        cluster.run(*how.split(), job.id)
+    else:
+        cluster.kill(NODES[0] if how == "srun" else NODES[1], f"{how}: [{job.id}.0]" if how == "slurmstepd" else how)
+    assert job.ends() != "COMPLETED"
+    if how == "scancel":
+        assert "leaving on SIGTERM" in job.log.read_text() and newest_checkpoint(job.logdir)
+    print(how, job.field("JobState"), job.log.read_text())
