@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 NODES = ("node1", "node2")
@@ -29,41 +30,30 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
-SlurmdParameters=config_overrides
 SlurmdTimeout=10
 SchedulerParameters=bf_interval=1,sched_interval=1
 ProctrackType=proctrack/linuxproc
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
+TaskPlugin=task/affinity
+TaskPluginParam=autobind=cores
 ReturnToService=2
 MailProg=/bin/true
 GresTypes=gpu
-NodeName=node[1-2] CPUs=64 Gres=gpu:1
+NodeName=node[1-2] CPUs={cpus} Gres=gpu:1
 PartitionName=main Nodes=ALL Default=YES State=UP
 """
-"""Nodes claim what the batch script asks for by default (``config_overrides``: more cores than there are), and one GPU,
-which is /dev/null. Requeued jobs are eligible after ``cred_expire`` seconds, a silent node counts as lost after
-``SlurmdTimeout``; SLURM's own values are 120 and 300."""
+"""Each node has this machine's cores and one GPU, which is /dev/null. A requeued job may start after ``cred_expire``
+seconds, a silent node counts as lost after ``SlurmdTimeout``; SLURM's own values are 120 and 300."""
 
-CONTROLLER = """
-set -e
-mount --make-rprivate /
-mount --bind hosts /etc/hosts
-hostname control
-ip link set lo up
-ip link add br0 type bridge
-ip addr add 10.77.0.1/24 dev br0
-ip link set br0 up
-exec slurmctld -D
+HOSTS = """
+127.0.0.1 localhost
+10.77.0.1 control
+10.77.0.11 node1
+10.77.0.12 node2
 """
-
-NODE = """
-hostname $1
-ip link set lo up
-until ip link set eth0 up 2> /dev/null; do sleep 0.05; done
-ip addr add 10.77.0.1${1#node}/24 dev eth0
-while sleep 3600; do :; done
-"""
+CONTROLLER = "mount --make-rprivate / && mount --bind hosts /etc/hosts && hostname control && exec slurmctld -D"
+NODE = "hostname {name} && while sleep 3600; do :; done"
 NAMESPACES = ("--fork", "--kill-child", "--pid", "--mount-proc", "--uts", "--net")
 
 
@@ -83,21 +73,25 @@ class Cluster:
             if not shutil.which(tool):
                 raise NoCluster(f"no {tool}: apt-get install -y --no-install-recommends slurm-wlm")
         (self.folder / "state").mkdir(parents=True)
-        files = {"slurm.conf": CONFIGURATION.format(folder=self.folder), "gres.conf": "Name=gpu File=/dev/null\n",
-                 "cgroup.conf": "CgroupPlugin=cgroup/v1\n", "controller.sh": CONTROLLER, "node.sh": NODE,
-                 "hosts": "127.0.0.1 localhost\n10.77.0.1 control\n10.77.0.11 node1\n10.77.0.12 node2\n"}  # fmt: skip
+        configuration = CONFIGURATION.format(folder=self.folder, cpus=os.cpu_count())
+        files = {"slurm.conf": configuration, "gres.conf": "Name=gpu File=/dev/null\n", "hosts": HOSTS,
+                 "cgroup.conf": "CgroupPlugin=cgroup/v1\n"}  # fmt: skip
         for name, text in files.items():
             (self.folder / name).write_text(text)
         try:
             # The signal: no cluster outlives the tests, whatever ends them.
-            self._start(["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", *NAMESPACES, "bash", "controller.sh"])
+            self._start(["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", *NAMESPACES, "bash", "-c", CONTROLLER])
             self.controller = self._child(self._started[0].pid)
+            for line in ("link set lo up", "link add br0 up type bridge", "addr add 10.77.0.1/24 dev br0"):
+                self._ip(self.controller, line)
             for number, name in enumerate(NODES, start=1):
-                node = self._start([*self._inside(self.controller), "unshare", *NAMESPACES, "bash", "node.sh", name])
+                script = NODE.format(name=name)
+                node = self._start([*self._inside(self.controller), "unshare", *NAMESPACES, "bash", "-c", script])
                 self.nodes[name] = inner = self._child(self._child(node.pid))
-                for line in (f"add v{number} type veth peer name eth0 netns {inner}", f"set v{number} master br0 up"):
-                    link = ["nsenter", f"--target={self.controller}", "--net", "ip", "link", *line.split()]
-                    subprocess.run(link, check=True)
+                self._ip(self.controller, f"link add v{number} type veth peer name eth0 netns {inner}")
+                self._ip(self.controller, f"link set v{number} master br0 up")
+                for line in ("link set lo up", f"addr add 10.77.0.1{number}/24 dev eth0", "link set eth0 up"):
+                    self._ip(inner, line)
                 self.start_daemon(name)
             self.wait_for(lambda: self.run("sinfo", "-ho", "%D %T").strip() == "2 idle", "two idle nodes", 60)
         except BaseException as error:
@@ -127,23 +121,23 @@ class Cluster:
 
     def processes(self, node: str) -> dict[int, str]:
         """Process number (ours, not the node's) -> command line, of everything that runs on a node but its init."""
-        namespace, found = os.readlink(f"/proc/{self.nodes[node]}/ns/pid"), {}
+        init, found = self.nodes[node], {}
+        namespace = Path(f"/proc/{init}/ns/pid").readlink()
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if os.readlink(folder / "ns/pid") == namespace:
+                if (folder / "ns/pid").readlink() == namespace:
                     found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
             except OSError:  # it has ended meanwhile
                 continue
-        return {
-            pid: line for pid, line in found.items() if line and not line.startswith(("bash node.sh", "sleep 3600"))
-        }
+        return {pid: line for pid, line in found.items() if pid != init and line not in ("", "sleep 3600")}
 
     def kill(self, node: str, command: str) -> None:
         """Kill the processes of a node whose command line begins like this."""
         pids = [pid for pid, line in self.processes(node).items() if line.startswith(command)]
         assert pids, (command, self.processes(node))
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # one of them ended with another
+                os.kill(pid, signal.SIGKILL)
 
     def wait_for(self, happened: Callable[[], object], what: str, seconds: float = 400) -> None:
         give_up_at = time.monotonic() + seconds
@@ -165,6 +159,10 @@ class Cluster:
     def _inside(self, pid: int, cwd: Path | None = None) -> list[str]:
         namespaces = ["nsenter", f"--target={pid}", "--mount", "--uts", "--net", "--pid"]
         return [*namespaces, "env", f"--chdir={cwd or self.folder}"]  # the working directory is not kept
+
+    @staticmethod
+    def _ip(pid: int, line: str) -> None:
+        subprocess.run(["nsenter", f"--target={pid}", "--net", "ip", *line.split()], check=True)
 
     @staticmethod
     def _child(pid: int) -> int:
