@@ -16,7 +16,7 @@ NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
 PNG = b"\x89PNG\r\n\x1a\n"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _SUBFILE = 254
-_TAGS = (_SUBFILE, 256, 257, 258, 262, 274, 277, 338, 339)
+_TAGS = (_SUBFILE, 256, 257, 258, 262, 274, 277, 322, 323, 338, 339)
 
 
 def is_jpeg(data: bytes) -> bool:

@@ -22,6 +22,8 @@ from imaginaire_spade.data.lmdb_source import MANIFEST
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import AnyImage, RgbImage, read_json
 
+MAX_TILE = 4096
+"""Longest side of a TIFF's tiles."""
 _KINDS = {1: "uint", 2: "int", 3: "float"}  # a TIFF's SampleFormat
 
 
@@ -61,6 +63,8 @@ def read_header(data: bytes, where: str) -> Header:
         dtype = f"{kind}{max(8, 1 << (tags.get(258, 1) - 1).bit_length())}"
         if tags.get(262) == 5:
             raise DataError(f"{where}: a TIFF of CMYK colours: convert it to RGB")
+        if (tile := max(tags.get(322, 0), tags.get(323, 0))) > MAX_TILE:  # decoded whole, however small the image is
+            raise DataError(f"{where}: a TIFF of tiles of {tile} pixels: save it with tiles of at most {MAX_TILE}")
         if tags.get(262) == 3 and channels == 1:  # a palette
             channels, dtype = 3, "uint8"
         size = check_size(tags[257], tags[256], where)
