@@ -19,7 +19,7 @@ from test_faults import TWO, Job
 from test_training import assert_same, tiny_run  # noqa: F401
 from torch.distributed.run import config_from_args, get_args_parser
 
-import train
+from imaginaire_spade.commands import train
 from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
