@@ -272,7 +272,7 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1996, "pages": 17, "data": 1931, "models": 1300, "pretrained": 288, "training": 1702,
+    "top level": 1998, "pages": 17, "data": 1931, "models": 1300, "pretrained": 288, "training": 1706,
     "inference": 1197, "evaluation": 956,
     "lmdb_builder": 898, "dataset_prep": 750, "interop": 829, "export": 159, "demo": 475, "commands": 1093,
 }  # fmt: skip
