@@ -85,6 +85,7 @@ class Synthesizer:
         """Load the generator of a checkpoint file, or of the newest one in a folder or log dir.
 
         Args:
+            checkpoint: or ``hf://USER/REPO[/FILE]``, on the Hugging Face Hub.
             weights: "ema" (moving average, if the checkpoint has one) or "raw".
             device: "auto" (a GPU if there is one), "cpu" or "cuda".
             precision: arithmetic of the convolutions.
