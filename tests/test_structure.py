@@ -283,7 +283,7 @@ BUDGET = {
     "top level": 2021, "pages": 17, "data": 1895, "models": 1299, "pretrained": 288, "training": 1657,
     "inference": 1198, "evaluation": 956,
     "lmdb_builder": 897, "dataset_prep": 742, "interop": 829, "export": 159, "demo": 415, "scenes": 736,
-    "commands": 1210,
+    "commands": 1211,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""
@@ -319,7 +319,7 @@ def test_rooms_keep_their_budget():
     assert lines.keys() == BUDGET.keys()
     over = {room: f"{number} of {BUDGET[room]}" for room, number in lines.items() if number > BUDGET[room]}
     assert not over
-    assert sum(BUDGET.values()) <= 14_382 and sum(CORE_BUDGET.values()) <= 8_400
+    assert sum(BUDGET.values()) <= 14_400 and sum(CORE_BUDGET.values()) <= 8_400
 
 
 def test_folders_are_two_deep():
