@@ -280,9 +280,9 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2021, "pages": 17, "data": 1898, "models": 1300, "pretrained": 288, "training": 1657,
+    "top level": 2030, "pages": 17, "data": 1931, "models": 1300, "pretrained": 288, "training": 1657,
     "inference": 1198, "evaluation": 956,
-    "lmdb_builder": 897, "dataset_prep": 742, "interop": 829, "export": 159, "demo": 469, "scenes": 736,
+    "lmdb_builder": 898, "dataset_prep": 750, "interop": 829, "export": 159, "demo": 470, "scenes": 736,
     "commands": 1211,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
