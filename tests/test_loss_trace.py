@@ -2,7 +2,9 @@
 
 ``loss_trace.json`` holds them, and the hash of a probe: a small convolution, forward and backward. Where the probe's
 bits are the same, the machine computes alike, and the losses must be equal to the bit. On other machines convolutions
-round differently; there the losses must be close. To record anew, after a change of the numbers that is meant:
+round differently, and the difference grows tenfold in about three iterations of Adam (seen: 2e-5, 5e-5, 2e-3, 3e-2 in
+iterations 1, 4, 8, 12); there the first iterations must be close. To record anew, after a change of the numbers that is
+meant:
 ``WRITE_LOSS_TRACE=1 python -m pytest tests/test_loss_trace.py``.
 """
 
@@ -97,6 +99,7 @@ def test_twenty_iterations_give_the_losses_on_record(
         RECORD.write_text(json.dumps(record).replace("}, ", "},\n") + "\n", encoding="utf-8")
     if record["probe"] == here:
         assert trace == record["traces"][name]
-    rounding = {"fp32": 1e-3, "bf16": 3e-2}[precision]
+    rounding, first = {"fp32": (1e-3, 4), "bf16": (3e-2, 2)}[precision]
     for key in NAMES:
-        np.testing.assert_allclose(trace[key], record["traces"][name][key], rtol=rounding, atol=rounding)
+        expected = record["traces"][name][key][:first]
+        np.testing.assert_allclose(trace[key][:first], expected, rtol=rounding, atol=rounding)
