@@ -1,10 +1,10 @@
 """The losses of 20 iterations at a fixed seed are those on record: whoever rearranges a step sees what they changed.
 
-``loss_trace.json`` holds them for each kind of machine, by the hash of a probe: a small convolution, forward and backward.
-Where the probe's bits are on record, the machine computes alike, and the losses must be equal to the bit. On other
-machines convolutions round differently, and Adam's first steps, which follow signs, make much of it: there the first
-losses must be close, and the three after them near. To record this machine's, or anew after a change of the numbers that
-is meant: ``WRITE_LOSS_TRACE=1 python -m pytest tests/test_loss_trace.py``.
+``loss_trace.json`` holds them for each kind of machine, by the hash of a probe: a small convolution, forward and
+backward. Where the probe's bits are on record, the machine computes alike, and the losses must be equal to the bit. On
+other machines convolutions round differently, and Adam's first steps, which follow signs, make much of it: there the
+first losses must be close, and the three after them near. To record this machine's, or anew after a change of the
+numbers that is meant: ``WRITE_LOSS_TRACE=1 python -m pytest tests/test_loss_trace.py``.
 """
 
 from __future__ import annotations
