@@ -271,8 +271,8 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1986, "pages": 17, "data": 1895, "models": 1299, "pretrained": 288, "training": 1657,
-    "inference": 1197, "evaluation": 956,
+    "top level": 1986, "pages": 19, "data": 1916, "models": 1299, "pretrained": 288, "training": 1657,
+    "inference": 1217, "evaluation": 956,
     "lmdb_builder": 897, "dataset_prep": 742, "interop": 829, "export": 159, "demo": 415,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
