@@ -19,6 +19,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from imaginaire_spade.build import build_split
+from imaginaire_spade.commands import inspect_lmdb
 from imaginaire_spade.config_files import load_config, load_labels
 from imaginaire_spade.data.batch import Batch, Sample
 from imaginaire_spade.data.dataset import LabelMapDataset
@@ -31,9 +32,6 @@ from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.lmdb_builder.shard import summary
 from imaginaire_spade.training.health import doubt_labels
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import inspect_lmdb
 
 SIGNED = np.array([[0, 1, -1], [2, -1, 0]])
 COLOURS = ((200, 0, 0), (0, 200, 0), (0, 0, 200))
