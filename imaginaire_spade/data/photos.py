@@ -30,7 +30,9 @@ from imaginaire_spade.files import AnyImage, RgbImage, read_json
 NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
 MAX_BYTES = 1 << 31
 """Largest content of a .npz file that is unpacked."""
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MAX_TILE = 4096
+"""Longest side of a TIFF's tiles."""
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _KINDS = {1: "uint", 2: "int", 3: "float"}  # a TIFF's SampleFormat
 
 
@@ -65,11 +67,13 @@ def read_header(data: bytes, where: str) -> Header:
         array = _load_numpy(data, where)
         size = check_size(array.shape[0], array.shape[1], where)
         return Header(size, array.dtype.name, array.shape[2] if array.ndim == 3 else 1, array=array)
-    if data.startswith(_TIFF) and {256, 257} <= (tags := _tiff_tags(data)).keys():
+    if data.startswith(TIFF) and {256, 257} <= (tags := _tiff_tags(data)).keys():
         channels, kind = tags.get(277, 1), _KINDS.get(tags.get(339, 1), "uint")
         dtype = f"{kind}{max(8, 1 << (tags.get(258, 1) - 1).bit_length())}"
         if tags.get(262) == 5:
             raise DataError(f"{where}: a TIFF of CMYK colours: convert it to RGB")
+        if (tile := max(tags.get(322, 0), tags.get(323, 0))) > MAX_TILE:  # decoded whole, however small the image is
+            raise DataError(f"{where}: a TIFF of tiles of {tile} pixels: save it with tiles of at most {MAX_TILE}")
         if tags.get(262) == 3 and channels == 1:  # a palette
             channels, dtype = 3, "uint8"
         size = check_size(tags[257], tags[256], where)
@@ -127,7 +131,7 @@ def decode_photo(
     """
     header = header or read_header(data, where)
     _check_header(header, spec, where)
-    is_tiff = data.startswith(_TIFF)
+    is_tiff = data.startswith(TIFF)
     if header.array is not None:
         array = header.array
     elif is_jpeg(data) or (header.dtype == "uint8" and not header.has_alpha and header.channels <= 3):
@@ -283,7 +287,7 @@ def _decode_whole(data: bytes, where: str, header: Header) -> AnyImage:
             f"{where}: an image of {header.channels} bands; files of more than 4 are read as .npy [H, W, C]"
         )
     try:
-        if data.startswith(_TIFF) and header.dtype == "uint8" and _tiff_tags(data).get(338) == 2:
+        if data.startswith(TIFF) and header.dtype == "uint8" and _tiff_tags(data).get(338) == 2:
             return np.asarray(open_image(data, where))  # (OpenCV would multiply its colours by alpha)
         if data.startswith(b"\x89PNG") and header.channels == 2 and header.dtype == "uint8":
             return np.asarray(open_image(data, where).convert("LA"))  # (OpenCV makes four channels of it, or one)
@@ -342,7 +346,7 @@ def _tiff_tags(data: bytes) -> dict[int, int]:
         file = io.BytesIO(data)
         file.seek(directory.next)
         directory.load(file)
-        values = {tag: directory[tag] for tag in (256, 257, 258, 262, 274, 277, 338, 339) if tag in directory}
+        values = {tag: directory[tag] for tag in (256, 257, 258, 262, 274, 277, 322, 323, 338, 339) if tag in directory}
     except (SyntaxError, struct.error, OSError, ValueError, TypeError, KeyError):
         return {}
     first = {tag: value[0] if isinstance(value, tuple) else value for tag, value in values.items()}
