@@ -272,7 +272,7 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1986, "pages": 17, "data": 1898, "models": 1299, "pretrained": 288, "training": 1657,
+    "top level": 1986, "pages": 17, "data": 1898, "models": 1300, "pretrained": 288, "training": 1657,
     "inference": 1197, "evaluation": 956,
     "lmdb_builder": 897, "dataset_prep": 742, "interop": 829, "export": 159, "demo": 469, "commands": 1093,
 }  # fmt: skip
