@@ -49,5 +49,4 @@ def main() -> None:
     print(f"wrote {arguments.output}, {arguments.output.stat().st_size / 2**20:.1f} MiB")
     if arguments.page:
         write_page(model, arguments.output, runtime)
-        folder = arguments.output.resolve().parent
-        print(f"wrote the painting page; any web server shows it: python -m http.server -d {folder}")
+        print(f"wrote its painting page; any web server shows it: python -m http.server -d {arguments.output.parent}")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from imaginaire_spade.demo.service import PaintingService
 from imaginaire_spade.errors import ConfigError, first_line
-from imaginaire_spade.export.generator import metadata
 from imaginaire_spade.files import write_bytes
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.sizes import FAR
@@ -45,12 +44,10 @@ def check_paintable(model: Model) -> None:
         ConfigError: it cannot.
     """
     spec = model.layout_spec
-    wrong = ["distances (CLADE-ICPE)"] * spec.has_distances + ["dense conditions"] * bool(spec.num_conditions)
-    wrong += ["no label map"] * (not spec.num_label_channels)
-    if wrong:
+    if spec.has_distances or spec.num_conditions or not spec.num_label_channels:
         raise ConfigError(
-            f"--page: this generator takes {' and '.join(wrong)}, which the page cannot paint; leave --page out, or"
-            " start the page with a server: python -m imaginaire_spade.demo"
+            "--page: this generator takes distances (CLADE-ICPE) or dense conditions, or no label map: the page cannot"
+            " paint that. Leave --page out (a page with a server: python -m imaginaire_spade.demo)"
         )
 
 
@@ -66,17 +63,15 @@ def write_page(model: Model, file: Path, runtime: dict[str, bytes]) -> None:
     """
     service = PaintingService(Synthesizer(model), model.config.data.name)
     about, labels, spec = service.describe(), model.config.data.labels, model.config.data.images
-    raw_ids = {int(labels.table[raw]): raw for raw in sorted(labels.known_ids, reverse=True) if raw >= 0}
     about |= {
         "file": file.name,
         "inputs": ["labels", *["edges"] * model.layout_spec.has_edges, *["z"] * bool(about["style_dims"])],
         "has_style_encoder": False,
         "num_classes": labels.num_classes,
-        "size_multiple": metadata(model)["size_multiple"],
+        "size_multiple": model.generator.size_multiple,
         "far": FAR,
         "bands": spec.preview or ((0, 1, 2) if spec.channels >= 3 else (0, 0, 0)),
         "train_ids": {raw: int(labels.table[raw]) for raw in labels.known_ids},
-        "classes": [one | {"raw": raw_ids[one["id"]]} for one in about["classes"]],
     }
     write_bytes(file.parent / "model.json", json.dumps(about).encode())
     for folder in ("page", "static_page"):  # the second one's server.js takes the place of the first one's

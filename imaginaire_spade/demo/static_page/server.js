@@ -126,9 +126,10 @@ export class Server {
 
   /** A label map's file: ids as the data set's files have them. */
   mapFile(map) {
-    const raw = Object.fromEntries(this.model.classes.map((one) => [one.id, one.raw]));
-    const fits = this.model.classes.every((one) => one.raw < 256);
-    const palette = fits && Object.fromEntries(this.model.classes.map((one) => [one.raw, one.colour]));
+    const raw = {}; // train id -> the smallest raw id that means it
+    for (const [id, trainId] of Object.entries(this.model.train_ids)) if (id >= 0) raw[trainId] ??= Number(id);
+    const fits = this.model.classes.every(({ id }) => raw[id] < 256);
+    const palette = fits && Object.fromEntries(this.model.classes.map(({ id, colour }) => [raw[id], colour]));
     return writePNG(map, Uint16Array.from(map.ids, (id) => raw[id]), palette);
   }
 
