@@ -303,8 +303,7 @@ class LabelMapDataset(Dataset[Sample]):
             with suppress(DataError):
                 root.photos = open_source(root.source.root, ["images"], suffixes=self._suffixes)
                 keys = set(root.photos.keys)
-                places = zip(self.keys, self._places, strict=True)
-                found |= {name for name, (of, key) in places if of is root and key in keys}
+                found |= {k for k, (r, key) in zip(self.keys, self._places, strict=True) if r is root and key in keys}
         return found
 
     def photo(self, index: int, stored: tuple[int, int]) -> RgbImage:

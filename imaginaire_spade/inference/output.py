@@ -254,8 +254,7 @@ def check_animation(suffix: str) -> None:
         UserError: they cannot.
     """
     if suffix == ".mp4":
-        instead = ". Or write --animation webp, which needs nothing more"
-        with how_to_install("video", "--animation mp4 needs the package av", instead):
+        with how_to_install("video", "--animation mp4 needs the package av", "; or write --animation webp"):
             importlib.import_module("av")
     try:
         _encode_animation([np.zeros((64, 64, 3), np.uint8)] * 2, suffix)
@@ -269,8 +268,7 @@ def _encode_animation(frames: Sequence[RgbImage], suffix: str) -> bytes:
     if suffix == ".mp4":
         import av
 
-        height, width = frames[0].shape[:2]
-        even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
+        even = np.pad(frames, ((0, 0), (0, frames[0].shape[0] % 2), (0, frames[0].shape[1] % 2), (0, 0)), "edge")
         with av.open(file, "w", format="mp4") as film:
             colours = "colorprim=bt709:transfer=bt709:colormatrix=bt709"
             stream = film.add_stream("libx264", FRAMES_PER_SECOND, options={"crf": "16", "x264-params": colours})
