@@ -139,7 +139,7 @@ class FolderSource(Source):
         self._names: dict[str, dict[str, str]] = {}
         """Data type -> key -> path below its folder, without extension, where that is not the key."""
         for t, folder in self._folders.items():
-            # (A GIF among generated images is an animation.)
+            # (A GIF among generated images is an animation, a WebP may be one.)
             endings = [e for e in EXTENSIONS.get(t, PHOTO_EXTENSIONS) if e != "gif" or not bare or t != "images"]
             found = _scan(folder, endings, self.skipped, patterns.get(t, ""))
             self._extensions[t], self._names[t] = found
@@ -288,10 +288,11 @@ def _scan(
         extension = _extension(name, extensions)
         whole = name[: -len(extension) - 1]
         has_affix = len(whole) > len(before) + len(after) and whole.startswith(before) and whole.endswith(after)
-        if not extension or not has_affix:
+        path = f"{place}{os.sep}{sequence}{os.sep}{name}"
+        is_film = extension.lower() == "webp" and "gif" not in extensions and _is_animated_webp(path)
+        if not extension or not has_affix or is_film:
             skipped.append(folder / sequence / name)
             continue
-        path = f"{place}{os.sep}{sequence}{os.sep}{name}"
         key = written = make_key(sequence, whole, path)
         if affix:
             key = make_key(sequence, whole[len(before) : len(whole) - len(after)], path)
@@ -311,6 +312,12 @@ def _extension(name: str, extensions: Sequence[str]) -> str:
     """Return the extension as spelled, or "" where it is none of ``extensions``."""
     stem, _, extension = name.rpartition(".")
     return extension if stem and extension.lower() in extensions else ""
+
+
+def _is_animated_webp(path: str) -> bool:
+    with open(path, "rb") as file:
+        header = file.read(21)
+    return header[12:16] == b"VP8X" and bool(header[20] & 2)
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:
