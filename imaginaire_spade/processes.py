@@ -4,10 +4,12 @@ Imports no torch, so that a command line can call ``end_with_launcher`` early.
 """
 
 import ctypes
+import glob
 import os
 import signal
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +24,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its p
 LEASE_S = 60.0
 """Seconds of silence after which the writer of a folder counts as gone. One on the same host that ended is noticed at
 once."""
+
+NAMELESS_S = 3.0
+"""Seconds that a process has to write its name into its lock."""
 
 LAUNCHER_GONE_S = 120
 """Seconds that a process has to save and leave once its launcher is gone: nobody else would end it."""
@@ -103,6 +108,7 @@ def hold_lock(path: Path, folder: Path, flag: str, *, timeout: float = 0, quiet:
     lease = SoftFileLease(path, lease_duration=LEASE_S, on_compromise=leave)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_nameless(path)
         owner = lease.owner
         who = "another process" if owner is None else f"process {owner.pid} on {owner.hostname}"
         try:
@@ -128,6 +134,18 @@ def hold_lock(path: Path, folder: Path, flag: str, *, timeout: float = 0, quiet:
         yield
     finally:
         lease.release()
+        for left in path.parent.glob(f"{glob.escape(path.name)}.break.*"):  # of one that was killed while it took over
+            left.unlink(missing_ok=True)
+
+
+def _remove_nameless(path: Path) -> None:
+    """Remove a lock file that stays empty: its process was killed before it wrote its name. (One that only halted then
+    notices that its lock is lost.)"""
+    with suppress(FileNotFoundError):
+        if (seen := path.stat()).st_size == 0:
+            time.sleep(NAMELESS_S)
+            if (now := path.stat()).st_size == 0 and now.st_ino == seen.st_ino:
+                path.unlink()
 
 
 def _is_orphan(pid: int) -> bool:

@@ -32,7 +32,7 @@ from imaginaire_spade.commands import build_lmdb
 from imaginaire_spade.data.image_files import decode_edges, decode_image, decode_instances, decode_label
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.distributed import rank_from_environment
-from imaginaire_spade.errors import EXIT_CODE, ConfigError, DataError, run_command_line, UserError
+from imaginaire_spade.errors import EXIT_CODE, ConfigError, DataError, UserError, run_command_line
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder import build as build_module
 from imaginaire_spade.lmdb_builder import output as output_module
