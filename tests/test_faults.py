@@ -133,6 +133,12 @@ def test_a_log_dir_has_one_writer(commands, tiny_run, tmp_path, monkeypatch, cap
         ends.set()
         living.join()
     marker.unlink()
+    # A writer that was killed before it wrote its name.
+    monkeypatch.setattr(processes, "NAMELESS_S", 0.1)
+    logdir.mkdir(exist_ok=True)
+    marker.touch()
+    with one_writer(logdir, "--logdir"):
+        assert f"pid={os.getpid()}" in marker.read_text()
     # A lock that was taken away.
     code = "import time; from pathlib import Path; from imaginaire_spade import processes; processes.LEASE_S = 0.3\n"
     code += f"with processes.one_writer(Path({str(logdir)!r}), '--logdir'):\n print('held', flush=True); time.sleep(60)"

@@ -29,6 +29,7 @@ from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.synthesis import slerp
 from imaginaire_spade.labels import edges_from_ids
 from imaginaire_spade.models.for_inference import WinogradConv2d
+from imaginaire_spade.processes import one_writer
 from imaginaire_spade.training.checkpoint import write_checkpoint
 
 PALETTE = [[250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 0], [7, 8, 9]]
@@ -291,6 +292,16 @@ def test_the_gallery_names_no_label_map_that_another_process_leaves_out(run, pla
     assert all((tmp_path / "out" / name).is_file() for name in named)
     assert {name for name in named if not name.startswith("_labels/")} == set(files(tmp_path / "out")) - {"index.html"}
     assert not any(f"{name}.png" in page for name in ("unknown", "text", "cut", "huge"))
+
+
+def test_an_output_folder_has_one_writer(run, plain, tmp_path):
+    with one_writer(tmp_path / "out", "--output_dir"):
+        with pytest.raises(
+            UserError, match=rf"--output_dir .*out: process {os.getpid()} on .* writes there. Wait for it"
+        ):
+            run(plain)
+        assert not files(tmp_path / "out")
+    assert set(run(plain)) == {"a.png", "b.png", "c.png"} and not (tmp_path / "out/.lock").exists()
 
 
 def test_unknown_colours(run, plain, styled, tmp_path):

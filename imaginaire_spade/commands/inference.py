@@ -29,6 +29,7 @@ from imaginaire_spade.inference.model import Model, load_named
 from imaginaire_spade.inference.output import check_animation, check_apart
 from imaginaire_spade.inference.sizes import MAX_PIXELS, SIZE_HELP, SizeRule, read_size
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.processes import one_writer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -158,10 +159,11 @@ def main() -> None:
             max_pixels=arguments.max_pixels, tile=tile, resize_back=arguments.resize_back,
             gallery=not arguments.no_gallery, sample_names=_sample_names(arguments, model, seed),
         )  # fmt: skip
-        report = generate_folder(
-            model, dataset, arguments.output_dir, options,
-            style_of=style_of, sizes=sizes, info=info, on_written=progress, on_note=lambda note: _tell([note]),
-        )  # fmt: skip
+        with one_writer(arguments.output_dir, "--output_dir", info.rank):
+            report = generate_folder(
+                model, dataset, arguments.output_dir, options,
+                style_of=style_of, sizes=sizes, info=info, on_written=progress, on_note=lambda note: _tell([note]),
+            )  # fmt: skip
     except KeyboardInterrupt:
         print(
             "stopped: every written file is complete; --skip_existing generates the rest", file=sys.stderr, flush=True
