@@ -15,6 +15,7 @@ from imaginaire_spade.cli import add_shared_flags
 from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import UserError
 from imaginaire_spade.processes import end_with_launcher, one_writer
+from imaginaire_spade.training.trackers import check_trackers
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,6 +53,8 @@ def main() -> None:
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
     check_run(config, info.world_size)
+    if info.is_main:  # which alone needs them
+        check_trackers(config)
     objective = build_losses(config)  # finds out whether pretrained weights are there
     logdir = arguments.logdir or Path("logs") / Path(arguments.config).stem
     init_from, checkpoint = arguments.init_from, arguments.checkpoint
