@@ -110,7 +110,7 @@ def test_a_tracker_that_fails_costs_one_warning(tiny_run, tmp_path, recorder, ca
 def test_a_tracker_that_hangs_holds_nothing_up(tiny_run, recorder, capsys, monkeypatch):
     leave = threading.Event()
     recorder(lambda method: leave.wait(60) if method == "log" else None)
-    monkeypatch.setattr(trackers, "CLOSING_S", 0.1)
+    monkeypatch.setitem(trackers.CLOSING_S, "finished", 0.1)
     _, run = tiny_run
     assert run("log", WITH, *SHORT)["images_seen"] == 8
     assert "recorder gets nothing more from this launch: it did not take the last records" in capsys.readouterr().out

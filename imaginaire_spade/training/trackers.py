@@ -37,8 +37,8 @@ IDS = "trackers.json"
 """Of the log dir: what each tracker calls this run."""
 WAITING = 200
 """Records that may wait for a tracker; with more of them it counts as one that does not answer."""
-CLOSING_S = 30.0
-"""How long a tracker may take for its last records."""
+CLOSING_S = {"finished": 30.0, "stopped": 5.0, "failed": 2.0}
+"""How long a tracker may take for its last records; a run that is asked to stop has half a minute in all."""
 
 Status = Literal["finished", "stopped", "failed"]
 """Of a launch; a run that was stopped may go on."""
@@ -256,7 +256,7 @@ class Following:
     def close(self, status: Status) -> None:
         """End it. After a while it is not waited for."""
         self.send("close", status)
-        self._thread.join(2.0 if status == "failed" else CLOSING_S)
+        self._thread.join(CLOSING_S[status])
         if self._thread.is_alive():
             self._give_up("it did not take the last records in time")
 
