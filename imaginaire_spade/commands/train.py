@@ -85,7 +85,7 @@ def train(
         max_iterations: stop at this iteration, counted over the whole run.
         checkpoint: continue this one if ``logdir`` has none.
         init_from: fine-tune: begin with the weights of this one.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda" or "mps".
         allow_changed_data: continue although the data set or its labels changed.
         dry_run: check everything, measure one iteration, print it, write nothing.
         profiled: trace iterations 6 to 10 into ``logdir``/profile, then stop.
