@@ -280,10 +280,10 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2049, "pages": 19, "data": 1951, "models": 1300, "pretrained": 288, "training": 1702,
+    "top level": 2061, "pages": 19, "data": 1952, "models": 1301, "pretrained": 289, "training": 1892,
     "inference": 1235, "evaluation": 956,
     "lmdb_builder": 876, "dataset_prep": 750, "interop": 829, "export": 159, "demo": 521, "scenes": 736,
-    "commands": 1238,
+    "commands": 1241,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""
@@ -319,7 +319,7 @@ def test_rooms_keep_their_budget():
     assert lines.keys() == BUDGET.keys()
     over = {room: f"{number} of {BUDGET[room]}" for room, number in lines.items() if number > BUDGET[room]}
     assert not over
-    assert sum(BUDGET.values()) <= 14_700 and sum(CORE_BUDGET.values()) <= 8_600
+    assert sum(BUDGET.values()) <= 14_900 and sum(CORE_BUDGET.values()) <= 8_800
 
 
 def test_folders_are_two_deep():

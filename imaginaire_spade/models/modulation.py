@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from imaginaire_spade.distributed import gather_statistics, sum_statistics
+from imaginaire_spade.distributed import gather_statistics, sum_statistics, to_double
 from imaginaire_spade.layout import Lookup
 from imaginaire_spade.models.layers import enlarge, sum_rows, sum_users, triton_kernels
 
@@ -317,11 +317,12 @@ def _moments(x: Tensor, synchronized: bool, times: int) -> tuple[Tensor, Tensor,
         means.append(part.mean(0))
         squares.append((part - means[-1]).square_().sum(0))
     size = torch.tensor(counts, dtype=torch.float64).unsqueeze(1)  # [chunks, 1]
-    moments = _combine(size, torch.stack(means).double(), times * torch.stack(squares).double())
+    moments = _combine(size, to_double(torch.stack(means)), times * to_double(torch.stack(squares)))
     if synchronized:
         moments = _combine(*gather_statistics(torch.cat(moments)).split([1, x.shape[1], x.shape[1]], 1))
     count, mean, squared = moments
-    return mean.to(wide), (squared / count).to(wide), count.squeeze().to(wide)
+    mean, variance, count = (value.to(wide).to(x.device) for value in (mean, squared / count, count.squeeze()))
+    return mean, variance, count
 
 
 def _combine(sizes: Tensor, means: Tensor, about_means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
