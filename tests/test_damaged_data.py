@@ -297,12 +297,11 @@ def test_resuming_warns_of_other_contents_under_the_same_names(tiny_run, tmp_pat
     run("log", *SMALL, stop_after=1)
     (root / "images/0003.jpg").write_bytes((root / "images/0004.jpg").read_bytes())
     os.utime(root / "seg_maps/0001.png")
-    told = (
-        f"warning: {root}: 2 of 10 samples (or LMDB files) have changed under their names since (1 in size or checksum"
-    )
-    for stop_after, warns in ((2, True), (3, False)):
-        run("log", *SMALL, stop_after=stop_after)
-        assert (told in capsys.readouterr().out) == warns
+    content = run("log", *SMALL, stop_after=2)
+    told = f"warning: {root}: 2 of 10 samples (or LMDB files) have changed under their names since (1 in size"
+    assert told in capsys.readouterr().out
+    [stamps] = content["run"]["data_stamps"]  # so the next start is silent
+    assert stamps.tolist() == FolderSource(root, ["images", "seg_maps"]).stamps().tolist()
 
 
 def test_lmdbs_are_told_apart_by_what_their_manifests_state(tiny_folder, tmp_path):
