@@ -220,12 +220,14 @@ def _manifest(plan: Plan, contents: Contents, extensions: Mapping[str, Mapping[s
 def _source_digests(plan: Plan, name: str) -> dict[str, str]:
     """Compute two digests by which a finished shard is recognised: of the names and sizes of all its source files, and
     of their time stamps as well. (The third, of their contents, comes from the build.)"""
-    sizes, stamps = hashlib.sha256(), hashlib.sha256()
+    sizes, stamps, num_bytes = hashlib.sha256(), list[int](), dict[str, int]()
     for key in plan.shards[name]:
-        found = {t: plan.source.file_stamp(key, t) for t in plan.data_types}
-        sizes.update(f"{key}\0{ {t: num_bytes for t, (num_bytes, _) in found.items()} }\n".encode())
-        stamps.update(f"{key}\0{found}\n".encode())
-    return {"source_sha256": sizes.hexdigest(), "source_stamps_sha256": stamps.hexdigest()}
+        for t in plan.data_types:
+            num_bytes[t], changed_at = plan.source.file_stamp(key, t)
+            stamps.append(changed_at)
+        sizes.update(f"{key}\0{num_bytes}\n".encode())
+    stamps_sha256 = hashlib.sha256(np.array(stamps).tobytes()).hexdigest()
+    return {"source_sha256": sizes.hexdigest(), "source_stamps_sha256": stamps_sha256}
 
 
 def find_problem(shard: Path, plan: Plan, name: str) -> str:
