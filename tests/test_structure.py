@@ -280,10 +280,10 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2061, "pages": 19, "data": 1952, "models": 1301, "pretrained": 289, "training": 1892,
+    "top level": 2061, "pages": 19, "data": 1989, "models": 1301, "pretrained": 289, "training": 1904,
     "inference": 1235, "evaluation": 956,
-    "lmdb_builder": 876, "dataset_prep": 750, "interop": 829, "export": 159, "demo": 521, "scenes": 736,
-    "commands": 1241,
+    "lmdb_builder": 897, "dataset_prep": 750, "interop": 829, "export": 159, "demo": 521, "scenes": 736,
+    "commands": 1244,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""

@@ -182,6 +182,10 @@ class LabelMapDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.keys)
 
+    def stamps(self) -> dict[str, Tensor]:
+        """Return the ``Source.stamps`` of each root."""
+        return {str(root.source.root): torch.from_numpy(root.source.stamps()) for root in self._roots}
+
     def without_images(self) -> LabelMapDataset:
         """Return the same samples without photos: only label maps (and the source of edges) are read."""
         dataset = copy.copy(self)
