@@ -280,8 +280,8 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2061, "pages": 19, "data": 1989, "models": 1301, "pretrained": 289, "training": 1904,
-    "inference": 1235, "evaluation": 956,
+    "top level": 2063, "pages": 19, "data": 1989, "models": 1301, "pretrained": 289, "training": 1908,
+    "inference": 1236, "evaluation": 956,
     "lmdb_builder": 897, "dataset_prep": 750, "interop": 829, "export": 159, "demo": 521, "scenes": 736,
     "commands": 1244,
 }  # fmt: skip

@@ -205,7 +205,8 @@ class _Share:
                 return error
 
         fail = self.options.on_bad_label == "fail"
-        results = read_ahead(read_or_fail, outputs, READ_AHEAD, num_threads=THREADS)
+        ahead, threads = (READ_AHEAD, THREADS) if self.options.tile is None else (1, 1)  # large ones fill the memory
+        results = read_ahead(read_or_fail, outputs, ahead, num_threads=threads)
         for output, result in zip(outputs, results, strict=True):
             if not isinstance(result, DataError):
                 yield output, result
