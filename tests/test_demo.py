@@ -366,6 +366,7 @@ def test_a_model_without_style_or_samples_says_so(plain_client):
         ("POST", PICTURE, b"{", JSON, 400, "not JSON"),
         ("POST", PICTURE, b"\xff\xfe", JSON, 400, "not JSON"),
         ("POST", PICTURE, b"[" * 100_000, JSON, 400, "not JSON"),
+        ("POST", PICTURE, b"[" + b"[]," * 10_000 + b"[]]", JSON, 400, "not JSON, or not such as the page sends"),
         ("POST", PICTURE, b"{}", {"Content_Type": "text/plain"}, 415, "application/json is wanted"),
         ("POST", PICTURE, b"{}", {}, 415, "application/json is wanted"),
         ("POST", PICTURE, b"", {**JSON, "Content_Length": str(MAX_JSON_BYTES + 1)}, 413, "at most 6 MiB"),
