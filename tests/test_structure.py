@@ -282,7 +282,7 @@ def test_the_readmes_tree_is_true():
 BUDGET = {
     "top level": 2063, "pages": 19, "data": 1989, "models": 1301, "pretrained": 289, "training": 1908,
     "inference": 1236, "evaluation": 956,
-    "lmdb_builder": 897, "dataset_prep": 750, "interop": 829, "export": 159, "demo": 521, "scenes": 736,
+    "lmdb_builder": 897, "dataset_prep": 750, "interop": 829, "export": 159, "demo": 524, "scenes": 736,
     "commands": 1244,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
