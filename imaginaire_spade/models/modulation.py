@@ -14,8 +14,9 @@ from weakref import ref
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from imaginaire_spade.distributed import gather_statistics, sum_statistics
 from imaginaire_spade.layout import Lookup
@@ -107,22 +108,26 @@ class _Modulate(torch.autograd.Function):
         upsample: int,
         slope: float,
     ) -> Tensor:
-        index, few = _index(pixels, x, upsample), _grid(x, 1)
-        mean, rstd = (t.expand(x.shape[1]).contiguous() for t in (statistics.mean, statistics.rstd))
-        if _in_chunks(x):
-            scale = gamma * rstd
-            y = _forward(few, torch.cat([scale, beta - mean * scale], 1), index, upsample, slope)
-        else:
-            y = (_pass(x, "forward") or forward_pixels)(few, gamma, beta, index, mean, rstd, upsample, slope)
-        y = _images(y, len(x))
-        ctx.save_for_backward(x, gamma, *([y] if slope != 1 else []))
+        y = _modulated(x, gamma, beta, pixels, statistics, upsample, slope)
+        ctx.forgets, ctx.made = _forgets(x), None
+        ctx.save_for_backward(x, gamma, *([beta] if ctx.forgets else [y] if slope != 1 else []))
         ctx.pixels, ctx.statistics, ctx.upsample, ctx.slope = pixels, statistics, upsample, slope
         return y
 
     @staticmethod
+    def make_again(ctx: Any) -> Tensor:
+        """Return y, which the backward pass of a norm that forgets computes once more."""
+        if ctx.made is None:
+            x, gamma, beta = ctx.saved_tensors
+            ctx.made = _modulated(x, gamma, beta, ctx.pixels, ctx.statistics, ctx.upsample, ctx.slope)
+        return ctx.made
+
+    @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, *activated = ctx.saved_tensors
+        x, gamma, *others = ctx.saved_tensors
+        activated = [] if ctx.slope == 1 else [_Modulate.make_again(ctx)] if ctx.forgets else others
+        ctx.made = None
         pixels, statistics, upsample = ctx.pixels, ctx.statistics, ctx.upsample
         mean, rstd = (t.expand(x.shape[1]).contiguous() for t in (statistics.mean, statistics.rstd))
         count, few, grid = statistics.count, _grid(x, 1), _grid(dy, upsample)
@@ -153,6 +158,38 @@ class _Modulate(torch.autograd.Function):
             offset = -rstd * means[0] * upsample**2 - mean * factor
         dx = _before_upsampling(before, products, few, gamma * rstd, _index(pixels, x, upsample), factor, offset)
         return _images(dx, len(x)).to(x.dtype), d_gamma, d_beta, None, None, None, None
+
+
+def convolve_modulated(conv: nn.Module, y: Tensor) -> Tensor:
+    """Apply ``conv`` to y; if ``modulate`` made y on a GPU, keep for the backward pass not y but what makes it again."""
+    node, place, shape = y.grad_fn, y.data_ptr(), y.shape
+    if not (_forgets(y) and isinstance(node, _Modulate._backward_cls)):
+        return conv(y)
+
+    def pack(kept: Tensor) -> Any:
+        return node if kept.data_ptr() == place and kept.shape == shape else kept
+
+    with saved_tensors_hooks(pack, lambda kept: _Modulate.make_again(node) if kept is node else kept):
+        return conv(y)
+
+
+def _forgets(x: Tensor) -> bool:
+    """Return whether a backward pass computes y again: one more pass over pixels, which costs a CPU too much."""
+    return x.is_cuda and not torch.compiler.is_compiling()
+
+
+def _modulated(
+    x: Tensor, gamma: Tensor, beta: Tensor, pixels: Lookup | None, statistics: Statistics, upsample: int, slope: float
+) -> Tensor:
+    """Compute ``modulate``."""
+    index, few = _index(pixels, x, upsample), _grid(x, 1)
+    mean, rstd = (t.expand(x.shape[1]).contiguous() for t in (statistics.mean, statistics.rstd))
+    if _in_chunks(x):
+        scale = gamma * rstd
+        y = _forward(few, torch.cat([scale, beta - mean * scale], 1), index, upsample, slope)
+    else:
+        y = (_pass(x, "forward") or forward_pixels)(few, gamma, beta, index, mean, rstd, upsample, slope)
+    return _images(y, len(x))
 
 
 def _in_chunks(x: Tensor) -> bool:
