@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.file_structure import TIFF
 from imaginaire_spade.data.image_files import open_image
 from imaginaire_spade.data.label_files import read_labels
-from imaginaire_spade.data.photos import TIFF, decode_photo, read_header, show
+from imaginaire_spade.data.photos import decode_photo, read_header, show
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.files import encode_image
 from imaginaire_spade.inference.synthesizer import Synthesizer
