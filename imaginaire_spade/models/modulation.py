@@ -161,7 +161,7 @@ class _Modulate(torch.autograd.Function):
 
 
 def convolve_modulated(conv: nn.Module, y: Tensor) -> Tensor:
-    """Apply ``conv`` to y; if ``modulate`` made y on a GPU, keep for the backward pass not y but what makes it again."""
+    """Apply ``conv`` to y. If ``modulate`` made y on a GPU, the backward pass does not keep it, but makes it again."""
     node, place, shape = y.grad_fn, y.data_ptr(), y.shape
     if not (_forgets(y) and isinstance(node, _Modulate._backward_cls)):
         return conv(y)
