@@ -20,8 +20,19 @@ R = TypeVar("R")
 EXIT_CODE = 2
 
 
+MAX_LINE, MAX_LINES = 1000, 60
+"""Characters and lines that a message keeps, whatever values of the user's it quotes."""
+
+
 class UserError(ValueError):
     """Base: something the user can put right."""
+
+    def __str__(self) -> str:
+        lines = super().__str__().splitlines()
+        more = [f"... and {len(lines) - MAX_LINES} more lines"] if len(lines) > MAX_LINES else []
+        half = MAX_LINE // 2
+        short = [s if len(s) <= MAX_LINE else f"{s[:half]} ... {s[-half:]}" for s in lines[:MAX_LINES]]
+        return "\n".join(short + more)
 
 
 E = TypeVar("E", bound=UserError)
