@@ -102,11 +102,11 @@ def load_labels(path: str | Path) -> LabelSpec:
     return load_data(path).labels
 
 
-def parse_config(tree: Mapping[str, Any], source: str = "config", overrides: Iterable[str] = ()) -> RunConfig:
+def parse_config(tree: Any, source: str = "config", overrides: Iterable[str] = ()) -> RunConfig:
     """Check a plain tree, as YAML or a checkpoint holds it, and fill in the defaults.
 
     Args:
-        tree: its first keys may be dotted (``trainer.init.gain``); a later one goes before an earlier.
+        tree: a mapping; its first keys may be dotted (``trainer.init.gain``); a later one goes before an earlier.
         source: where the tree is from, for messages.
         overrides: as of ``load_config``.
     Raises:

@@ -55,10 +55,11 @@ class CheckpointError(UserError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch failed to allocate memory, on a GPU or on the CPU (which only the message tells)."""
+    """Whether memory ran out, on a GPU or on the CPU (which of torch and OpenCV only the message tells)."""
     import torch  # here, because this module is loaded without it
 
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "Insufficient memory", "Caught MemoryError")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def first_line(error: BaseException) -> str:
@@ -107,6 +108,16 @@ def how_to_install(extra: str, what: str, otherwise: str = "") -> Iterator[None]
         raise ConfigError(f"{what} ({error}): {command}{otherwise}") from None
 
 
+@contextmanager
+def _permissions_explained() -> Iterator[None]:
+    """Name the file in one message if the block fails because this user may not read or write it."""
+    try:
+        yield
+    except PermissionError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename else str(error).strip().splitlines()[-1]
+        raise UserError(f"{named}. Correct the permissions (chmod, chown), or run as a user who has them") from None
+
+
 def run_command_line(main: Callable[[], None]) -> None:
     """Run a command line's ``main``; print a user's mistake as one message, without a traceback, and exit.
 
@@ -118,7 +129,8 @@ def run_command_line(main: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        with _permissions_explained():
+            main()
     except UserError as error:
         rank = os.environ.get("LOCAL_RANK", "0")
         if rank != "0":

@@ -213,7 +213,7 @@ def test_bases_that_many_files_name_are_read_once_and_endless_ones_are_refused(t
 
 def test_a_wrong_value_is_cut_in_the_message(tmp_path):
     text = f"base: {SAMPLE}\ndata:\n  labels: {[list(range(300))] * 5}\n"
-    with pytest.raises(ConfigError, match="data.labels") as raised:
+    with pytest.raises(ConfigError, match=r"data\.labels") as raised:
         load_config(write(tmp_path / "c.yaml", text))
     assert len(str(raised.value)) < 1100
 
@@ -264,7 +264,8 @@ def test_every_number_has_bounds():
         "gen.num_filters=0", "gen.norm.hidden_channels=0", "gen.norm.kernel_size=-3", "dis.num_layers=0",
         "dis.num_layers=4000000000", "dis.num_discriminators=0", "dis.max_num_filters=-1", "gen.style_dims=-1",
         "gen={type: spade, num_filters: 1, upsampling: most}", "gen.num_filters=60000",
-        "data.train.batch_size=1000000", "data.train={roots: [a], batch_size: 60000, augmentations: {resize_h_w: [8192, 8192]}}",
+        "data.train.batch_size=1000000",
+        "data.train={roots: [a], batch_size: 60000, augmentations: {resize_h_w: [8192, 8192]}}",
         "data.train.augmentations.resize_h_w=[1000000, 64]",
     ],
 )  # fmt: skip

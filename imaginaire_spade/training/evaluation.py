@@ -23,7 +23,7 @@ from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.photos import photo_preview, to_preview
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
-from imaginaire_spade.errors import ConfigError, DataError
+from imaginaire_spade.errors import CheckpointError, ConfigError, DataError
 from imaginaire_spade.evaluation import scores
 from imaginaire_spade.evaluation.collection import Collection, collect
 from imaginaire_spade.evaluation.evaluate import evaluate
@@ -33,6 +33,7 @@ from imaginaire_spade.evaluation.segmentation import load_segmentation
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.pretrained.feature_networks import feature_network
+from imaginaire_spade.training.checkpoint import check_counter
 
 FOLDER = "evaluation"
 """Of the log dir: the statistics of the photos, and a report of every evaluation."""
@@ -115,11 +116,15 @@ class Evaluation:
         to come."""
         if state is None:
             return None
-        self.evaluated_at = state["evaluated_at"]
-        if (best := state["best"]) is None:
+        best, identity = state.get("best"), state.get("identity")
+        is_score = best is None or (isinstance(best, list | tuple) and [*map(type, best)] == [float, int])
+        if not is_score or not isinstance(identity, Mapping):
+            raise CheckpointError(f"evaluation: {dict(state)} in the checkpoint is not what an evaluation leaves there")
+        self.evaluated_at = check_counter(state.get("evaluated_at"), "evaluation: evaluated_at in the checkpoint")
+        if best is None:
             return None
         own = self.state_dict()["identity"]
-        if changed := [key for key, value in own.items() if state["identity"].get(key) != value]:
+        if changed := [key for key, value in own.items() if identity.get(key) != value]:
             return f"evaluation: the protocol changed ({', '.join(changed)}), so the best score is reset"
         self.best = (best[0], best[1])
         return f"evaluation: the best {self._deciding} so far is {best[0]:.5g}, at {best[1]} images"
