@@ -7,6 +7,7 @@ import io
 import json
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,6 +114,21 @@ def write_json(path: Path, content: Any) -> None:
     """
     with atomic_write(path, flush=True) as temporary:
         temporary.write_text(json.dumps(content, indent=4), encoding="utf-8")
+
+
+def refuse_special(path: str | Path) -> None:
+    """Refuse a pipe, a socket or a device, also behind a link: reading it may never end.
+
+    Raises:
+        DataError: it is one.
+    """
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 (a Path takes ten times as long to make)
+    except OSError:
+        return  # whoever reads it says why it cannot be read
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        kind = "named pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+        raise DataError(f"{path}: a {kind}, no file: remove it")
 
 
 def read_text(path: Path, error_type: type[UserError], message: str = "") -> str:

@@ -19,12 +19,9 @@ import json
 import os
 import re
 import socket
-import sys
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from imaginaire_spade.dataset_prep.prepare import unpack
 from imaginaire_spade.errors import DataError, run_command_line

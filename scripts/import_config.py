@@ -1,43 +1,7 @@
-"""Turn a config of another system into one of ours: imaginaire's SPADE YAML, opt.txt of the SPADE release or of CLADE.
+#!/usr/bin/env python
+"""The script of ``imaginaire-spade import config``. Its code is imaginaire_spade/commands/import_config.py."""
 
-Lists what was chosen and every key that is ignored (no equivalent).
-"""
-
-import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from imaginaire_spade.cli import check_output_file
-from imaginaire_spade.errors import run_command_line
-from imaginaire_spade.files import write_bytes
-from imaginaire_spade.interop import SOURCES
-from imaginaire_spade.interop.configs import import_config
-
-LABELS = Path(__file__).resolve().parents[1] / "configs/labels"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, metavar="FILE", help="the .yaml or opt.txt")
-    parser.add_argument("--source", required=True, choices=SOURCES, help="the system it belongs to")
-    parser.add_argument("--output", type=Path, metavar="C.yaml", help="where to write it (default: the screen)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing C.yaml")
-    arguments = parser.parse_args()
-    if arguments.output is not None:
-        check_output_file(arguments.output, overwrite=arguments.overwrite)
-    text, notes = import_config(arguments.source, arguments.file, LABELS)
-    text = f"# Translated from {arguments.file.name} ({arguments.source}).\n{text}"
-    if arguments.output is None:
-        print(text)
-    else:
-        write_bytes(arguments.output, text.encode())
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    if arguments.output is not None:
-        print(f"wrote {arguments.output}")
-
+from imaginaire_spade.commands import run
 
 if __name__ == "__main__":
-    run_command_line(main)
+    run("import_config")

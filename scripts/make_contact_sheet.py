@@ -1,65 +1,7 @@
-"""Draw label maps, real and generated images side by side, for a folder of generated images."""
+#!/usr/bin/env python
+"""The script of ``imaginaire-spade contact-sheet``. Its code is imaginaire_spade/commands/make_contact_sheet.py."""
 
-import argparse
-import itertools
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-
-from imaginaire_spade.cli import add_shared_flags
-from imaginaire_spade.config_files import load_data
-from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.photos import decode_photo, photo_preview, show
-from imaginaire_spade.errors import DataError, run_command_line
-from imaginaire_spade.files import resize_image, write_image
-from imaginaire_spade.sheets import draw_contact_sheet
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="YAML with data.labels: a run's config or a label table")
-    parser.add_argument("--data_root", required=True, help="folder or LMDB with images and seg_maps")
-    parser.add_argument("--generated", required=True, type=Path, help="what inference.py wrote")
-    parser.add_argument("--output", required=True, type=Path, help="sheet, .jpg or .png")
-    parser.add_argument("--rows", type=int, default=12, help="samples on the sheet, spread over the data (default 12)")
-    parser.add_argument("--columns", type=int, default=2, help="samples side by side (default 2)")
-    add_shared_flags(parser, "--set")
-    parser.add_argument("--import", metavar="MODULE", help="accepted and ignored: no components are used here")
-    arguments = parser.parse_args()
-    data = load_data(arguments.config, arguments.overrides)
-    labels = data.labels
-    dataset = LabelMapDataset([arguments.data_root], labels, images=data.images, suffixes=data.suffixes)
-
-    made = [(index, found) for index, key in enumerate(dataset.keys) if (found := _image(arguments.generated, key))]
-    if not made:
-        raise DataError(
-            f"{arguments.generated}: no image of any of the {len(dataset)} samples of {arguments.data_root}. Give the"
-            " --output_dir that inference.py was run with on the same data"
-        )
-    wanted = min(len(made), arguments.rows * arguments.columns)
-    chosen = [made[round(i * (len(made) - 1) / max(1, wanted - 1))] for i in range(wanted)]
-    cells = []
-    for index, path in chosen:
-        sample = dataset[index]
-        assert sample.image is not None
-        real = photo_preview(sample.image, dataset.images).permute(1, 2, 0).numpy()
-        generated = show(decode_photo(path.read_bytes(), str(path), dataset.images), dataset.images)
-        generated = resize_image(generated, *real.shape[:2])
-        cells.append([labels.colourise(sample.labels.numpy()), real, generated])
-    columns = arguments.columns
-    whole = len(cells) - len(cells) % columns if len(cells) >= columns else 0
-    rows = [list(itertools.chain(*cells[start : start + columns])) for start in range(0, whole, columns)]
-    sheet = draw_contact_sheet(rows or cells, ["label map", "real", "generated"] * (columns if rows else 1))
-    write_image(arguments.output, sheet)
-    print(f"{len(chosen)} samples: {arguments.output}")
-
-
-def _image(folder: Path, key: str) -> Path | None:
-    candidates = [folder / f"{key}.{extension}" for extension in ("png", "jpg", "tif", "npy")]
-    return next((path for path in candidates if path.is_file()), None)
-
+from imaginaire_spade.commands import run
 
 if __name__ == "__main__":
-    run_command_line(main)
+    run("make_contact_sheet")

@@ -3,13 +3,10 @@
 import argparse
 import inspect
 import re
-import sys
 import types
 import typing
 from enum import Enum
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pydantic import BaseModel
 

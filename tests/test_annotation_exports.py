@@ -17,15 +17,13 @@ import pytest
 from conftest import REPOSITORY, write_png
 from PIL import Image
 
+from imaginaire_spade.commands import prepare_dataset
 from imaginaire_spade.config_files import load_labels
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.image_files import decode_image, decode_instances, decode_label
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.dataset_prep.prepare import DATASETS, LABELS, TOOLS, Options, prepare
 from imaginaire_spade.errors import ConfigError, DataError
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import prepare_dataset
 
 EXPORTS = json.loads((REPOSITORY / "tests/tool_exports.json").read_text(encoding="utf-8"))
 NAMES = {

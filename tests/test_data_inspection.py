@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, write_png
 
+from imaginaire_spade.commands import inspect_lmdb
 from imaginaire_spade.data.distances import class_distances, encode_distances
 from imaginaire_spade.data.folders import DATA_TYPES, FolderSource
 from imaginaire_spade.data.image_files import decode_edges, decode_instances, decode_label
@@ -18,9 +19,6 @@ from imaginaire_spade.errors import DataError
 from imaginaire_spade.labels import LabelSpec, edges_from_ids
 from imaginaire_spade.lmdb_builder.build import build_dataset, extract, look_through, stored_labels
 from imaginaire_spade.lmdb_builder.shard import EnvironmentWriter, write_index
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import inspect_lmdb
 
 LABELS = LabelSpec(num_classes=5, remap={77: 1}, ignore=(255,))
 

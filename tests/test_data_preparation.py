@@ -14,6 +14,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import cv2
+import download_test_data
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from conftest import REPOSITORY, write_jpg, write_png
 from PIL import Image
 from torchvision.models.segmentation import deeplabv3_resnet50
 
+from imaginaire_spade.commands import prepare_dataset
 from imaginaire_spade.config_files import load_labels
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.image_files import decode_image, decode_instances, decode_label
@@ -32,10 +34,6 @@ from imaginaire_spade.files import download as download_file
 from imaginaire_spade.labels import edges_from_ids
 from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.pretrained.segmenters import Segmenter, deeplab_segmenter, hugging_face_segmenter
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import download_test_data
-import prepare_dataset
 
 # ------------------------------------------------------------------------------------------------ data sets
 

@@ -4,10 +4,14 @@ import base64
 import http.client
 import io
 import json
+import re
 import shutil
 import socket
+import struct
 import sys
 import threading
+import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -24,7 +28,16 @@ from imaginaire_spade import Synthesizer
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.demo import __main__ as command_line
 from imaginaire_spade.demo.server import HEADERS, MAX_JSON_BYTES, MAX_UPLOAD_BYTES, PAGE_FILES, PaintingServer
-from imaginaire_spade.demo.service import MAX_WAITING, PaintingService, _raw_ids, fit_to_canvas
+from imaginaire_spade.demo.service import (
+    MAX_CANVAS_PIXELS,
+    MAX_JOBS,
+    MAX_SIDE,
+    Budget,
+    BusyError,
+    PaintingService,
+    _raw_ids,
+    shrink,
+)
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError
 from imaginaire_spade.files import resize_image
 from imaginaire_spade.labels import LabelSpec
@@ -62,7 +75,7 @@ def plain(tmp_path_factory) -> Synthesizer:
 def samples(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("samples")
     for number in range(2):
-        labels = blocky_labels(np.random.default_rng(number), 40, 80, 4)
+        labels = blocky_labels(np.random.default_rng(number), 48, 80, 4)
         write_png(folder / f"{number}.png", np.where(labels == 2, 7, labels).astype(np.uint8))
     return folder
 
@@ -143,7 +156,7 @@ def some_map(seed: int = 0, height: int = 64, width: int = 64) -> np.ndarray:
 
 
 def as_raw(train_ids: np.ndarray) -> np.ndarray:
-    return np.vectorize(RAW.get)(train_ids).astype(np.uint8)
+    return np.array([RAW.get(i, 0) for i in range(6)], np.uint8)[train_ids]
 
 
 # ------------------------------------------------------------------------------------------------ what is promised
@@ -218,7 +231,7 @@ def test_a_saved_label_map_opens_again(client):
     colours = np.array([*PALETTE, [0, 0, 0]], np.uint8)[train_ids]
     np.testing.assert_array_equal(np.asarray(image.convert("RGB")), colours)
     for file in (content, file_of(as_raw(train_ids)), file_of(colours)):
-        status, answer = client.send("/api/label_map?height=64&width=64", file)
+        status, answer = client.send("/api/label_map", file)
         assert status == 200
         np.testing.assert_array_equal(map_of(answer), train_ids)
 
@@ -230,36 +243,51 @@ def test_ids_of_two_bytes(tmp_path):
     train_ids = np.arange(64 * 64, dtype="<u2").reshape(SIZE) % 300
     file = service.encode_label_map(fields_of(train_ids))
     assert np.asarray(Image.open(io.BytesIO(file))).max() == 299
-    again = service.read_label_map(file, *SIZE)
+    again = service.read_label_map(file)
     assert base64.b64decode(again["labels"]) == train_ids.tobytes()
     assert decoded(service.generate(fields_of(train_ids))).shape == (*SIZE, 3)
     with pytest.raises(DataError, match="ids 300, which are no class"):
         service.generate(fields_of(np.full(SIZE, 300, "<u2")))
 
 
-def test_samples_are_fitted_to_the_canvas(client, samples):
+def test_samples_come_whole(client, samples):
     for number in (0, 1, 2):  # counted round
-        status, _, answer = client.ask("GET", f"/api/sample?number={number}&height=40&width=40")
+        status, _, answer = client.ask("GET", f"/api/sample?number={number}")
         stored = cv2.imread(str(samples / f"{number % 2}.png"), cv2.IMREAD_UNCHANGED)
         assert status == 200
-        np.testing.assert_array_equal(as_raw(map_of(answer)), np.where(stored == 1, 0, stored)[:, 20:60])
-        assert json.loads(answer)["original_size"] == [40, 80]
+        np.testing.assert_array_equal(as_raw(map_of(answer)), np.where(stored == 1, 0, stored))
+        assert json.loads(answer)["original_size"] == [48, 80]
+
+
+def test_a_label_map_opens_in_its_own_shape(client):
+    wide = some_map(2, 37, 90)
+    answer = json.loads(client.send(UPLOAD, file_of(as_raw(wide)))[1])
+    assert (answer["height"], answer["width"], answer["original_size"]) == (37, 90, [37, 90])
+    # One that no canvas holds is shrunk, and nothing is cut off.
+    large = np.zeros((1024, 4096), np.uint8)
+    large[:, -4:], large[-2:] = 3, 4
+    answer = client.send(UPLOAD, file_of(as_raw(large)))[1]
+    assert json.loads(answer)["original_size"] == [1024, 4096]
+    np.testing.assert_array_equal(map_of(answer), large[::2, ::2])
+    assert client.post(PICTURE, fields_of(map_of(answer), seed=0))[0] == 200
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.tuples(*[st.integers(1, 40)] * 4), st.integers(0, 9))
-def test_fitting_covers_the_canvas_and_keeps_the_proportions(sizes, seed):
-    height, width, to_height, to_width = sizes
-    places = np.arange(height * width).reshape(height, width)
-    rows, columns = np.divmod(fit_to_canvas(places, to_height, to_width), width)
-    assert rows.shape == (to_height, to_width)
-    assert (np.diff(rows, axis=0) >= 0).all() and (np.diff(columns, axis=1) >= 0).all()
-    assert (rows == rows[:, :1]).all() and (columns == columns[:1]).all()
-    step = min(height / to_height, width / to_width)
-    for places_along, length, wanted in ((rows[:, 0], height, to_height), (columns[0], width, to_width)):
-        assert abs((places_along[-1] - places_along[0]) - step * (wanted - 1)) <= 1
-        assert abs(places_along[0] + places_along[-1] - (length - 1)) <= 1  # the middle
-    np.testing.assert_array_equal(fit_to_canvas(places, height, width), places)
+@given(st.integers(1, 9000), st.integers(1, 9000))
+def test_a_shrunk_map_fits_the_canvas_and_keeps_its_borders_and_proportions(height, width):
+    rows, columns = np.arange(height)[:, None], np.arange(width)[None]
+    row, column = (
+        shrink(np.broadcast_to(rows, (height, width)))[:, 0],
+        shrink(np.broadcast_to(columns, (height, width)))[0],
+    )
+    size = len(row), len(column)
+    assert max(size) <= MAX_SIDE and size[0] * size[1] <= MAX_CANVAS_PIXELS
+    if height <= MAX_SIDE >= width and height * width <= MAX_CANVAS_PIXELS:
+        assert size == (height, width)
+    steps = height / size[0], width / size[1]
+    assert abs(steps[0] - steps[1]) <= max(steps) / min(size)
+    for places, length, step in zip((row, column), (height, width), steps, strict=True):
+        assert (np.diff(places) > 0).all() and places[0] <= step / 2 and length - 1 - places[-1] <= step / 2
 
 
 @settings(deadline=None, max_examples=40)
@@ -280,7 +308,7 @@ def test_raw_ids_are_the_tables_inverse(data):
 
 # ------------------------------------------------------------------------------------------------ bad input
 
-PICTURE, UPLOAD = "/api/picture", "/api/label_map?height=64&width=64"
+PICTURE, UPLOAD = "/api/picture", "/api/label_map"
 GOOD = fields_of(np.zeros(SIZE, np.uint8), seed=1)
 JSON, FILE = {"Content_Type": "application/json"}, {"Content_Type": "application/octet-stream"}
 
@@ -291,7 +319,8 @@ JSON, FILE = {"Content_Type": "application/json"}, {"Content_Type": "application
         ({**GOOD, "labels": "%%%"}, "labels: not base64"),
         ({**GOOD, "labels": None}, "labels: not base64"),
         ({**GOOD, "height": 63}, "4096 bytes; 63 x 64 ids take 4032"),
-        ({**GOOD, "height": 64.0}, "height: a whole number from 1 to 1024"),
+        ({**GOOD, "height": 64.0}, "height: a whole number from 1 to 2048"),
+        ({**GOOD, "height": 2048, "width": 2048}, "2048 x 2048 pixels; at most 2097152"),
         ({**GOOD, "height": True}, "height: a whole number"),
         ({**GOOD, "width": 0}, "width: a whole number from 1"),
         ({**GOOD, "width": 10**30}, "width: a whole number"),
@@ -320,7 +349,7 @@ def test_a_model_without_style_or_samples_says_so(plain_client):
     assert status == 400 and "seed, which this model does not take" in json.loads(content)["error"]
     status, content = plain_client.send("/api/style", file_of(np.zeros((8, 8, 3), np.uint8)))
     assert status == 400 and "without a style encoder" in json.loads(content)["error"]
-    status, _, content = plain_client.ask("GET", "/api/sample?number=0&height=64&width=64")
+    status, _, content = plain_client.ask("GET", "/api/sample?number=0")
     assert status == 400 and "--samples" in json.loads(content)["error"]
 
 
@@ -339,7 +368,7 @@ def test_a_model_without_style_or_samples_says_so(plain_client):
         ("POST", PICTURE, b"[" * 100_000, JSON, 400, "not JSON"),
         ("POST", PICTURE, b"{}", {"Content_Type": "text/plain"}, 415, "application/json is wanted"),
         ("POST", PICTURE, b"{}", {}, 415, "application/json is wanted"),
-        ("POST", PICTURE, b"", {**JSON, "Content_Length": str(MAX_JSON_BYTES + 1)}, 413, "at most 4 MiB"),
+        ("POST", PICTURE, b"", {**JSON, "Content_Length": str(MAX_JSON_BYTES + 1)}, 413, "at most 6 MiB"),
         ("POST", UPLOAD, b"", {**FILE, "Content_Length": str(MAX_UPLOAD_BYTES + 1)}, 413, "at most 32 MiB"),
         ("POST", UPLOAD, b"", {**FILE, "Content_Length": "9" * 5000}, 413, "at most 32 MiB"),
         ("POST", UPLOAD, b"", {**FILE, "Content_Length": "-1"}, 400, "no number"),
@@ -352,12 +381,13 @@ def test_a_model_without_style_or_samples_says_so(plain_client):
         ("POST", UPLOAD, file_of(np.full((8, 8), 99, np.uint8)), FILE, 400, "label value(s) 99"),
         ("POST", UPLOAD, file_of(np.full((8, 8, 3), 9, np.uint8)), FILE, 400, "colour(s)"),
         ("POST", UPLOAD, file_of(np.zeros((8, 8), np.uint8))[:60], FILE, 400, "not readable"),
-        ("POST", "/api/label_map", b"", FILE, 400, "height, width"),
-        ("POST", "/api/label_map?height=64&width=2000", b"", FILE, 400, "width: a whole"),
-        ("POST", "/api/label_map?height=64&width=-4", b"", FILE, 400, "whole numbers height, width"),
+        ("POST", UPLOAD, b"GIF89a" + bytes(50), FILE, 400, "PNG, JPEG, WebP, TIFF and BMP"),
+        ("POST", UPLOAD, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", FILE, 400, "PNG, JPEG, WebP"),
+        ("POST", UPLOAD, b"PK\x05\x06" + bytes(50), FILE, 400, "PNG, JPEG, WebP"),
         ("POST", "/api/style", b"no image", FILE, 400, "not readable as an image"),
-        ("GET", "/api/sample?number=1&height=64&width=64&path=/etc", b"", {}, 400, "whole numbers"),
-        ("GET", "/api/sample?number=1e9&height=64&width=64", b"", {}, 400, "whole numbers"),
+        ("GET", "/api/sample?number=1&path=/etc", b"", {}, 400, "whole numbers number"),
+        ("GET", "/api/sample?number=1e9", b"", {}, 400, "whole numbers"),
+        ("GET", "/api/sample?number=-4", b"", {}, 400, "whole numbers"),
     ],
 )  # fmt: skip
 def test_wrong_requests_are_refused_in_words(client, method, path, body, headers, status, words):
@@ -389,10 +419,27 @@ def test_a_picture_that_promises_too_many_pixels_is_not_decoded(client):
         ({"Host": "192.168.0.7:7860"}, 403),
         ({"Host": ""}, 403),
         ({"Host": "[::1"}, 403),
+        ({"Host": "[::1]evil.example"}, 403),
+        ({"Host": "evil.example@localhost"}, 403),
+        ({"Host": "localhost:abc"}, 403),
+        ({"Host": "localhost:70000"}, 403),
+        ({"Host": "localhost/evil.example"}, 403),
+        ({"Host": "localhost?evil.example"}, 403),
+        ({"Host": "localhost#evil.example"}, 403),
+        ({"Host": "localhost evil.example"}, 403),
         ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
+        ({"Host": "LocalHost:1", "Origin": "http://localhost:1"}, 200),
+        ({"Host": "localhost:1", "Origin": "https://localhost:1"}, 200),  # a server with TLS in front
         ({"Host": "localhost:1", "Origin": "http://localhost:2"}, 403),
         ({"Host": "localhost:1", "Origin": "https://evil.example"}, 403),
         ({"Host": "localhost:1", "Origin": "null"}, 403),
+        ({"Host": "localhost:1", "Origin": ""}, 403),
+        ({"Host": "localhost:1", "Origin": "http://["}, 403),
+        ({"Host": "localhost:1", "Origin": "http://[::1"}, 403),
+        ({"Host": "localhost:1", "Origin": "ftp://localhost:1"}, 403),
+        ({"Host": "localhost:1", "Origin": "http://localhost:1/"}, 403),
+        ({"Host": "localhost:1", "Origin": "http://evil.example@localhost:1"}, 403),
+        ({"Host": "localhost:1", "Origin": "http://localhost:1 http://localhost:2"}, 403),
     ],
 )
 def test_pages_from_elsewhere_are_refused(client, headers, status):
@@ -467,17 +514,103 @@ def test_one_picture_at_a_time_and_no_endless_queue(synthesizer):
     slow = Slow(synthesizer)
     client = Client(PaintingService(slow, "slow"))  # type: ignore[arg-type]
     try:
-        with ThreadPoolExecutor(MAX_WAITING + 1) as pool:
-            answers = [pool.submit(client.post, PICTURE, GOOD) for _ in range(MAX_WAITING + 1)]
+        with ThreadPoolExecutor(MAX_JOBS + 1) as pool:
+            answers = [pool.submit(client.post, PICTURE, GOOD) for _ in range(MAX_JOBS + 1)]
             first = next(as_completed(answers, timeout=60)).result()
             assert first[0] == 503 and "try again" in json.loads(first[1])["error"]
             assert client.ask("GET", "/api/model")[0] == 200  # the page itself does not wait
             slow.go.set()
-            assert sorted(answer.result()[0] for answer in answers) == [200] * MAX_WAITING + [503]
+            assert sorted(answer.result()[0] for answer in answers) == [200] * MAX_JOBS + [503]
         assert slow.most == 1 and client.post(PICTURE, GOOD)[0] == 200
     finally:
         slow.go.set()
         client.stop()
+
+
+def big_png(side: int, times: int = 1) -> bytes:
+    """An RGB label map of ``side`` squared pixels in a few bytes; its first header says: that much smaller."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    headers = [chunk(b"IHDR", struct.pack(">IIBBBBB", n, n, 8, 2, 0, 0, 0)) for n in sorted({side // times, side})]
+    row, pack = b"\0" + bytes(PALETTE[3]) * side, zlib.compressobj(1)
+    pixels = b"".join(pack.compress(row) for _ in range(side)) + pack.flush()
+    return b"\x89PNG\r\n\x1a\n" + b"".join(headers) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def memory(key: str) -> int:
+    """MiB of this process now (VmRSS), or at most since the last time that it was asked for (VmHWM)."""
+    found = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert found
+    return int(found[1]) >> 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_ten_hostile_uploads_take_no_more_memory_than_one(client):
+    upload = big_png(7000)
+    assert len(upload) < 2**20
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    with ThreadPoolExecutor(10) as pool:
+        answers = [*pool.map(lambda _: client.send(UPLOAD, upload), range(10))]
+    assert memory("VmHWM") - before < 1500
+    assert {status for status, _ in answers} == {200, 503}
+    np.testing.assert_array_equal(map_of(next(a for status, a in answers if status == 200)), np.full((1448, 1448), 3))
+
+
+def test_memory_is_counted_before_a_file_is_decoded(client, monkeypatch):
+    service = client.server.service
+    monkeypatch.setattr(service, "budget", Budget(num_bytes=10**6))
+    status, answer = client.send(UPLOAD, big_png(300))
+    assert status == 400 and "300 x 300 pixels of 3 bytes; at most 0 million" in json.loads(answer)["error"]
+    monkeypatch.setattr(service, "budget", Budget(num_bytes=4 * 10**6))
+    with service.budget.take(3 * 10**6):
+        status, headers, answer = client.ask("POST", UPLOAD, big_png(300), **FILE)
+    assert status == 503 and headers["Retry-After"] == "2" and "try again" in json.loads(answer)["error"]
+    assert client.send(UPLOAD, big_png(300))[0] == 200
+    # PIL decodes what the second header of a PNG says.
+    assert "contradict" in json.loads(client.send(UPLOAD, big_png(500, times=50))[1])["error"]
+    tags = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 322: 2**14, 323: 2**14, 324: 8, 325: 9}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    tiff = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    assert "tiles of 16384" in json.loads(client.send(UPLOAD, tiff)[1])["error"]
+    # What is held is given back, whatever happens.
+    client.send(UPLOAD, b"")
+    with service.budget.take(4 * 10**6, jobs=MAX_JOBS), pytest.raises(BusyError), service.budget.take(0, jobs=1):
+        pass
+
+
+def test_a_hundred_requests_at_once_are_all_answered(synthesizer):
+    slow = Slow(synthesizer)
+    client = Client(PaintingService(slow, "slow"))  # type: ignore[arg-type]
+    content = bytes(2**20)
+    try:
+        with ThreadPoolExecutor(100) as pool:
+            asked = [pool.submit(client.post, PICTURE, GOOD) for _ in range(60)]
+            asked += [pool.submit(client.send, "/api/style", content) for _ in range(40)]
+            done = as_completed(asked, timeout=60)
+            statuses = Counter(
+                next(done).result()[0] for _ in range(100 - MAX_JOBS)
+            )  # the others wait for the generator
+            slow.go.set()
+            statuses += Counter(answer.result()[0] for answer in done)
+    finally:
+        slow.go.set()
+        client.stop()
+    assert statuses.total() == 100 and statuses.keys() <= {200, 400, 503} and statuses[503] > 50
+
+
+def test_an_unfinished_upload_holds_its_memory(client, monkeypatch):
+    monkeypatch.setattr(client.server.service, "budget", Budget(num_bytes=10**6))
+    head = f"POST {UPLOAD} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 450000\r\n\r\n"
+    good = file_of(np.zeros((8, 8), np.uint8)) + bytes(60_000)
+    with socket.create_connection(("127.0.0.1", client.server.server_port), timeout=30) as connection:
+        connection.sendall(head.encode() + b"x")
+        while client.send(UPLOAD, good)[0] != 503:
+            pass
+    while client.send(UPLOAD, good)[0] != 200:  # that client went away
+        pass
 
 
 def test_a_fault_of_ours_is_not_told_in_detail(synthesizer, capsys):
@@ -612,7 +745,7 @@ def test_painting_in_a_browser(browser, client, synthesizer, tmp_path):
     page.after(lambda: page.drag((60, 0), (0, 60)))
     painted = page.colours()
     changed_at = (painted != start).any(2)
-    assert (painted[changed_at] == PALETTE[1]).all() and (painted[32, 32:36] == PALETTE[1]).all()
+    assert (painted[changed_at] == PALETTE[1]).all() and (painted[24, 40:44] == PALETTE[1]).all()
     assert 20 < changed_at.sum() < 600
 
     # What the picture shows is what the library makes of the saved map.

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, write_png
+from conftest import write_png
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file
 
 from imaginaire_spade.build import build_generator, build_losses, build_split, layout_spec
+from imaginaire_spade.commands import make_distance_maps as make_distance_maps_script
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.config_files import load_config
 from imaginaire_spade.data.batch import Batch
@@ -34,9 +35,6 @@ from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.training import loop
 from imaginaire_spade.training.checkpoint import newest_checkpoint
 from imaginaire_spade.training.setup import prepare
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import make_distance_maps as make_distance_maps_script
 
 LABELS = LabelSpec(num_classes=5, ignore=(255,))
 SIDES = st.integers(1, 24)

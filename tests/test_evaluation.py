@@ -1,6 +1,5 @@
 """evaluate.py: what it reports for given pictures, under which protocol, and what it says to bad input."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +13,8 @@ import torch
 from conftest import write_jpg, write_png
 
 from imaginaire_spade.build import build_generator
+from imaginaire_spade.commands import compute_fid_stats
+from imaginaire_spade.commands import evaluate as evaluate_command
 from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.distributed import ProcessInfo
@@ -36,27 +37,16 @@ LABELS = LabelSpec(num_classes=5)
 RANDOM = ("--inception_weights", "random:0", "--feature_dim", "64", "--reference_split", "val")
 
 
-def command_line(path: str):
-    specification = importlib.util.spec_from_file_location(f"tested_{Path(path).stem}", REPOSITORY / path)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-EVALUATE, COMPUTE = command_line("evaluate.py"), command_line("scripts/compute_fid_stats.py")
-
-
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """evaluate.py in this process; the report it wrote. Its errors come as exceptions."""
 
-    def call(*arguments, module=EVALUATE):
-        output = tmp_path / "report.json" if module is EVALUATE else tmp_path / "stats.npz"
+    def call(*arguments, module=evaluate_command):
+        output = tmp_path / "report.json" if module is evaluate_command else tmp_path / "stats.npz"
         given = [*map(str, arguments), "--output", str(output)] if "--compare" not in arguments else arguments
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, given)])
         module.main()
-        return load_report(output) if module is EVALUATE and "--compare" not in arguments else output
+        return load_report(output) if module is evaluate_command and "--compare" not in arguments else output
 
     return call
 
@@ -270,7 +260,7 @@ def test_a_damaged_label_map_is_named_or_left_out_of_both_sides(run, checkpoint,
 
 def test_stored_statistics_serve_as_the_reference(run, real, fake, tmp_path):
     direct = run("--real", real, "--fake", fake, *RANDOM)
-    stats = run("--real", real, *RANDOM, module=COMPUTE)
+    stats = run("--real", real, *RANDOM, module=compute_fid_stats)
     report = run("--real", stats, "--fake", fake, *RANDOM)
     assert report.scores == direct.scores and report.protocol == direct.protocol
     with pytest.raises(ConfigError, match="holds statistics, which serve fid only: kid needs the images"):
@@ -301,7 +291,7 @@ def test_statistics_of_a_configs_photos(run, checkpoint, tmp_path):
     path = checkpoint()
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(dump_config(Model.load(path, for_inference=False).config)))  # JSON is YAML
-    stats = run("--config", config, *RANDOM, module=COMPUTE)
+    stats = run("--config", config, *RANDOM, module=compute_fid_stats)
     assert run("--checkpoint", path, "--real", stats, *RANDOM).scores == run("--checkpoint", path, *RANDOM).scores
     with pytest.raises(ConfigError, match="holds statistics, which serve fid only: segmentation needs the images"):
         run("--checkpoint", path, "--real", stats, "--metrics", "segmentation", "--segmenter", "x", *RANDOM)

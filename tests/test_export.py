@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.util
 import io
 import json
 import os
@@ -23,6 +22,7 @@ from torch import nn
 
 from imaginaire_spade import Synthesizer
 from imaginaire_spade.build import layout_spec
+from imaginaire_spade.commands import export_onnx as command_line
 from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.export import generator as export
 from imaginaire_spade.export.generator import ExportedGenerator, check_output, example_inputs, export_model
@@ -31,11 +31,6 @@ from imaginaire_spade.models.generator import SPADEGenerator, SPADEResidualBlock
 from imaginaire_spade.models.norms import CLADE, SPADE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-_specification = importlib.util.spec_from_file_location("export_command_line", REPOSITORY / "scripts/export_onnx.py")
-assert _specification is not None and _specification.loader is not None
-command_line = importlib.util.module_from_spec(_specification)
-_specification.loader.exec_module(command_line)
 
 
 @pytest.fixture(scope="module", autouse=True)

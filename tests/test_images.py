@@ -18,6 +18,7 @@ import torch
 from conftest import blocky_labels, write_png
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 from test_training import TINY
 
@@ -128,6 +129,20 @@ def test_every_evaluation_score_has_a_panel_of_its_own():
     assert {title: list(series) for title, series in groups.items()} == {
         "evaluation: fid": ["fid"], "evaluation: kid": ["kid", "kid_std"], "evaluation: miou": ["miou", "miou_real"],
     }  # fmt: skip
+
+
+def test_every_loss_has_a_panel_of_its_own_and_no_cell_is_empty(monkeypatch):
+    record = {"images_seen": 1, "loss/gan": 0.6, "loss/g_total": 20.0, "loss/d_fake": 1.0, "loss/l1": 0.2,
+              "lr/gen": 1.0, "lr/dis": 2.0, "memory/peak_gib": 1.2}  # fmt: skip
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: figures.append(figure))
+    monkeypatch.setattr(run_log, "write_bytes", lambda path, content: None)
+    run_log.write_curves([record, {**record, "images_seen": 2, "memory/peak_gib": 1.22}], Path("curves.png"))
+    panels = {panel.get_title("left"): panel for panel in figures[0].get_axes()}
+    titles = ["loss: gan", "loss: g total", "loss: d fake", "loss: l1", "lr", "memory"]
+    assert list(panels) == titles and all(panel.lines for panel in panels.values())
+    assert [len(part.get_axes()) for part in figures[0].subfigs] == [3, 3]
+    assert panels["memory"].get_ylim()[0] == 0 and panels["loss: g total"].get_ylim()[0] > 0
 
 
 def test_smoothing_leaves_out_what_is_not_finite():

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import http.client
-import importlib.util
 import os
 import random
 import subprocess
@@ -21,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imaginaire_spade.build import build_encoder, build_generator
+from imaginaire_spade.commands import inference as command_line
 from imaginaire_spade.config_diff import explain_mismatch
 from imaginaire_spade.config_files import dump_config, load_config, parse_config
 from imaginaire_spade.data.dataset import LabelMapDataset
@@ -104,12 +104,6 @@ def label_maps(tmp_path) -> Path:
         labels[0, 0] = 255
         write_png(folder / f"{name}.png", labels)
     return folder
-
-
-_specification = importlib.util.spec_from_file_location("inference_command_line", REPOSITORY / "inference.py")
-assert _specification is not None and _specification.loader is not None
-command_line = importlib.util.module_from_spec(_specification)
-_specification.loader.exec_module(command_line)
 
 
 @pytest.fixture

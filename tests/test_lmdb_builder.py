@@ -23,11 +23,12 @@ from collections import namedtuple
 import lmdb
 import numpy as np
 import pytest
-from conftest import REPOSITORY, write_jpg, write_png
+from conftest import write_jpg, write_png
 from PIL import Image
 from test_lmdb_source import LABELS, TYPES, encoded, read_all
 from tqdm import tqdm
 
+from imaginaire_spade.commands import build_lmdb
 from imaginaire_spade.data.image_files import decode_edges, decode_image, decode_instances, decode_label
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.distributed import rank_from_environment
@@ -38,9 +39,6 @@ from imaginaire_spade.lmdb_builder import output as output_module
 from imaginaire_spade.lmdb_builder import sample as check_module
 from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.lmdb_builder.output import hold_shards
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import build_lmdb
 
 
 @pytest.fixture(autouse=True)

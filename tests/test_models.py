@@ -290,6 +290,22 @@ def test_spectral_transposed_convolution_has_unit_norm_over_its_output_channels(
     torch.testing.assert_close(conv.weight_u, reference.weight_u)
 
 
+def test_spectral_vectors_keep_their_memory_and_a_graph_its_own():
+    """A CUDA graph replays on the memory that it was captured with."""
+    convs = [SpectralConv2d(4, 6, 3, padding=1)]
+    convs.append(copy.deepcopy(convs[0]))
+    x = torch.randn(2, 4, 8, 8)
+    places = [buffer.data_ptr() for buffer in convs[0].buffers()]
+    first, second = convs[0](x).square().sum(), convs[0](x).sum()
+    second.backward()
+    convs[0].zero_grad()
+    first.backward()
+    convs[1](x).square().sum().backward()
+    assert [buffer.data_ptr() for buffer in convs[0].buffers()] == places
+    assert torch.equal(convs[0].weight.grad, convs[1].weight.grad)
+    assert not torch.equal(convs[0].weight_u, convs[1].weight_u)
+
+
 def test_a_network_can_be_copied_after_a_training_forward():
     generator = SPADEGenerator(SPEC, (32, 32), num_filters=2, norm=SMALL_NORM)
     generator(random_layout(SPEC, 2, 32, 64)).sum().backward()

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from test_evaluation import RANDOM
-from test_evaluation import command_line as module_of
 from test_inference import TREE, changed, command_line, save, size_of
 
 from imaginaire_spade import Synthesizer
+from imaginaire_spade.commands import evaluate as evaluate_command
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.distances import class_distances, encode_distances
@@ -31,7 +31,6 @@ from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.models.for_inference import WinogradConv2d
 from imaginaire_spade.models.norms import SPADE
 
-EVALUATE = module_of("evaluate.py")
 TRAINED, OWN = (64, 96), (130, 150)
 """Of the checkpoints here, and of the label maps of ``val``."""
 
@@ -463,7 +462,7 @@ def evaluate(monkeypatch, tmp_path):
     def call(*arguments: object, output: str = "report.json"):
         flags = [*RANDOM, "--device", "cpu", "--output", tmp_path / output]
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, [*arguments, *flags])])
-        EVALUATE.main()
+        evaluate_command.main()
         return load_report(tmp_path / output)
 
     return call
@@ -483,14 +482,14 @@ def test_evaluation_at_a_size_is_recorded(model_of, evaluate, tmp_path, monkeypa
             sys, "argv", ["", "--compare", str(tmp_path / "usual.json"), str(tmp_path / f"{size}.json")]
         )
         with pytest.raises(UserError, match=r"(?s)not obtained under one protocol.*\n  geometry: "):
-            EVALUATE.main()
+            evaluate_command.main()
     # One size, reached another way: the pictures are others, and so is the protocol.
     cut = "data.val.augmentations={resize_h_w: [128, 150], center_crop_h_w: [64, 96]}"
     cropped = evaluate("--checkpoint", path, "--set", cut, output="cut.json")
     assert cropped.protocol.fake_size == usual.protocol.fake_size and cropped.scores != usual.scores
     monkeypatch.setattr(sys, "argv", ["", "--compare", str(tmp_path / "usual.json"), str(tmp_path / "cut.json")])
     with pytest.raises(UserError, match="geometry: "):
-        EVALUATE.main()
+        evaluate_command.main()
 
 
 @pytest.mark.parametrize(

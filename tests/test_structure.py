@@ -25,7 +25,7 @@ CORE = [
     {"build"}, {"evaluation"}, {"training"}, {"inference"},
 ]  # fmt: skip
 WINGS = [{"lmdb_builder"}, {"dataset_prep"}, {"interop"}, {"export"}, {"demo"}]
-ROOMS = [*CORE, *WINGS, {"imaginaire_spade"}]
+ROOMS = [*CORE, *WINGS, {"commands"}, {"imaginaire_spade"}]
 """A module imports only from its own room and those before it; so no module of the core imports a wing. The package's
 own names, for users, come last."""
 
@@ -206,7 +206,8 @@ def test_models_import_torch_and_each_other_only():
 
 
 def test_a_script_without_a_process_group_works_in_job_arrays_too():
-    for path in (REPOSITORY / "scripts").glob("*.py"):
+    names = {path.name for path in (REPOSITORY / "scripts").glob("*.py")}
+    for path in (path for path in (PACKAGE / "commands").glob("*.py") if path.name in names):
         text = path.read_text(encoding="utf-8")
         if "process_info_from_environment" in text:
             assert "init_process_group" in text or "rank_from_environment" in text, path
@@ -271,9 +272,9 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 1986, "pages": 17, "data": 1895, "models": 1299, "pretrained": 288, "training": 1657,
+    "top level": 1996, "pages": 17, "data": 1931, "models": 1300, "pretrained": 288, "training": 1702,
     "inference": 1197, "evaluation": 956,
-    "lmdb_builder": 897, "dataset_prep": 742, "interop": 829, "export": 159, "demo": 415,
+    "lmdb_builder": 898, "dataset_prep": 750, "interop": 829, "export": 159, "demo": 470, "commands": 1093,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""
@@ -309,7 +310,7 @@ def test_rooms_keep_their_budget():
     assert lines.keys() == BUDGET.keys()
     over = {room: f"{number} of {BUDGET[room]}" for room, number in lines.items() if number > BUDGET[room]}
     assert not over
-    assert sum(BUDGET.values()) <= 12_400 and sum(CORE_BUDGET.values()) <= 8_400
+    assert sum(BUDGET.values()) <= 13_586 and sum(CORE_BUDGET.values()) <= 8_414
 
 
 def test_folders_are_two_deep():
@@ -329,9 +330,8 @@ def options_of(path: Path) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", list(sys.path))
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
-        command_line = runpy.run_path(str(path))
         with pytest.raises(ParserBuiltError) as built:
-            command_line["main"]()
+            runpy.run_path(str(path), run_name="__main__")
     (parser,) = built.value.args
     flags = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
     return sorted(flags - {"--help"})

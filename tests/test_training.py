@@ -117,7 +117,7 @@ def test_a_run_leaves_what_it_promises(tiny_run, tmp_path):
     assert len(list(logdir.glob("events.out.tfevents.*"))) == 1
     assert (logdir / "curves.png").stat().st_size > 5000
     assert [p.name for p in sorted((logdir / "images").iterdir())] == [
-        "iteration_000000000.jpg", "iteration_000000003.jpg", "iteration_000000006.jpg",
+        "preview_000000000000.jpg", "preview_000000000012.jpg", "preview_000000000024.jpg",
     ]  # fmt: skip
 
 
@@ -370,6 +370,23 @@ def test_old_checkpoints_go_and_finished_runs_say_so(tiny_run, tmp_path, capsys)
     assert len(list((tmp_path / "log" / "checkpoints").iterdir())) == 4  # each with its sha256
     run("log")
     assert "finished: iteration 6 of 6. To go on, raise trainer.max_iterations" in capsys.readouterr().out
+
+
+def test_a_run_that_is_extended_says_what_the_learning_rate_does(tiny_run, capsys):
+    _, run = tiny_run
+    run("log")
+    capsys.readouterr()
+    run("log", "trainer.max_iterations=12", stop_after=7)
+    printed = capsys.readouterr().out
+    assert (
+        "gen_opt: the learning rate jumps from 0.000333 in the last iteration to 0.001 in the next; it falls to 0 at"
+        " iteration 12 (lr_policy: linear)"
+    ) in printed
+    assert "dis_opt: the learning" not in printed  # constant
+    run("log", "trainer.max_iterations=12", "dis_opt.lr=2e-3", stop_after=8)
+    printed = capsys.readouterr().out
+    assert "dis_opt: the learning rate jumps from 0.001 in the last iteration to 0.002 in the next\n" in printed
+    assert "gen_opt: the learning" not in printed
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_in_words(tiny_run, tmp_path):

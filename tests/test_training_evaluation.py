@@ -1,9 +1,11 @@
 """Scores during training: what they leave alone, what they leave behind, and what is remembered of them."""
 
 import json
+import math
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,12 +33,13 @@ RARELY = ("trainer.image_every=100", "trainer.checkpoint_every=100", "trainer.lo
 
 
 @pytest.fixture
-def tiny_run(tiny_folder, tmp_path):
+def tiny_run(tiny_folder, tmp_path, monkeypatch):
     """(config file, function that trains it in this process and gives its checkpoint)."""
     tree = json.loads(json.dumps(TINY))
     tree["data"]["train"]["roots"] = [str(tiny_folder(size=(40, 80), keys=10))]
     tree["data"]["val"] = {"roots": [str(tiny_folder("val", size=(40, 80), keys=9, seed=1))], "batch_size": 2,
                            "augmentations": {"resize_h_w": [32, 64]}}  # fmt: skip
+    monkeypatch.setattr("imaginaire_spade.training.run_log.write_curves", lambda *_: None)  # they take longer
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(tree))
 
@@ -76,7 +79,7 @@ def test_scores_change_nothing_and_are_kept_with_the_best(tiny_run, tmp_path, ca
     name = "evaluation/random_feature_distance"
     assert set(found[0]) == {"iteration", name, "evaluation/random_feature_mmd"}
     events = EventAccumulator(str(logdir)).Reload()
-    assert [event.step for event in events.Scalars(name)] == [2, 4]
+    assert [event.step for event in events.Scalars(name)] == [8, 16]  # images, as in the names of files
     np.testing.assert_allclose([event.value for event in events.Scalars(name)], [r[name] for r in found], rtol=1e-6)
 
     best = min(found, key=lambda record: record[name])
@@ -84,7 +87,7 @@ def test_scores_change_nothing_and_are_kept_with_the_best(tiny_run, tmp_path, ca
     kept = checkpoint.load_checkpoint(logdir / "checkpoints/best.pt")
     assert kept["images_seen"] == 4 * best["iteration"] == kept["evaluation"]["evaluated_at"]
     assert printed.count("the best random_feature_distance so far: checkpoints/best.pt") >= 1
-    report = json.loads((logdir / "evaluation/iteration_000000004.json").read_text())
+    report = json.loads((logdir / "evaluation/scores_000000000016.json").read_text())
     assert report["scores"]["random_feature_distance"] == found[1][name]
     assert report["protocol"]["num_real"] == report["protocol"]["num_fake"] == 7
     assert any("untrained network" in warning for warning in report["warnings"])
@@ -130,17 +133,57 @@ def test_scores_go_on_where_they_were(tiny_run, tmp_path, capsys, monkeypatch):
     assert "statistics of 7 real photos computed" in printed
 
 
+@pytest.fixture
+def scores_to_come(monkeypatch):
+    """Evaluations that give these scores, one after the other."""
+    values = []
+
+    def next_score(*_, **__):
+        scores = {"random_feature_distance": values.pop(0), "random_feature_mmd": 0.0}
+        return SimpleNamespace(scores=scores, save=lambda path: None)
+
+    monkeypatch.setattr("imaginaire_spade.training.evaluation.evaluate", next_score)
+    return values
+
+
+def test_a_run_without_better_scores_ends_early(tiny_run, tmp_path, scores_to_come, capsys):
+    _, run = tiny_run
+    often = (SCORES.replace("every_images: 8", "every_images: 4, patience: 3"), "trainer.max_iterations=9")
+    scores = [5.0, 4.0, 4.5, math.nan, 4.0, 1.0]
+    scores_to_come += scores
+    straight = run("straight", *often)
+    assert straight["images_seen"] == 20 and scores_to_come == [1.0]
+    told = (
+        "3 evaluation(s) in a row did not improve random_feature_distance (trainer.evaluation.patience: 3); the best is"
+        " 4, at 8 images: checkpoints/best.pt"
+    )
+    assert f"ending the run early: {told}" in capsys.readouterr().out
+
+    # The count survives a restart.
+    scores_to_come[:] = scores
+    run("broken", *often, stop_after=3)
+    broken = run("broken", *often)
+    assert_same(broken, straight)
+    assert broken["evaluation"] == straight["evaluation"] and scores_to_come == [1.0]
+    # The same command again does nothing; more patience goes on.
+    capsys.readouterr()
+    assert run("broken", *often)["images_seen"] == 20
+    assert f"finished: iteration 5 of 9: {told}. To go on, raise trainer.evaluation.patience" in capsys.readouterr().out
+    scores_to_come += [2.0, 2.0, 2.0]
+    assert run("broken", *often, "trainer.evaluation.patience=4")["evaluation"]["best"] == (1.0, 24)
+
+
 def test_evaluate_finds_the_scores_of_training(tiny_run, tmp_path, evaluate):  # noqa: F811
     _, run = tiny_run
     run("log", SCORES.replace("num_images: 7", "num_images: null"), "gen.style_dims=4")
     best = checkpoint.load_checkpoint(tmp_path / "log/checkpoints/best.pt")
-    name = f"iteration_{best['images_seen'] // 4:09d}.json"
+    name = f"scores_{best['images_seen']:012d}.json"
     then = load_report(tmp_path / "log/evaluation" / name)
     now = evaluate("--checkpoint", tmp_path / "log/checkpoints/best.pt", "--metrics", "fid,kid", *RANDOM)
     assert now.protocol == then.protocol and differences(now.protocol, then.protocol) == []
     photos = tmp_path / "log/evaluation/real.npz"  # serves evaluate.py too
     again = evaluate("--checkpoint", tmp_path / "log/checkpoints/best.pt", "--real", photos, *RANDOM)
-    assert again.scores["random_feature_distance"] == now.scores["random_feature_distance"]
+    assert again.scores["random_feature_distance"] == pytest.approx(now.scores["random_feature_distance"], rel=1e-12)
     assert differences(again.protocol, now.protocol) == []
     for score, value in then.scores.items():
         assert now.scores[score] == pytest.approx(value, rel=1e-3, abs=1e-6)
@@ -148,12 +191,16 @@ def test_evaluate_finds_the_scores_of_training(tiny_run, tmp_path, evaluate):  #
 
 def test_two_processes_find_the_scores_of_one(tiny_run, tmp_path, commands):
     path, run = tiny_run
-    still = ("gen_opt={lr: 1.0e-12}", "dis_opt={lr: 1.0e-12}", "trainer.max_iterations=2")  # equal but for rounding
+    still = ("gen_opt={lr: 1.0e-12}", "dis_opt={lr: 1.0e-12}", "trainer.max_iterations=2",  # equal but for rounding
+             "trainer.evaluation.metrics=[fid, kid, precision_recall]", "trainer.evaluation.best=recall")  # fmt: skip
     run("one", SCORES, *still)
     overrides = [f"--set={item}" for item in (*RARELY, SCORES, *still, "data.train.batch_size=2")]
     launcher = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
-    result = commands.run(*launcher, "train.py", "--config", path, "--logdir", tmp_path / "two", *overrides)
+    result = commands.run(
+        *launcher, "train.py", "--config", path, "--logdir", tmp_path / "two", *overrides, NO_CURVES="1"
+    )
     assert result.returncode == 0, result.stderr
+    assert "ending the run early" not in result.stdout
     (one,), (two,) = scores_of(tmp_path / "one"), scores_of(tmp_path / "two")
     assert one.keys() == two.keys()
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=0.02)
@@ -162,9 +209,13 @@ def test_two_processes_find_the_scores_of_one(tiny_run, tmp_path, commands):
         np.testing.assert_allclose(stored[1][name], stored[0][name], rtol=1e-6)
     assert (tmp_path / "two/checkpoints/best.pt").is_file()
 
-    overrides.append("--set=trainer.max_iterations=4")  # the next launch takes the statistics from the file
-    result = commands.run(*launcher, "train.py", "--config", path, "--logdir", tmp_path / "two", *overrides)
+    # The next launch takes the statistics from the file, and finds that nothing gets better.
+    overrides += ["--set=trainer.max_iterations=8", "--set=trainer.evaluation.patience=1"]
+    result = commands.run(
+        *launcher, "train.py", "--config", path, "--logdir", tmp_path / "two", *overrides, NO_CURVES="1"
+    )
     assert result.returncode == 0 and "7 real photos from" in result.stdout, result.stderr
+    assert "1 evaluation(s) in a row did not improve random_feature_recall" in result.stdout
     assert [record["iteration"] for record in scores_of(tmp_path / "two")] == [2, 4]
 
 
@@ -197,7 +248,7 @@ def test_a_segmenter_decides_too(tiny_run, tmp_path):
     assert [record["iteration"] for record in found] == [1, 2]
     assert set(found[0]) >= {"evaluation/miou", "evaluation/miou_real", "evaluation/pixel_accuracy_real"}
     assert found[0]["evaluation/miou_real"] == found[1]["evaluation/miou_real"]
-    report = json.loads((tmp_path / "log/evaluation/iteration_000000002.json").read_text())
+    report = json.loads((tmp_path / "log/evaluation/scores_000000000008.json").read_text())
     details = report["details"]["segmentation"]
     assert details["pixels"] + details["ignored_pixels"] == 9 * 32 * 64 and len(details["classes"]) == 5
     assert re.match("sha256 [0-9a-f]{64}, input", report["protocol"]["segmentation"])

@@ -19,6 +19,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from imaginaire_spade.build import build_split
+from imaginaire_spade.commands import inspect_lmdb
 from imaginaire_spade.config_files import load_config, load_labels
 from imaginaire_spade.data.batch import Batch, Sample
 from imaginaire_spade.data.dataset import LabelMapDataset
@@ -31,9 +32,6 @@ from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.lmdb_builder.shard import summary
 from imaginaire_spade.training.health import doubt_labels
-
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import inspect_lmdb
 
 SIGNED = np.array([[0, 1, -1], [2, -1, 0]])
 COLOURS = ((200, 0, 0), (0, 200, 0), (0, 0, 200))
@@ -120,9 +118,9 @@ def test_arrays_are_read(dtype, archive):
             array_file(np.zeros((2, 2), np.uint8), archive=True, other=np.zeros(3)),
             "other, arr_0; one array|arr_0, other",
         ),
-        (array_file(np.zeros((20, 20), np.uint8))[:-7], "not readable as a .npy"),
-        (array_file(np.zeros((20, 20), np.uint8), archive=True)[:-30], "not readable as a .npy"),
-        (array_file(np.array([[None]], object)), "not readable as a .npy"),
+        (array_file(np.zeros((20, 20), np.uint8))[:-7], "not readable as a NumPy file"),
+        (array_file(np.zeros((20, 20), np.uint8), archive=True)[:-30], "not readable as a NumPy file"),
+        (array_file(np.array([[None]], object)), "not readable as a NumPy file"),
         (array_file(np.full((2, 2), 2**40)), "1099511627776"),
         (array_file(np.full((2, 2), -40_000)), "-40000"),
     ],

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from imaginaire_spade.config import Condition
-from imaginaire_spade.data.image_files import is_jpeg
+from imaginaire_spade.data.file_structure import is_jpeg
 from imaginaire_spade.data.photos import decode_stored
 from imaginaire_spade.data.transforms import Geometry, apply_to_map
 from imaginaire_spade.errors import DataError

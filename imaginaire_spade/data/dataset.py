@@ -26,8 +26,9 @@ from imaginaire_spade.config import AugmentationConfig, Condition, ImageSpec
 from imaginaire_spade.data.batch import Sample
 from imaginaire_spade.data.conditions import cut_conditions, decode_condition, draw_condition
 from imaginaire_spade.data.distances import NOT_FINITE, class_distances
+from imaginaire_spade.data.file_structure import is_jpeg
 from imaginaire_spade.data.folders import DISTANCES, Source
-from imaginaire_spade.data.image_files import DECODERS, is_jpeg
+from imaginaire_spade.data.image_files import DECODERS
 from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.lmdb_source import open_source, usable_memory
 from imaginaire_spade.data.photos import decode_photo, is_upright, measured, read_header, to_training

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from imaginaire_spade.data.image_files import PHOTO_EXTENSIONS
 from imaginaire_spade.errors import DataError
+from imaginaire_spade.files import refuse_special
 
 DISTANCES = "distances"
 """The data type that can be computed from the label maps: files that lack are no mistake."""
@@ -73,11 +74,15 @@ def make_key(sequence: str, stem: str, where: str) -> str:
     """Join sequence and stem to a key.
 
     Raises:
-        DataError: the key is no plain relative path, so it could lead out of an output folder.
+        DataError: the key is no plain relative path, so it could lead out of an output folder; or no UTF-8.
     """
     key = stem if sequence == ROOT_SEQUENCE else f"{sequence}/{stem}"
     if not stays_inside(key):
         raise DataError(f"{where}: the name {key!r} is no plain relative path: rename the file or folder")
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where!r}: the name {key!r} is not UTF-8: rename it (e.g. with convmv)") from None
     return key
 
 
@@ -298,10 +303,6 @@ def _scan(
             )
         if written != key:
             names[key] = written
-        try:
-            key.encode()
-        except UnicodeEncodeError:
-            raise DataError(f"{path!r}: the name is not UTF-8: rename it (e.g. with convmv)") from None
         found[key] = extension
     return found, names
 
@@ -313,24 +314,32 @@ def _extension(name: str, extensions: Sequence[str]) -> str:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield (sequence, file name) of every visible file, sorted; links to folders are followed once each."""
+    """Yield (sequence, file name) of every visible file, sorted; links to folders are followed once each.
 
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
-
-    seen: set[str] = set()
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
+    Raises:
+        DataError: a folder that cannot be read, or something that is no file.
+    """
+    seen, places = set[str](), [(str(folder), ROOT_SEQUENCE)]
+    while places:
+        place, sequence = places.pop()
+        if (real := os.path.realpath(place)) in seen:
             continue
         seen.add(real)
-        # (Hidden: .DS_Store, ._name.jpg, .ipynb_checkpoints.)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        sequence = Path(place).relative_to(folder).as_posix()
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield sequence, name
+        try:
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        folders = []
+        for entry in entries:
+            if entry.name.startswith("."):  # .DS_Store, ._name.jpg, .ipynb_checkpoints
+                continue
+            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):  # noqa: PTH112
+                folders.append((entry.path, entry.name if sequence == ROOT_SEQUENCE else f"{sequence}/{entry.name}"))
+                continue
+            if not entry.is_file(follow_symlinks=False):
+                refuse_special(entry.path)
+            yield sequence, entry.name
+        places += reversed(folders)
 
 
 def _some(names: Sequence[str]) -> str:

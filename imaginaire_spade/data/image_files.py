@@ -7,6 +7,8 @@ values, signed files their negative ones. Knows nothing of label tables.
 """
 
 import io
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from imaginaire_spade.data.distances import decode_distances
+from imaginaire_spade.data.file_structure import NPY, NPZ, PNG, TIFF, is_jpeg, jpeg_frame, png_chunks, tiff_tags
 from imaginaire_spade.errors import DataError
 
 # No thread pool of OpenCV's own: work is spread over processes. It must be switched off here, before it exists: a child
@@ -34,9 +37,9 @@ PHOTO_EXTENSIONS = (*IMAGE_EXTENSIONS, "npy", "npz")
 
 # OpenCV has combined scale and colour flags for BGR only, so the individual flags are ORed.
 _SCALE = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
-_PNG = b"\x89PNG\r\n\x1a\n"
-_ARRAYS = (b"\x93NUMPY", b"PK")
-_GREY, _PALETTE = 0, 3  # PNG colour types
+MAX_BYTES = 1 << 31
+"""Largest content of a .npz file that is unpacked."""
+_GREY, _RGB, _PALETTE = 0, 2, 3  # PNG colour types
 _SAMPLE_FORMAT, _SIGNED = 339, 2  # a TIFF tag; PIL reads signed bytes as unsigned ones
 
 
@@ -46,9 +49,9 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
     Raises:
         DataError: no image, or more than ``MAX_PIXELS``.
     """
-    if data.startswith(_PNG) and len(data) >= 26:
+    if data.startswith(PNG) and len(data) >= 26:
         width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    elif data.startswith(_ARRAYS):
+    elif data.startswith((NPY, NPZ)):
         height, width = _decode_map(data, where, "map").shape[:2]
     else:
         width, height = (jpeg_frame(data) or open_image(data, where).size)[:2]
@@ -68,11 +71,6 @@ def check_size(height: int, width: int, where: str) -> tuple[int, int]:
     return height, width
 
 
-def is_jpeg(data: bytes) -> bool:
-    """Return whether a file begins as a JPEG does."""
-    return data.startswith(b"\xff\xd8")
-
-
 def decode_image(data: bytes, where: str, *, reduction: int = 1) -> NDArray[np.uint8]:
     """Decode a photo: uint8 [H, W, 3] RGB.
 
@@ -90,14 +88,38 @@ def decode_image(data: bytes, where: str, *, reduction: int = 1) -> NDArray[np.u
     if data.startswith(b"\xff\xd8") and not whole:
         # Some decoders fill the missing rest with grey. No end marker follows the last start of a scan.
         raise DataError(f"{where}: a JPEG that is cut off: copy or download it again")
+    flags = _SCALE[reduction] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    return np.asarray(imdecode(data, flags, where), np.uint8)
+
+
+def imdecode(data: bytes, flags: int, where: str) -> NDArray[Any]:
+    """Decode with OpenCV, whose ``flags`` say what comes out.
+
+    Raises:
+        DataError: unreadable.
+    """
+    # OpenCV allocates what a chunk says is its length; its reader of animations makes up what is damaged or missing.
+    if data.startswith(PNG) and png_chunks(data, where, (b"acTL",)):
+        data = _bare_png(data, where, data[25])
     try:
-        flags = _SCALE[reduction] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        rgb = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         raise DataError(f"{where}: not readable as an image: {error}") from None
-    if rgb is None:
+    if image is None:
         raise DataError(f"{where}: not readable as an image (damaged, or a format that OpenCV does not know)")
-    return np.asarray(rgb, np.uint8)
+    return image
+
+
+def _bare_png(data: bytes, where: str, colour: int) -> bytes:
+    """Return the same image as a PNG of the colour type ``colour``, without an animation or marks for viewers."""
+    names = (b"IHDR", b"IDAT", b"IEND") + (b"PLTE", b"tRNS") * (colour != _GREY)
+    parts = [PNG]
+    for name, content in png_chunks(data, where, names):
+        body = name + (content[:9] + bytes([colour]) + content[10:] if name == b"IHDR" else content)
+        parts.append(struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body)))
+    if not parts[-1].startswith(b"IEND", 4):
+        raise DataError(f"{where}: not readable: a PNG that is cut off: copy it again")
+    return b"".join(parts)
 
 
 def decode_label(data: bytes, where: str, *, lossy: bool = False) -> NDArray[np.generic]:
@@ -124,7 +146,7 @@ def decode_label(data: bytes, where: str, *, lossy: bool = False) -> NDArray[np.
 
 def colour_table(data: bytes, where: str) -> bytes:
     """Return the colours of an image of indexed colour, R, G, B, R, G, ...; empty for other files."""
-    if data.startswith(_PNG):
+    if data.startswith(PNG):
         place = data.find(b"PLTE", 8, data.find(b"IDAT")) if data[25] == _PALETTE else -1
         return data[place + 4 : place + 4 + int.from_bytes(data[place - 4 : place], "big")] if place > 0 else b""
     if data[:2] not in (b"BM", b"II", b"MM", b"GI"):
@@ -158,7 +180,7 @@ def decode_instances(data: bytes, where: str) -> NDArray[np.int32]:
 
 def _decode_map(data: bytes, where: str, what: str) -> NDArray[np.generic]:
     """Decode the stored integers: uint8, uint16 or int32 [H, W], or uint8 [H, W, 3] RGB."""
-    if data.startswith(_ARRAYS):
+    if data.startswith((NPY, NPZ)):
         return _integers(read_array(data, where), where, what)
     if lossy := _lossy_format(data):
         raise DataError(
@@ -166,36 +188,45 @@ def _decode_map(data: bytes, where: str, what: str) -> NDArray[np.generic]:
             " (converting this file does not bring them back). Label maps in colours that lie far apart can be read by"
             " the nearest colour: data.labels.nearest_color: 442"
         )
-    height, width = image_size(data, where)
-    if data.startswith(_PNG) and data[24] >= 8 and data[25] == _GREY:
-        # The usual case, several times faster than PIL. (OpenCV expands palettes and scales 1-bit maps: not for those.)
-        ids = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-        if ids is None:
-            raise DataError(f"{where}: not readable as an image (damaged)")
-        if ids.shape == (height, width):
-            return ids
-    return _decode_with_pil(data, where, what)
+    image_size(data, where)
+    return _decode_png(data, where, what) if data.startswith(PNG) else _decode_with_pil(data, where, what)
+
+
+def _decode_png(data: bytes, where: str, what: str) -> NDArray[np.generic]:
+    bits, colour = data[24], data[25]
+    mode = {_GREY: "L", _RGB: "RGB", _PALETTE: "P"}.get(colour, "RGBA")
+    _check_form(mode, where, what, 8 if colour == _GREY else bits)
+    if png_chunks(data, where, (b"acTL",)):
+        raise DataError(f"{where}: an animated PNG; save the image that is meant alone")
+    # Several times faster than PIL, which does not look at checksums and makes up missing rows. Indexed colour is read
+    # as grey, since OpenCV would look the colours up.
+    bare = _bare_png(data, where, _RGB if colour == _RGB else _GREY)
+    stored = imdecode(bare, cv2.IMREAD_COLOR_RGB if colour == _RGB else cv2.IMREAD_UNCHANGED, where)
+    return stored if bits >= 8 else stored // np.uint8(255 // (2**bits - 1))  # OpenCV scales 0..3 to 0..255
+
+
+def _check_form(mode: str, where: str, what: str, bits: int = 8) -> None:
+    """Refuse what is no map, by PIL's mode and the bits per channel."""
+    if mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        raise DataError(f"{where}: a {what} with an alpha channel: save it without (single-channel PNG of ids)")
+    if mode not in ("1", "L", "P", "RGB", "I", "I;16", "I;16B", "I;16L") or bits == 16:
+        form = "floats" if mode == "F" else f"pixel format {mode}, {bits} bits per channel"
+        raise DataError(f"{where}: a {what} of {form}; save it as a single-channel PNG of 8 or 16 bits")
 
 
 def _decode_with_pil(data: bytes, where: str, what: str) -> NDArray[np.generic]:
     image = open_image(data, where)
-    png_bits, png_type = (data[24], data[25]) if data.startswith(_PNG) else (8, None)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        raise DataError(f"{where}: a {what} with an alpha channel: save it without (single-channel PNG of ids)")
-    readable = image.mode in ("1", "L", "P", "RGB", "I", "I;16", "I;16B", "I;16L")
-    if not readable or (png_bits == 16 and png_type != _GREY):
-        form = "floats" if image.mode == "F" else f"pixel format {image.mode}, {png_bits} bits per channel"
-        raise DataError(f"{where}: a {what} of {form}; save it as a single-channel PNG of 8 or 16 bits")
+    _check_form(image.mode, where, what)
+    if data.startswith(TIFF):
+        tiff_tags(data, where)  # several pages are refused
     try:
         stored = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:  # PIL's words for damaged data
+    except (OSError, SyntaxError, ValueError, IndexError) as error:  # PIL's words for damaged data
         raise DataError(f"{where}: not readable as an image: {error}") from None
     if image.mode == "1":
         return stored.astype(np.uint8)
     if image.mode == "L" and image.format == "TIFF" and image.getexif().get(_SAMPLE_FORMAT) == _SIGNED:
         return stored.view(np.int8).astype(np.int32)
-    if image.mode == "L" and png_type == _GREY and png_bits < 8:
-        return stored // np.uint8(255 // (2**png_bits - 1))  # PIL scales 0..3 and 0..15 to 0..255
     if image.mode.startswith("I;16"):
         return stored.astype(np.uint16)
     return stored
@@ -208,13 +239,15 @@ def read_array(data: bytes, where: str) -> NDArray[Any]:
         DataError: another kind of file, cut off, or several arrays.
     """
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-        if data.startswith(b"PK"):
-            if len(array.files) != 1:
-                raise ValueError(f"it holds {', '.join(array.files) or 'nothing'}; one array is read")
-            array = array[array.files[0]]
-    except (ValueError, SyntaxError, KeyError, OSError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
-        raise DataError(f"{where}: not readable as a .npy or .npz file: {error}") from None
+        if data.startswith(NPZ) and sum(e.file_size for e in zipfile.ZipFile(io.BytesIO(data)).infolist()) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes once unpacked")
+        loaded = np.load(io.BytesIO(data), allow_pickle=False)
+        if data.startswith(NPZ) and len(loaded.files) != 1:
+            raise ValueError(f"it holds {', '.join(loaded.files) or 'nothing'}; one array is read")
+        array: NDArray[Any] = loaded[loaded.files[0]] if data.startswith(NPZ) else loaded
+    except (ValueError, SyntaxError, tokenize.TokenError, KeyError, OSError, EOFError, MemoryError, zlib.error,
+            zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # fmt: skip
+        raise DataError(f"{where}: not readable as a NumPy file of one array: {error}") from None
     return array
 
 
@@ -235,38 +268,19 @@ def _integers(array: NDArray[Any], where: str, what: str) -> NDArray[np.generic]
     return array.astype(kept, copy=False)
 
 
-def jpeg_frame(data: bytes) -> tuple[int, int, bytes] | None:
-    """Read width, height and Exif data (b"" without) of a JPEG, up to its frame header; None where there is none."""
-    if not data.startswith(b"\xff\xd8\xff"):
-        return None
-    place, exif = 2, b""
-    while place + 9 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame of any kind of coding
-            height, width = data[place + 5 : place + 7], data[place + 7 : place + 9]
-            return int.from_bytes(width, "big"), int.from_bytes(height, "big"), exif
-        if marker in (0xFF, 0xD9, 0xDA):  # padding, end, scan
-            return None
-        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        if marker == 0xE1 and not exif and data.startswith(b"Exif", place + 4):
-            exif = data[place + 4 : end]
-        place = end
-    return None
-
-
 def open_image(data: bytes, where: str) -> Image.Image:
     """Open with PIL, which reads only the header now."""
     if not data:
         raise DataError(f"{where}: the file is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data))
-        is_animated = image.format == "GIF" and getattr(image, "is_animated", False)
+        is_animated = image.format in ("GIF", "WEBP") and getattr(image, "is_animated", False)
     except Image.DecompressionBombError:
         raise DataError(f"{where}: more pixels by its header than the {MAX_PIXELS} that are read") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, IndexError):
         raise DataError(f"{where}: not readable as an image (damaged, or no image at all)") from None
     if is_animated:
-        raise DataError(f"{where}: an animated GIF; save the image that is meant as PNG, or as a GIF of one frame")
+        raise DataError(f"{where}: an animated {image.format}; save the image that is meant alone, as PNG")
     return image
 
 

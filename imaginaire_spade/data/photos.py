@@ -4,12 +4,7 @@ Responsible for what the numbers of a photo mean. Nothing is converted in silenc
 refused, and the message names the key. 8-bit grey and RGB are decoded by ``image_files.decode_image``.
 """
 
-import io
 import json
-import struct
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,20 +12,18 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-from PIL import TiffImagePlugin
 from torch import Tensor
 
 from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.batch import denormalise
-from imaginaire_spade.data.image_files import check_size, decode_image, image_size, is_jpeg, jpeg_frame, open_image
+from imaginaire_spade.data.file_structure import NPY, NPZ, PNG, TIFF, is_jpeg, jpeg_frame, png_chunks, tiff_tags
+from imaginaire_spade.data.image_files import check_size, decode_image, image_size, imdecode, open_image, read_array
 from imaginaire_spade.data.lmdb_source import MANIFEST
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import AnyImage, RgbImage, read_json
 
-NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
-MAX_BYTES = 1 << 31
-"""Largest content of a .npz file that is unpacked."""
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MAX_TILE = 4096
+"""Longest side of a TIFF's tiles."""
 _KINDS = {1: "uint", 2: "int", 3: "float"}  # a TIFF's SampleFormat
 
 
@@ -60,30 +53,32 @@ def read_header(data: bytes, where: str) -> Header:
         DataError: no image, of too many pixels, or a NumPy file that holds no image.
     """
     if frame := jpeg_frame(data):
-        return Header(image_size(data, where), orientation=_orientation(_tiff_tags(frame[2][6:])) if frame[2] else 1)
+        return Header(image_size(data, where), orientation=_orientation(tiff_tags(frame[2][6:])) if frame[2] else 1)
     if data.startswith((NPY, NPZ)):
-        array = _load_numpy(data, where)
+        array = _as_photo(read_array(data, where), where)
         size = check_size(array.shape[0], array.shape[1], where)
         return Header(size, array.dtype.name, array.shape[2] if array.ndim == 3 else 1, array=array)
-    if data.startswith(_TIFF) and {256, 257} <= (tags := _tiff_tags(data)).keys():
+    if data.startswith(TIFF) and {256, 257} <= (tags := tiff_tags(data, where)).keys():
         channels, kind = tags.get(277, 1), _KINDS.get(tags.get(339, 1), "uint")
         dtype = f"{kind}{max(8, 1 << (tags.get(258, 1) - 1).bit_length())}"
         if tags.get(262) == 5:
             raise DataError(f"{where}: a TIFF of CMYK colours: convert it to RGB")
+        if (tile := max(tags.get(322, 0), tags.get(323, 0))) > MAX_TILE:  # decoded whole, however small the image is
+            raise DataError(f"{where}: a TIFF of tiles of {tile} pixels: save it with tiles of at most {MAX_TILE}")
         if tags.get(262) == 3 and channels == 1:  # a palette
             channels, dtype = 3, "uint8"
         size = check_size(tags[257], tags[256], where)
         return Header(size, dtype, channels, tags.get(338) in (1, 2), _orientation(tags))
     size = image_size(data, where)
-    if data.startswith(b"\x89PNG"):
-        colour, chunks = data[25], _png_chunks(data)
+    if data.startswith(PNG):
+        colour, chunks = data[25], dict(png_chunks(data, where, (b"tRNS", b"eXIf")))
         has_alpha, exif = colour in (4, 6) or b"tRNS" in chunks, chunks.get(b"eXIf", b"")
         channels = (1 if colour in (0, 4) else 3) + has_alpha
-        return Header(size, f"uint{max(8, data[24])}", channels, has_alpha, _orientation(_tiff_tags(exif)))
+        return Header(size, f"uint{max(8, data[24])}", channels, has_alpha, _orientation(tiff_tags(exif)))
     if data[:4] == b"RIFF":
         image = open_image(data, where)
         has_alpha, exif = image.mode == "RGBA", image.info.get("exif", b"").removeprefix(b"Exif\0\0")
-        return Header(size, "uint8", 3 + has_alpha, has_alpha, _orientation(_tiff_tags(exif)))
+        return Header(size, "uint8", 3 + has_alpha, has_alpha, _orientation(tiff_tags(exif)))
     return Header(size)
 
 
@@ -127,7 +122,7 @@ def decode_photo(
     """
     header = header or read_header(data, where)
     _check_header(header, spec, where)
-    is_tiff = data.startswith(_TIFF)
+    is_tiff = data.startswith(TIFF)
     if header.array is not None:
         array = header.array
     elif is_jpeg(data) or (header.dtype == "uint8" and not header.has_alpha and header.channels <= 3):
@@ -282,16 +277,14 @@ def _decode_whole(data: bytes, where: str, header: Header) -> AnyImage:
         raise DataError(
             f"{where}: an image of {header.channels} bands; files of more than 4 are read as .npy [H, W, C]"
         )
-    try:
-        if data.startswith(_TIFF) and header.dtype == "uint8" and _tiff_tags(data).get(338) == 2:
-            return np.asarray(open_image(data, where))  # (OpenCV would multiply its colours by alpha)
-        if data.startswith(b"\x89PNG") and header.channels == 2 and header.dtype == "uint8":
-            return np.asarray(open_image(data, where).convert("LA"))  # (OpenCV makes four channels of it, or one)
-        array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    except (cv2.error, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{where}: not readable as an image: {error}") from None
-    if array is None:
-        raise DataError(f"{where}: not readable as an image (damaged, or a format that OpenCV does not know)")
+    is_png = data.startswith(PNG) and header.channels == 2
+    if header.dtype == "uint8" and (is_png or (data.startswith(TIFF) and tiff_tags(data).get(338) == 2)):
+        try:  # OpenCV would multiply a TIFF's colours by alpha, and makes four channels of two, or one
+            image = open_image(data, where)
+            return np.asarray(image.convert("LA") if is_png and png_chunks(data, where, (b"IDAT",)) else image)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{where}: not readable as an image: {error}") from None
+    array = imdecode(data, cv2.IMREAD_UNCHANGED, where)
     if header.channels == 2 and array.ndim == 3 and array.shape[2] == 4:
         return array[..., [0, 3]]  # grey with alpha
     return array if array.ndim == 2 else array[..., [2, 1, 0, 3][: array.shape[2]]]
@@ -304,15 +297,8 @@ def _turn(array: AnyImage, orientation: int) -> AnyImage:
     return array[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
 
 
-def _load_numpy(data: bytes, where: str) -> AnyImage:
-    """Load the one array of a .npy or .npz file: numbers [H, W] or [H, W, C]."""
-    try:
-        if data.startswith(NPZ) and sum(e.file_size for e in zipfile.ZipFile(io.BytesIO(data)).infolist()) > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES} bytes once unpacked")
-        loaded = np.load(io.BytesIO(data), allow_pickle=False)
-        (array,) = loaded.values() if data.startswith(NPZ) else [loaded]
-    except (ValueError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
-        raise DataError(f"{where}: not readable as a NumPy file of one array: {error}") from None
+def _as_photo(array: AnyImage, where: str) -> AnyImage:
+    """Check that an array is a photo: numbers [H, W] or [H, W, C]."""
     if array.ndim not in (2, 3) or not array.size or array.dtype.kind not in "uif":
         raise DataError(f"{where}: {array.dtype} {list(array.shape)}; a photo is numbers [height, width, channels]")
     if array.ndim == 3 and array.shape[0] < 16 < array.shape[2]:
@@ -320,30 +306,5 @@ def _load_numpy(data: bytes, where: str) -> AnyImage:
     return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
 
 
-def _png_chunks(data: bytes) -> dict[bytes, bytes]:
-    """Return the chunks that say how pixels are to be shown, by name: transparency and Exif data."""
-    place, found = 8, dict[bytes, bytes]()
-    while place + 8 <= len(data):
-        name, end = data[place + 4 : place + 8], place + 12 + int.from_bytes(data[place : place + 4], "big")
-        if name in (b"tRNS", b"eXIf"):
-            found[name] = data[place + 8 : end - 4]
-        place = end
-    return found
-
-
 def _orientation(tags: Mapping[int, int]) -> int:
     return tags.get(274, 1) if 1 <= tags.get(274, 1) <= 8 else 1
-
-
-def _tiff_tags(data: bytes) -> dict[int, int]:
-    """Read the first value of each whole-number tag of a TIFF's first directory (Exif data is one); {}: no such."""
-    try:
-        directory = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2:3] == b"+" else 8])
-        file = io.BytesIO(data)
-        file.seek(directory.next)
-        directory.load(file)
-        values = {tag: directory[tag] for tag in (256, 257, 258, 262, 274, 277, 338, 339) if tag in directory}
-    except (SyntaxError, struct.error, OSError, ValueError, TypeError, KeyError):
-        return {}
-    first = {tag: value[0] if isinstance(value, tuple) else value for tag, value in values.items()}
-    return {tag: value for tag, value in first.items() if isinstance(value, int)}

@@ -165,7 +165,7 @@ def _coco(source: Path, options: Options) -> Export:
             size = (image["height"], image["width"])
             yield Annotated(split, key.as_posix(), _find_photo(photos, name, *places), size, drawn)
 
-    files = sorted(source.rglob("instances_*.json")) or sorted(source.rglob("*.json"))
+    files = samples.find_files(source, "**/instances_*.json") or samples.find_files(source, "**/*.json")
     found, used = _gather([source / options.labels] if options.labels else files, "COCO", read)
     if not used:
         raise DataError(f"{source}: COCO JSON with masks is not there ({len(empty)} boxes): export segmentation")
@@ -227,7 +227,7 @@ def _labelme(source: Path, options: Options) -> Export:
         key = path.relative_to(source).with_suffix("").as_posix()
         yield Annotated("train", key, _find_photo(photos, tree["imagePath"], path.parent), size, regions)
 
-    found, names = _gather(sorted(source.rglob("*.json")), "labelme", read)
+    found, names = _gather(samples.find_files(source, "**/*.json"), "labelme", read)
     return _export(found, [name for name in names if name != "__ignore__"], options)
 
 
@@ -285,7 +285,7 @@ def _label_studio(source: Path, options: Options) -> Export:
                 regions.append((names[0], where, partial(_label_studio_area, result["value"], size)))
             yield Annotated("train", photo.stem, photo, size, regions)
 
-    paths = [source / options.labels] if options.labels else sorted(source.glob("*.json"))
+    paths = [source / options.labels] if options.labels else samples.find_files(source, "*.json")
     found, names = _gather(paths, "Label Studio (not JSON-MIN)", read)
     return _export(found, names, options)
 

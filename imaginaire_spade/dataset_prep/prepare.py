@@ -21,7 +21,7 @@ from typing import Unpack
 import numpy as np
 import yaml
 
-from imaginaire_spade.data.image_files import DECODERS, decode_label, encode_map
+from imaginaire_spade.data.image_files import DECODERS, check_size, decode_label, encode_map
 from imaginaire_spade.data.photos import decode_stored
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.dataset_prep import samples as raw
@@ -206,7 +206,7 @@ def _mapillary(source: Path, options: Options) -> Export:
 def _ade20k_full(source: Path, options: Options) -> Export:
     """Read all of ADE20K (ADE20K_2021_17_01): R / 10 * 256 + G is a class, which a JSON beside each photo names."""
     found, names = [], dict[str, int]()
-    for path in sorted(source.rglob("*.json")):
+    for path in raw.find_files(source, "**/*.json"):
         try:
             objects = json.loads(path.read_text("latin-1"))["annotation"]["object"]
             names |= {o["name"]: o["name_ndx"] for o in objects if not o["parts"]["part_level"]}
@@ -298,6 +298,8 @@ def prepare(
     Raises:
         DataError: the source is not laid out as the official download, or files are missing.
     """
+    if options.resize_h_w:
+        check_size(*options.resize_h_w, "--resize_h_w")
     if not source.is_dir():
         raise DataError(f"--source {source}: no such folder" + ": unpack it first" * source.is_file())
     export = TOOLS[name](source, options) if name in TOOLS else Export(list(DATASETS[name](source, options)), [])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, encode_map
 from imaginaire_spade.errors import DataError
+from imaginaire_spade.files import refuse_special
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,23 @@ def find_folder(source: Path, *candidates: str, chosen: Path | None = None) -> P
     return found
 
 
+def find_files(folder: Path, pattern: str) -> list[Path]:
+    """List what a folder holds by a pattern, sorted.
+
+    Raises:
+        DataError: something there is no file.
+    """
+    found = sorted(folder.glob(pattern))
+    for path in found:
+        refuse_special(path)
+    return found
+
+
 def find_images(images: Path, suffix: str = "", extensions: Sequence[str] = IMAGE_EXTENSIONS) -> dict[str, Path]:
     """Map the key (without ``suffix``) of every image below a folder to its file, sorted by path."""
     return {
         path.relative_to(images).with_suffix("").as_posix().removesuffix(suffix): path
-        for path in sorted(images.rglob("*"))
+        for path in find_files(images, "**/*")
         if path.suffix[1:].lower() in extensions and path.stem.endswith(suffix) and not path.name.startswith(".")
     }
 

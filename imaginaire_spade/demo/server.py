@@ -9,8 +9,10 @@ import ipaddress
 import json
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -23,10 +25,13 @@ from imaginaire_spade.demo.service import BusyError, PaintingService
 from imaginaire_spade.errors import ConfigError, DataError, UserError
 from imaginaire_spade.inference.sizes import format_size
 
-MAX_JSON_BYTES = 4 * 2**20
-"""A label map of ``MAX_SIDE`` squared with two bytes per id, in base64, is 2.7 MiB."""
+MAX_JSON_BYTES = 6 * 2**20
+"""A label map of ``MAX_CANVAS_PIXELS`` with two bytes per id, in base64, is 5.3 MiB."""
 MAX_UPLOAD_BYTES = 32 * 2**20
-SIZE = ("height", "width")
+JSON_COPIES, FILE_COPIES = 10, 2
+"""Memory of a request as a multiple of its body: a label map as text, bytes, ids and raw ids; a file as it comes in."""
+MAX_BODY_S, LINGER_S = 60, 5
+"""Seconds that a body may take to arrive; and those in which a client may read its answer before it is cut off."""
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 PAGE_FILES = {"/": "index.html"} | {f"/{name}": name for name in ("page.css", "main.js", "easel.js", "label_map.js")}
@@ -76,6 +81,8 @@ class PaintingServer(ThreadingTCPServer):
     """
 
     daemon_threads = allow_reuse_address = True
+    request_queue_size = 128
+    """Connections that may wait to be accepted; the system resets others."""
 
     def __init__(self, service: PaintingService, host: str, port: int) -> None:
         self.service = service
@@ -94,6 +101,19 @@ class PaintingServer(ThreadingTCPServer):
         host = str(self.server_address[0])
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
 
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection when its client has done so, or soon: to close it on what is still being sent would reset
+        it, and the client would never see its answer."""
+        end = time.monotonic() + LINGER_S
+        try:
+            request.shutdown(socket.SHUT_WR)
+            request.settimeout(LINGER_S)
+            while request.recv(2**16) and time.monotonic() < end:
+                pass
+        except OSError:
+            pass
+        self.close_request(request)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):  # a browser that went away is no fault
             super().handle_error(request, client_address)
@@ -105,6 +125,17 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _is_authority(host: str) -> bool:
+    """Return whether a Host header is a name or an address, perhaps with a port, and nothing besides."""
+    try:
+        parts = urlsplit(f"//{host}")
+        name, port = parts.hostname or "", parts.port
+    except ValueError:
+        return False
+    name = f"[{name}]" if ":" in name else name
+    return host.lower() == (name if port is None else f"{name}:{port}")
 
 
 def _why_not(host: str, port: int, error: OSError) -> str:
@@ -128,8 +159,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._body_read = "Content-Length" not in self.headers and "Transfer-Encoding" not in self.headers
         try:
-            self._check_origin()
-            self._send(HTTPStatus.OK, self._answer())
+            with ExitStack() as self._held:  # what the request holds of the budget
+                self._check_origin()
+                answer = self._answer()
+            self._send(HTTPStatus.OK, answer)
         except RefusedError as refused:
             self._send(refused.status, _error(str(refused), refused.headers))
         except BusyError as error:
@@ -159,25 +192,23 @@ class _Handler(BaseHTTPRequestHandler):
     def _check_origin(self) -> None:
         """Refuse requests that a page from elsewhere sends through the user's browser."""
         host, *more = self.headers.get_all("Host") or [""]
-        try:
-            name = urlsplit(f"//{host}").hostname
-        except ValueError:
-            name = None
-        if more or name is None or (self.server.local_only and name not in LOOPBACK_NAMES):
+        name = urlsplit(f"//{host}").hostname if _is_authority(host) else None
+        if more or not name or (self.server.local_only and name not in LOOPBACK_NAMES):
             raise RefusedError(
                 HTTPStatus.FORBIDDEN,
                 "this page answers to localhost and 127.0.0.1 only; to reach it from elsewhere start it with --host",
             )
-        origin = self.headers["Origin"]
-        if origin is not None and urlsplit(origin).netloc != host:
+        origins = {origin.lower() for origin in self.headers.get_all("Origin") or ()}
+        if not origins <= {f"{scheme}://{host.lower()}" for scheme in ("http", "https")}:  # https: by a server in front
             raise RefusedError(HTTPStatus.FORBIDDEN, "a request from a page of another origin")
 
     def read_json(self) -> dict[str, Any]:
         # A page of another origin must ask this server before it sends this type or those below; it never consents.
         if self.headers.get_content_type() != "application/json":
             raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "application/json is wanted here")
+        content = self._read(MAX_JSON_BYTES, JSON_COPIES)
         try:
-            fields = json.loads(self._read(MAX_JSON_BYTES))
+            fields = json.loads(content)
         except (ValueError, RecursionError):
             raise DataError("the request is not JSON") from None
         if not isinstance(fields, dict):
@@ -188,9 +219,9 @@ class _Handler(BaseHTTPRequestHandler):
         content_type = self.headers.get_content_type()
         if content_type != "application/octet-stream" and not content_type.startswith("image/"):
             raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"an image file is wanted here, not {content_type}")
-        return self._read(MAX_UPLOAD_BYTES)
+        return self._read(MAX_UPLOAD_BYTES, FILE_COPIES)
 
-    def _read(self, most: int) -> bytes:
+    def _read(self, most: int, copies: int) -> bytes:
         lengths = self.headers.get_all("Content-Length") or []
         if len(lengths) != 1 or "Transfer-Encoding" in self.headers:
             raise RefusedError(HTTPStatus.LENGTH_REQUIRED, "one Content-Length is wanted")
@@ -198,11 +229,17 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(HTTPStatus.BAD_REQUEST, "Content-Length is no number")
         if len(lengths[0]) > 18 or int(lengths[0]) > most:
             raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"too large: at most {most >> 20} MiB are taken")
-        content = self.rfile.read(int(lengths[0]))
-        if len(content) < int(lengths[0]):
-            raise ConnectionResetError("the request broke off")
+        left = int(lengths[0])
+        self._held.enter_context(self.server.service.budget.take(left * copies, jobs=1))
+        parts, end = list[bytes](), time.monotonic() + MAX_BODY_S
+        while left:
+            part = self.rfile.read1(left)
+            if not part or time.monotonic() > end:
+                raise ConnectionResetError("the request broke off, or came too slowly")
+            parts.append(part)
+            left -= len(part)
         self._body_read = True
-        return content
+        return b"".join(parts)
 
     def _send(self, status: HTTPStatus, answer: _Answer) -> None:
         if not self._body_read:  # the rest of this body must not count as the next request
@@ -256,12 +293,9 @@ def _generate(handler: _Handler, service: PaintingService, _: str) -> _Answer:
 ROUTES: dict[str, tuple[str, Callable[[_Handler, PaintingService, str], _Answer]]] = {
     **dict.fromkeys(PAGE_FILES, ("GET", _page_file)),
     "/api/model": ("GET", lambda _, service, query: _json(service.describe())),
-    "/api/sample": ("GET", lambda _, service, query: _json(service.read_sample(**_numbers(query, "number", *SIZE)))),
+    "/api/sample": ("GET", lambda _, service, query: _json(service.read_sample(**_numbers(query, "number")))),
     "/api/picture": ("POST", _generate),
-    "/api/label_map": (
-        "POST",
-        lambda handler, service, query: _json(service.read_label_map(handler.read_file(), **_numbers(query, *SIZE))),
-    ),
+    "/api/label_map": ("POST", lambda handler, service, _: _json(service.read_label_map(handler.read_file()))),
     "/api/label_map_file": ("POST", lambda handler, service, _: _Answer(service.encode_label_map(handler.read_json()))),
     "/api/style": ("POST", lambda handler, service, _: _json(service.encode_style(handler.read_file()))),
 }

@@ -8,8 +8,9 @@ import base64
 import binascii
 import io
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,20 +18,28 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.image_files import image_size
+from imaginaire_spade.data.file_structure import TIFF
+from imaginaire_spade.data.image_files import open_image
 from imaginaire_spade.data.label_files import read_labels
-from imaginaire_spade.data.photos import decode_photo, show
+from imaginaire_spade.data.photos import decode_photo, read_header, show
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.files import encode_image
 from imaginaire_spade.inference.synthesizer import Synthesizer
 from imaginaire_spade.labels import MAX_RAW_ID, LabelSpec
 
-MAX_SIDE = 1024
-"""Pixels of the largest canvas's longer side."""
+MAX_SIDE, MAX_CANVAS_PIXELS = 2048, 2048 * 1024
+"""Of the largest canvas: its longer side, and all of it."""
 MAX_UPLOAD_PIXELS = 50_000_000
 """Of an uploaded image or label map."""
-MAX_WAITING = 8
-"""Requests that may wait for the generator; the service refuses more."""
+MAX_JOBS = 8
+"""Requests that the service works on, or that wait for the generator, at once; it refuses more."""
+MAX_JOB_BYTES = 2**30
+"""Memory that their contents may take together: bodies, decoded files, and what is computed from these."""
+DECODED_COPIES, STYLE_COPIES = 7, 16
+"""Memory of an upload as a multiple of its pixels: in a decoder (WebP 6.1, RGB 3.4, progressive JPEG 3.2 measured); and
+as floats, of a photo that reaches the encoder unshrunk."""
+FORMATS = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"BM", *TIFF)
+"""What the files begin with that the page takes. Others have decoders that nobody should point at a stranger's file."""
 MAX_SEED = 2**32 - 1
 DEFAULT_SIZE = (256, 256)
 """Canvas for a checkpoint that was trained on images of many sizes."""
@@ -39,7 +48,28 @@ T = TypeVar("T")
 
 
 class BusyError(UserError):
-    """Too many requests wait for the generator."""
+    """Too many requests at once, or they take too much memory together."""
+
+
+class Budget:
+    """The requests that are worked on, and the memory that they may take together. Whoever finds none left is refused;
+    nobody waits."""
+
+    def __init__(self, jobs: int = MAX_JOBS, num_bytes: int = MAX_JOB_BYTES) -> None:
+        self._jobs, self.num_bytes, self._bytes_left, self._lock = jobs, num_bytes, num_bytes, threading.Lock()
+
+    @contextmanager
+    def take(self, num_bytes: int, jobs: int = 0) -> Iterator[None]:
+        """Hold memory and a number of jobs. Raises BusyError if others hold them."""
+        with self._lock:
+            if jobs > self._jobs or num_bytes > self._bytes_left:
+                raise BusyError("too many requests at once: try again in a moment")
+            self._jobs, self._bytes_left = self._jobs - jobs, self._bytes_left - num_bytes
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._jobs, self._bytes_left = self._jobs + jobs, self._bytes_left + num_bytes
 
 
 class PaintingService:
@@ -60,7 +90,7 @@ class PaintingService:
         self._dtype = np.dtype(np.uint8) if self._labels.num_classes < 256 else np.dtype("<u2")
         # One thread for all: torch keeps a team of threads for each thread that calls it.
         self._worker = ThreadPoolExecutor(1, "generate")
-        self._waiting = threading.BoundedSemaphore(MAX_WAITING)
+        self.budget = Budget()
 
     # -------------------------------------------------------------------------------------------- requests
 
@@ -116,26 +146,27 @@ class PaintingService:
         image.save(stream, "png")
         return stream.getvalue()
 
-    def read_label_map(self, content: bytes, height: int, width: int) -> dict[str, Any]:
-        """Read a label map file (ids, palette, or RGB if the table has a palette) and fit it to the canvas.
+    def read_label_map(self, content: bytes) -> dict[str, Any]:
+        """Read a label map file (ids, palette, or RGB if the table has a palette), shrunk if no canvas is as large.
 
         Raises:
             DataError: it is no such file, or has too many pixels.
             LabelError: ids or colours are outside the table.
+            BusyError: other requests hold the memory that it takes.
         """
-        _check_canvas(height, width)
         where = "the uploaded label map"
-        _check_pixels(content, where)
-        return self._to_page(self._labels.to_train_ids(read_labels(content, where, self._labels), where), height, width)
+        with self.budget.take(self._memory(content, where, DECODED_COPIES)):
+            raw = read_labels(content, where, self._labels)
+            return self._to_page(self._labels.to_train_ids(shrink(raw), where), raw.shape[:2])
 
-    def read_sample(self, number: int, height: int, width: int) -> dict[str, Any]:
-        """Fit the ``number``-th of the label maps to start from (modulo their number) to the canvas."""
-        _check_canvas(height, width)
+    def read_sample(self, number: int) -> dict[str, Any]:
+        """Read the ``number``-th of the label maps to start from (modulo their number), shrunk likewise."""
         if not self._samples:
             raise DataError("there are no label maps to start from: start the page with --samples FOLDER")
         samples = self._samples
-        labels = self._run(lambda: samples[number % len(samples)].labels.numpy())
-        return self._to_page(labels, height, width)
+        with self.budget.take(0, jobs=1):
+            labels = self._run(lambda: samples[number % len(samples)].labels.numpy())
+        return self._to_page(shrink(labels), labels.shape)
 
     def encode_style(self, photo: bytes) -> dict[str, Any]:
         """Compute the style code of an image file.
@@ -143,11 +174,13 @@ class PaintingService:
         Raises:
             DataError: it is no image, or has too many pixels.
             CheckpointError: the model has no encoder.
+            BusyError: other requests hold the memory that it takes.
         """
-        where = "the uploaded photo"
-        _check_pixels(photo, where)
-        array = decode_photo(photo, where, self._synthesizer.model.config.data.images)
-        return {"style": self._run(lambda: self._synthesizer.encode(array)).tolist()}
+        where, spec = "the uploaded photo", self._synthesizer.model.config.data.images
+        is_shrunk = spec.range is None and self._synthesizer.size is not None
+        with self.budget.take(self._memory(photo, where, DECODED_COPIES if is_shrunk else STYLE_COPIES)):
+            array = decode_photo(photo, where, spec)
+            return {"style": self._run(lambda: self._synthesizer.encode(array)).tolist()}
 
     def warm_up(self) -> None:
         """Generate one image, so that the first stroke need not wait. Raises UserError if these weights cannot."""
@@ -158,12 +191,7 @@ class PaintingService:
     # -------------------------------------------------------------------------------------------- parts
 
     def _run(self, function: Callable[[], T]) -> T:
-        if not self._waiting.acquire(blocking=False):
-            raise BusyError("too many requests wait for the generator: try again in a moment")
-        try:
-            return self._worker.submit(function).result()
-        finally:
-            self._waiting.release()
+        return self._worker.submit(function).result()
 
     def _raw_label_map(self, fields: Mapping[str, Any], optional: frozenset[str] = frozenset()) -> NDArray[np.uint16]:
         wanted = {"height", "width", "labels"}
@@ -194,22 +222,40 @@ class PaintingService:
             raise DataError(f"style: {dims} numbers between -1000 and 1000 are wanted")
         return np.array(values, np.float32)
 
-    def _to_page(self, train_ids: NDArray[np.generic], height: int, width: int) -> dict[str, Any]:
-        ids = fit_to_canvas(train_ids, height, width).astype(self._dtype)
-        return {
-            "height": height, "width": width, "labels": base64.b64encode(ids.tobytes()).decode(),
-            "original_size": train_ids.shape,
-        }  # fmt: skip
+    def _to_page(self, train_ids: NDArray[np.generic], original_size: tuple[int, ...]) -> dict[str, Any]:
+        labels = base64.b64encode(train_ids.astype(self._dtype).tobytes()).decode()
+        height, width = train_ids.shape
+        return {"height": height, "width": width, "labels": labels, "original_size": original_size}
+
+    def _memory(self, content: bytes, where: str, copies: int) -> int:
+        """Compute from a file's header the memory that it takes. Raises DataError if that is more than there is."""
+        if content and not content.startswith(FORMATS):
+            raise DataError(f"{where}: not readable as an image: the page takes PNG, JPEG, WebP, TIFF and BMP files")
+        header = read_header(content, where)
+        height, width = header.size
+        if height * width > MAX_UPLOAD_PIXELS:
+            most = f"at most {MAX_UPLOAD_PIXELS // 10**6} million are taken"
+            raise DataError(f"{where}: {width} x {height} pixels; {most}")
+        if not content.startswith(TIFF) and open_image(content, where).size != (width, height):  # what is decoded
+            raise DataError(f"{where}: its headers contradict each other")
+        bytes_of_pixel = max(1, header.channels * int(header.dtype.lstrip("floatuin")) // 8)
+        num_bytes = height * width * bytes_of_pixel * copies
+        if num_bytes > self.budget.num_bytes:
+            most = f"at most {self.budget.num_bytes // (bytes_of_pixel * copies) / 1e6:.0f} million such are taken"
+            raise DataError(f"{where}: {width} x {height} pixels of {bytes_of_pixel} bytes; {most}")
+        return num_bytes
 
 
-def fit_to_canvas(ids: NDArray[np.generic], height: int, width: int) -> NDArray[np.generic]:
-    """Scale a label map [h, w] (nearest, aspect ratio kept) to cover [height, width], and crop its centre."""
-    step = min(ids.shape[0] / height, ids.shape[1] / width)  # pixels of the map per pixel of the canvas
+def shrink(ids: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Scale a label map [h, w, ...] (nearest, aspect ratio kept) to the largest canvas, if it is larger."""
+    height, width = ids.shape[:2]
+    step = max(1.0, max(height, width) / MAX_SIDE, (height * width / MAX_CANVAS_PIXELS) ** 0.5)
     rows, columns = (
-        ((length - step * wanted) / 2 + (np.arange(wanted) + 0.5) * step).astype(int).clip(0, length - 1)
-        for length, wanted in zip(ids.shape, (height, width), strict=True)
+        ((np.arange(wanted) + 0.5) * (length / wanted)).astype(int)
+        for length in (height, width)
+        for wanted in [max(1, int(length / step))]
     )
-    return ids[rows[:, None], columns]
+    return ids[rows[:, None], columns] if step > 1 else ids
 
 
 def _raw_ids(labels: LabelSpec) -> NDArray[np.int64]:
@@ -225,10 +271,7 @@ def _whole_number(name: str, value: Any, least: int, most: int) -> int:
 
 
 def _check_canvas(height: Any, width: Any) -> tuple[int, int]:
-    return _whole_number("height", height, 1, MAX_SIDE), _whole_number("width", width, 1, MAX_SIDE)
-
-
-def _check_pixels(content: bytes, where: str) -> None:
-    height, width = image_size(content, where)
-    if height * width > MAX_UPLOAD_PIXELS:
-        raise DataError(f"{where}: {width} x {height} pixels; at most {MAX_UPLOAD_PIXELS // 10**6} million are taken")
+    size = _whole_number("height", height, 1, MAX_SIDE), _whole_number("width", width, 1, MAX_SIDE)
+    if size[0] * size[1] > MAX_CANVAS_PIXELS:
+        raise DataError(f"height, width: {height} x {width} pixels; at most {MAX_CANVAS_PIXELS} are taken")
+    return size

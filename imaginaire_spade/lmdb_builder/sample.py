@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from imaginaire_spade.config import Condition, ImageSpec
 from imaginaire_spade.data.conditions import check_values, decode_condition, encode_condition
 from imaginaire_spade.data.distances import NOT_FINITE
+from imaginaire_spade.data.file_structure import is_jpeg
 from imaginaire_spade.data.folders import DISTANCES, FolderSource, Source
-from imaginaire_spade.data.image_files import DECODERS, encode_map, is_jpeg
+from imaginaire_spade.data.image_files import DECODERS, encode_map
 from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.lmdb_source import store_key
 from imaginaire_spade.data.photos import decode_photo, is_upright, read_header

@@ -59,12 +59,11 @@ class SpectralNorm(nn.Module):
 
     @torch.no_grad()
     def iterate(self) -> Tensor:
-        """Do one power iteration and return sigma after it."""
+        """Do one power iteration, in place, and return sigma after it."""
         matrix = self._matrix()
-        # New tensors, not in place: a graph of an earlier forward may still hold the old ones.
-        self.weight_v = F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12)
+        F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12, out=self.weight_v)
         product = matrix @ self.weight_v
-        self.weight_u = F.normalize(product, dim=0, eps=1e-12)
+        F.normalize(product, dim=0, eps=1e-12, out=self.weight_u)
         return torch.dot(self.weight_u, product)
 
     def _matrix(self) -> Tensor:
@@ -80,7 +79,8 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, sigma: Tensor, u: Tensor, v: Tensor, columns_first: bool) -> Tensor:
-        ctx.save_for_backward(weight, sigma, u, v)
+        if ctx.needs_input_grad[0]:  # copies: another forward before the backward pass changes u and v
+            ctx.save_for_backward(weight, sigma, u.clone(), v.clone())
         ctx.columns_first = columns_first
         return weight / sigma
 

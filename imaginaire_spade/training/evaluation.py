@@ -33,7 +33,7 @@ from imaginaire_spade.evaluation.segmentation import load_segmentation
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.pretrained.feature_networks import feature_network
-from imaginaire_spade.training.checkpoint import check_counter
+from imaginaire_spade.training.checkpoint import BEST, check_counter
 
 FOLDER = "evaluation"
 """Of the log dir: the statistics of the photos, and a report of every evaluation."""
@@ -95,6 +95,8 @@ class Evaluation:
         """Images seen at the last evaluation."""
         self.best: tuple[float, int] | None = None
         """The best of the deciding score so far, and the images seen then."""
+        self.in_vain = 0
+        """Evaluations since then."""
         self._real: Collection | None = None
 
     # -------------------------------------------------------------------------------------------- when, and what was
@@ -105,10 +107,26 @@ class Evaluation:
         every = self.section.every_images
         return images_seen // every > self.evaluated_at // every or (finished and images_seen > self.evaluated_at)
 
+    @property
+    def stalled(self) -> str:
+        """Say that ``patience`` is at its end, and with it the run; empty: it is not."""
+        if self.section.patience is None or self.in_vain < self.section.patience:
+            return ""
+        best = (
+            ""
+            if self.best is None
+            else f"; the best is {self.best[0]:.5g}, at {self.best[1]} images: checkpoints/{BEST}"
+        )
+        return (
+            f"{self.in_vain} evaluation(s) in a row did not improve {self._deciding} (trainer.evaluation.patience:"
+            f" {self.section.patience}){best}"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps; plain types."""
         return {
-            "identity": {**self.identity, "score": self._deciding}, "evaluated_at": self.evaluated_at, "best": self.best
+            "identity": {**self.identity, "score": self._deciding}, "evaluated_at": self.evaluated_at,
+            "best": self.best, "in_vain": self.in_vain,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> str | None:
@@ -120,11 +138,15 @@ class Evaluation:
         is_score = best is None or (isinstance(best, list | tuple) and [*map(type, best)] == [float, int])
         if not is_score or not isinstance(identity, Mapping):
             raise CheckpointError(f"evaluation: {dict(state)} in the checkpoint is not what an evaluation leaves there")
-        self.evaluated_at = check_counter(state.get("evaluated_at"), "evaluation: evaluated_at in the checkpoint")
+        where = "evaluation in the checkpoint"
+        self.evaluated_at = check_counter(state.get("evaluated_at"), where)
+        own = self.state_dict()["identity"]
+        changed = [key for key, value in own.items() if identity.get(key) != value]
+        # (Older checkpoints lack it.)
+        self.in_vain = 0 if changed else check_counter(state.get("in_vain", 0), where)
         if best is None:
             return None
-        own = self.state_dict()["identity"]
-        if changed := [key for key, value in own.items() if identity.get(key) != value]:
+        if changed:
             return f"evaluation: the protocol changed ({', '.join(changed)}), so the best score is reset"
         self.best = (best[0], best[1])
         return f"evaluation: the best {self._deciding} so far is {best[0]:.5g}, at {best[1]} images"
@@ -191,15 +213,16 @@ class Evaluation:
         self.evaluated_at = images_seen
         value, sign = report.scores[self._deciding], 1 if higher_is_better(self._deciding) else -1
         is_best = math.isfinite(value) and (self.best is None or sign * value > sign * self.best[0])
+        self.in_vain += 1
         if is_best:
-            self.best = (value, images_seen)
+            self.best, self.in_vain = (value, images_seen), 0
         return dict(report.scores), is_best
 
     def describe(self, found: Mapping[str, float], is_best: bool) -> str:
         """Return a line for the log: of the scores ``found``."""
         text = " ".join(f"{name} {value:.5g}" for name, value in found.items())
         if is_best:
-            return f"{text} | the best {self._deciding} so far: checkpoints/best.pt"
+            return f"{text} | the best {self._deciding} so far: checkpoints/{BEST}"
         return text if self.best is None else f"{text} | best {self._deciding} {self.best[0]:.5g}"
 
     def _show_photos(self, batch: Batch) -> Tensor:

@@ -115,10 +115,13 @@ def train(
     if resumed is not None:
         log.say(resumed)
     unscored = run.evaluation is not None and run.evaluation.due(state.images_seen, finished=True)
-    if calendar.iteration(state.images_seen) >= calendar.stop_iteration and not unscored:
+    over = calendar.iteration(state.images_seen) >= calendar.stop_iteration
+    stalled = "" if run.evaluation is None or over else run.evaluation.stalled
+    if (over or stalled) and not unscored:
+        how = "trainer.max_iterations (or max_epochs) in the config or --max_iterations on the command line"
         log.say(
-            f"finished: iteration {calendar.iteration(state.images_seen)} of {calendar.stop_iteration}. To go on, raise"
-            " trainer.max_iterations (or max_epochs) in the config or --max_iterations on the command line"
+            f"finished: iteration {calendar.iteration(state.images_seen)} of {calendar.stop_iteration}"
+            f"{stalled and f': {stalled}'}. To go on, raise {'trainer.evaluation.patience' if stalled else how}"
         )
         log.close()
         return
@@ -189,6 +192,9 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
                 is_best = _evaluate(run, log, check_stop)
             except StopRequested:
                 continue  # the next launch evaluates
+            if run.evaluation is not None and run.evaluation.stalled and not finished:
+                log.say(f"ending the run early: {run.evaluation.stalled}")
+                finished = done = due_preview = True
         due_checkpoint |= is_best or (finished and due_scores)  # with what is remembered of the scores
 
         # Preview.
@@ -235,7 +241,7 @@ def _evaluate(run: Run, log: RunLog, check_stop: CheckStop) -> bool:
     assert run.evaluation is not None
     started_at = time.perf_counter()
     generator, seen = run.state.generator_ema or run.state.generator, run.state.images_seen
-    name = f"iteration_{run.calendar.iteration(seen):09d}"
+    name = f"scores_{seen:012d}"
     generator.eval()
     try:
         scores, is_best = run.evaluation(generator, seen, log.logdir, name, check_stop)

@@ -54,7 +54,7 @@ class RunLog:
         hidden = None if enabled else True  # None: unless on a terminal
         self._bar = tqdm(total=total, initial=done, unit="it", disable=hidden, dynamic_ncols=True)
         self._events: SummaryWriter | None = None
-        self._next_step = done + 1
+        self._next_step = images_seen + 1
         self._metrics = logdir / "metrics.jsonl"
         self._records = [r for r in _read_records(self._metrics) if r["images_seen"] <= images_seen] if enabled else []
         if enabled:
@@ -71,11 +71,10 @@ class RunLog:
 
     def warn(self, images_seen: int, text: str) -> None:
         """Print a warning and write it to TensorBoard's text."""
-        iteration = self.calendar.iteration(images_seen)
-        self.say(f"warning: iteration {iteration}: {text}")
+        self.say(f"warning: iteration {self.calendar.iteration(images_seen)}: {text}")
         if self.enabled:
             with self.report_write_errors():
-                self._tensorboard().add_text("warnings", text, iteration)
+                self._tensorboard().add_text("warnings", text, images_seen)
 
     def tick(self, images_seen: int, losses: dict[str, float], rates: dict[str, float], wait_s: float) -> None:
         """Write one record.
@@ -99,16 +98,16 @@ class RunLog:
         }
         self._write(images_seen, values)
         text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        epoch, speed = f"epoch {self.calendar.epoch(images_seen):.2f}", describe_speed(images, elapsed)
         if self._bar.disable:
             iteration, stop = self.calendar.iteration(images_seen), self.calendar.stop_iteration
             left_s = (stop - iteration) * self.calendar.global_batch * elapsed / images
             self.say(
-                f"iteration {iteration}/{stop} (epoch {self.calendar.epoch(images_seen):.2f})"
-                f" {text} | {images / elapsed:.1f} images/s, {waited_s / elapsed:.0%} waiting for data,"
-                f" {tqdm.format_interval(left_s)} left"
+                f"iteration {iteration}/{stop} ({images_seen} images, {epoch}) {text} | {speed},"
+                f" {waited_s / elapsed:.0%} waiting for data, {tqdm.format_interval(left_s)} left"
             )
         else:
-            self._bar.set_postfix_str(text)
+            self._bar.set_postfix_str(f"{epoch}, {speed} | {text}")
 
     def add_scores(self, images_seen: int, scores: dict[str, float], seconds: float) -> None:
         """Write the record of an evaluation; the time it took does not count as training time."""
@@ -123,10 +122,9 @@ class RunLog:
 
     def add_preview(self, images_seen: int, sheet: NDArray[np.uint8]) -> None:
         """Write a preview sheet, uint8 RGB [H, W, 3], in TensorBoard and under ``images/``. For rank 0 only."""
-        iteration = self.calendar.iteration(images_seen)
         with self.report_write_errors():
-            self._tensorboard().add_image("preview", sheet, iteration, dataformats="HWC")
-            write_image(self.logdir / "images" / f"iteration_{iteration:09d}.jpg", sheet)
+            self._tensorboard().add_image("preview", sheet, images_seen, dataformats="HWC")
+            write_image(self.logdir / "images" / f"preview_{images_seen:012d}.jpg", sheet)
         with self.report_write_errors():
             self._draw_curves()
 
@@ -152,9 +150,9 @@ class RunLog:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             events = self._tensorboard()
             for name, value in values.items():
-                events.add_scalar(name, value, iteration)
+                events.add_scalar(name, value, images_seen)
             events.flush()
-            self._next_step = iteration + 1
+            self._next_step = images_seen + 1
 
     def _draw_curves(self) -> None:
         if self._records:
@@ -174,6 +172,11 @@ class RunLog:
         except (OSError, UserError) as error:
             self._events = None
             self.say(f"warning: the log in {self.logdir} has a gap here: {error}")
+
+
+def describe_speed(images: int, seconds: float) -> str:
+    """Return "3.5 images/s", or "20.0 s per image" for slow ones."""
+    return f"{images / seconds:.1f} images/s" if images > seconds / 10 else f"{seconds / images:.1f} s per image"
 
 
 def peak_memory_gib() -> float:
@@ -238,6 +241,9 @@ def preview_sheet(run: Run, batch: Batch) -> NDArray[np.uint8]:
 
 
 MAX_POINTS = 2000
+PANELS_IN_A_ROW = 4
+FROM_ZERO = ("data", "health", "lr", "memory", "speed")
+"""Groups whose axis begins at 0, so that a small change looks small."""
 SERIES_COLOURS = ("#3b6fb6", "#d9662b", "#3a9a5b", "#b8478f", "#7a5cc2", "#a98613", "#2b9fb0", "#7d7d7d")
 
 Series = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
@@ -245,7 +251,8 @@ Series = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
 def write_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw a run's metrics over images seen, one panel per group (the part of a key before the ``/``), as PNG.
+    """Draw a run's metrics over images seen as PNG: a panel for each loss and each score, and one for each other group
+    (the part of a key before the ``/``). Every row is filled.
 
     Args:
         metrics: at least one record of metrics.jsonl, oldest first: ``images_seen`` and numbers.
@@ -254,16 +261,17 @@ def write_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    groups = _group(metrics)
-    columns = max(min(len(groups), 3), 1)
-    lines = max(math.ceil(len(groups) / columns), 1)
-    figure = Figure(figsize=(5.0 * columns, 3.5 * lines), dpi=110, facecolor="#fafaf9")
-    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
-    panels = figure.subplots(lines, columns, squeeze=False).flat
-    for panel in panels[len(groups) :]:
-        panel.set_visible(False)
-    for panel, (title, series) in zip(panels, groups.items(), strict=False):
-        _draw_panel(panel, title, series)
+    groups = list(_group(metrics).items())
+    lines = max(math.ceil(len(groups) / PANELS_IN_A_ROW), 1)
+    widest = math.ceil(len(groups) / lines)
+    figure = Figure(figsize=(4.2 * max(widest, 1), 2.9 * lines), dpi=110, facecolor="#fafaf9")
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+    for line, part in enumerate(figure.subfigures(lines, squeeze=False).flat):
+        row = groups[line * len(groups) // lines : (line + 1) * len(groups) // lines]
+        part.set_facecolor("none")
+        panels = part.subplots(1, max(len(row), 1), squeeze=False).flat
+        for panel, (title, series) in zip(panels, row, strict=False):
+            _draw_panel(panel, title, series)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     write_bytes(path, png.getvalue())
@@ -276,10 +284,8 @@ def _group(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
         if key in ("images_seen", "iteration", "epoch"):
             continue
         group, _, name = key.rpartition("/")
-        if name.startswith("d_") and group:  # the discriminator's terms have a scale of their own
-            group = f"{group}: discriminator"
-        if group == "evaluation":  # each score too, beside what belongs to it
-            group = f"evaluation: {name.removesuffix('_real').removesuffix('_std')}"
+        if group in ("loss", "evaluation"):  # each has a scale of its own; a score stands beside what belongs to it
+            group = f"{group}: {name.removesuffix('_real').removesuffix('_std') if group == 'evaluation' else name}"
         x, y = np.array([(record["images_seen"], record[key]) for record in metrics if key in record], np.float64).T
         groups.setdefault(group or key, {})[name] = (x, y)
     return groups
@@ -300,15 +306,18 @@ def _draw_panel(panel: Axes, title: str, series: Series) -> None:
         if smooth is not y:
             panel.plot(x[::step], y[::step], color=colour, alpha=0.22, linewidth=0.9)
         last = f"{finite[-1]:.4g}" if len(finite) else "not finite"
-        label = last if name == title else f"{name}  {last}"
+        label = last if title.endswith(f": {name}") and len(series) == 1 else f"{name}  {last}"
         dashes, marker = "-" if number < len(SERIES_COLOURS) else "--", "o" if len(x) == 1 else ""
         panel.plot(x[::step], smooth[::step], dashes + marker, color=colour, markersize=4, linewidth=1.8, label=label)
         if len(finite):
             levels.append(np.median(finite))
             lowest = min(lowest, finite.min())
 
-    # A logarithmic scale if the curves lie far apart.
-    if len(levels) > 1 and lowest > 0 and max(levels) > 30 * min(levels):
+    # The scale: logarithmic if the curves lie far apart.
+    if title in FROM_ZERO:
+        panel.axhline(0, color="none")
+        panel.set_ylim(bottom=0)
+    elif len(levels) > 1 and lowest > 0 and max(levels) > 30 * min(levels):
         panel.set_yscale("log")
 
     # Axes and legend.
@@ -321,8 +330,11 @@ def _draw_panel(panel: Axes, title: str, series: Series) -> None:
     panel.spines["bottom"].set_color("#c9ccd1")
     panel.set_xlabel("images seen", fontsize=8.5, color="#5c6066")
     panel.margins(x=0.02)
-    columns = 1 + (len(series) > 5)
-    panel.legend(fontsize=8, framealpha=0.85, edgecolor="none", labelcolor="#26282b", ncols=columns)
+    if len(series) == 1:
+        panel.set_title(label, loc="right", fontsize=8, color="#5c6066")
+    else:
+        columns = 1 + (len(series) > 5)
+        panel.legend(fontsize=8, framealpha=0.85, edgecolor="none", labelcolor="#26282b", ncols=columns)
 
 
 def _smooth(y: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -39,8 +39,6 @@ function askWithFile(path, file) {
   return ask(path, { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body: file });
 }
 
-const canvasQuery = () => `height=${map.height}&width=${map.width}`;
-
 function encoded(ids) {
   const bytes = new Uint8Array(ids.buffer, ids.byteOffset, ids.byteLength);
   let text = "";
@@ -218,15 +216,15 @@ function take({ height, width, labels }) {
 
 const startFromSample = told(async () => {
   if (!model.num_samples) return;
-  take(await (await ask(`/api/sample?number=${sampleNumber++}&${canvasQuery()}`)).json());
+  take(await (await ask(`/api/sample?number=${sampleNumber++}`)).json());
 });
 
 async function openMap(file) {
-  const answer = await (await askWithFile(`/api/label_map?${canvasQuery()}`, file)).json();
+  const answer = await (await askWithFile("/api/label_map", file)).json();
   take(answer);
   const [height, width] = answer.original_size;
   if (height !== map.height || width !== map.width) {
-    $("status").textContent = `${file.name} (${width} × ${height}) was fitted to the canvas`;
+    $("status").textContent = `${file.name} (${width} × ${height}) was shrunk to the largest canvas`;
   }
 }
 
@@ -423,8 +421,8 @@ async function start() {
   if (found) Object.assign(map, { height: found.height, width: found.width, ids: found.ids });
   else if (model.num_samples) {
     try {
-      const sample = await (await ask(`/api/sample?number=${sampleNumber++}&${canvasQuery()}`)).json();
-      map.ids = decoded(sample.labels);
+      const { height, width, labels } = await (await ask(`/api/sample?number=${sampleNumber++}`)).json();
+      Object.assign(map, { height, width, ids: decoded(labels) });
     } catch (error) {
       showError(error);
     }

@@ -1,0 +1,38 @@
+"""Write a checkpoint's generator to a file that runs without this package.
+
+OUTPUT.onnx runs with onnxruntime (projects/spade/run_onnx.py is an example); OUTPUT.pt2 with torch alone
+(torch.export.load). Inputs, sizes and metadata: projects/spade/README.md, "Export". The file is written only if its
+pictures are the generator's, to within 0.001 on the scale of -1 to 1, at several sizes and batches.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from imaginaire_spade.build import import_modules
+from imaginaire_spade.cli import add_shared_flags
+from imaginaire_spade.export.generator import check_output, export_model
+from imaginaire_spade.inference.model import Model, find_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="P",
+                        help="checkpoint file, or a folder or log dir, whose newest checkpoint is used")  # fmt: skip
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="ends in .onnx or .pt2")
+    add_shared_flags(parser, "--weights", "--import")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    arguments = parser.parse_args()
+    check_output(arguments.output, overwrite=arguments.overwrite)
+    import_modules(arguments.imports)
+    model = Model.load(
+        find_checkpoint(arguments.checkpoint, None, None), weights=arguments.weights, for_inference=False
+    )
+    for note in model.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+    def report(name: str, difference: float) -> None:
+        print(f"{name}: largest difference {difference:.1e}", flush=True)
+
+    export_model(model, arguments.output, report)
+    print(f"wrote {arguments.output}, {arguments.output.stat().st_size / 2**20:.1f} MiB")

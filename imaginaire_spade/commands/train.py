@@ -1,0 +1,81 @@
+"""Train a generator from a config: ``torchrun --nproc_per_node=K train.py --config C.yaml --logdir DIR``.
+
+Starting the same command again continues from the newest checkpoint of the log dir. SIGTERM, SIGUSR1, SIGHUP (a closed
+terminal) and Ctrl-C save and leave (exit codes 143, 138, 129 and 130); a mistake of the user's is one message and exit
+code 2.
+"""
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+
+from imaginaire_spade import distributed
+from imaginaire_spade.build import build_losses, check_run, import_modules, with_measured_range
+from imaginaire_spade.cli import add_shared_flags
+from imaginaire_spade.config_files import load_config
+from imaginaire_spade.errors import UserError
+from imaginaire_spade.processes import end_with_launcher, one_writer
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="C.yaml", help="configuration of the run")
+    parser.add_argument(
+        "--logdir", type=Path, help="folder for everything the run writes (default: logs/NAME_OF_CONFIG)"
+    )
+    parser.add_argument("--checkpoint", type=Path, help="continue this checkpoint if the log dir has none yet")
+    parser.add_argument("--init_from", type=Path, nargs="?", const=Path(), metavar="CHECKPOINT",
+                        help="fine-tune: begin a new run with the weights of a checkpoint, a .safetensors file or a"
+                        " log dir; the classes may be others (without a value: of --checkpoint)")  # fmt: skip
+    parser.add_argument("--allow_changed_data", action="store_true",
+                        help="continue a run although its data set or label table changed")  # fmt: skip
+    parser.add_argument("--seed", type=int, help="override the config's seed")
+    parser.add_argument(
+        "--max_iterations",
+        type=int,
+        help="stop at this iteration, counted over the whole run; the schedule does not change",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="check everything, measure one iteration, write nothing")
+    parser.add_argument("--profile", action="store_true", help="trace iterations 6 to 10 into DIR/profile, then stop")
+    add_shared_flags(parser, "--set", help="override a key (repeat)")
+    add_shared_flags(parser, "--device", "--import", "--local-rank")
+    return parser.parse_args()
+
+
+def main() -> None:
+    end_with_launcher()
+    arguments = parse_arguments()
+    # Everything a user can get wrong is checked before the process group exists: no rank waits for one that left.
+    import_modules(arguments.imports)
+    extra = {} if arguments.seed is None else {"seed": arguments.seed}
+    config = with_measured_range(load_config(arguments.config, arguments.overrides, extra=extra))
+    info = distributed.process_info_from_environment()
+    device = distributed.choose_device(arguments.device, info)
+    check_run(config, info.world_size)
+    objective = build_losses(config)  # finds out whether pretrained weights are there
+    logdir = arguments.logdir or Path("logs") / Path(arguments.config).stem
+    init_from, checkpoint = arguments.init_from, arguments.checkpoint
+    if init_from is not None and (init_from == Path()) == (checkpoint is None):
+        raise UserError("--init_from: write which checkpoint (and not --checkpoint as well)")
+    if init_from == Path():
+        init_from, checkpoint = checkpoint, None
+    if arguments.max_iterations is not None and arguments.max_iterations < 1:
+        raise UserError(f"--max_iterations {arguments.max_iterations}: must be at least 1")
+
+    from imaginaire_spade.training import loop, profile
+    from imaginaire_spade.training.setup import prepare
+
+    with ExitStack() as held:
+        if info.is_main and not arguments.dry_run:
+            held.enter_context(one_writer(logdir, "--logdir"))
+        distributed.init_process_group(info, device, config.trainer.process_group_timeout_s)
+        held.callback(distributed.leave_process_group)
+        run = prepare(config, objective, info, device, arguments.max_iterations)
+        if arguments.dry_run:
+            text = profile.dry_run(run)
+            if info.is_main:
+                print(text)
+        elif arguments.profile:
+            profile.profile(run, logdir)
+        else:
+            loop.train(run, logdir, checkpoint, arguments.allow_changed_data, init_from=init_from)

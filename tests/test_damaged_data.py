@@ -1,0 +1,205 @@
+"""Data that is damaged, stale or no file at all: it is refused by name, or counts as what it is."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import socket
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_png
+from PIL import Image
+from test_lmdb_source import LABELS, encoded, raw_png
+
+from imaginaire_spade.config import ImageSpec
+from imaginaire_spade.data.folders import FolderSource
+from imaginaire_spade.data.image_files import decode_image, decode_label
+from imaginaire_spade.data.lmdb_source import open_source
+from imaginaire_spade.data.photos import decode_photo, decode_stored
+from imaginaire_spade.dataset_prep.prepare import DATASETS, TOOLS, Options, prepare
+from imaginaire_spade.errors import DataError
+from imaginaire_spade.evaluation.images import StoredImages
+from imaginaire_spade.lmdb_builder.build import build_dataset
+
+ROW, COLUMN = np.mgrid[:48, :64]
+IDS = ((np.sin(COLUMN / 9.0) * 10 + ROW) // 6 % 11).astype(np.uint8)
+PHOTO = np.stack([COLUMN * 4, ROW * 5, COLUMN + ROW], -1).astype(np.uint8)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def animated(pixels: np.ndarray) -> bytes:
+    """An APNG of two frames, ``pixels`` and their mirror image."""
+    packed = [zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)) for rows in (pixels, pixels[::-1])]
+    height, width = pixels.shape[:2]
+    frames = [chunk(b"fcTL", struct.pack(">IIIIIHHBB", n, width, height, 0, 0, 1, 10, 0, 0)) for n in (0, 1)]
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0))
+    still = chunk(b"acTL", struct.pack(">II", 2, 0)) + frames[0] + chunk(b"IDAT", packed[0])
+    moving = frames[1] + chunk(b"fdAT", struct.pack(">I", 2) + packed[1])
+    return b"\x89PNG\r\n\x1a\n" + header + still + moving + chunk(b"IEND", b"")
+
+
+def indexed(bits: int = 8, transparency: int | None = None) -> bytes:
+    image = Image.frombytes("P", (64, 48), IDS.tobytes())
+    image.putpalette([i * 20 % 256 for i in range(33)])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", bits=bits, **({} if transparency is None else {"transparency": transparency}))
+    return buffer.getvalue()
+
+
+FORMS = {
+    "grey": encoded(IDS),
+    "16 bits": encoded(IDS.astype(np.uint16) * 300),
+    "1 bit": encoded(IDS > 5),
+    "indexed": indexed(),
+    "indexed, 4 bits": indexed(4),
+    "indexed, transparent": indexed(transparency=3),
+    "RGB": encoded(np.stack([IDS * 20, IDS, 255 - IDS], -1)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_flipped_bit_changes_no_map_and_no_photo(form):
+    data, draw = FORMS[form], random.Random(0)
+    stored, photo = decode_label(data, "x"), decode_image(data, "x")
+    for _ in range(150):
+        changed = bytearray(data)
+        changed[draw.randrange(33, len(data))] ^= 1 << draw.randrange(8)
+        for decode, truth in ((decode_label, stored), (decode_image, photo)):
+            try:
+                found = decode(bytes(changed), "damaged.png")
+            except DataError as error:
+                assert str(error).startswith("damaged.png: not readable")
+            else:
+                assert np.array_equal(found, truth)
+
+
+@pytest.mark.parametrize("bits, colour", [(1, 0), (4, 3), (8, 0), (8, 2), (8, 3), (16, 0)])
+def test_rows_that_are_not_there_are_not_made_up(bits, colour):
+    row = bytes(24 * bits // 8 * (3 if colour == 2 else 1))
+    palette = chunk(b"PLTE", bytes(33)) if colour == 3 else b""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 24, 96, bits, colour, 0, 0, 0)) + palette
+    whole = raw_png([row] * 96, 24, bits, colour)
+    short = raw_png([row] * 24, 24, bits, colour)
+    assert decode_label(whole[:8] + header + whole[33:], "x").shape[:2] == (96, 24)
+    for decode in (decode_label, decode_image):
+        with pytest.raises(DataError, match=r"f\.png: not readable"):
+            decode(short[:8] + header + short[33:], "f.png")
+
+
+def test_an_animation_is_no_map_and_its_still_image_a_photo():
+    data = animated(PHOTO)
+    with pytest.raises(DataError, match=r"f\.png: an animated PNG"):
+        decode_label(animated(IDS), "f.png")
+    assert np.array_equal(decode_photo(data, "x", ImageSpec()), PHOTO)
+    assert np.array_equal(decode_photo(animated(PHOTO[..., 0]), "x", ImageSpec())[..., 0], PHOTO[..., 0])
+    for place in range(data.index(b"IDAT") + 4, data.index(b"fdAT") - 46, 7):
+        changed = bytearray(data)
+        changed[place] ^= 1 << place % 8
+        with pytest.raises(DataError, match=r"f\.png: not readable"):
+            decode_image(bytes(changed), "f.png")
+    buffer = io.BytesIO()
+    frames = [Image.fromarray(a) for a in (PHOTO, 255 - PHOTO)]
+    frames[0].save(buffer, "WEBP", lossless=True, save_all=True, append_images=frames[1:])
+    for decode in (decode_label, decode_image):
+        with pytest.raises(DataError, match="w: an animated WEBP"):
+            decode(buffer.getvalue(), "w")
+
+
+def test_pages_are_refused_and_overviews_are_none():
+    def tiff(*pages: tuple[np.ndarray, int]) -> bytes:
+        buffer = io.BytesIO()
+        first, *others = (Image.fromarray(array) for array, _ in pages)
+        for image, (_, kind) in zip([first, *others], pages, strict=True):
+            image.encoderinfo = {"tiffinfo": {254: kind}}
+        first.save(buffer, "TIFF", save_all=True, append_images=others, tiffinfo={254: pages[0][1]})
+        return buffer.getvalue()
+
+    for pixels, decode in ((IDS, decode_label), (PHOTO, lambda data, where: decode_photo(data, where, ImageSpec()))):
+        assert np.array_equal(decode(tiff((pixels, 0)), "x"), pixels)
+        mask = (np.ones_like(IDS), 4)
+        assert np.array_equal(decode(tiff((pixels, 0), (pixels[::2, ::2], 1), mask), "x"), pixels)
+        for pages in (((pixels, 0), (pixels, 0)), ((pixels, 2), (pixels[::2], 1), (pixels, 2))):
+            with pytest.raises(DataError, match=r"m\.tif: a TIFF of 2 pages"):
+                decode(tiff(*pages), "m.tif")
+    with pytest.raises(DataError, match=r"m\.tif: a TIFF of 2 pages"):
+        decode_stored(tiff((IDS, 0), (IDS, 0)), "m.tif")
+
+
+# ------------------------------------------------------------------------------------------------ what is no file
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:  # (a name has to be short)
+        here = Path.cwd()
+        os.chdir(path.parent)
+        server.bind(path.name)
+        os.chdir(here)
+
+
+def make_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make, kind", [(make_pipe, "named pipe"), (make_socket, "socket"), (make_device, "device")])
+def test_what_never_ends_is_refused_by_name(tiny_folder, tmp_path, make, kind):
+    root = tiny_folder(keys=2, types=("images", "seg_maps"))
+    for folder, name in (("seg_maps", "0001.png"), ("images/more", "x")):
+        path = root / folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        make(path)
+        message = rf"{name}: a {kind}, no file: remove it"
+        with pytest.raises(DataError, match=message):
+            build_dataset(root, tmp_path / "out", LABELS, num_workers=0)
+        with pytest.raises(DataError, match=message):
+            open_source(path.parent, ["seg_maps"], bare=True)  # inference.py
+        with pytest.raises(DataError, match=message):
+            StoredImages(path.parent)
+        path.unlink()
+        (root / "seg_maps/0001.png").write_bytes((root / "seg_maps/0000.png").read_bytes())
+    (root / "labels").mkdir()
+    make(root / "labels/0000.png")
+    for name in ("custom", "celebamask_hq", "labelme", "coco"):
+        if name in TOOLS:
+            make(root / f"{name}.json")
+        folder = root if name == "custom" else root / "faces"
+        for part in ("CelebA-HQ-img", "CelebAMask-HQ-mask-anno") * (name == "celebamask_hq"):
+            (folder / part).mkdir(parents=True)
+            make(folder / part / "1_skin.png")
+        assert name in DATASETS or name in TOOLS
+        with pytest.raises(DataError, match=rf": a {kind}, no file: remove it"):
+            prepare(name, folder if name in DATASETS else root, tmp_path / "prepared", Options(), num_workers=0)
+
+
+def test_a_link_to_itself_is_a_file_that_cannot_be_read(tmp_path):
+    write_png(tmp_path / "seg_maps/a.png", IDS)
+    (tmp_path / "seg_maps/b.png").symlink_to("b.png")
+    source = FolderSource(tmp_path, ["seg_maps"])
+    for key, fails in (("a", False), ("b", True)):
+        for read in (source.read, source.file_size):
+            if fails:
+                with pytest.raises(DataError, match=r"b\.png: cannot be read"):
+                    read(key, "seg_maps")
+            else:
+                assert read(key, "seg_maps")
+
+
+@pytest.mark.parametrize("size", [(0, 0), (-1, 5), (1 << 31, 1)])
+def test_photos_are_not_resized_to_nothing(tiny_folder, tmp_path, size):
+    source = tiny_folder(keys=1, types=("images", "seg_maps"))
+    (source / "seg_maps").rename(source / "labels")
+    with pytest.raises(DataError, match="--resize_h_w: "):
+        prepare("custom", source, tmp_path / "out", Options(size), num_workers=0)
+    assert not (tmp_path / "out").exists()
