@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.append(str(REPOSITORY / "scripts"))  # of which one holds code of its own: download_test_data
 
 MakeFolder = Callable[..., Path]
 
