@@ -179,7 +179,7 @@ def test_the_page_its_files_and_the_model(client):
     # A class that no raw id means can neither be trained nor saved: it is not offered.
     assert [one["id"] for one in model["classes"]] == [0, 1, 3, 4, 5]
     assert model["classes"][1] == {"id": 1, "name": NAMES[1], "colour": PALETTE[1]}
-    assert model["classes"][4]["name"] == "don't care"
+    assert model["classes"][4]["name"] == "don't care" and model["dont_care"] == 5
 
 
 def test_a_picture_is_the_synthesizers(client, plain_client, synthesizer, plain):
@@ -688,7 +688,12 @@ class Page:
     def __init__(self, browser, client: Client) -> None:
         self.browser = browser
         browser.get(f"http://127.0.0.1:{client.server.server_port}/")
+        self.wait(lambda: self.element("main").is_displayed())
+
+    def settled(self) -> None:
+        """Wait for the first picture."""
         self.wait(lambda: self.ask("return document.querySelector('#result img').naturalWidth > 0"))
+        self.wait(lambda: self.ask("return document.getElementById('busy').hidden"))
 
     def wait(self, condition) -> None:
         from selenium.webdriver.support.ui import WebDriverWait
@@ -718,10 +723,24 @@ class Page:
         action()
         self.wait(lambda: self.picture() != before and self.ask("return document.getElementById('busy').hidden"))
 
-    def drag(self, *moves: tuple[int, int]) -> None:
+    def pointer(self, x: int = 0, y: int = 0):
+        """Actions that begin at a place of the map, in pixels of the screen from its middle."""
         from selenium.webdriver import ActionChains
 
-        chain = ActionChains(self.browser, duration=20).move_to_element(self.element("canvas")).click_and_hold()
+        return ActionChains(self.browser, duration=20).move_to_element_with_offset(self.element("#easel"), x, y)
+
+    def at(self, x: int, y: int):
+        """Actions that begin at a pixel of a map of 64x64."""
+        scale = self.element("#easel").size["width"] / 64
+        return self.pointer(*(round((place - 31.5) * scale) for place in (x, y)))
+
+    def keys(self, *keys: str) -> None:
+        """Type with the focus on the map."""
+        self.ask("document.querySelector('#easel canvas').focus()")
+        self.browser.switch_to.active_element.send_keys(*keys)
+
+    def drag(self, *moves: tuple[int, int]) -> None:
+        chain = self.pointer().click_and_hold()
         for x, y in moves:
             chain.move_by_offset(x, y)
         chain.release().perform()
@@ -735,6 +754,7 @@ class Page:
 
 def test_painting_in_a_browser(browser, client, synthesizer, tmp_path):
     page = Page(browser, client)
+    page.settled()
     assert page.element("#model").text.startswith("a <name>, trained on 64 × 64")
     labels = browser.find_elements("css selector", "#list span")
     assert [label.text for label in labels] == [NAMES[0], NAMES[1], *NAMES[3:], "don't care"]  # names are text
@@ -783,6 +803,7 @@ def test_painting_in_a_browser(browser, client, synthesizer, tmp_path):
     np.testing.assert_array_equal(page.colours(), synthesizer.labels.colourise(some_map(7)))
 
     page = Page(browser, client)  # a reload keeps the map
+    page.settled()
     np.testing.assert_array_equal(page.colours(), synthesizer.labels.colourise(some_map(7)))
     assert "made at" not in page.element("#status").text
 
@@ -796,6 +817,166 @@ def test_painting_in_a_browser(browser, client, synthesizer, tmp_path):
     assert page.ask("return document.querySelectorAll('#list img').length") == 0
 
 
+@pytest.fixture
+def page(browser, client) -> Page:
+    """A page with a map of class 0, 64x64, and class 1 to draw with."""
+    page = Page(browser, client)
+    page.settled()
+    page.keys("1")
+    page.after(page.element("#clear").click)
+    page.element('#canvas_size option[value="64x64"]').click()
+    page.keys("2")
+    page.settled()
+    assert (page.colours() == PALETTE[0]).all()
+    yield page
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_undo_in_the_middle_of_a_stroke_takes_that_stroke_back(page):
+    page.after(lambda: page.drag((0, 100)))
+    before = page.colours()
+    control, z = "\ue009", "z"
+    page.pointer(-100, -50).click_and_hold().move_by_offset(60, 0).perform()
+    assert (page.colours() != before).any()
+    page.browser.switch_to.active_element.send_keys(control, z)
+    page.pointer(0, -50).move_by_offset(60, 0).release().perform()  # the button is still down, and nothing is drawn
+    np.testing.assert_array_equal(page.colours(), before)
+    assert page.element("#undo").is_enabled() and page.element("#redo").is_enabled()
+    page.after(page.element("#undo").click)
+    assert (page.colours() == PALETTE[0]).all() and not page.element("#list label small").text.startswith("<")
+
+
+def test_lines_polygons_and_the_eraser_by_mouse_and_keys(page):
+    left, right, up, down, enter, back, escape, shift = (*"\ue012\ue014\ue013\ue015\ue007\ue003\ue00c\ue008",)
+    page.ask("document.getElementById('size').value = 1")
+    page.keys("l")
+    page.at(12, 32).click_and_hold().perform()
+    page.after(lambda: page.at(52, 32).release().perform())
+    by_mouse = (page.colours() == PALETTE[1]).all(2)
+    assert by_mouse.sum() == by_mouse[32].sum() == 41 and by_mouse[32, 12] and by_mouse[32, 52]
+    page.after(page.element("#undo").click)
+    page.keys(*[left] * 40, " ", *[right] * 40)  # from where the pointer was
+    assert (page.colours() == PALETTE[0]).all()
+    page.after(lambda: page.keys(" "))
+    np.testing.assert_array_equal((page.colours() == PALETTE[1]).all(2), by_mouse)
+    page.keys(" ", down, escape, " ", escape)  # one that is given up
+    page.after(page.element("#undo").click)
+    assert (page.colours() == PALETTE[0]).all()
+
+    page.keys("p")
+    for x, y in ((12, 12), (52, 12), (52, 52), (12, 52)):
+        page.at(x, y).click().perform()
+    page.after(lambda: page.at(12, 12).click().perform())  # the first corner
+    square = (page.colours() == PALETTE[1]).all(2)
+    assert square[13:51, 13:51].all() and square.sum() <= 41 * 41
+    page.after(page.element("#undo").click)
+    page.keys(" ", *[right] * 20, " ", *[down] * 20, " ", *[up] * 5, " ", back)  # the last one is taken back
+    assert (page.colours() == PALETTE[0]).all()
+    page.after(lambda: page.keys(enter))
+    triangle = (page.colours() == PALETTE[1]).all(2)
+    assert 180 <= triangle.sum() <= 220 and triangle[15, 25] and not triangle[25, 15]
+
+    page.ask("document.getElementById('size').value = 3")
+    page.keys("e")
+    page.at(32, 34).click_and_hold().perform()
+    page.after(lambda: page.at(32, 14).release().perform())
+    assert (page.colours()[14:35, 32] == 0).all()  # black: don't care
+    page.keys("b")
+    page.after(lambda: page.keys(*[right] * 9, shift, " "))
+    assert (page.colours() == PALETTE[1]).all(2)[14, 32:50].all()  # straight on from the last stroke
+
+
+def test_zoom_and_pan_move_map_and_picture_and_strokes_follow(page):
+    page.ask("document.getElementById('size').value = 1")
+    page.keys("+", "+")
+    assert page.element("#zoom").text == "225 %"
+    place = "const b = document.querySelector(arguments[0]).getBoundingClientRect(); return [b.x, b.y, b.width]"
+    easel = page.ask(place, "#easel")
+    canvas, picture, frame = (page.ask(place, s) for s in ("#easel canvas", "#result img", "#result"))
+    np.testing.assert_allclose(np.subtract(canvas, easel), np.subtract(picture, frame), atol=0.1)
+    assert canvas[2] == pytest.approx(2.25 * easel[2])
+    page.after(lambda: page.pointer(3, 3).click().perform())
+    painted = (page.colours() == PALETTE[1]).all(2)
+    assert painted.sum() == painted[32, 32] == 1
+    page.browser.execute_cdp_cmd("Input.dispatchMouseEvent", {
+        "type": "mouseWheel", "x": easel[0] + 10, "y": easel[1] + 10, "deltaX": 0, "deltaY": -120
+    })  # fmt: skip
+    page.wait(lambda: page.element("#zoom").text == "336 %")
+    page.keys(*["\ue012"] * 60)  # the arrows move the view along
+    assert page.ask(place, "#easel canvas")[0] == pytest.approx(easel[0], abs=1)
+    page.element("#zoom").click()
+    assert page.ask(place, "#easel canvas") == easel
+
+    def touch(kind: str, *points: tuple[float, float]) -> None:
+        places = [{"x": easel[0] + x, "y": easel[1] + y, "id": i} for i, (x, y) in enumerate(points)]
+        page.browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": places})
+
+    before = page.colours()
+    touch("touchStart", (100, 100))  # a finger draws, two move the map and leave no stroke
+    touch("touchMove", (110, 100))
+    touch("touchStart", (110, 100), (200, 100))
+    touch("touchMove", (110, 100), (290, 100))
+    touch("touchEnd")
+    page.wait(lambda: page.element("#zoom").text == "200 %")
+    np.testing.assert_array_equal(page.colours(), before)
+
+
+def test_maps_open_in_their_own_shape_and_a_notice_stays(page, tmp_path):
+    wide = some_map(5, 36, 90)
+    page.after(lambda: page.element("#open").send_keys(str(write_png(tmp_path / "wide.png", as_raw(wide)))))
+    np.testing.assert_array_equal(page.colours(), np.array([*PALETTE, [0, 0, 0]])[wide])
+    assert not page.element("#notice").is_displayed()
+    large = write_png(tmp_path / "large.png", np.repeat(as_raw(some_map(6, 30, 100)), 30, 0).repeat(30, 1))
+    page.after(lambda: page.element("#open").send_keys(str(large)))
+    shape = "const c = document.querySelector('#easel canvas'); return [c.height, c.width]"
+    assert page.ask(shape) == [614, 2048]
+    notice = "large.png is 3000 × 900; no canvas is as large, so it was shrunk to 2048 × 614."
+    page.after(lambda: page.element("#canvas_size option").click())
+    assert page.element("#notice").text.startswith(notice)
+    page.element("#notice button").click()
+    assert not page.element("#notice").is_displayed()
+
+
+def test_several_styles_and_the_comparison(page, synthesizer):
+    chosen = int(page.ask("return document.getElementById('seed').value"))
+    page.keys("v", "c")
+    page.wait(lambda: len(page.browser.find_elements("css selector", "#variants button span")) == 3)
+    page.after(page.element("#variants button").click)
+    assert page.ask("return document.getElementById('seed').value") == str(chosen + 1)
+    picture = page.ask(
+        "const i = document.querySelector('#result img'), c = document.createElement('canvas');"
+        "c.width = c.height = 64; const g = c.getContext('2d'); g.drawImage(i, 0, 0);"
+        "return Array.from(g.getImageData(0, 0, 64, 64).data)"
+    )
+    expected = synthesizer(np.zeros(SIZE, np.uint8), seed=chosen + 1)
+    np.testing.assert_array_equal(np.reshape(picture, (64, 64, 4))[..., :3], expected)
+    covered = "return getComputedStyle(document.getElementById('compared')).clipPath"
+    assert page.element("#compared").is_displayed() and "50%" in page.ask(covered)
+    page.element("#compare_at").send_keys("\ue010")  # End
+    assert "50%" not in page.ask(covered)
+    page.element("#compare").click()
+    assert not page.element("#compared").is_displayed()
+
+
+def test_a_slow_generator_says_so_and_can_be_stopped(browser, synthesizer):
+    slow = Slow(synthesizer)
+    client = Client(PaintingService(slow, "slow"))  # type: ignore[arg-type]
+    try:
+        page = Page(browser, client)
+        assert "no label maps to start from" in page.element("#notice").text
+        page.wait(page.element("#stop").is_displayed)
+        assert page.element("#seconds").text.startswith("generating … 1 s")
+        assert page.element("#result").get_attribute("aria-busy") == "true"
+        page.element("#stop").click()
+        page.wait(lambda: page.element("#result").get_attribute("aria-busy") == "false")
+        assert page.element("#status").text.startswith("stopped")
+        slow.go.set()
+        page.after(page.element("#clear").click)  # the next change asks anew
+    finally:
+        slow.go.set()
+        client.stop()
+
+
 def test_strokes_and_regions(browser, client):
     """The page's own drawing code against plain references."""
     browser.get(f"http://127.0.0.1:{client.server.server_port}/page.css")  # any page of this origin
@@ -805,7 +986,7 @@ def test_strokes_and_regions(browser, client):
     regions = [[rng.integers(0, 3, (height, width)).tolist(), int(rng.integers(width)), int(rng.integers(height))]
                for _ in range(20)]  # fmt: skip
     script = """
-        const [strokes, regions, height, width, done] = arguments;
+        const [strokes, regions, polygons, height, width, done] = arguments;
         import("/label_map.js").then(({ LabelMap }) => {
           const stroked = strokes.map((stroke) => {
             const map = new LabelMap(height, width, 1, 0);
@@ -818,15 +999,23 @@ def test_strokes_and_regions(browser, client):
             map.fill(x + 0.5, y + 0.5, 9);
             return [...map.ids];
           });
+          const covered = polygons.map((corners) => {
+            const map = new LabelMap(height, width, 1, 0);
+            map.polygon(corners.map(([x, y]) => ({ x, y })), 1);
+            return [...map.ids];
+          });
           const map = new LabelMap(4, 4, 1, 0);
           for (const [height, width] of [[2, 2], [8, 4]]) map.resize(height, width);
           map.undo();
           const sizes = [map.height, map.width, map.ids.length, map.canUndo, map.canRedo];
           map.undo(); map.redo(); map.redo();
-          done([stroked, filled, sizes, [map.height, map.width, map.ids.length]]);
+          done([stroked, filled, covered, sizes, [map.height, map.width, map.ids.length]]);
         });
     """
-    stroked, filled, undone, redone = browser.execute_async_script(script, strokes, regions, height, width)
+    polygons = [rng.uniform(-5, 35, (number, 2)).round(2).tolist() for number in rng.integers(3, 8, 20)]
+    stroked, filled, covered, undone, redone = browser.execute_async_script(
+        script, strokes, regions, polygons, height, width
+    )
     middles = np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), -1)
     for (x0, y0, x1, y1, size), ids in zip(strokes, stroked, strict=True):
         start, line = np.array([x0, y0]), np.array([x1 - x0, y1 - y0])
@@ -841,4 +1030,10 @@ def test_strokes_and_regions(browser, client):
         before = np.array(rows, np.uint8)
         region = cv2.connectedComponents((before == before[y, x]).astype(np.uint8), connectivity=4)[1]
         np.testing.assert_array_equal(np.reshape(ids, (height, width)), np.where(region == region[y, x], 9, before))
+    for corners, ids in zip(polygons, covered, strict=True):
+        inside = np.zeros((height, width), bool)  # by the number of sides to the right of a pixel's middle
+        for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
+            x, y = middles[..., 0], middles[..., 1]
+            inside ^= ((y0 <= y) != (y1 <= y)) & (x < x0 + (y - y0) / (y1 - y0) * (x1 - x0))
+        np.testing.assert_array_equal(np.reshape(ids, (height, width)) == 1, inside)
     assert undone == [2, 2, 4, True, True] and redone == [8, 4, 32]

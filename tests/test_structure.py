@@ -274,7 +274,7 @@ def test_the_readmes_tree_is_true():
 BUDGET = {
     "top level": 2075, "pages": 17, "data": 1932, "models": 1300, "pretrained": 288, "training": 1774,
     "inference": 1204, "evaluation": 979,
-    "lmdb_builder": 898, "dataset_prep": 758, "interop": 829, "export": 159, "demo": 470, "commands": 1093,
+    "lmdb_builder": 898, "dataset_prep": 758, "interop": 829, "export": 159, "demo": 475, "commands": 1093,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""
@@ -310,7 +310,7 @@ def test_rooms_keep_their_budget():
     assert lines.keys() == BUDGET.keys()
     over = {room: f"{number} of {BUDGET[room]}" for room, number in lines.items() if number > BUDGET[room]}
     assert not over
-    assert sum(BUDGET.values()) <= 13_776 and sum(CORE_BUDGET.values()) <= 8_573
+    assert sum(BUDGET.values()) <= 13_781 and sum(CORE_BUDGET.values()) <= 8_573
 
 
 def test_folders_are_two_deep():

@@ -67,7 +67,10 @@ def main() -> None:
         )
     for note in synthesizer.model.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
-    service = PaintingService(synthesizer, config.data.name, find_samples(config, arguments.samples))
+    if (samples := find_samples(config, arguments.samples)) is None:
+        print("note: the data of validation is not here, so there are no label maps to start from (--samples DIR)",
+              file=sys.stderr)  # fmt: skip
+    service = PaintingService(synthesizer, config.data.name, samples)
     with PaintingServer(service, arguments.host, arguments.port) as server:
         service.warm_up()
         if not is_loopback(arguments.host):

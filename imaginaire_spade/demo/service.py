@@ -107,6 +107,7 @@ class PaintingService:
             "bytes_per_id": self._dtype.itemsize,
             "style_dims": self._synthesizer.style_dims,
             "has_style_encoder": self._synthesizer.has_style_encoder,
+            "dont_care": self._labels.dont_care_id if self._raw_ids[-1] >= 0 else None,
             "num_samples": 0 if self._samples is None else len(self._samples),
             "classes": [
                 {"id": i, "name": self._labels.name(i), "colour": self._labels.colours[i].tolist()}

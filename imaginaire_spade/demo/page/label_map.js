@@ -5,6 +5,7 @@ const UNDO_BYTES = 64 * 2 ** 20; // memory for what can be undone
 export class LabelMap {
   #past = [];
   #future = [];
+  #open = false; // whether a change was begun that is not settled
 
   /** height x width pixels of class `id`, in bytesPerId (1 or 2) bytes each. */
   constructor(height, width, bytesPerId, id) {
@@ -46,6 +47,24 @@ export class LabelMap {
       if (this.contains(x, y)) this.ids[Math.floor(y) * this.width + Math.floor(x)] = id;
     }
     return [left, top, right, bottom];
+  }
+
+  /** Give a polygon with these corners, [{x, y}, ...] in pixels, class `id`: the pixels whose middle is inside (even-odd). */
+  polygon(corners, id) {
+    for (let y = 0; y < this.height; y++) {
+      const middle = y + 0.5, crossings = [];
+      corners.forEach((a, place) => {
+        const b = corners[(place + 1) % corners.length];
+        if (a.y <= middle === b.y <= middle) return;
+        crossings.push(a.x + ((middle - a.y) / (b.y - a.y)) * (b.x - a.x));
+      });
+      crossings.sort((a, b) => a - b);
+      for (let pair = 0; pair + 1 < crossings.length; pair += 2) {
+        const left = Math.max(0, Math.ceil(crossings[pair] - 0.5));
+        const right = Math.min(this.width, Math.ceil(crossings[pair + 1] - 0.5));
+        if (left < right) this.ids.fill(id, y * this.width + left, y * this.width + right);
+      }
+    }
   }
 
   /** Give the region of one class that holds (x, y) another class (pixels that touch by an edge). */
@@ -99,13 +118,17 @@ export class LabelMap {
 
   /** To be called before a change that undo() takes back ... */
   remember() {
+    this.settle();
     this.#past.push({ height: this.height, width: this.width, ids: this.ids.slice() });
     const most = Math.max(10, Math.floor(UNDO_BYTES / this.ids.byteLength));
     if (this.#past.length > most) this.#past.shift();
+    this.#open = true;
   }
 
-  /** ... and this after it. Returns whether anything has changed. */
+  /** ... and this after it (undo and redo do it themselves). Returns whether anything has changed. */
   settle() {
+    if (!this.#open) return false;
+    this.#open = false;
     const before = this.#past.at(-1);
     const same = before.width === this.width && before.height === this.height;
     if (same && before.ids.every((id, place) => id === this.ids[place])) {
@@ -114,6 +137,12 @@ export class LabelMap {
     }
     this.#future = [];
     return true;
+  }
+
+  /** Take back a change that was begun, as if it had never been. */
+  abandon() {
+    if (this.#open) Object.assign(this, this.#past.pop());
+    this.#open = false;
   }
 
   get canUndo() {
@@ -125,10 +154,12 @@ export class LabelMap {
   }
 
   undo() {
+    this.settle(); // (which makes another #future)
     this.#step(this.#past, this.#future);
   }
 
   redo() {
+    this.settle();
     this.#step(this.#future, this.#past);
   }
 

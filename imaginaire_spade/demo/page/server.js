@@ -1,0 +1,85 @@
+// The server's answers. Nothing else of the page knows of requests; ids are arrays here, text on the wire.
+
+const MAX_UPLOAD_BYTES = 32 * 2 ** 20; // the server's
+const MOST_TRIES = 30; // while it is busy
+
+const pause = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
+
+export class Server {
+  model; // what it says of the model
+
+  async start() {
+    this.model = await (await this.#ask("/api/model")).json();
+    return this.model;
+  }
+
+  /** The picture of a map: {file, height, width}, the size at which it was generated. more: {seed} or {style}. */
+  async generate(map, more, signal) {
+    const response = await this.#askJSON("/api/picture", { ...this.#fields(map), ...more }, signal);
+    const [height, width] = response.headers.get("Generated-Size").split("x").map(Number);
+    return { file: await response.blob(), height, width };
+  }
+
+  /** A label map to start from: {height, width, ids, original_size}. */
+  sample = async (number) => this.#map(await this.#ask(`/api/sample?number=${number}`));
+
+  /** That of a file. */
+  openMap = async (file) => this.#map(await this.#askWithFile("/api/label_map", file));
+
+  /** A label map's file. */
+  mapFile = async (map) => (await this.#askJSON("/api/label_map_file", this.#fields(map))).blob();
+
+  /** The style code of a photo. */
+  styleOf = async (file) => (await (await this.#askWithFile("/api/style", file)).json()).style;
+
+  /** A map as text, and back. */
+  pack = (map) => JSON.stringify(this.#fields(map));
+  unpack = (text) => this.#read(JSON.parse(text));
+
+  #fields = ({ height, width, ids }) => ({ height, width, labels: encoded(ids) });
+
+  #map = async (response) => this.#read(await response.json());
+
+  #read({ labels, ...fields }) {
+    const bytes = Uint8Array.from(atob(labels), (character) => character.charCodeAt(0));
+    return { ...fields, ids: this.model.bytes_per_id === 1 ? bytes : new Uint16Array(bytes.buffer) };
+  }
+
+  async #ask(path, options = {}) {
+    for (let tries = 1; ; tries++) {
+      let response;
+      try {
+        response = await fetch(path, options);
+      } catch (error) {
+        if (error.name === "AbortError") throw error;
+        throw new Error("The painting page's server does not answer. Does it still run in its terminal?");
+      }
+      if (response.ok) return response;
+      const said = await response.json().catch(() => ({}));
+      if (response.status !== 503 || tries === MOST_TRIES) {
+        throw new Error(said.error ?? `The server answered ${response.status} ${response.statusText}.`);
+      }
+      await pause(Number(response.headers.get("Retry-After")) || 2);
+      options.signal?.throwIfAborted();
+    }
+  }
+
+  #askJSON(path, fields, signal) {
+    const headers = { "Content-Type": "application/json" };
+    return this.#ask(path, { method: "POST", headers, body: JSON.stringify(fields), signal });
+  }
+
+  #askWithFile(path, file) {
+    if (file.size > MAX_UPLOAD_BYTES) throw new Error(`${file.name} is too large: at most 32 MB are taken.`);
+    return this.#ask(path, { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body: file });
+  }
+}
+
+function encoded(ids) {
+  const bytes = new Uint8Array(ids.buffer, ids.byteOffset, ids.byteLength);
+  let text = "";
+  for (let start = 0; start < bytes.length; start += 8192) {
+    text += String.fromCharCode(...bytes.subarray(start, start + 8192));
+  }
+  return btoa(text);
+}
