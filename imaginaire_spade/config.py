@@ -15,7 +15,7 @@ from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.labels import EdgeSource, LabelSpec
 from imaginaire_spade.registry import DATASETS, DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Component, Weight
 
-Count = Annotated[int, Field(ge=1, le=10**9)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
 Side = Annotated[int, Field(ge=1, le=2**16)]
 """Height or width in pixels."""
 Number = Annotated[int | float, Field(ge=-1e30, le=1e30)]

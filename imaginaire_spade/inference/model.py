@@ -107,13 +107,13 @@ class Model:
         notes = []
         if wrong := explain_old_import(content, trained.data.labels):
             notes.append(f"{path}: {wrong}")
-        if content.get("sha256") is None and not checksum_path(path).is_file():
-            notes.append(f"{path} comes without its sha256, which would tell that it is the file that was written")
         if weights == "ema" and content.get("generator_ema") is None:
             weights = "raw"
             notes.append(f"{path} has no EMA of the weights: the raw (non-averaged) weights are used")
         if weights == "raw" and content["generator"] is None:
             raise CheckpointError(f"{path} holds only the EMA of the weights: leave --weights raw out")
+        if content.get("sha256") is None and not checksum_path(path).is_file():
+            notes.append(f"{path} comes without its sha256, which would tell that it is the file that was written")
         # Build the networks, fill them, prepare them.
         generator = _filled(build_generator, config, content, "generator", weights, path)
         has_encoder = any(content.get(name) is not None for name in ("encoder", "encoder_ema"))
@@ -270,4 +270,5 @@ def _fetch(source: WeightSource) -> Path:
         f" {target}; else correct pretrained_weight.url or its sha256"
     )
     download(source.url, target, source.sha256, CheckpointError, advice)
+    write_bytes(checksum_path(target), f"{source.sha256}  {target.name}\n".encode())
     return target
