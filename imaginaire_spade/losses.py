@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.models.discriminator import Scores
 from imaginaire_spade.pretrained.feature_networks import VGG19Features
-from imaginaire_spade.registry import LOSSES
+from imaginaire_spade.registry import LOSSES, Weight
 
 GANMode = Literal["hinge", "least_square", "half_least_square", "non_saturated", "wasserstein"]
 
@@ -158,7 +158,7 @@ class PerceptualLoss(nn.Module):
         self,
         *,
         layers: tuple[str, ...] = ("relu_1_1", "relu_2_1", "relu_3_1", "relu_4_1", "relu_5_1"),
-        layer_weights: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0),
+        layer_weights: tuple[Weight, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0),
         weights_path: str | None = None,
         imagenet_statistics: bool = True,
     ) -> None:

@@ -237,7 +237,8 @@ def usable_memory(cgroups: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc
     Args:
         cgroups, of: where Linux keeps the limits, and of which groups this process is one.
     """
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    is_known = hasattr(os, "sysconf")  # (not on Windows)
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if is_known else 2**63]
     with contextlib.suppress(OSError):  # not on Linux
         for line in of.read_text().splitlines():
             _, controllers, group = line.split(":", 2)  # "0::/job" (version 2) or "4:memory:/job"

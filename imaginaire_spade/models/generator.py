@@ -22,7 +22,7 @@ from imaginaire_spade.models.layers import (
 )
 from imaginaire_spade.models.modulation import convolve_modulated
 from imaginaire_spade.models.norms import SPADE, AdaptiveBatchNorm, ConditionalNorm
-from imaginaire_spade.registry import ENCODERS, GENERATORS, NORMS
+from imaginaire_spade.registry import ENCODERS, GENERATORS, NORMS, DepthOrNone, Weight, Width, WidthOrNone
 
 NormFactory = Callable[[int, LayoutSpec], ConditionalNorm]
 """(channels, spec) -> a layer ``norm(x, layout)``."""
@@ -105,8 +105,8 @@ class SPADEGenerator(Generator):
         image_size: tuple[int, int],
         image_channels: int = 3,
         *,
-        num_filters: int = 64,
-        style_dims: int = 0,
+        num_filters: Width = 64,
+        style_dims: WidthOrNone = 0,
         upsampling: Literal["normal", "more", "most"] = "normal",
         spectral_norm: bool = True,
         norm: Annotated[NormFactory, NORMS] = SPADE,
@@ -198,11 +198,11 @@ class StyleSPADEGenerator(Generator):
         image_size: tuple[int, int],
         image_channels: int = 3,
         *,
-        num_filters: int = 128,
-        style_dims: int = 256,
+        num_filters: Width = 128,
+        style_dims: WidthOrNone = 256,
         output_size: Literal[256, 512, 1024] = 256,
         positional_encoding: bool = False,
-        output_multiplier: float = 1.0,
+        output_multiplier: Weight = 1.0,
         norm: Annotated[NormFactory, NORMS] = SPADE,
     ) -> None:
         super().__init__()
@@ -321,14 +321,12 @@ class Pix2pixHDGenerator(Generator):
         image_size: tuple[int, int],
         image_channels: int = 3,
         *,
-        num_filters: int = 64,
-        num_downsamplings: int = 4,
-        num_blocks: int = 9,
+        num_filters: Width = 64,
+        num_downsamplings: DepthOrNone = 4,
+        num_blocks: DepthOrNone = 9,
         spectral_norm: bool = False,
     ) -> None:
         super().__init__()
-        if num_downsamplings < 0:
-            raise ConfigError(f"gen.num_downsamplings: {num_downsamplings} must be 0 or more, such as 4")
         self.size_multiple = 2**num_downsamplings
         self.min_size = 2 * self.size_multiple  # reflection at the blocks' resolution needs two pixels
         if min(image_size) < self.min_size:
@@ -384,8 +382,8 @@ class ConvEncoder(nn.Module):
         style_dims: int,
         image_channels: int = 3,
         *,
-        num_filters: int = 64,
-        image_size: int = 256,
+        num_filters: Width = 64,
+        image_size: Width = 256,
         normalization: Literal["instance", "none"] = "instance",
     ) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.norms import describe_path, synchronize_batch_norm, table_kernel_sizes
 from imaginaire_spade.noise import style_codes
-from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest
+from imaginaire_spade.training.checkpoint import checksum_path, load_checkpoint, load_newest
 from imaginaire_spade.training.evaluation import Evaluation
 from imaginaire_spade.training.state import TrainState, new_train_state
 from imaginaire_spade.training.step import Networks, StepSettings, checkpoint_activations
@@ -238,7 +238,7 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
         return None
     content = newest[1] if newest is not None and newest[0] == chosen else load_checkpoint(chosen)
     present = [part for part, name in PARTS.items() if content.get(name) is not None]
-    trained = parse_config(content["config"], source=str(chosen))
+    trained = parse_config(content.get("config"), source=str(chosen))
     differences = explain_mismatch(trained, run.config, parts=present) or explain_import(
         content, run.config.data.labels
     )
@@ -253,6 +253,8 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
         old_import = explain_old_import(content, trained.data.labels)
         return started if old_import is None else f"{started}\nwarning: {old_import}"
     before, now = content.get("run") or {}, _facts(run)
+    if before and (missing := {"world_size", "global_batch", "data_sha256", "data_samples"} - before.keys()):
+        raise CheckpointError(f"{chosen}: its run lacks {', '.join(sorted(missing))}")
     changed = list_changes(trained, run.config)
     other_data = [f"{key}: {changed[key]}" for key in MEANING if key in changed]
     if before and before["data_sha256"] != now["data_sha256"]:
@@ -265,6 +267,8 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
         )
     run.state.load_state_dict(content, str(chosen))
     lines = [f"continuing from {chosen}: iteration {run.calendar.iteration(run.state.images_seen)}"]
+    if not checksum_path(chosen).is_file():
+        lines.append(f"warning: {chosen} comes without its sha256, which would tell that it is the file that was saved")
     if run.evaluation is not None and (told := run.evaluation.load_state_dict(content.get("evaluation"))):
         lines.append(told)
     lines += _other_processes(before, now, run)
