@@ -13,7 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.labels import EdgeSource, LabelSpec
-from imaginaire_spade.registry import DATASETS, DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, TRACKERS, Component, Weight
+from imaginaire_spade.registry import (
+    DATASETS,
+    DISCRIMINATORS,
+    ENCODERS,
+    GENERATORS,
+    LOSSES,
+    TRACKERS,
+    Component,
+    Weight,
+)
 
 Count = Annotated[int, Field(ge=1, le=10**12)]
 Side = Annotated[int, Field(ge=1, le=2**16)]
