@@ -156,6 +156,25 @@ def test_sizes_names_and_gallery(run, checkpoint, label_maps, tmp_path, capsys):
     assert "edges are drawn from the borders" in captured.err
 
 
+def test_the_gallery_says_what_made_each_image_and_shows_photos(run, checkpoint, tmp_path):
+    for key, shape in (("a", (40, 56)), ("seq/b", (9, 9)), ("c", (0, 0))):
+        write_png(tmp_path / "data/seg_maps" / f"{key}.png", np.zeros((40, 56), np.uint8))
+        if any(shape):
+            write_jpg(tmp_path / "data/images" / f"{key}.jpg", np.full((*shape, 3), 90, np.uint8))
+    out = tmp_path / "out"
+    flags = ("--checkpoint", checkpoint, "--input_dir", tmp_path / "data", "--output_dir", out, "--overwrite",
+             "--size", "20x28", "--num_samples", 2)  # fmt: skip
+    run(*flags, "--seed", 3)
+    copy = cv2.imread(str(out / "_labels/a.photo.jpg"))
+    assert copy.shape == (20, 28, 3) and abs(int(copy.mean()) - 90) < 3
+    assert not (out / "_labels/seq/b.photo.jpg").exists()  # of another size than its label map
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "<small>--seed 3, sample 1</small>" in page and page.count(".photo.jpg") == 2 * 2
+    run(*flags, "--style_seed", 3)
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "<small>--style_seed 4</small>" in page and "3 label maps, 2 generated images each" in page
+
+
 def test_neither_batch_size_nor_processes_change_a_file(run, checkpoint, label_maps, tmp_path):
     common = ("--checkpoint", checkpoint, "--input_dir", label_maps, "--seed", "3")
     run(*common, "--output_dir", tmp_path / "1", "--no_gallery")
