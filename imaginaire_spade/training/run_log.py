@@ -70,7 +70,7 @@ class RunLog:
             try:
                 tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
-            except BrokenPipeError:  # who read it is gone, such as srun or tee
+            except BrokenPipeError:  # who read it is gone, such as tee
                 forget_output(sys.stdout.fileno())
 
     def warn(self, images_seen: int, text: str) -> None:
