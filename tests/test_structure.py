@@ -280,9 +280,9 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2031, "pages": 17, "data": 1967, "models": 1300, "pretrained": 288, "training": 1714,
+    "top level": 2031, "pages": 17, "data": 1968, "models": 1300, "pretrained": 288, "training": 1714,
     "inference": 1218, "evaluation": 956,
-    "lmdb_builder": 917, "dataset_prep": 750, "interop": 829, "export": 159, "demo": 475, "scenes": 736,
+    "lmdb_builder": 919, "dataset_prep": 750, "interop": 829, "export": 159, "demo": 475, "scenes": 736,
     "commands": 1214,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
@@ -319,7 +319,7 @@ def test_rooms_keep_their_budget():
     assert lines.keys() == BUDGET.keys()
     over = {room: f"{number} of {BUDGET[room]}" for room, number in lines.items() if number > BUDGET[room]}
     assert not over
-    assert sum(BUDGET.values()) <= 14_571 and sum(CORE_BUDGET.values()) <= 8_518
+    assert sum(BUDGET.values()) <= 14_574 and sum(CORE_BUDGET.values()) <= 8_519
 
 
 def test_folders_are_two_deep():
