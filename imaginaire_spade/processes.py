@@ -64,7 +64,12 @@ def forget_terminal() -> None:
     """Drop what is printed to a terminal from now on: one that was closed makes every print an error."""
     for stream in (1, 2):
         if stat.S_ISCHR(os.fstat(stream).st_mode):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            forget_output(stream)
+
+
+def forget_output(stream: int) -> None:
+    """Drop what is written to this file descriptor from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 @contextmanager

@@ -1,10 +1,10 @@
 """Map names in YAML to classes in Python.
 
-Responsible for the registries of generators, discriminators, encoders, norms, losses and data sets, and the typed
-schema that each registered class brings along: its keyword-only parameters *are* the keys that YAML may set, with their
-types and defaults. Knows nothing of files or of how a component is assembled (``build.py`` does that). It knows only
-the names of the modules that fill the registries: the first look-up imports them, so that a config may name their
-classes.
+Responsible for the registries of generators, discriminators, encoders, norms, losses, data sets and trackers, and for
+the typed schema that each registered class brings along: its keyword-only parameters *are* the keys that YAML may set,
+with their types and defaults. Knows nothing of files or of how a component is assembled (``build.py`` does that). It
+knows only the names of the modules that fill the registries: the first look-up imports them, so that a config may name
+their classes.
 
 A user registers a component from their own module and names that module on the command line (``--import``)::
 
@@ -31,6 +31,16 @@ from pydantic_core import CoreSchema, core_schema
 from imaginaire_spade.errors import ConfigError
 
 T = TypeVar("T", bound=type)
+
+# Bounds of the numbers in the signatures of components.
+Width = Annotated[int, Field(ge=1, le=2**16)]
+"""Channels of a layer, or pixels of an image."""
+Depth = Annotated[int, Field(ge=1, le=16)]
+"""Layers or scales, of which each may double or halve something; pixels of a convolution's window."""
+WidthOrNone = Annotated[int, Field(ge=0, le=2**16)]
+DepthOrNone = Annotated[int, Field(ge=0, le=100)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+"""Factor of a term."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -164,7 +174,7 @@ def _schema_of(cls: type, title: str) -> type[BaseModel]:
                 hint = Annotated[Component, registry]
                 default = ... if default is ... else Field(registry.name_of(default), validate_default=True)
         fields[key] = (hint, default)
-    return create_model(title, __config__=ConfigDict(extra="forbid", strict=True), **fields)
+    return create_model(title, __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields)
 
 
 GENERATORS = Registry("generator", "imaginaire_spade.models.generator")
@@ -174,3 +184,4 @@ NORMS = Registry("norm", "imaginaire_spade.models.norms")
 DATASETS = Registry("data set")
 """Of users' own alone: folders and LMDBs need no name."""
 LOSSES = Registry("loss", "imaginaire_spade.losses")
+TRACKERS = Registry("tracker", "imaginaire_spade.training.trackers")

@@ -17,7 +17,7 @@ from imaginaire_spade.data.lmdb_source import FILENAMES, MANIFEST, METADATA
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import flush_folder, read_json, write_json
 from imaginaire_spade.lmdb_builder.sample import Plan
-from imaginaire_spade.lmdb_builder.shard import Manifest, difference, join_manifests, remove_if_empty, wrong_checksums
+from imaginaire_spade.lmdb_builder.shard import Manifest, find_problem, join_manifests, remove_if_empty
 from imaginaire_spade.processes import hold_lock
 
 
@@ -171,19 +171,12 @@ def _kept_shards(plan: Plan, root: Path, names: Sequence[str]) -> list[str]:
         shard = root / name
         if not (shard / MANIFEST).is_file():
             continue
-        try:
-            differs = difference(read_json(shard / MANIFEST), plan, name)
-            is_damaged = any(wrong_checksums(shard))
-        except (KeyError, TypeError, OSError, DataError):
-            differs, is_damaged = "", True
-        if differs:
-            raise DataError(f"{shard} was built with {differs}: use --overwrite to build anew")
-        if not is_damaged:
+        if not (problem := find_problem(shard, plan, name)):
             kept.append(name)
         elif name == ".":
-            raise DataError(f"{shard} is damaged (its checksum differs): use --overwrite to build anew")
+            raise DataError(f"{shard} {problem}: use --overwrite to build anew")
         else:
-            print(f"{shard} is damaged (its checksum differs): building it again")
+            print(f"{shard} {problem}: building it again")
             shutil.rmtree(shard)
     return kept
 
