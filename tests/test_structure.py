@@ -280,10 +280,10 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2036, "pages": 17, "data": 1932, "models": 1301, "pretrained": 289, "training": 1895,
-    "inference": 1218, "evaluation": 956,
-    "lmdb_builder": 898, "dataset_prep": 750, "interop": 829, "export": 159, "demo": 475, "scenes": 736,
-    "commands": 1214,
+    "top level": 2167, "pages": 19, "data": 1991, "models": 1328, "pretrained": 290, "training": 2173,
+    "inference": 1244, "evaluation": 979,
+    "lmdb_builder": 897, "dataset_prep": 764, "interop": 829, "export": 159, "demo": 524, "scenes": 736,
+    "commands": 1247,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""
@@ -319,7 +319,7 @@ def test_rooms_keep_their_budget():
     assert lines.keys() == BUDGET.keys()
     over = {room: f"{number} of {BUDGET[room]}" for room, number in lines.items() if number > BUDGET[room]}
     assert not over
-    assert sum(BUDGET.values()) <= 14_705 and sum(CORE_BUDGET.values()) <= 8_671
+    assert sum(BUDGET.values()) <= 15_347 and sum(CORE_BUDGET.values()) <= 9_193
 
 
 def test_folders_are_two_deep():
