@@ -13,9 +13,10 @@ from torch import nn
 
 from imaginaire_spade.config import OptimizerConfig, RunConfig, SplitConfig
 from imaginaire_spade.data.dataset import LabelMapDataset
+from imaginaire_spade.data.lmdb_source import usable_memory
 from imaginaire_spade.data.loader import leave_out_bad
 from imaginaire_spade.data.photos import measured
-from imaginaire_spade.errors import ConfigError
+from imaginaire_spade.errors import ConfigError, first_line
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
@@ -100,7 +101,12 @@ def _build_network(config: RunConfig, registry: Registry, component: Component, 
                 " parameter image_channels before the *, or write data.images.channels: 3"
             )
         known = (*known, channels)
-    network = build_component(registry, component, *known)
+    try:
+        network = build_component(registry, component, *known)
+    except (RuntimeError, MemoryError, OverflowError) as error:  # torch's, of sizes that no tensor has
+        raise ConfigError(f"{part} ({component.type}): cannot be built: {first_line(error)}") from None
+    if empty := [name for name, parameter in network.named_parameters() if not parameter.numel()]:
+        raise ConfigError(f"{part} ({component.type}): {empty[0]} has no numbers: raise {part}.num_filters")
     if not any(parameter.is_meta for parameter in network.parameters()):
         initialise(network, config.trainer.init.type, config.trainer.init.gain)
     return network
@@ -188,7 +194,17 @@ def check_run(config: RunConfig, world_size: int) -> None:
     with torch.device("meta"):
         generator = build_generator(config)
         discriminator = build_discriminator(config)
-        build_encoder(config)
+        encoder = build_encoder(config)
+    # A weight has a gradient and two moments; of a batch, the photos alone are counted.
+    networks = [network for network in (generator, discriminator, encoder) if network is not None]
+    weights = 16 * sum(parameter.numel() for network in networks for parameter in network.parameters())
+    photos = train.batch_size * size[0] * size[1] * config.data.images.channels
+    if max(weights, photos) > (usable := usable_memory()):
+        raise ConfigError(
+            f"training needs {weights / 2**30:,.1f} GiB for the weights and {photos / 2**30:,.1f} GiB for the photos of"
+            f" a batch, at least; this machine has {usable / 2**30:,.1f}: lower num_filters of gen, dis or encoder, or"
+            " data.train.batch_size, or the sizes in data.train.augmentations"
+        )
     multiple = generator.size_multiple
     given = f"data.train.augmentations gives images of {size[0]}x{size[1]}, but"
     if size[0] % multiple or size[1] % multiple:

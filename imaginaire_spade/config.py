@@ -13,19 +13,36 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.labels import EdgeSource, LabelSpec
-from imaginaire_spade.registry import DATASETS, DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, TRACKERS, Component
+from imaginaire_spade.registry import (
+    DATASETS,
+    DISCRIMINATORS,
+    ENCODERS,
+    GENERATORS,
+    LOSSES,
+    TRACKERS,
+    Component,
+    Weight,
+)
+
+Count = Annotated[int, Field(ge=1, le=10**12)]
+Side = Annotated[int, Field(ge=1, le=2**16)]
+"""Height or width in pixels."""
+Number = Annotated[int | float, Field(ge=-1e30, le=1e30)]
+"""What float32 holds, differences included."""
 
 
 class Section(BaseModel):
-    """Base of every part of the configuration: frozen, strict, no unknown keys."""
+    """Base of every part of the configuration: frozen, strict, no unknown keys, no infinite numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Loss(Section):
     """One term of the generator's objective."""
 
-    weight: float = Field(ge=0)
+    weight: Weight
     component: Annotated[Component, LOSSES]
 
     @model_validator(mode="before")
@@ -45,15 +62,15 @@ class Loss(Section):
 class AugmentationConfig(Section):
     """Joint geometry of image, label and edge map, in this order. All sizes in pixels."""
 
-    resize_smallest_side: int | None = Field(None, ge=1)
+    resize_smallest_side: Side | None = None
     """Resize so that the smaller side has this length, aspect ratio kept."""
-    resize_h_w: tuple[int, int] | None = None
+    resize_h_w: tuple[Side, Side] | None = None
     """Resize to exactly (height, width), whatever the aspect ratio."""
     random_scale_limit: float = Field(0.0, ge=0, le=10)
     """Then enlarge by a factor drawn from [1, 1 + limit]."""
-    random_crop_h_w: tuple[int, int] | None = None
+    random_crop_h_w: tuple[Side, Side] | None = None
     """Then cut (height, width) at a random position. The crop consists of whole pixels of the stored image."""
-    center_crop_h_w: tuple[int, int] | None = None
+    center_crop_h_w: tuple[Side, Side] | None = None
     """Then cut (height, width) in the middle."""
     horizontal_flip: bool = False
     """Then mirror left-right with probability 1/2."""
@@ -65,9 +82,6 @@ class AugmentationConfig(Section):
         if self.random_crop_h_w and self.center_crop_h_w:
             raise ValueError("random_crop_h_w and center_crop_h_w exclude each other: keep one")
         crop = self.crop_h_w
-        for sizes in (self.resize_h_w, crop):
-            if sizes and min(sizes) < 1:
-                raise ValueError(f"{list(sizes)}: height and width must be positive")
         resized = self.resize_h_w or (self.resize_smallest_side and (self.resize_smallest_side,) * 2)
         if crop and resized:
             # Only the smaller side's length is known before the image is.
@@ -95,7 +109,7 @@ class SplitConfig(Section):
 
     roots: tuple[str, ...] = Field(min_length=1)
     """LMDBs (built by scripts/build_lmdb.py or by imaginaire) or plain data set folders; the kind is detected."""
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, le=2**16)
     """Images per process and iteration. The global batch is this times the number of processes."""
     augmentations: AugmentationConfig = AugmentationConfig()
 
@@ -106,7 +120,7 @@ class Condition(Section):
     name: str = Field(pattern=r"^[A-Za-z]\w*$")
     """Folder of its files, beside images/: PNG or TIFF of 8 or 16 bits, float TIFF, or .npy [H, W] or [H, W, C]."""
     channels: int = Field(1, ge=1, le=64)
-    range: tuple[float, float] | None = None
+    range: tuple[Number, Number] | None = None
     """The file's values that the networks see as -1 and 1; a file with others is refused. null: 0 and the largest
     integer of the file's 8 or 16 bits. Files of floats need a range."""
     clip: bool = False
@@ -140,7 +154,7 @@ class ImageSpec(Section):
 
     channels: int = Field(3, ge=1, le=64)
     """1 (grey), 3 (RGB; a grey photo counts as R = G = B), or as many bands as the photos have, in their order."""
-    range: tuple[int | float, int | float] | Literal["auto"] | None = None
+    range: tuple[Number, Number] | Literal["auto"] | None = None
     """Lowest and highest value, of photos of 16 bits or floats: they become -1 and 1 (what lies beyond is clipped; the
     builder counts it). Whole numbers, [0, 4095], for integers; [0.0, 3000.0] for floats. auto: the minimum and maximum
     that scripts/build_lmdb.py measured over the training data. null: 8 bits, 0 to 255."""
@@ -222,9 +236,9 @@ class DataConfig(LabelledData):
 
     type: Annotated[Component, DATASETS] | None = None
     """A data set class of your own, by its registered name (docs/own_data.md); null: folders or LMDBs."""
-    num_workers: int | None = Field(None, ge=0)
+    num_workers: int | None = Field(None, ge=0, le=1024)
     """Loader workers per process; null = min(8, cores / processes)."""
-    shuffle_shards: int | None = Field(None, ge=1)
+    shuffle_shards: Count | None = None
     """Number of shards whose samples training mixes at a time, in a new order every epoch: for data sets larger than
     memory, of which it then reads a few files at a time. null = it mixes all."""
     skip_bad: bool = False
@@ -245,7 +259,7 @@ class TestDataConfig(Section):
 
     __test__ = False
     roots: tuple[str, ...] = Field(min_length=1)
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, le=2**16)
 
 
 class LearningRatePolicy(Section):
@@ -261,11 +275,11 @@ class OptimizerConfig(Section):
     """Adam. With two learning rates for generator and discriminator this is the two-time-scale rule (TTUR)."""
 
     type: Literal["adam"] = "adam"
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=1000)
     """Learning rate (SPADE: 1e-4 for the generator, 4e-4 for the discriminator)."""
     adam_beta1: float = Field(0.0, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
+    adam_eps: float = Field(1e-8, gt=0, le=1000)
     fused: Literal["auto", "torch", "apex", "off"] = "auto"
     """auto, torch: torch's fused kernel (on a CPU too); apex: NVIDIA's FusedAdam, if installed; off: one by one."""
     lr_policy: LearningRatePolicy = LearningRatePolicy()
@@ -281,9 +295,9 @@ class ModelAverageConfig(Section):
 
     beta: float = Field(0.9999, ge=0, lt=1)
     """Weight of the old EMA in each update."""
-    start_iteration: int = Field(1000, ge=0)
+    start_iteration: int = Field(1000, ge=0, le=10**9)
     """Up to this iteration the EMA is a plain copy."""
-    batch_norm_images: int = Field(64, ge=0)
+    batch_norm_images: int = Field(64, ge=0, le=10**6)
     """Training label maps, spread evenly over the data set, over which the EMA's batch statistics are re-estimated
     for previews, at the end and, at most once per 20 times as many training images, for checkpoints; in between, or
     with 0, they are averaged too."""
@@ -293,16 +307,16 @@ class InitConfig(Section):
     """Initial weights of convolutions and linear layers (biases are zero)."""
 
     type: Literal["xavier", "normal", "kaiming", "orthogonal"] = "xavier"
-    gain: float = Field(0.02, gt=0)
+    gain: float = Field(0.02, gt=0, le=1000)
     """Gain (xavier, orthogonal) or standard deviation (normal); unused by kaiming."""
 
 
 class EvaluationConfig(Section):
     """Scores of the (averaged) generator during training, on samples of data.val; see docs/evaluation.md."""
 
-    every_images: int = Field(ge=1)
+    every_images: Count
     """Training images between two evaluations; there is also one at the end."""
-    num_images: int | None = Field(None, ge=4)
+    num_images: int | None = Field(None, ge=4, le=10**9)
     """Validation samples, spread evenly over data.val, the same every time; null: all."""
     metrics: tuple[Literal["fid", "kid", "precision_recall", "segmentation"], ...] = Field(("fid",), min_length=1)
     """What is measured."""
@@ -337,23 +351,23 @@ class EvaluationConfig(Section):
 class TrainerConfig(Section):
     """The training run."""
 
-    max_iterations: int | None = Field(None, ge=1)
+    max_iterations: Count | None = None
     """Length of the run in iterations (one update of D and of G each) ..."""
-    max_epochs: float | None = Field(None, gt=0)
+    max_epochs: float | None = Field(None, gt=0, le=10**6)
     """... or in passes over the training set: state one of the two."""
     iteration: Literal["shared", "reference"] = "shared"
     """shared: one generator forward serves both updates, D first; reference: G first, then D on new images of
     the updated G, as the published SPADE numbers were obtained."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the networks; weights, statistics and losses are float32 in any case."""
-    max_skipped_updates: int = Field(25, ge=1)
+    max_skipped_updates: Count = 25
     """fp16: the run ends after this many updates in a row whose gradients overflowed (each halves the loss scale)."""
-    gradient_accumulation: int = Field(1, ge=1)
+    gradient_accumulation: Count = 1
     """Split each process's batch into this many pieces, one after the other: less memory, same batch."""
     activation_checkpointing: bool = False
     """Compute the activations inside the generator's blocks a second time in the backward pass instead of keeping them:
     less memory, about a third more time for the generator, the same numbers."""
-    freeze_discriminator_layers: int = Field(0, ge=0)
+    freeze_discriminator_layers: int = Field(0, ge=0, le=100)
     """For fine-tuning on little data (FreezeD): so many first layers of each patch discriminator keep their weights."""
     sync_batch_norm: bool = True
     """Batch statistics over all processes."""
@@ -361,27 +375,27 @@ class TrainerConfig(Section):
     model_average: ModelAverageConfig | None = ModelAverageConfig()
     channels_last: bool = False
     """Memory format of the networks' weights."""
-    log_every: int = Field(100, ge=1)
+    log_every: Count = 100
     """Iterations between two lines of the log (and points of the curves)."""
-    image_every: int = Field(1000, ge=1)
+    image_every: Count = 1000
     """Iterations between two rows of preview images."""
-    image_rows: int = Field(4, ge=0)
+    image_rows: int = Field(4, ge=0, le=1000)
     """Validation samples in a preview."""
-    checkpoint_every: int = Field(1000, ge=1)
+    checkpoint_every: Count = 1000
     """Iterations between two checkpoints."""
     evaluation: EvaluationConfig | None = None
     """Scores during training; null: none."""
     trackers: tuple[Annotated[Component, TRACKERS], ...] = Field(("tensorboard",), validate_default=True)
     """Where the run can be watched: `[tensorboard, wandb]`, or `{type: wandb, project: streets}` in place of a name."""
-    keep_last: int = Field(3, ge=1)
+    keep_last: Count = 3
     """Checkpoints that stay on disk."""
-    keep_every: int | None = Field(None, ge=1)
+    keep_every: Count | None = None
     """Keep one checkpoint permanently every N iterations, in checkpoints/kept; a multiple of checkpoint_every."""
     on_failed_save: Literal["stop", "continue"] = "stop"
     """Whether a checkpoint that cannot be written (disk full) ends the run, or training goes on to the next one."""
-    bucket_cap_mb: float = Field(25.0, gt=0)
+    bucket_cap_mb: float = Field(25.0, gt=0, le=10**6)
     """Several processes: gradients are exchanged in pieces of this many MiB, each while the next is still computed."""
-    process_group_timeout_s: float = Field(300.0, gt=0)
+    process_group_timeout_s: float = Field(300.0, gt=0, le=10**7)
     """After this long without an answer from the other processes a process gives up."""
 
     @model_validator(mode="after")
@@ -417,7 +431,7 @@ class WeightSource(Section):
 class RunConfig(Section):
     """Everything a run is made of."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Every random draw is a function of this and of a sample's position in the run."""
     gen: Annotated[Component, GENERATORS]
     dis: Annotated[Component, DISCRIMINATORS]

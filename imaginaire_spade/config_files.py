@@ -8,6 +8,7 @@ allowed and the nearest valid spelling. What the keys are is ``config.py``'s.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,6 +41,11 @@ CONFIGS = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "conf
 Origins = dict[str, str]
 """Dotted key -> "file.yaml:12", for messages."""
 
+MAX_VALUES = 1_000_000
+"""Of a configuration. A few lines of YAML whose anchors name each other can state more values than memory holds."""
+MAX_DEPTH = 50
+"""Of files that each name the next as their base."""
+
 
 def load_config(
     path: str | Path, overrides: Iterable[str] = (), *, extra: Mapping[str, Any] | None = None
@@ -53,7 +59,7 @@ def load_config(
     Raises:
         ConfigError: naming the file and line, the key, what is allowed and the nearest valid spelling.
     """
-    tree, origins = _read_merged(find_config(path), ())
+    tree, origins = _read_merged(find_config(path))
     _override(tree, overrides, origins)
     for key, value in (extra or {}).items():
         _assign(tree, key, value, f"--{key.rpartition('.')[2]}", origins)
@@ -76,7 +82,7 @@ def load_data(path: str | Path, overrides: Iterable[str] = ()) -> LabelledData:
     Raises:
         ConfigError: like ``load_config``; or there is no label table, with what to write.
     """
-    tree, origins = _read_merged(find_config(path), ())
+    tree, origins = _read_merged(find_config(path))
     _override(tree, overrides, origins)
     data = tree.get("data")
     if not isinstance(data, dict) or "labels" not in data:
@@ -100,16 +106,18 @@ def load_labels(path: str | Path) -> LabelSpec:
     return load_data(path).labels
 
 
-def parse_config(tree: Mapping[str, Any], source: str = "config", overrides: Iterable[str] = ()) -> RunConfig:
+def parse_config(tree: Any, source: str = "config", overrides: Iterable[str] = ()) -> RunConfig:
     """Check a plain tree, as YAML or a checkpoint holds it, and fill in the defaults.
 
     Args:
-        tree: its first keys may be dotted (``trainer.init.gain``); a later one goes before an earlier.
+        tree: a mapping; its first keys may be dotted (``trainer.init.gain``); a later one goes before an earlier.
         source: where the tree is from, for messages.
         overrides: as of ``load_config``.
     Raises:
         ConfigError: like ``load_config``.
     """
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{source}: holds a {type(tree).__name__} in place of a configuration")
     nested, origins = dict[str, Any](), Origins()
     for key, value in tree.items():
         _assign(nested, str(key), value, source, origins)
@@ -137,15 +145,18 @@ def read_yaml(text: str, where: str, lines: Origins | None = None) -> Any:
         where: the file's name, for messages.
         lines: takes the place of every key, if given; then no key may be stated twice.
     Raises:
-        ConfigError: it is not YAML, or a key is stated twice.
+        ConfigError: it is not YAML, a value is none of its type or endless, or a key is stated twice.
     """
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        _check_values(node)
         if lines is not None:
             lines.update(_key_lines(node, "", where))
         return None if node is None else loader.construct_document(node)
-    except yaml.YAMLError as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # of a date, number or tag that is none PyYAML raises whatever comes
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
 
 
@@ -172,29 +183,47 @@ def find_config(path: str | Path, folder: Path = Path()) -> Path:
     return ours if path.parts[:1] == ("configs",) and not found.exists() and ours.exists() else found
 
 
-def _read_merged(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
-    """Read a file over its bases: the tree, and where each key is stated."""
-    resolved = path.resolve()
-    if resolved in chain:
-        raise ConfigError(f"{path}: base files form a circle: {' -> '.join(map(str, (*chain, resolved)))}")
+def _read_merged(
+    path: Path, chain: tuple[Path, ...] = (), known: dict[Path, tuple[dict[str, Any], Origins]] | None = None
+) -> tuple[dict[str, Any], Origins]:
+    """Read a file over its bases: the tree, and where each key is stated.
+
+    Args:
+        chain: the files whose base this is.
+        known: gets what was read, so that a base that many files name is read once.
+    """
+    known = {} if known is None else known
     try:
+        resolved = path.resolve()
+        if resolved in chain:
+            raise ConfigError(f"{path}: base files form a circle: {' -> '.join(map(str, (*chain, resolved)))}")
+        if resolved in known:
+            return known[resolved]
+        if len(chain) > MAX_DEPTH:
+            raise ConfigError(f"{path}: the base of a base of a base ..., {len(chain)} deep: name fewer")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         at = f" (named as base by {chain[-1]})" if chain else ""
         raise ConfigError(f"{path}: no such config file{at}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # (links in a circle, or a zero byte in the name)
         raise ConfigError(f"{path}: cannot be read as a config file: {error}") from None
     own_origins = Origins()
     own = read_yaml(text, str(path), own_origins)
     if not isinstance(own, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys (gen, dis, data, ...), this is {type(own).__name__}")
-    bases = own.pop("base", ())
+    bases = own.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base: {bases!r}: write the name of a file, or a list of names")
     tree, origins = dict[str, Any](), Origins()
-    for base in [bases] if isinstance(bases, str) else bases:
-        base_tree, base_origins = _read_merged(find_config(base, path.parent), (*chain, resolved))
+    for base in bases:
+        base_tree, base_origins = _read_merged(find_config(base, path.parent), (*chain, resolved), known)
         tree = _merge(tree, base_tree)
         origins |= base_origins
-    return _merge(tree, own), origins | own_origins
+    known[resolved] = _merge(tree, own), origins | own_origins
+    return known[resolved]
 
 
 def _key_lines(node: yaml.Node | None, prefix: str, where: str) -> Iterator[tuple[str, str]]:
@@ -249,6 +278,26 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any, origin: str, origins:
 # ------------------------------------------------------------------------------------------------ checking
 
 
+def _check_values(tree: Any) -> None:
+    """Raise ValueError if a tree, or a document of YAML, states too many values, holds itself, or text that is none."""
+    counts: dict[int, float] = {}
+
+    def count(value: Any) -> float:
+        value = value.value if isinstance(value, yaml.Node) else value
+        if isinstance(value, str) and "\0" in value.encode().decode():  # (half a character cannot be encoded)
+            raise ValueError(f"a zero byte in {value!r}")
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        if not isinstance(parts, list | tuple):
+            return 1
+        if id(value) not in counts:
+            counts[id(value)] = math.inf  # until it is known: of what holds itself for ever
+            counts[id(value)] = 1 + sum(map(count, parts))
+        return counts[id(value)]
+
+    if count(tree) > MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES:,} values (of anchors, & and *, that repeat or hold each other?)")
+
+
 def _check(schema: type[S], tree: Mapping[str, Any], origins: Origins, source: str) -> S:
     """Validate a tree and fill in the defaults; every mistake is one line of the ConfigError."""
     data = tree.get("data")
@@ -256,9 +305,12 @@ def _check(schema: type[S], tree: Mapping[str, Any], origins: Origins, source: s
         # (No validator of the field: behind one, JSON mode ends, and with it lists that are tuples.)
         tree = {**tree, "data": {**data, "labels": {"num_classes": 0, "dont_care": False}}}
     try:
+        _check_values(tree)
         # JSON mode is strict about scalars ("4" is no int) and lets lists be tuples.
         return schema.model_validate_json(json.dumps(tree, default=str))
-    except ValidationError as error:
+    except (TypeError, ValueError, RecursionError) as error:
+        if not isinstance(error, ValidationError):
+            raise ConfigError(f"{source}: no configuration can hold this: {error}") from None
         lines = _explain(error, schema, (), origins, source)
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 

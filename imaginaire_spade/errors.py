@@ -20,8 +20,19 @@ R = TypeVar("R")
 EXIT_CODE = 2
 
 
+MAX_LINE, MAX_LINES = 1000, 60
+"""Characters and lines that a message keeps, whatever values of the user's it quotes."""
+
+
 class UserError(ValueError):
     """Base: something the user can put right."""
+
+    def __str__(self) -> str:
+        lines = super().__str__().splitlines()
+        more = [f"... and {len(lines) - MAX_LINES} more lines"] if len(lines) > MAX_LINES else []
+        half = MAX_LINE // 2
+        short = [s if len(s) <= MAX_LINE else f"{s[:half]} ... {s[-half:]}" for s in lines[:MAX_LINES]]
+        return "\n".join(short + more)
 
 
 E = TypeVar("E", bound=UserError)
@@ -44,10 +55,11 @@ class CheckpointError(UserError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch failed to allocate memory, on a GPU or on the CPU (which only the message tells)."""
+    """Whether memory ran out, on a GPU or on the CPU (which of torch and OpenCV only the message tells)."""
     import torch  # here, because this module is loaded without it
 
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "Insufficient memory", "Caught MemoryError")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def first_line(error: BaseException) -> str:
@@ -96,6 +108,16 @@ def how_to_install(extra: str, what: str, otherwise: str = "") -> Iterator[None]
         raise ConfigError(f"{what} ({error}): {command}{otherwise}") from None
 
 
+@contextmanager
+def _permissions_explained() -> Iterator[None]:
+    """Name the file in one message if the block fails because this user may not read or write it."""
+    try:
+        yield
+    except PermissionError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename else str(error).strip().splitlines()[-1]
+        raise UserError(f"{named}. Correct the permissions (chmod, chown), or run as a user who has them") from None
+
+
 def run_command_line(main: Callable[[], None]) -> None:
     """Run a command line's ``main``; print a user's mistake as one message, without a traceback, and exit.
 
@@ -107,7 +129,8 @@ def run_command_line(main: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        with _permissions_explained():
+            main()
     except UserError as error:
         rank = os.environ.get("LOCAL_RANK", "0")
         if rank != "0":

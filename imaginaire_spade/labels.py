@@ -84,7 +84,9 @@ class LabelSpec(BaseModel):
     it as one more channel; without, such a pixel has no channel set.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     num_classes: int = Field(ge=0, le=32000)
     """Number of classes, don't-care not counted. 0 is what ``data.labels: null`` means: there are no label maps."""
@@ -99,7 +101,7 @@ class LabelSpec(BaseModel):
     palette: tuple[tuple[int, int, int], ...] = ()
     """One RGB colour per class (0..255): for images of label maps and for reading RGB label maps (in which no colour
     that several classes share may occur)."""
-    nearest_color: float | None = Field(None, gt=0)
+    nearest_color: float | None = Field(None, gt=0, le=442)
     """RGB label maps with blended borders, and JPEGs: read a colour that the palette lacks as the nearest one of it, at
     most this far away (Euclidean distance, 1..442). null = such a colour is an error."""
     mirror: dict[str | int, str | int] = {}

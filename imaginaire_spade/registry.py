@@ -32,6 +32,16 @@ from imaginaire_spade.errors import ConfigError
 
 T = TypeVar("T", bound=type)
 
+# Bounds of the numbers in the signatures of components.
+Width = Annotated[int, Field(ge=1, le=2**16)]
+"""Channels of a layer, or pixels of an image."""
+Depth = Annotated[int, Field(ge=1, le=16)]
+"""Layers or scales, of which each may double or halve something; pixels of a convolution's window."""
+WidthOrNone = Annotated[int, Field(ge=0, le=2**16)]
+DepthOrNone = Annotated[int, Field(ge=0, le=100)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+"""Factor of a term."""
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest known spelling of ``word``, or an empty string."""
@@ -164,7 +174,7 @@ def _schema_of(cls: type, title: str) -> type[BaseModel]:
                 hint = Annotated[Component, registry]
                 default = ... if default is ... else Field(registry.name_of(default), validate_default=True)
         fields[key] = (hint, default)
-    return create_model(title, __config__=ConfigDict(extra="forbid", strict=True), **fields)
+    return create_model(title, __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields)
 
 
 GENERATORS = Registry("generator", "imaginaire_spade.models.generator")

@@ -70,6 +70,12 @@ def read_archives(path: Path, model_name: str) -> list[dict[str, Any]]:
             raise DataError(f"{path}: an archive lacks url or sha256: {json.dumps(archive)}")
         if not all(isinstance(value, str) for value in archive.values()) or set(archive) - {"url", "sha256", "folder"}:
             raise DataError(f"{path}: an archive has url, sha256 and folder, all text: {json.dumps(archive)}")
+        try:
+            known = urlsplit(archive["url"]).scheme in ("http", "https", "file")
+        except ValueError:
+            known = False
+        if not known or "\0" in "".join(archive.values()):
+            raise DataError(f"{path}: no http, https or file URL, or a zero byte: {json.dumps(archive)}")
         if not re.fullmatch("[0-9a-fA-F]{64}", archive["sha256"]):
             raise DataError(f"{path}: sha256 is 64 hexadecimal digits: {json.dumps(archive)}")
     return archives

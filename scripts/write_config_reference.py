@@ -30,6 +30,8 @@ and in every checkpoint.
 def type_name(annotation: object) -> str:
     """``int``, ``float or null``, ``one of a, b`` ..."""
     arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Annotated:  # with its bounds, which the messages state
+        return type_name(arguments[0])
     if typing.get_origin(annotation) is typing.Literal:
         return " or ".join(f"`{argument}`" for argument in arguments)
     if inspect.isclass(annotation) and issubclass(annotation, Enum):

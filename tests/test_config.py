@@ -1,19 +1,23 @@
 """Configuration: strict, merged, overridable, and every recipe of the repository loads."""
 
+import itertools
 import json
 import sys
 import types
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from pydantic import BaseModel
 from torch import nn
 
 from imaginaire_spade.build import build_optimizer, check_run
-from imaginaire_spade.config_files import dump_config, dump_yaml, load_config, parse_config
+from imaginaire_spade.config import Loss, RunConfig
+from imaginaire_spade.config_files import MAX_DEPTH, dump_config, dump_yaml, load_config, parse_config
 from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.registry import Component
+from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Component
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLE = REPOSITORY / "configs/projects/spade/sample/small64.yaml"
@@ -168,6 +172,106 @@ def test_nothing_writes_to_a_config():
 def test_what_would_fail_later_is_rejected_at_the_start(overrides, message):
     with pytest.raises(ConfigError, match=message):
         check_run(load_config(SAMPLE, overrides), world_size=1)
+
+
+HOSTILE_VALUES = {
+    "date": "2024-13-45", "int": "!!int foo", "float": "!!float abc", "bool": "!!bool maybe", "time": "!!timestamp x",
+    "digits": "1" * 5000, "zone": "2001-01-01 00:00:00 +99:99", "deep": "[" * 500 + "]" * 500,
+    "circle": "&a [*a]", "circle of a mapping": "&a {b: *a}", "zero byte": r'"a\0b"', "surrogate": r'"\ud800"',
+    "of a mapping": "{[1, 2]: 3}", "python": "!!python/object/apply:os.getcwd []",
+    "bomb": "[&a [x, x, x, x, x, x, x, x], " + ", ".join(
+        f"&{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise("abcdefghij")) + "]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", HOSTILE_VALUES.values(), ids=HOSTILE_VALUES)
+def test_a_value_that_cannot_be_made_is_one_short_message(tmp_path, value):
+    path = write(tmp_path / "c.yaml", f"base: {SAMPLE}\ndata: {{name: {value}}}\n")
+    for arguments in ((path,), (SAMPLE, [f"data.name={value}"])):
+        with pytest.raises(ConfigError) as raised:
+            load_config(*arguments)
+        assert len(str(raised.value)) < 3000
+        assert str(path if len(arguments) == 1 else "--set data.name")[:20] in str(raised.value)
+
+
+@pytest.mark.parametrize("base", ["1.5", "true", "[5]", "[{a: b}]", "{a: b}", "[null]", "null", r'"a\0b"'])
+def test_a_base_is_the_name_of_a_file_or_a_list_of_names(tmp_path, base):
+    with pytest.raises(ConfigError):
+        load_config(write(tmp_path / "c.yaml", f"base: {base}\n"))
+
+
+def test_bases_that_many_files_name_are_read_once_and_endless_ones_are_refused(tmp_path):
+    for number in range(MAX_DEPTH):
+        named = str(SAMPLE) if number == MAX_DEPTH - 1 else f"{number + 1}.yaml, {number + 1}.yaml"
+        write(tmp_path / f"{number}.yaml", f"base: [{named}]\n")
+    assert load_config(tmp_path / "20.yaml") == load_config(SAMPLE)  # read again and again, that took 2^30 times
+    for number in range(MAX_DEPTH + 10):
+        write(tmp_path / f"{number}.yaml", f"base: {number + 1}.yaml\n")
+    with pytest.raises(ConfigError, match="the base of a base"):
+        load_config(tmp_path / "0.yaml")
+
+
+def test_a_wrong_value_is_cut_in_the_message(tmp_path):
+    text = f"base: {SAMPLE}\ndata:\n  labels: {[list(range(300))] * 5}\n"
+    with pytest.raises(ConfigError, match=r"data\.labels") as raised:
+        load_config(write(tmp_path / "c.yaml", text))
+    assert len(str(raised.value)) < 1100
+
+
+CHECKED_ELSEWHERE = ("flip_sign", "preview", "ignore", "remap", "palette", "mirror", "ImageSpec.range", "skip_ids")
+"""Keys whose numbers have bounds that depend on others."""
+
+
+def unbounded(annotation, metadata=()):
+    """Yield the numbers in an annotation that may be as large, or as small, as one likes."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation, *more = typing.get_args(annotation)
+        metadata = [*metadata, *(bound for item in more for bound in getattr(item, "metadata", ()))]
+    if typing.get_origin(annotation) is typing.Literal:
+        return
+    for argument in typing.get_args(annotation):
+        yield from unbounded(argument, metadata if isinstance(annotation, types.UnionType) else ())
+    bounds = {name for item in metadata for name in ("ge", "gt", "le", "lt") if getattr(item, name, None) is not None}
+    if annotation in (int, float) and not (bounds & {"ge", "gt"} and bounds & {"le", "lt"}):
+        yield annotation
+
+
+def test_every_number_has_bounds():
+    def sections(model):
+        yield model
+        for field in model.model_fields.values():
+            for candidate in (field.annotation, *typing.get_args(field.annotation)):
+                if isinstance(candidate, type) and issubclass(candidate, BaseModel) and candidate is not Component:
+                    yield from sections(candidate)
+
+    models = {*sections(RunConfig), Loss}
+    models |= {r.schema(name) for r in (GENERATORS, DISCRIMINATORS, ENCODERS, NORMS, LOSSES) for name in r.names()}
+    found = [
+        f"{model.__name__}.{key}"
+        for model in models
+        for key, field in model.model_fields.items()
+        if [*unbounded(field.annotation, field.metadata)]
+    ]
+    assert sorted(name for name in found if not name.endswith(CHECKED_ELSEWHERE)) == []
+    assert len(models) > 20 and len(found) >= len(CHECKED_ELSEWHERE) - 1
+    for model in models:
+        assert not model.model_config["allow_inf_nan"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "gen.num_filters=0", "gen.norm.hidden_channels=0", "gen.norm.kernel_size=-3", "dis.num_layers=0",
+        "dis.num_layers=4000000000", "dis.num_discriminators=0", "dis.max_num_filters=-1", "gen.style_dims=-1",
+        "gen={type: spade, num_filters: 1, upsampling: most}", "gen.num_filters=60000",
+        "data.train.batch_size=1000000",
+        "data.train={roots: [a], batch_size: 60000, augmentations: {resize_h_w: [8192, 8192]}}",
+        "data.train.augmentations.resize_h_w=[1000000, 64]",
+    ],
+)  # fmt: skip
+def test_sizes_that_nothing_holds_are_refused(override):
+    with pytest.raises(ConfigError):
+        check_run(load_config(SAMPLE, [override]), world_size=1)
 
 
 def test_apex_is_nvidias_or_refused(monkeypatch):

@@ -77,6 +77,16 @@ def test_nohup_goes_on_when_the_terminal_is_closed(tiny_run, before_step):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_training_goes_on_when_nobody_reads_what_it_prints(tiny_run, tmp_path, monkeypatch):
+    _, run = tiny_run
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert run("log", *SMALL, "trainer.max_iterations=2")["images_seen"] == 8
+    assert "iteration 2/2" in (tmp_path / "log/train.log").read_text()
+
+
 def test_ranks_end_when_their_launcher_is_killed(commands, tiny_run, tmp_path):
     path, _ = tiny_run
     job = Job(commands, path, tmp_path / "log", settings=("trainer.max_iterations=100000",))
@@ -135,6 +145,12 @@ def test_a_log_dir_has_one_writer(commands, tiny_run, tmp_path, monkeypatch, cap
         ends.set()
         living.join()
     marker.unlink()
+    # A writer that was killed before it wrote its name.
+    monkeypatch.setattr(processes, "NAMELESS_S", 0.1)
+    logdir.mkdir(exist_ok=True)
+    marker.touch()
+    with one_writer(logdir, "--logdir"):
+        assert f"pid={os.getpid()}" in marker.read_text()
     # A lock that was taken away.
     code = "import time; from pathlib import Path; from imaginaire_spade import processes; processes.LEASE_S = 0.3\n"
     code += f"with processes.one_writer(Path({str(logdir)!r}), '--logdir'):\n print('held', flush=True); time.sleep(60)"

@@ -2,6 +2,7 @@
 """A generator to give away: it makes the checkpoint's pictures, knows what it is, and tells nothing of its machine."""
 
 import json
+import os
 
 import cv2
 import pytest
@@ -12,7 +13,7 @@ from test_layout import random_layout
 from test_training import tiny_run  # noqa: F401
 
 from imaginaire_spade.build import layout_spec
-from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpoint
 
@@ -44,6 +45,43 @@ def test_it_makes_the_checkpoints_pictures(tiny_run, tmp_path, weights):
         metadata = file.metadata()
     assert str(tmp_path) not in json.dumps(metadata)
     assert json.loads(metadata["config"])["data"]["labels"]["num_classes"] == 5
+
+
+def test_a_damaged_file_and_an_oversized_config_are_refused(tiny_run, tmp_path):
+    _, run = tiny_run
+    run("log", stop_after=1)
+    path = tmp_path / "model.safetensors"
+    Model.load(newest_checkpoint(tmp_path / "log"), for_inference=False).publish(path)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+    assert not Model.load(path, for_inference=False).notes
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8] + bytes([whole[-8] ^ 64]) + whole[-7:])
+    with pytest.raises(CheckpointError, match="its sha256 is not the one in its metadata"):
+        Model.load(path, for_inference=False)
+    path.write_bytes(whole.replace(b"images_seen", b"images_sewn"))
+    with pytest.raises(CheckpointError, match="damaged"):
+        Model.load(path, for_inference=False)
+    path.write_bytes(whole)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del metadata["sha256"]  # as earlier versions wrote it
+    save_file(tensors, path, metadata)
+    assert "without its sha256" in Model.load(path, for_inference=False).notes[0]
+    for change in ({"num_filters": 65_536}, {"num_filters": -1}):
+        config = json.loads(metadata["config"])
+        config["gen"] |= change
+        save_file(tensors, path, {**metadata, "config": json.dumps(config)})
+        with pytest.raises(UserError):
+            Model.load(path, for_inference=False)
+    for wrong in ("[" * 10**5, "5", json.dumps({"data": {"labels": 5}})):
+        save_file(tensors, path, {**metadata, "config": wrong})
+        with pytest.raises(UserError):
+            Model.load(path, for_inference=False)
+
+
+def umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 def test_the_command_lines(tiny_run, tmp_path, commands):

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import zipfile
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -18,12 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from imaginaire_spade.build import build_generator, build_losses, layout_spec
 from imaginaire_spade.config_files import load_config, parse_config
 from imaginaire_spade.distributed import ProcessInfo
-from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.errors import CheckpointError, UserError
+from imaginaire_spade.inference.model import Model
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.generator import Pix2pixHDGenerator
 from imaginaire_spade.training import checkpoint, loop
 from imaginaire_spade.training.profile import multiply_adds
-from imaginaire_spade.training.setup import calibration_layouts, prepare
+from imaginaire_spade.training.setup import calibration_layouts, prepare, resume
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -206,6 +208,80 @@ def test_every_tensor_of_a_checkpoint_is_checked_before_any_is_loaded(tiny_run, 
     with pytest.raises(CheckpointError, match=rf"here\.pt: {field} does not fit this config: .*{name}"):
         state.load_state_dict(content, "here.pt")
     assert_same(state.state_dict(), before)
+
+
+WRONG_CONTENT = {
+    "run is a number": lambda c: c.update(run=5),
+    "run lacks a fact": lambda c: c["run"].pop("world_size"),
+    "config is a list": lambda c: c.update(config=[1]),
+    "no config": lambda c: c.pop("config"),
+    "images_seen is a tensor": lambda c: c.update(images_seen=torch.ones(2)),
+    "generator is a number": lambda c: c.update(generator=1.0),
+    "optimizer is a number": lambda c: c.update(gen_optimizer=1.0),
+    "optimizer without state": lambda c: c["gen_optimizer"].update(state=[]),
+    "optimizer without groups": lambda c: c["gen_optimizer"].pop("param_groups"),
+    "no betas": lambda c: c["gen_optimizer"]["param_groups"][0].update(betas=()),
+    "moments are a list": lambda c: c["gen_optimizer"]["state"].update({0: []}),
+    "one moment": lambda c: c["gen_optimizer"]["state"][0].pop("exp_avg"),
+    "endless step": lambda c: c["gen_optimizer"]["state"][0].update(step=float("nan")),
+    "parameter named by a word": lambda c: c["gen_optimizer"]["state"].update(x=c["gen_optimizer"]["state"][0]),
+    "scaler is a list": lambda c: c.update(gen_scaler=["x"]),
+    "scale is a word": lambda c: c.update(gen_scaler={"scale": "x"}),
+    "weights under numbers": lambda c: c["generator"].update({1: torch.ones(1)}),
+    "evaluation is text": lambda c: c.update(evaluation="x"),
+}
+
+
+def test_wrong_contents_of_a_checkpoint_are_one_message_and_no_fresh_start(tiny_run, tmp_path):
+    path, run = tiny_run
+    content = run("log", "trainer.max_iterations=1")
+    newest = checkpoint.newest_checkpoint(tmp_path / "log")
+    config = load_config(path, ["trainer.max_iterations=2"])
+    made = prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"))
+    before = copy.deepcopy(made.state.state_dict())
+    for name, change in WRONG_CONTENT.items():
+        changed = copy.deepcopy(content)
+        change(changed)
+        checkpoint.write_checkpoint(newest, changed)
+        with pytest.raises(UserError):
+            resume(made, tmp_path / "log", None)
+            pytest.fail(f"{name}: accepted")
+        if name.startswith(("generator", "weights", "config", "no config", "images")):
+            with pytest.raises(UserError):
+                Model.load(newest, weights="raw", for_inference=False)
+                pytest.fail(f"{name}: accepted for inference")
+    assert_same(made.state.state_dict(), before)
+
+
+def test_betas_are_the_configs_and_not_the_checkpoints(tiny_run, tmp_path):
+    path, run = tiny_run
+    run("log", "trainer.max_iterations=1")
+    config = load_config(path, ["trainer.max_iterations=2", "gen_opt.adam_beta1=0.25"])
+    made = prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"))
+    assert "changed since: gen_opt.adam_beta1: 0.0 -> 0.25" in resume(made, tmp_path / "log", None)
+    assert made.state.gen_optimizer.param_groups[0]["betas"][0] == 0.25
+
+
+def test_a_bit_that_flipped_is_seen_without_the_sha256_too(tiny_run, tmp_path):
+    path, run = tiny_run
+    content = run("log", "trainer.max_iterations=1")
+    newest = checkpoint.newest_checkpoint(tmp_path / "log")
+    checkpoint.checksum_path(newest).unlink()
+    assert "without its sha256" in Model.load(newest, for_inference=False).notes[0]
+    config = load_config(path, ["trainer.max_iterations=2"])
+    made = prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"))
+    assert "without its sha256" in resume(made, tmp_path / "log", None)
+    weights = max(content["generator"].values(), key=torch.numel).numpy().tobytes()
+    damaged = bytearray(newest.read_bytes())
+    damaged[damaged.index(weights[:256]) + 100] ^= 64
+    newest.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"is damaged or foreign \(the checksum of .*data/\d+ in it is wrong"):
+        checkpoint.load_checkpoint(newest)
+    newest.write_bytes(b"")
+    with zipfile.ZipFile(newest, "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("archive/data.pkl", bytes(10**6))
+    with pytest.raises(CheckpointError, match="its records are compressed"):
+        checkpoint.load_checkpoint(newest)
 
 
 @pytest.mark.parametrize("seen", ["many", -3, 1.5, True])

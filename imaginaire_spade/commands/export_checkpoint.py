@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, type=Path, metavar="OUT")
     arguments = parser.parse_args()
     content = load_checkpoint(arguments.checkpoint)
-    config = parse_config(content["config"], source=str(arguments.checkpoint))
+    config = parse_config(content.get("config"), source=str(arguments.checkpoint))
     files = export_files(arguments.target, content, config, arguments.weights, arguments.label_order)
     if existing := [name for name in files if (arguments.output_dir / name).exists()]:
         raise ConfigError(f"{arguments.output_dir} has {', '.join(existing)} already: give another --output_dir")

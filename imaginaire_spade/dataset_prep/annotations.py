@@ -23,7 +23,7 @@ from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_label, im
 from imaginaire_spade.data.photos import decode_stored, read_header
 from imaginaire_spade.dataset_prep import samples
 from imaginaire_spade.dataset_prep.samples import Export, Options, RawSample, find_folder, find_images, no_class
-from imaginaire_spade.errors import DataError, how_to_install
+from imaginaire_spade.errors import DataError, UserError, how_to_install
 from imaginaire_spade.files import encode_image, read_json, read_text
 
 Area = Callable[[], NDArray[np.bool_]]
@@ -135,7 +135,9 @@ def _gather(paths: Sequence[Path], tool: str, read: _Reader) -> tuple[list[Annot
         tree = read_json(path)
         try:
             found += read(path, tree)
-        except (KeyError, TypeError, AttributeError, StopIteration, RuntimeError) as error:
+        except Exception as error:  # whatever comes of other trees
+            if isinstance(error, UserError):
+                raise
             raise DataError(f"{path}: no JSON of {tool} with masks: {error!r}") from None
     return found, sorted({name for photo in found for name, _, _ in photo.regions})
 

@@ -28,7 +28,7 @@ from imaginaire_spade.dataset_prep import samples as raw
 from imaginaire_spade.dataset_prep.annotations import TOOLS, CocoRegion, coco_regions, mask_file, paint
 from imaginaire_spade.dataset_prep.maps import Writing, write_maps
 from imaginaire_spade.dataset_prep.samples import Export, Options, RawSample, find_folder, find_images, find_path
-from imaginaire_spade.errors import DataError
+from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.files import PARTIAL, encode_image, read_json, read_text, write_bytes
 from imaginaire_spade.labels import LabelSpec
 
@@ -253,7 +253,9 @@ def _read_objects(path: Path) -> dict[str, Objects]:
             PurePosixPath(image["file_name"]).stem: ((image["height"], image["width"]), regions[image["id"]])
             for image in tree["images"]
         }
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise DataError(f"{path}: no instances JSON of COCO: {error!r}") from None
 
 
@@ -410,9 +412,13 @@ def unpack(archive: Path, folder: Path) -> int:
                 with tarfile.open(archive) as packed_tar:
                     _check_entries(archive, {entry.name: entry.size for entry in packed_tar})
                     packed_tar.extractall(temporary, filter="data")
+                    while packed_tar.fileobj.read(2**20):
+                        pass  # to the end, where the checksum of the compressed data is
+        except DataError:
+            raise
         except tarfile.ReadError as error:
             raise DataError(f"{archive}: neither a zip nor a tar archive, or damaged: {error}") from None
-        except (OSError, zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError) as error:
+        except Exception as error:  # of damaged data zipfile, zlib and lzma raise whatever comes
             raise DataError(f"{archive}: nothing was unpacked: {error}") from None
         paths = [path for path in Path(temporary).rglob("*") if path.is_symlink() or path.is_file()]
         if links := [path.name for path in paths if path.is_symlink()]:

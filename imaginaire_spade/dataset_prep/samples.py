@@ -3,6 +3,7 @@
 Responsible for what the readers of ``prepare`` (data sets) and ``annotations`` (tools) have in common. Writes nothing.
 """
 
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,7 +92,15 @@ def find_files(folder: Path, pattern: str) -> list[Path]:
 
     Raises:
         DataError: something there is no file.
+        PermissionError: a folder may not be read, which ``glob`` passes over.
     """
+
+    def refuse(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            raise error
+
+    for _ in os.walk(folder, onerror=refuse):
+        pass
     found = sorted(folder.glob(pattern))
     for path in found:
         refuse_special(path)

@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
+from imaginaire_spade.data.lmdb_source import usable_memory
 from imaginaire_spade.distributed import ProcessInfo, gather_objects
-from imaginaire_spade.errors import DataError, UserError, is_out_of_memory
+from imaginaire_spade.errors import DataError, UserError, first_line, is_out_of_memory
 from imaginaire_spade.evaluation.images import ImageSource, SourceImage
 from imaginaire_spade.evaluation.scores import FeatureStats, Gaussian
 from imaginaire_spade.evaluation.segmentation import Confusion
@@ -32,6 +34,16 @@ from imaginaire_spade.pretrained.feature_networks import FeatureNetwork, Percept
 
 CLADE_FILES = {"mu": "m.npy", "sigma": "s.npy"}
 """Of a folder of statistics."""
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What a file of statistics says of the images, beside numbers; see ``Collection``."""
+
+    count: Annotated[int, Field(ge=0)] | None
+    size: str | None
+    format: str | None
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -113,16 +125,24 @@ class Collection:
         try:
             if "features" in arrays:
                 features = torch.from_numpy(arrays["features"])
+                if features.dtype != torch.float32 or features.ndim != 2 or not features.isfinite().all():
+                    raise ValueError(f"features are {features.dtype} {list(features.shape)}, or not finite")
             if "confusion_counts" in arrays:
                 counts, ignored, images = (arrays[f"confusion_{name}"] for name in ("counts", "ignored", "images"))
+                if counts.dtype != np.int64 or counts.shape != (len(counts), len(counts) + 1) or counts.min() < 0:
+                    raise ValueError(f"confusion_counts are {counts.dtype} {list(counts.shape)}, or below 0")
                 confusion = Confusion(counts, int(ignored), int(images))
             origin = json.loads(str(arrays["origin"]))
+            told = TypeAdapter(_Description).validate_python(origin["description"])
+            warnings = TypeAdapter(tuple[str, ...]).validate_python(origin.get("warnings", ()))
+            if not isinstance(origin.get("network") or {}, dict):
+                raise ValueError(f"its network is {origin['network']!r}")
             return cls(
-                str(path), **origin["description"], gaussian=gaussian, features=features, confusion=confusion,
-                warnings=tuple(origin.get("warnings", ())), origin=origin,
+                str(path), **vars(told), gaussian=gaussian, features=features, confusion=confusion,
+                warnings=warnings, origin=origin,
             )  # fmt: skip
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path}: damaged statistics ({error}): compute them again") from None
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+            raise DataError(f"{path}: damaged statistics ({first_line(error)}): compute them again") from None
 
 
 def holds_statistics(path: Path) -> bool:
@@ -162,16 +182,21 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
         if path.is_dir():
             return {name: np.load(path / file, allow_pickle=False) for name, file in CLADE_FILES.items()}
-        stored = np.load(path, allow_pickle=False)
-        return dict(stored) if isinstance(stored, np.lib.npyio.NpzFile) else {}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not readable as feature statistics: {error}") from None
+        with zipfile.ZipFile(path) as packed:
+            if (size := sum(entry.file_size for entry in packed.infolist())) > (usable := usable_memory()):
+                raise ValueError(f"it unpacks to {size:,} bytes, and this machine's memory has {usable:,}")
+        return dict(np.load(path, allow_pickle=False))
+    except Exception as error:  # of damaged files numpy and zipfile raise whatever comes
+        if isinstance(error, PermissionError):
+            raise
+        raise DataError(f"{path}: not readable as feature statistics: {first_line(error)}") from None
 
 
 def _gaussian(path: Path, mu: NDArray[Any], sigma: NDArray[Any]) -> Gaussian:
     if mu.shape != (mu.size,) or sigma.shape != (mu.size, mu.size) or not mu.size:
         raise DataError(f"{path}: mu is {list(mu.shape)} and sigma {list(sigma.shape)}; expected [D] and [D, D]")
-    if mu.dtype.kind not in "fiu" or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+    kinds = mu.dtype.kind + sigma.dtype.kind
+    if set(kinds) - set("fiu") or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise DataError(f"{path}: mu or sigma holds numbers that are not finite: compute them again")
     return Gaussian(*(torch.from_numpy(array.astype(np.float64)) for array in (mu, sigma)))
 

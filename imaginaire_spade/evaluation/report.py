@@ -169,6 +169,8 @@ def higher_is_better(name: str) -> bool:
 
 
 def _verdict(name: str, first: float, second: float) -> str:
+    if not (math.isfinite(first) and math.isfinite(second)):
+        return "no verdict: not a number"
     if name.endswith("_std") or math.isclose(first, second, rel_tol=1e-9):
         return ""
     return f"the {'first' if (first > second) == higher_is_better(name) else 'second'} is better"

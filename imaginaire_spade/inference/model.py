@@ -3,14 +3,14 @@
 Responsible for which checkpoint file is meant (and its download), and the format of published generators: one file of
 weights for inference in safetensors, which runs no code when read. Its tensors are ``generator.*`` and, where there is
 a style encoder, ``encoder.*``, spectral norms folded. The metadata holds ``format``, ``version`` (of this package),
-``config`` (JSON, fully resolved, label table included), ``weights`` (``ema`` or ``raw``) and ``images_seen``. Folders
-of the machine it was trained on are left out.
+``config`` (JSON, fully resolved, label table included), ``weights`` (``ema`` or ``raw``), ``images_seen`` and
+``sha256``. Folders of the machine it was trained on are left out.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -33,10 +33,11 @@ from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import fold_spectral_norm
 from imaginaire_spade.training.checkpoint import (
     PUBLISHED,
-    check_counter,
     check_tensors,
+    checksum_path,
     load_checkpoint,
     newest_checkpoint,
+    published_sha256,
     read_published,
 )
 from imaginaire_spade.version import __version__
@@ -111,13 +112,12 @@ class Model:
             notes.append(f"{path} has no EMA of the weights: the raw (non-averaged) weights are used")
         if weights == "raw" and content["generator"] is None:
             raise CheckpointError(f"{path} holds only the EMA of the weights: leave --weights raw out")
+        if content.get("sha256") is None and not checksum_path(path).is_file():
+            notes.append(f"{path} comes without its sha256, which would tell that it is the file that was written")
         # Build the networks, fill them, prepare them.
-        generator = build_generator(config)
-        _fill(generator, content, "generator", weights, path)
+        generator = _filled(build_generator, config, content, "generator", weights, path)
         has_encoder = any(content.get(name) is not None for name in ("encoder", "encoder_ema"))
-        encoder = build_encoder(config) if has_encoder else None
-        if encoder is not None:
-            _fill(encoder, content, "encoder", weights, path)
+        encoder = _filled(build_encoder, config, content, "encoder", weights, path) if has_encoder else None
         device = torch.device(device)
         winograd = device.type == "cpu" and precision == "fp32"
         for network in filter(None, (generator, encoder)):
@@ -126,8 +126,7 @@ class Model:
             network.eval().requires_grad_(False).to(device)
         if compiled:
             generator.compile(dynamic=True)
-        seen = content.get("images_seen")
-        images_seen = 0 if seen is None else check_counter(seen, f"{path}: images_seen does not fit")
+        images_seen = content.get("images_seen") or 0
         return cls(generator, encoder, config, images_seen, weights, device, tuple(notes), precision, for_inference)
 
     def publish(self, path: Path) -> None:
@@ -154,6 +153,7 @@ class Model:
             "weights": self.weights,
             "images_seen": str(self.images_seen),
         }
+        metadata["sha256"] = published_sha256(tensors, metadata)
         write_bytes(path, save(tensors, metadata))
 
     @cached_property
@@ -177,16 +177,23 @@ def _has_label_table(tree: Any) -> bool:
     return isinstance(tree, Mapping) and isinstance(data := tree.get("data"), Mapping) and "labels" in data
 
 
-def _fill(network: nn.Module, content: Mapping[str, Any], name: str, weights: str, path: Path) -> None:
-    """Load weights into a network and fold its spectral norms: EMAs are stored folded, raw weights are not."""
+def _filled(build: Callable[..., Any], config: RunConfig, content: Any, name: str, weights: str, path: Path) -> Any:
+    """Build a network, load its weights and fold its spectral norms: EMAs are stored folded, raw weights are not."""
     average = content.get(f"{name}_ema") if weights == "ema" else None
-    stored = content[name] if average is None else average
+    stored = content.get(name) if average is None else average
     try:
-        if average is not None or content["format"] == PUBLISHED:
-            fold_spectral_norm(network)
-        check_tensors(stored, network.state_dict(), f"{path}: its {name} does not fit its own config")
+        with torch.device("meta"):  # its config may describe more than memory holds
+            planned = build(config)
+        if planned is None:
+            return None
+        folded = average is not None or content["format"] == PUBLISHED
+        places = (fold_spectral_norm(planned) if folded else planned).state_dict()
+        check_tensors(stored, places, f"{path}: its {name} does not fit its own config")
+        if missing := places.keys() - stored.keys():
+            raise CheckpointError(f"{path}: its {name} lacks {min(missing)}")
+        network = fold_spectral_norm(build(config)) if folded else build(config)
         network.load_state_dict(stored)
-        fold_spectral_norm(network)
+        return fold_spectral_norm(network)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: the weights of its {name} do not fit the architecture of its own config; it is damaged, or its"
@@ -263,4 +270,5 @@ def _fetch(source: WeightSource) -> Path:
         f" {target}; else correct pretrained_weight.url or its sha256"
     )
     download(source.url, target, source.sha256, CheckpointError, advice)
+    write_bytes(checksum_path(target), f"{source.sha256}  {target.name}\n".encode())
     return target

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.layers import InstanceNorm2d, SpectralConv2d, conv2d, convolve_layout, convolve_with_images
-from imaginaire_spade.registry import DISCRIMINATORS
+from imaginaire_spade.registry import DISCRIMINATORS, Depth, Width
 
 
 class Scores(NamedTuple):
@@ -103,10 +103,10 @@ class MultiscaleDiscriminator(Discriminator):
         spec: LayoutSpec,
         image_channels: int = 3,
         *,
-        num_discriminators: int = 2,
-        num_layers: int = 4,
-        num_filters: int = 64,
-        max_num_filters: int = 512,
+        num_discriminators: Depth = 2,
+        num_layers: Depth = 4,
+        num_filters: Width = 64,
+        max_num_filters: Width = 512,
         normalization: Literal["instance", "none"] = "instance",
         spectral_norm: bool = True,
     ) -> None:
@@ -225,10 +225,10 @@ class FPSEDiscriminator(Discriminator):
         spec: LayoutSpec,
         image_channels: int = 3,
         *,
-        num_discriminators: int = 2,
-        num_layers: int = 5,
-        num_filters: int = 128,
-        max_num_filters: int = 512,
+        num_discriminators: Depth = 2,
+        num_layers: Depth = 5,
+        num_filters: Width = 128,
+        max_num_filters: Width = 512,
     ) -> None:
         super().__init__()
         self.size_multiple = 32

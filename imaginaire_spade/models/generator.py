@@ -20,8 +20,9 @@ from imaginaire_spade.models.layers import (
     enlarge,
     instance_norm,
 )
+from imaginaire_spade.models.modulation import convolve_modulated
 from imaginaire_spade.models.norms import SPADE, AdaptiveBatchNorm, ConditionalNorm
-from imaginaire_spade.registry import ENCODERS, GENERATORS, NORMS
+from imaginaire_spade.registry import ENCODERS, GENERATORS, NORMS, DepthOrNone, Weight, Width, WidthOrNone
 
 NormFactory = Callable[[int, LayoutSpec], ConditionalNorm]
 """(channels, spec) -> a layer ``norm(x, layout)``."""
@@ -71,12 +72,12 @@ class SPADEResidualBlock(nn.Module):
     def forward(self, x: Tensor, layout: SemanticLayout, upsample: int = 1) -> Tensor:
         """Enlarge x [N, in, h, w] by ``upsample`` (nearest), then apply the block: [N, out, upsample h, upsample w]."""
         if self.learned_shortcut:  # upsampling is fused into the norms, so x is read at low resolution
-            shortcut = self.conv_s(self.norm_s(x, layout, upsample=upsample))
+            shortcut = convolve_modulated(self.conv_s, self.norm_s(x, layout, upsample=upsample))
         else:
             x, upsample = enlarge(x, upsample), 1
             shortcut = x
-        y = self.conv_0(self.norm_0(x, layout, upsample=upsample, slope=0.2))
-        y = self.conv_1(self.norm_1(y, layout, slope=0.2))
+        y = convolve_modulated(self.conv_0, self.norm_0(x, layout, upsample=upsample, slope=0.2))
+        y = convolve_modulated(self.conv_1, self.norm_1(y, layout, slope=0.2))
         return shortcut + y
 
 
@@ -104,8 +105,8 @@ class SPADEGenerator(Generator):
         image_size: tuple[int, int],
         image_channels: int = 3,
         *,
-        num_filters: int = 64,
-        style_dims: int = 0,
+        num_filters: Width = 64,
+        style_dims: WidthOrNone = 0,
         upsampling: Literal["normal", "more", "most"] = "normal",
         spectral_norm: bool = True,
         norm: Annotated[NormFactory, NORMS] = SPADE,
@@ -155,7 +156,7 @@ class SPADEGenerator(Generator):
             x = self.fc(layout.resized(*start).one_hot(self.to_image.weight.dtype))  # [N, 16 F, h0, w0]
         for block, upsample in zip(self.blocks, self.upsample_before, strict=True):
             x = block(x, layout, upsample=2 if upsample else 1)
-        return torch.tanh(self.to_image(F.leaky_relu(x, 0.2)).float())  # [N, C, H, W]
+        return torch.tanh(self.to_image(F.leaky_relu(x, 0.2, inplace=True)).float())  # [N, C, H, W]
 
 
 class StyleBlock(nn.Module):
@@ -197,11 +198,11 @@ class StyleSPADEGenerator(Generator):
         image_size: tuple[int, int],
         image_channels: int = 3,
         *,
-        num_filters: int = 128,
-        style_dims: int = 256,
+        num_filters: Width = 128,
+        style_dims: WidthOrNone = 256,
         output_size: Literal[256, 512, 1024] = 256,
         positional_encoding: bool = False,
-        output_multiplier: float = 1.0,
+        output_multiplier: Weight = 1.0,
         norm: Annotated[NormFactory, NORMS] = SPADE,
     ) -> None:
         super().__init__()
@@ -320,14 +321,12 @@ class Pix2pixHDGenerator(Generator):
         image_size: tuple[int, int],
         image_channels: int = 3,
         *,
-        num_filters: int = 64,
-        num_downsamplings: int = 4,
-        num_blocks: int = 9,
+        num_filters: Width = 64,
+        num_downsamplings: DepthOrNone = 4,
+        num_blocks: DepthOrNone = 9,
         spectral_norm: bool = False,
     ) -> None:
         super().__init__()
-        if num_downsamplings < 0:
-            raise ConfigError(f"gen.num_downsamplings: {num_downsamplings} must be 0 or more, such as 4")
         self.size_multiple = 2**num_downsamplings
         self.min_size = 2 * self.size_multiple  # reflection at the blocks' resolution needs two pixels
         if min(image_size) < self.min_size:
@@ -383,8 +382,8 @@ class ConvEncoder(nn.Module):
         style_dims: int,
         image_channels: int = 3,
         *,
-        num_filters: int = 64,
-        image_size: int = 256,
+        num_filters: Width = 64,
+        image_size: Width = 256,
         normalization: Literal["instance", "none"] = "instance",
     ) -> None:
         super().__init__()

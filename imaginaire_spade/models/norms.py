@@ -22,7 +22,7 @@ from imaginaire_spade.models.layers import (
     sum_rows,
 )
 from imaginaire_spade.models.modulation import Modulation, Statistics, batch_statistics, modulate
-from imaginaire_spade.registry import NORMS
+from imaginaire_spade.registry import NORMS, Depth, Width
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -154,8 +154,8 @@ class SPADE(ConditionalNorm):
         spec: LayoutSpec,
         *,
         normalization: Literal["batch", "instance"] = "batch",
-        hidden_channels: int = 128,
-        kernel_size: int = 3,
+        hidden_channels: Width = 128,
+        kernel_size: Depth = 3,
         path: Literal["auto", "dense", "table"] = "auto",
         affine: bool = False,
         spectral_norm: bool = False,

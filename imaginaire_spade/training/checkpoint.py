@@ -6,12 +6,15 @@ table included), ``run`` (batch and data it was trained with, see ``setup.py``) 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,16 @@ BEST = "best.pt"
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """List the complete checkpoints of a folder, oldest first."""
-    return sorted(directory.glob(f"checkpoint_{'[0-9]' * 12}.pt"))
+    """List the complete checkpoints of a folder, oldest first; none where there is no such folder.
+
+    Raises:
+        PermissionError: the folder may not be read, so what is in it is not known.
+    """
+    try:
+        paths = list(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(path for path in paths if re.fullmatch(r"checkpoint_\d{12}\.pt", path.name))
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -86,13 +97,15 @@ class CheckpointWriter:
 
     def _finish(self, path: Path, content: dict[str, Any], names: Sequence[Path]) -> None:
         for leftover in self.directory.rglob(".*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+            with suppress(OSError):
+                leftover.unlink(missing_ok=True)
         write_checkpoint(path, content)
         for name in names:
             keep_as(path, name)
         for old in checkpoints_in(self.directory)[: -self.keep_last]:
-            old.unlink(missing_ok=True)
-            checksum_path(old).unlink(missing_ok=True)
+            with suppress(OSError):  # it stays, and the next write tries again
+                old.unlink(missing_ok=True)
+                checksum_path(old).unlink(missing_ok=True)
 
 
 def _on_host(tree: Any) -> Any:
@@ -171,11 +184,22 @@ def _stated_sha256(path: Path) -> str | None:
     return (beside.read_text(errors="replace").split() or [""])[0] if beside.is_file() else None
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of ours.
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of ours, onto the CPU, and check that it holds what it should.
+
+    Raises:
+        CheckpointError: it is absent, damaged, foreign, or holds other things.
+        PermissionError: it may not be read.
+    """
+    return _with_checked_content(path, _read(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint file. Without a sha256 beside it, the checksums are compared that torch writes into it.
 
     Raises:
         CheckpointError: it is absent, damaged or foreign.
+        PermissionError: it may not be read.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
@@ -183,15 +207,22 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise CheckpointError(
             f"{path}: a generator for inference only; training needs the checkpoint it was exported from"
         )
-    stated = _stated_sha256(path)
-    if stated is not None and stated != file_sha256(path):
-        raise CheckpointError(
-            f"{path}: cannot be read as a checkpoint, it is damaged: its sha256 is not the one in"
-            f" {checksum_path(path).name}"
-        )
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        stated = _stated_sha256(path)
+        if stated is not None and stated != file_sha256(path):
+            raise CheckpointError(
+                f"{path}: cannot be read as a checkpoint, it is damaged: its sha256 is not the one in"
+                f" {checksum_path(path).name}"
+            )
+        with zipfile.ZipFile(path) as records:
+            if any(record.compress_type for record in records.infolist()):
+                raise ValueError("its records are compressed, which torch does not write")
+            if stated is None and (wrong := records.testzip()) is not None:
+                raise ValueError(f"the checksum of {wrong} in it is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if isinstance(error, CheckpointError | PermissionError):
+            raise
         reason = first_line(error)
         raise CheckpointError(f"{path}: cannot be read as a checkpoint, it is damaged or foreign ({reason})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -202,8 +233,32 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     return content
 
 
+def _with_checked_content(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    for name in ("config", "run", "evaluation"):
+        if not isinstance(content.get(name), Mapping | None):
+            raise CheckpointError(f"{path}: its {name} is a {type(content[name]).__name__}, not a mapping")
+    if content.get("images_seen") is not None:
+        check_counter(content["images_seen"], f"{path}: images_seen does not fit")
+    return content
+
+
+def published_sha256(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """Compute the sha256 of a published generator: of its metadata (as JSON, sorted), and of the name and the bytes of
+    each tensor, in the order of names. The metadata ``sha256`` is where it is kept, and left out."""
+    stated = {key: value for key, value in metadata.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(stated, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def read_published(path: Path) -> dict[str, Any]:
-    """Read a published generator as a checkpoint that holds the networks or their EMAs, whichever were published."""
+    """Read a published generator as a checkpoint that holds the networks or their EMAs, whichever were published.
+
+    Raises:
+        CheckpointError: it is absent, damaged, or no published generator.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
@@ -213,11 +268,15 @@ def read_published(path: Path) -> dict[str, Any]:
         if metadata.get("format") != PUBLISHED:
             raise CheckpointError(f"{path}: not written by scripts/export_generator.py, so it does not say what it is")
         config, images_seen = json.loads(metadata["config"]), int(metadata["images_seen"])
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        if metadata.get("sha256") not in (None, published_sha256(tensors, metadata)):
+            raise ValueError("its sha256 is not the one in its metadata")
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: cannot be read as a published generator, it is damaged ({error})") from None
+    check_counter(images_seen, f"{path}: images_seen does not fit")
     content: dict[str, Any] = {"format": PUBLISHED, "config": config, "images_seen": images_seen}
+    content["sha256"] = metadata.get("sha256")
     suffix = "_ema" if metadata.get("weights") == "ema" else ""
     for name in ("generator", "encoder"):
         state = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")}
@@ -231,6 +290,8 @@ def check_tensors(stored: Mapping[str, Any], wanted: Mapping[str, torch.Tensor],
     Raises:
         CheckpointError: one is no tensor, or has another shape, dtype or layout; the message names the first few.
     """
+    if not isinstance(stored, Mapping) or not all(isinstance(name, str) for name in stored):
+        raise CheckpointError(f"{where}: it is no mapping of names to tensors, but a {type(stored).__name__}")
     wrong = [
         f"{name} is {_described(stored[name])}, not {_described(place)}"
         for name, place in wanted.items()
@@ -263,7 +324,9 @@ def load_newest(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     """Read the newest valid checkpoint of a folder; print the name of each damaged one and take the one before."""
     for path in reversed(checkpoints_in(directory)):
         try:
-            return path, load_checkpoint(path)
+            content = _read(path)
         except CheckpointError as error:
             print(f"warning: {error}; taking the one before", flush=True)
+        else:
+            return path, _with_checked_content(path, content)
     return None

@@ -23,7 +23,7 @@ from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.photos import photo_preview, to_preview
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
-from imaginaire_spade.errors import ConfigError, DataError
+from imaginaire_spade.errors import CheckpointError, ConfigError, DataError
 from imaginaire_spade.evaluation import scores
 from imaginaire_spade.evaluation.collection import Collection, collect
 from imaginaire_spade.evaluation.evaluate import evaluate
@@ -33,7 +33,7 @@ from imaginaire_spade.evaluation.segmentation import load_segmentation
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.pretrained.feature_networks import feature_network
-from imaginaire_spade.training.checkpoint import BEST
+from imaginaire_spade.training.checkpoint import BEST, check_counter
 
 FOLDER = "evaluation"
 """Of the log dir: the statistics of the photos, and a report of every evaluation."""
@@ -134,11 +134,17 @@ class Evaluation:
         to come."""
         if state is None:
             return None
-        self.evaluated_at = state["evaluated_at"]
+        best, identity = state.get("best"), state.get("identity")
+        is_score = best is None or (isinstance(best, list | tuple) and [*map(type, best)] == [float, int])
+        if not is_score or not isinstance(identity, Mapping):
+            raise CheckpointError(f"evaluation: {dict(state)} in the checkpoint is not what an evaluation leaves there")
+        where = "evaluation in the checkpoint"
+        self.evaluated_at = check_counter(state.get("evaluated_at"), where)
         own = self.state_dict()["identity"]
-        changed = [key for key, value in own.items() if state["identity"].get(key) != value]
-        self.in_vain = 0 if changed else state.get("in_vain", 0)  # older checkpoints lack it
-        if (best := state["best"]) is None:
+        changed = [key for key, value in own.items() if identity.get(key) != value]
+        # (Older checkpoints lack it.)
+        self.in_vain = 0 if changed else check_counter(state.get("in_vain", 0), where)
+        if best is None:
             return None
         if changed:
             return f"evaluation: the protocol changed ({', '.join(changed)}), so the best score is reset"

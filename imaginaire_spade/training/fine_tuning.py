@@ -19,7 +19,7 @@ from imaginaire_spade.config_files import parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import SpectralNorm
-from imaginaire_spade.training.checkpoint import BEST, load_checkpoint, newest_checkpoint, read_published
+from imaginaire_spade.training.checkpoint import BEST, check_tensors, load_checkpoint, newest_checkpoint, read_published
 from imaginaire_spade.training.setup import PARTS, Run
 from imaginaire_spade.training.state import update_average
 
@@ -46,9 +46,15 @@ def initialise_from(run: Run, path: Path) -> str:
     """
     chosen = _find(path)
     content = read_published(chosen) if chosen.suffix == ".safetensors" else load_checkpoint(chosen)
-    trained = parse_config(content["config"], source=str(chosen))
-    stored: dict[str, Any] = {name: content.get(name) or content.get(f"{name}_ema") for name in PARTS.values()}
-    present = [part for part, name in PARTS.items() if stored[name] and getattr(run.config, part) is not None]
+    trained = parse_config(content.get("config"), source=str(chosen))
+    is_raw = {name: content.get(name) is not None for name in PARTS.values()}
+    stored: dict[str, Any] = {name: content.get(name if raw else f"{name}_ema") for name, raw in is_raw.items()}
+    present = [p for p, name in PARTS.items() if stored[name] is not None and getattr(run.config, p) is not None]
+    for name in (PARTS[part] for part in present):
+        with torch.device("meta"):
+            planned = BUILD[name](trained)
+        places = {} if planned is None else planned.state_dict()
+        check_tensors(stored[name], places, f"--init_from {chosen}: its {name} does not fit its own config")
     ours = {"labels": run.config.data.labels, "edges": run.config.data.edges}
     same_data = trained.model_copy(update={"data": trained.data.model_copy(update=ours)})
     if differences := explain_mismatch(same_data, run.config, parts=present):
@@ -59,7 +65,7 @@ def initialise_from(run: Run, path: Path) -> str:
         network = getattr(run.state, name)
         if network is not None and part in present:
             count = _transfer(network, stored[name], _label_axes(name, run.config), trained, run.config, sources)
-            lines.append(f"  {name}: {count} tensors" + (" (of the EMA)" if not content.get(name) else ""))
+            lines.append(f"  {name}: {count} tensors" + ("" if is_raw[name] else " (of the EMA)"))
         elif network is not None:
             lines.append(f"  {name}: fresh, {chosen.name} has none")
     for average, network in run.state.averages():

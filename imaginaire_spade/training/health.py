@@ -228,7 +228,7 @@ def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         train, trainer = config.data.train, config.trainer

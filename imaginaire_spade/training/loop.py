@@ -159,8 +159,9 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
     if run.evaluation is not None:
         with suppress(StopRequested):
             log.say(run.evaluation.find_reference(log.logdir, check_stop))
-    preview = preview_batch(run) if run.info.is_main else None
-    calibration = calibration_layouts(run)
+    with explain_out_of_memory(run.config):
+        preview = preview_batch(run) if run.info.is_main else None
+        calibration = calibration_layouts(run)
     if doubt := doubt_labels(run.config.data.labels, calibration):
         log.say(doubt)
     log.start_clock()
@@ -233,8 +234,8 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
             return stop_signal
 
         # Step.
-        batch = next(batches)
         with explain_out_of_memory(run.config):
+            batch = next(batches)
             losses = train_step(state, run.networks, batch, run.settings)
         meter.add(iteration + 1, batch.keys, losses)
         log.advance()

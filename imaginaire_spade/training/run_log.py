@@ -26,6 +26,7 @@ from imaginaire_spade.data.photos import photo_preview, to_preview
 from imaginaire_spade.errors import UserError
 from imaginaire_spade.files import write_bytes, write_image
 from imaginaire_spade.noise import style_codes
+from imaginaire_spade.processes import forget_output
 from imaginaire_spade.sheets import draw_contact_sheet
 from imaginaire_spade.training.setup import Calendar, Run
 from imaginaire_spade.training.trackers import Following, Status
@@ -62,12 +63,15 @@ class RunLog:
                 write_bytes(self._metrics, b"".join(map(_line, self._records)))
 
     def say(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one, and add it to ``train.log``."""
+        """Add a line to ``train.log``, and print it, above the progress bar if there is one."""
         if self.enabled:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
             with suppress(OSError), (self.logdir / "train.log").open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            try:
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:  # who read it is gone, such as srun or tee
+                forget_output(sys.stdout.fileno())
 
     def warn(self, images_seen: int, text: str) -> None:
         """Print a warning, for the trackers too."""

@@ -27,7 +27,7 @@ from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.norms import describe_path, synchronize_batch_norm, table_kernel_sizes
 from imaginaire_spade.noise import style_codes
-from imaginaire_spade.training.checkpoint import load_checkpoint, load_newest
+from imaginaire_spade.training.checkpoint import checksum_path, load_checkpoint, load_newest
 from imaginaire_spade.training.evaluation import Evaluation
 from imaginaire_spade.training.state import TrainState, new_train_state
 from imaginaire_spade.training.step import Networks, StepSettings, checkpoint_activations
@@ -82,6 +82,8 @@ class Run:
     settings: StepSettings
     calendar: Calendar
     evaluation: Evaluation | None
+    stamps: dict[str, Tensor]
+    """What tells later whether files of the training data have changed (``Source.stamps`` by root); rank 0 alone."""
 
     @property
     def bad(self) -> list[str]:
@@ -140,7 +142,8 @@ def prepare(
         wrap(state.generator), wrap(state.discriminator), None if state.encoder is None else wrap(state.encoder)
     )
     evaluation = None if trainer.evaluation is None else Evaluation(config, val_dataset, info, device)
-    return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar, evaluation)
+    stamps = dataset.stamps() if info.is_main else {}
+    return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar, evaluation, stamps)
 
 
 def describe(run: Run) -> str:
@@ -235,7 +238,7 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
         return None
     content = newest[1] if newest is not None and newest[0] == chosen else load_checkpoint(chosen)
     present = [part for part, name in PARTS.items() if content.get(name) is not None]
-    trained = parse_config(content["config"], source=str(chosen))
+    trained = parse_config(content.get("config"), source=str(chosen))
     differences = explain_mismatch(trained, run.config, parts=present) or explain_import(
         content, run.config.data.labels
     )
@@ -250,6 +253,8 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
         old_import = explain_old_import(content, trained.data.labels)
         return started if old_import is None else f"{started}\nwarning: {old_import}"
     before, now = content.get("run") or {}, _facts(run)
+    if before and (missing := {"world_size", "global_batch", "data_sha256", "data_samples"} - before.keys()):
+        raise CheckpointError(f"{chosen}: its run lacks {', '.join(sorted(missing))}")
     changed = list_changes(trained, run.config)
     other_data = [f"{key}: {changed[key]}" for key in MEANING if key in changed]
     if before and before["data_sha256"] != now["data_sha256"]:
@@ -262,13 +267,15 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
         )
     run.state.load_state_dict(content, str(chosen))
     lines = [f"continuing from {chosen}: iteration {run.calendar.iteration(run.state.images_seen)}"]
+    if not checksum_path(chosen).is_file():
+        lines.append(f"warning: {chosen} comes without its sha256, which would tell that it is the file that was saved")
     if run.evaluation is not None and (told := run.evaluation.load_state_dict(content.get("evaluation"))):
         lines.append(told)
     lines += _other_processes(before, now, run)
     if (norms := before.get("spade_norms", now["spade_norms"])) != now["spade_norms"]:
         lines.append(f"SPADE norms: {norms} then, {now['spade_norms']} now")
     lines += [f"changed since: {key}: {change}" for key, change in changed.items()]
-    return "\n".join([*lines, *_jumping_rates(before, run)])
+    return "\n".join([*lines, *_changed_files(before, run), *_jumping_rates(before, run)])
 
 
 def _jumping_rates(before: Mapping[str, Any], run: Run) -> Iterator[str]:
@@ -295,9 +302,22 @@ def _facts(run: Run) -> dict[str, Any]:
         "global_batch": run.calendar.global_batch,
         "data_samples": len(run.dataset),
         "data_sha256": hashlib.sha256("\n".join(run.dataset.keys).encode()).hexdigest(),
+        "data_stamps": list(run.stamps.values()),
         "spade_norms": describe_path(run.state.generator, run.device),
         "torch": str(torch.__version__),
     }
+
+
+def _changed_files(before: Mapping[str, Any], run: Run) -> Iterator[str]:
+    """Yield a warning for each root whose files are not those that were trained on, though their names are."""
+    for (root, now), then in zip(run.stamps.items(), before.get("data_stamps") or (), strict=False):
+        if isinstance(then, Tensor) and then.shape == now.shape and (number := int((then != now).any(1).sum())):
+            resized = int((then != now)[:, 0].sum())
+            yield (
+                f"warning: {root}: {number} of {len(now)} samples (or LMDB files) have changed under their names since"
+                f" ({resized} in size or checksum, {number - resized} only by their time stamps): the run goes on with"
+                " what they hold now, which a run without an interruption would not have seen"
+            )
 
 
 def _other_processes(before: Mapping[str, Any], now: Mapping[str, Any], run: Run) -> list[str]:

@@ -4,6 +4,7 @@ Responsible for the exponential moving average (EMA) of the networks' weights, a
 """
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -111,20 +112,35 @@ def _check(owner: Any, stored: Any, name: str, where: str) -> None:
     elif isinstance(owner, torch.optim.Optimizer):
         parameters = [parameter for group in owner.param_groups for parameter in group["params"]]
         for index, moments in stored["state"].items():
-            if index not in range(len(parameters)):
+            if type(index) is not int or index not in range(len(parameters)):
                 raise CheckpointError(f"{where}: it has a parameter {index}, and this config {len(parameters)} of them")
+            if not isinstance(moments, Mapping) or not {"exp_avg", "exp_avg_sq"} <= moments.keys():
+                raise CheckpointError(f"{where}: parameter {index} has no moments")
             check_tensors(moments, dict.fromkeys(moments.keys() - {"step"}, parameters[index]), where)
             step = moments.get("step", 0)
-            if not isinstance(step, int | float) and not (isinstance(step, Tensor) and step.numel() == 1):
-                raise CheckpointError(f"{where}: step of parameter {index} is {step!r}, not one number")
+            is_number = isinstance(step, int | float) or (isinstance(step, Tensor) and step.numel() == 1)
+            if not is_number or not 0 <= float(step) < math.inf:
+                raise CheckpointError(f"{where}: step of parameter {index} is {step!r}, not one number from 0 on")
+        groups = stored.get("param_groups")
+        betas = (
+            [group.get("betas") for group in groups if isinstance(group, Mapping)] if isinstance(groups, list) else []
+        )
+        if [len(pair) for pair in betas if isinstance(pair, list | tuple)] != [2] * len(owner.param_groups):
+            raise CheckpointError(f"{where}: its param_groups are those of another optimizer")
+    elif isinstance(owner, torch.amp.GradScaler):
+        numbers = stored.values() if isinstance(stored, Mapping) else [stored]
+        if not all(isinstance(number, int | float) and 0 <= number < math.inf for number in numbers):
+            raise CheckpointError(f"{where}: it is no state of one, but {stored!r}")
     elif isinstance(owner, int):
         check_counter(stored, where)
 
 
 def _load(owner: Any, stored: Any, name: str, where: str) -> None:
+    if isinstance(owner, torch.optim.Optimizer):  # whose rates and betas are the config's
+        stored = {"state": stored["state"], "param_groups": owner.state_dict()["param_groups"]}
     try:
         owner.load_state_dict(stored)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{where}: {name} does not fit this config: {error}") from None
     if isinstance(owner, torch.optim.Optimizer):
         # Adam's moments get the memory format of their parameters, whatever it was when they were saved: torch keeps
