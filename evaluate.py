@@ -3,4 +3,4 @@
 from imaginaire_spade.commands import run
 
 if __name__ == "__main__":
-    run("evaluate")
+    run("commands.evaluate")

@@ -47,10 +47,10 @@ from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import ConfigError, first_line, positive_integer, run_command_line
 from imaginaire_spade.models import layers, modulation
 from imaginaire_spade.models.norms import SPADE
+from imaginaire_spade.scenes import write_sample_data
 from imaginaire_spade.training.setup import Run, prepare
 from imaginaire_spade.training.step import AUTOCAST, train_step
 from imaginaire_spade.version import __version__
-from projects.sample.scenes import write_sample_data
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "projects"
 PACKAGE = str(Path(imaginaire_spade.__file__).parent)

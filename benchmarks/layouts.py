@@ -13,7 +13,7 @@ from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.data.image_files import decode_instances, decode_label
 from imaginaire_spade.labels import edges_from_ids
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
-from projects.sample.scenes import draw_scene
+from imaginaire_spade.scenes import draw_scene
 
 SPEC = LayoutSpec(182, has_dont_care=True, has_edges=True)
 """COCO-Stuff's 184 channels."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from imaginaire_spade.build import build_discriminator as build_discriminator
     from imaginaire_spade.build import build_encoder as build_encoder
     from imaginaire_spade.build import build_generator as build_generator
+    from imaginaire_spade.commands.train import train as train
     from imaginaire_spade.config import RunConfig as RunConfig
     from imaginaire_spade.config_files import load_config as load_config
     from imaginaire_spade.inference.synthesizer import Synthesizer as Synthesizer
@@ -27,6 +28,7 @@ _MODULES = {
     "build_encoder": "build",
     "build_generator": "build",
     "load_config": "config_files",
+    "train": "commands.train",
 }
 """Name -> the module that has it."""
 

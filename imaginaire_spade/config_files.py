@@ -33,6 +33,10 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
+PACKAGE = Path(__file__).parent
+CONFIGS = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
+"""Our recipes and label tables: in an installed package, else in the repository."""
+
 Origins = dict[str, str]
 """Dotted key -> "file.yaml:12", for messages."""
 
@@ -49,7 +53,7 @@ def load_config(
     Raises:
         ConfigError: naming the file and line, the key, what is allowed and the nearest valid spelling.
     """
-    tree, origins = _read_merged(Path(path), ())
+    tree, origins = _read_merged(find_config(path), ())
     _override(tree, overrides, origins)
     for key, value in (extra or {}).items():
         _assign(tree, key, value, f"--{key.rpartition('.')[2]}", origins)
@@ -72,7 +76,7 @@ def load_data(path: str | Path, overrides: Iterable[str] = ()) -> LabelledData:
     Raises:
         ConfigError: like ``load_config``; or there is no label table, with what to write.
     """
-    tree, origins = _read_merged(Path(path), ())
+    tree, origins = _read_merged(find_config(path), ())
     _override(tree, overrides, origins)
     data = tree.get("data")
     if not isinstance(data, dict) or "labels" not in data:
@@ -161,6 +165,13 @@ def dump_yaml(config: RunConfig) -> str:
 # ------------------------------------------------------------------------------------------------ the tree
 
 
+def find_config(path: str | Path, folder: Path = Path()) -> Path:
+    """Find a config: the file ``path``, seen from ``folder``, else for ``configs/...`` ours of that name."""
+    path, found = Path(path), Path(os.path.normpath(folder / path))
+    ours = CONFIGS.parent / path
+    return ours if path.parts[:1] == ("configs",) and not found.exists() and ours.exists() else found
+
+
 def _read_merged(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
     """Read a file over its bases: the tree, and where each key is stated."""
     resolved = path.resolve()
@@ -180,7 +191,7 @@ def _read_merged(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], O
     bases = own.pop("base", ())
     tree, origins = dict[str, Any](), Origins()
     for base in [bases] if isinstance(bases, str) else bases:
-        base_tree, base_origins = _read_merged(Path(os.path.normpath(path.parent / base)), (*chain, resolved))
+        base_tree, base_origins = _read_merged(find_config(base, path.parent), (*chain, resolved))
         tree = _merge(tree, base_tree)
         origins |= base_origins
     return _merge(tree, own), origins | own_origins

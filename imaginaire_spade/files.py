@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from imaginaire_spade.errors import DataError, UserError
+from imaginaire_spade.errors import CheckpointError, DataError, UserError
 
 PARTIAL = ".partial-"
 """The name of a file begins with this while it is being written; a killed process may leave such a file."""
@@ -195,3 +195,32 @@ def download(url: str, path: Path, sha256: str, error_type: type[UserError], adv
         raise error_type(
             f"{url} is not the file with sha256 {sha256} ({error}): the file was cut off or replaced. {advice}"
         ) from None
+
+
+def from_hub(path: Path, flag: str) -> Path:
+    """Return ``path``; of ``hf://USER/REPO[/FILE]`` that file of the Hugging Face Hub, downloaded on first use.
+
+    Without FILE it is model.safetensors, as ``scripts/export_generator.py`` writes it. Downloaded files stay in
+    huggingface_hub's cache, which is found without a connection too.
+
+    Args:
+        flag: the command line's, for messages.
+    Raises:
+        CheckpointError: huggingface_hub is not installed, or the file cannot be downloaded.
+    """
+    scheme, *parts = path.as_posix().split("/")  # (``Path`` makes hf:/ of hf://.)
+    if scheme != "hf:":
+        return path
+    address = "/".join(["hf:/", *parts])
+    if len(parts) < 2:
+        raise CheckpointError(f"{flag} {address}: write hf://USER/REPO or hf://USER/REPO/FILE")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise CheckpointError(f"{flag} {address}: {error}: pip install huggingface_hub") from None
+    name = "/".join(parts[2:]) or "model.safetensors"
+    try:
+        return Path(huggingface_hub.hf_hub_download("/".join(parts[:2]), name))
+    except (OSError, ValueError) as error:  # HfHubHTTPError is an OSError, a wrong name a ValueError
+        told = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{flag} {address}: {name} cannot be downloaded: {told}") from None

@@ -4,4 +4,4 @@
 from imaginaire_spade.commands import run
 
 if __name__ == "__main__":
-    run("build_lmdb")
+    run("commands.build_lmdb")

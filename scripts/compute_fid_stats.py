@@ -4,4 +4,4 @@
 from imaginaire_spade.commands import run
 
 if __name__ == "__main__":
-    run("compute_fid_stats")
+    run("commands.compute_fid_stats")

@@ -4,4 +4,4 @@
 from imaginaire_spade.commands import run
 
 if __name__ == "__main__":
-    run("import_checkpoint")
+    run("commands.import_checkpoint")

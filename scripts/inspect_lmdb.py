@@ -4,4 +4,4 @@
 from imaginaire_spade.commands import run
 
 if __name__ == "__main__":
-    run("inspect_lmdb")
+    run("commands.inspect_lmdb")

@@ -4,4 +4,4 @@
 from imaginaire_spade.commands import run
 
 if __name__ == "__main__":
-    run("label_images")
+    run("commands.label_images")

@@ -4,4 +4,4 @@
 from imaginaire_spade.commands import run
 
 if __name__ == "__main__":
-    run("make_distance_maps")
+    run("commands.make_distance_maps")

@@ -4,4 +4,4 @@
 from imaginaire_spade.commands import run
 
 if __name__ == "__main__":
-    run("make_edge_maps")
+    run("commands.make_edge_maps")

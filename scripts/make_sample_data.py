@@ -4,4 +4,4 @@
 from imaginaire_spade.commands import run
 
 if __name__ == "__main__":
-    run("make_sample_data")
+    run("commands.make_sample_data")

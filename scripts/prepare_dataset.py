@@ -4,4 +4,4 @@
 from imaginaire_spade.commands import run
 
 if __name__ == "__main__":
-    run("prepare_dataset")
+    run("commands.prepare_dataset")

@@ -13,8 +13,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from projects.sample import scenes
-from projects.sample.scenes import CLASSES, Scene, draw_scene, edge_map, write_sample_data
+from imaginaire_spade import scenes
+from imaginaire_spade.scenes import CLASSES, Scene, draw_scene, edge_map, write_sample_data
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "make_sample_data.py"
 

@@ -24,8 +24,8 @@ CORE = [
     {"distributed"}, {"layout", "layout_spec"}, {"sheets"}, {"pages"}, {"data"}, {"models"}, {"pretrained"}, {"losses"},
     {"build"}, {"evaluation"}, {"training"}, {"inference"},
 ]  # fmt: skip
-WINGS = [{"lmdb_builder"}, {"dataset_prep"}, {"interop"}, {"export"}, {"demo"}]
-ROOMS = [*CORE, *WINGS, {"commands"}, {"imaginaire_spade"}]
+WINGS = [{"lmdb_builder"}, {"dataset_prep"}, {"interop"}, {"export"}, {"demo"}, {"scenes"}]
+ROOMS = [*CORE, *WINGS, {"commands"}, {"imaginaire_spade", "__main__", "train"}]
 """A module imports only from its own room and those before it; so no module of the core imports a wing. The package's
 own names, for users, come last."""
 
@@ -221,19 +221,27 @@ def test_the_configuration_reference_is_the_schemas():
     assert written == write_config_reference.reference(), "run python scripts/write_config_reference.py"
 
 
-def test_every_file_of_the_package_is_installed():
-    """Pages, style sheets and scripts lie among the modules: setuptools installs those that a pattern names."""
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
-    patterns = project["tool"]["setuptools"]["package-data"]
-    installed = {
-        path
-        for package, globs in patterns.items()
-        for pattern in globs
-        for path in (REPOSITORY / package.replace(".", "/")).glob(pattern)
-    }
-    others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    assert others == installed
+def test_every_file_of_the_package_and_every_recipe_is_installed():
+    """setuptools installs the folders that are listed, and of them what a pattern names."""
+    setuptools = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    (place,) = setuptools["package-dir"].items()
+    assert place == ("imaginaire_spade.configs", "configs")
+    installed, listed = set(), set()
+    for package in setuptools["packages"]:
+        folder = REPOSITORY / package.replace("imaginaire_spade.configs", "configs").replace(".", "/")
+        listed.add(folder)
+        installed |= {path for pattern in setuptools["package-data"]["*"] for path in folder.glob(pattern)}
+    files = [path for top in (PACKAGE, REPOSITORY / "configs") for path in top.rglob("*") if path.is_file()]
+    files = [path for path in files if path.suffix != ".pyc"]
+    assert {path.parent for path in files} | {REPOSITORY / "configs", REPOSITORY / "configs/projects"} == listed
+    assert {path for path in files if path.suffix != ".py"} == installed
     assert {PACKAGE / "pages" / name for name in ("gallery.html", "report.html", "style.css")} < installed
+
+
+def test_the_package_imports_nothing_of_the_repository_around_it():
+    """Neither the modules of ``projects/`` nor those of ``tests/`` are installed."""
+    around = re.compile(r"^\s*(?:from|import) (?:projects|tests|benchmarks|scripts)\b", re.MULTILINE)
+    assert not [path for path in SOURCES if around.search(path.read_text(encoding="utf-8"))]
 
 
 def test_extras_are_installed_from_the_checkout():
@@ -272,9 +280,10 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2009, "pages": 17, "data": 1931, "models": 1325, "pretrained": 288, "training": 1702,
-    "inference": 1197, "evaluation": 956,
-    "lmdb_builder": 898, "dataset_prep": 750, "interop": 829, "export": 159, "demo": 475, "commands": 1093,
+    "top level": 2044, "pages": 17, "data": 1931, "models": 1328, "pretrained": 288, "training": 1702,
+    "inference": 1218, "evaluation": 956,
+    "lmdb_builder": 898, "dataset_prep": 750, "interop": 829, "export": 159, "demo": 475, "scenes": 736,
+    "commands": 1211,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""
@@ -310,7 +319,7 @@ def test_rooms_keep_their_budget():
     assert lines.keys() == BUDGET.keys()
     over = {room: f"{number} of {BUDGET[room]}" for room, number in lines.items() if number > BUDGET[room]}
     assert not over
-    assert sum(BUDGET.values()) <= 13_629 and sum(CORE_BUDGET.values()) <= 8_452
+    assert sum(BUDGET.values()) <= 14_551 and sum(CORE_BUDGET.values()) <= 8_511
 
 
 def test_folders_are_two_deep():

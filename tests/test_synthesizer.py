@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_png
 from PIL import Image
 from test_inference import TREE, changed, save
@@ -53,6 +54,28 @@ def test_every_kind_of_label_map_gives_its_kind_and_the_same_picture(styled, fol
     assert styled(LABELS[:1, :3]).shape == (1, 3, 3)
 
 
+def test_files_tensors_lists_and_batches_of_label_maps(styled, plain, folder):
+    picture, other = styled(LABELS, seed=3), np.rot90(LABELS, 2)
+    path = write_png(folder / "labels_file.png", LABELS)
+    for file in (path, str(path)):
+        made = styled(file, seed=3)
+        assert isinstance(made, Image.Image) and np.array_equal(np.asarray(made), picture)
+    assert np.array_equal(styled(torch.from_numpy(LABELS), seed=3), picture)
+    pair = styled([LABELS, Image.fromarray(LABELS), LABELS[:8]], seed=3)
+    assert isinstance(pair[1], Image.Image) and pair[2].shape == (8, 56, 3)
+    assert all(np.array_equal(np.asarray(one), picture) for one in pair[:2])
+    for batch in (np.stack([LABELS, other]), torch.from_numpy(np.stack([LABELS, other])).long()):
+        made = styled(batch, seed=3)
+        assert made.shape == (2, *picture.shape)
+        assert np.array_equal(made[0], picture) and np.array_equal(made[1], styled(other, seed=3))
+    soft = np.eye(5, dtype=np.float32)[LABELS].transpose(2, 0, 1)
+    assert np.array_equal(plain(np.stack([soft, soft]))[1], plain(torch.from_numpy(soft)))
+    with pytest.raises(DataError, match=r"nowhere\.png: No such file"):
+        styled(folder / "nowhere.png")
+    with pytest.raises(ConfigError, match="belong to one label map"):
+        styled([LABELS], edges=LABELS)
+
+
 def test_it_says_what_it_is(styled, plain):
     assert styled.labels.names == tuple("abcde") and styled.size == (64, 64)
     assert (styled.has_style_encoder, styled.style_dims, styled.wants_edges) == (True, 4, True)
@@ -92,7 +115,8 @@ def test_one_mistake_one_message(styled, plain):
         (styled, (photo + 33,), {}, LabelError, r"colour\(s\) that data.labels.palette does not have: \(33, 33, 33\)"),
         (plain, (LABELS / 2,), {}, DataError, r"the label map: an array of float64 \[40, 56\]; give integers"),
         (plain, (LABELS[:0],), {}, DataError, r"\[0, 56\]"),
-        (plain, ("a.png",), {}, DataError, "the label map: a str; give a numpy array or a PIL image"),
+        (plain, ("a.png",), {}, DataError, r"^a\.png: No such file"),
+        (plain, (7,), {}, DataError, "the label map: a int; give a numpy array, a PIL image or a file"),
         (plain, (Image.new("RGBA", (8, 8)),), {}, DataError, "a PIL image of mode RGBA; give one of 1, L, P, RGB"),
         (plain, (LABELS,), {"edges": LABELS}, ConfigError, "edges: this generator takes label maps alone"),
         (plain, (LABELS,), {"style": photo}, CheckpointError, "without a style encoder; it takes no style at all"),

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 from imaginaire_spade.cli import check_output_file
+from imaginaire_spade.config_files import CONFIGS
 from imaginaire_spade.files import write_bytes
 from imaginaire_spade.interop import SOURCES
 from imaginaire_spade.interop.configs import import_config
-
-LABELS = Path(__file__).resolve().parents[2] / "configs/labels"
 
 
 def main() -> None:
@@ -24,7 +23,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.output is not None:
         check_output_file(arguments.output, overwrite=arguments.overwrite)
-    text, notes = import_config(arguments.source, arguments.file, LABELS)
+    text, notes = import_config(arguments.source, arguments.file, CONFIGS / "labels")
     text = f"# Translated from {arguments.file.name} ({arguments.source}).\n{text}"
     if arguments.output is None:
         print(text)

@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from imaginaire_spade.errors import ConfigError, DataError
-from projects.sample.scenes import write_sample_data
+from imaginaire_spade.scenes import write_sample_data
 
 
 def parse_arguments() -> argparse.Namespace:

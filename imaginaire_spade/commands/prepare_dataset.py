@@ -40,14 +40,12 @@ import argparse
 import shutil
 from pathlib import Path
 
-from imaginaire_spade.config_files import load_labels
+from imaginaire_spade.config_files import CONFIGS, load_labels
 from imaginaire_spade.dataset_prep.maps import BORDERS, make_edge_maps
 from imaginaire_spade.dataset_prep.prepare import DATASETS, LABELS, TOOLS, Options, prepare
 from imaginaire_spade.distributed import rank_from_environment
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.lmdb_builder.build import build_dataset
-
-TABLES = Path(__file__).resolve().parents[2] / "configs/labels"
 
 
 def main() -> None:
@@ -86,7 +84,7 @@ def main() -> None:
     choosers = [name for name in TOOLS if name != "mapillary"]
     if arguments.classes and arguments.name not in choosers:
         raise ConfigError(f"--classes: {arguments.name} has fixed classes; those with a choice: {', '.join(choosers)}")
-    table = arguments.config or TABLES / f"{arguments.name}.yaml"
+    table = arguments.config or CONFIGS / f"labels/{arguments.name}.yaml"
     labels = None
     if arguments.lmdb:
         if arguments.name == "landscapes":

@@ -6,14 +6,17 @@ code 2.
 """
 
 import argparse
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
 from imaginaire_spade import distributed
 from imaginaire_spade.build import build_losses, check_run, import_modules, with_measured_range
 from imaginaire_spade.cli import add_shared_flags
+from imaginaire_spade.config import RunConfig
 from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import UserError
+from imaginaire_spade.files import from_hub
 from imaginaire_spade.processes import end_with_launcher, one_writer
 
 
@@ -45,37 +48,79 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     end_with_launcher()
     arguments = parse_arguments()
-    # Everything a user can get wrong is checked before the process group exists: no rank waits for one that left.
     import_modules(arguments.imports)
-    extra = {} if arguments.seed is None else {"seed": arguments.seed}
-    config = with_measured_range(load_config(arguments.config, arguments.overrides, extra=extra))
-    info = distributed.process_info_from_environment()
-    device = distributed.choose_device(arguments.device, info)
-    check_run(config, info.world_size)
-    objective = build_losses(config)  # finds out whether pretrained weights are there
-    logdir = arguments.logdir or Path("logs") / Path(arguments.config).stem
     init_from, checkpoint = arguments.init_from, arguments.checkpoint
     if init_from is not None and (init_from == Path()) == (checkpoint is None):
         raise UserError("--init_from: write which checkpoint (and not --checkpoint as well)")
     if init_from == Path():
         init_from, checkpoint = checkpoint, None
-    if arguments.max_iterations is not None and arguments.max_iterations < 1:
-        raise UserError(f"--max_iterations {arguments.max_iterations}: must be at least 1")
+    train(
+        arguments.config, arguments.logdir, overrides=arguments.overrides, seed=arguments.seed,
+        max_iterations=arguments.max_iterations, checkpoint=checkpoint, init_from=init_from, device=arguments.device,
+        allow_changed_data=arguments.allow_changed_data, dry_run=arguments.dry_run, profiled=arguments.profile,
+    )  # fmt: skip
+
+
+def train(
+    config: str | Path | RunConfig,
+    logdir: str | Path | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    seed: int | None = None,
+    max_iterations: int | None = None,
+    checkpoint: str | Path | None = None,
+    init_from: str | Path | None = None,
+    device: str = "auto",
+    allow_changed_data: bool = False,
+    dry_run: bool = False,
+    profiled: bool = False,
+) -> None:
+    """Train a generator, as ``train.py`` does: to the end of the run, or on from the newest checkpoint of ``logdir``.
+
+    Args:
+        config: a YAML file, or what ``load_config`` gives.
+        logdir: folder for everything the run writes. None: logs/NAME_OF_CONFIG.
+        overrides: ``KEY=VALUE`` strings, and ``seed``: over a file's values, not over those of a ``RunConfig``.
+        max_iterations: stop at this iteration, counted over the whole run.
+        checkpoint: continue this one if ``logdir`` has none.
+        init_from: fine-tune: begin with the weights of this one.
+        device: "auto", "cpu" or "cuda".
+        allow_changed_data: continue although the data set or its labels changed.
+        dry_run: check everything, measure one iteration, print it, write nothing.
+        profiled: trace iterations 6 to 10 into ``logdir``/profile, then stop.
+    Raises:
+        UserError: a mistake in the config, the data or the arguments, or another process writes in ``logdir``.
+        SystemExit: a signal (Ctrl-C too) asked the run to stop; it has saved.
+    """
+    # Everything a user can get wrong is checked before the process group exists: no rank waits for one that left.
+    if not isinstance(config, RunConfig):
+        logdir = logdir or Path("logs") / Path(config).stem
+        config = load_config(config, overrides, extra={} if seed is None else {"seed": seed})
+    logdir = Path(logdir or Path("logs") / config.data.name)
+    config = with_measured_range(config)
+    info = distributed.process_info_from_environment()
+    where = distributed.choose_device(device, info)
+    check_run(config, info.world_size)
+    objective = build_losses(config)  # finds out whether pretrained weights are there
+    if max_iterations is not None and max_iterations < 1:
+        raise UserError(f"--max_iterations {max_iterations}: must be at least 1")
+    checkpoint = None if checkpoint is None else from_hub(Path(checkpoint), "--checkpoint")
+    init_from = None if init_from is None else from_hub(Path(init_from), "--init_from")
 
     from imaginaire_spade.training import loop, profile
     from imaginaire_spade.training.setup import prepare
 
     with ExitStack() as held:
-        if info.is_main and not arguments.dry_run:
+        if info.is_main and not dry_run:
             held.enter_context(one_writer(logdir, "--logdir"))
-        distributed.init_process_group(info, device, config.trainer.process_group_timeout_s)
+        distributed.init_process_group(info, where, config.trainer.process_group_timeout_s)
         held.callback(distributed.leave_process_group)
-        run = prepare(config, objective, info, device, arguments.max_iterations)
-        if arguments.dry_run:
+        run = prepare(config, objective, info, where, max_iterations)
+        if dry_run:
             text = profile.dry_run(run)
             if info.is_main:
                 print(text)
-        elif arguments.profile:
+        elif profiled:
             profile.profile(run, logdir)
         else:
-            loop.train(run, logdir, checkpoint, arguments.allow_changed_data, init_from=init_from)
+            loop.train(run, logdir, checkpoint, allow_changed_data, init_from=init_from)

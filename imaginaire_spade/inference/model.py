@@ -26,7 +26,7 @@ from imaginaire_spade.config import RunConfig, WeightSource
 from imaginaire_spade.config_diff import check_fits, explain_old_import
 from imaginaire_spade.config_files import dump_config, load_config, parse_config
 from imaginaire_spade.errors import CheckpointError
-from imaginaire_spade.files import download, write_bytes
+from imaginaire_spade.files import download, from_hub, write_bytes
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.generator import Generator
@@ -225,6 +225,7 @@ def find_checkpoint(checkpoint: Path | None, logdir: Path | None, config: RunCon
     Raises:
         CheckpointError: nothing is given, or nothing is there.
     """
+    checkpoint = None if checkpoint is None else from_hub(checkpoint, "--checkpoint")
     if checkpoint is not None and checkpoint.is_file():
         return checkpoint
     flag, place, wanted = (

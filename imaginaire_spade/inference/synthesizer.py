@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from PIL import Image
 
 from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.conditions import cut_conditions
+from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.transforms import Geometry, apply_to_map
 from imaginaire_spade.distributed import ProcessInfo, choose_device
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError
@@ -85,6 +86,7 @@ class Synthesizer:
         """Load the generator of a checkpoint file, or of the newest one in a folder or log dir.
 
         Args:
+            checkpoint: or ``hf://USER/REPO[/FILE]``, on the Hugging Face Hub.
             weights: "ema" (moving average, if the checkpoint has one) or "raw".
             device: "auto" (a GPU if there is one), "cpu" or "cuda".
             precision: arithmetic of the convolutions.
@@ -100,7 +102,7 @@ class Synthesizer:
 
     def __call__(
         self,
-        label_map: ImageLike | torch.Tensor | None = None,
+        label_map: Any = None,
         *,
         seed: int = 0,
         style: ImageLike | str | Path | None = None,
@@ -110,13 +112,14 @@ class Synthesizer:
         size: str | tuple[int, int] | None = None,
         resize_back: bool | None = None,
     ) -> Any:
-        """Generate the image of one label map.
+        """Generate the image of one label map, or of several.
 
         Args:
             label_map: ids as the data set stores them, integer [H, W] or a PIL image of mode L, P, I or I;16; or
-                colours of the table's palette, uint8 [H, W, 3] or a PIL image of mode RGB; or soft, float [C, H, W]
-                (array or tensor): the share 0..1 of each class in each pixel, don't-care last where the table has it.
-                None for a generator that was trained without label maps.
+                colours of the table's palette, uint8 [H, W, 3] or a PIL image of mode RGB; or the file of either; or
+                soft, float [C, H, W]: the share 0..1 of each class in each pixel, don't-care last where the table has
+                it. Arrays may be tensors. None for a generator that was trained without label maps. Several: a list,
+                or a batch [N, ...] of arrays of one size.
             seed: of the style code, if ``style`` is not given.
             style: an image (array uint8 [H, W, 3], PIL, or its file), whose style is taken, or a style code, float
                 [style_dims].
@@ -126,9 +129,10 @@ class Synthesizer:
             conditions: name -> [H, W] or [H, W, C], of each of ``data.conditions``, with values as in its files.
             size, resize_back: as above, for this image; None: as the synthesizer was made.
         Returns:
-            The kind that was given: a PIL image (RGB), or uint8 [H, W, 3], of the size at which it was generated, or
-            the label map's with ``resize_back``. If ``data.images`` says otherwise: [H, W, C] ([H, W] of one channel)
-            in the values and the dtype of the data's files; a PIL image only if they are 8-bit grey or RGB.
+            The kind that was given: a PIL image (RGB, of a file too), or uint8 [H, W, 3], of the size at which it was
+            generated, or the label map's with ``resize_back``; of a list a list, of a batch a batch [N, ...]. If
+            ``data.images`` says otherwise: [H, W, C] ([H, W] of one channel) in the values and the dtype of the data's
+            files; a PIL image only if they are 8-bit grey or RGB.
         Raises:
             LabelError: values or colours that are not in the table.
             DataError: an array or image of the wrong kind.
@@ -137,6 +141,15 @@ class Synthesizer:
             CheckpointError: a style for a generator that takes none.
         """
         conditions = dict(conditions or {})
+        if isinstance(label_map, list | tuple) or _is_batch(label_map):
+            if edges is not None or instances is not None or conditions:
+                raise ConfigError("edges, instances and conditions belong to one label map: give these one by one")
+            made = [self(one, seed=seed, style=style, size=size, resize_back=resize_back) for one in label_map]
+            return made if isinstance(label_map, list | tuple) else np.stack(made)
+        if is_file := isinstance(label_map, str | Path):
+            label_map = self._read(Path(label_map))
+        if isinstance(label_map, torch.Tensor) and not label_map.is_floating_point():
+            label_map = label_map.cpu().numpy()
         shares = None
         if label_map is None or not self.labels.num_classes:
             train_ids = self._without_labels(label_map, [edges, instances, *conditions.values()])
@@ -149,11 +162,11 @@ class Synthesizer:
         resize_back = self.resize_back if resize_back is None else resize_back
         own = (train_ids.shape[0], train_ids.shape[1])
         geometry = Geometry.whole(own, rule(own))
-        made = geometry.height, geometry.width
-        if rule.asked is None and not resize_back and made != own and not self._warned_of_size:
+        at = geometry.height, geometry.width
+        if rule.asked is None and not resize_back and at != own and not self._warned_of_size:
             self._warned_of_size = True
             warnings.warn(
-                f"the label map is {format_size(own)} (height x width); its image is generated at {format_size(made)},"
+                f"the label map is {format_size(own)} (height x width); its image is generated at {format_size(at)},"
                 " the size this generator was trained at, and has that size. Write resize_back=True to have it resized"
                 ' to the label map\'s own size, size="own" to generate at that, size="trained" to keep it so (said'
                 " once)",
@@ -172,7 +185,7 @@ class Synthesizer:
         image = image[..., 0] if image.shape[2] == 1 else image
         is_picture = image.dtype == np.uint8 and image.shape[2:] in ((), (3,))
         first = next((given for given in (label_map, edges, *conditions.values()) if given is not None), None)
-        return Image.fromarray(image) if is_picture and isinstance(first, Image.Image) else image
+        return Image.fromarray(image) if is_picture and (is_file or isinstance(first, Image.Image)) else image
 
     def train_ids(self, label_map: ImageLike) -> NDArray[np.generic]:
         """Convert a label map of any accepted kind to train ids, uint8 or int16 [H, W].
@@ -206,6 +219,12 @@ class Synthesizer:
             raise DataError(f"style: an array of {array.dtype} {list(array.shape)}; give {wanted}")
         code: NDArray[np.float32] = encode_style(self.model, array)[0].numpy()
         return code
+
+    def _read(self, path: Path) -> NDArray[np.generic]:
+        try:
+            return read_labels(path.read_bytes(), str(path), self.labels)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror or error}") from None
 
     def _style(self, style: ImageLike | str | Path | None, seed: int) -> torch.Tensor | None:
         if style is None:
@@ -277,6 +296,13 @@ class Synthesizer:
         return torch.from_numpy((cut != 0).astype(np.uint8) if edges is not None else edges_from_ids(cut))
 
 
+def _is_batch(given: object) -> TypeGuard[NDArray[Any] | torch.Tensor]:
+    if not isinstance(given, np.ndarray | torch.Tensor):
+        return False
+    is_soft = given.is_floating_point() if isinstance(given, torch.Tensor) else given.dtype.kind == "f"
+    return given.ndim == 4 or (given.ndim == 3 and not is_soft and given.shape[2] > 4)
+
+
 def _is_soft(given: ImageLike) -> bool:
     return isinstance(given, np.ndarray) and given.dtype.kind == "f" and given.ndim == 3
 
@@ -290,7 +316,7 @@ def _to_array(given: ImageLike, name: str) -> NDArray[np.generic]:
     if isinstance(given, Image.Image) and given.mode not in MODES:
         raise DataError(f"{name}: a PIL image of mode {given.mode}; give one of {', '.join(MODES)}")
     if not isinstance(given, Image.Image | np.ndarray):
-        raise DataError(f"{name}: a {type(given).__name__}; give a numpy array or a PIL image")
+        raise DataError(f"{name}: a {type(given).__name__}; give a numpy array, a PIL image or a file")
     array = np.asarray(given)
     if array.dtype == np.bool_:
         array = array.astype(np.uint8)

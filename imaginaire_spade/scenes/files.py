@@ -8,7 +8,7 @@ import cv2
 
 from imaginaire_spade.data.image_files import encode_map
 from imaginaire_spade.files import encode_image, write_bytes
-from projects.sample.scenes.scene import draw_scene
+from imaginaire_spade.scenes.scene import draw_scene
 
 
 def write_sample_data(

@@ -4,9 +4,9 @@ painted."""
 import cv2
 import numpy as np
 
-from projects.sample.scenes.canvas import Canvas, lookup, mix, noise, profile, rgb, smoothstep
-from projects.sample.scenes.classes import GRASS, ROAD, WATER
-from projects.sample.scenes.light import Light
+from imaginaire_spade.scenes.canvas import Canvas, lookup, mix, noise, profile, rgb, smoothstep
+from imaginaire_spade.scenes.classes import GRASS, ROAD, WATER
+from imaginaire_spade.scenes.light import Light
 
 
 def _winding(canvas: Canvas, depth: np.ndarray) -> np.ndarray:

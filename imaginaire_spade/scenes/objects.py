@@ -3,11 +3,11 @@
 import cv2
 import numpy as np
 
-from projects.sample.scenes.canvas import Canvas, rgb
-from projects.sample.scenes.classes import GRASS, ROAD
-from projects.sample.scenes.house import paint_house
-from projects.sample.scenes.light import Light
-from projects.sample.scenes.trees import paint_tree
+from imaginaire_spade.scenes.canvas import Canvas, rgb
+from imaginaire_spade.scenes.classes import GRASS, ROAD
+from imaginaire_spade.scenes.house import paint_house
+from imaginaire_spade.scenes.light import Light
+from imaginaire_spade.scenes.trees import paint_tree
 
 
 def paint_objects(canvas: Canvas, light: Light, shore: tuple[np.ndarray, np.ndarray] | None) -> None:

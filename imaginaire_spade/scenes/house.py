@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from projects.sample.scenes.canvas import lookup, mix, noise, rgb, smoothstep
-from projects.sample.scenes.classes import HOUSE, ROOF, WINDOW
+from imaginaire_spade.scenes.canvas import lookup, mix, noise, rgb, smoothstep
+from imaginaire_spade.scenes.classes import HOUSE, ROOF, WINDOW
 
 
 def paint_house(canvas, light, x, y, size, haze) -> None:

@@ -3,9 +3,9 @@
 import cv2
 import numpy as np
 
-from projects.sample.scenes.canvas import Canvas, mix, noise, rgb, smoothstep
-from projects.sample.scenes.classes import CLOUD, SUN
-from projects.sample.scenes.light import Light
+from imaginaire_spade.scenes.canvas import Canvas, mix, noise, rgb, smoothstep
+from imaginaire_spade.scenes.classes import CLOUD, SUN
+from imaginaire_spade.scenes.light import Light
 
 
 def paint_sky(canvas: Canvas, light: Light) -> None:

@@ -11,13 +11,13 @@ import cv2
 import numpy as np
 
 from imaginaire_spade.labels import edges_from_ids
-from projects.sample.scenes.canvas import Canvas, mix, smoothstep
-from projects.sample.scenes.light import Light, draw_light
-from projects.sample.scenes.objects import paint_objects
-from projects.sample.scenes.sky import paint_clouds, paint_sky
-from projects.sample.scenes.terrain import paint_ground, paint_hills, paint_mountains
-from projects.sample.scenes.trees import paint_woods
-from projects.sample.scenes.water_and_road import paint_road, paint_water, water_field
+from imaginaire_spade.scenes.canvas import Canvas, mix, smoothstep
+from imaginaire_spade.scenes.light import Light, draw_light
+from imaginaire_spade.scenes.objects import paint_objects
+from imaginaire_spade.scenes.sky import paint_clouds, paint_sky
+from imaginaire_spade.scenes.terrain import paint_ground, paint_hills, paint_mountains
+from imaginaire_spade.scenes.trees import paint_woods
+from imaginaire_spade.scenes.water_and_road import paint_road, paint_water, water_field
 
 SUPERSAMPLING = 2
 

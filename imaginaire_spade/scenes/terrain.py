@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from projects.sample.scenes.canvas import Canvas, lookup, mix, noise, profile, rgb, smoothstep
-from projects.sample.scenes.classes import GRASS, MOUNTAIN
-from projects.sample.scenes.light import Light
+from imaginaire_spade.scenes.canvas import Canvas, lookup, mix, noise, profile, rgb, smoothstep
+from imaginaire_spade.scenes.classes import GRASS, MOUNTAIN
+from imaginaire_spade.scenes.light import Light
 
 
 def paint_mountains(canvas: Canvas, light: Light) -> None:

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from projects.sample.scenes.canvas import Canvas, mix, noise, rgb, smoothstep
-from projects.sample.scenes.classes import TREE
-from projects.sample.scenes.light import Light
+from imaginaire_spade.scenes.canvas import Canvas, mix, noise, rgb, smoothstep
+from imaginaire_spade.scenes.classes import TREE
+from imaginaire_spade.scenes.light import Light
 
 
 def paint_woods(canvas: Canvas, light: Light) -> None:

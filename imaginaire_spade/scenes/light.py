@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from projects.sample.scenes.canvas import Canvas, rgb
+from imaginaire_spade.scenes.canvas import Canvas, rgb
 
 _PALETTES = {  # zenith, skyline, direct light, ambient light
     "noon": ((0.24, 0.47, 0.80), (0.72, 0.85, 0.94), (0.86, 0.80, 0.66), (0.42, 0.47, 0.54)),

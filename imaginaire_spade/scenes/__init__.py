@@ -8,7 +8,7 @@ the colour and writes the class and instance ids, so that picture and labels agr
 side of the sun) is one object read by every layer.
 """
 
-from projects.sample.scenes.classes import (
+from imaginaire_spade.scenes.classes import (
     CLASSES,
     CLOUD,
     GRASS,
@@ -22,8 +22,8 @@ from projects.sample.scenes.classes import (
     WATER,
     WINDOW,
 )
-from projects.sample.scenes.files import write_sample_data
-from projects.sample.scenes.scene import Scene, draw_scene, edge_map
+from imaginaire_spade.scenes.files import write_sample_data
+from imaginaire_spade.scenes.scene import Scene, draw_scene, edge_map
 
 __all__ = [
     "CLASSES",
