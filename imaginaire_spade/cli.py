@@ -19,7 +19,7 @@ SHARED: dict[tuple[str, ...], dict[str, Any]] = {
     ("--weights",): {
         "choices": ("ema", "raw"), "default": "ema", "help": "ema (default); raw: non-averaged weights"
     },
-    ("--device",): {"choices": ("auto", "cpu", "cuda"), "default": "auto"},
+    ("--device",): {"choices": ("auto", "cpu", "cuda", "mps"), "default": "auto"},
     ("--local-rank", "--local_rank"): {"type": int, "help": argparse.SUPPRESS},  # older launchers pass it
 }  # fmt: skip
 

@@ -13,7 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.labels import EdgeSource, LabelSpec
-from imaginaire_spade.registry import DATASETS, DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Component, Weight
+from imaginaire_spade.registry import (
+    DATASETS,
+    DISCRIMINATORS,
+    ENCODERS,
+    GENERATORS,
+    LOSSES,
+    TRACKERS,
+    Component,
+    Weight,
+)
 
 Count = Annotated[int, Field(ge=1, le=10**12)]
 Side = Annotated[int, Field(ge=1, le=2**16)]
@@ -376,6 +385,8 @@ class TrainerConfig(Section):
     """Iterations between two checkpoints."""
     evaluation: EvaluationConfig | None = None
     """Scores during training; null: none."""
+    trackers: tuple[Annotated[Component, TRACKERS], ...] = Field(("tensorboard",), validate_default=True)
+    """Where the run can be watched: `[tensorboard, wandb]`, or `{type: wandb, project: streets}` in place of a name."""
     keep_last: Count = 3
     """Checkpoints that stay on disk."""
     keep_every: Count | None = None
@@ -389,6 +400,9 @@ class TrainerConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainerConfig:
+        names = [tracker.type for tracker in self.trackers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"trackers: {', '.join(names)}: state each one once")
         if (self.max_iterations is None) == (self.max_epochs is None):
             raise ValueError("state exactly one of max_iterations and max_epochs")
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:

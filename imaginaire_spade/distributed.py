@@ -68,15 +68,20 @@ def rank_from_environment() -> tuple[int, int]:
 
 
 def choose_device(name: str, info: ProcessInfo) -> torch.device:
-    """Choose this process's device by ``auto``, ``cpu`` or ``cuda``.
+    """Choose this process's device by ``auto`` (``cuda`` or ``cpu``), ``cpu``, ``cuda`` or ``mps`` (Apple's GPU).
 
     Raises:
-        ConfigError: CUDA is not usable here, or this node has fewer GPUs than processes.
+        ConfigError: the device is not usable here, or this node has fewer GPUs than processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
+    if name == "mps":
+        if not torch.backends.mps.is_available() or info.world_size > 1:
+            why = "torch cannot use an Apple GPU here" if info.world_size == 1 else "it serves one process alone"
+            raise ConfigError(f"--device mps: {why}. Write --device cpu")
+        return torch.device("mps")
     if not torch.cuda.is_available():
         raise ConfigError(
             "--device cuda: this machine or this build of torch has no usable CUDA device. Write --device cpu, or"
@@ -90,6 +95,11 @@ def choose_device(name: str, info: ProcessInfo) -> torch.device:
         )
     torch.cuda.set_device(info.local_rank)
     return torch.device("cuda", info.local_rank)
+
+
+def to_double(x: Tensor) -> Tensor:
+    """Return x in double precision; on the CPU, if it is on an Apple GPU, which has none."""
+    return (x.cpu() if x.is_mps else x).double()
 
 
 def init_process_group(info: ProcessInfo, device: torch.device, timeout_s: float) -> None:

@@ -6,11 +6,12 @@ discriminator's loss. Users register their own in ``LOSSES``.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.models.discriminator import Scores
@@ -34,6 +35,28 @@ class GeneratorOutputs:
     """float [N, style_dims], if there is an encoder: mean of the style code's distribution."""
     logvar: Tensor | None = None
     """Like mu: logarithm of the variance."""
+
+
+class _MeanDistance(torch.autograd.Function):
+    """Compute the mean of |a - b| in float32, with a gradient for a.
+
+    It keeps a and b themselves. ``F.l1_loss`` of bf16 values would keep float32 copies, of several times their memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return _difference(a, b).abs_().mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        a, b = ctx.saved_tensors
+        return _difference(a, b).sgn_().mul_(gradient / a.numel()).to(a.dtype), None
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    return a.to(torch.float32, copy=True).sub_(b)
 
 
 def _mean_over_scales(values: Sequence[Tensor]) -> Tensor:
@@ -113,7 +136,7 @@ class FeatureMatchingLoss(nn.Module):
 
     def forward(self, outputs: GeneratorOutputs) -> Tensor:
         total = torch.stack(
-            [F.l1_loss(f.float(), r.detach().float())
+            [_MeanDistance.apply(f, r.detach())
              for fake, real in zip(outputs.fake_scores, outputs.real_scores, strict=True)
              for f, r in zip(fake.features, real.features, strict=True)]
         ).sum()  # fmt: skip
@@ -152,7 +175,7 @@ class PerceptualLoss(nn.Module):
             real = self.network(outputs.real)
         fake = self.network(outputs.fake)
         layers = zip(self.layer_weights, fake, real, strict=True)
-        return torch.stack([weight * F.l1_loss(f.float(), r.float()) for weight, f, r in layers]).sum()
+        return torch.stack([weight * _MeanDistance.apply(f, r) for weight, f, r in layers]).sum()
 
 
 @LOSSES.register("kl")
@@ -173,4 +196,4 @@ class L1Loss(nn.Module):
     """Mean absolute difference of images (Isola et al. 2017): quick colours for small runs; blurry if used alone."""
 
     def forward(self, outputs: GeneratorOutputs) -> Tensor:
-        return F.l1_loss(outputs.fake, outputs.real)
+        return _MeanDistance.apply(outputs.fake, outputs.real)

@@ -4,10 +4,12 @@ Imports no torch, so that a command line can call ``end_with_launcher`` early.
 """
 
 import ctypes
+import glob
 import os
 import signal
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +24,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its p
 LEASE_S = 60.0
 """Seconds of silence after which the writer of a folder counts as gone. One on the same host that ended is noticed at
 once."""
+
+NAMELESS_S = 3.0
+"""Seconds that a process has to write its name into its lock."""
 
 LAUNCHER_GONE_S = 120
 """Seconds that a process has to save and leave once its launcher is gone: nobody else would end it."""
@@ -59,34 +64,60 @@ def forget_terminal() -> None:
     """Drop what is printed to a terminal from now on: one that was closed makes every print an error."""
     for stream in (1, 2):
         if stat.S_ISCHR(os.fstat(stream).st_mode):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            forget_output(stream)
+
+
+def forget_output(stream: int) -> None:
+    """Drop what is written to this file descriptor from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 @contextmanager
-def one_writer(folder: Path, flag: str) -> Iterator[None]:
+def one_writer(folder: Path, flag: str, rank: int = 0) -> Iterator[None]:
     """Hold ``folder`` (made if missing) for this process while the block runs, by ``folder/.lock``.
+
+    Args:
+        flag: the command line's flag for the folder.
+        rank: of this process, of those that write there together, each with a lock of its own.
+    Raises:
+        UserError: another living process writes there, or the folder is not writable.
+    """
+    try:
+        with hold_lock(folder / f".lock{rank or ''}", folder, flag):
+            yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # if nothing was written
+
+
+@contextmanager
+def hold_lock(path: Path, folder: Path, flag: str, *, timeout: float = 0, quiet: bool = False) -> Iterator[None]:
+    """Hold the lock file ``path`` of ``folder`` while the block runs. Missing folders around it are made.
 
     The file says who writes, and is touched regularly, so it works on network file systems without locks. The lock of a
     writer that is gone is taken over; one that has lost its launcher leaves soon, and is waited for. A process that
     lost its lock (stopped for longer than ``LEASE_S``) ends at once.
 
     Args:
-        flag: the command line's flag for the folder.
+        flag: the command line's flag for ``folder``.
+        timeout: seconds to wait for another writer; -1: without end.
+        quiet: take over without a word.
     Raises:
-        UserError: another living process writes there, or the folder is not writable.
+        UserError: another living process holds it, or it cannot be written.
     """
 
     def leave(lost: LeaseCompromise) -> None:
         print(f"error: {folder}: its lock was lost ({lost.reason}): ending, nothing more is written", file=sys.stderr)
         os._exit(EXIT_CODE)
 
-    lease = SoftFileLease(folder / ".lock", lease_duration=LEASE_S, on_compromise=leave)
+    lease = SoftFileLease(path, lease_duration=LEASE_S, on_compromise=leave)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_nameless(path)
         owner = lease.owner
         who = "another process" if owner is None else f"process {owner.pid} on {owner.hostname}"
         try:
-            lease.acquire(timeout=0)
+            lease.acquire(timeout=timeout)
         except Timeout:
             if owner is None:
                 raise
@@ -103,13 +134,23 @@ def one_writer(folder: Path, flag: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}. Give another {flag}") from None
     try:
-        if owner is not None:
+        if owner is not None and not quiet:
             print(f"{folder}: {who}, which wrote there, is gone: taking over", flush=True)
         yield
     finally:
         lease.release()
-        with suppress(OSError):
-            folder.rmdir()  # if nothing was written
+        for left in path.parent.glob(f"{glob.escape(path.name)}.break.*"):  # of one that was killed while it took over
+            left.unlink(missing_ok=True)
+
+
+def _remove_nameless(path: Path) -> None:
+    """Remove a lock file that stays empty: its process was killed before it wrote its name. (One that only halted then
+    notices that its lock is lost.)"""
+    with suppress(FileNotFoundError):
+        if (seen := path.stat()).st_size == 0:
+            time.sleep(NAMELESS_S)
+            if (now := path.stat()).st_size == 0 and now.st_ino == seen.st_ino:
+                path.unlink()
 
 
 def _is_orphan(pid: int) -> bool:

@@ -1,10 +1,10 @@
 """Map names in YAML to classes in Python.
 
-Responsible for the registries of generators, discriminators, encoders, norms, losses and data sets, and the typed
-schema that each registered class brings along: its keyword-only parameters *are* the keys that YAML may set, with their
-types and defaults. Knows nothing of files or of how a component is assembled (``build.py`` does that). It knows only
-the names of the modules that fill the registries: the first look-up imports them, so that a config may name their
-classes.
+Responsible for the registries of generators, discriminators, encoders, norms, losses, data sets and trackers, and for
+the typed schema that each registered class brings along: its keyword-only parameters *are* the keys that YAML may set,
+with their types and defaults. Knows nothing of files or of how a component is assembled (``build.py`` does that). It
+knows only the names of the modules that fill the registries: the first look-up imports them, so that a config may name
+their classes.
 
 A user registers a component from their own module and names that module on the command line (``--import``)::
 
@@ -184,3 +184,4 @@ NORMS = Registry("norm", "imaginaire_spade.models.norms")
 DATASETS = Registry("data set")
 """Of users' own alone: folders and LMDBs need no name."""
 LOSSES = Registry("loss", "imaginaire_spade.losses")
+TRACKERS = Registry("tracker", "imaginaire_spade.training.trackers")

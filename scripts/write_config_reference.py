@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from imaginaire_spade.config import RunConfig
-from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Component, Registry
+from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, TRACKERS, Component, Registry
 
 COMPONENT_KEYS = {"gen": GENERATORS, "dis": DISCRIMINATORS, "encoder": ENCODERS}
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "config.md"
@@ -44,6 +44,8 @@ def type_name(annotation: object) -> str:
         return f"[{', '.join(type_name(argument) for argument in arguments)}]"
     if typing.get_origin(annotation) is dict:
         return f"mapping of {type_name(arguments[0])} to {type_name(arguments[1])}"
+    for registry in getattr(annotation, "__metadata__", ()):
+        return f"{registry.kind}s"
     names = {int: "int", float: "float", str: "text", bool: "true or false"}
     return names.get(annotation, "section")  # type: ignore[call-overload]
 
@@ -114,7 +116,7 @@ def component(registry: Registry, name: str) -> list[str]:
 def reference() -> str:
     lines = [HEAD, *sections(RunConfig, "", {})]
     lines += ["\n## Components\n", "Chosen by `type:`. Your own are registered by a module named with `--import`.", ""]
-    for registry in (*COMPONENT_KEYS.values(), NORMS, LOSSES):
+    for registry in (*COMPONENT_KEYS.values(), NORMS, LOSSES, TRACKERS):
         for name in registry.names():
             lines += component(registry, name)
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"

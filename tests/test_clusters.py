@@ -137,14 +137,14 @@ loop.train_step = wait_and_step
 class BatchJob:
     """scripts/slurm/train.sbatch on both nodes, with one process each. It is in no hurry while ``hold`` exists."""
 
-    def __init__(self, cluster: Cluster, config: Path, folder: Path) -> None:
+    def __init__(self, cluster: Cluster, config: Path, folder: Path, minutes: str = "UNLIMITED") -> None:
         self.cluster, self.logdir, self.log, self.hold = cluster, folder / "log", folder / "job.log", folder / "hold"
         self.hold.touch()
         (folder / "in_no_hurry.py").write_text(IN_NO_HURRY.format(hold=str(self.hold)))
         settings = [f"--set={item}" for item in SLOW]
         self.id = cluster.run(
-            "sbatch", "--parsable", "--nodes=2", "--gpus-per-node=1", f"--cpus-per-task={os.cpu_count()}", "--time=5",
-            f"--output={self.log}", "scripts/slurm/train.sbatch",
+            "sbatch", "--parsable", "--nodes=2", "--gpus-per-node=1", f"--cpus-per-task={os.cpu_count()}",
+            f"--time={minutes}", f"--output={self.log}", "scripts/slurm/train.sbatch",
             "--config", config, "--logdir", self.logdir, "--device=cpu", "--import=in_no_hurry", *settings,
             cwd=REPOSITORY, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", OMP_NUM_THREADS="1",
             PYTHONPATH=f"{REPOSITORY}:{folder}",
@@ -175,7 +175,7 @@ class BatchJob:
 @pytest.mark.timeout(0)
 def test_a_slurm_job_saves_before_its_time_limit_and_ends_as_if_it_had_none(cluster, commands, tiny_run, tmp_path):
     path, _ = tiny_run
-    job = BatchJob(cluster, path, tmp_path)
+    job = BatchJob(cluster, path, tmp_path, minutes="5")
     job.reaches(2)
     (launcher,) = (pid for pid, line in cluster.processes(NODES[0]).items() if "bin/torchrun" in line)
     assert len(os.sched_getaffinity(launcher)) == os.cpu_count()
@@ -220,7 +220,7 @@ def test_nothing_is_left_of_a_slurm_job_that_is_ended_in_any_way(cluster, tiny_r
         cluster.run(*how.split(), job.id)
     else:
         cluster.kill(*{"srun": (NODES[0], "srun"), "slurmstepd": (NODES[1], f"slurmstepd: [{job.id}.0]")}[how])
-    cluster.wait_for(lambda: "leaving on SIGTERM" in (job.logdir / "train.log").read_text(), "left")
+    cluster.wait_for(lambda: "leaving on SIGTERM" in (job.logdir / "train.log").read_text(), "saved")
     if how == "slurmstepd":  # the other node waits ten minutes for this one
         cluster.run("scancel", job.id)
     assert job.ends() != "COMPLETED" and newest_checkpoint(job.logdir)

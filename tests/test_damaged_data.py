@@ -1,30 +1,38 @@
+# ruff: noqa: F811 (the fixture tiny_run is imported)
 """Data that is damaged, stale or no file at all: it is refused by name, or counts as what it is."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import socket
 import struct
+import sys
 import zlib
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
 from conftest import write_png
 from PIL import Image
+from test_faults import SMALL
 from test_lmdb_source import LABELS, encoded, raw_png
+from test_training import tiny_run  # noqa: F401
 
+from imaginaire_spade.commands import inspect_lmdb
 from imaginaire_spade.config import ImageSpec
+from imaginaire_spade.data import lmdb_source
 from imaginaire_spade.data.folders import FolderSource
-from imaginaire_spade.data.image_files import decode_image, decode_label
+from imaginaire_spade.data.image_files import decode_image, decode_label, encode_map
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.data.photos import decode_photo, decode_stored
 from imaginaire_spade.dataset_prep.prepare import DATASETS, TOOLS, Options, prepare
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.evaluation.images import StoredImages
-from imaginaire_spade.lmdb_builder.build import build_dataset
+from imaginaire_spade.lmdb_builder.build import build_dataset, look_through
 
 ROW, COLUMN = np.mgrid[:48, :64]
 IDS = ((np.sin(COLUMN / 9.0) * 10 + ROW) // 6 % 11).astype(np.uint8)
@@ -133,6 +141,182 @@ def test_pages_are_refused_and_overviews_are_none():
         decode_stored(tiff((IDS, 0), (IDS, 0)), "m.tif")
 
 
+# ------------------------------------------------------------------------------------------------ stale shards
+
+
+def rewrite(path: Path, data: bytes, newer_by_ns: int = 1) -> None:
+    """Give a file of the same size other contents and a time stamp that differs by nanoseconds."""
+    assert len(data) == path.stat().st_size
+    stamp = path.stat().st_mtime_ns + newer_by_ns
+    path.write_bytes(data)
+    os.utime(path, ns=(stamp, stamp))
+
+
+def other_ids(path: Path) -> bytes:
+    """The PNG of a map with other ids and as many bytes."""
+    ids, size = decode_label(path.read_bytes(), "x"), path.stat().st_size
+    data = encode_map((ids + 1) % 5)
+    padding = chunk(b"tEXt", b"x" * (size - len(data) - 12))
+    return data[:33] + padding + data[33:]
+
+
+def padded_folder(tiny_folder) -> Path:
+    """A raw folder whose label maps have room for other contents."""
+    root = tiny_folder(keys=6, types=("images", "seg_maps"))
+    for path in (root / "seg_maps").iterdir():
+        data = encode_map(decode_label(path.read_bytes(), "x"))
+        path.write_bytes(data[:33] + chunk(b"tEXt", b"y" * 500) + data[33:])
+    return root
+
+
+def stored(out: Path, key: str) -> np.ndarray:
+    return decode_label(open_source(out, ["seg_maps"]).read(key, "seg_maps"), "x")
+
+
+@pytest.mark.parametrize("recode", [False, True])
+def test_a_corrected_file_of_the_same_size_is_built_again(tiny_folder, tmp_path, capsys, recode):
+    root, out = padded_folder(tiny_folder), tmp_path / "out"
+
+    def build(**options):
+        return build_dataset(root, out, LABELS, num_workers=0, num_shards=3, recode_maps=recode, **options)
+
+    first, path = build(), root / "seg_maps/0002.png"
+    rewrite(path, other_ids(path))
+    assert build() != first
+    printed = capsys.readouterr().out
+    assert "shard_00001 was built before its source changed" in printed and "2 of 3 shard(s) are complete" in printed
+    assert np.array_equal(stored(out, "0002"), decode_label(path.read_bytes(), "x"))
+    once = out.with_name("once")
+    build_dataset(root, once, LABELS, num_workers=0, num_shards=3, recode_maps=recode)
+    for file in (p.relative_to(once) for p in once.rglob("*") if p.is_file()):
+        assert (once / file).read_bytes() == (out / file).read_bytes(), file
+    build()
+    assert "3 of 3 shard(s) are complete" in capsys.readouterr().out
+
+
+def test_a_single_shard_is_not_replaced_unasked(tiny_folder, tmp_path):
+    root, out = padded_folder(tiny_folder), tmp_path / "out"
+    build_dataset(root, out, LABELS, num_workers=0)
+    path = root / "seg_maps/0002.png"
+    rewrite(path, other_ids(path), 10**10)
+    with pytest.raises(DataError, match=r"out was built before its source changed \(1 newer file\(s\), such as .*0002"):
+        build_dataset(root, out, LABELS, num_workers=0)
+    build_dataset(root, out, LABELS, num_workers=0, overwrite=True)
+    assert np.array_equal(stored(out, "0002"), decode_label(path.read_bytes(), "x"))
+
+
+def test_touched_files_are_read_once_and_keep_their_shards(tiny_folder, tmp_path, capsys, monkeypatch):
+    root, out = padded_folder(tiny_folder), tmp_path / "out"
+    built = build_dataset(root, out, LABELS, num_workers=0, num_shards=3)
+    for path in root.rglob("*.*"):
+        os.utime(path)
+    inodes = {path: path.stat().st_ino for path in out.rglob("data.mdb")}
+    touched = build_dataset(root, out, LABELS, num_workers=0, num_shards=3)
+    assert {path: path.stat().st_ino for path in out.rglob("data.mdb")} == inodes
+    assert {name for name in built if built[name] != touched[name]} == {"source_stamps_sha256"}
+    monkeypatch.setattr(FolderSource, "read", None)  # nothing is in doubt any more
+    assert build_dataset(root, out, LABELS, num_workers=0, num_shards=3) == touched
+    assert capsys.readouterr().out.count("3 of 3 shard(s) are complete") == 2
+
+
+def test_a_manifest_of_an_earlier_version_judges_by_its_own_age(tiny_folder, tmp_path, capsys):
+    root, out = padded_folder(tiny_folder), tmp_path / "out"
+    build_dataset(root, out, LABELS, num_workers=0, num_shards=3)
+    for path in out.rglob("manifest.json"):
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in manifest.items() if k[:10] not in ("source_sta", "source_con")}))
+    build_dataset(root, out, LABELS, num_workers=0, num_shards=3)
+    assert "3 of 3 shard(s) are complete" in capsys.readouterr().out
+    path = root / "seg_maps/0002.png"
+    rewrite(path, other_ids(path), 10**11)
+    build_dataset(root, out, LABELS, num_workers=0, num_shards=3)
+    assert "shard_00001 was built before its source changed (1 newer file(s), such as" in capsys.readouterr().out
+    assert np.array_equal(stored(out, "0002"), decode_label(path.read_bytes(), "x"))
+
+
+# ------------------------------------------------------------------------------------------------ other LMDB files
+
+
+def test_an_lmdb_of_another_size_is_not_mapped(tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    build_dataset(tiny_folder(keys=4), out, LABELS, num_workers=0, num_shards=2)
+    path = out / "shard_00001/images/data.mdb"
+    data = path.read_bytes()
+    for other in (data[:-4096], data + bytes(4096), b""):
+        path.write_bytes(other)
+        with pytest.raises(DataError, match=rf"{path}: cut off or replaced \({len(other)} bytes, not {len(data)}\)"):
+            open_source(out, ["images"])
+        assert open_source(out, ["seg_maps"]).keys
+    path.write_bytes(data[:-1] + b"x")
+    [problem] = look_through(out, LABELS, 0).problems
+    assert problem.startswith(f"{path}: its checksum differs")
+
+
+@pytest.mark.parametrize("error", [lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadValsizeError])
+def test_what_lmdb_raises_is_a_data_error(tiny_folder, tmp_path, monkeypatch, error):
+    build_dataset(tiny_folder(keys=1), tmp_path / "out", LABELS, num_workers=0)
+    source = open_source(tmp_path / "out", ["images"])
+
+    class Damaged:
+        def begin(self):
+            raise error("page 7")
+
+    monkeypatch.setattr(lmdb_source, "_environment", lambda data_file, readahead: Damaged())
+    with pytest.raises(DataError, match=r"images key \./0000: the LMDB is damaged \(page 7\): copy it again"):
+        source.read("0000", "images")
+
+
+@pytest.mark.parametrize(
+    "name, value", [("class_pixels", "x"), ("num_samples", None), ("sizes_h_w", [1]), ("shards", 5), ("images", 3)]
+)
+def test_a_manifest_of_other_types_is_named(tiny_folder, tmp_path, monkeypatch, name, value):
+    out = tmp_path / "out"
+    build_dataset(tiny_folder(keys=1), out, LABELS, num_workers=0)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest |= {name: value}
+    manifest = {key: entry for key, entry in manifest.items() if entry is not None}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(sys, "argv", ["", str(out)])
+    with pytest.raises(DataError, match=r"manifest\.json: "):
+        inspect_lmdb.main()
+
+
+def test_names_that_are_no_utf8_are_refused(tiny_folder, tmp_path):
+    build_dataset(tiny_folder(keys=1), tmp_path / "out", LABELS, num_workers=0)
+    (tmp_path / "out/all_filenames.json").write_text(r'{".": ["\ud800"]}')
+    with pytest.raises(DataError, match="is not UTF-8"):
+        open_source(tmp_path / "out", ["images"])
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+def test_resuming_warns_of_other_contents_under_the_same_names(tiny_run, tmp_path, capsys):
+    _, run = tiny_run
+    root = tmp_path / "raw"
+    run("log", *SMALL, stop_after=1)
+    (root / "images/0003.jpg").write_bytes((root / "images/0004.jpg").read_bytes())
+    os.utime(root / "seg_maps/0001.png")
+    content = run("log", *SMALL, stop_after=2)
+    told = f"warning: {root}: 2 of 10 samples (or LMDB files) have changed under their names since (1 in size"
+    assert told in capsys.readouterr().out
+    [stamps] = content["run"]["data_stamps"]  # so the next start is silent
+    assert stamps.tolist() == FolderSource(root, ["images", "seg_maps"]).stamps().tolist()
+
+
+def test_lmdbs_are_told_apart_by_what_their_manifests_state(tiny_folder, tmp_path):
+    root = tiny_folder(keys=4, types=("images", "seg_maps"))
+
+    def stamps(name: str) -> list[list[int]]:
+        build_dataset(root, tmp_path / name, LABELS, num_workers=0, num_shards=2)
+        return open_source(tmp_path / name, ["images", "seg_maps"]).stamps().tolist()
+
+    first = stamps("a")
+    assert stamps("b") == first and len(first) == 4  # a copy, later
+    (root / "images/0003.jpg").write_bytes((root / "images/0002.jpg").read_bytes())
+    assert [one == other for one, other in zip(stamps("c"), first, strict=True)] == [True, True, False, True]
+
+
 # ------------------------------------------------------------------------------------------------ what is no file
 
 
@@ -188,7 +372,7 @@ def test_a_link_to_itself_is_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "seg_maps/b.png").symlink_to("b.png")
     source = FolderSource(tmp_path, ["seg_maps"])
     for key, fails in (("a", False), ("b", True)):
-        for read in (source.read, source.file_size):
+        for read in (source.read, source.file_stamp):
             if fails:
                 with pytest.raises(DataError, match=r"b\.png: cannot be read"):
                     read(key, "seg_maps")

@@ -13,7 +13,7 @@ from imaginaire_spade.commands import inspect_lmdb
 from imaginaire_spade.data.distances import class_distances, encode_distances
 from imaginaire_spade.data.folders import DATA_TYPES, FolderSource
 from imaginaire_spade.data.image_files import decode_edges, decode_instances, decode_label
-from imaginaire_spade.data.lmdb_source import store_key
+from imaginaire_spade.data.lmdb_source import open_source, store_key
 from imaginaire_spade.dataset_prep.maps import make_edge_maps
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.labels import LabelSpec, edges_from_ids
@@ -44,8 +44,10 @@ def test_a_flipped_byte_is_found_and_named(tiny_folder, tmp_path):
     problems = look_through(tmp_path / "out", LABELS, 0).problems
     assert any("shard_00001/images/data.mdb: its checksum differs" in problem for problem in problems)
     damaged.write_bytes(content[: len(content) // 2])
-    problems = look_through(tmp_path / "out", LABELS, 0).problems
-    assert any("shard_00001/images/data.mdb: cut off" in problem for problem in problems)
+    [problem] = look_through(tmp_path / "out", LABELS, 0).problems  # (nothing is mapped)
+    assert "shard_00001/images/data.mdb: its checksum differs" in problem
+    with pytest.raises(DataError, match=r"shard_00001/images/data\.mdb: cut off or replaced"):
+        open_source(tmp_path / "out", ["images"])
 
 
 def store_unchecked(root: Path, output: Path) -> None:

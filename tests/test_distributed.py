@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from imaginaire_spade import distributed
+from imaginaire_spade.distributed import ProcessInfo, choose_device
+from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import initialise
@@ -247,3 +249,15 @@ def test_a_norm_decides_by_the_label_maps_of_all_processes(ranks, blocks, tables
     """At full resolution tables pay for a calm process alone and not for a busy one; the mean of both decides."""
     for _, order in ranks.compute(Case(blocks)):
         assert {answer for kind, *where, answer in order if kind == "tables" and where == [SIDE, 4]} == {tables}
+
+
+def test_an_apple_gpu_is_refused_by_name_where_there_is_none(monkeypatch):
+    """None has run this: where torch has one, it is taken, for one process."""
+    if not torch.backends.mps.is_available():
+        with pytest.raises(ConfigError, match="--device mps: torch cannot use an Apple GPU here"):
+            choose_device("mps", ProcessInfo())
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("mps", ProcessInfo()) == torch.device("mps")
+    with pytest.raises(ConfigError, match="--device mps: it serves one process alone"):
+        choose_device("mps", ProcessInfo(world_size=2))
+    assert choose_device("auto", ProcessInfo()).type in ("cpu", "cuda")

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from imaginaire_spade import processes
 from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import EXIT_CODE, CheckpointError, UserError
 from imaginaire_spade.processes import one_writer
-from imaginaire_spade.training import checkpoint, loop
+from imaginaire_spade.training import checkpoint, loop, trackers
 from imaginaire_spade.training.health import LossMeter, NonFiniteLoss, OutOfMemory, explain_out_of_memory
 from imaginaire_spade.training.run_log import RunLog
 from imaginaire_spade.training.setup import Calendar
@@ -73,6 +75,16 @@ def test_nohup_goes_on_when_the_terminal_is_closed(tiny_run, before_step):
         assert run("log", *SMALL, "trainer.max_iterations=2")["images_seen"] == 8
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_training_goes_on_when_nobody_reads_what_it_prints(tiny_run, tmp_path, monkeypatch):
+    _, run = tiny_run
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert run("log", *SMALL, "trainer.max_iterations=2")["images_seen"] == 8
+    assert "iteration 2/2" in (tmp_path / "log/train.log").read_text()
 
 
 def test_ranks_end_when_their_launcher_is_killed(commands, tiny_run, tmp_path):
@@ -133,6 +145,12 @@ def test_a_log_dir_has_one_writer(commands, tiny_run, tmp_path, monkeypatch, cap
         ends.set()
         living.join()
     marker.unlink()
+    # A writer that was killed before it wrote its name.
+    monkeypatch.setattr(processes, "NAMELESS_S", 0.1)
+    logdir.mkdir(exist_ok=True)
+    marker.touch()
+    with one_writer(logdir, "--logdir"):
+        assert f"pid={os.getpid()}" in marker.read_text()
     # A lock that was taken away.
     code = "import time; from pathlib import Path; from imaginaire_spade import processes; processes.LEASE_S = 0.3\n"
     code += f"with processes.one_writer(Path({str(logdir)!r}), '--logdir'):\n print('held', flush=True); time.sleep(60)"
@@ -236,7 +254,8 @@ def fill(disk: Path, leave: int = 0) -> Path:
     """A file that leaves so many bytes of a disk."""
     status = os.statvfs(disk)
     filler = disk / "filler"
-    filler.write_bytes(bytes(max(0, status.f_bavail * status.f_frsize - leave)))
+    with suppress(OSError):  # a thread of the log took some of it meanwhile
+        filler.write_bytes(bytes(max(0, status.f_bavail * status.f_frsize - leave)))
     return filler
 
 
@@ -275,15 +294,19 @@ def test_training_goes_on_after_a_failed_save_where_the_config_says_so(tiny_run,
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
-def test_a_log_on_a_full_disk_has_a_gap_and_goes_on(small_disk, capfd):
+def test_a_log_on_a_full_disk_has_a_gap_and_goes_on(small_disk, capfd, monkeypatch):
     log = RunLog(small_disk, Calendar(1, 10, 99, 99), images_seen=0, enabled=True)
+    monkeypatch.setattr(trackers, "texts", lambda run: {"config": "x"})
+    monkeypatch.setattr(trackers, "hyperparameters", lambda run: {"x": 1})
+    run = SimpleNamespace(state=SimpleNamespace(images_seen=0))
+    log.trackers = [trackers.Following("tensorboard", trackers.TensorBoard(run, small_disk, None), log.say)]
     for iteration in range(1, 60):
         if iteration == 10:
             filler = fill(small_disk)
         if iteration == 50:
             filler.unlink()
         log.tick(iteration, {"gan": iteration / 8}, {"lr/gen": 1e-4}, wait_s=0.0)
-    log.close()
+    log.close("finished")
     assert f"the log in {small_disk} has a gap here: [Errno 28] No space left on device" in capfd.readouterr().out
     records = [json.loads(line) for line in (small_disk / "metrics.jsonl").read_text().splitlines()]
     iterations = {record["iteration"] for record in records}
@@ -298,7 +321,7 @@ def test_a_log_goes_on_where_the_checkpoint_is(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"iteration": 4, "ima']))
     log = RunLog(tmp_path, Calendar(1, 10, 99, 99), images_seen=2, enabled=True)
     log.tick(3, {"a": 7.0}, {}, 0.0)
-    log.close()
+    log.close("finished")
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(record["images_seen"], record["loss/a"]) for record in records] == [(1, 1.0), (2, 2.0), (3, 7.0)]
 

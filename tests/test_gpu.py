@@ -65,7 +65,7 @@ def waits_of(name):
                       torch.zeros(2, SIZE, SIZE) if spec.has_distances else None, str(index), (SIZE, SIZE), index)
                for index, one in enumerate(labels)]
     on_host = Batch.collate(spec, samples)
-    generator = SPADEGenerator(spec, (SIZE, SIZE), num_filters=4, norm=norm).to(device)
+    generator = SPADEGenerator(spec, (SIZE, SIZE), num_filters=16, norm=norm).to(device)
     discriminator = MultiscaleDiscriminator(spec, num_filters=4).to(device)
     if synchronized:
         modulation.gather_statistics, modulation.sum_statistics = gather, add_up
@@ -95,9 +95,12 @@ def waits_of(name):
         warnings.simplefilter("always")
         warnings.showwarning = note
         torch.cuda.set_sync_debug_mode("warn")
+        kept = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
         iterate(2)
         torch.cuda.set_sync_debug_mode("default")
-    return {"waits": dict(places), "exchanges": sum(exchanges.values())}
+    peak = torch.cuda.max_memory_allocated() - kept
+    return {"waits": dict(places), "exchanges": sum(exchanges.values()), "peak": peak}
 
 print(json.dumps({name: waits_of(name) for name in sys.argv[2].split(",")}))
 """
@@ -131,6 +134,7 @@ def test_an_iteration_does_not_wait_for_the_gpu():
     for name in NORMS:
         assert found[name]["waits"] == {}, name
         assert found[name]["exchanges"] == (32 if "synchronized" in name else 0), name
+    assert found["table"]["peak"] < 0.62 * found["dense"]["peak"], found
 
 
 @pytest.mark.parametrize("where", ["interpreter", "gpu"])

@@ -4,6 +4,7 @@ import base64
 import errno
 import io
 import json
+import re
 import struct
 import unicodedata
 from dataclasses import dataclass
@@ -38,11 +39,12 @@ from imaginaire_spade.inference import output as output_folder
 from imaginaire_spade.inference.folder import FolderOptions, generate_folder
 from imaginaire_spade.inference.images_to_score import checkpoint_images
 from imaginaire_spade.inference.model import Model
-from imaginaire_spade.inference.output import Output, write_gallery
+from imaginaire_spade.inference.output import Output, _write_animation, write_gallery
 from imaginaire_spade.inference.synthesizer import Synthesizer
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.lmdb_builder.shard import summary
+from imaginaire_spade.pages import _count_columns
 from imaginaire_spade.sheets import BACKGROUND, draw_contact_sheet
 from imaginaire_spade.training import loop, run_log
 from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpoint
@@ -152,7 +154,7 @@ def test_smoothing_leaves_out_what_is_not_finite():
 
 
 class Page(HTMLParser):
-    """Links of a page; fails on scripts and on anything that is fetched from elsewhere."""
+    """Links of a page; fails on anything that is fetched besides images and films."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -163,8 +165,8 @@ class Page(HTMLParser):
         self.feed(self.source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag not in ("script", "link", "iframe")
         values = dict(attrs)
+        assert tag not in ("link", "iframe") and not (tag == "script" and values)
         if tag == "img":
             self.images.append(values["src"] or "")
         self.links += [values["href"] or ""] if "href" in values else []
@@ -178,20 +180,24 @@ LABELS = LabelSpec(num_classes=1, names=("<sky>",), palette=((1, 2, 3),))
 
 def test_gallery_links_lead_to_files_whatever_the_names(tmp_path):
     keys = ["plain", "seq/ü ö", "a b/c#d%20?&<i>\"'", "x:y/z", "日本"]
-    outputs = [Output(k, i, (f"{k}_00.png", f"{k}_01.png"), f"_labels/{k}.png") for i, k in enumerate(keys)]
+    outputs = [
+        Output(k, i, (f"{k}_00.png", f"{k}_01.png"), f"_labels/{k}.png", photo=f"_labels/{k}.photo.jpg")
+        for i, k in enumerate(keys)
+    ]
     for output in outputs:
-        for file in (output.label_map, *output.images):
+        for file in filter(None, (output.label_map, output.photo, *output.images)):
             write_image(tmp_path / file, PHOTO)
-    path = write_gallery(tmp_path, outputs, "<b>title & more</b>", LABELS)
+    path = write_gallery(tmp_path, outputs, "<b>title & more</b>", LABELS, ["seed 7", "<seed> 8"])
     page = Page(path)
-    assert len(page.images) == 3 * len(keys)
+    assert len(page.images) == 4 * len(keys)
+    assert "5 label maps, 2 generated images each" in page.text and page.text.count("<seed> 8") == 5
     for url in page.images:
         assert url.startswith("./")
         assert (tmp_path / unquote(url)).is_file() and "#" not in url and "?" not in url
     for key in keys:
         assert key in page.text
     assert "<b>title" in page.text and "<sky>" in page.text and "rgb(1,2,3)" in page.source
-    assert "http" not in page.source and "//" not in page.source
+    assert "http" not in page.source and not re.search(r"(?<!\s)//", page.source)
 
 
 def test_a_large_gallery_has_pages(tmp_path, monkeypatch):
@@ -201,6 +207,81 @@ def test_a_large_gallery_has_pages(tmp_path, monkeypatch):
     pages = [Page(tmp_path / name) for name in ("index.html", "index-2.html", "index-3.html")]
     assert [len(page.images) for page in pages] == [4, 4, 2]
     assert all("index-3.html" in page.links for page in pages)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".mp4"])
+def test_the_gallery_shows_every_kind_of_animation(tmp_path, suffix):
+    output = Output("a", 0, ("a_00.png", "a_01.png"), "_labels/a.png", f"a{suffix}")
+    page = Page(write_gallery(tmp_path, [output], "moving", LABELS, ["seed 1", "seed 2"]))
+    assert f'src="./a{suffix}"' in page.source and page.source.count("<video") == (suffix == ".mp4")
+    assert "seed 1 to seed 2" in page.text and "1 label map\n" in page.text
+
+
+def test_rows_of_the_gallery_are_full_or_lack_the_place_that_the_label_map_takes():
+    columns = [_count_columns(cells) for cells in range(2, 22)]
+    assert columns[:5] == [2, 3, 4, 5, 6] and max(columns) == 6
+    assert [cells for cells, number in enumerate(columns, 2) if -cells % number > 1] == [13]
+
+
+def test_the_gallery_in_a_browser(browser, tmp_path):
+    from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    outputs = [
+        Output(k, i, tuple(f"{k}_{j}.png" for j in range(4)), f"_labels/{k}.png", film, photo=f"_labels/{k}.photo.jpg")
+        for i, (k, film) in enumerate([("a", None), ("b", None), ("c", "c.webp"), ("d", "d.mp4")])
+    ]
+    for output in outputs:
+        for file in (output.label_map, *output.images, *([output.photo] if output.key != "b" else [])):
+            write_image(tmp_path / str(file), PHOTO)
+        if output.animation:
+            _write_animation(tmp_path / output.animation, [PHOTO, PHOTO // 2, PHOTO // 3])
+    write_gallery(tmp_path, outputs, "looked at", LABELS, [f"seed {j}" for j in range(4)])
+    browser.get((tmp_path / "index.html").as_uri())
+    ask = browser.execute_script
+
+    def press(key):
+        ActionChains(browser).send_keys(key).perform()
+
+    def wait(script):
+        WebDriverWait(browser, 30, poll_frequency=0.05).until(lambda _: ask(f"return {script}"))
+
+    # One row per label map without holes; the photo that is not there is left out.
+    wait("document.images.length > 15 && [...document.images].every((image) => image.naturalWidth)")
+    rows = ask("return [...document.querySelectorAll('figure')].map((figure) => [...figure.querySelectorAll('.cell')]"
+               ".map((cell) => cell.offsetTop))")  # fmt: skip
+    assert [len(row) for row in rows] == [6, 5, 3, 3] and all(len(set(row)) == 1 for row in rows)
+    assert ask("return getComputedStyle(document.querySelector('.map img')).imageRendering") == "pixelated"
+
+    # Arrows go through the label maps, to the ends; Esc closes, and the focus is where it closed.
+    ask("document.querySelector('#p0 .cell:last-child').click()")
+    keys = []
+    for key in (Keys.ARROW_LEFT, Keys.ARROW_RIGHT, Keys.END, Keys.ARROW_RIGHT):
+        press(key)
+        keys.append(ask("return document.querySelector('dialog[open] output').textContent"))
+    assert keys == ["a", "b", "d", "d"]
+    wait("document.querySelector('dialog video').readyState === 4")
+    film = ask("const v = document.querySelector('dialog video'); return [v.error, v.videoWidth, v.videoHeight]")
+    assert film == [None, PHOTO.shape[1] + PHOTO.shape[1] % 2, PHOTO.shape[0] + PHOTO.shape[0] % 2]
+    assert ask("const d = document.querySelector('dialog'); return d.scrollHeight - d.clientHeight") == 0
+    press(Keys.ESCAPE)
+    assert ask("return [document.querySelector('dialog').open, document.activeElement.closest('figure').id]") == [
+        False, "p3"
+    ]  # fmt: skip
+
+    # On a telephone: two columns, nothing to scroll sideways, room for a finger.
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                            {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False})  # fmt: skip
+    try:
+        assert ask("return document.documentElement.scrollWidth") <= 400
+        tops = ask("return [...document.querySelectorAll('#p1 .cell')].map((cell) => cell.offsetTop)")
+        assert [tops.count(top) for top in sorted(set(tops))] == [1, 2, 2]
+        small = ask(
+            "return [...document.querySelectorAll('main a, summary')].filter((a) => a.offsetHeight < 44).length"
+        )
+        assert small == 0
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_an_empty_gallery(tmp_path):

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -18,13 +19,17 @@ import yaml
 from conftest import blocky_labels, write_jpg, write_png
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from imaginaire_spade.build import build_encoder, build_generator
 from imaginaire_spade.commands import inference as command_line
 from imaginaire_spade.config_diff import explain_mismatch
 from imaginaire_spade.config_files import dump_config, load_config, parse_config
+from imaginaire_spade.data.batch import Sample
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
+from imaginaire_spade.inference import folder as folder_run
 from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.output import check_empty, plan_outputs
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, group_by_size, pad_to_layout, synthesise
@@ -149,6 +154,25 @@ def test_sizes_names_and_gallery(run, checkpoint, label_maps, tmp_path, capsys):
     assert f"wrote 7 of 7 images to {out}" in captured.out and "images/s" in captured.out
     assert str(out / "index.html") in captured.out
     assert "edges are drawn from the borders" in captured.err
+
+
+def test_the_gallery_says_what_made_each_image_and_shows_photos(run, checkpoint, tmp_path):
+    for key, shape in (("a", (40, 56)), ("seq/b", (9, 9)), ("c", (0, 0))):
+        write_png(tmp_path / "data/seg_maps" / f"{key}.png", np.zeros((40, 56), np.uint8))
+        if any(shape):
+            write_jpg(tmp_path / "data/images" / f"{key}.jpg", np.full((*shape, 3), 90, np.uint8))
+    out = tmp_path / "out"
+    flags = ("--checkpoint", checkpoint, "--input_dir", tmp_path / "data", "--output_dir", out, "--overwrite",
+             "--size", "20x28", "--num_samples", 2)  # fmt: skip
+    run(*flags, "--seed", 3)
+    copy = cv2.imread(str(out / "_labels/a.photo.jpg"))
+    assert copy.shape == (20, 28, 3) and abs(int(copy.mean()) - 90) < 3
+    assert not (out / "_labels/seq/b.photo.jpg").exists()  # of another size than its label map
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "<small>--seed 3, sample 1</small>" in page and page.count(".photo.jpg") == 2 * 2
+    run(*flags, "--style_seed", 3)
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "<small>--style_seed 4</small>" in page and "3 label maps, 2 generated images each" in page
 
 
 def test_neither_batch_size_nor_processes_change_a_file(run, checkpoint, label_maps, tmp_path):
@@ -299,6 +323,54 @@ def test_tiles_make_the_image_of_the_whole(run, plain_checkpoint, checkpoint, tm
             run("--checkpoint", plain_checkpoint, *large, "--output_dir", tmp_path / "other", "--tile", tile)
     with pytest.raises(ConfigError, match="every pixel depends on the whole label map"):
         run("--checkpoint", checkpoint, *large, "--output_dir", tmp_path / "other", "--tile", "auto")
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how large the largest tensor is that is computed meanwhile."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_memory_grows_with_the_tile_and_not_with_the_label_map(plain_checkpoint):
+    model = Model.load(plain_checkpoint)
+
+    def largest(height: int, tile: int | None) -> int:
+        labels = torch.from_numpy(blocky_labels(np.random.default_rng(0), height, 32, 5))
+        with LargestTensor() as noted:
+            list(synthesise(model, [Request("a", labels)], tile=tile))
+        return noted.elements
+
+    assert largest(672, 224) == largest(896, 224) < largest(896, None)
+
+
+def test_few_large_label_maps_are_in_memory_at_once(run, plain_checkpoint, tmp_path, monkeypatch):
+    for number in range(6):
+        write_png(tmp_path / f"maps/{number}.png", np.zeros((40, 40), np.uint8))
+    read, read_at_first, read_one = [], [], LabelMapDataset.__getitem__
+
+    def note(dataset: LabelMapDataset, index: int) -> Sample:
+        read.append(index)
+        return read_one(dataset, index)
+
+    def take_time(model, requests, batch_size, tile):
+        for request in requests:
+            if not read_at_first:
+                time.sleep(0.2)  # for readers that would read on
+                read_at_first.append(len(read))
+            yield request.name, np.zeros((40, 40, 3), np.uint8)
+
+    monkeypatch.setattr(LabelMapDataset, "__getitem__", note)
+    monkeypatch.setattr(folder_run, "synthesise", take_time)
+    shown = ("--input_dir", tmp_path / "maps", "--no_gallery", "--output_dir", tmp_path / "out", "--tile", "auto")
+    run("--checkpoint", plain_checkpoint, *shown)
+    assert read_at_first[0] <= 2 < len(read) == 6
 
 
 def test_several_samples_differ_and_a_style_image_rules(run, checkpoint, label_maps, tmp_path):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cv2
+import av
 import lmdb
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.synthesis import slerp
 from imaginaire_spade.labels import edges_from_ids
 from imaginaire_spade.models.for_inference import WinogradConv2d
+from imaginaire_spade.processes import one_writer
 from imaginaire_spade.training.checkpoint import write_checkpoint
 
 PALETTE = [[250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 0], [7, 8, 9]]
@@ -145,13 +146,27 @@ def test_a_way_between_two_styles(run, styled, tmp_path):
     assert (tmp_path / "out" / "seq" / "c_00.png").stat().st_mtime_ns == kept
 
 
-def test_an_mp4(run, styled, label_maps, tmp_path):
+def test_films_that_browsers_play(run, styled, label_maps, tmp_path, monkeypatch):
     write_png(label_maps / "odd.png", labels_of("a")[:33, :55])
-    run(styled, "--style_interpolate", 1, 2, "--steps", 3, "--animation", "mp4", "--format", "jpg")
+    flags = ("--style_interpolate", 1, 2, "--steps", 3, "--animation")
+    made = run(styled, *flags, "mp4")
     for name, size in (("a", (40, 56)), ("odd", (34, 56))):
-        film = cv2.VideoCapture(str(tmp_path / "out" / f"{name}.mp4"))
-        frames = [frame for good, frame in iter(film.read, (False, None)) if good]
+        with av.open(tmp_path / "out" / f"{name}.mp4") as film:
+            assert film.streams.video[0].codec_context.name == "h264" and film.streams.video[0].pix_fmt == "yuv420p"
+            frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
         assert len(frames) == 4 and frames[0].shape[:2] == size
+        height, width = made[f"{name}_01.png"].shape[:2]
+        assert np.abs(frames[1][:height, :width].astype(int) - made[f"{name}_01.png"]).mean() < 6  # half the colours
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(
+        ConfigError, match=r"--animation mp4 needs the package av .*pip install '.\[video\]'.*--animation webp"
+    ):
+        run(styled, *flags, "mp4")
+    run(styled, *flags, "webp")
+    with Image.open(tmp_path / "out" / "odd.webp") as film:
+        assert film.format == "WEBP" and film.n_frames == 4 and film.size == (55, 33)
+        film.seek(1)
+        assert np.abs(np.asarray(film.convert("RGB")).astype(int) - made["odd_01.png"]).mean() < 6
 
 
 @given(st.integers(0, 2**32), st.integers(1, 40), st.floats(0, 1))
@@ -277,6 +292,16 @@ def test_the_gallery_names_no_label_map_that_another_process_leaves_out(run, pla
     assert all((tmp_path / "out" / name).is_file() for name in named)
     assert {name for name in named if not name.startswith("_labels/")} == set(files(tmp_path / "out")) - {"index.html"}
     assert not any(f"{name}.png" in page for name in ("unknown", "text", "cut", "huge"))
+
+
+def test_an_output_folder_has_one_writer(run, plain, tmp_path):
+    with one_writer(tmp_path / "out", "--output_dir"):
+        with pytest.raises(
+            UserError, match=rf"--output_dir .*out: process {os.getpid()} on .* writes there. Wait for it"
+        ):
+            run(plain)
+        assert not files(tmp_path / "out")
+    assert set(run(plain)) == {"a.png", "b.png", "c.png"} and not (tmp_path / "out/.lock").exists()
 
 
 def test_unknown_colours(run, plain, styled, tmp_path):

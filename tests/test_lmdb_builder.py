@@ -32,7 +32,7 @@ from imaginaire_spade.commands import build_lmdb
 from imaginaire_spade.data.image_files import decode_edges, decode_image, decode_instances, decode_label
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.distributed import rank_from_environment
-from imaginaire_spade.errors import EXIT_CODE, ConfigError, DataError, run_command_line
+from imaginaire_spade.errors import EXIT_CODE, ConfigError, DataError, UserError, run_command_line
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder import build as build_module
 from imaginaire_spade.lmdb_builder import output as output_module
@@ -391,7 +391,7 @@ def test_twenty_kills_lose_nothing(tiny_folder, tmp_path):
                 assert len(open_source(out, TYPES).keys) in (2, 24)
         build_dataset(root, out, LABELS, **options)
         assert tree_of(out) == tree_of(whole)
-        assert not [p.name for p in tmp_path.iterdir() if ".tmp" in p.name or ".lock" in p.name]
+        assert [p.name for p in tmp_path.iterdir() if ".tmp" in p.name or ".lock" in p.name] == []
 
 
 def test_two_builders_on_one_output(tiny_folder, tmp_path):
@@ -405,7 +405,7 @@ def test_two_builders_on_one_output(tiny_folder, tmp_path):
         os._exit(0)
     os.read(ready[0], 1)
     for options in ({}, {"num_shards": 2}, {"overwrite": True}):
-        with pytest.raises(DataError, match="another process is building there"):
+        with pytest.raises(UserError, match=rf"--output_root {out}: process {holder} on .* writes there"):
             build_dataset(root, out, LABELS, num_workers=0, **options)
     # Another process's shards are no hindrance.
     assert build_dataset(root, out, LABELS, num_workers=0, num_shards=2, rank=1, world_size=2) is None

@@ -1,9 +1,10 @@
 """The losses of 20 iterations at a fixed seed are those on record: whoever rearranges a step sees what they changed.
 
-``loss_trace.json`` holds them, and the hash of a probe: a small convolution, forward and backward. Where the probe's
-bits are the same, the machine computes alike, and the losses must be equal to the bit. On other machines convolutions
-round differently; there the losses must be close. To record anew, after a change of the numbers that is meant:
-``WRITE_LOSS_TRACE=1 python -m pytest tests/test_loss_trace.py``.
+``loss_trace.json`` holds them for each kind of machine, by the hash of a probe: a small convolution, forward and
+backward. Where the probe's bits are on record, the machine computes alike, and the losses must be equal to the bit. On
+other machines convolutions round differently, and Adam's first steps, which follow signs, make much of it: there the
+first losses must be close, and the three after them near. To record this machine's, or anew after a change of the
+numbers that is meant: ``WRITE_LOSS_TRACE=1 python -m pytest tests/test_loss_trace.py``.
 """
 
 from __future__ import annotations
@@ -91,12 +92,14 @@ def test_twenty_iterations_give_the_losses_on_record(
     lines = (config_file.parent / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     trace = {key: [json.loads(line)[f"loss/{key}"] for line in lines] for key in NAMES}
     assert all(len(values) == 20 for values in trace.values())
-    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {"probe": here, "traces": {}}
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
     if os.environ.get("WRITE_LOSS_TRACE"):
-        record = {"probe": here, "traces": record["traces"] | {name: trace}}
+        record[here] = record.get(here, {}) | {name: trace}
         RECORD.write_text(json.dumps(record).replace("}, ", "},\n") + "\n", encoding="utf-8")
-    if record["probe"] == here:
-        assert trace == record["traces"][name]
-    rounding = {"fp32": 1e-3, "bf16": 3e-2}[precision]
-    for key in NAMES:
-        np.testing.assert_allclose(trace[key], record["traces"][name][key], rtol=rounding, atol=rounding)
+    if here in record:
+        assert trace == record[here][name]
+    first, near = {"fp32": (1e-4, 2e-2), "bf16": (1e-3, 6e-2)}[precision]
+    for traces in record.values():
+        for key in NAMES:
+            np.testing.assert_allclose(trace[key][0], traces[name][key][0], rtol=first, atol=first)
+            np.testing.assert_allclose(trace[key][1:4], traces[name][key][1:4], rtol=near, atol=near)

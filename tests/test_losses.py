@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 
 from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss, GeneratorOutputs, KLLoss
 from imaginaire_spade.models.discriminator import Scores
@@ -63,6 +64,27 @@ def test_feature_matching_sums_layers_averages_scales_and_leaves_the_real_side_a
     torch.testing.assert_close(loss, sum((f - r).abs().mean() for f, r in zip(fake, real, strict=True)))
     loss.backward()
     assert all(f.grad is not None for f in fake) and all(r.grad is None for r in real)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distances_are_those_of_torch_to_the_bit_and_keep_no_copies(dtype):
+    fake, real = ([t.to(dtype) for t in side] for side in (FAKE, REAL))
+    fake[0][0] = real[0][0]  # no difference: no gradient
+    gradients, kept = [], []
+
+    def of_torch(o):
+        pairs = zip(o.fake_scores, o.real_scores, strict=True)
+        return torch.stack([F.l1_loss(f.features[0].float(), r.features[0].float()) for f, r in pairs]).sum() / 2
+
+    for term in (FeatureMatchingLoss(), of_torch):
+        features = [t.clone().requires_grad_() for t in fake]
+        with saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+            loss = term(outputs([Scores(f, [f]) for f in features], [Scores(r, [r]) for r in real]))
+        if not gradients:
+            assert set(kept) == {t.data_ptr() for t in [*features, *real]}
+        (3 * loss).backward()
+        gradients.append([loss.detach(), *(t.grad for t in features)])
+    assert all(map(torch.equal, *gradients))
 
 
 def test_kl_is_zero_for_the_standard_normal_and_agrees_with_torch():

@@ -280,10 +280,10 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2110, "pages": 17, "data": 1932, "models": 1300, "pretrained": 288, "training": 1774,
-    "inference": 1226, "evaluation": 979,
-    "lmdb_builder": 898, "dataset_prep": 764, "interop": 829, "export": 159, "demo": 475, "scenes": 736,
-    "commands": 1211,
+    "top level": 2155, "pages": 19, "data": 1990, "models": 1327, "pretrained": 289, "training": 1980,
+    "inference": 1244, "evaluation": 979,
+    "lmdb_builder": 897, "dataset_prep": 764, "interop": 829, "export": 159, "demo": 524, "scenes": 736,
+    "commands": 1244,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""
@@ -319,7 +319,7 @@ def test_rooms_keep_their_budget():
     assert lines.keys() == BUDGET.keys()
     over = {room: f"{number} of {BUDGET[room]}" for room, number in lines.items() if number > BUDGET[room]}
     assert not over
-    assert sum(BUDGET.values()) <= 14_698 and sum(CORE_BUDGET.values()) <= 8_630
+    assert sum(BUDGET.values()) <= 15_200 and sum(CORE_BUDGET.values()) <= 9_000
 
 
 def test_folders_are_two_deep():

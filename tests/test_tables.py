@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
+from weakref import ref
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from imaginaire_spade.models import layers, modulation
 from imaginaire_spade.models import norms as norms_module
 from imaginaire_spade.models.discriminator import FPSEDiscriminator, MultiscaleDiscriminator
 from imaginaire_spade.models.for_inference import WinogradConv2d, optimise_for_inference
-from imaginaire_spade.models.generator import SPADEGenerator, StyleSPADEGenerator
+from imaginaire_spade.models.generator import SPADEGenerator, SPADEResidualBlock, StyleSPADEGenerator
 from imaginaire_spade.models.layers import initialise, second_convolution, sum_rows, sum_users
 from imaginaire_spade.models.norms import CLADE, SPADE
 
@@ -381,3 +382,31 @@ def test_neighbourhoods_found_ahead_are_those_of_each_piece(pieces):
                 assert torch.equal(one.index.long(), other.index) and one.num_rows == other.num_rows
                 assert all(torch.equal(a.long(), b) for a, b in zip(one.chunks, other.chunks, strict=True))
         assert piece.layout.resized(32, 48).neighbourhoods(3).labels.index.dtype == torch.int64  # too few pixels
+
+
+@pytest.mark.parametrize("channels", [5, 4], ids=["shortcut", "identity"])
+@pytest.mark.parametrize("norm", [partial(SPADE, path="table", hidden_channels=8), CLADE], ids=["spade", "clade"])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_what_the_backward_pass_makes_again_is_not_kept_and_the_same(monkeypatch, norm, channels, on_gpu):
+    """On a GPU a convolution keeps not the norm's output, but the norm makes it again: bit for bit."""
+    spec = LayoutSpec(5)
+    torch.manual_seed(0)
+    block = SPADEResidualBlock(4, channels, spec, norm, spectral_norm=True)
+    convolved, results = [], []
+    for conv in (module for name, module in block.named_children() if name.startswith("conv")):
+        conv.register_forward_pre_hook(lambda module, inputs: convolved.append(ref(inputs[0])))
+    state, x = copy.deepcopy(block.state_dict()), torch.randn(2, 4, 8, 8)
+    if on_gpu:
+        monkeypatch.setattr(modulation, "_in_chunks", lambda x: False)
+        monkeypatch.setattr(modulation, "triton_kernels", lambda device: None)
+    for forgets in (False, True):
+        monkeypatch.setattr(modulation, "_forgets", lambda x, forgets=forgets: forgets)
+        block.load_state_dict(state)
+        block.zero_grad()
+        convolved.clear()
+        own = x.clone().requires_grad_()
+        y = block(own, random_layout(spec, 2, 16, 16), upsample=2)
+        assert [kept() is None for kept in convolved] == [forgets] * len(convolved) and convolved
+        y.sin().sum().backward()
+        results.append([y.detach(), own.grad, *(parameter.grad for parameter in block.parameters())])
+    assert all(map(torch.equal, *results))

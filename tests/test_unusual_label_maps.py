@@ -153,8 +153,12 @@ def test_gif_and_jfif(tmp_path):
 
 def test_animations_among_generated_images_are_no_images(tmp_path):
     write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
-    Image.new("L", (4, 4)).save(tmp_path / "a.gif")
-    assert FolderSource(tmp_path, ["images"], bare=True).extension("a", "images") == "png"
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    for suffix in ("gif", "webp"):
+        frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "still.webp")
+    source = FolderSource(tmp_path, ["images"], bare=True)
+    assert source.extension("a", "images") == "png" and source.keys == ["a", "still"]
 
 
 def test_signed_maps_survive_a_build_that_encodes_them_again(tmp_path):

@@ -29,6 +29,7 @@ from imaginaire_spade.inference.model import Model, load_named
 from imaginaire_spade.inference.output import check_animation, check_apart
 from imaginaire_spade.inference.sizes import MAX_PIXELS, SIZE_HELP, SizeRule, read_size
 from imaginaire_spade.labels import LabelSpec
+from imaginaire_spade.processes import one_writer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,8 +69,9 @@ def parse_arguments() -> argparse.Namespace:
     one.add_argument("--style_interpolate", nargs=2, metavar=("A", "B"),
                      help="interpolate from A to B, each a seed (digits) or an image, in --steps frames")  # fmt: skip
     looks.add_argument("--steps", type=positive_integer, metavar="k", help="frames of --style_interpolate (8)")
-    looks.add_argument("--animation", choices=("gif", "mp4", "none"),
-                       help="animation that --style_interpolate also writes (default: KEY.gif)")  # fmt: skip
+    looks.add_argument("--animation", choices=("gif", "webp", "mp4", "none"),
+                       help="animation that --style_interpolate also writes (default: KEY.gif); mp4 needs the extra"
+                       " video")  # fmt: skip
     outputs = parser.add_argument_group("output")
     outputs.add_argument("--output_dir", type=Path, required=True, metavar="OUT")
     outputs.add_argument("--size", metavar="trained|own|HxW",
@@ -130,7 +132,7 @@ def main() -> None:
         warnings.simplefilter("always", UserWarning)
         dataset = LabelMapDataset(
             roots, config.data.labels, edges=config.data.edges, distances=model.layout_spec.has_distances,
-            size_of=sizes, with_images=False,
+            size_of=sizes, images=config.data.images, with_images=False,
             replace=dict(_replacement(config.data.labels, text) for text in arguments.map),
             on_unknown=partial(_remember, changed) if arguments.on_bad_label == "ignore" else None,
             conditions=config.data.conditions,
@@ -155,12 +157,13 @@ def main() -> None:
             existing="skip" if arguments.skip_existing else "overwrite" if arguments.overwrite else "refuse",
             on_bad_label="skip" if arguments.on_bad_label == "skip" else "fail",
             max_pixels=arguments.max_pixels, tile=tile, resize_back=arguments.resize_back,
-            gallery=not arguments.no_gallery,
+            gallery=not arguments.no_gallery, sample_names=_sample_names(arguments, model, seed),
         )  # fmt: skip
-        report = generate_folder(
-            model, dataset, arguments.output_dir, options,
-            style_of=style_of, sizes=sizes, info=info, on_written=progress, on_note=lambda note: _tell([note]),
-        )  # fmt: skip
+        with one_writer(arguments.output_dir, "--output_dir", info.rank):
+            report = generate_folder(
+                model, dataset, arguments.output_dir, options,
+                style_of=style_of, sizes=sizes, info=info, on_written=progress, on_note=lambda note: _tell([note]),
+            )  # fmt: skip
     except KeyboardInterrupt:
         print(
             "stopped: every written file is complete; --skip_existing generates the rest", file=sys.stderr, flush=True
@@ -182,6 +185,20 @@ def _styles(arguments: argparse.Namespace, model: Model, keys: list[str], seed: 
     if arguments.style_seed is not None:
         return synthesis.shared_styles(arguments.style_seed, model.generator.style_dims)
     return synthesis.drawn_styles(seed, model.generator.style_dims, arguments.num_samples)
+
+
+def _sample_names(arguments: argparse.Namespace, model: Model, seed: int) -> list[str]:
+    """Say of each sample where its style comes from, by the flag that gives it again."""
+    if arguments.style_interpolate:
+        start, end = (f"seed {name}" if name.isdecimal() else Path(name).name for name in arguments.style_interpolate)
+        return [start, *(f"{100 * j / (arguments.steps - 1):.0f} %" for j in range(1, arguments.steps - 1)), end]
+    if not model.generator.style_dims:
+        return []
+    count, image = arguments.num_samples, arguments.style_image
+    if arguments.style_seed is not None and image is None:
+        return [f"--style_seed {arguments.style_seed + j}" for j in range(count)]
+    of, drawn = f"style of {image.name}" if image else "", f"--seed {seed}" if count > 1 or not image else ""
+    return [", ".join(filter(None, (of, drawn, f"sample {j}" if count > 1 else ""))) for j in range(count)]
 
 
 def _replacement(labels: LabelSpec, text: str) -> tuple[int, int]:

@@ -48,7 +48,10 @@ def main() -> None:
     known = read_json(root / MANIFEST) if (root / MANIFEST).is_file() else {}
     source = open_data(root, data)
     if "class_shares" in known and labels:
-        print(summary(known, labels, root))
+        try:
+            print(summary(known, labels, root))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise DataError(f"{root / MANIFEST}: damaged ({error!r}): build the data set again") from None
     else:
         print(f"{len(source.keys)} samples of {', '.join(stored_types(source, data))}: {root} (no manifest of ours)")
     shares = list(known["class_shares"] or []) if "class_shares" in known else []

@@ -18,6 +18,7 @@ from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import UserError
 from imaginaire_spade.files import from_hub
 from imaginaire_spade.processes import end_with_launcher, one_writer
+from imaginaire_spade.training.trackers import check_trackers
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -84,7 +85,7 @@ def train(
         max_iterations: stop at this iteration, counted over the whole run.
         checkpoint: continue this one if ``logdir`` has none.
         init_from: fine-tune: begin with the weights of this one.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda" or "mps".
         allow_changed_data: continue although the data set or its labels changed.
         dry_run: check everything, measure one iteration, print it, write nothing.
         profiled: trace iterations 6 to 10 into ``logdir``/profile, then stop.
@@ -101,6 +102,8 @@ def train(
     info = distributed.process_info_from_environment()
     where = distributed.choose_device(device, info)
     check_run(config, info.world_size)
+    if info.is_main:  # which alone needs them
+        check_trackers(config)
     objective = build_losses(config)  # finds out whether pretrained weights are there
     if max_iterations is not None and max_iterations < 1:
         raise UserError(f"--max_iterations {max_iterations}: must be at least 1")

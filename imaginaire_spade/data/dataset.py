@@ -11,6 +11,7 @@ import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +32,7 @@ from imaginaire_spade.data.folders import DISTANCES, Source
 from imaginaire_spade.data.image_files import DECODERS
 from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.lmdb_source import open_source, usable_memory
-from imaginaire_spade.data.photos import decode_photo, is_upright, measured, read_header, to_training
+from imaginaire_spade.data.photos import decode_photo, is_upright, measured, photo_preview, read_header, to_training
 from imaginaire_spade.data.transforms import Geometry, apply_to_distances, apply_to_image, apply_to_map, draw_geometry
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.files import AnyImage, RgbImage
@@ -52,6 +53,8 @@ class Root:
     """The data type whose files say how large a sample is: label maps, or the first of what there is instead."""
     has_warned: bool = False
     """Of distances of another size than their label map."""
+    photos: Source | None = None
+    """Where ``find_photos`` found photos."""
 
     def describe(self, key: str, data_type: str) -> str:
         """Name a file in a message."""
@@ -143,6 +146,7 @@ class LabelMapDataset(Dataset[Sample]):
             self.images = measured(self.images, roots)
         edges = EdgeSource(edges)
         self.conditions = tuple(conditions)
+        self._suffixes = suffixes
         self.spec = LayoutSpec.of(labels, edges, distances, sum(condition.channels for condition in conditions))
         edge_files = edges.files_needed
         maps = map_types(labels, edges, conditions)
@@ -177,6 +181,10 @@ class LabelMapDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def stamps(self) -> dict[str, Tensor]:
+        """Return the ``Source.stamps`` of each root."""
+        return {str(root.source.root): torch.from_numpy(root.source.stamps()) for root in self._roots}
 
     def without_images(self) -> LabelMapDataset:
         """Return the same samples without photos: only label maps (and the source of edges) are read."""
@@ -292,10 +300,30 @@ class LabelMapDataset(Dataset[Sample]):
         assert sample.conditions is not None
         return draw_condition(sample.conditions[: self.conditions[0].channels].numpy())
 
+    def find_photos(self) -> set[str]:
+        """Look for photos beside label maps that are read without them; return the keys that have one."""
+        found: set[str] = set()
+        for root in self._roots:
+            with suppress(DataError):
+                root.photos = open_source(root.source.root, ["images"], suffixes=self._suffixes)
+                keys = set(root.photos.keys)
+                found |= {k for k, (r, key) in zip(self.keys, self._places, strict=True) if r is root and key in keys}
+        return found
+
+    def photo(self, index: int, stored: tuple[int, int]) -> RgbImage:
+        """Read the photo of a key that ``find_photos`` named, resized as its label map, of ``stored`` size, is.
+
+        Raises:
+            DataError: it cannot be read, is of another size, or is not as ``images`` says.
+        """
+        image = self._read_image(index, stored, self._geometry(stored, self.keys[index], index), None)
+        return np.ascontiguousarray(photo_preview(image, self.images).permute(1, 2, 0).numpy())
+
     def _read_image(self, index: int, size: tuple[int, int], geometry: Geometry, out: AnyImage | None) -> Tensor:
         """Read a photo: [C, H, W], in memory channels last. A JPEG is decoded no larger than need be."""
         root, key = self._places[index]
-        where, data = root.source.describe(key, "images"), root.source.read(key, "images")
+        source = root.photos or root.source
+        where, data = source.describe(key, "images"), source.read(key, "images")
         # (Once a JPEG is decoded at a part of its size, only the header tells that.)
         header = read_header(data, where)
         upright = is_upright(header, self.images, size, where)

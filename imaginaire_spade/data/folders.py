@@ -21,6 +21,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from imaginaire_spade.data.image_files import PHOTO_EXTENSIONS
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import refuse_special
@@ -63,6 +66,11 @@ class Source(ABC):
     @abstractmethod
     def describe(self, key: str, data_type: str) -> str:
         """Name a file in a message."""
+
+    @abstractmethod
+    def stamps(self) -> NDArray[np.int64]:
+        """Return what tells later whether files have changed: [n, 2], the bytes of each sample and the time of its last
+        change (ns); or a checksum of what is known of each LMDB, and 0."""
 
 
 def stays_inside(path: str) -> bool:
@@ -139,7 +147,7 @@ class FolderSource(Source):
         self._names: dict[str, dict[str, str]] = {}
         """Data type -> key -> path below its folder, without extension, where that is not the key."""
         for t, folder in self._folders.items():
-            # (A GIF among generated images is an animation.)
+            # (A GIF among generated images is an animation, a WebP may be one.)
             endings = [e for e in EXTENSIONS.get(t, PHOTO_EXTENSIONS) if e != "gif" or not bare or t != "images"]
             found = _scan(folder, endings, self.skipped, patterns.get(t, ""))
             self._extensions[t], self._names[t] = found
@@ -189,17 +197,22 @@ class FolderSource(Source):
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
-    def file_size(self, key: str, data_type: str) -> int:
-        """Return a file's number of bytes.
+    def file_stamp(self, key: str, data_type: str) -> tuple[int, int]:
+        """Return a file's number of bytes, and when it was changed (ns).
 
         Raises:
             DataError: it is gone.
         """
         path = self.describe(key, data_type)
         try:
-            return os.path.getsize(path)  # noqa: PTH202 (a Path takes ten times as long to make)
+            status = os.stat(path)  # noqa: PTH116 (a Path takes ten times as long to make)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        return status.st_size, status.st_mtime_ns
+
+    def stamps(self) -> NDArray[np.int64]:
+        types = [t for t in self._folders if self.has(t)]
+        return np.array([[self.file_stamp(key, t) for t in types] for key in self.keys], np.int64).sum(1)
 
     def aliases(self) -> dict[str, str]:
         """Map the names of files (without extension) that are not their keys to these."""
@@ -288,10 +301,11 @@ def _scan(
         extension = _extension(name, extensions)
         whole = name[: -len(extension) - 1]
         has_affix = len(whole) > len(before) + len(after) and whole.startswith(before) and whole.endswith(after)
-        if not extension or not has_affix:
+        path = f"{place}{os.sep}{sequence}{os.sep}{name}"
+        is_film = extension.lower() == "webp" and "gif" not in extensions and _is_animated_webp(path)
+        if not extension or not has_affix or is_film:
             skipped.append(folder / sequence / name)
             continue
-        path = f"{place}{os.sep}{sequence}{os.sep}{name}"
         key = written = make_key(sequence, whole, path)
         if affix:
             key = make_key(sequence, whole[len(before) : len(whole) - len(after)], path)
@@ -311,6 +325,12 @@ def _extension(name: str, extensions: Sequence[str]) -> str:
     """Return the extension as spelled, or "" where it is none of ``extensions``."""
     stem, _, extension = name.rpartition(".")
     return extension if stem and extension.lower() in extensions else ""
+
+
+def _is_animated_webp(path: str) -> bool:
+    with open(path, "rb") as file:
+        header = file.read(21)
+    return header[12:16] == b"VP8X" and bool(header[20] & 2)
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:
@@ -333,10 +353,11 @@ def _walk(folder: Path) -> Iterator[tuple[str, str]]:
         for entry in entries:
             if entry.name.startswith("."):  # .DS_Store, ._name.jpg, .ipynb_checkpoints
                 continue
-            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):  # noqa: PTH112
-                folders.append((entry.path, entry.name if sequence == ROOT_SEQUENCE else f"{sequence}/{entry.name}"))
-                continue
             if not entry.is_file(follow_symlinks=False):
+                if os.path.isdir(entry.path):  # noqa: PTH112 (a Path takes ten times as long to make)
+                    below = entry.name if sequence == ROOT_SEQUENCE else f"{sequence}/{entry.name}"
+                    folders.append((entry.path, below))
+                    continue
                 refuse_special(entry.path)
             yield sequence, entry.name
         places += reversed(folders)

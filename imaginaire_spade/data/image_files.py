@@ -244,11 +244,10 @@ def read_array(data: bytes, where: str) -> NDArray[Any]:
         loaded = np.load(io.BytesIO(data), allow_pickle=False)
         if data.startswith(NPZ) and len(loaded.files) != 1:
             raise ValueError(f"it holds {', '.join(loaded.files) or 'nothing'}; one array is read")
-        array: NDArray[Any] = loaded[loaded.files[0]] if data.startswith(NPZ) else loaded
+        return loaded[loaded.files[0]] if data.startswith(NPZ) else loaded
     except (ValueError, SyntaxError, tokenize.TokenError, KeyError, OSError, EOFError, MemoryError, zlib.error,
             zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # fmt: skip
         raise DataError(f"{where}: not readable as a NumPy file of one array: {error}") from None
-    return array
 
 
 def _integers(array: NDArray[Any], where: str, what: str) -> NDArray[np.generic]:

@@ -8,10 +8,13 @@ sorted stems; ``metadata.json``: data type -> extension. The builder adds ``mani
 import contextlib
 import os
 import threading
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lmdb
+import numpy as np
+from numpy.typing import NDArray
 
 from imaginaire_spade.data.folders import (
     DATA_TYPES,
@@ -35,11 +38,29 @@ def store_key(key: str) -> bytes:
     return "/".join(split_key(key)).encode()
 
 
+def stated_files(root: Path) -> dict[str, tuple[int, str]]:
+    """Map each LMDB of a data set, or of one shard, to its size and sha256 by the manifest; {}: there is no manifest.
+
+    Raises:
+        DataError: the manifest does not list them.
+    """
+    if not (root / MANIFEST).is_file():
+        return {}
+    try:
+        return {
+            str(root / shard["path"] / name): (entry["bytes"], entry["sha256"])
+            for shard in read_json(root / MANIFEST)["shards"]
+            for name, entry in shard["files"].items()
+        }
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(f"{root / MANIFEST}: lists no files: build the data set again") from None
+
+
 class LmdbSource(Source):
     """Samples in one or several shards. The first read of a process opens an LMDB.
 
     Raises:
-        DataError: not in imaginaire's format, or without one of ``data_types``.
+        DataError: not in imaginaire's format, without one of ``data_types``, or not of the size that a manifest states.
     """
 
     def __init__(self, root: Path, shards: Sequence[Path], data_types: Sequence[str]) -> None:
@@ -48,7 +69,9 @@ class LmdbSource(Source):
         self.keys = []
         self.shard_sizes = []
         self._shard_of: dict[str, int] = {}
+        self._stamps: list[list[int]] = []
         for number, shard in enumerate(shards):
+            stated = stated_files(shard)
             for key in _read_filenames(shard / FILENAMES):
                 if key in self._shard_of:
                     raise DataError(f"{shard / FILENAMES}: {key!r} stands there twice, or in another shard as well")
@@ -63,7 +86,12 @@ class LmdbSource(Source):
                         f"{shard}: no LMDB {data_type}/ there. Build it with that data type"
                         f" (a folder {data_type}/ in --data_root of scripts/build_lmdb.py){instead_of(data_type)}"
                     )
-                self.num_bytes += Path(_data_file(shard, data_type)).stat().st_size
+                status = Path(path := _data_file(shard, data_type)).stat()
+                num_bytes, fact = stated.get(path, (status.st_size, f"{status.st_size} {status.st_mtime_ns}"))
+                if (found := status.st_size) != num_bytes:  # mapped, it might end the process
+                    raise DataError(f"{path}: cut off or replaced ({found} bytes, not {num_bytes}): copy it again")
+                self.num_bytes += num_bytes
+                self._stamps.append([zlib.crc32(fact.encode()), 0])
         if not self.keys:
             raise DataError(f"{root}: {FILENAMES} lists no samples: build it again with scripts/build_lmdb.py")
 
@@ -75,11 +103,17 @@ class LmdbSource(Source):
             raise DataError(f"{self.root}: no sample {key!r}")
         data_file = _data_file(self._shards[self._shard_of[key]], data_type)
         # (A copy: views into the map would save 6 us of a value's 1000, and be deadly where the file is replaced.)
-        with _environment(data_file, self.readahead).begin() as transaction:
-            value: bytes | None = transaction.get(store_key(key))
+        try:
+            with _environment(data_file, self.readahead).begin() as transaction:
+                value: bytes | None = transaction.get(store_key(key))
+        except lmdb.Error as error:
+            raise DataError(f"{self.describe(key, data_type)}: the LMDB is damaged ({error}): copy it again") from None
         if value is None:
             raise DataError(f"{self.describe(key, data_type)}: the LMDB lacks this key, though {FILENAMES} lists it")
         return value
+
+    def stamps(self) -> NDArray[np.int64]:
+        return np.array(self._stamps)
 
     def describe(self, key: str, data_type: str) -> str:
         return f"{self._shards[self._shard_of.get(key, 0)]}{os.sep}{data_type} key {store_key(key).decode()}"

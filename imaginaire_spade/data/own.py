@@ -50,6 +50,7 @@ class OwnDataset(LabelMapDataset, ABC):
         self.roots, self.labels, self.spec, self.seed = tuple(roots), data.labels, spec, seed
         self.augmentations, self.with_images, self.conditions = augmentations, with_images, data.conditions
         self._edge_source, self._size_of, self._replaced, self._on_unknown = data.edges, None, None, None
+        self._roots = []  # none of files that are known here
         self.images = measured(data.images, roots) if with_images else data.images
         self.bad: list[str] = []
         self.keys = list(self.list_keys())

@@ -19,6 +19,7 @@ from imaginaire_spade.data.batch import denormalise
 from imaginaire_spade.data.file_structure import NPY, NPZ, PNG, TIFF, is_jpeg, jpeg_frame, png_chunks, tiff_tags
 from imaginaire_spade.data.image_files import check_size, decode_image, image_size, imdecode, open_image, read_array
 from imaginaire_spade.data.lmdb_source import MANIFEST
+from imaginaire_spade.distributed import to_double
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import AnyImage, RgbImage, read_json
 
@@ -168,7 +169,7 @@ def to_stored(images: Tensor, spec: ImageSpec) -> Tensor:
     if spec.range is None:
         return denormalise(images)
     low, high = spec.limits
-    values = (images.double().clamp(-1, 1) + 1) * ((high - low) / 2) + low
+    values = (to_double(images).clamp(-1, 1) + 1) * ((high - low) / 2) + low
     return (values if spec.dtype == "float32" else values.round()).to(getattr(torch, spec.dtype))
 
 

@@ -28,13 +28,16 @@ from imaginaire_spade.inference.sizes import format_size
 MAX_JSON_BYTES = 6 * 2**20
 """A label map of ``MAX_CANVAS_PIXELS`` with two bytes per id, in base64, is 5.3 MiB."""
 MAX_UPLOAD_BYTES = 32 * 2**20
-JSON_COPIES, FILE_COPIES = 10, 2
-"""Memory of a request as a multiple of its body: a label map as text, bytes, ids and raw ids; a file as it comes in."""
+JSON_COPIES, FILE_COPIES = 15, 2
+"""Memory of a request as a multiple of its body: what JSON becomes (lists of short texts 15, label maps 10), and a file
+as it comes in."""
+MAX_BRACKETS = 8
+"""Of a JSON request, which has one or two. Six MiB of empty lists would take 200 MiB."""
 MAX_BODY_S, LINGER_S = 60, 5
 """Seconds that a body may take to arrive; and those in which a client may read its answer before it is cut off."""
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
-MODULES = ("main", "classes", "easel", "label_map", "messages", "picture", "server", "view")
+MODULES = ("main", "classes", "easel", "label_map", "messages", "picture", "server", "text", "view")
 PAGE_FILES = {"/": "index.html", "/page.css": "page.css"} | {f"/{name}.js": f"{name}.js" for name in MODULES}
 """Path -> file in ``page/``. The server never opens a path that a client sends."""
 CONTENT_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
@@ -209,9 +212,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "application/json is wanted here")
         content = self._read(MAX_JSON_BYTES, JSON_COPIES)
         try:
+            if content.count(b"[") + content.count(b"{") > MAX_BRACKETS:
+                raise ValueError
             fields = json.loads(content)
         except (ValueError, RecursionError):
-            raise DataError("the request is not JSON") from None
+            raise DataError("the request is not JSON, or not such as the page sends") from None
         if not isinstance(fields, dict):
             raise DataError("the request is not a JSON object")
         return fields

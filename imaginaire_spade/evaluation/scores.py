@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imaginaire_spade.distributed import total_over_processes
+from imaginaire_spade.distributed import to_double, total_over_processes
 from imaginaire_spade.errors import DataError, how_to_install
 from imaginaire_spade.pretrained.feature_networks import FeatureNetwork
 
@@ -57,13 +57,13 @@ class FeatureStats:
 
     @classmethod
     def zeros(cls, dim: int, device: torch.device | str = "cpu") -> FeatureStats:
-        outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        outer = to_double(torch.zeros(dim, dim, device=device))
         return cls(0, outer.sum(0), outer)
 
     @classmethod
     def of(cls, features: Tensor) -> FeatureStats:
         """Sum up a batch of features, float [N, D]."""
-        exact = features.double()
+        exact = to_double(features)
         return cls(len(exact), exact.sum(0), exact.T @ exact)
 
     def __add__(self, other: FeatureStats) -> FeatureStats:
@@ -127,8 +127,8 @@ def kernel_distance(real: Tensor, fake: Tensor, *, seed: int = 0) -> tuple[float
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(subsets):
-        a, b = (side[rng.permutation(len(side))[:size]].double() for side in (real, fake))
-        values.append(poly_mmd(a, b).item())
+        a, b = (side[rng.permutation(len(side))[:size]] for side in (real, fake))
+        values.append(poly_mmd(to_double(a), to_double(b)).item())
     rule = f"{subsets} subset(s) of {size}, kernel (x.y/D + 1)^3, seed {seed}"
     return float(np.mean(values)), float(np.std(values)) if subsets > 1 else None, rule
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -67,7 +68,9 @@ class FolderOptions:
     suffix: str | None = None
     """Of image files: ".png", ".jpg", ".tif" or ".npy"; None: the first but JPEG that holds the model's images."""
     animation: str | None = None
-    """".gif" or ".mp4": also write a file per label map that shows its samples one after the other."""
+    """".gif", ".webp" or ".mp4": also write a file per label map that shows its samples one after the other."""
+    sample_names: Sequence[str] = ()
+    """What the gallery writes under each image of a label map, such as its seed."""
     existing: Literal["refuse", "skip", "overwrite"] = "refuse"
     """What to do about images that are in the folder already."""
     on_bad_label: Literal["fail", "skip"] = "fail"
@@ -79,7 +82,7 @@ class FolderOptions:
     resize_back: bool = False
     """Resize images to the size of the stored label map; else they have the size at which they are generated."""
     gallery: bool = True
-    """Write ``index.html`` (rank 0; it shows the images of all processes) and coloured label maps for it."""
+    """Write ``index.html`` (rank 0; it shows the images of all processes), coloured label maps and photos for it."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,9 @@ def generate_folder(
 
     # Plan this process's files.
     spec = model.config.data.images
+    photos = dataset.find_photos() if options.gallery else ()
     everything = plan_outputs(
-        dataset.keys, options.num_samples, options.suffix, options.animation, spec, options.gallery
+        dataset.keys, options.num_samples, options.suffix, options.animation, spec, options.gallery, photos
     )
     own = everything[info.rank :: info.world_size]
     if options.existing == "refuse":
@@ -168,7 +172,7 @@ def generate_folder(
             list(share.attempt(share.check, [output for output in everything if output not in mine]))
         title = f"{directory.resolve().name}: generator after {model.images_seen:,} images ({model.weights} weights)"
         shown = [output for output in everything if output.key not in share.problems]
-        page = write_gallery(directory, shown, title, dataset.labels)
+        page = write_gallery(directory, shown, title, dataset.labels, options.sample_names)
     return RunReport(done, sum(len(output.images) for output in everything), seconds, page, left_out)
 
 
@@ -201,7 +205,8 @@ class _Share:
                 return error
 
         fail = self.options.on_bad_label == "fail"
-        results = read_ahead(read_or_fail, outputs, READ_AHEAD, num_threads=THREADS)
+        ahead, threads = (READ_AHEAD, THREADS) if self.options.tile is None else (1, 1)  # large ones fill the memory
+        results = read_ahead(read_or_fail, outputs, ahead, num_threads=threads)
         for output, result in zip(outputs, results, strict=True):
             if not isinstance(result, DataError):
                 yield output, result
@@ -236,11 +241,14 @@ class _Share:
                 )
 
     def _read(self, output: Output) -> Sample:
-        """Read a label map, and write the coloured one that the gallery shows."""
+        """Read a label map, and write the coloured one and the photo that the gallery shows."""
         sample = self.dataset[output.index]
         self._check_pixels(sample.key, sample.original_size, (sample.labels.shape[0], sample.labels.shape[1]))
         if self.options.gallery:
             write_image(self.directory / output.label_map, self.dataset.picture(sample))
+            with suppress(DataError):  # (the page leaves out a photo that is not there)
+                if output.photo is not None:
+                    write_image(self.directory / output.photo, self.dataset.photo(output.index, sample.original_size))
         return sample
 
     def _check_pixels(self, key: str, stored: Size, read: Size) -> None:

@@ -1,9 +1,9 @@
 """Plan and fill the output folder: file names, accepted existing contents, animations, the gallery page."""
 
+import importlib
 import io
 import os
 import re
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-import cv2
 import numpy as np
 from PIL import Image
 
 from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.folders import DATA_TYPES, stays_inside
 from imaginaire_spade.data.photos import show
-from imaginaire_spade.errors import ConfigError, DataError, UserError
+from imaginaire_spade.errors import ConfigError, DataError, UserError, how_to_install
 from imaginaire_spade.files import IMAGE_SUFFIXES, LABELS_FOLDER, PARTIAL, AnyImage, RgbImage, write_bytes, write_image
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.pages import render
@@ -42,6 +41,8 @@ class Output:
     animation: str | None = None
     previews: tuple[str, ...] = ()
     """8-bit copies of images that browsers do not show."""
+    photo: str | None = None
+    """Copy of the photo that belongs to the label map."""
 
 
 def choose_suffix(images: ImageSpec, asked: str | None) -> str:
@@ -68,6 +69,7 @@ def plan_outputs(
     animation: str | None = None,
     spec: ImageSpec | None = None,
     gallery: bool = True,
+    photos: Collection[str] = (),
 ) -> list[Output]:
     """Name the files of every key, sorted by key.
 
@@ -75,6 +77,7 @@ def plan_outputs(
         spec: what the images' numbers mean; None: 8-bit RGB.
         gallery: whether images that browsers do not show have 8-bit copies.
         animation: suffix of a file that shows the samples of a key one after the other; None: there is none.
+        photos: keys that the gallery shows a photo of.
     Raises:
         DataError: keys that lead out of the folder or collide.
     """
@@ -95,8 +98,9 @@ def plan_outputs(
         label_map = f"{LABELS_FOLDER}/{key}.png"
         film = None if animation is None else f"{key}{animation}"
         shown = tuple(f"{LABELS_FOLDER}/{stem}.preview.png" for stem in stems if hidden)
-        outputs.append(Output(key, index, images, label_map, film, shown))
-        for path in filter(None, (*images, *shown, label_map, film)):
+        photo = f"{LABELS_FOLDER}/{key}.photo.jpg" if key in photos else None
+        outputs.append(Output(key, index, images, label_map, film, shown, photo))
+        for path in filter(None, (*images, *shown, label_map, film, photo)):
             if path in taken:
                 raise DataError(f"label maps {taken[path]!r} and {key!r} would both be written to {path}: rename one")
             taken[path] = key
@@ -170,16 +174,19 @@ def make_folder(directory: Path) -> None:
                 path.unlink()
 
 
-def write_gallery(directory: Path, outputs: Sequence[Output], title: str, labels: LabelSpec) -> Path:
+def write_gallery(
+    directory: Path, outputs: Sequence[Output], title: str, labels: LabelSpec, sample_names: Sequence[str] = ()
+) -> Path:
     """Write ``index.html``, and ``index-2.html`` ... if there are many label maps.
 
-    The pages need nothing but the images beside them: no script, no request elsewhere. A click enlarges an entry.
+    The pages need nothing but the files beside them. A click enlarges a label map with its images.
 
     Args:
         directory: the output folder.
         outputs: what to show, in this order.
         title: heading, plain text.
         labels: names and colours of the legend.
+        sample_names: what made each image of a label map differ, such as its seed; empty: nothing to say.
     Returns:
         The path of ``index.html``.
     Raises:
@@ -189,8 +196,9 @@ def write_gallery(directory: Path, outputs: Sequence[Output], title: str, labels
     names = ["index.html", *(f"index-{number}.html" for number in range(2, len(chunks) + 1))]
     for name, chunk in zip(names, chunks, strict=True):
         page = render(
-            "gallery.html", title=title, count=len(outputs), labels=labels, outputs=chunk, pages=names, here=name
-        )
+            "gallery.html", title=title, count=len(outputs), labels=labels, outputs=chunk, pages=names, here=name,
+            sample_names=sample_names,
+        )  # fmt: skip
         write_bytes(directory / name, page.encode())
     return directory / "index.html"
 
@@ -231,15 +239,12 @@ def plan_writes(
 
 
 def _write_animation(path: Path, frames: Sequence[RgbImage]) -> None:
-    """Write ``frames`` and their way back as GIF or MP4, by suffix; complete or not at all.
-
-    An MP4 of odd height or width repeats the last row or column, for its codec.
+    """Write ``frames`` and their way back as an animation, by suffix; complete or not at all.
 
     Raises:
         UserError: it cannot be written.
     """
-    encode = _encode_gif if path.suffix == ".gif" else _encode_mp4
-    write_bytes(path, encode([*frames, *frames[-2:0:-1]]))
+    write_bytes(path, _encode_animation([*frames, *frames[-2:0:-1]], path.suffix))
 
 
 def check_animation(suffix: str) -> None:
@@ -249,26 +254,33 @@ def check_animation(suffix: str) -> None:
         UserError: they cannot.
     """
     if suffix == ".mp4":
-        _encode_mp4([np.zeros((64, 64, 3), np.uint8)] * 2)
+        with how_to_install("video", "--animation mp4 needs the package av", "; or write --animation webp"):
+            importlib.import_module("av")
+    try:
+        _encode_animation([np.zeros((64, 64, 3), np.uint8)] * 2, suffix)
+    except (ValueError, OSError, KeyError) as error:  # as PyAV and Pillow say that they were built without the codec
+        raise UserError(f"--animation {suffix[1:]}: cannot be made here: {error}; write --animation gif") from None
 
 
-def _encode_gif(frames: Sequence[RgbImage]) -> bytes:
-    first, *others = (Image.fromarray(frame).quantize(256, dither=Image.Dither.NONE) for frame in frames)
+def _encode_animation(frames: Sequence[RgbImage], suffix: str) -> bytes:
+    """Encode GIF, WebP, or MP4 (H.264, yuv420p: a last odd row or column is repeated)."""
     file = io.BytesIO()
-    first.save(file, "GIF", save_all=True, append_images=others, duration=1000 // FRAMES_PER_SECOND, loop=0)
+    if suffix == ".mp4":
+        import av
+
+        even = np.pad(frames, ((0, 0), (0, frames[0].shape[0] % 2), (0, frames[0].shape[1] % 2), (0, 0)), "edge")
+        with av.open(file, "w", format="mp4") as film:
+            colours = "colorprim=bt709:transfer=bt709:colormatrix=bt709"
+            stream = film.add_stream("libx264", FRAMES_PER_SECOND, options={"crf": "16", "x264-params": colours})
+            stream.height, stream.width, stream.pix_fmt = *even.shape[1:3], "yuv420p"
+            for frame in even:
+                rgb = av.VideoFrame.from_ndarray(frame, "rgb24")
+                film.mux(stream.encode(rgb.reformat(format="yuv420p", dst_colorspace="ITU709")))
+            film.mux(stream.encode())
+    else:
+        images = [Image.fromarray(frame) for frame in frames]
+        if suffix == ".gif":
+            images = [image.quantize(256, dither=Image.Dither.NONE) for image in images]
+        moving = {"save_all": True, "append_images": images[1:], "duration": 1000 // FRAMES_PER_SECOND, "loop": 0}
+        images[0].save(file, suffix[1:], **moving, quality=90)
     return file.getvalue()
-
-
-def _encode_mp4(frames: Sequence[RgbImage]) -> bytes:
-    height, width = frames[0].shape[:2]
-    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "animation.mp4")
-        codec = cv2.VideoWriter.fourcc(*"mp4v")
-        video = cv2.VideoWriter(str(path), codec, FRAMES_PER_SECOND, (even.shape[2], even.shape[1]))
-        for frame in even:
-            video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-        video.release()
-        if not path.is_file() or not path.stat().st_size:
-            raise UserError("--animation mp4: this build of OpenCV writes no MP4; write --animation gif")
-        return path.read_bytes()

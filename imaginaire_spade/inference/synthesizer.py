@@ -78,7 +78,7 @@ class Synthesizer:
         checkpoint: str | Path,
         *,
         weights: Literal["ema", "raw"] = "ema",
-        device: Literal["auto", "cpu", "cuda"] = "auto",
+        device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
         size: str | tuple[int, int] | None = None,
         resize_back: bool = False,
@@ -88,7 +88,7 @@ class Synthesizer:
         Args:
             checkpoint: or ``hf://USER/REPO[/FILE]``, on the Hugging Face Hub.
             weights: "ema" (moving average, if the checkpoint has one) or "raw".
-            device: "auto" (a GPU if there is one), "cpu" or "cuda".
+            device: "auto" (a GPU if there is one), "cpu", "cuda" or "mps".
             precision: arithmetic of the convolutions.
             size, resize_back: as above.
         Raises:

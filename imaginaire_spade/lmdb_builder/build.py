@@ -133,7 +133,7 @@ def build_dataset(
             print(f"{prefix}resuming: {len(kept)} of {len(own)} shard(s) are complete and verified")
         # Write the others, and join all of them.
         todo = {name: keys for name, keys in shards.items() if name in own and name not in kept}
-        num_bytes = sum(source.file_size(key, t) for keys in todo.values() for key in keys for t in types)
+        num_bytes = sum(source.file_stamp(key, t)[0] for keys in todo.values() for key in keys for t in types)
         with expect_room(output, num_bytes):
             _write_shards(plan, root, todo, num_workers, silent=rank > 0)
             manifest = join_shards(plan, root, output, left_out)
@@ -287,10 +287,12 @@ def look_through(
 ) -> Contents:
     """Read and check every sample as the builder does, and compare every file's checksum with the manifest's.
 
-    Problems are collected, not raised.
+    Problems are collected, not raised. If a checksum differs, no sample is read: a damaged LMDB may end the process.
     """
-    source = open_data(root, data)
     contents = Contents(problems=list(wrong_checksums(root)))
+    if contents.problems:
+        return contents
+    source = open_data(root, data)
     images = data.images if data and not (root / MANIFEST).is_file() else built_spec(root)
     check = partial(_check, source, stored_types(source, data), labels, images, stored_conditions(root, data))
     with map_in_order(check, source.keys, num_workers) as samples:

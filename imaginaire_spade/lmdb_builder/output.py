@@ -1,25 +1,24 @@
 """The output folder of a build: which existing contents are accepted, locks, resuming, and the final rename.
 
 A data set of one shard, and one that replaces another, grow beside the output and are renamed; the shards of another
-grow inside it, under temporary names. Locks are files beside the output (``OUTPUT.0.lock`` for shard 0); the kernel
-releases them when their process ends, however it ends.
+grow inside it, under temporary names. Locks are files beside the output (``OUTPUT.0.lock`` for shard 0).
 """
 
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import lmdb
-from filelock import FileLock, Timeout
 
 from imaginaire_spade.data.folders import DATA_TYPES
 from imaginaire_spade.data.lmdb_source import FILENAMES, MANIFEST, METADATA
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import flush_folder, read_json, write_json
 from imaginaire_spade.lmdb_builder.sample import Plan
-from imaginaire_spade.lmdb_builder.shard import Manifest, difference, join_manifests, remove_if_empty, wrong_checksums
+from imaginaire_spade.lmdb_builder.shard import Manifest, find_problem, join_manifests, remove_if_empty
+from imaginaire_spade.processes import hold_lock
 
 
 def check_output(
@@ -109,46 +108,18 @@ def hold_shards(output: Path, shards: Sequence[int]) -> Iterator[None]:
     """Lock ``shards`` of ``output`` while the block runs.
 
     Raises:
-        DataError: another living process holds one of them, or there can be no locks.
+        UserError: another living process holds one of them, or there can be no locks.
     """
-    makes_parent = not output.parent.exists()
-    with suppress(ImportError, ValueError, OSError):  # Windows has no such limit, macOS refuses "infinity"
-        import resource
-
-        _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # each lock is an open file
     with ExitStack() as held:
-        try:
-            if makes_parent:
-                output.parent.mkdir(parents=True, exist_ok=True)
-                held.callback(remove_if_empty, output.parent)
-            for shard in shards:
-                held.enter_context(_locked(output, f"{shard}.", timeout=0))
-        except Timeout:
-            raise DataError(
-                f"--output_root {output}: another process is building there. Wait for it, end it, or choose another"
-                " folder"
-            ) from None
-        except OSError as error:
-            raise DataError(
-                f"{output.parent}: cannot be locked: {error.strerror}; choose a writable folder on another file system"
-            ) from None
+        if not output.parent.exists():
+            held.callback(remove_if_empty, output.parent)
+        for shard in shards:
+            held.enter_context(hold_lock(_lock(output, f"{shard}."), output, "--output_root", quiet=shard != shards[0]))
         yield
 
 
-@contextmanager
-def _locked(output: Path, name: str = "", timeout: float = -1) -> Iterator[None]:
-    """Hold one lock of ``output``; wait for it for ``timeout`` seconds (-1: without end).
-
-    Raises:
-        Timeout, OSError: it cannot be had.
-    """
-    path = output.with_name(f"{output.name}.{name}lock")
-    with FileLock(path, timeout=timeout, fallback_to_soft=False):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)  # before it is released: whoever opened it meanwhile notices, and tries again
+def _lock(output: Path, name: str = "") -> Path:
+    return output.with_name(f"{output.name}.{name}lock")
 
 
 @contextmanager
@@ -200,19 +171,12 @@ def _kept_shards(plan: Plan, root: Path, names: Sequence[str]) -> list[str]:
         shard = root / name
         if not (shard / MANIFEST).is_file():
             continue
-        try:
-            differs = difference(read_json(shard / MANIFEST), plan, name)
-            is_damaged = any(wrong_checksums(shard))
-        except (KeyError, TypeError, OSError, DataError):
-            differs, is_damaged = "", True
-        if differs:
-            raise DataError(f"{shard} was built with {differs}: use --overwrite to build anew")
-        if not is_damaged:
+        if not (problem := find_problem(shard, plan, name)):
             kept.append(name)
         elif name == ".":
-            raise DataError(f"{shard} is damaged (its checksum differs): use --overwrite to build anew")
+            raise DataError(f"{shard} {problem}: use --overwrite to build anew")
         else:
-            print(f"{shard} is damaged (its checksum differs): building it again")
+            print(f"{shard} {problem}: building it again")
             shutil.rmtree(shard)
     return kept
 
@@ -223,7 +187,7 @@ def join_shards(plan: Plan, root: Path, output: Path, left_out: Sequence[str]) -
     Raises:
         DataError: the data set is useless.
     """
-    with _locked(output):
+    with hold_lock(_lock(output), output, "--output_root", timeout=-1, quiet=True):
         if not all((root / name / MANIFEST).is_file() for name in plan.shards):
             return None
         manifest = join_manifests({name: read_json(root / name / MANIFEST) for name in plan.shards}, left_out, plan)

@@ -107,8 +107,8 @@ class LoadedSample:
     """Train id -> number of pixels, of those that occur."""
     doubts: dict[str, int] = field(default_factory=dict)
     """What ``find_doubts`` found in the label map."""
-    label_checksum: int | None = None
-    """Of the label map's file."""
+    checksums: dict[str, int] = field(default_factory=dict)
+    """Data type -> CRC-32 of its file in the source."""
     problems: list[str] = field(default_factory=list)
     """Each names its file."""
 
@@ -145,8 +145,8 @@ class Contents:
             self.class_samples[train_id] += 1
         for doubt, number in sample.doubts.items():
             self.doubts[doubt] += number
-        if sample.label_checksum is not None:
-            self.label_checksums[sample.label_checksum] += 1
+        if sample.size and "seg_maps" in sample.checksums:
+            self.label_checksums[sample.checksums["seg_maps"]] += 1
         self.problems += sample.problems
 
 
@@ -183,6 +183,7 @@ def check_sample(
         where = source.describe(key, data_type)
         try:
             data = source.read(key, data_type)
+            sample.checksums[data_type] = zlib.crc32(data)
             if not data:
                 raise DataError(f"{where}: the file is empty (0 bytes)")
             sample.files[data_type] = data
@@ -209,7 +210,7 @@ def check_sample(
             sizes[data_type] = height, width
             if is_labels and labels is not None:
                 sample.class_pixels = labels.count_pixels(array, where)
-                sample.doubts, sample.label_checksum = find_doubts(labels, array, sample.class_pixels), zlib.crc32(data)
+                sample.doubts = find_doubts(labels, array, sample.class_pixels)
             elif data_type == DISTANCES and not np.isfinite(array).all():
                 raise DataError(f"{where}: {NOT_FINITE}")
         except DataError as error:

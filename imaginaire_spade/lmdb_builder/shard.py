@@ -7,6 +7,7 @@ and the manifest: its content, the sum over several shards, and its summary for 
 import hashlib
 import json
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -18,7 +19,7 @@ import numpy as np
 
 from imaginaire_spade.config import ImageSpec
 from imaginaire_spade.data.folders import split_key
-from imaginaire_spade.data.lmdb_source import FILENAMES, MANIFEST, METADATA, store_key
+from imaginaire_spade.data.lmdb_source import FILENAMES, MANIFEST, METADATA, stated_files, store_key
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import file_sha256, flush_folder, read_json, write_json
 from imaginaire_spade.labels import LabelSpec
@@ -28,6 +29,7 @@ from imaginaire_spade.version import __version__
 
 Manifest = dict[str, Any]
 _CHUNK_BYTES = 16 << 20
+_DIGESTS = ("source_sha256", "source_stamps_sha256", "source_contents_sha256")
 
 
 def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSample]) -> Iterator[list[str]]:
@@ -42,7 +44,8 @@ def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSampl
         DataError, OSError, lmdb.Error: it cannot be written. Nothing is left of it.
     """
     keys = plan.shards[name]
-    digest = _source_sha256(plan, name)  # before they are read: a file that changes meanwhile is noticed when resuming
+    source = _source_digests(plan, name)  # before they are read: a file that changes meanwhile is noticed when resuming
+    checksums = hashlib.sha256()
     extensions: dict[str, dict[str, str]] = {t: {} for t in plan.data_types}
     contents, bad = Contents(), dict[str, str]()
     folder = root if name == "." else root / f"{name}.tmp"
@@ -53,6 +56,7 @@ def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSampl
             # Write the samples.
             writers = {t: opened.enter_context(closing(EnvironmentWriter(folder / t))) for t in plan.data_types}
             for sample in samples:
+                checksums.update(repr((sample.key, sorted(sample.checksums.items()))).encode())
                 if not sample.problems:
                     for t, data in sample.files.items():
                         writers[t].put(store_key(sample.key), data)
@@ -68,7 +72,8 @@ def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSampl
                 writer.finish(len(keys))
         # Describe them.
         write_index(folder, keys, extensions)
-        write_json(folder / MANIFEST, _manifest(plan, contents, extensions, digest, folder) | {"bad": bad})
+        source |= {"source_contents_sha256": checksums.hexdigest()}
+        write_json(folder / MANIFEST, _manifest(plan, contents, extensions, folder) | source | {"bad": bad})
         for written in (*(folder / t for t in plan.data_types), folder):
             flush_folder(written)
         # Name the shard.
@@ -175,9 +180,7 @@ def _most_common(words: Iterable[str]) -> str:
     return min(counts, key=lambda word: (-counts[word], word), default="")
 
 
-def _manifest(
-    plan: Plan, contents: Contents, extensions: Mapping[str, Mapping[str, str]], source_sha256: str, folder: Path
-) -> Manifest:
+def _manifest(plan: Plan, contents: Contents, extensions: Mapping[str, Mapping[str, str]], folder: Path) -> Manifest:
     """Describe a shard whose files are complete."""
     files = {}
     for name in (f"{t}/data.mdb" for t in plan.data_types):
@@ -210,21 +213,68 @@ def _manifest(
         "same_label_map": max(contents.label_checksums.items(), key=lambda entry: entry[1], default=None),
         "labels": plan.labels.model_dump(mode="json"),
         "label_table": _label_table(plan.labels),
-        "source_sha256": source_sha256,
         "shards": [{"path": ".", "num_samples": contents.num_samples, "files": files}],
     }
 
 
-def _source_sha256(plan: Plan, name: str) -> str:
-    """Compute the digest by which a finished shard is recognised: of the names and sizes of all its source files."""
-    digest = hashlib.sha256()
+def _source_digests(plan: Plan, name: str) -> dict[str, str]:
+    """Compute two digests by which a finished shard is recognised: of the names and sizes of all its source files, and
+    of their time stamps as well. (The third, of their contents, comes from the build.)"""
+    sizes, stamps, num_bytes = hashlib.sha256(), list[int](), dict[str, int]()
     for key in plan.shards[name]:
-        num_bytes = {t: plan.source.file_size(key, t) for t in plan.data_types}
-        digest.update(f"{key}\0{num_bytes}\n".encode())
-    return digest.hexdigest()
+        for t in plan.data_types:
+            num_bytes[t], changed_at = plan.source.file_stamp(key, t)
+            stamps.append(changed_at)
+        sizes.update(f"{key}\0{num_bytes}\n".encode())
+    stamps_sha256 = hashlib.sha256(np.array(stamps).tobytes()).hexdigest()
+    return {"source_sha256": sizes.hexdigest(), "source_stamps_sha256": stamps_sha256}
 
 
-def difference(manifest: Manifest, plan: Plan, name: str) -> str:
+def find_problem(shard: Path, plan: Plan, name: str) -> str:
+    """Say why a finished shard has to be built again: it is damaged, or its source has changed; else return "".
+
+    Raises:
+        DataError: it belongs to another build.
+    """
+    source, damaged = _source_digests(plan, name), "is damaged (its checksum differs)"
+    try:
+        manifest = read_json(shard / MANIFEST)
+        differs = _difference(manifest, plan, source)
+        is_damaged = any(wrong_checksums(shard))
+    except (KeyError, TypeError, OSError, DataError):
+        return damaged
+    if differs:
+        raise DataError(f"{shard} was built with {differs}: use --overwrite to build anew")
+    return damaged if is_damaged else _find_changed(shard, manifest, plan, name, source)
+
+
+def _find_changed(shard: Path, manifest: Manifest, plan: Plan, name: str, source: dict[str, str]) -> str:
+    """Say which source files, of the same sizes, hold something else than a shard was built from, or return "".
+
+    Files are read only if a time stamp differs; if they hold the same all the same, the manifest gets the new stamps.
+    A manifest of an earlier version has neither stamps nor contents: files that are newer than it count as changed.
+    """
+    if manifest.get("source_stamps_sha256") == source["source_stamps_sha256"]:
+        return ""
+    files = [(key, t) for key in plan.shards[name] for t in plan.data_types]
+    built_at = (shard / MANIFEST).stat().st_mtime_ns
+    newer = [plan.source.describe(key, t) for key, t in files if plan.source.file_stamp(key, t)[1] > built_at]
+    if stated := manifest.get("source_contents_sha256"):
+        contents = hashlib.sha256()
+        for key in plan.shards[name]:
+            found = {t: zlib.crc32(plan.source.read(key, t)) for t in plan.data_types}
+            contents.update(repr((key, sorted(found.items()))).encode())
+        if contents.hexdigest() == stated:
+            with suppress(OSError):  # a data set that cannot be written is checked again the next time
+                write_json(shard / MANIFEST, manifest | source)
+            return ""
+    elif not newer:
+        return ""
+    what = f"{len(newer)} newer file(s), such as {newer[0]}" if newer else "other contents under the same names"
+    return f"was built before its source changed ({what})"
+
+
+def _difference(manifest: Manifest, plan: Plan, source: Mapping[str, str]) -> str:
     """Name what a shard differs in from the plan, or return ""."""
     manifest = {"images": {"spec": ImageSpec().model_dump(mode="json")}} | manifest  # (older ones lack it)
     if LabelSpec.model_validate_json(json.dumps(manifest["labels"])) != plan.labels:
@@ -238,7 +288,7 @@ def difference(manifest: Manifest, plan: Plan, name: str) -> str:
     treatment = {"conditions": [], **plan.treatment()}
     if any(manifest.get(key, []) != planned for key, planned in treatment.items()):
         return "another --resize_smallest_side, --quality, --recode_maps, --no_check or data.conditions"
-    return "" if manifest["source_sha256"] == _source_sha256(plan, name) else "another set of samples or files"
+    return "" if manifest["source_sha256"] == source["source_sha256"] else "another set of samples or files"
 
 
 def _shares(class_pixels: Sequence[int] | None) -> list[float] | None:
@@ -292,7 +342,7 @@ def join_manifests(manifests: Mapping[str, Manifest], left_out: Sequence[str], p
         "class_shares": _shares(total("class_pixels")),
         "doubts": dict(sum((Counter(part.get("doubts", {})) for part in parts), Counter[str]())),
         "same_label_map": [*max(same.items(), key=lambda entry: entry[1], default=())],
-        "source_sha256": hashlib.sha256("".join(part["source_sha256"] for part in parts).encode()).hexdigest(),
+        **{d: hashlib.sha256("".join(p.get(d, "") for p in parts).encode()).hexdigest() for d in _DIGESTS},
         "shards": [{**part["shards"][0], "path": name} for name, part in manifests.items()],
         **rest,
     }
@@ -310,20 +360,10 @@ def wrong_checksums(root: Path) -> Iterator[str]:
     Raises:
         DataError: the manifest does not list them.
     """
-    if not (root / MANIFEST).is_file():
-        return
-    try:
-        expected = {
-            root / shard["path"] / name: entry["sha256"]
-            for shard in read_json(root / MANIFEST)["shards"]
-            for name, entry in shard["files"].items()
-        }
-    except (KeyError, TypeError, AttributeError):
-        raise DataError(f"{root / MANIFEST}: lists no files: build the data set again") from None
-    for path, sha256 in expected.items():
-        if not path.is_file():
+    for path, (_, sha256) in stated_files(root).items():
+        if not Path(path).is_file():
             yield f"{path}: missing"
-        elif file_sha256(path) != sha256:
+        elif file_sha256(Path(path)) != sha256:
             yield f"{path}: its checksum differs from the manifest's: copy it again, or build again (--resume mends it)"
 
 

@@ -20,6 +20,7 @@ from imaginaire_spade.models.layers import (
     enlarge,
     instance_norm,
 )
+from imaginaire_spade.models.modulation import convolve_modulated
 from imaginaire_spade.models.norms import SPADE, AdaptiveBatchNorm, ConditionalNorm
 from imaginaire_spade.registry import ENCODERS, GENERATORS, NORMS, DepthOrNone, Weight, Width, WidthOrNone
 
@@ -71,12 +72,12 @@ class SPADEResidualBlock(nn.Module):
     def forward(self, x: Tensor, layout: SemanticLayout, upsample: int = 1) -> Tensor:
         """Enlarge x [N, in, h, w] by ``upsample`` (nearest), then apply the block: [N, out, upsample h, upsample w]."""
         if self.learned_shortcut:  # upsampling is fused into the norms, so x is read at low resolution
-            shortcut = self.conv_s(self.norm_s(x, layout, upsample=upsample))
+            shortcut = convolve_modulated(self.conv_s, self.norm_s(x, layout, upsample=upsample))
         else:
             x, upsample = enlarge(x, upsample), 1
             shortcut = x
-        y = self.conv_0(self.norm_0(x, layout, upsample=upsample, slope=0.2))
-        y = self.conv_1(self.norm_1(y, layout, slope=0.2))
+        y = convolve_modulated(self.conv_0, self.norm_0(x, layout, upsample=upsample, slope=0.2))
+        y = convolve_modulated(self.conv_1, self.norm_1(y, layout, slope=0.2))
         return shortcut + y
 
 
@@ -155,7 +156,7 @@ class SPADEGenerator(Generator):
             x = self.fc(layout.resized(*start).one_hot(self.to_image.weight.dtype))  # [N, 16 F, h0, w0]
         for block, upsample in zip(self.blocks, self.upsample_before, strict=True):
             x = block(x, layout, upsample=2 if upsample else 1)
-        return torch.tanh(self.to_image(F.leaky_relu(x, 0.2)).float())  # [N, C, H, W]
+        return torch.tanh(self.to_image(F.leaky_relu(x, 0.2, inplace=True)).float())  # [N, C, H, W]
 
 
 class StyleBlock(nn.Module):

@@ -14,10 +14,11 @@ from weakref import ref
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
-from imaginaire_spade.distributed import gather_statistics, sum_statistics
+from imaginaire_spade.distributed import gather_statistics, sum_statistics, to_double
 from imaginaire_spade.layout import Lookup
 from imaginaire_spade.models.layers import enlarge, sum_rows, sum_users, triton_kernels
 
@@ -107,41 +108,48 @@ class _Modulate(torch.autograd.Function):
         upsample: int,
         slope: float,
     ) -> Tensor:
-        index, few = _index(pixels, x, upsample), _grid(x, 1)
-        mean, rstd = (t.expand(x.shape[1]).contiguous() for t in (statistics.mean, statistics.rstd))
-        if _in_chunks(x):
-            scale = gamma * rstd
-            y = _forward(few, torch.cat([scale, beta - mean * scale], 1), index, upsample, slope)
-        else:
-            y = (_pass(x, "forward") or forward_pixels)(few, gamma, beta, index, mean, rstd, upsample, slope)
-        y = _images(y, len(x))
-        ctx.save_for_backward(x, gamma, *([y] if slope != 1 else []))
-        ctx.pixels, ctx.statistics, ctx.upsample, ctx.slope = pixels, statistics, upsample, slope
+        few, mean, rstd = _grid(x, 1), statistics.mean, statistics.rstd
+        if len(mean) != x.shape[1]:
+            mean, rstd = (t.expand(x.shape[1]).contiguous() for t in (mean, rstd))
+        ctx.constants = _index(pixels, x, upsample), mean, rstd, upsample, slope, len(x)
+        y = _modulated(few, gamma, beta, *ctx.constants)
+        ctx.forgets, ctx.made = _forgets(x), None
+        ctx.save_for_backward(few, gamma, *([beta] if ctx.forgets else [y] if slope != 1 else []))
+        ctx.pixels, ctx.statistics, ctx.slope = pixels, statistics, slope
         return y
+
+    @staticmethod
+    def make_again(ctx: Any) -> Tensor:
+        """Return y, which the backward pass of a norm that forgets computes once more."""
+        if ctx.made is None:
+            few, gamma, beta = ctx.saved_tensors
+            ctx.made = _modulated(few, gamma, beta, *ctx.constants)
+        return ctx.made
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, *activated = ctx.saved_tensors
-        pixels, statistics, upsample = ctx.pixels, ctx.statistics, ctx.upsample
-        mean, rstd = (t.expand(x.shape[1]).contiguous() for t in (statistics.mean, statistics.rstd))
-        count, few, grid = statistics.count, _grid(x, 1), _grid(dy, upsample)
+        few, gamma, *others = ctx.saved_tensors
+        activated = [] if ctx.slope == 1 else [_Modulate.make_again(ctx)] if ctx.forgets else others
+        ctx.made = None
+        pixels, statistics, channels = ctx.pixels, ctx.statistics, few.shape[4]
+        index, mean, rstd, upsample, _, images = ctx.constants
+        count, grid = statistics.count, _grid(dy, upsample)
         y = _grid(activated[0], upsample) if activated else None
-        if not _in_chunks(x):
-            d_beta, products = (_pass(x, "sums") or sums_of_pixels)(grid, few, y, ctx.slope, pixels)
+        if not _in_chunks(few):
+            d_beta, products = (_pass(few, "sums") or sums_of_pixels)(grid, few, y, ctx.slope, pixels)
             d_gamma = rstd * (products - mean * d_beta)
             dx = None
             if ctx.needs_input_grad[0]:
                 means = torch.stack([d_beta, d_gamma]) * gamma
-                means = means.sum(1) / count if count is not None else means.new_zeros(2, x.shape[1])
+                means = means.sum(1) / count if count is not None else means.new_zeros(2, channels)
                 means = sum_statistics(means) if statistics.synchronized else means
-                index = _index(pixels, x, upsample)
-                run = _pass(x, "backward") or backward_pixels
-                dx = _images(run(grid, few, y, gamma, index, mean, rstd, means, ctx.slope), len(x))
+                run = _pass(few, "backward") or backward_pixels
+                dx = _images(run(grid, few, y, gamma, index, mean, rstd, means, ctx.slope), images)
             return dx, d_gamma.to(gamma.dtype), d_beta.to(gamma.dtype), None, None, None, None
         before, products = _before_activation(grid, few, y, ctx.slope, gamma.dtype)
-        d_beta = sum_users(before.view(-1, x.shape[1]), pixels)
-        d_gamma = rstd * (sum_users(products.view(-1, x.shape[1]), pixels) - mean * d_beta)
+        d_beta = sum_users(before.view(-1, channels), pixels)
+        d_gamma = rstd * (sum_users(products.view(-1, channels), pixels) - mean * d_beta)
         if not ctx.needs_input_grad[0]:
             return None, d_gamma, d_beta, None, None, None, None
         factor = offset = torch.zeros_like(rstd)
@@ -151,8 +159,39 @@ class _Modulate(torch.autograd.Function):
                 means = sum_statistics(means)
             factor = -rstd * rstd * means[1] * upsample**2
             offset = -rstd * means[0] * upsample**2 - mean * factor
-        dx = _before_upsampling(before, products, few, gamma * rstd, _index(pixels, x, upsample), factor, offset)
-        return _images(dx, len(x)).to(x.dtype), d_gamma, d_beta, None, None, None, None
+        dx = _before_upsampling(before, products, few, gamma * rstd, index, factor, offset)
+        return _images(dx, images).to(few.dtype), d_gamma, d_beta, None, None, None, None
+
+
+def convolve_modulated(conv: nn.Module, y: Tensor) -> Tensor:
+    """Apply ``conv`` to y. If ``modulate`` made y on a GPU, the backward pass does not keep it, but makes it again."""
+    node, place, shape = y.grad_fn, y.data_ptr(), y.shape
+    if not (_forgets(y) and isinstance(node, _Modulate._backward_cls)):
+        return conv(y)
+
+    def pack(kept: Tensor) -> Any:
+        return node if kept.data_ptr() == place and kept.shape == shape else kept
+
+    with saved_tensors_hooks(pack, lambda kept: _Modulate.make_again(node) if kept is node else kept):
+        return conv(y)
+
+
+def _forgets(x: Tensor) -> bool:
+    """Return whether a backward pass computes y again: one more pass over pixels, which costs a CPU too much."""
+    return x.is_cuda and not torch.compiler.is_compiling()
+
+
+def _modulated(
+    few: Tensor, gamma: Tensor, beta: Tensor, index: Tensor | None, mean: Tensor, rstd: Tensor, upsample: int,
+    slope: float, images: int,
+) -> Tensor:  # fmt: skip
+    """Compute ``modulate`` of a grid: ``images`` images."""
+    if _in_chunks(few):
+        scale = gamma * rstd
+        y = _forward(few, torch.cat([scale, beta - mean * scale], 1), index, upsample, slope)
+    else:
+        y = (_pass(few, "forward") or forward_pixels)(few, gamma, beta, index, mean, rstd, upsample, slope)
+    return _images(y, images)
 
 
 def _in_chunks(x: Tensor) -> bool:
@@ -263,8 +302,7 @@ def batch_statistics(
         times: how often each value counts: as often as in x's enlargement, which has the same mean and variance.
     """
     if x.is_cuda:
-        parts = _once(_moments_on_gpu, x, synchronized, times, eps)  # [processes, 2 C + 1]
-        means, rstds, counts = parts.split([x.shape[1], x.shape[1], 1], 1)
+        means, rstds, counts = _once(_moments_on_gpu, x, synchronized, times, eps)
         gather = torch.batch_norm_gather_stats_with_counts
         mean, rstd = gather(x, means, rstds, *running, momentum, eps, counts.flatten())
         return Statistics(mean, rstd, counts.sum() if synchronized else times * x.numel() // x.shape[1], synchronized)
@@ -296,11 +334,13 @@ _newest = _Newest()
 """The last call of ``_once`` in this thread."""
 
 
-def _moments_on_gpu(x: Tensor, synchronized: bool, times: int, eps: float) -> Tensor:
-    """Compute mean, 1 / sqrt(variance + eps) and count of each process's x: [processes, 2 C + 1]."""
+def _moments_on_gpu(x: Tensor, synchronized: bool, times: int, eps: float) -> tuple[Tensor, ...]:
+    """Compute mean, 1 / sqrt(variance + eps) and count of each process's x: [processes, C] twice, [processes, 1]."""
     mean, rstd = torch.batch_norm_stats(x, eps)
-    own = torch.cat([mean, rstd, mean.new_full((1,), times * x.numel() // x.shape[1])])
-    return gather_statistics(own) if synchronized else own.unsqueeze(0)
+    count = mean.new_full((1,), times * x.numel() // x.shape[1])
+    if not synchronized:
+        return mean.unsqueeze(0), rstd.unsqueeze(0), count.unsqueeze(0)
+    return gather_statistics(torch.cat([mean, rstd, count])).split([x.shape[1], x.shape[1], 1], 1)
 
 
 def _moments(x: Tensor, synchronized: bool, times: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -317,11 +357,12 @@ def _moments(x: Tensor, synchronized: bool, times: int) -> tuple[Tensor, Tensor,
         means.append(part.mean(0))
         squares.append((part - means[-1]).square_().sum(0))
     size = torch.tensor(counts, dtype=torch.float64).unsqueeze(1)  # [chunks, 1]
-    moments = _combine(size, torch.stack(means).double(), times * torch.stack(squares).double())
+    moments = _combine(size, to_double(torch.stack(means)), times * to_double(torch.stack(squares)))
     if synchronized:
         moments = _combine(*gather_statistics(torch.cat(moments)).split([1, x.shape[1], x.shape[1]], 1))
     count, mean, squared = moments
-    return mean.to(wide), (squared / count).to(wide), count.squeeze().to(wide)
+    mean, variance, count = (value.to(wide).to(x.device) for value in (mean, squared / count, count.squeeze()))
+    return mean, variance, count
 
 
 def _combine(sizes: Tensor, means: Tensor, about_means: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ def render(template: str, **values: object) -> str:
     environment = Environment(
         loader=pages, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"url": _quote_url, "number": _format_number}
+    environment.filters |= {"url": _quote_url, "number": _format_number, "columns": _count_columns}
     return environment.get_template(template).render(values)
 
 
@@ -26,3 +26,8 @@ def _format_number(value: float, digits: int | None = None) -> str:
     if math.isnan(value):
         return "–"
     return f"{value:.4g}" if digits is None else f"{value:.{digits}f}"
+
+
+def _count_columns(cells: int) -> int:
+    """Return in how many columns cells are laid out: in one row, or so that rows are full or lack one cell."""
+    return cells if cells <= 6 else min((6, 5, 4, 3), key=lambda columns: (max(0, -cells % columns - 1), -columns))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imaginaire_spade.distributed import to_double
 from imaginaire_spade.errors import ConfigError, DataError, UserError, how_to_install
 from imaginaire_spade.files import file_sha256
 
@@ -294,7 +295,7 @@ class PerceptualNetwork(ScoreNetwork):
         pairs = torch.combinations(torch.arange(len(images))).split(PAIRS_AT_ONCE)
         with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             distances = [self.layers(scaled[pair[:, 0]], scaled[pair[:, 1]]).flatten() for pair in pairs]
-        mean = torch.cat(distances).double().mean()
+        mean = to_double(torch.cat(distances)).mean()
         if not mean.isfinite():
             raise UserError(f"{where}: LPIPS is not finite: the network's weights are damaged")
         return mean.item()

@@ -28,6 +28,7 @@ from imaginaire_spade.training.run_log import RunLog, preview_batch, preview_she
 from imaginaire_spade.training.setup import Run, calibration_inputs, calibration_layouts, content_of, describe, resume
 from imaginaire_spade.training.state import reestimate_batch_norm
 from imaginaire_spade.training.step import train_step
+from imaginaire_spade.training.trackers import Status, open_trackers
 
 STOP_SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)]
 """SIGTERM: preemption, a launcher that stops its processes, ``kill``. SIGUSR1: a batch system's warning before the time
@@ -123,16 +124,22 @@ def train(
             f"finished: iteration {calendar.iteration(state.images_seen)} of {calendar.stop_iteration}"
             f"{stalled and f': {stalled}'}. To go on, raise {'trainer.evaluation.patience' if stalled else how}"
         )
-        log.close()
+        log.close("finished")
         return
-    with (
-        StopRequest() as request,
-        closing(run.batches()) as batches,
-        CheckpointWriter(logdir / "checkpoints", run.config.trainer.keep_last) as writer,
-        report_progress_on_failure(run, request),
-    ):
-        stop_signal = _iterate(run, log, batches, request, writer)
-    log.close()
+    if run.info.is_main:
+        log.trackers = open_trackers(run, logdir, log.say)
+    status: Status = "failed"
+    try:
+        with (
+            StopRequest() as request,
+            closing(run.batches()) as batches,
+            CheckpointWriter(logdir / "checkpoints", run.config.trainer.keep_last) as writer,
+            report_progress_on_failure(run, request),
+        ):
+            stop_signal = _iterate(run, log, batches, request, writer)
+        status = "stopped" if stop_signal else "finished"
+    finally:
+        log.close(status)
     distributed.barrier()  # nobody leaves the group while rank 0 still writes
     if stop_signal:
         raise SystemExit(128 + stop_signal)

@@ -1,4 +1,4 @@
-"""Write a run's log: TensorBoard, ``metrics.jsonl``, curves, previews and lines of text."""
+"""Write a run's log: ``metrics.jsonl``, curves, previews and lines of text; ``trackers.py`` has copies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from imaginaire_spade.data.batch import Batch
@@ -27,15 +26,17 @@ from imaginaire_spade.data.photos import photo_preview, to_preview
 from imaginaire_spade.errors import UserError
 from imaginaire_spade.files import write_bytes, write_image
 from imaginaire_spade.noise import style_codes
+from imaginaire_spade.processes import forget_output
 from imaginaire_spade.sheets import draw_contact_sheet
 from imaginaire_spade.training.setup import Calendar, Run
+from imaginaire_spade.training.trackers import Following, Status
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 class RunLog:
-    """Write the TensorBoard events, ``metrics.jsonl``, ``curves.png``, preview images and lines of text of one log dir.
+    """Write ``metrics.jsonl``, ``curves.png``, preview images and lines of text of one log dir.
 
     On a terminal progress is a bar; in a log file it is one line per tick. Ranks other than 0 write nothing. A failed
     write (disk full) is reported and skipped: the log has a gap, the run continues.
@@ -53,8 +54,8 @@ class RunLog:
         done, total = calendar.iteration(images_seen), calendar.stop_iteration
         hidden = None if enabled else True  # None: unless on a terminal
         self._bar = tqdm(total=total, initial=done, unit="it", disable=hidden, dynamic_ncols=True)
-        self._events: SummaryWriter | None = None
-        self._next_step = images_seen + 1
+        self.trackers: list[Following] = []
+        """They get what is logged; on rank 0."""
         self._metrics = logdir / "metrics.jsonl"
         self._records = [r for r in _read_records(self._metrics) if r["images_seen"] <= images_seen] if enabled else []
         if enabled:
@@ -62,19 +63,20 @@ class RunLog:
                 write_bytes(self._metrics, b"".join(map(_line, self._records)))
 
     def say(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one, and add it to ``train.log``."""
+        """Add a line to ``train.log``, and print it, above the progress bar if there is one."""
         if self.enabled:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
             with suppress(OSError), (self.logdir / "train.log").open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            try:
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:  # who read it is gone, such as srun or tee
+                forget_output(sys.stdout.fileno())
 
     def warn(self, images_seen: int, text: str) -> None:
-        """Print a warning and write it to TensorBoard's text."""
+        """Print a warning, for the trackers too."""
         self.say(f"warning: iteration {self.calendar.iteration(images_seen)}: {text}")
-        if self.enabled:
-            with self.report_write_errors():
-                self._tensorboard().add_text("warnings", text, images_seen)
+        self._track("log_text", images_seen, text)
 
     def tick(self, images_seen: int, losses: dict[str, float], rates: dict[str, float], wait_s: float) -> None:
         """Write one record.
@@ -121,26 +123,32 @@ class RunLog:
         self._bar.update()
 
     def add_preview(self, images_seen: int, sheet: NDArray[np.uint8]) -> None:
-        """Write a preview sheet, uint8 RGB [H, W, 3], in TensorBoard and under ``images/``. For rank 0 only."""
+        """Write a preview sheet, uint8 RGB [H, W, 3], under ``images/``. For rank 0 only."""
+        self._track("log_image", images_seen, sheet)
         with self.report_write_errors():
-            self._tensorboard().add_image("preview", sheet, images_seen, dataformats="HWC")
             write_image(self.logdir / "images" / f"preview_{images_seen:012d}.jpg", sheet)
         with self.report_write_errors():
             self._draw_curves()
 
-    def close(self) -> None:
-        """Draw the curves a last time and close the files."""
+    def close(self, status: Status) -> None:
+        """Draw the curves a last time, unless the run failed, and close the trackers."""
         self._bar.close()
+        for tracker in self.trackers:
+            tracker.close(status)
         with self.report_write_errors():
-            if self._events is not None:
-                self._events.close()
-            self._draw_curves()
+            if status != "failed":  # whose reason may be on its way to the screen
+                self._draw_curves()
+
+    def _track(self, method: str, *arguments: Any) -> None:
+        for tracker in self.trackers:
+            tracker.send(method, *arguments)
 
     def _write(self, images_seen: int, values: dict[str, float]) -> None:
-        """Write one record to ``metrics.jsonl`` and TensorBoard."""
+        """Write one record to ``metrics.jsonl`` and the trackers."""
         iteration, epoch = self.calendar.iteration(images_seen), round(self.calendar.epoch(images_seen), 4)
         values = {"epoch": epoch, **values}
         self._records.append({"iteration": iteration, "images_seen": images_seen, **values})
+        self._track("log", images_seen, values)
         with self.report_write_errors():
             line = _line(self._records[-1])
             with self._metrics.open("ab", buffering=0) as file:
@@ -148,21 +156,10 @@ class RunLog:
                 if file.write(line) < len(line):  # all of it, or nothing
                     file.truncate(end)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            events = self._tensorboard()
-            for name, value in values.items():
-                events.add_scalar(name, value, images_seen)
-            events.flush()
-            self._next_step = images_seen + 1
 
     def _draw_curves(self) -> None:
         if self._records:
             write_curves(self._records, self.logdir / "curves.png")
-
-    def _tensorboard(self) -> SummaryWriter:
-        """Return the writer of events; after one that failed, a new one with a new file."""
-        if self._events is None:
-            self._events = SummaryWriter(str(self.logdir), purge_step=self._next_step)
-        return self._events
 
     @contextmanager
     def report_write_errors(self) -> Iterator[None]:
@@ -170,7 +167,6 @@ class RunLog:
         try:
             yield
         except (OSError, UserError) as error:
-            self._events = None
             self.say(f"warning: the log in {self.logdir} has a gap here: {error}")
 
 
@@ -298,7 +294,6 @@ def _draw_panel(panel: Axes, title: str, series: Series) -> None:
     # Curves.
     panel.set_title(title.replace("_", " "), loc="left", fontsize=11, fontweight="bold", color="#26282b")
     panel.set_facecolor("white")
-    levels, lowest = [], math.inf
     for number, (name, (x, y)) in enumerate(series.items()):
         colour = SERIES_COLOURS[number % len(SERIES_COLOURS)]
         smooth, finite = _smooth(y), y[np.isfinite(y)]
@@ -307,20 +302,13 @@ def _draw_panel(panel: Axes, title: str, series: Series) -> None:
             panel.plot(x[::step], y[::step], color=colour, alpha=0.22, linewidth=0.9)
         last = f"{finite[-1]:.4g}" if len(finite) else "not finite"
         label = last if title.endswith(f": {name}") and len(series) == 1 else f"{name}  {last}"
-        dashes, marker = "-" if number < len(SERIES_COLOURS) else "--", "o" if len(x) == 1 else ""
-        panel.plot(x[::step], smooth[::step], dashes + marker, color=colour, markersize=4, linewidth=1.8, label=label)
-        if len(finite):
-            levels.append(np.median(finite))
-            lowest = min(lowest, finite.min())
+        line = "o-" if len(x) == 1 else "-"
+        panel.plot(x[::step], smooth[::step], line, color=colour, markersize=4, linewidth=1.8, label=label)
 
-    # The scale: logarithmic if the curves lie far apart.
+    # Axes and legend.
     if title in FROM_ZERO:
         panel.axhline(0, color="none")
         panel.set_ylim(bottom=0)
-    elif len(levels) > 1 and lowest > 0 and max(levels) > 30 * min(levels):
-        panel.set_yscale("log")
-
-    # Axes and legend.
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     panel.tick_params(which="both", labelsize=8.5, colors="#5c6066", length=0)
@@ -333,8 +321,7 @@ def _draw_panel(panel: Axes, title: str, series: Series) -> None:
     if len(series) == 1:
         panel.set_title(label, loc="right", fontsize=8, color="#5c6066")
     else:
-        columns = 1 + (len(series) > 5)
-        panel.legend(fontsize=8, framealpha=0.85, edgecolor="none", labelcolor="#26282b", ncols=columns)
+        panel.legend(fontsize=8, framealpha=0.85, edgecolor="none", labelcolor="#26282b")
 
 
 def _smooth(y: NDArray[np.float64]) -> NDArray[np.float64]:

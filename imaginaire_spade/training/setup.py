@@ -82,6 +82,8 @@ class Run:
     settings: StepSettings
     calendar: Calendar
     evaluation: Evaluation | None
+    stamps: dict[str, Tensor]
+    """What tells later whether files of the training data have changed (``Source.stamps`` by root); rank 0 alone."""
 
     @property
     def bad(self) -> list[str]:
@@ -140,7 +142,8 @@ def prepare(
         wrap(state.generator), wrap(state.discriminator), None if state.encoder is None else wrap(state.encoder)
     )
     evaluation = None if trainer.evaluation is None else Evaluation(config, val_dataset, info, device)
-    return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar, evaluation)
+    stamps = dataset.stamps() if info.is_main else {}
+    return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar, evaluation, stamps)
 
 
 def describe(run: Run) -> str:
@@ -272,7 +275,7 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
     if (norms := before.get("spade_norms", now["spade_norms"])) != now["spade_norms"]:
         lines.append(f"SPADE norms: {norms} then, {now['spade_norms']} now")
     lines += [f"changed since: {key}: {change}" for key, change in changed.items()]
-    return "\n".join([*lines, *_jumping_rates(before, run)])
+    return "\n".join([*lines, *_changed_files(before, run), *_jumping_rates(before, run)])
 
 
 def _jumping_rates(before: Mapping[str, Any], run: Run) -> Iterator[str]:
@@ -299,9 +302,22 @@ def _facts(run: Run) -> dict[str, Any]:
         "global_batch": run.calendar.global_batch,
         "data_samples": len(run.dataset),
         "data_sha256": hashlib.sha256("\n".join(run.dataset.keys).encode()).hexdigest(),
+        "data_stamps": list(run.stamps.values()),
         "spade_norms": describe_path(run.state.generator, run.device),
         "torch": str(torch.__version__),
     }
+
+
+def _changed_files(before: Mapping[str, Any], run: Run) -> Iterator[str]:
+    """Yield a warning for each root whose files are not those that were trained on, though their names are."""
+    for (root, now), then in zip(run.stamps.items(), before.get("data_stamps") or (), strict=False):
+        if isinstance(then, Tensor) and then.shape == now.shape and (number := int((then != now).any(1).sum())):
+            resized = int((then != now)[:, 0].sum())
+            yield (
+                f"warning: {root}: {number} of {len(now)} samples (or LMDB files) have changed under their names since"
+                f" ({resized} in size or checksum, {number - resized} only by their time stamps): the run goes on with"
+                " what they hold now, which a run without an interruption would not have seen"
+            )
 
 
 def _other_processes(before: Mapping[str, Any], now: Mapping[str, Any], run: Run) -> list[str]:

@@ -2,7 +2,7 @@
 // Knows nothing of servers and pictures.
 
 const STROKES = ["brush", "erase", "line"]; // the tools that draw while the pointer is down
-const CLOSE = 12; // pixels of the screen around a polygon's first corner that close it
+const CLOSE = 12; // pixels of the screen around a polygon's first corner that close it, and beside the map's border
 
 export class Easel {
   #canvas;
@@ -264,9 +264,12 @@ export class Easel {
     this.#change(() => this.#map.stroke(start.x, start.y, point.x, point.y, this.size(), this.chosen()));
   }
 
-  #corner(point) {
+  #corner({ x, y }) {
+    const { width, height } = this.#map;
     const [first] = this.#corners, last = this.#corners.at(-1);
-    const scale = this.#canvas.getBoundingClientRect().width / this.#map.width;
+    const scale = this.#canvas.getBoundingClientRect().width / width;
+    const snap = (place, side) => (place * scale < CLOSE ? 0 : (side - place) * scale < CLOSE ? side : place);
+    const point = { x: snap(x, width), y: snap(y, height) };
     const away = (corner) => (corner ? Math.hypot(corner.x - point.x, corner.y - point.y) * scale : Infinity);
     if (this.#corners.length >= 3 && away(first) < CLOSE) return this.#close();
     if (away(last) > 2) this.#corners.push(point); // (a double click is two clicks)

@@ -288,9 +288,7 @@ async function start() {
   } catch (error) {
     showError(error);
   }
-  if (!model.num_samples && !found) {
-    showNotice("There are no label maps to start from: the data that the model was validated on is not here. Draw, open a file, or start the page with --samples FOLDER.");
-  }
+  if (!model.num_samples && !found) showNotice(server.noSamples);
   shown();
 }
 

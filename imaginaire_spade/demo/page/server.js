@@ -1,5 +1,7 @@
 // The server's answers. Nothing else of the page knows of requests; ids are arrays here, text on the wire.
 
+import { fieldsOf, mapOf } from "./text.js";
+
 const MAX_UPLOAD_BYTES = 32 * 2 ** 20; // the server's
 const MOST_TRIES = 30; // while it is busy
 
@@ -7,6 +9,7 @@ const pause = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds
 
 export class Server {
   model; // what it says of the model
+  noSamples = "There are no label maps to start from: the data that the model was validated on is not here. Draw, open a file, or start the page with --samples FOLDER.";
 
   async start() {
     this.model = await (await this.#ask("/api/model")).json();
@@ -15,7 +18,7 @@ export class Server {
 
   /** The picture of a map: {file, height, width}, the size at which it was generated. more: {seed} or {style}. */
   async generate(map, more, signal) {
-    const response = await this.#askJSON("/api/picture", { ...this.#fields(map), ...more }, signal);
+    const response = await this.#askJSON("/api/picture", { ...fieldsOf(map), ...more }, signal);
     const [height, width] = response.headers.get("Generated-Size").split("x").map(Number);
     return { file: await response.blob(), height, width };
   }
@@ -27,23 +30,16 @@ export class Server {
   openMap = async (file) => this.#map(await this.#askWithFile("/api/label_map", file));
 
   /** A label map's file. */
-  mapFile = async (map) => (await this.#askJSON("/api/label_map_file", this.#fields(map))).blob();
+  mapFile = async (map) => (await this.#askJSON("/api/label_map_file", fieldsOf(map))).blob();
 
   /** The style code of a photo. */
   styleOf = async (file) => (await (await this.#askWithFile("/api/style", file)).json()).style;
 
   /** A map as text, and back. */
-  pack = (map) => JSON.stringify(this.#fields(map));
-  unpack = (text) => this.#read(JSON.parse(text));
+  pack = (map) => JSON.stringify(fieldsOf(map));
+  unpack = (text) => mapOf(JSON.parse(text), this.model.bytes_per_id);
 
-  #fields = ({ height, width, ids }) => ({ height, width, labels: encoded(ids) });
-
-  #map = async (response) => this.#read(await response.json());
-
-  #read({ labels, ...fields }) {
-    const bytes = Uint8Array.from(atob(labels), (character) => character.charCodeAt(0));
-    return { ...fields, ids: this.model.bytes_per_id === 1 ? bytes : new Uint16Array(bytes.buffer) };
-  }
+  #map = async (response) => mapOf(await response.json(), this.model.bytes_per_id);
 
   async #ask(path, options = {}) {
     for (let tries = 1; ; tries++) {
@@ -73,13 +69,4 @@ export class Server {
     if (file.size > MAX_UPLOAD_BYTES) throw new Error(`${file.name} is too large: at most 32 MB are taken.`);
     return this.#ask(path, { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body: file });
   }
-}
-
-function encoded(ids) {
-  const bytes = new Uint8Array(ids.buffer, ids.byteOffset, ids.byteLength);
-  let text = "";
-  for (let start = 0; start < bytes.length; start += 8192) {
-    text += String.fromCharCode(...bytes.subarray(start, start + 8192));
-  }
-  return btoa(text);
 }
