@@ -12,7 +12,8 @@ import download_test_data
 import numpy as np
 import pytest
 
-from imaginaire_spade.dataset_prep.prepare import _read_objects, unpack
+from imaginaire_spade.dataset_prep.archives import unpack
+from imaginaire_spade.dataset_prep.prepare import _read_objects
 from imaginaire_spade.errors import DataError, UserError, run_command_line
 from imaginaire_spade.evaluation.collection import Collection
 from imaginaire_spade.evaluation.report import Protocol, Report, compare
