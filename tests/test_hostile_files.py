@@ -42,7 +42,6 @@ DAMAGED = {
     "origin is no JSON": {"origin": npy(np.array("{"))},
     "origin is a list": {"origin": npy(np.array("[1]"))},
     "count is text": {"origin": npy(np.array(json.dumps({"description": {**ORIGIN["description"], "count": "x"}})))},
-    "network is a list": {"origin": npy(np.array(json.dumps({**ORIGIN, "network": [1]})))},
     "features of one axis": {"features": npy(np.zeros(8, np.float32))},
     "features that are not finite": {"features": npy(np.full((9, 8), np.nan, np.float32))},
     "counts of another shape": {"confusion_counts": npy(np.zeros((2, 2), np.int64))},
