@@ -322,7 +322,7 @@ class EvaluationConfig(Section):
     """What is measured."""
     best: Literal["fid", "kid", "precision", "recall", "miou", "pixel_accuracy"] = "fid"
     """The score whose best checkpoint is kept as checkpoints/best.pt."""
-    patience: int | None = Field(None, ge=1)
+    patience: Count | None = None
     """The run ends early when so many evaluations in a row did not improve `best`; null: it never does."""
     inception_weights: str | None = None
     """File of Inception weights, for all metrics but segmentation; null: torch's cache; `random:SEED`: an untrained

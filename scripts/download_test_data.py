@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from imaginaire_spade.dataset_prep.prepare import unpack
+from imaginaire_spade.dataset_prep.archives import unpack
 from imaginaire_spade.errors import DataError, run_command_line
 from imaginaire_spade.files import download, read_json
 

@@ -27,8 +27,9 @@ from imaginaire_spade.config_files import load_labels
 from imaginaire_spade.data.folders import FolderSource
 from imaginaire_spade.data.image_files import decode_image, decode_instances, decode_label
 from imaginaire_spade.data.lmdb_source import open_source
+from imaginaire_spade.dataset_prep.archives import unpack
 from imaginaire_spade.dataset_prep.maps import label_photos, make_edge_maps
-from imaginaire_spade.dataset_prep.prepare import DATASETS, Options, prepare, unpack
+from imaginaire_spade.dataset_prep.prepare import DATASETS, Options, prepare
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.files import download as download_file
 from imaginaire_spade.labels import edges_from_ids

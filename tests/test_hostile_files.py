@@ -12,7 +12,8 @@ import download_test_data
 import numpy as np
 import pytest
 
-from imaginaire_spade.dataset_prep.prepare import _read_objects, unpack
+from imaginaire_spade.dataset_prep.archives import unpack
+from imaginaire_spade.dataset_prep.prepare import _read_objects
 from imaginaire_spade.errors import DataError, UserError, run_command_line
 from imaginaire_spade.evaluation.collection import Collection
 from imaginaire_spade.evaluation.report import Protocol, Report, compare
@@ -41,7 +42,6 @@ DAMAGED = {
     "origin is no JSON": {"origin": npy(np.array("{"))},
     "origin is a list": {"origin": npy(np.array("[1]"))},
     "count is text": {"origin": npy(np.array(json.dumps({"description": {**ORIGIN["description"], "count": "x"}})))},
-    "network is a list": {"origin": npy(np.array(json.dumps({**ORIGIN, "network": [1]})))},
     "features of one axis": {"features": npy(np.zeros(8, np.float32))},
     "features that are not finite": {"features": npy(np.full((9, 8), np.nan, np.float32))},
     "counts of another shape": {"confusion_counts": npy(np.zeros((2, 2), np.int64))},

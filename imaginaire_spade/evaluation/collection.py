@@ -135,8 +135,6 @@ class Collection:
             origin = json.loads(str(arrays["origin"]))
             told = TypeAdapter(_Description).validate_python(origin["description"])
             warnings = TypeAdapter(tuple[str, ...]).validate_python(origin.get("warnings", ()))
-            if not isinstance(origin.get("network") or {}, dict):
-                raise ValueError(f"its network is {origin['network']!r}")
             return cls(
                 str(path), **vars(told), gaussian=gaussian, features=features, confusion=confusion,
                 warnings=warnings, origin=origin,
@@ -166,7 +164,8 @@ def load_statistics(path: Path, network: FeatureNetwork, reference_split: str) -
         )
     if stored.origin is None:
         return stored
-    known = {**stored.origin.get("network", {}), "split": stored.origin.get("reference_split")}
+    stated = stored.origin.get("network")
+    known = {**(stated if isinstance(stated, dict) else {}), "split": stored.origin.get("reference_split")}
     wanted = network.identity | {"split": reference_split}
     if different := [
         f"{name}: {known.get(name)} there, {wanted[name]} here" for name in wanted if known.get(name) != wanted[name]

@@ -164,6 +164,7 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
         calibration = calibration_layouts(run)
     if doubt := doubt_labels(run.config.data.labels, calibration):
         log.say(doubt)
+    log.start_clock()
 
     while True:
         # What is due?

@@ -118,6 +118,10 @@ class RunLog:
             finite = {f"evaluation/{name}": value for name, value in scores.items() if math.isfinite(value)}
             self._write(images_seen, finite)
 
+    def start_clock(self) -> None:
+        """Begin to measure speed: what was prepared until now is not training."""
+        self._ticked_at = time.perf_counter()
+
     def advance(self) -> None:
         """Count one finished iteration."""
         self._bar.update()

@@ -22,7 +22,8 @@ from imaginaire_spade.build import check_run
 from imaginaire_spade.config import RunConfig
 from imaginaire_spade.config_files import dump_config, load_config, load_labels, parse_config
 from imaginaire_spade.dataset_prep.annotations import paint
-from imaginaire_spade.dataset_prep.prepare import _read_objects, unpack
+from imaginaire_spade.dataset_prep.archives import unpack
+from imaginaire_spade.dataset_prep.prepare import _read_objects
 from imaginaire_spade.evaluation.collection import Collection
 from imaginaire_spade.evaluation.report import Protocol, Report, compare
 from imaginaire_spade.evaluation.scores import FeatureStats
