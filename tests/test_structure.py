@@ -280,7 +280,7 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2155, "pages": 19, "data": 1990, "models": 1327, "pretrained": 289, "training": 1980,
+    "top level": 2164, "pages": 19, "data": 1990, "models": 1327, "pretrained": 289, "training": 1980,
     "inference": 1244, "evaluation": 979,
     "lmdb_builder": 897, "dataset_prep": 764, "interop": 829, "export": 159, "demo": 524, "scenes": 736,
     "commands": 1244,
