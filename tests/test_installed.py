@@ -164,6 +164,7 @@ python -c 'import imaginaire_spade; print(imaginaire_spade.__file__)'
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_wheel_needs_nothing_of_the_repository(tmp_path):
     tree = tmp_path / "tree"
     files = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
