@@ -168,7 +168,7 @@ def convolve_modulated(conv: nn.Module, y: Tensor) -> Tensor:
     node = y.grad_fn
     if not (_forgets(y) and isinstance(node, _Modulate._backward_cls)):
         return conv(y)
-    place, shape = y.data_ptr(), y.shape
+    place, shape = y.data_ptr(), y.shape  # (which a traced tensor, of export or torch.compile, has not)
 
     def pack(kept: Tensor) -> Any:
         return node if kept.data_ptr() == place and kept.shape == shape else kept
