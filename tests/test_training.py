@@ -405,6 +405,7 @@ def test_starting_from_a_checkpoint_elsewhere(tiny_run, tmp_path):
     run("half", stop_after=3)
     start = checkpoint.newest_checkpoint(tmp_path / "half")
     assert_same(run("second", start_from=start), straight)
+    assert_same(run("of a log dir", start_from=tmp_path / "half"), straight)
     with pytest.raises(CheckpointError, match="no such checkpoint file"):
         run("third", start_from=tmp_path / "nowhere.pt")
 

@@ -27,7 +27,7 @@ from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.norms import describe_path, synchronize_batch_norm, table_kernel_sizes
 from imaginaire_spade.noise import style_codes
-from imaginaire_spade.training.checkpoint import checksum_path, load_checkpoint, load_newest
+from imaginaire_spade.training.checkpoint import checksum_path, load_checkpoint, load_newest, newest_checkpoint
 from imaginaire_spade.training.evaluation import Evaluation
 from imaginaire_spade.training.state import TrainState, new_train_state
 from imaginaire_spade.training.step import Networks, StepSettings, checkpoint_activations
@@ -232,6 +232,8 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
         CheckpointError: it belongs to another architecture, label table or, unless allowed, data set.
     """
     newest = load_newest(logdir / "checkpoints")
+    if start_from is not None and start_from.is_dir():  # of which --init_from and inference.py take the newest, too
+        start_from = newest_checkpoint(start_from) or start_from
     # Rank 0 decides, so that no two processes continue from different files.
     chosen = distributed.broadcast_object(newest[0] if newest else start_from)
     if chosen is None:
