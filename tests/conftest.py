@@ -45,7 +45,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Chromium, driven by selenium; ``downloads`` is the folder of what it saves."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install -e .[dev])")
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -63,6 +63,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     browser.downloads = folder
     yield browser
     browser.quit()
+
+
+@pytest.fixture
+def browser(chromium: Any) -> Any:
+    """Chromium, without what it logged in other tests."""
+    chromium.get_log("browser")
+    return chromium
 
 
 @pytest.fixture(scope="session")
