@@ -281,6 +281,26 @@ def test_a_manifest_of_other_types_is_named(tiny_folder, tmp_path, monkeypatch, 
         inspect_lmdb.main()
 
 
+@pytest.mark.parametrize("name", ["1" * 5000, "../../x", "", "a\0b", 5])
+def test_names_of_files_in_a_manifest_are_plain_and_short(tiny_folder, tmp_path, name):
+    out = tmp_path / "out"
+    build_dataset(tiny_folder(keys=2), out, LABELS, num_workers=0, num_shards=2)
+    manifest = json.loads((out / "manifest.json").read_text())
+    for shards in ([manifest["shards"][0] | {"path": name}], [manifest["shards"][0] | {"files": {name: {}}}], []):
+        (out / "manifest.json").write_text(json.dumps(manifest | {"shards": shards}))
+        with pytest.raises(DataError, match=r"manifest\.json: lists no files: build") as refused:
+            look_through(out, LABELS, 0)
+        assert len(str(refused.value)) < 500
+
+
+def test_a_name_that_no_file_can_have_is_refused_in_short(tiny_folder, tmp_path):
+    build_dataset(tiny_folder(keys=1), tmp_path / "out", LABELS, num_workers=0)
+    (tmp_path / "out/all_filenames.json").write_text(json.dumps({".": ["1" * 5000]}))
+    with pytest.raises(DataError, match="is no plain relative path") as refused:
+        open_source(tmp_path / "out", ["images"])
+    assert len(str(refused.value)) < 500
+
+
 def test_names_that_are_no_utf8_are_refused(tiny_folder, tmp_path):
     build_dataset(tiny_folder(keys=1), tmp_path / "out", LABELS, num_workers=0)
     (tmp_path / "out/all_filenames.json").write_text(r'{".": ["\ud800"]}')

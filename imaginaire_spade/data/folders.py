@@ -74,8 +74,10 @@ class Source(ABC):
 
 
 def stays_inside(path: str) -> bool:
-    """Return whether text is a plain relative path, with forward slashes: it cannot lead out of a folder."""
-    return not {"", ".", ".."} & set(path.split("/")) and "\\" not in path and "\0" not in path
+    """Return whether text is a plain relative path, with forward slashes, of names that files can have: it cannot lead
+    out of a folder."""
+    names = set(path.split("/"))
+    return not {"", ".", ".."} & names and "\\" not in path and "\0" not in path and max(map(len, names)) <= 255
 
 
 def make_key(sequence: str, stem: str, where: str) -> str:
@@ -86,7 +88,7 @@ def make_key(sequence: str, stem: str, where: str) -> str:
     """
     key = stem if sequence == ROOT_SEQUENCE else f"{sequence}/{stem}"
     if not stays_inside(key):
-        raise DataError(f"{where}: the name {key!r} is no plain relative path: rename the file or folder")
+        raise DataError(f"{where}: the name {key[:99]!r} is no plain relative path: rename the file or folder")
     try:
         key.encode()
     except UnicodeEncodeError:

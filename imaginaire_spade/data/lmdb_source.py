@@ -46,14 +46,16 @@ def stated_files(root: Path) -> dict[str, tuple[int, str]]:
     """
     if not (root / MANIFEST).is_file():
         return {}
-    try:
-        return {
-            str(root / shard["path"] / name): (entry["bytes"], entry["sha256"])
+    stated = dict[str, tuple[int, str]]()
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        stated = {
+            (shard["path"] + "/" + name).removeprefix("./"): (entry["bytes"], entry["sha256"])
             for shard in read_json(root / MANIFEST)["shards"]
             for name, entry in shard["files"].items()
         }
-    except (KeyError, TypeError, AttributeError):
-        raise DataError(f"{root / MANIFEST}: lists no files: build the data set again") from None
+    if not stated or not all(map(stays_inside, stated)):
+        raise DataError(f"{root / MANIFEST}: lists no files: build the data set again")
+    return {str(root / name): fact for name, fact in stated.items()}
 
 
 class LmdbSource(Source):
@@ -192,7 +194,7 @@ def _shards(root: Path) -> list[Path]:
         raise DataError(f"{root / MANIFEST}: lists no shards: build the data set again")
     for name in names:
         if name != "." and not stays_inside(name):
-            raise DataError(f"{root / MANIFEST}: the shard path {name!r} leads out of the folder")
+            raise DataError(f"{root / MANIFEST}: the shard path {name[:99]!r} leads out of the folder")
         if not (root / name / FILENAMES).is_file():
             raise DataError(f"{root / name}: this shard is listed in {MANIFEST}, but has no {FILENAMES}: copy it again")
     return [root / name for name in names]

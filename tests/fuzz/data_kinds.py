@@ -290,7 +290,8 @@ def custom_tree(folder: Path) -> tuple[Path, Use]:
             options = Options(None, images=Path("images"), labels=Path("seg_maps"), instances=Path("inst_maps"))
             counts = prepare("custom", raw, out, options, num_workers=0)
             written = [p for p in out.rglob("*") if p.is_file()]
-            same = all(p.read_bytes() == (raw / p.relative_to(out / "train")).read_bytes() for p in written)
+            there = {p.with_suffix(p.suffix.lower()): p for p in raw.rglob("*")}
+            same = all(p.read_bytes() == there[raw / p.relative_to(out / "train")].read_bytes() for p in written)
             return same and len(written) == 3 * sum(counts.values())
 
     return path, use

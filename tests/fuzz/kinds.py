@@ -153,9 +153,9 @@ def checkpoint_contents(folder: Path) -> tuple[Path, Use]:
             if rng.random() < 0.2:
                 del node[key]
             elif isinstance(node[key], torch.Tensor) and rng.random() < 0.5:
-                node[key] = rng.choice((torch.Tensor.half, torch.Tensor.long, lambda t: t[None], lambda t: t[..., :0]))(
-                    node[key]
-                )
+                node[key] = rng.choice(
+                    (torch.Tensor.half, torch.Tensor.long, lambda t: t[None], lambda t: torch.atleast_1d(t)[..., :0])
+                )(node[key])
             else:
                 node[key] = copy.deepcopy(rng.choice(VALUES))
         write_checkpoint(made, tree)
