@@ -190,5 +190,5 @@ def test_runs_that_no_graph_can_hold_are_refused(tiny_run, overrides, world_size
 def test_a_run_that_a_graph_can_hold_is_taken(tiny_run):
     path, _ = tiny_run
     check_run(load_config(path, GRAPHS), 1, torch.device("cuda"))
-    with pytest.raises(ConfigError, match="needs a GPU .*; it takes one process .*: write gen.norm.path: dense; or"):
+    with pytest.raises(ConfigError, match=r"needs a GPU .*; it takes one process, .*: write gen.norm.path: dense; or"):
         check_run(load_config(path, [*GRAPHS, "gen.norm.path=auto"]), 2, torch.device("cpu"))

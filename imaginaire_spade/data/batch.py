@@ -107,7 +107,7 @@ class Batch:
     ahead: tuple[Ahead, ...] = ()
     """Neighbourhoods of the layout that the loader found, of each of the parts that ``split`` will give."""
     style_codes: Tensor | None = None
-    """float32 [N, style_dims], where they are drawn before the step: for a CUDA graph."""
+    """float32 [N, style_dims], where they are drawn before the step: for a CUDA graph. A part has none."""
 
     def __post_init__(self) -> None:
         if len(self.ahead) == 1:
@@ -153,9 +153,8 @@ class Batch:
         return len(self.keys)
 
     def __getitem__(self, part: slice) -> Batch:
-        images, z = (None if t is None else t[part] for t in (self.images, self.style_codes))
-        labels = self.layout[part], images, self.keys[part], self.original_sizes[part], self.positions[part]
-        return Batch(*labels, style_codes=z)
+        images = None if self.images is None else self.images[part]
+        return Batch(self.layout[part], images, self.keys[part], self.original_sizes[part], self.positions[part])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Apply a function to every tensor."""

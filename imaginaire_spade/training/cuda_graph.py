@@ -62,16 +62,15 @@ class GraphedUpdate:
             present.wait_stream(self._side)
             return losses
         if self._graph is None:
-            graph = torch.cuda.CUDAGraph()
+            self._graph = torch.cuda.CUDAGraph()
             try:  # thread_local: the loader's and the checkpoint's threads may call CUDA meanwhile
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                     self._losses = update_networks(state, networks, buffers, settings)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
                 why = f"CUDA cannot record the updates of this run: {first_line(error)[:300]}"
                 raise UserError(f"trainer.cuda_graphs: {why}. Write trainer.cuda_graphs: false") from error
-            self._graph = graph
         self._graph.replay()
         return dict(self._losses)
 

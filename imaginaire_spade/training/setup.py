@@ -151,9 +151,8 @@ def prepare(
     evaluation = None if trainer.evaluation is None else Evaluation(config, val_dataset, info, device)
     stamps = dataset.stamps() if info.is_main else {}
     graphed = GraphedUpdate(state, device) if trainer.cuda_graphs else None
-    return Run(
-        config, info, device, dataset, val_dataset, state, networks, settings, calendar, evaluation, stamps, graphed
-    )
+    parts = state, networks, settings, calendar, evaluation, stamps, graphed
+    return Run(config, info, device, dataset, val_dataset, *parts)
 
 
 def describe(run: Run) -> str:

@@ -77,10 +77,8 @@ def train_step(
     gen_lr, dis_lr, ema_beta = settings.rates(state.images_seen)
     for optimizer, rate in ((state.gen_optimizer, gen_lr), (state.dis_optimizer, dis_lr)):
         for group in optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):  # which a CUDA graph reads
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            # A tensor is one that a CUDA graph reads.
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
     losses = (update or update_networks)(state, networks, batch, settings)
     for average, network in state.averages():
         update_average(average, network, ema_beta)
