@@ -42,8 +42,10 @@ demo: $(VENV)/.installed
 	@echo 'Loss curves:                                 $(DEMO)/logs/curves.png'
 	@echo 'TensorBoard:                                 $(BIN)/tensorboard --logdir $(DEMO)/logs'
 
+# Two processes with a file of tests each; in them one thread: the networks are tiny, threads would wait for each other.
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

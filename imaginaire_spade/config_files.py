@@ -332,7 +332,7 @@ def _explain(
             yield f"{_origin((*where, 'type'), origins, source)}: {key + ': ' if key else ''}{cause}"
         elif item["type"] == "extra_forbidden":
             allowed = _fields_at(schema, parts[:-1])
-            hint = did_you_mean(parts[-1], allowed)
+            hint = did_you_mean(parts[-1], allowed) or "."
             yield f"{at}: {key}: unknown key{hint} Allowed here: {', '.join(sorted(allowed))}"
         elif item["type"] == "missing":
             yield f"{at}: {key}: missing; write a value for it"

@@ -71,7 +71,7 @@ def choose_device(name: str, info: ProcessInfo) -> torch.device:
     """Choose this process's device by ``auto`` (``cuda`` or ``cpu``), ``cpu``, ``cuda`` or ``mps`` (Apple's GPU).
 
     Raises:
-        ConfigError: the device is not usable here, or this node has fewer GPUs than processes.
+        ConfigError: there is no such device, or it is not usable here, or this node has fewer GPUs than processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,6 +82,8 @@ def choose_device(name: str, info: ProcessInfo) -> torch.device:
             why = "torch cannot use an Apple GPU here" if info.world_size == 1 else "it serves one process alone"
             raise ConfigError(f"--device mps: {why}. Write --device cpu")
         return torch.device("mps")
+    if name != "cuda":
+        raise ConfigError(f"--device {name}: write auto, cpu, cuda or mps")
     if not torch.cuda.is_available():
         raise ConfigError(
             "--device cuda: this machine or this build of torch has no usable CUDA device. Write --device cpu, or"

@@ -206,12 +206,14 @@ def from_hub(path: Path, flag: str) -> Path:
     Args:
         flag: the command line's, for messages.
     Raises:
-        CheckpointError: huggingface_hub is not installed, or the file cannot be downloaded.
+        CheckpointError: huggingface_hub is not installed, the file cannot be downloaded, or ``path`` is another URL.
     """
     scheme, *parts = path.as_posix().split("/")  # (``Path`` makes hf:/ of hf://.)
+    if scheme in ("http:", "https:"):
+        raise CheckpointError(f"{flag} {scheme}//{'/'.join(parts)}: download the file, or write hf://USER/REPO/FILE")
     if scheme != "hf:":
         return path
-    address = "/".join(["hf:/", *parts])
+    address = "/".join(["hf:/", *(parts or [""])])
     if len(parts) < 2:
         raise CheckpointError(f"{flag} {address}: write hf://USER/REPO or hf://USER/REPO/FILE")
     try:

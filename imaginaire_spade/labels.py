@@ -325,7 +325,7 @@ class LabelSpec(BaseModel):
             listed = ", ".join(f"({v >> 16}, {v >> 8 & 255}, {v & 255})" for v in values[:5].tolist())
             raise LabelError(
                 f"{where}: {len(values)} colour(s) that data.labels.palette does not have: {listed}"
-                f"{' ...' if len(values) > 5 else ''}, {100 * wrong.mean():.2g} % of the pixels. Add them to the"
+                f"{' ...' if len(values) > 5 else ''}, {100 * wrong.mean():.3g} % of the pixels. Add them to the"
                 " palette, or save the map without compression, antialiasing or resizing; or, if they are blends at"
                 " borders, take the nearest colour: data.labels.nearest_color: 442 (or less: how far a colour may be)"
             )

@@ -260,4 +260,6 @@ def test_an_apple_gpu_is_refused_by_name_where_there_is_none(monkeypatch):
     assert choose_device("mps", ProcessInfo()) == torch.device("mps")
     with pytest.raises(ConfigError, match="--device mps: it serves one process alone"):
         choose_device("mps", ProcessInfo(world_size=2))
+    with pytest.raises(ConfigError, match="--device toaster: write auto, cpu, cuda or mps"):
+        choose_device("toaster", ProcessInfo())
     assert choose_device("auto", ProcessInfo()).type in ("cpu", "cuda")

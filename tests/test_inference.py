@@ -506,7 +506,7 @@ def test_one_mistake_one_message(run, checkpoint, plain_checkpoint, label_maps, 
         ((*plain, *inputs, *to, "--style_image", photo), CheckpointError, "trained without a style encoder"),
         ((*styled, *inputs, *to, "--style_image", "gone.jpg"), DataError, r"style image gone\.jpg: cannot be read"),
         ((*styled, *inputs, *to, "--style_image", damaged), DataError, r"style image .*damaged\.pt"),
-        ((*plain, *inputs, "--output_dir", text / "o"), UserError, "cannot be made"),
+        ((*plain, *inputs, "--output_dir", text / "o"), UserError, "cannot be written: Not a directory"),
         ((*plain, *inputs, "--output_dir", label_maps), UserError, "lies among the label maps"),
         ((*plain, *inputs, "--output_dir", label_maps / "out"), UserError, "lies among the label maps"),
         ((*plain, *inputs, *to, "--set", "gen.num_filters=4"), CheckpointError, "num_filters: 2, this config has 4"),
@@ -618,7 +618,7 @@ def test_damaged_weights(tmp_path, label_maps, run):
         run("--checkpoint", bad, "--input_dir", label_maps, "--output_dir", tmp_path / "o")
     assert not files(tmp_path / "o")
     short = save(tmp_path / "short.pt", tree, generator_ema={k: v for k, v in state.items() if k != "to_image.bias"})
-    with pytest.raises(CheckpointError, match=r"(?s)short\.pt: the weights of its generator .*to_image\.bias"):
+    with pytest.raises(CheckpointError, match=r"short\.pt: its generator lacks to_image\.bias"):
         Model.load(short, for_inference=False)
     for name, weight in (("wide", state["to_image.weight"].double()), ("thin", state["to_image.weight"].to_sparse())):
         path = save(tmp_path / f"{name}.pt", tree, generator_ema={**state, "to_image.weight": weight})

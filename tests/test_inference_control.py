@@ -301,7 +301,7 @@ def test_an_output_folder_has_one_writer(run, plain, tmp_path):
         ):
             run(plain)
         assert not files(tmp_path / "out")
-    assert set(run(plain)) == {"a.png", "b.png", "c.png"} and not (tmp_path / "out/.lock").exists()
+    assert set(run(plain)) == {"a.png", "seq/b.png", "seq/c.png"} and not (tmp_path / "out/.lock").exists()
 
 
 def test_unknown_colours(run, plain, styled, tmp_path):

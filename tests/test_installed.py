@@ -53,6 +53,7 @@ def test_one_command_lists_all(call):
     assert "data bild: no such command; did you mean 'data build'?" in call("data", "bild", "--config")[1]
     code, printed = call("data", "edges", "--help")
     assert code == 0 and printed.startswith("usage: imaginaire-spade data edges [-h] --data_root")
+    assert call("paint", "--help")[1].startswith("usage: imaginaire-spade paint [-h] --checkpoint")
 
 
 def test_every_script_is_a_command():
@@ -101,6 +102,10 @@ def test_a_checkpoint_on_the_hub(tmp_path, monkeypatch):
         from_hub(Path("hf://user/gone"), "--checkpoint")
     with pytest.raises(CheckpointError, match="write hf://USER/REPO or"):
         from_hub(Path("hf://user"), "--checkpoint")
+    with pytest.raises(CheckpointError, match=r"^--checkpoint hf://: write hf://USER/REPO or"):
+        from_hub(Path("hf://"), "--checkpoint")
+    with pytest.raises(CheckpointError, match=r"^--checkpoint https://host\.org/a\.pt: download the file"):
+        from_hub(Path("https://host.org/a.pt"), "--checkpoint")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match=r"pip install huggingface_hub$"):
         from_hub(Path("hf://user/repo"), "--checkpoint")

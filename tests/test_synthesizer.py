@@ -74,6 +74,9 @@ def test_files_tensors_lists_and_batches_of_label_maps(styled, plain, folder):
         styled(folder / "nowhere.png")
     with pytest.raises(ConfigError, match="belong to one label map"):
         styled([LABELS], edges=LABELS)
+    for nothing in ([], np.zeros((0, 8, 8), np.uint8)):
+        with pytest.raises(DataError, match="an empty list or batch"):
+            styled(nothing)
 
 
 def test_it_says_what_it_is(styled, plain):
@@ -112,7 +115,7 @@ def test_one_mistake_one_message(styled, plain):
         (plain, (LABELS.astype(int) * 70000,), {}, LabelError, r"label values 0\.\.280000"),
         (plain, (photo,), {}, LabelError, "an RGB colour image, but label maps hold class ids"),
         (plain, (np.zeros((4, 4, 4), np.uint8),), {}, LabelError, "a label map of 4 channels"),
-        (styled, (photo + 33,), {}, LabelError, r"colour\(s\) that data.labels.palette does not have: \(33, 33, 33\)"),
+        (styled, (photo + 33,), {}, LabelError, r"palette does not have: \(33, 33, 33\), 100 % of the pixels"),
         (plain, (LABELS / 2,), {}, DataError, r"the label map: an array of float64 \[40, 56\]; give integers"),
         (plain, (LABELS[:0],), {}, DataError, r"\[0, 56\]"),
         (plain, ("a.png",), {}, DataError, r"^a\.png: No such file"),

@@ -19,9 +19,8 @@ from imaginaire_spade.inference.synthesizer import Synthesizer
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m imaginaire_spade.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    name = sys.argv[0] if sys.argv[0].startswith("imaginaire-spade") else "python -m imaginaire_spade.demo"
+    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="P",
                         help="checkpoint file, or a folder or log dir, whose newest checkpoint is used")  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")

@@ -144,6 +144,8 @@ class Synthesizer:
         if isinstance(label_map, list | tuple) or _is_batch(label_map):
             if edges is not None or instances is not None or conditions:
                 raise ConfigError("edges, instances and conditions belong to one label map: give these one by one")
+            if not len(label_map):
+                raise DataError("the label map: an empty list or batch; give at least one label map")
             made = [self(one, seed=seed, style=style, size=size, resize_back=resize_back) for one in label_map]
             return made if isinstance(label_map, list | tuple) else np.stack(made)
         if is_file := isinstance(label_map, str | Path):

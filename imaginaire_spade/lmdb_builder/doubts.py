@@ -44,7 +44,7 @@ def describe_doubts(manifest: Mapping[str, Any], labels: LabelSpec) -> Iterator[
         yield f"note: {same} of {number} label maps are copies of one file: is each that of its photo?"
     if count := doubts["blended"]:
         share = 100 * count / sum(pixels)
-        yield f"data.labels.nearest_color: {count} pixels ({share:.2g} %) had a colour between those of classes"
+        yield f"data.labels.nearest_color: {count} pixels ({share:.3g} %) had a colour between those of classes"
 
 
 def refuse_useless(manifest: Mapping[str, Any], labels: LabelSpec, where: Path) -> None:

@@ -165,9 +165,10 @@ class _Modulate(torch.autograd.Function):
 
 def convolve_modulated(conv: nn.Module, y: Tensor) -> Tensor:
     """Apply ``conv`` to y. If ``modulate`` made y on a GPU, the backward pass does not keep it, but makes it again."""
-    node, place, shape = y.grad_fn, y.data_ptr(), y.shape
+    node = y.grad_fn
     if not (_forgets(y) and isinstance(node, _Modulate._backward_cls)):
         return conv(y)
+    place, shape = y.data_ptr(), y.shape  # (which a traced tensor, of export or torch.compile, has not)
 
     def pack(kept: Tensor) -> Any:
         return node if kept.data_ptr() == place and kept.shape == shape else kept

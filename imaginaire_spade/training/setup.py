@@ -284,19 +284,19 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
     if (norms := before.get("spade_norms", now["spade_norms"])) != now["spade_norms"]:
         lines.append(f"SPADE norms: {norms} then, {now['spade_norms']} now")
     lines += [f"changed since: {key}: {change}" for key, change in changed.items()]
-    return "\n".join([*lines, *_changed_files(before, run), *_jumping_rates(before, run)])
+    return "\n".join([*lines, *_changed_files(before, run), *_jumping_rates(content, run)])
 
 
-def _jumping_rates(before: Mapping[str, Any], run: Run) -> Iterator[str]:
+def _jumping_rates(content: Mapping[str, Any], run: Run) -> Iterator[str]:
     """Yield a line for each optimizer whose last learning rate is not on this launch's schedule, such as that of a run
-    which was extended after its decay."""
+    which was extended after its decay. (A loaded optimizer has this launch's rate: the last one is in the checkpoint.)
+    """
     config, calendar, seen = run.config, run.calendar, run.state.images_seen
-    last = seen - (before or {"global_batch": calendar.global_batch})["global_batch"]
-    for name, section, optimizer in (
-        ("gen_opt", config.gen_opt, run.state.gen_optimizer), ("dis_opt", config.dis_opt, run.state.dis_optimizer)
-    ):  # fmt: skip
-        was, now = float(optimizer.param_groups[0]["lr"]), calendar.learning_rate(section, seen)
-        if not math.isclose(was, calendar.learning_rate(section, last), rel_tol=1e-6):
+    last = seen - (content.get("run") or {"global_batch": calendar.global_batch})["global_batch"]
+    for name, section in (("gen_opt", config.gen_opt), ("dis_opt", config.dis_opt)):
+        was = content[f"{name}imizer"]["param_groups"][0].get("lr")
+        now = calendar.learning_rate(section, seen)
+        if isinstance(was, int | float) and not math.isclose(was, calendar.learning_rate(section, last), rel_tol=1e-6):
             falls = f"; it falls to 0 at iteration {calendar.total_iterations} (lr_policy: linear)"
             yield (
                 f"{name}: the learning rate jumps from {was:.3g} in the last iteration to {now:.3g} in the next"

@@ -1,11 +1,12 @@
 """Change files at random and see what becomes of them, each in a process of its own with limits of memory and time.
 
-A kind of file is a function in ``kinds.py``: ``kind(folder)`` writes a sound file and returns its path and a function
-that uses the file as a command line would, and returns what it understood.
+A kind of file is a function in ``kinds.py`` or ``data_kinds.py``: ``kind(folder)`` writes a sound file, or several, and
+returns the path or the paths, and a function that uses them as a command line would, and returns what it understood.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import re
@@ -36,8 +37,10 @@ TOKENS = (
 )  # fmt: skip
 
 
-def change(content: bytes, rng: random.Random) -> bytes:
-    """Return the bytes of a file, changed in one to three places."""
+def change(content: bytes, rng: random.Random, *, only_cut: bool = False) -> bytes:
+    """Return the bytes of a file, changed in one to three places; or cut off, often near its end."""
+    if only_cut:
+        return content[: -rng.randrange(1, 40)] if rng.random() < 0.5 else _cut(content, rng)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         content = rng.choice(CHANGES)(content, rng)
     return content
@@ -143,23 +146,29 @@ def _in_child(use: Use, folder: Path, log: Path, sound: Any) -> None:
 
 
 def fuzz(
-    kind: Callable[[Path], tuple[Path, Use]], folder: Path, seeds: range, *, checked: bool
+    kind: Callable[[Path], tuple[Path | list[Path], Use]], folder: Path, seeds: range, *, checked: bool | str
 ) -> tuple[Counter[str], list[str]]:
-    """Change the file of a kind once for every seed. Return how often each outcome was, and a line for each fault.
+    """Change a file of a kind once for every seed. Return how often each outcome was, and a line for each fault.
 
     Args:
-        checked: whether a changed file must be refused, or be understood as before.
+        checked: whether a changed file must be refused, or be understood as before; text: files are cut off, and must.
     """
     folder.mkdir()
-    path, use = kind(folder)
-    content, sound = path.read_bytes(), use()
+    paths, use = kind(folder)
+    paths = paths if isinstance(paths, list) else [paths]
+    contents, sound = [path.read_bytes() for path in paths], use()
     assert outcome_of(use, folder, sound)[0] == "same", outcome_of(use, folder, sound)
     counts, faults = Counter[str](), []
+    gc.freeze()  # children do not walk through all that is imported
     for seed in seeds:
-        path.write_bytes(change(content, random.Random(f"{kind.__name__} {seed}")))
+        rng = random.Random(f"{kind.__name__} {seed}")
+        path, content = rng.choice(list(zip(paths, contents, strict=True)))
+        path.write_bytes(change(content, rng, only_cut=isinstance(checked, str)))
         outcome, said = outcome_of(use, folder, sound if checked else None)
+        path.write_bytes(content)
         counts[outcome] += 1
         if outcome not in GOOD:
-            faults.append(f"{kind.__name__}, seed {seed}: {outcome}: {said[-1500:]}")
+            faults.append(f"{kind.__name__}, seed {seed}, {path.name}: {outcome}: {said[-1500:]}")
             print(faults[-1], file=sys.stderr)
+    gc.unfreeze()
     return counts, faults

@@ -8,10 +8,13 @@ import os
 import pytest
 import torch
 
+from .data_kinds import KINDS as KINDS_OF_DATA
 from .fuzzer import GOOD, fuzz
-from .kinds import KINDS
+from .kinds import KINDS as KINDS_OF_FILES
 
-SHORT = 4
+KINDS = KINDS_OF_FILES | KINDS_OF_DATA
+
+SHORT = 2
 """Inputs of each kind in the short form."""
 LONG = -(-15_000 // len(KINDS))
 
