@@ -21,6 +21,7 @@ from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import initialise
+from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.registry import DATASETS, DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Component, Registry
 
 
@@ -174,9 +175,28 @@ def with_measured_range(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"images": images})})
 
 
-def check_run(config: RunConfig, world_size: int) -> None:
+def _hindrances(config: RunConfig, generator: Generator, world_size: int, device: torch.device | None) -> list[str]:
+    """List what keeps a run from being recorded as a CUDA graph, which repeats the same kernels on the same memory."""
+    trainer, fused = config.trainer, {"gen_opt": config.gen_opt.fused, "dis_opt": config.dis_opt.fused}
+    adam = ", ".join(f"{name}.fused: {form}" for name, form in fused.items() if form not in ("auto", "torch"))
+    by_tables = any(isinstance(module, SPADE) and module.path != "dense" for module in generator.modules())
+    told = {
+        "it needs a GPU (--device cuda)": device is not None and device.type != "cuda",
+        "it takes one process, since gradients are exchanged outside of a graph": world_size > 1,
+        "tables change in size from batch to batch: write gen.norm.path: dense": by_tables,
+        "fp16 asks the GPU which updates to skip: write trainer.precision: bf16": trainer.precision == "fp16",
+        "write trainer.gradient_accumulation: 1": trainer.gradient_accumulation > 1,
+        "write trainer.activation_checkpointing: false, which restores buffers": trainer.activation_checkpointing,
+        f"learning rates must stay on the GPU: in place of {adam} write auto": adam != "",
+    }
+    return [text for text, hinders in told.items() if hinders]
+
+
+def check_run(config: RunConfig, world_size: int, device: torch.device | None = None) -> None:
     """Reject what would fail later. The networks are made without storage.
 
+    Args:
+        device: that of training, if it is known.
     Raises:
         ConfigError: with what to write instead.
     """
@@ -195,6 +215,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
         generator = build_generator(config)
         discriminator = build_discriminator(config)
         encoder = build_encoder(config)
+    if trainer.cuda_graphs and (hindrances := _hindrances(config, generator, world_size, device)):
+        raise ConfigError(f"trainer.cuda_graphs: {'; '.join(hindrances)}; or write trainer.cuda_graphs: false")
     # A weight has a gradient and two moments; of a batch, the photos alone are counted.
     networks = [network for network in (generator, discriminator, encoder) if network is not None]
     weights = 16 * sum(parameter.numel() for network in networks for parameter in network.parameters())

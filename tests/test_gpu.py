@@ -39,6 +39,7 @@ from imaginaire_spade.models import modulation
 from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
 from imaginaire_spade.models.generator import SPADEGenerator
 from imaginaire_spade.models.norms import CLADE, CLADEICPE, SPADE, synchronize_batch_norm, table_kernel_sizes
+from imaginaire_spade.training.cuda_graph import GraphedUpdate
 from imaginaire_spade.training.health import LossMeter
 from imaginaire_spade.training.state import TrainState, new_average
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
@@ -55,7 +56,7 @@ def add_up(values):
     return values + values
 
 def waits_of(name):
-    kind, _, synchronized = name.partition(" ")
+    kind, _, form = name.partition(" ")
     norm = {"dense": partial(SPADE, path="auto"), "table": partial(SPADE, path="table"), "clade": CLADE,
             "icpe": partial(CLADEICPE, skip_ids=(1,))}[kind]
     spec = LayoutSpec(20, has_dont_care=True, has_edges=True, has_distances=kind == "icpe")
@@ -67,7 +68,7 @@ def waits_of(name):
     on_host = Batch.collate(spec, samples)
     generator = SPADEGenerator(spec, (SIZE, SIZE), num_filters=16, norm=norm).to(device)
     discriminator = MultiscaleDiscriminator(spec, num_filters=4).to(device)
-    if synchronized:
+    if form == "synchronized":
         modulation.gather_statistics, modulation.sum_statistics = gather, add_up
         synchronize_batch_norm(generator)
     optimizers = [build_optimizer(n.parameters(), OptimizerConfig(lr=1e-4)) for n in (generator, discriminator)]
@@ -78,11 +79,13 @@ def waits_of(name):
     settings = StepSettings(terms, weights, TrainerConfig(max_iterations=1, precision="bf16"), style_dims=0, seed=0,
                             global_batch=2, rates=lambda seen: (1e-4, 1e-4, 0.999))
     meter = LossMeter((scaler, scaler), device)
+    update = GraphedUpdate(state, device) if form == "graphed" else None
 
     def iterate(number):
         batch = replace(on_host, ahead=on_host.look_ahead(table_kernel_sizes(generator), 1))
         batch = batch.map(lambda t: t.pin_memory()).to(device, non_blocking=True)
-        meter.add(number, batch.keys, train_step(state, Networks(generator, discriminator, None), batch, settings))
+        networks = Networks(generator, discriminator, None)
+        meter.add(number, batch.keys, train_step(state, networks, batch, settings, update))
 
     iterate(1)
     places = collections.Counter()
@@ -105,7 +108,18 @@ def waits_of(name):
 print(json.dumps({name: waits_of(name) for name in sys.argv[2].split(",")}))
 """
 
-NORMS = ("dense", "table", "clade", "icpe", "dense synchronized", "table synchronized", "icpe synchronized")
+NORMS = (
+    "dense",
+    "table",
+    "clade",
+    "icpe",
+    "dense synchronized",
+    "table synchronized",
+    "icpe synchronized",
+    "dense graphed",
+    "clade graphed",
+)
+"""``graphed``: before the recording, in which a wait would be an error."""
 
 
 def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:

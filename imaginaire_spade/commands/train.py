@@ -102,7 +102,7 @@ def train(
     config = with_measured_range(config)
     info = distributed.process_info_from_environment()
     where = distributed.choose_device(device, info)
-    check_run(config, info.world_size)
+    check_run(config, info.world_size, where)
     if info.is_main:  # which alone needs them
         check_trackers(config)
     objective = build_losses(config)  # finds out whether pretrained weights are there

@@ -106,6 +106,8 @@ class Batch:
     positions: tuple[int, ...]
     ahead: tuple[Ahead, ...] = ()
     """Neighbourhoods of the layout that the loader found, of each of the parts that ``split`` will give."""
+    style_codes: Tensor | None = None
+    """float32 [N, style_dims], where they are drawn before the step: for a CUDA graph. A part has none."""
 
     def __post_init__(self) -> None:
         if len(self.ahead) == 1:
@@ -156,9 +158,9 @@ class Batch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Apply a function to every tensor."""
-        images = None if self.images is None else function(self.images)
+        images, z = (None if t is None else function(t) for t in (self.images, self.style_codes))
         ahead = tuple(part.map(function) for part in self.ahead)
-        return replace(self, layout=self.layout.map(function), images=images, ahead=ahead)
+        return replace(self, layout=self.layout.map(function), images=images, ahead=ahead, style_codes=z)
 
     def look_ahead(self, kernel_sizes: Sequence[int], pieces: int) -> tuple[Ahead, ...]:
         """Find the neighbourhoods of a batch on the host, for ``ahead``."""
@@ -172,8 +174,8 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor of the batch."""
-        images = [] if self.images is None else [self.images]
-        return [*images, *self.layout.tensors(), *(part.memory for part in self.ahead)]
+        others = [tensor for tensor in (self.images, self.style_codes) if tensor is not None]
+        return [*others, *self.layout.tensors(), *(part.memory for part in self.ahead)]
 
     def split(self, pieces: int) -> Iterator[Batch]:
         """Yield equal parts, in order, each made when its turn comes: its layout's cache lives no longer than it."""

@@ -27,7 +27,6 @@ from imaginaire_spade.training.health import Alarms, LossMeter, check_finite, do
 from imaginaire_spade.training.run_log import RunLog, preview_batch, preview_sheet
 from imaginaire_spade.training.setup import Run, calibration_inputs, calibration_layouts, content_of, describe, resume
 from imaginaire_spade.training.state import reestimate_batch_norm
-from imaginaire_spade.training.step import train_step
 from imaginaire_spade.training.trackers import Status, open_trackers
 
 STOP_SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)]
@@ -236,7 +235,7 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
         # Step.
         with explain_out_of_memory(run.config):
             batch = next(batches)
-            losses = train_step(state, run.networks, batch, run.settings)
+            losses = run.step(batch)
         meter.add(iteration + 1, batch.keys, losses)
         log.advance()
 

@@ -14,7 +14,6 @@ from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.training.health import explain_out_of_memory
 from imaginaire_spade.training.run_log import peak_memory_gib
 from imaginaire_spade.training.setup import Run, describe
-from imaginaire_spade.training.step import train_step
 
 WARM_UP, MEASURED = 5, 5
 
@@ -23,14 +22,14 @@ def _train(run: Run, batches: Iterable[Batch]) -> None:
     """Train for one iteration per batch, then wait for the device."""
     with explain_out_of_memory(run.config):
         for batch in batches:
-            losses = train_step(run.state, run.networks, batch, run.settings)
+            losses = run.step(batch)
         losses["g_total"].item()
 
 
 def dry_run(run: Run) -> str:
     """Run one measured iteration and describe the run. Nothing is written."""
     batch = next(run.batches(num_workers=0))
-    _train(run, [batch])  # warms caches and allocators up
+    _train(run, [batch] * (WARM_UP if run.graphed else 1))  # warms caches and allocators up
     started_at = time.perf_counter()
     _train(run, [batch])
     seconds = time.perf_counter() - started_at

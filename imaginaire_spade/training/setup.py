@@ -28,9 +28,10 @@ from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.norms import describe_path, synchronize_batch_norm, table_kernel_sizes
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.training.checkpoint import checksum_path, load_checkpoint, load_newest, newest_checkpoint
+from imaginaire_spade.training.cuda_graph import GraphedUpdate
 from imaginaire_spade.training.evaluation import Evaluation
 from imaginaire_spade.training.state import TrainState, new_train_state
-from imaginaire_spade.training.step import Networks, StepSettings, checkpoint_activations
+from imaginaire_spade.training.step import Networks, StepSettings, checkpoint_activations, train_step
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,12 @@ class Run:
     evaluation: Evaluation | None
     stamps: dict[str, Tensor]
     """What tells later whether files of the training data have changed (``Source.stamps`` by root); rank 0 alone."""
+    graphed: GraphedUpdate | None
+    """The updates as a CUDA graph, with ``trainer.cuda_graphs``."""
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """Train for one iteration: see ``train_step``."""
+        return train_step(self.state, self.networks, batch, self.settings, self.graphed)
 
     @property
     def bad(self) -> list[str]:
@@ -143,7 +150,9 @@ def prepare(
     )
     evaluation = None if trainer.evaluation is None else Evaluation(config, val_dataset, info, device)
     stamps = dataset.stamps() if info.is_main else {}
-    return Run(config, info, device, dataset, val_dataset, state, networks, settings, calendar, evaluation, stamps)
+    graphed = GraphedUpdate(state, device) if trainer.cuda_graphs else None
+    parts = state, networks, settings, calendar, evaluation, stamps, graphed
+    return Run(config, info, device, dataset, val_dataset, *parts)
 
 
 def describe(run: Run) -> str:

@@ -60,22 +60,39 @@ Generated = tuple[Tensor, Tensor | None, Tensor | None]
 """Generated images, float32 [N, 3, H, W] in [-1, 1]; mean and log-variance of their style codes, if any."""
 
 
-def train_step(state: TrainState, networks: Networks, batch: Batch, settings: StepSettings) -> dict[str, Tensor]:
-    """Train for one iteration: one update of D and one of G on this process's batch (already on the device).
+Update = Callable[[TrainState, Networks, Batch, StepSettings], dict[str, Tensor]]
+"""``update_networks``, or what does the same."""
 
-    ``shared``: D first, on images whose graph then trains G against the updated D. ``reference``: G first, then D on
-    images that the updated G makes anew. With accumulation, ``shared`` makes the images once for each update, since the
-    graphs of all pieces would have to be kept.
 
+def train_step(
+    state: TrainState, networks: Networks, batch: Batch, settings: StepSettings, update: Update | None = None
+) -> dict[str, Tensor]:
+    """Train for one iteration: learning rates, ``update_networks`` (or ``update``), EMA, counter.
+
+    Args:
+        batch: this process's, already on the device.
     Returns:
         Unweighted losses by name, and the ``health/...`` measures of ``health.py``; detached, on the device.
     """
-    # Learning rates.
     gen_lr, dis_lr, ema_beta = settings.rates(state.images_seen)
     for optimizer, rate in ((state.gen_optimizer, gen_lr), (state.dis_optimizer, dis_lr)):
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            # A tensor is one that a CUDA graph reads.
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+    losses = (update or update_networks)(state, networks, batch, settings)
+    for average, network in state.averages():
+        update_average(average, network, ema_beta)
+    state.images_seen += settings.global_batch
+    return losses
 
+
+def update_networks(state: TrainState, networks: Networks, batch: Batch, settings: StepSettings) -> dict[str, Tensor]:
+    """Update D once and G once, at the optimizers' present learning rates.
+
+    ``shared``: D first, on images whose graph then trains G against the updated D. ``reference``: G first, then D on
+    images that the updated G makes anew. With accumulation, ``shared`` makes the images once for each update, since the
+    graphs of all pieces would have to be kept. Losses: see ``train_step``.
+    """
     # Images that serve both updates.
     shared, pieces = settings.trainer.iteration == "shared", settings.trainer.gradient_accumulation
     made = generate(networks, batch, settings) if shared and pieces == 1 else None
@@ -125,11 +142,6 @@ def train_step(state: TrainState, networks: Networks, batch: Batch, settings: St
     # Both updates.
     for update in (update_discriminator, update_generator) if shared else (update_generator, update_discriminator):
         update()
-
-    # EMA, counter.
-    for average, network in state.averages():
-        update_average(average, network, ema_beta)
-    state.images_seen += settings.global_batch
     return losses
 
 
@@ -151,7 +163,9 @@ def generate(networks: Networks, piece: Batch, settings: StepSettings) -> Genera
     """Generate images for a batch on the device, with the style codes of its samples."""
     device = piece.layout.device
     with autocast(device, settings):
-        z = style_codes(settings.seed, piece.positions, settings.style_dims, device)
+        z = piece.style_codes
+        if z is None:
+            z = style_codes(settings.seed, piece.positions, settings.style_dims, device)
         mu = logvar = None
         if networks.encoder is not None:
             assert z is not None
