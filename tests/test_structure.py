@@ -280,10 +280,10 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2168, "pages": 19, "data": 1990, "models": 1328, "pretrained": 289, "training": 1982,
+    "top level": 2186, "pages": 19, "data": 1994, "models": 1328, "pretrained": 289, "training": 2055,
     "inference": 1246, "evaluation": 978,
     "lmdb_builder": 897, "dataset_prep": 767, "interop": 829, "export": 159, "demo": 523, "scenes": 736,
-    "commands": 1244,
+    "commands": 1245,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""
@@ -319,7 +319,7 @@ def test_rooms_keep_their_budget():
     assert lines.keys() == BUDGET.keys()
     over = {room: f"{number} of {BUDGET[room]}" for room, number in lines.items() if number > BUDGET[room]}
     assert not over
-    assert sum(BUDGET.values()) <= 15_200 and sum(CORE_BUDGET.values()) <= 9_100
+    assert sum(BUDGET.values()) <= 15_300 and sum(CORE_BUDGET.values()) <= 9_100
 
 
 def test_folders_are_two_deep():

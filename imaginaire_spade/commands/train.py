@@ -27,8 +27,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--logdir", type=Path, help="folder for everything the run writes (default: logs/NAME_OF_CONFIG)"
     )
-    parser.add_argument("--checkpoint", type=Path,
-                        help="continue this checkpoint, or the newest of this folder, if the log dir has none yet")  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", type=Path,
+        help="continue this checkpoint, or the newest of this folder, if the log dir has none yet",
+    )  # fmt: skip
     parser.add_argument("--init_from", type=Path, nargs="?", const=Path(), metavar="CHECKPOINT",
                         help="fine-tune: begin a new run with the weights of a checkpoint, a .safetensors file or a"
                         " log dir; the classes may be others (without a value: of --checkpoint)")  # fmt: skip
