@@ -465,6 +465,17 @@ def test_after_a_refusal_the_connection_is_closed_and_the_server_goes_on(client)
     assert client.ask("GET", "/")[0] == 200
 
 
+@pytest.mark.parametrize("line", [b"no colon", b"x y: z", b" leading", b"\rno colon"])
+def test_headers_that_are_none_hide_no_others(client, line):
+    # Headers end there for the standard library: it would not see the foreign origin.
+    request = b"GET /api/model HTTP/1.1\r\nHost: localhost\r\n" + line + b"\r\nOrigin: http://evil.example\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", client.server.server_port), timeout=30) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.partition(b"\r\n")[0].split()[1] in (b"400", b"403")
+
+
 def test_a_server_for_others_answers_to_any_name_but_not_to_pages_of_other_origins(plain):
     server = PaintingServer(PaintingService(plain, "plain"), "0.0.0.0", 0)
     server.server_close()

@@ -18,7 +18,7 @@ from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.interop import foreign_names, import_generator
-from imaginaire_spade.interop.checkpoint import read_weights
+from imaginaire_spade.interop.checkpoint import architecture_config, read_weights
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpoint
 
@@ -403,3 +403,10 @@ def test_a_config_of_imaginaire_becomes_ours(tmp_path):
         (tmp_path / "bad.yaml").write_text(IMAGINAIRE.replace(old, new))
         result = run("scripts/import_config.py", tmp_path / "bad.yaml", "--source", "imaginaire")
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("wrong", [{"crop_size": None}, {"crop_size": "64"}, {"norm_G": 5}, {"aspect_ratio": 0}])
+def test_an_architecture_of_wrong_types_is_refused(wrong):
+    hyper = {"label_nc": 5, "ngf": 4, "crop_size": 64, "norm_G": "spectralspadesyncbatch3x3"}
+    with pytest.raises(CheckpointError, match="the architecture has a value of a wrong type for nvlabs_spade: "):
+        architecture_config("nvlabs_spade", hyper | wrong, None)

@@ -195,6 +195,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check_origin(self) -> None:
         """Refuse requests that a page from elsewhere sends through the user's browser."""
+        if self.headers.get_payload():  # the standard library ended the headers early: others are among these lines
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "lines among the headers that are none")
         host, *more = self.headers.get_all("Host") or [""]
         name = urlsplit(f"//{host}").hostname if _is_authority(host) else None
         if more or not name or (self.server.local_only and name not in LOOPBACK_NAMES):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from imaginaire_spade.build import build_component
 from imaginaire_spade.config_files import parse_component
-from imaginaire_spade.errors import CheckpointError
+from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.interop.systems import SYSTEMS
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import ConvEncoder, Generator, SPADEGenerator
@@ -77,6 +77,10 @@ def describe(source: str, part: str, hyper: Mapping[str, Any]) -> Any:
             f"the architecture lacks {error.args[0]!r}, which a {part.replace('_', ' ')} of {source} needs. Given:"
             f" {', '.join(sorted(hyper)) or 'nothing'}"
         ) from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise CheckpointError(f"the architecture has a value of a wrong type for {source}: {error}") from None
 
 
 def describe_networks(source: str, hyper: Mapping[str, Any], dis: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -307,7 +307,7 @@ def _model() -> Synthesizer:
         return Synthesizer.load(Path(place, "p.pt"), device="cpu")
 
 
-LOCAL = re.compile(rb"^host:[ \t]*(localhost|127\.0\.0\.1|\[::1\])(:\d*)?[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+LOCAL = re.compile(rb"^host:[ \t]*(localhost|127\.0\.0\.1|\[::1\])(:\d*)?[ \t]*(\r|$)", re.IGNORECASE | re.MULTILINE)
 
 
 def page_request(folder: Path) -> tuple[list[Path], Use]:
