@@ -282,7 +282,7 @@ def test_the_readmes_tree_is_true():
 BUDGET = {
     "top level": 2186, "pages": 19, "data": 1994, "models": 1328, "pretrained": 289, "training": 2055,
     "inference": 1246, "evaluation": 978,
-    "lmdb_builder": 897, "dataset_prep": 767, "interop": 829, "export": 159, "demo": 523, "scenes": 736,
+    "lmdb_builder": 897, "dataset_prep": 767, "interop": 833, "export": 159, "demo": 525, "scenes": 736,
     "commands": 1247,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
