@@ -124,13 +124,13 @@ SLOW = (
 IN_NO_HURRY = """
 import time
 from pathlib import Path
-from imaginaire_spade.training import loop
+from imaginaire_spade.training import setup
 
-def wait_and_step(*arguments, step=loop.train_step):
+def wait_and_step(*arguments, step=setup.train_step):
     time.sleep(Path({hold!r}).exists() / 2)
     return step(*arguments)
 
-loop.train_step = wait_and_step
+setup.train_step = wait_and_step
 """
 
 

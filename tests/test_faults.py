@@ -24,7 +24,7 @@ from imaginaire_spade import processes
 from imaginaire_spade.config_files import load_config
 from imaginaire_spade.errors import EXIT_CODE, CheckpointError, UserError
 from imaginaire_spade.processes import one_writer
-from imaginaire_spade.training import checkpoint, loop, trackers
+from imaginaire_spade.training import checkpoint, setup, trackers
 from imaginaire_spade.training.health import LossMeter, NonFiniteLoss, OutOfMemory, explain_out_of_memory
 from imaginaire_spade.training.run_log import RunLog
 from imaginaire_spade.training.setup import Calendar
@@ -40,13 +40,13 @@ def before_step(monkeypatch):
     """Makes ``action(state)`` happen before every iteration."""
 
     def patch(action):
-        step = loop.train_step
+        step = setup.train_step
 
         def stepped(state, *arguments):
             action(state)
             return step(state, *arguments)
 
-        monkeypatch.setattr(loop, "train_step", stepped)
+        monkeypatch.setattr(setup, "train_step", stepped)
 
     return patch
 
