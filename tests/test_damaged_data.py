@@ -252,6 +252,16 @@ def test_an_lmdb_of_another_size_is_not_mapped(tiny_folder, tmp_path):
     assert problem.startswith(f"{path}: its checksum differs")
 
 
+def test_an_lmdb_in_the_working_directory_is_judged_too(tiny_folder, tmp_path, monkeypatch):
+    build_dataset(tiny_folder(keys=2), tmp_path / "out", LABELS, num_workers=0)
+    monkeypatch.chdir(tmp_path / "out")
+    path = Path("images/data.mdb")
+    assert open_source(Path(), ["images"]).keys
+    path.write_bytes(path.read_bytes()[:-4096])
+    with pytest.raises(DataError, match=r"images/data\.mdb: cut off or replaced"):
+        open_source(Path(), ["images"])
+
+
 @pytest.mark.parametrize("error", [lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadValsizeError])
 def test_what_lmdb_raises_is_a_data_error(tiny_folder, tmp_path, monkeypatch, error):
     build_dataset(tiny_folder(keys=1), tmp_path / "out", LABELS, num_workers=0)

@@ -38,7 +38,7 @@ def store_key(key: str) -> bytes:
     return "/".join(split_key(key)).encode()
 
 
-def stated_files(root: Path) -> dict[str, tuple[int, str]]:
+def stated_files(root: Path) -> dict[Path, tuple[int, str]]:
     """Map each LMDB of a data set, or of one shard, to its size and sha256 by the manifest; {}: there is no manifest.
 
     Raises:
@@ -55,7 +55,7 @@ def stated_files(root: Path) -> dict[str, tuple[int, str]]:
         }
     if not stated or not all(map(stays_inside, stated)):
         raise DataError(f"{root / MANIFEST}: lists no files: build the data set again")
-    return {str(root / name): fact for name, fact in stated.items()}
+    return {root / name: fact for name, fact in stated.items()}
 
 
 class LmdbSource(Source):
@@ -88,7 +88,7 @@ class LmdbSource(Source):
                         f"{shard}: no LMDB {data_type}/ there. Build it with that data type"
                         f" (a folder {data_type}/ in --data_root of scripts/build_lmdb.py){instead_of(data_type)}"
                     )
-                status = Path(path := _data_file(shard, data_type)).stat()
+                status = (path := Path(_data_file(shard, data_type))).stat()
                 num_bytes, fact = stated.get(path, (status.st_size, f"{status.st_size} {status.st_mtime_ns}"))
                 if (found := status.st_size) != num_bytes:  # mapped, it might end the process
                     raise DataError(f"{path}: cut off or replaced ({found} bytes, not {num_bytes}): copy it again")

@@ -361,9 +361,9 @@ def wrong_checksums(root: Path) -> Iterator[str]:
         DataError: the manifest does not list them.
     """
     for path, (_, sha256) in stated_files(root).items():
-        if not Path(path).is_file():
+        if not path.is_file():
             yield f"{path}: missing"
-        elif file_sha256(Path(path)) != sha256:
+        elif file_sha256(path) != sha256:
             yield f"{path}: its checksum differs from the manifest's: copy it again, or build again (--resume mends it)"
 
 
