@@ -12,6 +12,7 @@ import shutil
 import socket
 import tempfile
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -116,61 +117,52 @@ def _written(folder: Path, files: dict[str, bytes]) -> list[Path]:
     return [folder / name for name in files]
 
 
-def _maps(folder: Path, files: dict[str, bytes]) -> tuple[list[Path], Use]:
+def _arrays(folder: Path, files: dict[str, bytes], read: Callable[[Path], list[Any]]) -> tuple[list[Path], Use]:
     paths = _written(folder, files)
-    conditions = {path for path in paths if path.stem.startswith(("grey", "raw", "lzw", "z"))}
 
     def use() -> list[tuple[tuple[int, ...], bytes]]:
-        """Read each as a label map, as an edge map, as an instance map, and some as a condition."""
-        read = []
-        for path in paths:
-            data = path.read_bytes()
-            read += [DECODERS[t](data, path.name) for t in TYPES[1:]]
-            if path in conditions:
-                read.append(decode_condition(data, path.name))
-        return [(array.shape, array.astype(np.float64).tobytes()) for array in read]
+        arrays = [array for path in paths for array in read(path)]
+        return [(array.shape, array.astype(np.float64).tobytes()) for array in arrays]
 
     return paths, use
 
 
-def _photos(folder: Path, files: dict[str, bytes]) -> tuple[list[Path], Use]:
-    paths = _written(folder, files)
+def _as_maps(path: Path) -> list[Any]:
+    """Read a file as a label map, as an edge map, as an instance map, and some as a condition."""
+    data = path.read_bytes()
+    conditions = [decode_condition] if path.stem.startswith(("grey", "raw", "lzw", "z")) else []
+    return [decode(data, path.name) for decode in (*(DECODERS[t] for t in TYPES[1:]), *conditions)]
 
-    def use() -> list[tuple[tuple[int, ...], bytes]]:
-        """Read each as it is stored, and those of 8-bit RGB as a data set's photo."""
-        read = []
-        for path in paths:
-            data = path.read_bytes()
-            read.append(decode_stored(data, path.name))
-            if path.name.startswith(("rgb", "prog", "exact")):
-                read.append(decode_photo(data, path.name, ImageSpec()))
-        return [(array.shape, array.astype(np.float64).tobytes()) for array in read]
 
-    return paths, use
+def _as_photos(path: Path) -> list[Any]:
+    """Read a file as it is stored, and one of 8-bit RGB as a data set's photo, too."""
+    data = path.read_bytes()
+    photo = [decode_photo(data, path.name, ImageSpec())] if path.name.startswith(("rgb", "prog", "exact")) else []
+    return [decode_stored(data, path.name), *photo]
 
 
 def maps_with_checksums(folder: Path) -> tuple[list[Path], Use]:
-    return _maps(folder, CHECKED_MAPS)
+    return _arrays(folder, CHECKED_MAPS, _as_maps)
 
 
 def maps_without_checksums(folder: Path) -> tuple[list[Path], Use]:
-    return _maps(folder, OTHER_MAPS)
+    return _arrays(folder, OTHER_MAPS, _as_maps)
 
 
 def maps_cut_off(folder: Path) -> tuple[list[Path], Use]:
-    return _maps(folder, CHECKED_MAPS | OTHER_MAPS)
+    return _arrays(folder, CHECKED_MAPS | OTHER_MAPS, _as_maps)
 
 
 def photos_with_checksums(folder: Path) -> tuple[list[Path], Use]:
-    return _photos(folder, CHECKED_PHOTOS)
+    return _arrays(folder, CHECKED_PHOTOS, _as_photos)
 
 
 def photos_without_checksums(folder: Path) -> tuple[list[Path], Use]:
-    return _photos(folder, OTHER_PHOTOS)
+    return _arrays(folder, OTHER_PHOTOS, _as_photos)
 
 
 def photos_cut_off(folder: Path) -> tuple[list[Path], Use]:
-    return _photos(folder, CHECKED_PHOTOS | OTHER_PHOTOS)
+    return _arrays(folder, CHECKED_PHOTOS | OTHER_PHOTOS, _as_photos)
 
 
 # ------------------------------------------------------------------------------------------------ data sets
