@@ -179,11 +179,11 @@ def _hindrances(config: RunConfig, generator: Generator, world_size: int, device
     """List what keeps a run from being recorded as a CUDA graph, which repeats the same kernels on the same memory."""
     trainer, fused = config.trainer, {"gen_opt": config.gen_opt.fused, "dis_opt": config.dis_opt.fused}
     adam = ", ".join(f"{name}.fused: {form}" for name, form in fused.items() if form not in ("auto", "torch"))
-    by_tables = any(isinstance(module, SPADE) and module.path != "dense" for module in generator.modules())
+    by_tables = any(isinstance(module, SPADE) and module.path == "table" for module in generator.modules())
     told = {
         "it needs a GPU (--device cuda)": device is not None and device.type != "cuda",
         "it takes one process, since gradients are exchanged outside of a graph": world_size > 1,
-        "tables change in size from batch to batch: write gen.norm.path: dense": by_tables,
+        "tables change in size from batch to batch: write gen.norm.path: auto": by_tables,
         "fp16 asks the GPU which updates to skip: write trainer.precision: bf16": trainer.precision == "fp16",
         "write trainer.gradient_accumulation: 1": trainer.gradient_accumulation > 1,
         "write trainer.activation_checkpointing: false, which restores buffers": trainer.activation_checkpointing,

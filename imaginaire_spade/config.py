@@ -376,8 +376,8 @@ class TrainerConfig(Section):
     channels_last: bool = False
     """Memory format of the networks' weights."""
     cuda_graphs: bool = False
-    """Record the updates of D and G once, as a CUDA graph, and replay it: less work for the host. One GPU, dense norms,
-    fp32 or bf16. Never run on a GPU so far: tested on CPUs, without the graph."""
+    """Record the updates of D and G once, as a CUDA graph, and replay it: less work for the host. One GPU, no tables
+    (``gen.norm.path``), fp32 or bf16. Never run on a GPU so far: tested on CPUs, without the graph."""
     log_every: Count = 100
     """Iterations between two lines of the log (and points of the curves)."""
     image_every: Count = 1000
