@@ -2,17 +2,12 @@
 
 The heart of the package: label maps stay small integers from the disk to the layer that consumes them; each view that
 a layer asks for is made once per resolution and cached. Knows nothing of files, classes' names or networks.
-
-The last part finds the distinct neighbourhoods of an integer map. What two stacked convolutions make of a map of
-integer codes depends, at each pixel, on the codes around it alone: the first convolution sees a window of k x k codes,
-the second k x k of those windows. Label maps repeat few of them, so a layer can compute each distinct one once and look
-the pixels up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -23,84 +18,40 @@ from torch import Tensor
 from imaginaire_spade.distributed import mean_of_host_numbers
 from imaginaire_spade.labels import mark_borders
 from imaginaire_spade.layout_spec import LayoutSpec as LayoutSpec
+from imaginaire_spade.neighbourhoods import LayoutNeighbourhoods, Lookup, find_neighbourhoods
 
 FEWEST_PIXELS_ON_GPU = 64 * 64
 """Of a label map, for tables: at 32x32 more than half of the 5x5 windows of real label maps are distinct."""
 
-CHUNK = 256
-"""Users of a row that a GPU adds up one after the other."""
-
 
 @dataclass(frozen=True)
-class Lookup:
-    """Which rows of a table to add up for each place: ``out[i] = sum_j table[index[i, j]]``."""
+class NoiseRegions:
+    """Noise that is constant over each of a label map's regions: those of ``index``."""
 
-    index: Tensor
-    """int64, from a loader int32 [P, J]."""
-    num_rows: int
-    """Rows of the table."""
+    vectors: Tensor
+    """float [N, K, D], the vectors of each label map."""
+    index: Tensor | None
+    """integers [N, H, W] of 0..K-1: which of its map's vectors a pixel has; None: K = 1, one for all pixels."""
 
-    @cached_property
-    def users(self) -> Tensor:
-        """List the places that take row 0, then those that take row 1 and so on: int64 [P * J]."""
-        order = torch.argsort(self.index.flatten(), stable=True)
-        return order if self.index.shape[1] == 1 else order // self.index.shape[1]
+    def map(self, function: Callable[[Tensor], Tensor], vectors: Callable[[Tensor], Tensor]) -> NoiseRegions:
+        """Apply a function to the maps, another to the vectors."""
+        return NoiseRegions(vectors(self.vectors), None if self.index is None else function(self.index))
 
-    @cached_property
-    def starts(self) -> Tensor:
-        """Find where the users of each row begin: int64 [num_rows]."""
-        counts = torch.bincount(self.index.flatten(), minlength=self.num_rows)
-        return counts.cumsum(0) - counts
+    def rows(self) -> Tensor:
+        """Return each pixel's row of all N K vectors: int64 [N, H, W], or [N, 1, 1] for all pixels."""
+        count, size, _ = self.vectors.shape
+        first = torch.arange(count, device=self.vectors.device).mul_(size).view(-1, 1, 1)
+        return first if self.index is None else first + self.index
 
-    @cached_property
-    def chunks(self) -> tuple[Tensor, Tensor]:
-        """Cut the users of each row into chunks of CHUNK: each chunk's begin [T], each row's first chunk [num_rows].
-
-        On a GPU T = num_rows + P * J // CHUNK, which is always enough: the true count would have to be waited for.
-        Those left over are empty and come last.
-        """
-        flat, most = self.index.flatten(), self.num_rows + self.index.numel() // CHUNK
-        if flat.is_cuda:
-            starts = torch.searchsorted(flat.sort().values, torch.arange(self.num_rows + 1, device=flat.device))
-        else:
-            starts = F.pad(torch.bincount(flat, minlength=self.num_rows).cumsum(0), (1, 0))
-        ends = ((starts.diff() + CHUNK - 1) // CHUNK).cumsum(0)
-        first = F.pad(ends, (1, 0))
-        number = torch.arange(most if flat.is_cuda else int(first[-1]), device=flat.device)
-        row = torch.searchsorted(ends, number, right=True)  # num_rows for those left over, whose start is the end
-        return starts[row] + (number - first[row]) * CHUNK * (row < self.num_rows), first[:-1]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Lookup:
-        """Apply a function to the index and the chunks."""
-        lookup = Lookup(function(self.index), self.num_rows)
-        vars(lookup)["chunks"] = tuple(map(function, self.chunks))
-        return lookup
+    def spread(self, height: int, width: int) -> Tensor:
+        """Return each pixel's vector: float [N, D, H, W]."""
+        if self.index is None:
+            return self.vectors[:, 0, :, None, None].expand(-1, -1, height, width)
+        return F.embedding(self.rows(), self.vectors.flatten(0, 1)).permute(0, 3, 1, 2)
 
 
-@dataclass(frozen=True)
-class LayoutNeighbourhoods:
-    """What two stacked k x k convolutions of a layout have to compute once: U inner windows, V outer windows of those.
-
-    Each table is made from the one before it (see ``find_neighbourhoods``).
-    """
-
-    labels: Lookup
-    """[U] from weight rows [k k (num_label_channels + 1)], place by place; each place's last row stands for "none"."""
-    edges: Tensor | None
-    """bool [U, k k]: the edge map in each inner window."""
-    outside: Tensor
-    """bool [U, 1]: the centre of the inner window lies in the second convolution's zero padding."""
-    outer: tuple[Lookup, ...]
-    """[V] from rows [U p]: what inner window u adds where it is place j of the outer window, in row u p + j. One lookup
-    for each p = 9 places (the last may have fewer), so that the table of 5x5 windows need not be held whole."""
-    pixels: Lookup
-    """[N H W] from rows [V]."""
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> LayoutNeighbourhoods:
-        """Apply a function to every tensor."""
-        edges = None if self.edges is None else function(self.edges)
-        lookups = [lookup.map(function) for lookup in (self.labels, self.pixels, *self.outer)]
-        return LayoutNeighbourhoods(lookups[0], edges, function(self.outside), tuple(lookups[2:]), lookups[1])
+Noise = Tensor | NoiseRegions
+"""float [N, D], one vector per label map, or [N, D, H, W], one per pixel; or one per region."""
 
 
 Edges = Tensor | Literal["labels"] | None
@@ -142,6 +93,8 @@ class SemanticLayout:
         self._edges = edges
         self.distances = distances
         self.conditions = conditions
+        self.noise: Tensor | NoiseRegions | None = None
+        """float [N, D, H, W], or by region; ``with_noise`` sets it."""
         self._dense: Tensor | None = None
         self._one_hot: dict[torch.dtype, Tensor] = {}
         self._windows: dict[tuple[int, int, int], Lookup] = {}
@@ -167,6 +120,23 @@ class SemanticLayout:
         layout._dense = semantics
         return layout
 
+    def with_noise(self, noise: Noise) -> SemanticLayout:
+        """Make a layout of the same label maps with noise: D more channels, the first.
+
+        Gradients flow to the noise. This layout stays as it is.
+        """
+        if isinstance(noise, Tensor) and noise.dim() == 2:
+            noise = NoiseRegions(noise.unsqueeze(1), None)
+        maps, vectors = (noise, noise) if isinstance(noise, Tensor) else (noise.index, noise.vectors)
+        shape = self.labels.shape
+        if len(vectors) != len(self) or (maps is not None and (maps.shape[0], *maps.shape[-2:]) != shape):
+            sizes = [list(tensor.shape) for tensor in (vectors, maps) if tensor is not None]
+            raise ValueError(f"noise {sizes} does not belong to labels {list(shape)}")
+        layout = self.map(lambda tensor: tensor)
+        layout.spec = replace(self.spec, num_noise_channels=vectors.shape[1 if vectors is maps else 2])
+        layout.noise = noise
+        return layout
+
     def __len__(self) -> int:
         return self.labels.shape[0]
 
@@ -179,7 +149,9 @@ class SemanticLayout:
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor it consists of; edges that have not been computed are omitted."""
-        return [t for t in (self.labels, self._edges, self.distances, self.conditions) if isinstance(t, Tensor)]
+        noise = [self.noise.vectors, self.noise.index] if isinstance(self.noise, NoiseRegions) else [self.noise]
+        tensors = (self.labels, self._edges, self.distances, self.conditions, *noise)
+        return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
 
     @property
     def height(self) -> int:
@@ -209,33 +181,49 @@ class SemanticLayout:
             return maps.index_select(-2, rows).index_select(-1, columns)
 
         self._edges = self.edges  # drawn at this size, not at the other
-        self._resized.append(self.map(nearest))
+        self._resized.append(self.map(nearest, vectors=lambda same: same))
         self._resized[-1].ahead = self.ahead
         return self._resized[-1]
 
     def one_hot(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Build the dense view [N, num_channels, H, W] of 0/1 (edges and conditions as given).
+        """Build the dense view [N, num_channels, H, W] of 0/1 (noise, edges and conditions as given).
 
-        Channels are the classes, don't-care, edges, conditions.
+        Channels are noise, the classes, don't-care, edges, conditions.
         """
-        if self._dense is not None:
-            return self._dense.to(dtype)
         if dtype not in self._one_hot:
-            spec = self.spec
-            # One channel more than needed, cut off below, takes don't-care pixels that have no channel.
-            shape = (self.labels.shape[0], spec.num_classes + 1, self.height, self.width)
-            dense = torch.zeros(shape, dtype=dtype, device=self.device)
-            dense.scatter_(1, self.labels.long().unsqueeze(1), 1)
-            dense = dense[:, : spec.num_label_channels]
-            if spec.num_dense_channels:
-                dense = torch.cat([dense, self.dense_channels(dtype)], 1)
-            self._one_hot[dtype] = dense
+            if self._dense is None:
+                parts = [*self._noise_channels(), self._label_channels(dtype), *self._edges_and_conditions()]
+            else:
+                parts = [*self._noise_channels(), self._dense]
+            parts = [part.to(dtype) for part in parts]
+            self._one_hot[dtype] = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return self._one_hot[dtype]
 
     def dense_channels(self, dtype: torch.dtype) -> Tensor:
-        """Return the channels that are no labels [N, num_dense_channels, H, W]: edges, conditions."""
+        """Return the channels that are no labels [N, num_dense_channels, H, W]: noise, edges, conditions."""
+        return torch.cat([part.to(dtype) for part in [*self._noise_channels(), *self._edges_and_conditions()]], 1)
+
+    @property
+    def noise_vectors(self) -> Tensor:
+        """Return the vectors of noise by region: float [M, D], those of all label maps."""
+        assert isinstance(self.noise, NoiseRegions)
+        return self.noise.vectors.flatten(0, 1)
+
+    def _label_channels(self, dtype: torch.dtype) -> Tensor:
+        # One channel more than needed, cut off below, takes don't-care pixels that have no channel.
+        shape = (self.labels.shape[0], self.spec.num_classes + 1, self.height, self.width)
+        dense = torch.zeros(shape, dtype=dtype, device=self.device)
+        dense.scatter_(1, self.labels.long().unsqueeze(1), 1)
+        return dense[:, : self.spec.num_label_channels]
+
+    def _noise_channels(self) -> list[Tensor]:
+        noise = self.noise
+        maps = noise.spread(self.height, self.width) if isinstance(noise, NoiseRegions) else noise
+        return [] if maps is None else [maps]
+
+    def _edges_and_conditions(self) -> list[Tensor]:
         parts = [None if self.edges is None else self.edges.unsqueeze(1), self.conditions]
-        return torch.cat([part.to(dtype) for part in parts if part is not None], 1)
+        return [part for part in parts if part is not None]
 
     @property
     def is_dense(self) -> bool:
@@ -244,9 +232,13 @@ class SemanticLayout:
 
     @property
     def is_discrete(self) -> bool:
-        """Return whether the one-hot view is made of zeros and ones, so that codes can distinguish neighbourhoods."""
-        has_floats = self.conditions is not None or (self.edges is not None and self.edges.is_floating_point())
-        return self._dense is None and not has_floats
+        """Return whether one code per pixel says all of the one-hot view, so that codes can distinguish neighbourhoods.
+
+        It does where the view is made of zeros, ones and noise by region.
+        """
+        floats = [self.edges, self.conditions, self.noise]
+        is_float = any(isinstance(part, Tensor) and part.is_floating_point() for part in floats)
+        return self._dense is None and not is_float
 
     @cached_property
     def classes(self) -> Lookup:
@@ -281,14 +273,23 @@ class SemanticLayout:
             codes = self.labels.int() * bits
             if self.edges is not None:
                 codes += self.edges
-            inner, outer, pixels = find_neighbourhoods(codes, (self.spec.num_classes + 1) * bits, kernel_size)
+            each = (self.spec.num_classes + 1) * bits  # codes without noise
+            num_vectors = 0 if self.noise is None else len(self.noise_vectors)
+            num_codes = each * max(1, num_vectors)
+            if isinstance(self.noise, NoiseRegions):
+                codes = codes + (self.noise.rows() * each).int()
+            inner, outer, pixels = find_neighbourhoods(codes, num_codes, kernel_size)
             none = self.spec.num_label_channels
             places = torch.arange(kernel_size**2, device=self.device)
-            channels = (inner // bits).clamp_(max=none)
+            is_outside = inner == num_codes
+            channels = (inner % each // bits).clamp_(max=none).masked_fill_(is_outside, none)
+            # Beyond the map the code, and so the vector's number, is the one after the last: the row of "none".
+            rows_of_noise = inner // each + places * (num_vectors + 1)
             self._neighbourhoods[kernel_size] = LayoutNeighbourhoods(
                 labels=Lookup(channels + places * (none + 1), len(places) * (none + 1)),
-                edges=(inner % bits).bool() if self.spec.has_edges else None,
-                outside=(inner[:, [len(places) // 2]] // bits) > self.spec.num_classes,
+                noise=Lookup(rows_of_noise, len(places) * (num_vectors + 1)) if num_vectors else None,
+                edges=(inner % each % bits).bool() if self.spec.has_edges else None,
+                outside=is_outside[:, [len(places) // 2]],
                 outer=tuple(
                     Lookup(part * part.shape[1] + places[: part.shape[1]], len(inner) * part.shape[1])
                     for part in outer.split(9, 1)
@@ -311,8 +312,14 @@ class SemanticLayout:
             self._counts[key] = mean_of_host_numbers(*counts) if over_processes else counts
         return self._counts[key]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> SemanticLayout:
-        """Apply a function to every tensor; the caches of the new layout are empty."""
+    def map(
+        self, function: Callable[[Tensor], Tensor], vectors: Callable[[Tensor], Tensor] | None = None
+    ) -> SemanticLayout:
+        """Apply a function to every tensor; the caches of the new layout are empty.
+
+        Args:
+            vectors: what to apply to noise vectors, which are no maps; None: the function.
+        """
         layout = SemanticLayout(
             self.spec,
             function(self.labels),
@@ -322,6 +329,10 @@ class SemanticLayout:
         )
         if self._dense is not None:
             layout._dense = function(self._dense)
+        if isinstance(self.noise, Tensor):
+            layout.noise = function(self.noise)
+        elif self.noise is not None:
+            layout.noise = self.noise.map(function, vectors or function)
         return layout
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SemanticLayout:
@@ -346,97 +357,3 @@ def nearest_indices(size: int, new_size: int, device: torch.device | None = None
     """Return the source index of each of ``new_size`` places under torch's ``nearest`` rule: int64 [new_size]."""
     source = torch.arange(size, dtype=torch.float32, device=device).view(1, 1, size)
     return F.interpolate(source, size=new_size, mode="nearest").view(new_size).long()
-
-
-# ---------------------------------------------------------------------------------------- distinct neighbourhoods
-
-
-def find_neighbourhoods(codes: Tensor, num_codes: int, kernel_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the distinct neighbourhoods of pixels in a batch of code maps: U inner windows, V outer windows of those.
-
-    With r = k // 2, a pixel's outer window reaches codes up to 2r away. Around each map come 2r places of the code
-    ``num_codes``: windows at the border are windows like any other, and padding is exact.
-
-    The numbering is exact: nothing is hashed, so nothing can collide. A window's id is made from the ids of smaller
-    windows that cover it, packed into one integer below 2^63 (in several steps where they do not fit): equal ids, equal
-    windows.
-
-    Args:
-        codes: integers [N, H, W], 0..num_codes-1.
-        kernel_size: k, odd.
-    Returns:
-        Codes of each inner window, row by row: int64 [U, k * k]; ``num_codes`` for places outside the map.
-        Rows of the former around a pixel, row by row: int64 [V, k * k]; some have their centre outside the map.
-        Each pixel's row of these: int64 [N, H, W].
-    """
-    radius = kernel_size // 2
-    count, height, width = codes.shape
-    shape = (count, height + 4 * radius, width + 4 * radius)
-    inside = (slice(None), slice(2 * radius, 2 * radius + height), slice(2 * radius, 2 * radius + width))
-    padded = codes.new_full(shape, num_codes, dtype=torch.int32)
-    padded[inside] = codes
-    flat = padded.flatten()
-
-    def square(offsets: Sequence[int]) -> list[int]:
-        """List the distances in the flattened maps from a place to those at all pairs of ``offsets``."""
-        return [down * shape[2] + right for down in offsets for right in offsets]
-
-    present = torch.zeros(num_codes + 1, dtype=torch.int32, device=codes.device)
-    present[flat] = 1
-    known = present.nonzero().flatten()
-    # At every radius, the ids below `uniform` are the windows of one code alone. Most are, and they need no search.
-    uniform = len(known)
-    ids, total, places = (present.cumsum(0, dtype=torch.int32) - 1)[flat], uniform, known[:0]
-
-    # Two windows of radius q at offsets -s and s, s <= q, leave no gap: they make up the window of radius q + s. From
-    # single codes it takes -1, 0 and 1. Windows that wrap round the end of a row see nothing but the outside there.
-    reach = 0
-    while reach < radius:
-        step = min(max(reach, 1), radius - reach)
-        ids, total, places = _combine(ids, total, uniform, square((-step, step) if reach else (-1, 0, 1)))
-        reach += step
-    window = torch.tensor(square(range(-radius, radius + 1)), device=codes.device)
-    inner = torch.cat([known[:, None].expand(-1, len(window)), flat[places[:, None] + window]])
-    inner_ids = ids
-    if radius:
-        wanted = torch.zeros(shape, dtype=torch.bool, device=codes.device)
-        wanted[inside] = True
-        ids, total, places = _combine(ids, total, uniform, square((-radius, radius)), wanted.flatten())
-    alone = torch.arange(uniform, device=codes.device)
-    outer = torch.cat([alone[:, None].expand(-1, len(window)), inner_ids[places[:, None] + window]])
-    return inner, outer, ids.view(shape)[inside].long().contiguous()
-
-
-def _combine(
-    ids: Tensor, count: int, uniform: int, distances: Sequence[int], wanted: Tensor | None = None
-) -> tuple[Tensor, int, Tensor]:
-    """Number the combinations of the ids (0..count-1) at ``distances`` from each (wanted) place of a flat map.
-
-    Returns:
-        The new ids, of which the first ``uniform`` stay what they are; their count; a place of each of the others.
-    """
-    first, last = -min(distances), len(ids) - max(distances)
-    parts = [ids[first + distance : last + distance] for distance in distances]
-    mixed = parts[0] >= uniform
-    for part in parts[1:]:
-        mixed |= part != parts[0]
-    if wanted is not None:
-        mixed &= wanted[first:last]
-    places = mixed.nonzero().flatten()
-    numbers, distinct = _number([part[places].long() for part in parts], count)
-    places += first
-    combined = ids.clone()
-    combined[places] = (uniform + numbers).int()
-    return combined, uniform + distinct, places.new_empty(distinct).scatter_(0, numbers, places)
-
-
-def _number(columns: Sequence[Tensor], count: int) -> tuple[Tensor, int]:
-    """Number the distinct rows of a table of integers 0..count-1, given by columns: ids of the rows, their count."""
-    key, span = columns[0], count
-    for column in columns[1:]:
-        if span * count >= 2**63:
-            values, key = torch.unique(key, return_inverse=True)
-            span = len(values)
-        key, span = key * count + column, span * count
-    values, ids = torch.unique(key, return_inverse=True)
-    return ids, len(values)

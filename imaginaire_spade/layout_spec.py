@@ -21,6 +21,8 @@ class LayoutSpec:
     """Whether offsets from the centres of the classes' regions are there (CLADE-ICPE)."""
     num_conditions: int = 0
     """Channels of dense conditions (depth, normals), which come last."""
+    num_noise_channels: int = 0
+    """Channels of noise, which come first. A generator that takes noise adds them; data have none."""
 
     @classmethod
     def of(cls, labels: LabelSpec, edges: EdgeSource, distances: bool, num_conditions: int = 0) -> LayoutSpec:
@@ -40,10 +42,10 @@ class LayoutSpec:
 
     @property
     def num_channels(self) -> int:
-        """Count the channels of the one-hot view: classes, don't-care, edges, conditions."""
+        """Count the channels of the one-hot view: noise, classes, don't-care, edges, conditions."""
         return self.num_label_channels + self.num_dense_channels
 
     @property
     def num_dense_channels(self) -> int:
-        """Count the channels that are no labels: edges, conditions."""
-        return self.has_edges + self.num_conditions
+        """Count the channels that are no labels: noise, edges, conditions."""
+        return self.num_noise_channels + self.has_edges + self.num_conditions

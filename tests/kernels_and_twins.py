@@ -11,9 +11,10 @@ from collections import defaultdict
 
 import torch
 
-from imaginaire_spade.layout import CHUNK, LayoutSpec, Lookup, SemanticLayout
+from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models import kernels, layers, modulation
 from imaginaire_spade.models.norms import SPADE, BatchNorm2d
+from imaginaire_spade.neighbourhoods import CHUNK, Lookup
 
 device = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") else "cuda")
 layers.triton_kernels = modulation.triton_kernels = lambda device: None  # the twins alone sum

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imaginaire_spade.layout import LayoutSpec, SemanticLayout, borders
+from imaginaire_spade.layout import LayoutSpec, NoiseRegions, SemanticLayout, borders
 
 
 def random_layout(spec: LayoutSpec, n: int, h: int, w: int, seed: int = 0) -> SemanticLayout:
@@ -39,6 +39,41 @@ def test_one_hot_and_resizing_equal_the_plain_computation(num_classes, dont_care
     resized = layout.resized(*new)
     assert torch.equal(resized.one_hot(), F.interpolate(dense, size=new, mode="nearest"))
     assert layout.resized(*new) is resized  # cached
+
+
+def kinds_of_noise(n: int, dims: int, h: int, w: int, seed: int = 0) -> dict[str, tuple]:
+    """Each kind of noise: as given to a layout, and the map it stands for."""
+    g = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(n, 3, dims, generator=g)
+    index = torch.randint(0, 3, (n, h, w), generator=g).to(torch.int16)
+    per_pixel = vectors[torch.arange(n)[:, None, None], index.long()].permute(0, 3, 1, 2)
+    z = vectors[:, 0].clone()
+    return {
+        "image": (z, z[:, :, None, None].expand(-1, -1, h, w)),
+        "region": (NoiseRegions(vectors, index), per_pixel),
+        "pixel": (per_pixel.contiguous(), per_pixel),
+    }
+
+
+@pytest.mark.parametrize("kind", ["image", "region", "pixel"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_noise_comes_first_and_is_resized_and_sliced_as_labels_are(kind, dense):
+    plain = random_layout(LayoutSpec(5, True, True), 3, 12, 14)
+    noise, expected = kinds_of_noise(3, 4, 12, 14)[kind]
+    own = SemanticLayout.from_dense(plain.spec, plain.one_hot()) if dense else plain
+    layout = own.with_noise(noise)
+    assert layout.spec == LayoutSpec(5, True, True, num_noise_channels=4) and layout.spec.num_channels == 11
+    assert layout.is_discrete == (not dense and kind != "pixel") and own.noise is None
+    whole = torch.cat([expected, plain.one_hot()], 1)
+    assert torch.equal(layout.one_hot(), whole) and torch.equal(layout[1:3].one_hot(), whole[1:3])
+    for size in ((5, 7), (24, 14)):
+        assert torch.equal(layout.resized(*size).one_hot(), F.interpolate(whole, size=size, mode="nearest"))
+    if not dense:
+        assert torch.equal(layout.dense_channels(torch.float32), torch.cat([expected, whole[:, -1:]], 1))
+    assert torch.equal(layout[2:].resized(6, 7)[:1].one_hot(), whole[2:, :, ::2, ::2])
+    assert all(tensor.is_meta for tensor in layout.to("meta").tensors())
+    with pytest.raises(ValueError, match="does not belong to labels"):
+        plain[:2].with_noise(noise)
 
 
 def test_dense_layouts_keep_their_gradient():

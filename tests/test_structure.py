@@ -21,8 +21,8 @@ PACKAGE = REPOSITORY / "imaginaire_spade"
 CORE = [
     {"errors", "version", "files", "labels", "registry", "noise", "cli", "processes"},
     {"config"}, {"config_files"}, {"config_diff"},
-    {"distributed"}, {"layout", "layout_spec"}, {"sheets"}, {"pages"}, {"data"}, {"models"}, {"pretrained"}, {"losses"},
-    {"build"}, {"evaluation"}, {"training"}, {"inference"},
+    {"distributed"}, {"neighbourhoods", "layout", "layout_spec"}, {"sheets"}, {"pages"}, {"data"}, {"models"},
+    {"pretrained"}, {"losses"}, {"build"}, {"evaluation"}, {"training"}, {"inference"},
 ]  # fmt: skip
 WINGS = [{"lmdb_builder"}, {"dataset_prep"}, {"interop"}, {"export"}, {"demo"}, {"scenes"}]
 ROOMS = [*CORE, *WINGS, {"commands"}, {"imaginaire_spade", "__main__", "train"}]
@@ -199,7 +199,7 @@ def test_a_default_is_written_once_and_errors_are_not_swallowed(path):
 
 
 def test_models_import_torch_and_each_other_only():
-    allowed = {"models", "layout", "registry", "errors", "distributed"}
+    allowed = {"models", "layout", "neighbourhoods", "registry", "errors", "distributed"}
     for path in (PACKAGE / "models").glob("*.py"):
         named = written_imports(module_name(path))
         assert {name.split(".")[1] for name in named} <= allowed, path

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layout import random_layout
+from test_layout import kinds_of_noise, random_layout
 from torch import nn
 
-from imaginaire_spade import layout as layout_module
+from imaginaire_spade import neighbourhoods
 from imaginaire_spade.data.batch import Batch
-from imaginaire_spade.layout import LayoutSpec, Lookup, SemanticLayout, find_neighbourhoods
+from imaginaire_spade.layout import LayoutSpec, NoiseRegions, SemanticLayout
 from imaginaire_spade.models import layers, modulation
 from imaginaire_spade.models import norms as norms_module
 from imaginaire_spade.models.discriminator import FPSEDiscriminator, MultiscaleDiscriminator
@@ -26,6 +26,7 @@ from imaginaire_spade.models.for_inference import WinogradConv2d, optimise_for_i
 from imaginaire_spade.models.generator import SPADEGenerator, SPADEResidualBlock, StyleSPADEGenerator
 from imaginaire_spade.models.layers import initialise, second_convolution, sum_rows, sum_users
 from imaginaire_spade.models.norms import CLADE, SPADE
+from imaginaire_spade.neighbourhoods import Lookup, find_neighbourhoods
 
 
 def code_map(n: int, h: int, w: int, num_codes: int, block: int, seed: int) -> torch.Tensor:
@@ -83,7 +84,7 @@ def test_sums_of_rows_and_their_gradient_are_the_plain_ones(places, terms, rows,
 def test_ids_that_do_not_fit_one_integer_are_packed_in_steps():
     g = torch.Generator().manual_seed(0)
     columns = list(torch.randint(0, 3, (9, 500), generator=g) * (2**30 // 2))
-    ids, count = layout_module._number(columns, 2**30 + 1)
+    ids, count = neighbourhoods._number(columns, 2**30 + 1)
     rows, plain = torch.stack(columns, 1).unique(dim=0, return_inverse=True)
     assert count == len(rows) and torch.equal(ids, plain)
 
@@ -99,11 +100,12 @@ def blocky_layout(spec: LayoutSpec, n: int, h: int, w: int, seed: int = 0) -> Se
 
 
 def results(network: nn.Module, layout: SemanticLayout, x: torch.Tensor, **options) -> list[torch.Tensor]:
-    """Output, gradients of x and of all parameters, buffers after the forward."""
+    """Output, gradients of x, of all parameters and of the noise vectors, buffers after the forward."""
     x = x.clone().requires_grad_()
     y = network(x, layout, **options)
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape).cos()
-    gradients = torch.autograd.grad((y * weights).sum() + y.square().mean(), [x, *network.parameters()])
+    vectors = [] if layout.noise is None else [layout.noise.vectors]
+    gradients = torch.autograd.grad((y * weights).sum() + y.square().mean(), [x, *network.parameters(), *vectors])
     return [y.detach(), *gradients, *network.buffers()]
 
 
@@ -120,14 +122,22 @@ def results(network: nn.Module, layout: SemanticLayout, x: torch.Tensor, **optio
     channels_last=st.booleans(),
     upsample=st.sampled_from([1, 2]),
     slope=st.sampled_from([1, 0.2]),
+    noise=st.sampled_from([None, "image", "region"]),
 )
 def test_spade_by_tables_is_spade(
-    spec, size, kernel_size, normalization, affine, spectral_norm, training, random, channels_last, upsample, slope
-):
+    spec, size, kernel_size, normalization, affine, spectral_norm, training, random, channels_last, upsample, slope,
+    noise,
+):  # fmt: skip
     """To 1e-10 in double precision: output, every gradient, running statistics and spectral-norm vectors."""
     torch.manual_seed(0)
     options = {"normalization": normalization, "kernel_size": kernel_size, "affine": affine,
                "spectral_norm": spectral_norm, "hidden_channels": 4}  # fmt: skip
+    layout = random_layout(spec, *size) if random else blocky_layout(spec, *size)
+    if noise:
+        given, _ = kinds_of_noise(size[0], 2, *size[1:])[noise]
+        vectors, index = (given.vectors, given.index) if noise == "region" else (given.unsqueeze(1), None)
+        layout = layout.with_noise(NoiseRegions(vectors.double().requires_grad_(), index))
+        spec = layout.spec
     dense = SPADE(3, spec, path="dense", **options).double().train(training)
     if affine:
         nn.init.normal_(dense.normalize.weight)
@@ -137,7 +147,6 @@ def test_spade_by_tables_is_spade(
         dense.normalize.running_var.uniform_(0.5, 2)
     table = SPADE(3, spec, path="table", **options).double().train(training)
     table.load_state_dict(dense.state_dict())
-    layout = random_layout(spec, *size) if random else blocky_layout(spec, *size)
     x = torch.randn(size[0], 3, *size[1:], dtype=torch.float64) * 2 + 1
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -347,7 +356,7 @@ def test_chunks_of_users_cover_every_user_once_and_none_is_long(rows, terms, hot
     lookup = Lookup(index, rows)
     begin, first = OnGPU(lookup).chunks if as_on_gpu else lookup.chunks
     lengths = F.pad(begin, (0, 1), value=index.numel()).diff()
-    assert int(lengths.min()) >= 0 and int(lengths.max()) <= layout_module.CHUNK
+    assert int(lengths.min()) >= 0 and int(lengths.max()) <= neighbourhoods.CHUNK
     values = torch.randn(len(index), 3, dtype=torch.float64, generator=g)
     parts = F.embedding_bag(lookup.users, values, begin, mode="sum")
     total = F.embedding_bag(torch.arange(len(begin)), parts, first, mode="sum")

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.layout import FEWEST_PIXELS_ON_GPU, Edges, LayoutNeighbourhoods, LayoutSpec, SemanticLayout
+from imaginaire_spade.layout import FEWEST_PIXELS_ON_GPU, Edges, LayoutSpec, SemanticLayout
+from imaginaire_spade.neighbourhoods import LayoutNeighbourhoods
 
 
 class Sample(NamedTuple):

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from imaginaire_spade.layout import Lookup
+from imaginaire_spade.neighbourhoods import Lookup
 
 TILE = 2048
 """Values that a program holds at a time."""

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from imaginaire_spade.layout import LayoutNeighbourhoods, Lookup, SemanticLayout
+from imaginaire_spade.layout import SemanticLayout
+from imaginaire_spade.neighbourhoods import LayoutNeighbourhoods, Lookup
 
 
 class SpectralNorm(nn.Module):
@@ -257,9 +258,16 @@ def sum_users(values: Tensor, lookup: Lookup | None) -> Tensor:
     return F.embedding_bag(lookup.users, values, lookup.starts, mode="sum")
 
 
-def label_rows(weight: Tensor, num_label_channels: int) -> Tensor:
-    """Turn a weight [out, channels, k, k] into the table of label lookups: [k k (num_label_channels + 1), out]."""
-    rows = weight[:, :num_label_channels].flatten(2).permute(2, 1, 0)  # [k k, channels, out]
+def label_rows(weight: Tensor) -> Tensor:
+    """Turn a weight [out, label channels, k, k] into the table of label lookups: [k k (label channels + 1), out]."""
+    rows = weight.flatten(2).permute(2, 1, 0)  # [k k, channels, out]
+    return F.pad(rows, (0, 0, 0, 1)).flatten(0, 1)
+
+
+def noise_rows(weight: Tensor, vectors: Tensor) -> Tensor:
+    """Turn a weight [out, D, k, k] and M noise vectors [M, D] into the table of noise lookups: [k k (M + 1), out]."""
+    products = vectors.to(weight.dtype) @ weight.permute(1, 2, 3, 0).flatten(1)  # [M, k k out]
+    rows = products.view(len(vectors), -1, len(weight)).transpose(0, 1)  # [k k, M, out]
     return F.pad(rows, (0, 0, 0, 1)).flatten(0, 1)
 
 
@@ -278,10 +286,10 @@ def convolve_layout(
     if isinstance(layout, Tensor) or layout.is_dense or not layout.spec.num_label_channels:
         dense = layout if isinstance(layout, Tensor) else layout.one_hot(weight.dtype)
         return F.conv2d(dense, weight, bias, stride, padding)
-    size = weight.shape[-1]
+    size, noise = weight.shape[-1], layout.spec.num_noise_channels
     height, width = ((length + 2 * padding - size) // stride + 1 for length in (layout.height, layout.width))
-    labels = layout.spec.num_label_channels
-    table = label_rows(weight, labels)
+    before, of_labels, after = weight.tensor_split([noise, noise + layout.spec.num_label_channels], 1)
+    table = label_rows(of_labels)
     if weight.is_cuda:
         table = table.to(computing_dtype(weight))
     rows = sum_rows(table, layout.windows(size, stride, padding))
@@ -290,7 +298,7 @@ def convolve_layout(
     y = rows.view(len(layout), height, width, -1).permute(0, 3, 1, 2)
     if not layout.spec.num_dense_channels:
         return y
-    return y + F.conv2d(layout.dense_channels(weight.dtype), weight[:, labels:], None, stride, padding)
+    return y + F.conv2d(layout.dense_channels(weight.dtype), torch.cat([before, after], 1), None, stride, padding)
 
 
 def convolve_with_images(conv: nn.Module, semantics: SemanticLayout | Tensor, images: Tensor) -> Tensor:
@@ -310,17 +318,23 @@ def convolve_with_images(conv: nn.Module, semantics: SemanticLayout | Tensor, im
     return (y.unflatten(0, (-1, len(shared))) + shared.to(y.dtype)).flatten(0, 1)
 
 
-def first_convolution(weight: Tensor, bias: Tensor | None, around: LayoutNeighbourhoods) -> Tensor:
+def first_convolution(
+    weight: Tensor, bias: Tensor | None, around: LayoutNeighbourhoods, vectors: Tensor | None = None
+) -> Tensor:
     """Convolve the one-hot layout at every distinct inner window: [U, h].
 
     Args:
-        weight: float [h, label channels (+ 1 for edges), k, k].
+        weight: float [h, (D for noise +) label channels (+ 1 for edges), k, k].
         bias: float [h].
+        vectors: float [M, D], the layout's noise vectors.
     """
-    num_label_channels = weight.shape[1] - (around.edges is not None)
-    hidden = sum_rows(label_rows(weight, num_label_channels), around.labels)
+    noise, edges = 0 if vectors is None else vectors.shape[1], int(around.edges is not None)
+    of_noise, of_labels, of_edges = weight.split([noise, weight.shape[1] - noise - edges, edges], 1)
+    hidden = sum_rows(label_rows(of_labels), around.labels)
+    if around.noise is not None and vectors is not None:
+        hidden = hidden + sum_rows(noise_rows(of_noise, vectors).to(hidden.dtype), around.noise)
     if around.edges is not None:
-        hidden = hidden + around.edges.to(weight.dtype) @ weight[:, -1].flatten(1).T
+        hidden = hidden + around.edges.to(weight.dtype) @ of_edges.flatten(1).T
     return hidden if bias is None else hidden + bias
 
 

@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from imaginaire_spade.distributed import gather_statistics, sum_statistics, to_double
-from imaginaire_spade.layout import Lookup
 from imaginaire_spade.models.layers import enlarge, sum_rows, sum_users, triton_kernels
+from imaginaire_spade.neighbourhoods import Lookup
 
 T = TypeVar("T")
 

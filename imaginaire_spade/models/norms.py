@@ -220,7 +220,9 @@ class SPADE(ConditionalNorm):
 
     def _modulation(self, view: SemanticLayout) -> Modulation:
         around = view.neighbourhoods(self.kernel_size)
-        hidden = F.relu(first_convolution(effective_weight(self.shared), self.shared.bias, around))  # [U, hidden]
+        vectors = None if view.noise is None else view.noise_vectors
+        hidden = first_convolution(effective_weight(self.shared), self.shared.bias, around, vectors)
+        hidden = F.relu(hidden)  # [U, hidden]
         places = self._table_weights() if self.laid_out is None else self.laid_out
         assert self.gamma.bias is not None and self.beta.bias is not None
         bias = torch.cat([1 + self.gamma.bias, self.beta.bias])
