@@ -116,9 +116,10 @@ def _build_network(config: RunConfig, registry: Registry, component: Component, 
 def build_losses(config: RunConfig) -> tuple[nn.ModuleDict, dict[str, float]]:
     """Build the terms of the generator's objective, and list their weights by name.
 
-    A term of weight 0 is not built, except ``gan``, which the discriminator needs.
+    A term of weight 0 is not built, except the one that the discriminator needs.
     """
-    wanted = {name: loss for name, loss in config.losses.items() if loss.weight > 0 or name == "gan"}
+    needed = config.adversarial_loss
+    wanted = {name: loss for name, loss in config.losses.items() if loss.weight > 0 or name == needed}
     terms = nn.ModuleDict({name: build_component(LOSSES, loss.component) for name, loss in wanted.items()})
     return terms, {name: loss.weight for name, loss in wanted.items()}
 
@@ -232,10 +233,14 @@ def check_run(config: RunConfig, world_size: int, device: torch.device | None = 
     if size[0] % multiple or size[1] % multiple:
         near = [max(multiple, round(length / multiple) * multiple) for length in size]
         raise ConfigError(f"{given} gen ({config.gen.type}) needs multiples of {multiple}: such as {near}")
-    if min(size) < discriminator.min_size or any(length % discriminator.size_multiple for length in size):
+    step = discriminator.size_multiple
+    if min(size) < discriminator.min_size or any(length % step for length in size):
+        least = max(step, -(-discriminator.min_size // step) * step)
+        near = [max(least, round(length / step) * step) for length in size]
+        lower = "" if discriminator.scores_classes else "; or lower dis.num_layers or dis.num_discriminators"
         raise ConfigError(
-            f"{given} dis ({config.dis.type}) needs at least {discriminator.min_size}, and multiples of"
-            f" {discriminator.size_multiple}: enlarge them, or lower dis.num_layers or dis.num_discriminators"
+            f"{given} dis ({config.dis.type}) needs at least {discriminator.min_size}, and multiples of {step}: such as"
+            f" {near}{lower}"
         )
     # Validation.
     val = config.data.val
@@ -258,6 +263,18 @@ def check_run(config: RunConfig, world_size: int, device: torch.device | None = 
         raise ConfigError(
             "losses.perceptual and trainer.evaluation look at images through networks that take RGB (or grey), and"
             f" data.images.channels is {channels}: write losses.perceptual.weight: 0 and trainer.evaluation: null"
+        )
+    # Discriminator and losses.
+    gives, name = discriminator.scores_classes, config.adversarial_loss
+    if LOSSES[name].scores_classes != gives:  # type: ignore[attr-defined]
+        scored = "each pixel's class" if gives else "whether patches are real, and no classes"
+        needed = {True: "losses.segmentation_gan: 1 (and losses.gan: 0)", False: "dis.type: oasis_unet"}[gives]
+        raise ConfigError(f"losses.{name} does not fit dis ({config.dis.type}), which scores {scored}: write {needed}")
+    features = config.losses.get("feature_matching")
+    if gives and features is not None and features.weight > 0:
+        raise ConfigError(
+            f"losses.feature_matching compares features, and dis ({config.dis.type}) gives none: write"
+            " losses.feature_matching: 0"
         )
     # Batch statistics and losses.
     if size[0] * size[1] == multiple**2 and train.batch_size * world_size // trainer.gradient_accumulation < 2:

@@ -441,7 +441,8 @@ class RunConfig(Section):
     encoder: Annotated[Component, ENCODERS] | None = None
     """Style encoder; needs a generator with style_dims > 0."""
     losses: dict[str, Loss]
-    """Terms of the generator's objective by registered name; `gan` also states the discriminator's."""
+    """Terms of the generator's objective by registered name; one of them, `gan` or `segmentation_gan`, also states the
+    discriminator's loss."""
     gen_opt: OptimizerConfig
     dis_opt: OptimizerConfig
     trainer: TrainerConfig
@@ -461,8 +462,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if "gan" not in self.losses:
-            raise ValueError("losses must contain gan")
+        found = self._adversarial_losses()
+        if len(found) != 1:
+            known = ", ".join(name for name in LOSSES.names() if getattr(LOSSES[name], "is_adversarial", False))
+            raise ValueError(
+                f"losses must contain one term that states the discriminator's loss, not"
+                f" {' and '.join(found) or 'none'}: write one of {known}, and 0 for one of the base config"
+            )
         flips = self.data.train.augmentations.horizontal_flip
         if unclear := [c.name for c in self.data.conditions if flips and c.channels > 1 and c.flip_sign is None]:
             raise ValueError(
@@ -472,3 +478,12 @@ class RunConfig(Section):
         if self.trainer.evaluation and self.trainer.evaluation.segmenter and not self.data.labels.num_classes:
             raise ValueError("trainer.evaluation.metrics: segmentation compares label maps, and data.labels is null")
         return self
+
+    def _adversarial_losses(self) -> list[str]:
+        names = [name for name in self.losses if getattr(LOSSES[name], "is_adversarial", False)]
+        return [name for name in names if self.losses[name].weight > 0] or names
+
+    @property
+    def adversarial_loss(self) -> str:
+        """Name the one term of ``losses`` that also states the discriminator's loss."""
+        return self._adversarial_losses()[0]

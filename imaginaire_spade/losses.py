@@ -1,6 +1,6 @@
 """Define losses: functions of tensors, and the registered terms that YAML weighs.
 
-A term of the generator's objective is a module called with ``GeneratorOutputs``; ``gan`` also gives the
+A term of the generator's objective is a module called with ``GeneratorOutputs``; an ``AdversarialLoss`` also gives the
 discriminator's loss. Users register their own in ``LOSSES``.
 """
 
@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from imaginaire_spade.distributed import sum_statistics
 from imaginaire_spade.errors import ConfigError
+from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.discriminator import Scores
+from imaginaire_spade.noise import generator_for
 from imaginaire_spade.pretrained.feature_networks import VGG19Features
 from imaginaire_spade.registry import LOSSES, Weight
 
@@ -31,10 +34,29 @@ class GeneratorOutputs:
     """Like fake, without gradient."""
     fake_scores: list[Scores]
     real_scores: list[Scores]
+    """Empty where no term ``needs_real_scores``."""
     mu: Tensor | None = None
     """float [N, style_dims], if there is an encoder: mean of the style code's distribution."""
     logvar: Tensor | None = None
     """Like mu: logarithm of the variance."""
+    layout: SemanticLayout | None = None
+    """The label maps of the scored images."""
+    plan: "ClassPlan | None" = None
+    """What the iteration's ``AdversarialLoss`` planned."""
+
+
+@dataclass(frozen=True)
+class ClassPlan:
+    """What a loss over classes fixes for an iteration: the same for every process and every part of the batch."""
+
+    weights: Tensor
+    """float32 [num_classes + 1]: label -> factor of its pixels' cross-entropy."""
+    from_photo: Tensor | None
+    """bool [num_classes + 1]: label -> whether a mixed image shows the photo there; None: no image is mixed."""
+
+    def mask(self, layout: SemanticLayout) -> Tensor | None:
+        """Return where mixed images show the photo: bool [N, 1, H, W]."""
+        return None if self.from_photo is None else self.from_photo[layout.labels.long()].unsqueeze(1)
 
 
 class _MeanDistance(torch.autograd.Function):
@@ -77,8 +99,42 @@ non_saturated: Goodfellow et al. 2014; wasserstein: Arjovsky et al. 2017, withou
 """
 
 
+class AdversarialLoss(nn.Module):
+    """Interface of the one term of a run that also states the discriminator's loss."""
+
+    is_adversarial = True
+    scores_classes = False
+    """Whether it takes discriminators with ``scores_classes``, or those without."""
+    needs_real_scores = True
+
+    def plan(self, layout: SemanticLayout, seed: int, images_seen: int) -> ClassPlan | None:
+        """Fix what all parts of an iteration share; all processes call it together.
+
+        Args:
+            layout: this process's whole batch.
+            images_seen: at the iteration's start, by all processes.
+        """
+        return None
+
+    def discriminator(
+        self, scores: Sequence[list[Scores]], layout: SemanticLayout | None = None, plan: ClassPlan | None = None
+    ) -> dict[str, Tensor]:
+        """Compute the discriminator's terms by name; it minimises their sum.
+
+        Args:
+            scores: of generated images, of photos, and of mixed images, which are photos where ``plan.mask(layout)``
+                says so, if it mixes any.
+            layout: label maps of these images.
+        """
+        raise NotImplementedError
+
+    def accuracy(self, fake: list[Scores], real: list[Scores]) -> Tensor:
+        """Compute the share of patches (or pixels) that D tells rightly as generated or real; 1/2 is chance."""
+        raise NotImplementedError
+
+
 @LOSSES.register("gan")
-class GANLoss(nn.Module):
+class GANLoss(AdversarialLoss):
     """Adversarial loss; also states the discriminator's.
 
     Args:
@@ -90,6 +146,7 @@ class GANLoss(nn.Module):
         super().__init__()
         self.mode = mode
         self.relative = relative
+        self.needs_real_scores = relative
 
     def forward(self, outputs: GeneratorOutputs) -> Tensor:
         fake, _ = self._logits(outputs.fake_scores, outputs.real_scores)
@@ -97,10 +154,12 @@ class GANLoss(nn.Module):
         _, of_real = ADVERSARIAL["wasserstein" if self.mode == "hinge" else self.mode]
         return _mean_over_scales([of_real(x) for x in fake])
 
-    def discriminator(self, fake: list[Scores], real: list[Scores]) -> dict[str, Tensor]:
+    def discriminator(
+        self, scores: Sequence[list[Scores]], layout: SemanticLayout | None = None, plan: ClassPlan | None = None
+    ) -> dict[str, Tensor]:
         """Compute the discriminator's terms ``d_fake`` and ``d_real``; it minimises their sum."""
         of_fake, of_real = ADVERSARIAL[self.mode]
-        fakes, reals = self._logits(fake, real)
+        fakes, reals = self._logits(scores[0], scores[1])
         return {
             "d_fake": _mean_over_scales([of_fake(x) for x in fakes]),
             "d_real": _mean_over_scales([of_real(x) for x in reals]),
@@ -124,6 +183,104 @@ class GANLoss(nn.Module):
             return fakes, reals
         differences = [f - r for f, r in zip(fakes, reals, strict=True)]  # Jolicoeur-Martineau 2018
         return differences, [-difference for difference in differences]
+
+
+@LOSSES.register("segmentation_gan")
+class SegmentationGANLoss(AdversarialLoss):
+    """Adversarial loss of OASIS (Schoenfeld et al. 2021, sec. 3): cross-entropy over the classes and "generated".
+
+    D is to call each pixel of a photo by its class, each pixel of a generated image "generated"; the generator wants
+    its pixels called by their classes. There is no other loss. Takes discriminators like ``oasis_unet``.
+
+    Args:
+        class_balancing: weigh a class by the inverse of its share of the pixels, of all processes' batches together, so
+            that each class that is present counts alike; pixels without a class (don't care) then do not count.
+            Without it all pixels count alike; "don't care" is then a class.
+        labelmix: weight of D's consistency (LabelMix): its logits for an image put together from photo and generated
+            image, class by class, are to be those that it has for the two. 0: there is none.
+    """
+
+    scores_classes = True
+    needs_real_scores = False
+
+    def __init__(self, *, class_balancing: bool = True, labelmix: Weight = 10.0) -> None:
+        super().__init__()
+        self.class_balancing = class_balancing
+        self.labelmix = labelmix
+
+    @torch.no_grad()
+    def plan(self, layout: SemanticLayout, seed: int, images_seen: int) -> ClassPlan:
+        """Weigh the classes by the pixels of all processes; draw for each whether LabelMix takes it from the photo.
+
+        Nothing waits for a GPU. The draws belong to (seed, images_seen, class).
+        """
+        size, device = layout.spec.num_classes + 1, layout.device
+        weights = torch.ones(size, device=device)
+        if self.class_balancing:
+            counts = sum_statistics(_count(layout.labels, size))
+            total = counts.sum()
+            counts[-1] = 0
+            # They sum to the number of pixels: the mean over pixels is the mean over classes of each one's own mean.
+            weights = (total / (counts.clamp(min=1) * (counts > 0).sum().clamp(min=1))).float() * (counts > 0)
+        if not self.labelmix:
+            return ClassPlan(weights, None)
+        bits = torch.from_numpy(generator_for(seed, images_seen, "labelmix").random(size) < 0.5)
+        if device.type == "cuda":
+            bits = bits.pin_memory()
+        return ClassPlan(weights, bits.to(device, non_blocking=True))
+
+    def forward(self, outputs: GeneratorOutputs) -> Tensor:
+        assert outputs.layout is not None and outputs.plan is not None
+        return self._of_classes(outputs.fake_scores, outputs.layout, outputs.plan)
+
+    def discriminator(
+        self, scores: Sequence[list[Scores]], layout: SemanticLayout | None = None, plan: ClassPlan | None = None
+    ) -> dict[str, Tensor]:
+        """Compute ``d_fake``, ``d_real`` and, with mixed images, ``d_labelmix`` (weighted); D minimises their sum."""
+        assert layout is not None and plan is not None
+        fake, real, *mixed = scores
+        generated = torch.zeros_like(layout.labels, dtype=torch.int64)
+        terms = {
+            "d_fake": _mean_over_scales([F.cross_entropy(s.logits, generated) for s in fake]),
+            "d_real": self._of_classes(real, layout, plan),
+        }
+        if mixed and (mask := plan.mask(layout)) is not None:
+            parts = zip(fake, real, *mixed, strict=True)
+            distances = [F.mse_loss(torch.where(mask, r.logits, f.logits), m.logits) for f, r, m in parts]
+            terms["d_labelmix"] = self.labelmix * _mean_over_scales(distances)
+        return terms
+
+    @torch.no_grad()
+    def accuracy(self, fake: list[Scores], real: list[Scores]) -> Tensor:
+        """Compute the share of pixels that D tells rightly as generated or real, whatever class it gives a real one."""
+
+        def taken_for_real(scores: Scores) -> Tensor:
+            return (scores.logits[:, 0] < scores.logits[:, 1:].amax(1)).float().mean()
+
+        return _mean_over_scales(
+            [(1 - taken_for_real(f) + taken_for_real(r)) / 2 for f, r in zip(fake, real, strict=True)]
+        )
+
+    def _of_classes(self, scores: list[Scores], layout: SemanticLayout, plan: ClassPlan) -> Tensor:
+        """Compute the mean over all pixels of weight * cross-entropy with the pixel's class."""
+        target = layout.labels.long() + 1
+        if not layout.spec.has_dont_care:
+            target = target.masked_fill(target > layout.spec.num_classes, -1)  # pixels that have no channel
+        weights = F.pad(plan.weights[: layout.spec.num_label_channels], (1, 0))
+        return _mean_over_scales(
+            [F.cross_entropy(s.logits, target, weights, ignore_index=-1, reduction="sum") / target.numel()
+             for s in scores]
+        )  # fmt: skip
+
+
+def _count(labels: Tensor, size: int) -> Tensor:
+    """Count the pixels of each label: int64 [size]."""
+    flat = labels.flatten().long()
+    if not flat.is_cuda:
+        return torch.bincount(flat, minlength=size)
+    # On a GPU bincount waits; a row for each image makes the sums collide less.
+    counts = torch.zeros(len(labels), size, dtype=torch.int64, device=labels.device)
+    return counts.scatter_add_(1, labels.flatten(1).long(), torch.ones_like(flat).view(len(labels), -1)).sum(0)
 
 
 @LOSSES.register("feature_matching")
@@ -153,6 +310,8 @@ class PerceptualLoss(nn.Module):
         weights_path: file of VGG19 weights; null: torch's model cache.
         imagenet_statistics: whether the images are normalised as for VGG's training.
     """
+
+    needs_real_scores = False
 
     def __init__(
         self,
@@ -185,6 +344,8 @@ class KLLoss(nn.Module):
     SPADE sums over the batch of each GPU instead: its weight 0.05 with 4 images per GPU is 0.2 here.
     """
 
+    needs_real_scores = False
+
     def forward(self, outputs: GeneratorOutputs) -> Tensor:
         mu, logvar = outputs.mu, outputs.logvar
         assert mu is not None and logvar is not None, "build.py refuses kl without an encoder"
@@ -194,6 +355,8 @@ class KLLoss(nn.Module):
 @LOSSES.register("l1")
 class L1Loss(nn.Module):
     """Mean absolute difference of images (Isola et al. 2017): quick colours for small runs; blurry if used alone."""
+
+    needs_real_scores = False
 
     def forward(self, outputs: GeneratorOutputs) -> Tensor:
         return _MeanDistance.apply(outputs.fake, outputs.real)

@@ -178,7 +178,7 @@ def _schema_of(cls: type, title: str) -> type[BaseModel]:
 
 
 GENERATORS = Registry("generator", "imaginaire_spade.models.generator")
-DISCRIMINATORS = Registry("discriminator", "imaginaire_spade.models.discriminator")
+DISCRIMINATORS = Registry("discriminator", "imaginaire_spade.models.discriminator", "imaginaire_spade.models.unet")
 ENCODERS = Registry("encoder", "imaginaire_spade.models.generator")
 NORMS = Registry("norm", "imaginaire_spade.models.norms")
 DATASETS = Registry("data set")

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
-from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss, GeneratorOutputs, KLLoss
+from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss, GeneratorOutputs, KLLoss, SegmentationGANLoss
 from imaginaire_spade.models.discriminator import Scores
 
 torch.manual_seed(0)
@@ -51,7 +52,7 @@ def test_adversarial_losses(mode):
     generator, of_fake, of_real = FORMULAS[mode]
     gan, fake, real = GANLoss(mode=mode), [Scores(x, []) for x in FAKE], [Scores(x, []) for x in REAL]
     torch.testing.assert_close(gan(outputs(fake, real)), both_scales(generator))
-    losses = gan.discriminator(fake, real)
+    losses = gan.discriminator([fake, real])
     torch.testing.assert_close(losses["d_fake"], both_scales(of_fake))
     torch.testing.assert_close(losses["d_real"], both_scales(of_real))
 
@@ -95,3 +96,49 @@ def test_kl_is_zero_for_the_standard_normal_and_agrees_with_torch():
         torch.distributions.Normal(mu, (0.5 * logvar).exp()), torch.distributions.Normal(0.0, 1.0)
     ).sum()
     torch.testing.assert_close(kl(outputs(mu=mu, logvar=logvar)), expected / 3)
+
+
+SPEC = LayoutSpec(3, has_dont_care=True)
+LABELS = torch.tensor([[[0, 0, 0, 1], [1, 0, 0, 3], [3, 3, 0, 0]]], dtype=torch.uint8)  # 3: don't care
+
+
+def of_classes(term, logits, labels=LABELS, spec=SPEC):
+    layout = SemanticLayout(spec, labels)
+    scores = [Scores(logits, [])]
+    empty = torch.empty(0)
+    return term(GeneratorOutputs(empty, empty, scores, [], layout=layout, plan=term.plan(layout, 0, 0))).item()
+
+
+def test_balanced_classes_count_alike_and_dont_care_does_not_count():
+    logits = torch.randn(1, 5, 3, 4)
+    each = F.cross_entropy(logits, LABELS.long() + 1, reduction="none")
+    expected = (each[LABELS == 0].mean() + each[LABELS == 1].mean()) / 2
+    assert of_classes(SegmentationGANLoss(), logits) == pytest.approx(expected.item(), rel=1e-6)
+    assert of_classes(SegmentationGANLoss(class_balancing=False), logits) == pytest.approx(each.mean().item(), rel=1e-6)
+    assert of_classes(SegmentationGANLoss(), logits, torch.full_like(LABELS, 3)) == 0
+    # Where don't care has no channel it never counts: the mean is over all pixels.
+    each = F.cross_entropy(logits[:, :4], LABELS.long().clamp(max=2) + 1, reduction="none").where(LABELS < 3, 0)
+    term = SegmentationGANLoss(class_balancing=False)
+    assert of_classes(term, logits[:, :4], spec=LayoutSpec(3)) == pytest.approx(each.mean().item(), rel=1e-6)
+
+
+def test_labelmix_draws_a_bit_for_each_class_from_seed_and_position():
+    term, layout = SegmentationGANLoss(), SemanticLayout(LayoutSpec(40), torch.zeros(1, 2, 2, dtype=torch.uint8))
+    draws = [term.plan(layout, seed, seen).from_photo for seed, seen in ((0, 0), (0, 0), (0, 8), (1, 0))]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[3])
+    assert 10 < draws[0].sum() < 31
+    mask = term.plan(SemanticLayout(SPEC, LABELS), 0, 0).mask(SemanticLayout(SPEC, LABELS))
+    assert (
+        mask.shape == (1, 1, 3, 4) and len({*zip(LABELS.flatten().tolist(), mask.flatten().tolist(), strict=True)}) == 3
+    )
+    assert SegmentationGANLoss(labelmix=0.0).plan(layout, 0, 0).mask(layout) is None
+
+
+def test_accuracy_over_classes_asks_only_whether_a_pixel_is_generated():
+    fake, real = torch.zeros(2, 1, 3, 2, 2)
+    fake[:, 0] = 1  # all found out
+    real[:, 2] = 1
+    real[:, 0, 0, 0] = 2  # one of four taken for generated
+    accuracy = SegmentationGANLoss().accuracy([Scores(fake, [])], [Scores(real, [])])
+    assert accuracy.item() == pytest.approx((1 + 0.75) / 2)

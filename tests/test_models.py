@@ -15,7 +15,7 @@ from torch import nn
 
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec
-from imaginaire_spade.losses import GeneratorOutputs
+from imaginaire_spade.losses import AdversarialLoss, GeneratorOutputs
 from imaginaire_spade.models.discriminator import split_scores
 from imaginaire_spade.models.for_inference import WinogradConv2d
 from imaginaire_spade.models.generator import Pix2pixHDGenerator, SPADEGenerator, StyleSPADEGenerator
@@ -256,12 +256,15 @@ def test_every_encoder_takes_any_size(name):
 
 @pytest.mark.parametrize("name", [name for name in LOSSES.names() if name != "perceptual"])
 def test_every_loss_is_a_finite_scalar_with_gradient(name):
-    discriminator = DISCRIMINATORS["multiscale_patch"](SPEC, num_filters=4)
+    term, layout = LOSSES[name](), random_layout(SPEC, 2, 64, 64)
+    of_classes = getattr(term, "scores_classes", False)
+    discriminator = DISCRIMINATORS["oasis_unet" if of_classes else "multiscale_patch"](SPEC, num_filters=4)
     fake = torch.rand(2, 3, 64, 64, requires_grad=True)
     mu, logvar = torch.randn(2, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
     real = torch.rand(2, 3, 64, 64)
-    scores = split_scores(discriminator(random_layout(SPEC, 2, 64, 64), torch.cat([fake, real])))
-    loss = LOSSES[name]()(GeneratorOutputs(fake, real, *scores, mu, logvar))
+    scores = split_scores(discriminator(layout, torch.cat([fake, real])))
+    plan = term.plan(layout, 0, 0) if isinstance(term, AdversarialLoss) else None
+    loss = term(GeneratorOutputs(fake, real, *scores, mu, logvar, layout, plan))
     assert loss.dim() == 0 and loss.isfinite()
     loss.backward()
     assert any(t.grad is not None and t.grad.abs().sum() > 0 for t in (fake, mu))

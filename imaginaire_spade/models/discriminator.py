@@ -19,18 +19,18 @@ class Scores(NamedTuple):
     """Logits and features of one discriminator for a batch."""
 
     logits: Tensor
-    """[N, 1, h, w], no activation."""
+    """[N, 1, h, w], no activation; [N, 1 + classes, H, W] of a discriminator with ``scores_classes``."""
     features: list[Tensor]
     """Outputs of the layers before the last, each [N, C, h, w]."""
 
 
-def split_scores(scores: list[Scores]) -> tuple[list[Scores], list[Scores]]:
-    """Split the scores of a batch of fake, then real images into (fake, real)."""
+def split_scores(scores: list[Scores], groups: int = 2) -> list[list[Scores]]:
+    """Split the scores of equally many images of each group, such as fake, then real ones: a list for each group."""
 
-    def half(index: int) -> list[Scores]:
-        return [Scores(s.logits.chunk(2)[index], [f.chunk(2)[index] for f in s.features]) for s in scores]
+    def part(index: int) -> list[Scores]:
+        return [Scores(s.logits.chunk(groups)[index], [f.chunk(groups)[index] for f in s.features]) for s in scores]
 
-    return half(0), half(1)
+    return [part(index) for index in range(groups)]
 
 
 class Discriminator(nn.Module):
@@ -42,6 +42,8 @@ class Discriminator(nn.Module):
     """Height and width must be multiples of this."""
     batch_independent = False
     """Whether an image's scores depend on that image alone (no batch statistics). The training step relies on it."""
+    scores_classes = False
+    """Whether each pixel's logits are "generated", then the label channels, for a loss over classes."""
     frozen_layers = 0
     """Layers of each patch discriminator, from its input on, that never train (FreezeD, Mo et al. 2020)."""
 

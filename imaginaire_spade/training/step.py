@@ -17,7 +17,7 @@ from imaginaire_spade.config import TrainerConfig
 from imaginaire_spade.data.batch import Batch, normalise
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import SemanticLayout
-from imaginaire_spade.losses import GANLoss, GeneratorOutputs
+from imaginaire_spade.losses import AdversarialLoss, GeneratorOutputs
 from imaginaire_spade.models.discriminator import Discriminator, Scores, split_scores
 from imaginaire_spade.models.generator import Generator, ResidualBlock, SPADEResidualBlock, StyleBlock, sample_style
 from imaginaire_spade.noise import style_codes
@@ -35,7 +35,7 @@ class StepSettings:
     """Everything that an iteration needs besides the training state and the batch."""
 
     terms: nn.ModuleDict
-    """Terms of the generator's objective; ``gan`` states the discriminator's too."""
+    """Terms of the generator's objective; the ``AdversarialLoss`` among them states the discriminator's too."""
     weights: dict[str, float]
     trainer: TrainerConfig
     style_dims: int
@@ -97,8 +97,9 @@ def update_networks(state: TrainState, networks: Networks, batch: Batch, setting
     shared, pieces = settings.trainer.iteration == "shared", settings.trainer.gradient_accumulation
     made = generate(networks, batch, settings) if shared and pieces == 1 else None
     losses: dict[str, Tensor] = {}
-    gan = settings.terms["gan"]
-    assert isinstance(gan, GANLoss)
+    (adversarial,) = (term for term in settings.terms.values() if isinstance(term, AdversarialLoss))
+    plan = adversarial.plan(batch.layout, settings.seed, state.images_seen)
+    with_real = any(getattr(term, "needs_real_scores", True) for term in settings.terms.values())
 
     def update_discriminator() -> None:
         state.discriminator.requires_grad_(True)
@@ -108,14 +109,17 @@ def update_networks(state: TrainState, networks: Networks, batch: Batch, setting
                 fake = (made or generate(networks, piece, settings))[0].detach()
                 real = real_images(piece)
             with _synced(networks.discriminator, number == pieces):
+                layout, groups = piece.layout, [fake, real]
+                if plan is not None and (mask := plan.mask(layout)) is not None:
+                    groups.append(torch.where(mask, real, fake))
                 with autocast(real.device, settings):
-                    # Fake and real in one forward: one power iteration, and one DDP forward per backward.
-                    scores = networks.discriminator(piece.layout, torch.cat([fake, real]))
-                    fake_scores, real_scores = split_scores(scores)
-                    terms = gan.discriminator(fake_scores, real_scores)
+                    # All groups in one call: one power iteration (or as many as D wants), and one DDP forward per
+                    # backward.
+                    scores = split_scores(networks.discriminator(layout, torch.cat(groups)), len(groups))
+                    terms = adversarial.discriminator(scores, layout, plan)
                 total = torch.stack(list(terms.values())).sum()
                 state.dis_scaler.scale(total / pieces).backward()
-            health = {"health/d_accuracy": gan.accuracy(fake_scores, real_scores)}
+            health = {"health/d_accuracy": adversarial.accuracy(scores[0], scores[1])}
             _add(losses, terms | {"d_total": total} | health, pieces)
         state.dis_scaler.step(state.dis_optimizer)
         state.dis_scaler.update()
@@ -129,8 +133,8 @@ def update_networks(state: TrainState, networks: Networks, batch: Batch, setting
                 fake, mu, logvar = made or generate(networks, piece, settings)
                 with autocast(real.device, settings):
                     # D has no gradients here, so the raw module serves: its wrapper would wait for some.
-                    scored = _judge(state.discriminator, piece.layout, fake, real)
-                    outputs = GeneratorOutputs(fake, real, *scored, mu, logvar)
+                    scored = _judge(state.discriminator, piece.layout, fake, real, with_real)
+                    outputs = GeneratorOutputs(fake, real, *scored, mu, logvar, piece.layout, plan)
                     terms = {name: term(outputs) for name, term in settings.terms.items()}
                 total = torch.stack([settings.weights[name] * term for name, term in terms.items()]).sum()
                 state.gen_scaler.scale(total / pieces).backward()
@@ -146,12 +150,15 @@ def update_networks(state: TrainState, networks: Networks, batch: Batch, setting
 
 
 def _judge(
-    discriminator: Discriminator, layout: SemanticLayout, fake: Tensor, real: Tensor
+    discriminator: Discriminator, layout: SemanticLayout, fake: Tensor, real: Tensor, with_real: bool
 ) -> tuple[list[Scores], list[Scores]]:
-    """Score fake and real images; the real ones without a graph if their scores do not depend on the fake ones."""
+    """Score fake and, if wanted, real images; these without a graph if their scores do not depend on the fake ones."""
     if not discriminator.batch_independent:
-        return split_scores(discriminator(layout, torch.cat([fake, real])))
+        of_fake, of_real = split_scores(discriminator(layout, torch.cat([fake, real])))
+        return of_fake, of_real
     of_fake = discriminator(layout, fake)
+    if not with_real:
+        return of_fake, []
     discriminator.eval()  # spectral norm iterates once, as it would for both together
     with torch.no_grad():
         of_real = discriminator(layout, real)

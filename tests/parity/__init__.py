@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from imaginaire_spade.errors import UserError
-from parity import clade, imaginaire, imaginaire_lmdb, nvlabs_spade
+from parity import clade, imaginaire, imaginaire_lmdb, nvlabs_spade, oasis
 from parity.fixture import Fixture, Row
 
 __all__ = ["Fixture", "Row", "verify"]
@@ -22,6 +22,7 @@ _CHECKS = {
     "nvlabs_spade": nvlabs_spade.CHECKS,
     "clade": clade.CHECKS,
     "imaginaire": {**imaginaire.CHECKS, "LMDB": imaginaire_lmdb.check},
+    "oasis": oasis.CHECKS,
 }
 
 

@@ -63,7 +63,8 @@ class Fixture:
 
     @property
     def source(self) -> str:
-        known = {"NVlabs/SPADE": "nvlabs_spade", "tzt101/CLADE": "clade", "NVlabs/imaginaire": "imaginaire"}
+        known = {"NVlabs/SPADE": "nvlabs_spade", "tzt101/CLADE": "clade", "NVlabs/imaginaire": "imaginaire",
+                 "boschresearch/OASIS": "oasis"}  # fmt: skip
         for name, source in known.items():
             if self.config["reference"].startswith(name):
                 return source

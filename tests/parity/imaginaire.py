@@ -109,7 +109,7 @@ def _losses(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
         names = {"gan": "GAN", "feature_matching": "FeatureMatching", "kl": "GaussianKL"}
         for name, term in terms.items():
             yield f"{mode}/gen/{names[name]}", term
-        both = gan.discriminator(fake, real)
+        both = gan.discriminator([fake, real])
         yield f"{mode}/dis/GAN_fake", both["d_fake"]
         yield f"{mode}/dis/GAN_true", both["d_real"]
         yield f"{mode}/dis/GAN", both["d_fake"] + both["d_real"]

@@ -104,7 +104,7 @@ def _losses(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
             "GAN_Feat": hyper["lambda_feat"] * losses.FeatureMatchingLoss()(outputs),
             "KLD": hyper["lambda_kld"] * losses.KLLoss()(outputs) * len(leaves["mu"]),
         }
-        of_fake, of_real = gan.discriminator(fake, real).values()
+        of_fake, of_real = gan.discriminator([fake, real]).values()
         totals = {"G": torch.stack(list(terms.values())).sum(), "D": of_fake + of_real}
         for name, term in terms.items():
             yield f"{mode}/G/{name}", term

@@ -1,0 +1,159 @@
+"""The discriminator of OASIS (Schoenfeld et al. 2021): a U-Net that sorts each pixel into a class or "generated"."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imaginaire_spade.errors import ConfigError
+from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.models.discriminator import Discriminator, Scores
+from imaginaire_spade.models.layers import conv2d, enlarge
+from imaginaire_spade.registry import DISCRIMINATORS, Width
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, which has a 1x1 convolution where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, spectral_norm: bool) -> None:
+        super().__init__()
+        conv = partial(conv2d, spectral=spectral_norm)
+        self.conv_1 = conv(in_channels, out_channels, 3, padding=1)
+        self.conv_2 = conv(out_channels, out_channels, 3, padding=1)
+        self.conv_s = conv(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+
+class DownBlock(_Block):
+    """Halve the resolution by average pooling; ``first``: of the image, so that no activation comes first."""
+
+    def __init__(self, in_channels: int, out_channels: int, spectral_norm: bool, first: bool = False) -> None:
+        super().__init__(in_channels, out_channels, spectral_norm)
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [N, in, h, w] -> [N, out, h/2, w/2]."""
+        y = x if self.first else F.leaky_relu(x, 0.2)
+        y = self.conv_2(F.leaky_relu(self.conv_1(y), 0.2, inplace=True))
+        # A 1x1 convolution and pooling commute: it has a quarter of the work behind it.
+        return self.conv_s(F.avg_pool2d(x, 2)) + F.avg_pool2d(y, 2)
+
+
+class UpBlock(_Block):
+    """Double the resolution (nearest)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [N, in, h, w] -> [N, out, 2h, 2w]."""
+        y = self.conv_1(enlarge(F.leaky_relu(x, 0.2), 2))
+        y = self.conv_2(F.leaky_relu(y, 0.2, inplace=True))
+        return enlarge(self.conv_s(x), 2) + y  # (enlarging and a 1x1 convolution commute)
+
+
+class UNetEncoder(nn.Module):
+    """Six blocks that halve the resolution.
+
+    Another encoder can take its place: it returns one tensor per halving, and tells their widths.
+
+    Args:
+        channels: of the image, then of each block's output.
+    """
+
+    def __init__(self, channels: Sequence[int], spectral_norm: bool) -> None:
+        super().__init__()
+        self.widths = tuple(channels[1:])
+        """Channels of each output, fine to coarse."""
+        pairs = enumerate(itertools.pairwise(channels))
+        self.blocks = nn.ModuleList(DownBlock(a, b, spectral_norm, first=not number) for number, (a, b) in pairs)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Encode images [N, C, H, W] -> [N, width, H/2, W/2], [N, width, H/4, W/4] and so on."""
+        outputs, x = [], images
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        return outputs
+
+
+class UNetDecoder(nn.Module):
+    """Blocks that double the resolution; each but the first sees an encoder's output of its resolution too.
+
+    Args:
+        encoded: channels of the encoder's outputs, fine to coarse.
+        widths: channels of each block's output, coarse to fine: as many.
+    """
+
+    def __init__(self, encoded: Sequence[int], widths: Sequence[int], spectral_norm: bool) -> None:
+        super().__init__()
+        skipped = [0, *reversed(encoded[:-1])]
+        inputs = [skip + width for skip, width in zip(skipped, [encoded[-1], *widths[:-1]], strict=True)]
+        self.blocks = nn.ModuleList(UpBlock(a, b, spectral_norm) for a, b in zip(inputs, widths, strict=True))
+
+    def forward(self, encoded: Sequence[Tensor]) -> Tensor:
+        """Decode outputs of an encoder, fine to coarse -> [N, width, H, W] at twice the finest resolution."""
+        first, *others = self.blocks
+        x = first(encoded[-1])
+        for block, skip in zip(others, reversed(encoded[:-1]), strict=True):
+            x = block(torch.cat([skip, x], 1))
+        return x
+
+
+@DISCRIMINATORS.register("oasis_unet")
+class OASISDiscriminator(Discriminator):
+    """The discriminator of OASIS (Schoenfeld et al. 2021): the classes of a segmentation, and one more for "generated".
+
+    It sees images alone. Each group of images that one call scores for the same label maps has a forward of its own.
+
+    Args:
+        spec: channels of the layouts; it scores each label channel.
+        image_channels: C of the images, RGB or others.
+        num_filters: width of the first two blocks of the encoder (and of the last but one of the decoder).
+        middle_num_filters: width of the two after them.
+        max_num_filters: width of the last two.
+        last_num_filters: width before the scores.
+        spectral_norm: spectral norm on the convolutions of the blocks.
+    """
+
+    batch_independent = True
+    size_multiple = min_size = 64
+    scores_classes = True
+
+    def __init__(
+        self,
+        spec: LayoutSpec,
+        image_channels: int = 3,
+        *,
+        num_filters: Width = 128,
+        middle_num_filters: Width = 256,
+        max_num_filters: Width = 512,
+        last_num_filters: Width = 64,
+        spectral_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        if not spec.num_label_channels:
+            raise ConfigError(
+                "dis.type: oasis_unet scores classes, and data.labels is null: write dis.type: multiscale_patch"
+            )
+        a, b, c = num_filters, middle_num_filters, max_num_filters
+        self.encoder = UNetEncoder([image_channels, a, a, b, b, c, c], spectral_norm)
+        self.decoder = UNetDecoder(self.encoder.widths, [c, b, b, a, a, last_num_filters], spectral_norm)
+        self.to_logits = nn.Conv2d(last_num_filters, 1 + spec.num_label_channels, 1)
+
+    def forward(self, layout: SemanticLayout, images: Tensor) -> list[Scores]:
+        """Score each pixel's classes: one ``Scores`` of logits [k * N, 1 + num_label_channels, H, W], without features.
+
+        Channel 0 means "generated", channel c + 1 label channel c.
+
+        Args:
+            layout: N label maps [H, W]; only their number matters.
+            images: float [k * N, C, H, W] in [-1, 1], H and W multiples of 64. The k groups of N run one after the
+                other, so that spectral norm iterates before each, as in OASIS's release.
+        """
+        height, width = images.shape[-2:]
+        if height % self.size_multiple or width % self.size_multiple:
+            raise ValueError(f"images of {height}x{width}: both must be multiples of {self.size_multiple}")
+        groups = [self.to_logits(self.decoder(self.encoder(group))).float() for group in images.split(len(layout))]
+        return [Scores(torch.cat(groups) if len(groups) > 1 else groups[0], [])]

@@ -1,0 +1,152 @@
+"""Checks of OASIS's networks, losses and whole training iterations.
+
+Its don't care is label 0 and the first label channel, where ours is the last: tensors are put into our order, and back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.losses import ClassPlan, GeneratorOutputs, SegmentationGANLoss
+from imaginaire_spade.models.discriminator import Discriminator, Scores
+from imaginaire_spade.models.unet import OASISDiscriminator
+from parity.fixture import MODES, Check, Fixture
+
+
+def to_ours(ids: Tensor, spec: LayoutSpec) -> Tensor:
+    """Labels int16 [N, H, W] of theirs [N, 1, H, W]."""
+    labels = ids[:, 0].to(torch.int16)
+    return (labels - 1) % (spec.num_classes + 1) if spec.has_dont_care else labels
+
+
+def permuted(channels: Tensor, spec: LayoutSpec, axis: int, first: int, *, back: bool) -> Tensor:
+    """Move don't care behind the other label channels, which begin at ``first``, or back."""
+    if not spec.has_dont_care:
+        return channels
+    count = spec.num_label_channels
+    before, labels, after = channels.tensor_split([first, first + count], axis)
+    return torch.cat([before, labels.roll(1 if back else -1, axis), after], axis)
+
+
+def _spec(fixture: Fixture) -> LayoutSpec:
+    hyper = fixture.config["hyper"]
+    dont_care = bool(hyper.get("contain_dontcare_label", False))
+    return LayoutSpec(hyper["semantic_nc"] - dont_care, has_dont_care=dont_care)
+
+
+# ---------------------------------------------------------------------------------------------------- discriminator
+
+
+def _their_name(key: str) -> str:
+    """Name a tensor of our discriminator as they do."""
+    key = re.sub(r"^encoder\.blocks\.0\.conv_1", "body_down.0.conv1.0", key)
+    key = re.sub(r"^encoder\.blocks\.(\d)\.conv_1", r"body_down.\1.conv1.1", key)
+    key = re.sub(r"^decoder\.blocks\.(\d)\.conv_1", r"body_up.\1.conv1.2", key)
+    key = re.sub(r"^encoder\.blocks\.(\d)\.conv_2", r"body_down.\1.conv2.1", key)
+    key = re.sub(r"^decoder\.blocks\.(\d)\.conv_2", r"body_up.\1.conv2.1", key)
+    key = re.sub(r"^encoder\.blocks", "body_down", re.sub(r"^decoder\.blocks", "body_up", key))
+    key = re.sub(r"\.weight$", ".weight_orig", key)
+    return re.sub(r"^to_logits\.weight_orig|^to_logits\.weight", "layer_up_last.weight", key).replace(
+        "to_logits.bias", "layer_up_last.bias"
+    )
+
+
+def discriminator_of(fixture: Fixture, prefix: str = "") -> Discriminator:
+    spec = _spec(fixture)
+    _, a, _, b, _, c, _ = fixture.config["hyper"]["D_channels"]
+    network = OASISDiscriminator(
+        spec, num_filters=a, middle_num_filters=b, max_num_filters=c,
+        last_num_filters=fixture.config["hyper"]["D_last_channels"],
+    )  # fmt: skip
+    state = {key: fixture.weights[prefix + _their_name(key)] for key in network.state_dict()}
+    for key in ("to_logits.weight", "to_logits.bias"):
+        state[key] = permuted(state[key], spec, 0, 1, back=False)
+    network.load_state_dict(state)
+    return network
+
+
+def _discriminator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
+    inputs = fixture.inputs
+    layout = SemanticLayout(_spec(fixture), torch.zeros(2, 64, 64, dtype=torch.int16))
+    for mode in MODES:
+        network = discriminator_of(fixture).train(mode == "train")
+        with torch.no_grad():  # one call: the two groups' forwards come one after the other
+            (both,) = network(layout, torch.cat([inputs["fake_image"], inputs["real_image"]]))
+        for name, logits in zip(("fake", "real"), both.logits.chunk(2), strict=True):
+            yield f"{mode}/{name}/scores", logits
+        if mode == "train":
+            yield from ((f"train_state/{_their_name(key)}", buffer) for key, buffer in network.named_buffers())
+        network = discriminator_of(fixture).train(mode == "train").double()
+        fake, real = (inputs[f"{half}_image"].double().requires_grad_() for half in ("fake", "real"))
+        (both,) = network(layout, torch.cat([fake, real]))
+        weights = torch.cat([inputs["R/fake"], inputs["R/real"]])
+        loss = (both.logits.double() * weights).sum()
+        yield f"{mode}_loss/sum_output_times_R", loss
+        named = {_their_name(key): parameter for key, parameter in network.named_parameters()}
+        named |= {"input.fake_image": fake, "input.real_image": real}
+        for (name, _), gradient in zip(named.items(), torch.autograd.grad(loss, [*named.values()]), strict=True):
+            yield f"{mode}_grad/{name}", gradient
+
+
+# ---------------------------------------------------------------------------------------------------------- losses
+
+
+def _losses(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
+    hyper, inputs = fixture.config["hyper"], fixture.inputs
+    for case, flags in hyper["cases"].items():
+        dont_care = flags["contain_dontcare_label"]
+        spec = LayoutSpec(hyper["semantic_nc"] - dont_care, has_dont_care=dont_care)
+        layout = SemanticLayout(spec, to_ours(inputs[flags["label"]], spec))
+        term = SegmentationGANLoss(class_balancing=not flags["no_balancing_inloss"], labelmix=hyper["lambda_labelmix"])
+        leaves = {name: inputs[f"output_{name}"].clone().requires_grad_() for name in ("fake", "real", "mixed")}
+        scores = {name: [Scores(permuted(x, spec, 1, 1, back=False), [])] for name, x in leaves.items()}
+        plan = _drawn(fixture, term.plan(layout, 0, 0), spec)
+        if flags["label"] != "label":  # the mask is the other map's in this case too
+            plan = GivenMask(plan.weights, plan.from_photo, inputs["labelmix_mask"].bool())
+        yield f"{case}/weight_map", plan.weights[layout.labels.long()].unsqueeze(1)
+        of_g = term(GeneratorOutputs(inputs["fake_image"], inputs["real_image"], scores["fake"], [], layout=layout,
+                                     plan=plan))  # fmt: skip
+        of_d = term.discriminator([*scores.values()], layout, plan)
+        total = sum(of_d.values())
+        yield f"{case}/G/loss", of_g
+        yield from ((f"{case}/D/{name.removeprefix('d_')}", value) for name, value in of_d.items())
+        yield f"{case}/D/total", total
+        gradient = torch.autograd.grad(of_g, leaves["fake"], retain_graph=True)
+        yield f"{case}/G_grad/output_fake", gradient[0]
+        for name, gradient in zip(leaves, torch.autograd.grad(total, [*leaves.values()]), strict=True):
+            yield f"{case}/D_grad/output_{name}", gradient
+        if case == "dontcare":
+            mask = plan.mask(layout)
+            yield "labelmix/mask", mask
+            yield "labelmix/mixed_image", torch.where(mask, inputs["real_image"], inputs["fake_image"])
+            # Their loop gave label 0 label 1's draw: the mask itself is given.
+            collision = inputs["labelmix_mask_collision"].bool()
+            mixed = torch.where(collision, inputs["real_image"], inputs["fake_image"])
+            yield "labelmix_collision/mixed_image", mixed
+
+
+def _drawn(fixture: Fixture, plan: ClassPlan, spec: LayoutSpec) -> ClassPlan:
+    """The plan with the fixture's draws, one for each of the ids that are present."""
+    draws = torch.zeros(spec.num_classes + 1, dtype=torch.bool)
+    ids = torch.tensor(fixture.config["classes_present"]).view(1, 1, 1, -1)
+    draws[to_ours(ids, spec).flatten().long()] = fixture.inputs["labelmix_draws"].bool()
+    return ClassPlan(plan.weights, draws)
+
+
+@dataclass(frozen=True)
+class GivenMask(ClassPlan):
+    """A plan whose mask is given, whatever the labels."""
+
+    given: Tensor
+
+    def mask(self, layout: SemanticLayout) -> Tensor:
+        return self.given
+
+
+CHECKS: dict[str | None, Check] = {"OASIS_Discriminator": _discriminator, None: _losses}
