@@ -135,6 +135,8 @@ class SemanticLayout:
         layout = self.map(lambda tensor: tensor)
         layout.spec = replace(self.spec, num_noise_channels=vectors.shape[1 if vectors is maps else 2])
         layout.noise = noise
+        if vectors is not maps and maps is None:  # else the neighbourhoods depend on more than which map it is
+            layout.ahead = {view: found for view, found in self.ahead.items() if found.noise is not None}
         return layout
 
     def __len__(self) -> int:

@@ -205,6 +205,18 @@ def test_under_autocast_tables_are_as_near_the_truth_as_the_dense_path():
             assert (one - true).norm() < 1.5 * (other - true).norm() + 1e-3 * true.norm()
 
 
+def test_noise_per_pixel_takes_the_dense_path_and_a_warning_says_so():
+    layout = blocky_layout(LayoutSpec(5), 2, 64, 64)
+    noisy = {name: layout.with_noise(noise) for name, (noise, _) in kinds_of_noise(2, 3, 64, 64).items()}
+    norm = SPADE(4, noisy["pixel"].spec, path="table")
+    assert norms_module.takes_noise(norm) and not norms_module.takes_noise(SPADE(4, layout.spec))
+    assert norm._takes_tables(noisy["image"]) and norm._takes_tables(noisy["region"])
+    with pytest.warns(RuntimeWarning, match="noise per pixel: SPADE norms are dense"):
+        assert not norm._takes_tables(noisy["pixel"])
+    x = torch.randn(2, 4, 64, 64)  # the same noise, by region and written out per pixel
+    torch.testing.assert_close(norm(x, noisy["region"]), norm(x, noisy["pixel"]), rtol=0, atol=1e-5)
+
+
 def test_auto_takes_tables_where_they_pay_and_only_where_they_can():
     spec = LayoutSpec(20, has_edges=True)
     norm = SPADE(64, spec)
@@ -374,23 +386,30 @@ class OnGPU(Lookup):
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_neighbourhoods_found_ahead_are_those_of_each_piece(pieces):
+@pytest.mark.parametrize("with_noise", [False, True])
+def test_neighbourhoods_found_ahead_are_those_of_each_piece(pieces, with_noise):
     spec = LayoutSpec(5, has_edges=True)
     layout = SemanticLayout(spec, blocky_layout(spec, 4, 128, 192).labels, "labels")
     batch = Batch(layout, None, tuple("abcd"), ((128, 192),) * 4, tuple(range(4)))
-    batch = replace(batch, ahead=batch.look_ahead((3, 5), pieces)).map(torch.clone)
+    batch = replace(batch, ahead=batch.look_ahead((3, 5), pieces, with_noise)).map(torch.clone)
     assert isinstance(layout._edges, str) and len(batch.ahead) == pieces
     for number, piece in enumerate(batch.split(pieces)):
-        own = layout[number * len(piece) : (number + 1) * len(piece)]
+        own, used = layout[number * len(piece) : (number + 1) * len(piece)], piece.layout
+        if with_noise:
+            own, used = (each.with_noise(torch.randn(len(piece), 7)) for each in (own, used))
         for size, (height, width) in itertools.product((3, 5), ((128, 192), (64, 96))):
-            found, plain = (each.resized(height, width).neighbourhoods(size) for each in (piece.layout, own))
+            found, plain = (each.resized(height, width).neighbourhoods(size) for each in (used, own))
             assert found.labels.index.dtype == torch.int32
             assert torch.equal(found.edges, plain.edges) and torch.equal(found.outside, plain.outside)
-            for one, other in zip((found.labels, found.pixels, *found.outer),
-                                  (plain.labels, plain.pixels, *plain.outer), strict=True):  # fmt: skip
+            lookups = [[*filter(None, (f.labels, f.noise, f.pixels, *f.outer))] for f in (found, plain)]
+            assert len(lookups[0]) == 3 + with_noise + (size > 3) * 2
+            for one, other in zip(*lookups, strict=True):
                 assert torch.equal(one.index.long(), other.index) and one.num_rows == other.num_rows
                 assert all(torch.equal(a.long(), b) for a, b in zip(one.chunks, other.chunks, strict=True))
-        assert piece.layout.resized(32, 48).neighbourhoods(3).labels.index.dtype == torch.int64  # too few pixels
+        assert used.resized(32, 48).neighbourhoods(3).labels.index.dtype == torch.int64  # too few pixels
+        # What was found without noise, or for noise of another kind, does not serve.
+        assert bool(piece.layout.with_noise(torch.randn(len(piece), 7)).ahead) == with_noise
+        assert not piece.layout.with_noise(NoiseRegions(torch.randn(len(piece), 6, 7), own.labels)).ahead
 
 
 @pytest.mark.parametrize("channels", [5, 4], ids=["shortcut", "identity"])

@@ -57,13 +57,17 @@ class Ahead:
     """Kernel size, height, width of a view -> its neighbourhoods; tensors without memory."""
 
     @classmethod
-    def of(cls, layout: SemanticLayout, kernel_sizes: Sequence[int]) -> Ahead:
+    def of(cls, layout: SemanticLayout, kernel_sizes: Sequence[int], with_noise: bool = False) -> Ahead:
         """Find what the tables of a GPU need: at the resolutions of FEWEST_PIXELS_ON_GPU or more.
 
         Args:
             layout: on the host; nothing in it is changed.
+            with_noise: whether a generator will give each label map a noise vector, so that no two share neighbourhoods
+                (which depend on which map it is, not on the vector).
         """
         view, found, packed = layout[:], {}, [torch.empty(0, dtype=torch.uint8)]
+        if with_noise:
+            view = view.with_noise(torch.zeros(len(view), 1))
 
         def pack(tensor: Tensor) -> Tensor:
             tensor = tensor.int() if tensor.dtype == torch.int64 else tensor
@@ -163,11 +167,11 @@ class Batch:
         ahead = tuple(part.map(function) for part in self.ahead)
         return replace(self, layout=self.layout.map(function), images=images, ahead=ahead, style_codes=z)
 
-    def look_ahead(self, kernel_sizes: Sequence[int], pieces: int) -> tuple[Ahead, ...]:
-        """Find the neighbourhoods of a batch on the host, for ``ahead``."""
+    def look_ahead(self, kernel_sizes: Sequence[int], pieces: int, with_noise: bool = False) -> tuple[Ahead, ...]:
+        """Find the neighbourhoods of a batch on the host, for ``ahead``: see ``Ahead.of``."""
         size = len(self) // pieces
         parts = (self.layout[start : start + size] for start in range(0, len(self), size))
-        return tuple(Ahead.of(part, kernel_sizes) for part in parts) if kernel_sizes else ()
+        return tuple(Ahead.of(part, kernel_sizes, with_noise) for part in parts) if kernel_sizes else ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Move the batch to a device."""

@@ -53,8 +53,9 @@ Item = tuple[int, int]
 Filled = tuple[int, int, list[tuple[str, tuple[int, int], int]], tuple[Ahead, ...]]
 """A batch in shared memory: numbers of worker and slot; key, original size and position of each sample; ``ahead``."""
 
-LookAhead = tuple[tuple[int, ...], int]
-"""Kernel sizes, and pieces of a batch, whose neighbourhoods the workers find for a GPU: see ``Batch.look_ahead``."""
+LookAhead = tuple[tuple[int, ...], int, bool]
+"""What neighbourhoods the workers find for a GPU: kernel sizes, pieces of a batch, whether each label map will have
+noise. See ``Batch.look_ahead``."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -116,7 +117,7 @@ def training_loader(
     num_workers: int,
     pin_memory: bool = False,
     shuffle_shards: int | None = None,
-    look_ahead: LookAhead = ((), 1),
+    look_ahead: LookAhead = ((), 1, False),
 ) -> Iterator[Batch]:
     """Load the training batches of one process, without end, in the order of ``training_order``.
 
@@ -215,7 +216,7 @@ def _load(
     batch_size: int,
     num_workers: int,
     pin_memory: bool,
-    look_ahead: LookAhead = ((), 1),
+    look_ahead: LookAhead = ((), 1, False),
 ) -> Iterator[Batch]:
     batches = _Batches(dataset, batch_size, num_workers, look_ahead)
     loader = DataLoader(

@@ -1,5 +1,6 @@
 """Normalisation layers, conditional on a layout or not. A conditional one is called as ``norm(x, layout)``."""
 
+import warnings
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -118,6 +119,11 @@ def table_kernel_sizes(network: nn.Module) -> tuple[int, ...]:
     return tuple(sorted({norm.kernel_size for norm in norms}))
 
 
+def takes_noise(network: nn.Module) -> bool:
+    """Return whether the SPADE norms of ``network`` see noise beside the labels."""
+    return any(isinstance(module, SPADE) and module.num_noise_channels > 0 for module in network.modules())
+
+
 def describe_path(network: nn.Module, device: torch.device) -> str | None:
     """Say how the SPADE norms of ``network`` convolve label maps on ``device``; None if it has none."""
     path = next((module.path for module in network.modules() if isinstance(module, SPADE)), None)
@@ -166,6 +172,7 @@ class SPADE(ConditionalNorm):
         self.out_channels = channels
         self.path = path
         self.kernel_size = kernel_size
+        self.num_noise_channels = spec.num_noise_channels
         self.normalize = _normalisation(normalization, channels, affine)
         conv = partial(conv2d, kernel_size=kernel_size, padding=kernel_size // 2, spectral=spectral_norm)
         self.shared = conv(spec.num_channels, hidden_channels)
@@ -207,8 +214,13 @@ class SPADE(ConditionalNorm):
         32 / hidden rows. In training all processes decide alike, by the mean of their counts: the two paths exchange
         statistics and finish gradients at different points of the backward pass.
         """
-        if self.path == "dense" or not view.is_discrete or torch.compiler.is_compiling():
+        if self.path == "dense" or torch.compiler.is_compiling():
             return False  # a network that is compiled or exported as a whole cannot inspect its data
+        if not view.is_discrete:
+            if isinstance(view.noise, Tensor):
+                text = "noise per pixel: SPADE norms are dense (tables take noise by image, class or region)"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return False
         if view.labels.is_cuda:
             return self.path == "table" and view.height * view.width >= FEWEST_PIXELS_ON_GPU
         out, hidden, *_ = self.gamma.weight.shape

@@ -25,7 +25,7 @@ from imaginaire_spade.data.loader import Prefetcher, default_num_workers, sequen
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import SemanticLayout
-from imaginaire_spade.models.norms import describe_path, synchronize_batch_norm, table_kernel_sizes
+from imaginaire_spade.models.norms import describe_path, synchronize_batch_norm, table_kernel_sizes, takes_noise
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.training.checkpoint import checksum_path, load_checkpoint, load_newest, newest_checkpoint
 from imaginaire_spade.training.cuda_graph import GraphedUpdate
@@ -100,13 +100,14 @@ class Run:
     def batches(self, num_workers: int | None = None) -> Prefetcher:
         """Yield this process's batches on the device, from the current position on."""
         workers = self.config.data.num_workers if num_workers is None else num_workers
-        on_gpu, sizes = self.device.type == "cuda", table_kernel_sizes(self.state.generator)
+        on_gpu, generator = self.device.type == "cuda", self.state.generator
+        sizes = table_kernel_sizes(generator) if on_gpu else ()
         loader = training_loader(
             self.dataset, self.config.data.train.batch_size, seed=self.config.seed, images_seen=self.state.images_seen,
             rank=self.info.rank, world_size=self.info.world_size,
             num_workers=default_num_workers(self.info.local_world_size) if workers is None else workers,
             pin_memory=on_gpu, shuffle_shards=self.config.data.shuffle_shards,
-            look_ahead=(sizes if on_gpu else (), self.config.trainer.gradient_accumulation),
+            look_ahead=(sizes, self.config.trainer.gradient_accumulation, takes_noise(generator)),
         )  # fmt: skip
         return Prefetcher(loader, self.device)
 
