@@ -41,6 +41,8 @@ CONFIGS = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "conf
 Origins = dict[str, str]
 """Dotted key -> "file.yaml:12", for messages."""
 
+MAX_MISTAKES = 12
+"""Of a configuration, that one message lists."""
 MAX_VALUES = 1_000_000
 """Of a configuration. A few lines of YAML whose anchors name each other can state more values than memory holds."""
 MAX_DEPTH = 50
@@ -311,8 +313,9 @@ def _check(schema: type[S], tree: Mapping[str, Any], origins: Origins, source: s
     except (TypeError, ValueError, RecursionError) as error:
         if not isinstance(error, ValidationError):
             raise ConfigError(f"{source}: no configuration can hold this: {error}") from None
-        lines = _explain(error, schema, (), origins, source)
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        lines = [*dict.fromkeys(_explain(error, schema, (), origins, source))]
+        more = [f"... and {len(lines) - MAX_MISTAKES} more such mistakes"] * (len(lines) > MAX_MISTAKES)
+        raise ConfigError("\n".join(lines[:MAX_MISTAKES] + more)) from None
 
 
 def _explain(

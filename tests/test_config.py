@@ -87,6 +87,14 @@ def test_every_mistake_is_reported_at_once(tmp_path):
     assert all(key in str(raised.value) for key in ("log_evry", "num_filter", "seed"))
 
 
+def test_a_block_that_slipped_into_another_section_stays_a_short_message(tmp_path):
+    path = write(tmp_path / "c.yaml", f"base: {SAMPLE}\ndata:\n" + "".join(f"  key{n}: {n}\n" for n in range(50)))
+    with pytest.raises(ConfigError, match="key0: unknown key") as raised:
+        load_config(path)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 13 and lines[-1] == "... and 38 more such mistakes"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

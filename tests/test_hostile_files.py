@@ -6,12 +6,14 @@ import json
 import random
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import download_test_data
 import numpy as np
 import pytest
 
+from imaginaire_spade.dataset_prep.annotations import _coco_mask, paint
 from imaginaire_spade.dataset_prep.archives import unpack
 from imaginaire_spade.dataset_prep.prepare import _read_objects
 from imaginaire_spade.errors import DataError, UserError, run_command_line
@@ -127,6 +129,27 @@ def test_instances_of_other_types_are_one_message(tmp_path, change):
         return
     with pytest.raises(Exception):  # noqa: B017 (``paint`` names the annotation)
         [area() for _, _, _, area in objects["a"][1]]
+
+
+FAR = [[[1, 1, 5, far, 5, 5]] for far in (2**32, -1e9, 1e300, float("nan"), 40)]
+CODES = [{"size": [8, 8], "counts": counts} for counts in ([8, 8], [70], [-8, 72], [64.5], [], "03t1", "", "o" * 10**6)]
+
+
+@pytest.mark.parametrize("shape", [*FAR, *CODES, {"size": [8, 2**40], "counts": [2**43]}, {"size": [8], "counts": [8]}])
+def test_regions_that_pycocotools_dies_of_or_makes_up_are_refused(shape):
+    """Far points end the process (a segmentation fault); of too few run lengths the rest is what memory held."""
+    with pytest.raises(DataError, match="here: unreadable|run length code"):
+        paint([(1, "here", partial(_coco_mask, shape, 8, 8))], (8, 8), 0)
+
+
+def test_run_length_codes_are_read_as_pycocotools_writes_them():
+    mask = pytest.importorskip("pycocotools.mask", reason="the package pycocotools (extra data) is not installed")
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        inside = rng.random((rng.integers(1, 90), rng.integers(1, 3000))) < rng.choice([0, 0.001, 0.5, 1])
+        code = mask.encode(np.asfortranarray(inside.astype(np.uint8)))
+        read = _coco_mask({**code, "counts": code["counts"].decode()}, *inside.shape)
+        assert np.array_equal(read, inside)
 
 
 def test_a_manifest_of_other_types_is_one_message(tmp_path):

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_label, image_size
+from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, check_size, decode_label, image_size
 from imaginaire_spade.data.photos import decode_stored, read_header
 from imaginaire_spade.dataset_prep import samples
 from imaginaire_spade.dataset_prep.samples import Export, Options, RawSample, find_folder, find_images, no_class
@@ -204,12 +204,38 @@ def coco_regions(path: Path, tree: Any, empty: list[str], otherwise: str = "") -
 
 
 def _coco_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """Draw polygons or a run length code of COCO: bool [H, W]."""
+    """Draw polygons or a run length code of COCO: bool [H, W].
+
+    Raises:
+        ValueError: points far outside, at which pycocotools ends the process; lengths that do not fill the code's size.
+    """
+    if isinstance(segmentation, dict):
+        (rows, columns), lengths = segmentation["size"], segmentation["counts"]
+        check_size(rows, columns, "a run length code")
+        lengths = _run_lengths(lengths) if isinstance(lengths, str) else lengths
+        if sum(lengths) != rows * columns:
+            raise ValueError(f"run lengths of {sum(lengths)} pixels for {rows} x {columns}")
+        return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(columns, rows).T
     from pycocotools import mask
 
-    is_coded = isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list)
-    coded = segmentation if is_coded else mask.frPyObjects(segmentation, height, width)
-    return mask.decode(mask.merge(coded) if isinstance(coded, list) else coded) != 0
+    if not all((np.abs(np.array(polygon, float)) <= 2 * max(height, width)).all() for polygon in segmentation):
+        raise ValueError(f"points far outside of {width} x {height} pixels (width x height)")
+    return mask.decode(mask.merge(mask.frPyObjects(segmentation, height, width))) != 0
+
+
+def _run_lengths(code: str) -> list[int]:
+    """Read COCO's compressed run lengths: five bits per character, the lowest first, then whether more follow. From the
+    fourth length on they are differences to the length before the last."""
+    lengths, number, shift = list[int](), 0, 0
+    for bits in (ord(character) - 48 for character in code):
+        number, shift = number | (bits & 31) << shift, shift + 5
+        if shift > 40:
+            raise ValueError("a run length of more than 40 bits")
+        if not bits & 32:
+            number -= (bits & 16) << shift - 4  # the sign
+            lengths.append(number + (lengths[-2] if len(lengths) > 2 else 0))
+            number, shift = 0, 0
+    return lengths
 
 
 def _labelme(source: Path, options: Options) -> Export:
