@@ -138,7 +138,7 @@ CODES = [{"size": [8, 8], "counts": counts} for counts in ([8, 8], [70], [-8, 72
 @pytest.mark.parametrize("shape", [*FAR, *CODES, {"size": [8, 2**40], "counts": [2**43]}, {"size": [8], "counts": [8]}])
 def test_regions_that_pycocotools_dies_of_or_makes_up_are_refused(shape):
     """Far points end the process (a segmentation fault); of too few run lengths the rest is what memory held."""
-    with pytest.raises(DataError, match="here: unreadable|run length code"):
+    with pytest.raises(DataError, match=r"here: unreadable|run length code"):
         paint([(1, "here", partial(_coco_mask, shape, 8, 8))], (8, 8), 0)
 
 
