@@ -318,15 +318,19 @@ class EvaluationConfig(Section):
     """Training images between two evaluations; there is also one at the end."""
     num_images: int | None = Field(None, ge=4, le=10**9)
     """Validation samples, spread evenly over data.val, the same every time; null: all."""
-    metrics: tuple[Literal["fid", "kid", "precision_recall", "segmentation"], ...] = Field(("fid",), min_length=1)
+    metrics: tuple[Literal["fid", "kid", "precision_recall", "cmmd", "segmentation"], ...] = Field(
+        ("fid",), min_length=1
+    )
     """What is measured."""
-    best: Literal["fid", "kid", "precision", "recall", "miou", "pixel_accuracy"] = "fid"
+    best: Literal["fid", "kid", "precision", "recall", "cmmd", "miou", "pixel_accuracy"] = "fid"
     """The score whose best checkpoint is kept as checkpoints/best.pt."""
     patience: Count | None = None
     """The run ends early when so many evaluations in a row did not improve `best`; null: it never does."""
+    features: str = "inception"
+    """Network of the scores, all but segmentation: `inception`, `efficientnet_lite0`, `torchvision:NAME`, `timm:NAME`,
+    `dinov2` or `clip`; `:FILE` behind it: weights (of the last two a folder)."""
     inception_weights: str | None = None
-    """File of Inception weights, for all metrics but segmentation; null: torch's cache; `random:SEED`: an untrained
-    network, to try things out."""
+    """File of Inception weights; null: torch's cache; `random:SEED`: an untrained network, to try things out."""
     feature_dim: Literal[64, 192, 768, 2048] = 2048
     """Layer of the Inception network; FID and KID proper: 2048."""
     resize: Literal["legacy", "clean"] = "legacy"
@@ -339,10 +343,18 @@ class EvaluationConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:
         measured_by = {"precision": "precision_recall", "recall": "precision_recall"}
-        measured_by |= {"fid": "fid", "kid": "kid", "miou": "segmentation", "pixel_accuracy": "segmentation"}
+        measured_by |= {
+            "fid": "fid",
+            "kid": "kid",
+            "cmmd": "cmmd",
+            "miou": "segmentation",
+            "pixel_accuracy": "segmentation",
+        }
         needed = measured_by[self.best]
         if needed not in self.metrics:
             raise ValueError(f"best: {self.best} is measured by {needed}, which metrics does not name: add it there")
+        if "cmmd" in self.metrics and self.features.partition(":")[0] != "clip":
+            raise ValueError("metrics: cmmd is a distance of CLIP's features: write features: clip")
         if ("segmentation" in self.metrics) != (self.segmenter is not None):
             raise ValueError("metrics: segmentation and segmenter: MODEL belong together: state both or neither")
         return self

@@ -18,7 +18,7 @@ from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.discriminator import Scores
 from imaginaire_spade.noise import generator_for
-from imaginaire_spade.pretrained.feature_networks import VGG19Features
+from imaginaire_spade.pretrained.backbones import VGG19Features
 from imaginaire_spade.registry import LOSSES, Weight
 
 GANMode = Literal["hinge", "least_square", "half_least_square", "non_saturated", "wasserstein"]

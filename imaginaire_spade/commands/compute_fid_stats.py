@@ -19,7 +19,7 @@ from imaginaire_spade.errors import ConfigError, positive_integer
 from imaginaire_spade.evaluation.collection import collect
 from imaginaire_spade.evaluation.images import DatasetImages, ImageSource, StoredImages
 from imaginaire_spade.evaluation.report import REFERENCE_SPLITS
-from imaginaire_spade.pretrained.feature_networks import FEATURE_DIMS, RESIZES, feature_network
+from imaginaire_spade.pretrained.feature_networks import FEATURE_DIMS, FEATURES, RESIZES, feature_network
 
 
 def main() -> None:
@@ -29,6 +29,8 @@ def main() -> None:
     pictures.add_argument("--config", type=Path, metavar="C.yaml", help="the photos of its data")
     parser.add_argument("--reference_split", choices=REFERENCE_SPLITS, required=True, help="which split they are")
     parser.add_argument("--output", type=Path, required=True, metavar="STATS.npz")
+    parser.add_argument("--features", default="inception", metavar="NAME[:WEIGHTS]",
+                        help=f"{', '.join(FEATURES)} (default: inception)")  # fmt: skip
     parser.add_argument("--inception_weights", metavar="FILE",
                         help="default: torch's cache; random:SEED: an untrained network, for dry runs")  # fmt: skip
     parser.add_argument("--feature_dim", type=int, choices=FEATURE_DIMS, default=2048)
@@ -45,8 +47,9 @@ def main() -> None:
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
     network = feature_network(
-        arguments.inception_weights, dim=arguments.feature_dim, resize=arguments.resize, device=device
-    )
+        arguments.inception_weights, features=arguments.features, dim=arguments.feature_dim, resize=arguments.resize,
+        device=device,
+    )  # fmt: skip
     source = _source(arguments)
     distributed.init_process_group(info, device, 3600)
     try:

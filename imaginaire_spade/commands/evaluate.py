@@ -31,6 +31,7 @@ from imaginaire_spade.inference.sizes import SIZE_HELP, Asked, read_size
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.pretrained.feature_networks import (
     FEATURE_DIMS,
+    FEATURES,
     RESIZES,
     FeatureNetwork,
     feature_network,
@@ -75,6 +76,8 @@ def parse_arguments() -> argparse.Namespace:
                               help="with --label_maps: config with data.labels (configs/labels/)")  # fmt: skip
     how = parser.add_argument_group("settings")
     how.add_argument("--metrics", default="fid", help=f"comma-separated: {','.join(METRICS)} (default: fid)")
+    how.add_argument("--features", default="inception", metavar="NAME[:WEIGHTS]",
+                     help=f"network of the scores: {', '.join(FEATURES)} (default: inception)")  # fmt: skip
     how.add_argument("--inception_weights", metavar="FILE",
                      help="default: torch's cache; random:SEED: an untrained network, for dry runs")  # fmt: skip
     how.add_argument("--lpips_weights", metavar="FILE", help="torchvision's AlexNet; default as above")
@@ -103,8 +106,9 @@ def main() -> None:
     network = perceptual = segmentation = None
     if set(metrics) & set(NEED_FEATURES):
         network = feature_network(
-            arguments.inception_weights, dim=arguments.feature_dim, resize=arguments.resize, device=device
-        )
+            arguments.inception_weights, features=arguments.features, dim=arguments.feature_dim,
+            resize=arguments.resize, device=device,
+        )  # fmt: skip
     if "diversity" in metrics:
         perceptual = perceptual_network(arguments.lpips_weights, device=device)
     images = _images(arguments, metrics, size, network, device)
@@ -144,6 +148,8 @@ def _check(arguments: argparse.Namespace) -> list[str]:
         raise ConfigError(f"--metrics {','.join(unknown)}: unknown; choose from {','.join(METRICS)}")
     if not metrics:
         raise ConfigError(f"--metrics: choose from {','.join(METRICS)}")
+    if "cmmd" in metrics and arguments.features.partition(":")[0] != "clip":
+        raise ConfigError("--metrics cmmd is a distance of CLIP's features: write --features clip")
     generates = bool(arguments.checkpoint or arguments.logdir or arguments.config)
     if bool(arguments.fake) == generates:
         raise ConfigError("give --fake DIR, or --checkpoint P (or --logdir DIR) to generate the images, one of the two")

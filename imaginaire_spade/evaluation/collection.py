@@ -160,7 +160,8 @@ def load_statistics(path: Path, network: FeatureNetwork, reference_split: str) -
     if stored.gaussian.dim != network.dim:
         raise DataError(
             f"{path}: statistics of {stored.gaussian.dim} dimensions, but the features have {network.dim}: write"
-            f" --feature_dim {stored.gaussian.dim}, or compute them again (scripts/compute_fid_stats.py)"
+            f" {'another network' if network.ending else f'--feature_dim {stored.gaussian.dim}'}, or compute them again"
+            " (scripts/compute_fid_stats.py)"
         )
     if stored.origin is None:
         return stored

@@ -113,7 +113,7 @@ def _scores_of_features(
     values: dict[str, float] = {}
     stated: dict[str, Any] = {
         "feature_network": network.name, "weights_sha256": network.sha256, "feature_dim": network.dim,
-        "resize": network.resize, "resized_to": network.size,
+        "resize": network.resize, "resized_to": network.size, "normalisation": network.normalisation,
     }  # fmt: skip
     if "fid" in metrics:
         values[scores.score_name("fid", network)] = scores.frechet_distance(real.gaussian, fake.gaussian)
@@ -124,6 +124,8 @@ def _scores_of_features(
         values[scores.score_name("kid", network)] = kid
         if spread is not None:
             values[scores.score_name("kid", network) + "_std"] = spread
+    if "cmmd" in metrics:
+        values[scores.score_name("cmmd", network)] = scores.cmmd(*features)
     if "precision_recall" in metrics:
         found = scores.precision_recall(*features)
         values |= {scores.score_name(n, network): v for n, v in zip(("precision", "recall"), found, strict=True)}
@@ -137,7 +139,7 @@ def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metri
         found.append(
             f"{network.name} is an untrained network: its scores say nothing about the images, and are no FID or KID"
         )
-    elif network.sha256 != INCEPTION_SHA256:
+    elif not network.ending and network.sha256 != INCEPTION_SHA256:
         found.append(
             f"these Inception weights (sha256 {network.sha256}) are not those that FID and KID are defined with"
             f" ({INCEPTION_SHA256}): no published score compares with these"

@@ -52,8 +52,10 @@ class Protocol:
     weights_sha256: str | None = None
     feature_dim: int | None = None
     resize: str | None = None
-    """legacy (pytorch-fid's bilinear) or clean (antialiased bicubic)."""
+    """legacy (pytorch-fid's bilinear), clean (antialiased bicubic, clamped), bicubic antialiased or bicubic."""
     resized_to: int | None = None
+    normalisation: str | None = None
+    """Of pixels in 0..255 after that; None: Inception's."""
     dtype: str = DTYPE
     kid: str | None = None
     precision_recall: str | None = None
@@ -155,7 +157,7 @@ def geometry_stamp(augmentations: AugmentationConfig) -> str:
 def differences(a: Protocol, b: Protocol) -> list[str]:
     """List what differs, one line each; what only one of the two measured is no difference."""
     optional = ("geometry", "kid", "precision_recall", "diversity", "segmentation", "ignore")
-    features = ("feature_network", "weights_sha256", "feature_dim", "resize", "resized_to")
+    features = ("feature_network", "weights_sha256", "feature_dim", "resize", "resized_to", "normalisation")
     ours, theirs = asdict(a), asdict(b)
     skipped = {name for name in optional if ours[name] is None or theirs[name] is None}
     if a.feature_network is None or b.feature_network is None:

@@ -16,18 +16,22 @@ from imaginaire_spade.distributed import to_double, total_over_processes
 from imaginaire_spade.errors import DataError, how_to_install
 from imaginaire_spade.pretrained.feature_networks import FeatureNetwork
 
-METRICS = ("fid", "kid", "precision_recall", "diversity", "segmentation")
-NEED_FEATURES = ("fid", "kid", "precision_recall")
-KEEP_FEATURES = ("kid", "precision_recall")
+METRICS = ("fid", "kid", "precision_recall", "cmmd", "diversity", "segmentation")
+NEED_FEATURES = ("fid", "kid", "precision_recall", "cmmd")
+KEEP_FEATURES = ("kid", "precision_recall", "cmmd")
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+CMMD_SIGMA = 10.0
 NEIGHBOURS = 3
 """Of precision and recall, as published."""
 
 
 def score_name(name: str, network: FeatureNetwork) -> str:
-    """Name a feature score: plain only for the trained network at 2048 dimensions."""
+    """Name a feature score: plain only for the trained Inception network at 2048 dimensions."""
     if network.is_random:
         return {"fid": "random_feature_distance", "kid": "random_feature_mmd"}.get(name, f"random_feature_{name}")
+    if network.ending:
+        short = {"fid": "fd", "kid": "kd"}.get(name, name)
+        return name if name == "cmmd" else f"{short}_{network.ending}"
     return name if network.dim == 2048 else f"{name}_{network.dim}"
 
 
@@ -131,6 +135,18 @@ def kernel_distance(real: Tensor, fake: Tensor, *, seed: int = 0) -> tuple[float
         values.append(poly_mmd(to_double(a), to_double(b)).item())
     rule = f"{subsets} subset(s) of {size}, kernel (x.y/D + 1)^3, seed {seed}"
     return float(np.mean(values)), float(np.std(values)) if subsets > 1 else None, rule
+
+
+def cmmd(real: Tensor, fake: Tensor) -> float:
+    """Compute CMMD (Jayasumana et al. 2024): 1000 times the squared MMD under the kernel exp(-|x - y|^2 / 200), in its
+    biased form, of CLIP's embeddings of length 1. In float64, a block of rows at a time."""
+    a, b = to_double(real.cpu()), to_double(fake.cpu())
+
+    def mean_kernel(x: Tensor, y: Tensor) -> Tensor:
+        rows = [torch.exp(-torch.cdist(block, y).square() / (2 * CMMD_SIGMA**2)).sum() for block in x.split(1024)]
+        return torch.stack(rows).sum() / (len(x) * len(y))
+
+    return 1000 * (mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b)).item()
 
 
 def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:

@@ -1,14 +1,14 @@
-"""Provide the networks that scores and the perceptual loss are computed with, and find their weights.
+"""Provide the networks that scores are computed with.
 
-Inception gives the features of FID and KID, LPIPS the diversity, VGG19 the perceptual loss. Responsible for the
-resizing that belongs to the features. The Inception network is torch-fidelity's, converted from the one that FID is
-defined with (TensorFlow's of 2015-12-05). LPIPS is torchmetrics' (AlexNet; Zhang et al. 2018), whose heads come with
-that package; the weights of the backbone are torchvision's. Weights come from a file, and nothing is downloaded; or a
-network of scores is untrained.
+Inception gives the features of FID and KID, LPIPS the diversity; DINOv2, CLIP and networks of classification give
+Frechet and kernel distances of their own names. Responsible for the resizing that belongs to the features. The
+Inception network is torch-fidelity's, converted from the one that FID is defined with (TensorFlow's of 2015-12-05).
+LPIPS is torchmetrics' (AlexNet; Zhang et al. 2018), whose heads come with that package; the weights of the backbone are
+torchvision's. Weights come from files, and nothing is downloaded; or a network is untrained.
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,87 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade.distributed import to_double
-from imaginaire_spade.errors import ConfigError, DataError, UserError, how_to_install
+from imaginaire_spade.errors import ConfigError, DataError, UserError, first_line, how_to_install
 from imaginaire_spade.files import file_sha256
-
-
-@dataclass(frozen=True)
-class PublishedWeights:
-    """Which weights a network has, and where their file comes from."""
-
-    network: str
-    url: str
-    """Of the file, whose name it ends with."""
-    without: str
-    """What to write to do without the file."""
-    other_name: str = ""
-    """Under which another package keeps the same file."""
-
-    def find(self, given: str | None, setting: str) -> Path:
-        """Return the file ``given``, or the one in torch's cache.
-
-        Args:
-            setting: what stands before a file's name on the command line or in a config, for the message.
-        Raises:
-            ConfigError: no such file; the message says where to put which file.
-        """
-        cache = Path(torch.hub.get_dir()) / "checkpoints"
-        cached = [cache / name for name in (self.url.rpartition("/")[2], self.other_name) if name]
-        places = [Path(given).expanduser()] if given else cached
-        if found := [place for place in places if place.is_file()]:
-            return found[0]
-        raise ConfigError(
-            f"{setting.rstrip(':')}: no weights at {' or '.join(map(str, places))}. Nothing is downloaded by itself:"
-            f" fetch {self.url} and put it at {cached[0]}, or write {setting} FILE. ({self.without})"
-        )
-
-    def read(self, path: Path) -> dict[str, Tensor]:
-        """Read the tensors in a file, without running what is in it.
-
-        Raises:
-            ConfigError: it holds anything else.
-        """
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise self.unfit(path, error) from None
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise self.unfit(path, "no state dict of tensors")
-        return state
-
-    def load(self, path: Path, network: nn.Module, name_of: Callable[[str], str]) -> None:
-        """Give ``network`` the weights of a file.
-
-        Args:
-            network: may be on torch's meta device.
-            name_of: name of a tensor of ``network`` -> its name in the file, which may hold more.
-        Raises:
-            ConfigError: the file holds other weights.
-        """
-        state = self.read(path)
-        try:
-            network.load_state_dict({key: state[name_of(key)].float() for key in network.state_dict()}, assign=True)
-        except (KeyError, RuntimeError) as error:
-            raise self.unfit(path, error) from None
-
-    def unfit(self, path: Path, reason: object) -> ConfigError:
-        """Return the error for a file of anything but these weights."""
-        text = str(reason).strip().partition("\n")[0]
-        return ConfigError(f"{path}: not the weights of {self.network} ({text}). Get them from {self.url}")
-
-
-def network_sha256(network: nn.Module) -> str:
-    """Compute the sha256 of a network's tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-RANDOM = "random:"
-"""Start of the name of an untrained network: ``random:SEED``."""
-UNTRAINED = "random:0 in place of FILE tries everything out with an untrained network, whose scores mean nothing"
+from imaginaire_spade.pretrained.backbones import BACKBONES, Backbone, backbone
+from imaginaire_spade.pretrained.weights import RANDOM, UNTRAINED, PublishedWeights, network_sha256, random_seed
+from imaginaire_spade.registry import did_you_mean
 
 INCEPTION = PublishedWeights(
     "Inception v3 (2015-12-05)",
@@ -112,6 +36,11 @@ _LAST_LAYER = {64: "MaxPool_1", 192: "MaxPool_2", 768: "Mixed_6e", 2048: "Mixed_
 """Feature dimension -> torch-fidelity's layer that has it."""
 FEATURE_DIMS = tuple(_LAST_LAYER)
 RESIZES = ("legacy", "clean")
+FEATURES = ("inception", *BACKBONES, "dinov2", "clip")
+"""Networks of scores, as ``--features`` names them; ``:WEIGHTS`` may follow."""
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+"""Mean and deviation of the training images, in 0..1."""
 
 ALEXNET = PublishedWeights(
     "torchvision's AlexNet", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", UNTRAINED
@@ -126,7 +55,8 @@ class ScoreNetwork:
     """A frozen network, and what says which one it is."""
 
     name: str
-    """``inception-v3 2015-12-05``, ``inception-v3 with other weights``, ``lpips alex`` or ``random:SEED``."""
+    """``inception-v3 2015-12-05``, ``inception-v3 with other weights``, ``lpips alex``, one of ``FEATURES``, or
+    ``random:SEED`` (and more)."""
     sha256: str
     """Of the file of weights; of the weights themselves where they are random."""
     layers: nn.Module
@@ -140,33 +70,24 @@ class ScoreNetwork:
         return next(self.layers.parameters()).device
 
 
-def random_seed(weights: str | None, setting: str) -> int | None:
-    """Return SEED of ``random:SEED``; None for any other ``weights``.
-
-    Raises:
-        ConfigError: SEED is no whole number.
-    """
-    if weights is None or not weights.startswith(RANDOM):
-        return None
-    seed = weights.removeprefix(RANDOM)
-    if not seed.isdecimal():
-        raise ConfigError(f"{setting} {weights}: write random: and a seed, such as random:0")
-    return int(seed)
-
-
 @dataclass(frozen=True)
 class FeatureNetwork(ScoreNetwork):
-    """The network of FID and KID: ``layers`` take float [N, 3, size, size] of 0..255 and give float [N, dim]."""
+    """A network of scores: ``layers`` take float [N, 3, size, size] of 0..255 and give float [N, dim]."""
 
     dim: int
     resize: str
     size: int
     """Images are resized to size x size pixels."""
+    normalisation: str | None = None
+    """Of the pixels after that, as a formula; None: what ``resize`` says, of Inception."""
+    ending: str = ""
+    """Of the names of its scores; empty: Inception, whose names they are."""
 
     @property
     def identity(self) -> dict[str, Any]:
         """Return what its features depend on beside ``dim``, for a file of them: plain types."""
-        return {"name": self.name, "sha256": self.sha256, "resize": self.resize, "resized_to": self.size}
+        stated = {} if self.normalisation is None else {"normalisation": self.normalisation}
+        return {"name": self.name, "sha256": self.sha256, "resize": self.resize, "resized_to": self.size, **stated}
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Tensor]) -> Tensor:
@@ -183,36 +104,53 @@ def resize_for_network(image: Tensor, size: int, method: str) -> Tensor:
 
     Args:
         method: "legacy": bilinear between the nearest four pixels, whatever the scale, as pytorch-fid does (shrinking
-            aliases); "clean": bicubic with antialiasing as PIL does (Parmar et al. 2022, "On aliased resizing").
+            aliases); "clean": bicubic with antialiasing as PIL does (Parmar et al. 2022, "On aliased resizing");
+            "bicubic antialiased": that without clamping to 0..255; "bicubic": between sixteen pixels, not clamped.
     """
     assert image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3, image.shape
     batch = image[None].float()
     if method == "legacy":
         return F.interpolate(batch, (size, size), mode="bilinear", align_corners=False)[0]
-    assert method == "clean", method
-    return F.interpolate(batch, (size, size), mode="bicubic", align_corners=False, antialias=True).clamp(0, 255)[0]
+    assert method in ("clean", "bicubic antialiased", "bicubic"), method
+    resized = F.interpolate(batch, (size, size), mode="bicubic", align_corners=False, antialias=method != "bicubic")[0]
+    return resized.clamp(0, 255) if method == "clean" else resized
 
 
 def feature_network(
     weights: str | None = None,
     *,
+    features: str = "inception",
     dim: int = 2048,
     resize: str = "legacy",
     device: torch.device | str = "cpu",
-    setting: str = "--inception_weights",
+    setting: str = "--inception_weights FILE",
+    features_setting: str = "--features",
 ) -> FeatureNetwork:
-    """Build the network of FID and KID.
+    """Build the network of FID and KID, or another one.
 
     Args:
         weights: file of Inception weights; None: torch's cache; ``random:SEED``: an untrained network, for tests and
             dry runs.
-        dim: one of ``FEATURE_DIMS`` (2048: FID proper).
-        resize: one of ``RESIZES``.
-        setting: flag or config key that gave ``weights``, for messages.
+        features: one of ``FEATURES``, with or without ``:WEIGHTS`` (of DINOv2 and CLIP a folder).
+        dim: one of ``FEATURE_DIMS`` (2048: FID proper), of Inception.
+        resize: one of ``RESIZES``, of Inception.
+        setting: what to write for ``weights``, ending with FILE, for messages.
+        features_setting: flag or config key that gave ``features``, likewise.
     Raises:
-        ConfigError: no weights there, saying where to put which file; damaged; torch-fidelity is not installed.
+        ConfigError: an unknown network; no weights there, saying where to put which file; damaged; a package is not
+            installed; options of Inception for another network.
     """
     layers: nn.Module
+    if features != "inception":
+        kind, _, stated = features.partition(":")
+        if kind != "inception":
+            if weights is not None or dim != 2048 or resize != "legacy":
+                raise ConfigError(
+                    f"{features_setting} {features}: weights, dimension and resizing that were given beside it are"
+                    f" Inception's: leave them out (weights of its own: {features_setting} {features}:FILE)"
+                )
+            return _other_network(features, torch.device(device), features_setting)
+        weights, setting = stated, f"{features_setting} inception:FILE"
     if (seed := random_seed(weights, setting)) is None:
         path, size = INCEPTION.find(weights, setting), INCEPTION_SIZE
         layers, sha256 = InceptionFeatures(dim, path, legacy=resize == "legacy"), file_sha256(path)
@@ -222,6 +160,114 @@ def feature_network(
         sha256 = network_sha256(layers)
     layers.eval().requires_grad_(False).to(device)
     return FeatureNetwork(name, sha256, layers, dim, resize, size)
+
+
+def _other_network(features: str, device: torch.device, setting: str) -> FeatureNetwork:
+    kind, _, rest = features.partition(":")
+    named = kind in ("torchvision", "timm")
+    network, _, weights = rest.partition(":") if named else ("", "", rest)
+    name = f"{kind}:{network}" if named else kind
+    if kind not in {known.partition(":")[0] for known in FEATURES}:
+        raise ConfigError(
+            f"{setting} {features}: unknown network{did_you_mean(name, FEATURES)} Write {', '.join(FEATURES)}"
+        )
+    layers: _TransformerFeatures | Backbone
+    if kind in ("dinov2", "clip"):
+        layers = (Dinov2Features if kind == "dinov2" else ClipFeatures)(weights or None, setting)
+        resize = layers.resize
+    else:
+        layers, resize = backbone(name, weights or None, f"{setting} {name}:FILE", where=f"{setting} "), "clean"
+    layers.eval().requires_grad_(False).to(device)
+    with torch.no_grad():
+        dim = layers(torch.zeros(1, 3, layers.size, layers.size, device=device)).shape[1]
+    ending = re.sub(r"\W+", "_", name)
+    return FeatureNetwork(layers.name, layers.sha256, layers, dim, resize, layers.size, layers.normalisation, ending)
+
+
+class _TransformerFeatures(nn.Module):
+    """A network of transformers, from a local folder or the cache of the hub.
+
+    Args:
+        place: folder with config.json and weights, or an id in the cache; None: ``published``.
+    Raises:
+        ConfigError: transformers is not installed, or there is no such network.
+    """
+
+    name: str
+    published: str
+    model: str
+    resize: str
+    statistics = _IMAGENET
+    size = 224
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, place: str | None, setting: str) -> None:
+        super().__init__()
+        flag = f"{setting} {self.name}"
+        with how_to_install("eval", f"{flag} needs the package transformers"):
+            import transformers
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            network = getattr(transformers, self.model).from_pretrained(place or self.published, local_files_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            where = place or "the cache of huggingface_hub"
+            raise ConfigError(
+                f"{flag}: no {self.model} at {where} ({first_line(error)}). Nothing is downloaded by itself:"
+                f" hf download {self.published}, or write {flag}:FOLDER"
+            ) from None
+        self.network: Any = network.float()
+        self.sha256 = network_sha256(network)
+        mean, std = (tuple(round(255 * value, 3) for value in values) for values in self.statistics)
+        self.normalisation = f"(x - {list(mean)}) / {list(std)}"
+        for name, values in zip(("mean", "std"), self.statistics, strict=True):
+            self.register_buffer(name, 255 * torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+
+class Dinov2Features(_TransformerFeatures):
+    """DINOv2's class token after the last norm (Oquab et al. 2023; Stein et al. 2023, "Exposing flaws"; ViT-L/14).
+
+    As edm2 (Karras et al. 2024) takes it for FD-DINOv2: the whole image, to 224 x 224 by antialiased bicubic
+    interpolation. The network's own code resamples its position embeddings at (i + 0.5) * 37 / 16.1, transformers' at
+    (i + 0.5) * 37 / 16; this is the former.
+    """
+
+    name, published, model = "dinov2", "facebook/dinov2-large", "Dinov2Model"
+    resize = "bicubic antialiased"
+
+    def __init__(self, place: str | None, setting: str) -> None:
+        super().__init__(place, setting)
+        embeddings = self.network.embeddings
+        side, stored = self.size // self.network.config.patch_size, embeddings.position_embeddings.detach()
+        at_training = int((stored.shape[1] - 1) ** 0.5)
+        if side != at_training:
+            grid = stored[:, 1:].reshape(1, at_training, at_training, -1).permute(0, 3, 1, 2)
+            scale = (side + 0.1) / at_training
+            grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic", align_corners=False)
+            resampled = torch.cat([stored[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+            embeddings.position_embeddings = nn.Parameter(resampled, requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float [N, 3, 224, 224] in 0..255 -> [N, dim]."""
+        return self.network((images - self.mean) / self.std).last_hidden_state[:, 0]
+
+
+class ClipFeatures(_TransformerFeatures):
+    """CLIP's image embedding, of length 1, for CMMD (Jayasumana et al. 2024; ViT-L/14 at 336 pixels).
+
+    The whole image, to the network's size by bicubic interpolation.
+    """
+
+    name, published, model = "clip", "openai/clip-vit-large-patch14-336", "CLIPVisionModelWithProjection"
+    resize, statistics = "bicubic", _CLIP
+
+    def __init__(self, place: str | None, setting: str) -> None:
+        super().__init__(place, setting)
+        self.size = int(self.network.config.image_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float [N, 3, size, size] in 0..255 -> [N, dim]."""
+        return F.normalize(self.network((images - self.mean) / self.std).image_embeds, dim=1)
 
 
 class InceptionFeatures(nn.Module):
@@ -309,7 +355,7 @@ def perceptual_network(weights: str | None = None, *, device: torch.device | str
     Raises:
         ConfigError: no weights there, saying where to put which file; damaged; torchmetrics is not installed.
     """
-    setting = "--lpips_weights"
+    setting = "--lpips_weights FILE"
     if (seed := random_seed(weights, setting)) is None:
         path, layers = ALEXNET.find(weights, setting), _untrained_lpips(0)
         # torchvision's features.I.weight are LPIPS's sliceS.I.weight
@@ -329,58 +375,3 @@ def _untrained_lpips(seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _LPIPS(pretrained=True, net="alex", pnet_rand=True)  # the public classes would download the backbone
-
-
-VGG19 = PublishedWeights(
-    "torchvision's vgg19",
-    "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
-    "to train without the perceptual loss, write losses.perceptual.weight: 0",
-)
-VGG19_LAYERS = {
-    "relu_1_1": 1, "relu_1_2": 3, "relu_2_1": 6, "relu_2_2": 8, "relu_3_1": 11, "relu_3_2": 13, "relu_3_3": 15,
-    "relu_3_4": 17, "relu_4_1": 20, "relu_4_2": 22, "relu_4_3": 24, "relu_4_4": 26, "relu_5_1": 29, "relu_5_2": 31,
-    "relu_5_3": 33, "relu_5_4": 35,
-}  # fmt: skip
-"""Index of each activation in torchvision's ``vgg19().features``."""
-
-
-class VGG19Features(nn.Module):
-    """Activations of VGG19 (Simonyan and Zisserman 2015), frozen.
-
-    Args:
-        layers: names such as ``relu_3_1``.
-        weights_path: state dict of torchvision's vgg19 (its ``features.*`` suffice); None: torch's model cache.
-        imagenet_statistics: whether images are shifted from [-1, 1] to the statistics VGG was trained with.
-
-    Raises:
-        ConfigError: unknown layer; no weights there, saying where to put the file; or other weights.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, layers: tuple[str, ...], weights_path: str | None, imagenet_statistics: bool) -> None:
-        super().__init__()
-        if unknown := [name for name in layers if name not in VGG19_LAYERS]:
-            raise ConfigError(f"perceptual layers {unknown} unknown; VGG19 has {', '.join(VGG19_LAYERS)}")
-        self.indices = [VGG19_LAYERS[name] for name in layers]
-        import torchvision  # takes as long as torch itself, and every command line would wait for it
-
-        with torch.device("meta"):
-            self.network = torchvision.models.vgg19(weights=None).features[: max(self.indices) + 1]
-        path = VGG19.find(weights_path, "losses.perceptual.weights_path:")
-        VGG19.load(path, self.network, lambda name: f"features.{name}")
-        self.network.eval().requires_grad_(False)
-        mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if imagenet_statistics else ([0.5] * 3, [0.5] * 3)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """images float [N, 3, H, W] in [-1, 1] -> one [N, C, h, w] per layer, shallow to deep."""
-        x = ((images + 1) / 2 - self.mean) / self.std
-        activations = []
-        for index, layer in enumerate(self.network):
-            x = layer(x)
-            if index in self.indices:
-                activations.append(x)
-        return activations

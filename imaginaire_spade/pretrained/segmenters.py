@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from imaginaire_spade.errors import ConfigError, how_to_install
-from imaginaire_spade.pretrained.feature_networks import network_sha256
+from imaginaire_spade.pretrained.weights import network_sha256
 
 # ImageNet's, which torchvision's segmenters were trained with.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -65,8 +65,9 @@ class Evaluation:
         with torch.random.fork_rng(devices=[]):
             if set(self.section.metrics) & set(scores.NEED_FEATURES):
                 self._network = feature_network(
-                    self.section.inception_weights, dim=self.section.feature_dim, resize=self.section.resize,
-                    device=device, setting="trainer.evaluation.inception_weights:",
+                    self.section.inception_weights, features=self.section.features, dim=self.section.feature_dim,
+                    resize=self.section.resize, device=device, setting="trainer.evaluation.inception_weights: FILE",
+                    features_setting="trainer.evaluation.features:",
                 )  # fmt: skip
             if self.section.segmenter is not None:
                 self._segmentation = load_segmentation(
@@ -74,7 +75,7 @@ class Evaluation:
                     "trainer.evaluation.segmenter:",
                 )  # fmt: skip
         self._keep_features = bool(set(self.section.metrics) & set(scores.KEEP_FEATURES))
-        best, of_features = self.section.best, ("fid", "kid", "precision", "recall")
+        best, of_features = self.section.best, ("fid", "kid", "precision", "recall", "cmmd")
         self._deciding = scores.score_name(best, self._network) if self._network and best in of_features else best
         # Identity and memory.
         keys = "\n".join(dataset.keys[index] for index in self._indices)
