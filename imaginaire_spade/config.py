@@ -311,6 +311,37 @@ class InitConfig(Section):
     """Gain (xavier, orthogonal) or standard deviation (normal); unused by kaiming."""
 
 
+AugmentationPolicy = Literal["color", "translation", "cutout", "zoom"]
+
+
+class DiscriminatorAugmentationConfig(Section):
+    """Augmentation of what the discriminator sees, for small data sets; the generator's images stay as they are."""
+
+    policies: tuple[AugmentationPolicy, ...] = ("color", "translation", "cutout", "zoom")
+    """What is changed: brightness, saturation and contrast; the place, by up to 1/8 of the side; a hidden rectangle of
+    half the side; the size, by up to 1.25. Label maps move with their images."""
+    probability: Annotated[float, Field(ge=0, le=1)] | Literal["adaptive"] = "adaptive"
+    """Probability, 0 to 1, of each policy for each image. adaptive: from 0 up to 0.8, as the discriminator overfits."""
+    target: float = Field(0.6, ge=-1, le=1)
+    """adaptive: the probability rises while `health/d_overfitting` is larger, and falls while it is smaller."""
+    adapt_images: Count = 100_000
+    """adaptive: training images over which the probability can rise from 0 to 1 (Karras et al.: 500,000)."""
+
+    @field_validator("probability", mode="before")
+    @classmethod
+    def _check_probability(cls, value: Any) -> Any:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value != "adaptive" and not (is_number and 0 <= value <= 1):
+            raise ConfigError(f"write adaptive, or a number from 0 to 1, not {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> DiscriminatorAugmentationConfig:
+        if not self.policies or len(set(self.policies)) < len(self.policies):
+            raise ValueError(f"policies: {list(self.policies)}: state at least one, and each one once")
+        return self
+
+
 class EvaluationConfig(Section):
     """Scores of the (averaged) generator during training, on samples of data.val; see docs/evaluation.md."""
 
@@ -381,6 +412,9 @@ class TrainerConfig(Section):
     less memory, about a third more time for the generator, the same numbers."""
     freeze_discriminator_layers: int = Field(0, ge=0, le=100)
     """For fine-tuning on little data (FreezeD): so many first layers of each patch discriminator keep their weights."""
+    discriminator_augmentation: DiscriminatorAugmentationConfig | None = None
+    """For training on little data: what D sees is augmented, so that it cannot learn the images by heart; `{}` for the
+    defaults, null: off. See docs/own_data.md."""
     sync_batch_norm: bool = True
     """Batch statistics over all processes."""
     init: InitConfig = InitConfig()

@@ -132,6 +132,13 @@ class AdversarialLoss(nn.Module):
         """Compute the share of patches (or pixels) that D tells rightly as generated or real; 1/2 is chance."""
         raise NotImplementedError
 
+    def overfitting(self, fake: list[Scores], real: list[Scores], layout: SemanticLayout) -> Tensor:
+        """Compute r_t = E[sign(D(real))] (Karras et al. 2020, eq. 1), over patches (or pixels) of training images.
+
+        It is 0 while D cannot tell photos, and 1 once it takes all that it is trained on for photos.
+        """
+        raise NotImplementedError
+
 
 @LOSSES.register("gan")
 class GANLoss(AdversarialLoss):
@@ -172,10 +179,27 @@ class GANLoss(AdversarialLoss):
         If a single score means nothing (relative, wasserstein), D is right where the real image scores higher.
         """
         pairs = [(f.logits, r.logits) for f, r in zip(fake, real, strict=True)]
-        if self.relative or self.mode == "wasserstein":
+        if self._is_relative:
             return _mean_over_scales([(r > f).float().mean() for f, r in pairs])
-        boundary = 0.5 if self.mode in ("least_square", "half_least_square") else 0.0
+        boundary = self._boundary
         return _mean_over_scales([((f < boundary).float() + (r > boundary).float()).mean() / 2 for f, r in pairs])
+
+    @torch.no_grad()
+    def overfitting(self, fake: list[Scores], real: list[Scores], layout: SemanticLayout | None = None) -> Tensor:
+        """Compute r_t; if a single score means nothing, the sign is that of D(real) - D(fake)."""
+        if self._is_relative:
+            return _mean_over_scales([(r.logits - f.logits).sign().mean() for f, r in zip(fake, real, strict=True)])
+        return _mean_over_scales([(r.logits - self._boundary).sign().mean() for r in real])
+
+    @property
+    def _is_relative(self) -> bool:
+        """Whether a single score means nothing."""
+        return self.relative or self.mode == "wasserstein"
+
+    @property
+    def _boundary(self) -> float:
+        """The score between generated and real."""
+        return 0.5 if self.mode in ("least_square", "half_least_square") else 0.0
 
     def _logits(self, fake: list[Scores], real: list[Scores]) -> tuple[list[Tensor], list[Tensor]]:
         fakes, reals = [s.logits for s in fake], [s.logits for s in real]
@@ -254,12 +278,16 @@ class SegmentationGANLoss(AdversarialLoss):
     def accuracy(self, fake: list[Scores], real: list[Scores]) -> Tensor:
         """Compute the share of pixels that D tells rightly as generated or real, whatever class it gives a real one."""
 
-        def taken_for_real(scores: Scores) -> Tensor:
-            return (scores.logits[:, 0] < scores.logits[:, 1:].amax(1)).float().mean()
-
         return _mean_over_scales(
-            [(1 - taken_for_real(f) + taken_for_real(r)) / 2 for f, r in zip(fake, real, strict=True)]
+            [(1 - _taken_for_real(f).mean() + _taken_for_real(r).mean()) / 2 for f, r in zip(fake, real, strict=True)]
         )
+
+    @torch.no_grad()
+    def overfitting(self, fake: list[Scores], real: list[Scores], layout: SemanticLayout) -> Tensor:
+        """Compute r_t over the pixels that have a class; D takes one for a photo's by giving it any of the classes."""
+        counted = (layout.labels < layout.spec.num_classes).float()
+        total = counted.sum().clamp(min=1)
+        return _mean_over_scales([((2 * _taken_for_real(r) - 1) * counted).sum() / total for r in real])
 
     def _of_classes(self, scores: list[Scores], layout: SemanticLayout, plan: ClassPlan) -> Tensor:
         """Compute the mean over all pixels of weight * cross-entropy with the pixel's class."""
@@ -271,6 +299,11 @@ class SegmentationGANLoss(AdversarialLoss):
             [F.cross_entropy(s.logits, target, weights, ignore_index=-1, reduction="sum") / target.numel()
              for s in scores]
         )  # fmt: skip
+
+
+def _taken_for_real(scores: Scores) -> Tensor:
+    """Return where D gives a class rather than "generated": float [N, h, w] of 0 and 1."""
+    return (scores.logits[:, 0] < scores.logits[:, 1:].amax(1)).float()
 
 
 def _count(labels: Tensor, size: int) -> Tensor:

@@ -33,7 +33,9 @@ FORMS = {
         "trainer.iteration=reference", "trainer.precision=bf16", "trainer.channels_last=true", "gen.style_dims=6",
         "encoder={type: conv, num_filters: 2, image_size: 128}", "losses.kl=0.1",
     ),
-    "CLADE": ("gen.norm={type: clade}",),
+    "CLADE, augmentation": (
+        "gen.norm={type: clade}", "trainer.discriminator_augmentation={target: -1, adapt_images: 40}",
+    ),
 }  # fmt: skip
 
 

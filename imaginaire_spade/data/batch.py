@@ -113,6 +113,8 @@ class Batch:
     """Neighbourhoods of the layout that the loader found, of each of the parts that ``split`` will give."""
     style_codes: Tensor | None = None
     """float32 [N, style_dims], where they are drawn before the step: for a CUDA graph. A part has none."""
+    augmentation: Tensor | None = None
+    """Likewise the draws for what the discriminator sees: float32 [N, policies, 4]."""
 
     def __post_init__(self) -> None:
         if len(self.ahead) == 1:
@@ -163,9 +165,11 @@ class Batch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Apply a function to every tensor."""
-        images, z = (None if t is None else function(t) for t in (self.images, self.style_codes))
+        own = (self.images, self.style_codes, self.augmentation)
+        images, z, draws = (None if tensor is None else function(tensor) for tensor in own)
         ahead = tuple(part.map(function) for part in self.ahead)
-        return replace(self, layout=self.layout.map(function), images=images, ahead=ahead, style_codes=z)
+        layout = self.layout.map(function)
+        return replace(self, layout=layout, images=images, ahead=ahead, style_codes=z, augmentation=draws)
 
     def look_ahead(self, kernel_sizes: Sequence[int], pieces: int, with_noise: bool = False) -> tuple[Ahead, ...]:
         """Find the neighbourhoods of a batch on the host, for ``ahead``: see ``Ahead.of``."""
@@ -179,7 +183,7 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor of the batch."""
-        others = [tensor for tensor in (self.images, self.style_codes) if tensor is not None]
+        others = [t for t in (self.images, self.style_codes, self.augmentation) if t is not None]
         return [*others, *self.layout.tensors(), *(part.memory for part in self.ahead)]
 
     def split(self, pieces: int) -> Iterator[Batch]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.errors import UserError, first_line, is_out_of_memory
 from imaginaire_spade.noise import style_codes
+from imaginaire_spade.training.augmentation import augmentation_draws
 from imaginaire_spade.training.state import TrainState
 from imaginaire_spade.training.step import Networks, StepSettings, update_networks
 
@@ -50,6 +51,9 @@ class GraphedUpdate:
             UserError: the batch has another size than the first, or CUDA cannot record the updates.
         """
         z = style_codes(settings.seed, batch.positions, settings.style_dims, self._device)
+        if (augmentation := settings.trainer.discriminator_augmentation) is not None:
+            draws = augmentation_draws(settings.seed, batch.positions, augmentation.policies, self._device)
+            batch = replace(batch, augmentation=draws)
         buffers = self._fill(replace(batch, style_codes=z))
         if self._side is None:
             return update_networks(state, networks, buffers, settings)

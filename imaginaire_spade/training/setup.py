@@ -173,11 +173,13 @@ def describe(run: Run) -> str:
         f"data: {len(run.dataset)} training and {len(run.val_dataset)} preview samples",
         f"losses: {losses}",
         *([] if (path := describe_path(state.generator, run.device)) is None else [f"SPADE norms: {path}"]),
+        *([] if (seen := trainer.discriminator_augmentation) is None else
+          [f"the discriminator's images: {', '.join(seen.policies)} with probability {seen.probability}"]),
         f"batch: {run.config.data.train.batch_size} per process x {run.info.world_size} process(es) ="
         f" {calendar.global_batch} globally, on {run.device.type}, {trainer.precision}",
         f"schedule: {calendar.total_iterations} iterations = {epochs:.1f} epochs; learning rates {rates};"
         f" EMA {'off' if averaged is None else f'beta {averaged.beta:g}'}",
-    ]
+    ]  # fmt: skip
     sided = run.config.data.labels.sided_classes() if run.config.data.train.augmentations.horizontal_flip else {}
     if sided:
         pairs = yaml.safe_dump(sided, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6).strip()

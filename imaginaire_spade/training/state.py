@@ -19,6 +19,7 @@ from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
 from imaginaire_spade.models.norms import BatchNorm2d
+from imaginaire_spade.training.augmentation import AdaptiveProbability
 from imaginaire_spade.training.checkpoint import check_counter, check_tensors
 
 N = TypeVar("N", bound=nn.Module)
@@ -40,6 +41,8 @@ class TrainState:
     gen_scaler: torch.amp.GradScaler
     dis_scaler: torch.amp.GradScaler
     images_seen: int = 0
+    augmentation: AdaptiveProbability | None = None
+    """How often what D sees is augmented, where that is adaptive. A checkpoint without it begins it anew."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return field -> its state (tensors and plain types only)."""
@@ -55,6 +58,8 @@ class TrainState:
             CheckpointError: a field is missing, new, or does not fit.
         """
         places = dict(vars(self))
+        if state.get("augmentation") is None or self.augmentation is None:  # off in one of the two
+            del places["augmentation"]
         if missing := places.keys() - state.keys():
             raise CheckpointError(f"{where}: not a training checkpoint, it lacks {', '.join(sorted(missing))}")
         for name, own in places.items():
@@ -211,6 +216,10 @@ def new_train_state(config: RunConfig, device: torch.device, seed: int) -> Train
     averaged = config.trainer.model_average is not None
     generator_parameters = [p for network in (generator, encoder) if network is not None for p in network.parameters()]
     scaled = config.trainer.precision == "fp16"
+    augmentation = config.trainer.discriminator_augmentation
+    adaptive = None
+    if augmentation is not None and augmentation.probability == "adaptive":
+        adaptive = AdaptiveProbability(augmentation.adapt_images, augmentation.target).to(device)
     return TrainState(
         generator=generator, discriminator=discriminator, encoder=encoder,
         generator_ema=new_average(generator) if averaged else None,
@@ -219,4 +228,5 @@ def new_train_state(config: RunConfig, device: torch.device, seed: int) -> Train
         dis_optimizer=build_optimizer(discriminator.parameters(), config.dis_opt),
         gen_scaler=torch.amp.GradScaler(device.type, enabled=scaled),
         dis_scaler=torch.amp.GradScaler(device.type, enabled=scaled),
+        augmentation=adaptive,
     )  # fmt: skip

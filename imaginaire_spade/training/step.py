@@ -21,6 +21,7 @@ from imaginaire_spade.losses import AdversarialLoss, GeneratorOutputs
 from imaginaire_spade.models.discriminator import Discriminator, Scores, split_scores
 from imaginaire_spade.models.generator import Generator, ResidualBlock, SPADEResidualBlock, StyleBlock, sample_style
 from imaginaire_spade.noise import style_codes
+from imaginaire_spade.training.augmentation import AugmentedView, View, augmentation_draws
 from imaginaire_spade.training.state import TrainState, update_average
 
 SATURATED = 0.99
@@ -83,6 +84,8 @@ def train_step(
     for average, network in state.averages():
         update_average(average, network, ema_beta)
     state.images_seen += settings.global_batch
+    if state.augmentation is not None:
+        state.augmentation.follow(state.images_seen // settings.global_batch, settings.global_batch)
     return losses
 
 
@@ -98,8 +101,12 @@ def update_networks(state: TrainState, networks: Networks, batch: Batch, setting
     made = generate(networks, batch, settings) if shared and pieces == 1 else None
     losses: dict[str, Tensor] = {}
     (adversarial,) = (term for term in settings.terms.values() if isinstance(term, AdversarialLoss))
-    plan = adversarial.plan(batch.layout, settings.seed, state.images_seen)
+    seen = seen_by_discriminator(batch, state, settings)
+    plan = adversarial.plan(seen.layout, settings.seed, state.images_seen)
     with_real = any(getattr(term, "needs_real_scores", True) for term in settings.terms.values())
+
+    def view_of(piece: Batch) -> View:
+        return seen if pieces == 1 else seen_by_discriminator(piece, state, settings)
 
     def update_discriminator() -> None:
         state.discriminator.requires_grad_(True)
@@ -109,9 +116,10 @@ def update_networks(state: TrainState, networks: Networks, batch: Batch, setting
                 fake = (made or generate(networks, piece, settings))[0].detach()
                 real = real_images(piece)
             with _synced(networks.discriminator, number == pieces):
-                layout, groups = piece.layout, [fake, real]
+                view = view_of(piece)
+                layout, groups = view.layout, [view(fake), view(real)]
                 if plan is not None and (mask := plan.mask(layout)) is not None:
-                    groups.append(torch.where(mask, real, fake))
+                    groups.append(torch.where(mask, groups[1], groups[0]))
                 with autocast(real.device, settings):
                     # All groups in one call: one power iteration (or as many as D wants), and one DDP forward per
                     # backward.
@@ -119,7 +127,11 @@ def update_networks(state: TrainState, networks: Networks, batch: Batch, setting
                     terms = adversarial.discriminator(scores, layout, plan)
                 total = torch.stack(list(terms.values())).sum()
                 state.dis_scaler.scale(total / pieces).backward()
-            health = {"health/d_accuracy": adversarial.accuracy(scores[0], scores[1])}
+            overfitting = adversarial.overfitting(scores[0], scores[1], layout)
+            health = {"health/d_accuracy": adversarial.accuracy(*scores[:2]), "health/d_overfitting": overfitting}
+            if state.augmentation is not None:
+                state.augmentation.observe(overfitting)
+                health["health/augmentation_probability"] = state.augmentation.value
             _add(losses, terms | {"d_total": total} | health, pieces)
         state.dis_scaler.step(state.dis_optimizer)
         state.dis_scaler.update()
@@ -128,13 +140,13 @@ def update_networks(state: TrainState, networks: Networks, batch: Batch, setting
         state.discriminator.requires_grad_(False)
         state.gen_optimizer.zero_grad(set_to_none=True)
         for number, piece in enumerate(batch.split(pieces), 1):
-            real, last = real_images(piece), number == pieces
+            real, view, last = real_images(piece), view_of(piece), number == pieces
             with _synced(networks.generator, last), _synced(networks.encoder, last):
                 fake, mu, logvar = made or generate(networks, piece, settings)
                 with autocast(real.device, settings):
                     # D has no gradients here, so the raw module serves: its wrapper would wait for some.
-                    scored = _judge(state.discriminator, piece.layout, fake, real, with_real)
-                    outputs = GeneratorOutputs(fake, real, *scored, mu, logvar, piece.layout, plan)
+                    scored = _judge(state.discriminator, view.layout, view(fake), view(real), with_real)
+                    outputs = GeneratorOutputs(fake, real, *scored, mu, logvar, view.layout, plan)
                     terms = {name: term(outputs) for name, term in settings.terms.items()}
                 total = torch.stack([settings.weights[name] * term for name, term in terms.items()]).sum()
                 state.gen_scaler.scale(total / pieces).backward()
@@ -164,6 +176,19 @@ def _judge(
         of_real = discriminator(layout, real)
     discriminator.train()
     return of_fake, of_real
+
+
+def seen_by_discriminator(piece: Batch, state: TrainState, settings: StepSettings) -> View:
+    """Return what D sees of a batch on the device: the same in both updates."""
+    config = settings.trainer.discriminator_augmentation
+    if config is None:
+        return View(piece.layout)
+    draws = piece.augmentation
+    if draws is None:
+        draws = augmentation_draws(settings.seed, piece.positions, config.policies, piece.layout.device)
+    probability = config.probability if state.augmentation is None else state.augmentation.value
+    assert not isinstance(probability, str), "what is adaptive is part of the training state"
+    return AugmentedView(piece.layout, draws, probability, config.policies)
 
 
 def generate(networks: Networks, piece: Batch, settings: StepSettings) -> Generated:
