@@ -14,7 +14,7 @@ from imaginaire_spade.config_files import load_config
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError, ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
-from imaginaire_spade.losses import GANLoss
+from imaginaire_spade.losses import GANLoss, SegmentationGANLoss
 from imaginaire_spade.models.discriminator import Scores
 from imaginaire_spade.training.augmentation import (
     AT_MOST,
@@ -151,6 +151,20 @@ def test_overfitting_is_the_sign_of_the_scores_of_real_images(options):
     assert abs(gan.overfitting(scores(boundary), scores(boundary, 63))) < 0.1 if not gan._is_relative else True
     assert gan.overfitting(scores(boundary - 9), scores(boundary + 9)) == 1
     assert gan.overfitting(scores(boundary + 9), scores(boundary - 9)) == -1
+
+
+def test_overfitting_of_a_discriminator_that_scores_classes():
+    # Half of the pixels that have a class are taken for real; those without one do not count.
+    layout = SemanticLayout(LayoutSpec(3, True), torch.tensor([[[0, 1], [2, 2], [3, 3]]], dtype=torch.uint8))
+    logits = torch.zeros(1, 5, 3, 2)
+    logits[:, 2] = torch.tensor([[1.0, -9.0], [1.0, -9.0], [-9.0, -9.0]])
+    logits[:, 0] = 0.5
+    scores, gan = [Scores(logits, [])], SegmentationGANLoss()
+    assert gan.overfitting(scores, scores, layout) == 0
+    logits[:, 4] = 1
+    assert gan.overfitting(scores, scores, layout) == 1
+    logits[:, 0] = 2
+    assert gan.overfitting(scores, scores, layout) == -1
 
 
 # ------------------------------------------------------------------------------------------------ runs
