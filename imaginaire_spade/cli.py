@@ -1,11 +1,15 @@
-"""What several command lines share: flags, each of one spelling, one help text and one parsed name; checks of them."""
+"""What several command lines share: the parser; flags, each of one spelling, help text and parsed name; checks."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from imaginaire_spade.command_names import as_called
 from imaginaire_spade.errors import ConfigError
+
+SOURCES = ("nvlabs_spade", "clade", "imaginaire")
+"""The systems whose checkpoints and configs are read (a class each in ``interop/systems.py``)."""
 
 SHARED: dict[tuple[str, ...], dict[str, Any]] = {
     ("--set",): {
@@ -22,6 +26,20 @@ SHARED: dict[tuple[str, ...], dict[str, Any]] = {
     ("--device",): {"choices": ("auto", "cpu", "cuda", "mps"), "default": "auto"},
     ("--local-rank", "--local_rank"): {"type": int, "help": argparse.SUPPRESS},  # older launchers pass it
 }  # fmt: skip
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser with the module's docstring as description, printed as it is.
+
+    A command line imports what it works with after it has parsed: ``--help`` then takes no seconds for torch.
+    """
+
+    def __init__(self, description: str | None, prog: str | None = None) -> None:
+        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def format_help(self) -> str:
+        """Format the help, with commands named as the user calls them."""
+        return as_called(super().format_help())
 
 
 def add_shared_flags(parser: argparse._ActionsContainer, *flags: str, **changes: Any) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from imaginaire_spade.command_names import as_called
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -22,13 +24,15 @@ EXIT_CODE = 2
 
 MAX_LINE, MAX_LINES = 1000, 60
 """Characters and lines that a message keeps, whatever values of the user's it quotes."""
+PROBLEMS_SHOWN = 10
+"""Of a list, where a command goes on, or reads no more."""
 
 
 class UserError(ValueError):
     """Base: something the user can put right."""
 
     def __str__(self) -> str:
-        lines = super().__str__().splitlines()
+        lines = as_called(super().__str__()).splitlines()
         more = [f"... and {len(lines) - MAX_LINES} more lines"] if len(lines) > MAX_LINES else []
         half = MAX_LINE // 2
         short = [s if len(s) <= MAX_LINE else f"{s[:half]} ... {s[-half:]}" for s in lines[:MAX_LINES]]
@@ -92,10 +96,11 @@ def catch_error(kind: type[E], function: Callable[[T], R]) -> Callable[[T], R | 
 
 
 @contextmanager
-def how_to_install(extra: str, what: str, otherwise: str = "") -> Iterator[None]:
-    """Say how to install one of the extras of pyproject.toml if an import in the block fails.
+def how_to_install(packages: str, what: str, otherwise: str = "") -> Iterator[None]:
+    """Say how to install the optional ``packages`` (of pyproject.toml) if an import in the block fails.
 
     Args:
+        packages: as pip takes them.
         what: says what needs which package.
         otherwise: says what can be done without it.
     Raises:
@@ -103,9 +108,8 @@ def how_to_install(extra: str, what: str, otherwise: str = "") -> Iterator[None]
     """
     try:
         yield
-    except ImportError as error:  # (Our package is on no index.)
-        command = f"pip install '.[{extra}]' in the folder of this repository"
-        raise ConfigError(f"{what} ({error}): {command}{otherwise}") from None
+    except ImportError as error:  # (-U: it may be there, but too old)
+        raise ConfigError(f"{what} ({error}): pip install -U {packages}{otherwise}") from None
 
 
 @contextmanager

@@ -320,7 +320,7 @@ def test_coco_of_other_tools(tmp_path, capsys):
 
 def test_without_pycocotools_coco_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
-    with pytest.raises(ConfigError, match=r"needs the package pycocotools .*pip install '\.\[data\]' in the folder"):
+    with pytest.raises(ConfigError, match=r"needs the package pycocotools .*pip install -U pycocotools"):
         prepare("coco", export("coco", tmp_path / "export"), tmp_path / "raw", Options(), num_workers=0)
 
 

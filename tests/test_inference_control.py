@@ -159,7 +159,7 @@ def test_films_that_browsers_play(run, styled, label_maps, tmp_path, monkeypatch
         assert np.abs(frames[1][:height, :width].astype(int) - made[f"{name}_01.png"]).mean() < 6  # half the colours
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(
-        ConfigError, match=r"--animation mp4 needs the package av .*pip install '.\[video\]'.*--animation webp"
+        ConfigError, match=r"--animation mp4 needs the package av .*pip install -U av.*--animation webp"
     ):
         run(styled, *flags, "mp4")
     run(styled, *flags, "webp")

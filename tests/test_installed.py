@@ -4,6 +4,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -17,9 +18,10 @@ from test_training import tiny_run  # noqa: F401
 
 import imaginaire_spade
 from imaginaire_spade import commands, load_config, train
+from imaginaire_spade.command_names import as_called
 from imaginaire_spade.commands.export_schema import config_schema
 from imaginaire_spade.config_files import read_yaml
-from imaginaire_spade.errors import CheckpointError, ConfigError
+from imaginaire_spade.errors import CheckpointError, ConfigError, DataError
 from imaginaire_spade.files import atomic_write, from_hub, write_bytes, write_json
 from imaginaire_spade.inference.model import find_checkpoint
 from imaginaire_spade.version import __version__
@@ -54,6 +56,51 @@ def test_one_command_lists_all(call):
     code, printed = call("data", "edges", "--help")
     assert code == 0 and printed.startswith("usage: imaginaire-spade data edges [-h] --data_root")
     assert call("paint", "--help")[1].startswith("usage: imaginaire-spade paint [-h] --checkpoint")
+
+
+HELP = """
+import contextlib, io, sys
+from imaginaire_spade import commands
+for name in commands.COMMANDS:
+    sys.argv = ["imaginaire-spade", *name.split(), "--help"]
+    with contextlib.suppress(SystemExit):
+        commands.main()
+sys.exit("torch" in sys.modules)
+"""
+
+
+def test_help_comes_without_torch_and_names_commands_as_they_are_called():
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    for name in commands.COMMANDS:
+        assert f"usage: imaginaire-spade {name} [-h]" in done.stdout, name
+    assert not re.findall(
+        r"(?:scripts/\S+|\b(?:train|inference|evaluate|build_lmdb))\.py|python -m imaginaire", done.stdout
+    )
+    for line in (
+        "    imaginaire-spade data build --config my.yaml --data_root RAW --output_root datasets/my/train",
+        "    torchrun --nproc_per_node=8 -m imaginaire_spade data build --config ... --data_root RAW",
+        "``torchrun --nproc_per_node=K -m imaginaire_spade train --config C.yaml --logdir DIR``",
+        "Paint label maps in a browser and see the images: ``imaginaire-spade paint --checkpoint P``",
+    ):
+        assert line in done.stdout
+    script = [sys.executable, REPOSITORY / "scripts/build_lmdb.py", "--help"]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    assert "    python scripts/build_lmdb.py --config my.yaml --data_root RAW" in done.stdout
+
+
+def test_messages_name_commands_as_they_are_called(tmp_path, call, monkeypatch):
+    arguments = ("--source", "x", "--output", str(tmp_path / "out"), "--lmdb")
+    assert "then imaginaire-spade data label\n" in call("data", "prepare", "landscapes", *arguments)[1]
+    text = f"{tmp_path}/scripts/build_lmdb.py: train.py, scripts/build_lmdb.py --resume"
+    assert (
+        as_called(text)
+        == f"{tmp_path}/scripts/build_lmdb.py: imaginaire-spade train, imaginaire-spade data build --resume"
+    )
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert as_called(text) == str(DataError(text)) == text
+    monkeypatch.setattr("imaginaire_spade.command_names._HAS_SCRIPTS", False)  # as installed from a wheel
+    assert str(DataError("build it with scripts/build_lmdb.py")) == "build it with imaginaire-spade data build"
 
 
 def test_every_script_is_a_command():

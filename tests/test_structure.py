@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "imaginaire_spade"
 
 CORE = [
-    {"errors", "version", "files", "labels", "registry", "noise", "cli", "processes"},
+    {"command_names", "errors", "version", "files", "labels", "registry", "noise", "cli", "processes"},
     {"config"}, {"config_files"}, {"config_diff"},
     {"distributed"}, {"neighbourhoods", "layout", "layout_spec"}, {"sheets"}, {"pages"}, {"data"}, {"models"},
     {"pretrained"}, {"losses"}, {"build"}, {"evaluation"}, {"training"}, {"inference"},
@@ -123,9 +123,9 @@ def loaded_after(statement: str) -> set[str]:
 
 
 def test_a_module_loads_what_it_needs_and_no_more():
-    assert loaded_after("from imaginaire_spade.labels import LabelSpec") == {"errors", "labels"}
+    assert loaded_after("from imaginaire_spade.labels import LabelSpec") == {"command_names", "errors", "labels"}
     assert loaded_after("from imaginaire_spade.config_files import load_labels") == {
-        "config", "config_files", "errors", "labels", "registry"
+        "command_names", "config", "config_files", "errors", "labels", "registry"
     }  # fmt: skip
     assert loaded_after("import imaginaire_spade; assert imaginaire_spade.__version__") == set()
 
@@ -245,19 +245,24 @@ def test_the_package_imports_nothing_of_the_repository_around_it():
 
 
 def test_extras_are_installed_from_the_checkout():
-    """The package is on no index, so pip cannot find imaginaire_spade[eval]; and every extra that is named exists."""
+    """The package is on no index, so pip cannot find imaginaire_spade[eval]; and every extra that is named exists, and
+    every package that a message names belongs to one."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     folders = ("docs", "projects", "imaginaire_spade", "scripts", "benchmarks", "tests", "configs")
     paths = [*REPOSITORY.glob("*"), *(path for folder in folders for path in (REPOSITORY / folder).rglob("*"))]
-    named: set[str] = set()
+    named, packages = set[str](), set[str]()
     for path in paths:
         if path.suffix in (".py", ".md", ".ipynb", ".yaml", ".html", ".sbatch", ".sh", "") and path.is_file():
             text = path.read_text(encoding="utf-8", errors="replace")
             assert not re.search(r"pip install (-\S+ )*\W*imaginaire_spade", text), path
             assert not re.search(r"imaginaire_spade\\?\[[\w,]+\\?\]['\"]", text), path
             named |= {extra for match in re.findall(r"['\"]\.\[([\w,]+)\]['\"]", text) for extra in match.split(",")}
-            named |= set(re.findall(r"how_to_install\([\"'](\w+)", text)) | set(re.findall(r"extra [\"`](\w+)", text))
-    assert {"data", "eval", "export"} <= named <= set(project["optional-dependencies"])
+            named |= set(re.findall(r"extra [\"`](\w+)", text))
+            packages |= set(" ".join(re.findall(r"how_to_install\([\"']([\w -]+)", text)).split())
+    extras = project["optional-dependencies"]
+    assert {"data", "export"} <= named <= set(extras)
+    wanted = {re.split(r"\W*[\[>]", item)[0] for extra in extras.values() for item in extra}
+    assert {"av", "pycocotools", "transformers"} <= packages <= wanted | {"torch-fidelity"}  # (of torchmetrics[image])
 
 
 def test_ruff_and_mypy_find_nothing():

@@ -5,31 +5,9 @@ import importlib
 import os
 import sys
 
+from imaginaire_spade.command_names import COMMANDS
 from imaginaire_spade.errors import ConfigError, run_command_line
 from imaginaire_spade.version import __version__
-
-COMMANDS = {
-    "train": ("commands.train", "train a generator (torchrun -m imaginaire_spade.train: in several processes)"),
-    "infer": ("commands.inference", "generate the images of label maps"),
-    "evaluate": ("commands.evaluate", "score generated images"),
-    "paint": ("demo.__main__", "paint label maps in a browser and see the images"),
-    "data sample": ("commands.make_sample_data", "draw the sample data set"),
-    "data prepare": ("commands.prepare_dataset", "turn a download or an annotation tool's export into folders"),
-    "data label": ("commands.label_images", "label photos that have no label maps"),
-    "data edges": ("commands.make_edge_maps", "draw edge maps"),
-    "data distances": ("commands.make_distance_maps", "write the distance maps of CLADE-ICPE"),
-    "data build": ("commands.build_lmdb", "build an LMDB data set from folders"),
-    "data inspect": ("commands.inspect_lmdb", "show what a data set holds, verify it, draw its legend"),
-    "import checkpoint": ("commands.import_checkpoint", "turn another system's checkpoint into one of ours"),
-    "import config": ("commands.import_config", "turn another system's config into one of ours"),
-    "export generator": ("commands.export_generator", "write the generator as one .safetensors file to publish"),
-    "export onnx": ("commands.export_onnx", "write the generator for onnxruntime or torch.export"),
-    "export checkpoint": ("commands.export_checkpoint", "write a checkpoint under another system's names"),
-    "export schema": ("commands.export_schema", "write the JSON schema of configs, for editors"),
-    "contact-sheet": ("commands.make_contact_sheet", "draw label maps, real and generated images side by side"),
-    "fid-stats": ("commands.compute_fid_stats", "compute feature statistics once, for many evaluations"),
-}
-"""Command -> its module in this package, which has ``main``, and what it does."""
 
 
 def main() -> None:

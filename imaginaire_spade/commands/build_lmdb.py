@@ -18,16 +18,12 @@ import argparse
 import time
 from pathlib import Path
 
-from imaginaire_spade.cli import add_shared_flags
-from imaginaire_spade.config_files import load_data
+from imaginaire_spade.cli import CommandParser, add_shared_flags
 from imaginaire_spade.data.folders import DATA_TYPES
-from imaginaire_spade.distributed import rank_from_environment
-from imaginaire_spade.lmdb_builder.build import build_dataset
-from imaginaire_spade.lmdb_builder.shard import summary
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "--config", required=True, help="YAML with data.labels, .images and .edges: a run's config, or a label table"
     )
@@ -66,6 +62,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+
+    from imaginaire_spade.config_files import load_data
+    from imaginaire_spade.distributed import rank_from_environment
+    from imaginaire_spade.lmdb_builder.build import build_dataset
+    from imaginaire_spade.lmdb_builder.shard import summary
+
     started_at = time.perf_counter()
     data = load_data(arguments.config, arguments.overrides)
     rank, world_size = rank_from_environment()

@@ -10,20 +10,19 @@ The file says of what images and network it is; pytorch-fid reads it too. Under 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from imaginaire_spade import distributed
-from imaginaire_spade.build import build_split
-from imaginaire_spade.cli import add_shared_flags
-from imaginaire_spade.config_files import load_config
+from imaginaire_spade.cli import CommandParser, add_shared_flags
 from imaginaire_spade.errors import ConfigError, positive_integer
-from imaginaire_spade.evaluation.collection import collect
-from imaginaire_spade.evaluation.images import DatasetImages, ImageSource, StoredImages
-from imaginaire_spade.evaluation.report import REFERENCE_SPLITS
-from imaginaire_spade.pretrained.feature_networks import FEATURE_DIMS, FEATURES, RESIZES, feature_network
+from imaginaire_spade.evaluation import REFERENCE_SPLITS
+from imaginaire_spade.pretrained import FEATURE_DIMS, FEATURES, RESIZES
+
+if TYPE_CHECKING:
+    from imaginaire_spade.evaluation.images import ImageSource
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     pictures = parser.add_mutually_exclusive_group(required=True)
     pictures.add_argument("--real", type=Path, metavar="DIR", help="images: a folder or an LMDB root")
     pictures.add_argument("--config", type=Path, metavar="C.yaml", help="the photos of its data")
@@ -41,6 +40,11 @@ def main() -> None:
     add_shared_flags(parser, "--device", "--set")
     parser.add_argument("--skip_bad", action="store_true", help="skip unreadable images; they are counted and named")
     arguments = parser.parse_args()
+
+    from imaginaire_spade import distributed
+    from imaginaire_spade.evaluation.collection import collect
+    from imaginaire_spade.pretrained.feature_networks import feature_network
+
     if arguments.output.suffix != ".npz":
         raise ConfigError(f"--output {arguments.output}: the name must end with .npz")
 
@@ -64,7 +68,11 @@ def main() -> None:
         print(f"{arguments.output}: {collection.count} images of {source.name}; {told}")
 
 
-def _source(arguments: argparse.Namespace) -> ImageSource:
+def _source(arguments: argparse.Namespace) -> "ImageSource":
+    from imaginaire_spade.build import build_split
+    from imaginaire_spade.config_files import load_config
+    from imaginaire_spade.evaluation.images import DatasetImages, StoredImages
+
     if arguments.real:
         return StoredImages(arguments.real)
     config = load_config(arguments.config, arguments.overrides)

@@ -12,38 +12,28 @@ Under torchrun the processes share the work. Weights come from files: docs/evalu
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from imaginaire_spade import distributed
-from imaginaire_spade.build import import_modules
-from imaginaire_spade.cli import add_shared_flags
+from imaginaire_spade.cli import CommandParser, add_shared_flags
 from imaginaire_spade.errors import ConfigError, positive_integer
-from imaginaire_spade.evaluation.collection import holds_statistics
-from imaginaire_spade.evaluation.evaluate import evaluate
-from imaginaire_spade.evaluation.report import REFERENCE_SPLITS, compare, write_report_page
-from imaginaire_spade.evaluation.scores import METRICS, NEED_FEATURES
-from imaginaire_spade.evaluation.segmentation import Segmentation, StoredSegmentation, load_segmentation
-from imaginaire_spade.inference.folder import Progress
-from imaginaire_spade.inference.images_to_score import ImagesToScore, checkpoint_images, stored_images
-from imaginaire_spade.inference.model import load_named
+from imaginaire_spade.evaluation import METRICS, NEED_FEATURES, REFERENCE_SPLITS
 from imaginaire_spade.inference.sizes import SIZE_HELP, Asked, read_size
-from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.pretrained.feature_networks import (
-    FEATURE_DIMS,
-    FEATURES,
-    RESIZES,
-    FeatureNetwork,
-    feature_network,
-    perceptual_network,
-)
+from imaginaire_spade.pretrained import FEATURE_DIMS, FEATURES, RESIZES
+
+if TYPE_CHECKING:
+    import torch
+
+    from imaginaire_spade.evaluation.segmentation import Segmentation
+    from imaginaire_spade.inference.images_to_score import ImagesToScore
+    from imaginaire_spade.labels import LabelSpec
+    from imaginaire_spade.pretrained.feature_networks import FeatureNetwork
 
 PROCESS_GROUP_TIMEOUT_S = 3600.0
 """Shares of the work end at different times."""
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     fake = parser.add_argument_group("generated images")
     fake.add_argument("--fake", type=Path, metavar="DIR", help="folder or LMDB folder of generated images")
     fake.add_argument(
@@ -95,6 +85,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+
+    from imaginaire_spade import distributed
+    from imaginaire_spade.build import import_modules
+    from imaginaire_spade.evaluation.evaluate import evaluate
+    from imaginaire_spade.evaluation.report import compare, write_report_page
+    from imaginaire_spade.inference.folder import PassProgress
+    from imaginaire_spade.pretrained.feature_networks import feature_network, perceptual_network
+
     if arguments.compare:
         print(compare(tuple(arguments.compare)))
         return
@@ -117,7 +115,7 @@ def main() -> None:
         segmentation = _segmentation(arguments, images.fake.label_table, device)
 
     distributed.init_process_group(info, device, PROCESS_GROUP_TIMEOUT_S)
-    progress = _PassProgress(shown=info.is_main)
+    progress = PassProgress(shown=info.is_main)
     try:
         report = evaluate(
             images.fake, images.real, network, metrics=metrics, reference_split=arguments.reference_split,
@@ -143,6 +141,8 @@ def _check(arguments: argparse.Namespace) -> list[str]:
     Raises:
         ConfigError: flags that do not go together.
     """
+    from imaginaire_spade.evaluation.collection import holds_statistics
+
     metrics = [name for name in arguments.metrics.split(",") if name]
     if unknown := [name for name in metrics if name not in METRICS]:
         raise ConfigError(f"--metrics {','.join(unknown)}: unknown; choose from {','.join(METRICS)}")
@@ -190,8 +190,15 @@ def _check(arguments: argparse.Namespace) -> list[str]:
 
 
 def _images(
-    arguments: argparse.Namespace, metrics: list[str], size: Asked, network: FeatureNetwork | None, device: torch.device
-) -> ImagesToScore:
+    arguments: argparse.Namespace,
+    metrics: list[str],
+    size: Asked,
+    network: "FeatureNetwork | None",
+    device: "torch.device",
+) -> "ImagesToScore":
+    from imaginaire_spade.inference.images_to_score import checkpoint_images, stored_images
+    from imaginaire_spade.inference.model import load_named
+
     if arguments.fake:
         return stored_images(
             arguments.fake, arguments.real, reference_split=arguments.reference_split, network=network,
@@ -210,25 +217,10 @@ def _images(
     )  # fmt: skip
 
 
-def _segmentation(arguments: argparse.Namespace, labels: LabelSpec, device: torch.device) -> Segmentation:
+def _segmentation(arguments: argparse.Namespace, labels: "LabelSpec", device: "torch.device") -> "Segmentation":
+    from imaginaire_spade.evaluation.segmentation import StoredSegmentation, load_segmentation
+
     if arguments.predictions:
         generated, real = arguments.predictions
         return StoredSegmentation(generated, real, labels)
     return load_segmentation(arguments.segmenter, arguments.segmenter_labels, labels, device, "--segmenter")
-
-
-class _PassProgress:
-    """Progress on stderr of one pass over images after the other."""
-
-    def __init__(self, *, shown: bool) -> None:
-        self._shown = shown
-        self._progress = Progress(shown=False)
-
-    def __call__(self, done: int, total: int) -> None:
-        if done == 1:
-            self.close()
-            self._progress = Progress(shown=self._shown)
-        self._progress(done, total)
-
-    def close(self) -> None:
-        self._progress.close()

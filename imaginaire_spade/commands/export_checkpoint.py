@@ -5,23 +5,15 @@ with net_G (network, average and style encoder) and net_D. All three read the id
 channels are put into the order of raw ids.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from imaginaire_spade.cli import add_shared_flags
-from imaginaire_spade.config_files import parse_config
+from imaginaire_spade.cli import SOURCES, CommandParser, add_shared_flags
 from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.interop import SOURCES
-from imaginaire_spade.interop.checkpoint import export_files
-from imaginaire_spade.interop.label_tables import export_notes
-from imaginaire_spade.training.checkpoint import load_checkpoint
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="P", help="a checkpoint of ours")
     parser.add_argument("--target", required=True, choices=SOURCES, help="the system to write for")
     add_shared_flags(
@@ -32,6 +24,14 @@ def main() -> None:
                         " (default), or in the order of train ids, as in the checkpoint")  # fmt: skip
     parser.add_argument("--output_dir", required=True, type=Path, metavar="OUT")
     arguments = parser.parse_args()
+
+    import torch
+
+    from imaginaire_spade.config_files import parse_config
+    from imaginaire_spade.interop.checkpoint import export_files
+    from imaginaire_spade.interop.label_tables import export_notes
+    from imaginaire_spade.training.checkpoint import load_checkpoint
+
     content = load_checkpoint(arguments.checkpoint)
     config = parse_config(content.get("config"), source=str(arguments.checkpoint))
     files = export_files(arguments.target, content, config, arguments.weights, arguments.label_order)

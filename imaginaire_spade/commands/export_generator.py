@@ -4,23 +4,24 @@ A fraction of the checkpoint's size: no optimizers, no discriminator. It carries
 folders of this machine are left out. (Other systems' formats: export_checkpoint.py.)
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from imaginaire_spade.build import import_modules
-from imaginaire_spade.cli import add_shared_flags, check_output_file
-from imaginaire_spade.files import file_sha256
-from imaginaire_spade.inference.model import Model, find_checkpoint
+from imaginaire_spade.cli import CommandParser, add_shared_flags, check_output_file
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="P", help="a file, or a folder: its newest")
     parser.add_argument("--output", required=True, type=Path, metavar="model.safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     add_shared_flags(parser, "--weights", "--import")
     arguments = parser.parse_args()
+
+    from imaginaire_spade.build import import_modules
+    from imaginaire_spade.files import file_sha256
+    from imaginaire_spade.inference.model import Model, find_checkpoint
+
     check_output_file(arguments.output, overwrite=arguments.overwrite, suffixes=[".safetensors"])
     import_modules(arguments.imports)
     model = Model.load(

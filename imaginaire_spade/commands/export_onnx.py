@@ -6,20 +6,15 @@ pictures are the generator's, to within 0.001 on the scale of -1 to 1, at severa
 painting page around OUTPUT.onnx that any web server can show: docs/painting.md, "Without a server".
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from imaginaire_spade.build import import_modules
-from imaginaire_spade.cli import add_shared_flags
-from imaginaire_spade.demo.static import check_paintable, read_runtime, write_page
+from imaginaire_spade.cli import CommandParser, add_shared_flags
 from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.export.generator import check_output, export_model
-from imaginaire_spade.inference.model import Model, find_checkpoint
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="P",
                         help="checkpoint file, or a folder or log dir, whose newest checkpoint is used")  # fmt: skip
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="ends in .onnx or .pt2")
@@ -29,6 +24,12 @@ def main() -> None:
                         " ours: its runtime is the npm package onnxruntime-web (npm pack onnxruntime-web)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     arguments = parser.parse_args()
+
+    from imaginaire_spade.build import import_modules
+    from imaginaire_spade.demo.static import check_paintable, read_runtime, write_page
+    from imaginaire_spade.export.generator import check_output, export_model
+    from imaginaire_spade.inference.model import Model, find_checkpoint
+
     check_output(arguments.output, overwrite=arguments.overwrite)
     if arguments.page and arguments.output.suffix != ".onnx":
         raise ConfigError("--page: browsers run ONNX: write --output FOLDER/model.onnx, in a folder for the page alone")

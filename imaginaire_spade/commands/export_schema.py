@@ -9,15 +9,13 @@ In VS Code (extension YAML) or any editor with yaml-language-server, the first l
 No key is required in it, as a base may state it. What training refuses besides (combinations of keys), it cannot say.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
-from imaginaire_spade.build import import_modules
-from imaginaire_spade.cli import add_shared_flags, check_output_file
+from imaginaire_spade.cli import CommandParser, add_shared_flags, check_output_file
 from imaginaire_spade.config import RunConfig
 from imaginaire_spade.files import write_bytes
 from imaginaire_spade.registry import LOSSES, Registry
@@ -62,11 +60,14 @@ def _without_required(tree: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.json")
     add_shared_flags(parser, "--import")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     arguments = parser.parse_args()
+
+    from imaginaire_spade.build import import_modules
+
     check_output_file(arguments.output, overwrite=arguments.overwrite, suffixes=(".json",))
     import_modules(arguments.imports)
     write_bytes(arguments.output, (json.dumps(config_schema(), indent=1) + "\n").encode())

@@ -12,17 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from imaginaire_spade.cli import add_shared_flags, check_output_file
-from imaginaire_spade.config_files import load_config
+from imaginaire_spade.cli import SOURCES, CommandParser, add_shared_flags, check_output_file
 from imaginaire_spade.errors import CheckpointError, ConfigError
-from imaginaire_spade.interop import SOURCES
-from imaginaire_spade.interop.checkpoint import architecture_config, import_checkpoint, networks_in, read_weights
-from imaginaire_spade.interop.label_tables import adapt_config
-from imaginaire_spade.training.checkpoint import write_checkpoint
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--source", required=True, choices=SOURCES, help="the system that wrote the weights")
     parser.add_argument("--weights", required=True, type=Path, metavar="F",
                         help="latest_net_G.pth, best_net_G.pth, or a .pt of imaginaire")  # fmt: skip
@@ -40,6 +35,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+
+    from imaginaire_spade.config_files import load_config
+    from imaginaire_spade.interop.checkpoint import architecture_config, import_checkpoint, networks_in, read_weights
+    from imaginaire_spade.interop.label_tables import adapt_config
+    from imaginaire_spade.training.checkpoint import write_checkpoint
+
     check_output_file(arguments.output, overwrite=arguments.overwrite)
     if arguments.architecture is None and arguments.config is None:
         raise ConfigError(

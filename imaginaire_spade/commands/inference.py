@@ -16,24 +16,23 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from imaginaire_spade import distributed
-from imaginaire_spade.build import import_modules
-from imaginaire_spade.cli import add_shared_flags
-from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.folders import DATA_TYPES
-from imaginaire_spade.errors import ConfigError, LabelError, positive_integer
-from imaginaire_spade.inference import synthesis
-from imaginaire_spade.inference.folder import PROBLEMS_SHOWN, FolderOptions, Progress, RunReport, generate_folder
-from imaginaire_spade.inference.model import Model, load_named
-from imaginaire_spade.inference.output import check_animation, check_apart
+from imaginaire_spade.cli import CommandParser, add_shared_flags
+from imaginaire_spade.errors import PROBLEMS_SHOWN, ConfigError, LabelError, positive_integer
 from imaginaire_spade.inference.sizes import MAX_PIXELS, SIZE_HELP, SizeRule, read_size
-from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.processes import one_writer
+
+if TYPE_CHECKING:
+    from imaginaire_spade.distributed import ProcessInfo
+    from imaginaire_spade.inference.folder import RunReport
+    from imaginaire_spade.inference.model import Model
+    from imaginaire_spade.inference.synthesis import StyleOf
+    from imaginaire_spade.labels import LabelSpec
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     model = parser.add_argument_group("generator")
     model.add_argument("--checkpoint", type=Path, metavar="P", help="checkpoint file, or a folder: its newest file")
     model.add_argument("--logdir", type=Path, metavar="DIR", help="log dir of a training run: its newest checkpoint")
@@ -70,8 +69,8 @@ def parse_arguments() -> argparse.Namespace:
                      help="interpolate from A to B, each a seed (digits) or an image, in --steps frames")  # fmt: skip
     looks.add_argument("--steps", type=positive_integer, metavar="k", help="frames of --style_interpolate (8)")
     looks.add_argument("--animation", choices=("gif", "webp", "mp4", "none"),
-                       help="animation that --style_interpolate also writes (default: KEY.gif); mp4 needs the extra"
-                       " video")  # fmt: skip
+                       help="animation that --style_interpolate also writes (default: KEY.gif); mp4 needs the package"
+                       " av")  # fmt: skip
     outputs = parser.add_argument_group("output")
     outputs.add_argument("--output_dir", type=Path, required=True, metavar="OUT")
     outputs.add_argument("--size", metavar="trained|own|HxW",
@@ -101,6 +100,16 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: whole files only
     arguments = parse_arguments()
+
+    from imaginaire_spade import distributed
+    from imaginaire_spade.build import import_modules
+    from imaginaire_spade.data.dataset import LabelMapDataset
+    from imaginaire_spade.data.folders import DATA_TYPES
+    from imaginaire_spade.inference.folder import FolderOptions, Progress, generate_folder
+    from imaginaire_spade.inference.model import load_named
+    from imaginaire_spade.inference.output import check_animation, check_apart
+    from imaginaire_spade.inference.synthesis import check_tile
+
     size = "own" if arguments.tile and not arguments.size else arguments.size
     asked = read_size(size, "--size", max_pixels=None if arguments.tile else arguments.max_pixels)
     if arguments.resize_back and asked == "own":
@@ -113,7 +122,7 @@ def main() -> None:
         device=device, precision=arguments.precision, compiled=arguments.compile,
     )  # fmt: skip
     config, sizes = model.config, SizeRule(asked, model.trained_size)
-    tile = synthesis.check_tile(model, arguments.tile)
+    tile = check_tile(model, arguments.tile)
     test_data = (given.test_data if given else None) or config.test_data
     notes = list(model.notes)
     varied = arguments.num_samples > 1 or arguments.seed is not None or arguments.style_seed is not None
@@ -176,7 +185,9 @@ def main() -> None:
     print(_summary(arguments.output_dir, report, info), flush=True)
 
 
-def _styles(arguments: argparse.Namespace, model: Model, keys: list[str], seed: int) -> synthesis.StyleOf:
+def _styles(arguments: argparse.Namespace, model: "Model", keys: list[str], seed: int) -> "StyleOf":
+    from imaginaire_spade.inference import synthesis
+
     if arguments.style_interpolate:
         start, end = (synthesis.style_named(model, name) for name in arguments.style_interpolate)
         return synthesis.interpolated_styles(start, end, arguments.steps)
@@ -187,7 +198,7 @@ def _styles(arguments: argparse.Namespace, model: Model, keys: list[str], seed: 
     return synthesis.drawn_styles(seed, model.generator.style_dims, arguments.num_samples)
 
 
-def _sample_names(arguments: argparse.Namespace, model: Model, seed: int) -> list[str]:
+def _sample_names(arguments: argparse.Namespace, model: "Model", seed: int) -> list[str]:
     """Say of each sample where its style comes from, by the flag that gives it again."""
     if arguments.style_interpolate:
         start, end = (f"seed {name}" if name.isdecimal() else Path(name).name for name in arguments.style_interpolate)
@@ -201,7 +212,7 @@ def _sample_names(arguments: argparse.Namespace, model: Model, seed: int) -> lis
     return [", ".join(filter(None, (of, drawn, f"sample {j}" if count > 1 else ""))) for j in range(count)]
 
 
-def _replacement(labels: LabelSpec, text: str) -> tuple[int, int]:
+def _replacement(labels: "LabelSpec", text: str) -> tuple[int, int]:
     old, equals, new = text.partition("=")
     if not equals:
         raise ConfigError(f"--map {text}: write CLASS=CLASS, such as --map tree=water or --map 6=5")
@@ -221,7 +232,7 @@ def _tell(notes: list[str]) -> None:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
 
-def _summary(directory: Path, report: RunReport, info: distributed.ProcessInfo) -> str:
+def _summary(directory: Path, report: "RunReport", info: "ProcessInfo") -> str:
     share = f"process {info.rank} of {info.world_size}: " if info.world_size > 1 else ""
     left_out = f", {len(report.left_out)} label map(s) left out" if report.left_out else ""
     rate = f", {report.images / report.seconds:.2f} images/s" if report.images else ""

@@ -9,22 +9,14 @@ python scripts/inspect_lmdb.py datasets/my/train --legend legend.png --contact_s
 python scripts/inspect_lmdb.py datasets/my/train --extract 0001 --output_dir out
 """
 
-import argparse
 from pathlib import Path
 
-from imaginaire_spade.config_files import load_data
-from imaginaire_spade.data.label_files import read_labels
-from imaginaire_spade.data.lmdb_source import MANIFEST
-from imaginaire_spade.data.photos import built_spec, decode_photo, is_upright, measured, read_header, show
+from imaginaire_spade.cli import CommandParser
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.files import read_json, write_bytes, write_image
-from imaginaire_spade.lmdb_builder.build import extract, look_through, open_data, stored_labels, stored_types
-from imaginaire_spade.lmdb_builder.shard import bad_files, summary
-from imaginaire_spade.sheets import draw_class_chart, draw_contact_sheet
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("root", type=Path, help="LMDB root, or a folder of images/, seg_maps/ ...")
     parser.add_argument("--config", help="YAML with data.labels (default: the table that the data set was built with)")
     parser.add_argument("--verify", action="store_true", help="compare checksums, decode everything; exit 2 on damage")
@@ -38,6 +30,16 @@ def main() -> None:
     parser.add_argument("--extract", metavar="KEY", help="write the files of this sample")
     parser.add_argument("--output_dir", type=Path, default=Path(), help="where --extract writes (default: here)")
     arguments = parser.parse_args()
+
+    from imaginaire_spade.config_files import load_data
+    from imaginaire_spade.data.label_files import read_labels
+    from imaginaire_spade.data.lmdb_source import MANIFEST
+    from imaginaire_spade.data.photos import built_spec, decode_photo, is_upright, measured, read_header, show
+    from imaginaire_spade.files import read_json, write_bytes, write_image
+    from imaginaire_spade.lmdb_builder.build import extract, look_through, open_data, stored_labels, stored_types
+    from imaginaire_spade.lmdb_builder.shard import bad_files, summary
+    from imaginaire_spade.sheets import draw_class_chart, draw_contact_sheet
+
     root = arguments.root
     if arguments.extract:
         for path in extract(root, arguments.extract, arguments.output_dir):

@@ -5,26 +5,17 @@
 
 reads RAW/train/images, writes RAW/train/seg_maps/NAME.png (ids of the model) and RAW/train/labels.yaml, the label table
 to base a config on. Under torchrun or in a SLURM job array each process labels its share. Run it again to continue.
---model takes any Hugging Face semantic segmentation model (package transformers, extra "eval"); --deeplab a state dict
+--model takes any Hugging Face semantic segmentation model (package transformers); --deeplab a state dict
 of torchvision's deeplabv3_resnet50.
 """
 
-import argparse
 from pathlib import Path
 
-from imaginaire_spade.cli import add_shared_flags
-from imaginaire_spade.dataset_prep.maps import label_photos
-from imaginaire_spade.distributed import (
-    ProcessInfo,
-    choose_device,
-    process_info_from_environment,
-    rank_from_environment,
-)
-from imaginaire_spade.pretrained.segmenters import deeplab_segmenter, hugging_face_segmenter
+from imaginaire_spade.cli import CommandParser, add_shared_flags
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--data_root", required=True, type=Path, help="folder that holds images/")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="Hugging Face model id, or a local folder")
@@ -33,6 +24,16 @@ def main() -> None:
     add_shared_flags(parser, "--device")
     parser.add_argument("--overwrite", action="store_true", help="replace existing label maps")
     arguments = parser.parse_args()
+
+    from imaginaire_spade.dataset_prep.maps import label_photos
+    from imaginaire_spade.distributed import (
+        ProcessInfo,
+        choose_device,
+        process_info_from_environment,
+        rank_from_environment,
+    )
+    from imaginaire_spade.pretrained.segmenters import deeplab_segmenter, hugging_face_segmenter
+
     rank, world_size = rank_from_environment()
     info = process_info_from_environment() if world_size > 1 else ProcessInfo()
     device = choose_device(arguments.device, info)

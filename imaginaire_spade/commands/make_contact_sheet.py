@@ -1,20 +1,14 @@
 """Draw label maps, real and generated images side by side, for a folder of generated images."""
 
-import argparse
 import itertools
 from pathlib import Path
 
-from imaginaire_spade.cli import add_shared_flags
-from imaginaire_spade.config_files import load_data
-from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.data.photos import decode_photo, photo_preview, show
+from imaginaire_spade.cli import CommandParser, add_shared_flags
 from imaginaire_spade.errors import DataError
-from imaginaire_spade.files import resize_image, write_image
-from imaginaire_spade.sheets import draw_contact_sheet
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(__doc__)
     parser.add_argument("--config", required=True, help="YAML with data.labels: a run's config or a label table")
     parser.add_argument("--data_root", required=True, help="folder or LMDB with images and seg_maps")
     parser.add_argument("--generated", required=True, type=Path, help="what inference.py wrote")
@@ -24,6 +18,13 @@ def main() -> None:
     add_shared_flags(parser, "--set")
     parser.add_argument("--import", metavar="MODULE", help="accepted and ignored: no components are used here")
     arguments = parser.parse_args()
+
+    from imaginaire_spade.config_files import load_data
+    from imaginaire_spade.data.dataset import LabelMapDataset
+    from imaginaire_spade.data.photos import decode_photo, photo_preview, show
+    from imaginaire_spade.files import resize_image, write_image
+    from imaginaire_spade.sheets import draw_contact_sheet
+
     data = load_data(arguments.config, arguments.overrides)
     labels = data.labels
     dataset = LabelMapDataset([arguments.data_root], labels, images=data.images, suffixes=data.suffixes)

@@ -7,19 +7,14 @@ in the LMDB. Run it again to continue: it makes what is missing, damaged or olde
 in a SLURM job array each process makes its share.
 """
 
-import argparse
 import time
 from pathlib import Path
 
-from imaginaire_spade.cli import add_shared_flags
-from imaginaire_spade.config_files import load_data
-from imaginaire_spade.data.folders import DISTANCES
-from imaginaire_spade.dataset_prep.maps import make_distance_maps
-from imaginaire_spade.distributed import rank_from_environment
+from imaginaire_spade.cli import CommandParser, add_shared_flags
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--config", required=True, help="YAML with data.labels: a run's config or a label table")
     parser.add_argument("--data_root", required=True, type=Path, help="folder of seg_maps/")
     parser.add_argument("--num_workers", type=int, help="processes (default: min(8, cores))")
@@ -27,6 +22,12 @@ def main() -> None:
     add_shared_flags(parser, "--set", "--local-rank")
     parser.add_argument("--import", metavar="MODULE", help="accepted and ignored: no components are used here")
     arguments = parser.parse_args()
+
+    from imaginaire_spade.config_files import load_data
+    from imaginaire_spade.data.folders import DISTANCES
+    from imaginaire_spade.dataset_prep.maps import make_distance_maps
+    from imaginaire_spade.distributed import rank_from_environment
+
     data = load_data(arguments.config, arguments.overrides)
     rank, world_size = rank_from_environment()
     started_at = time.perf_counter()

@@ -7,20 +7,23 @@ its share. Run it again to continue. (Edge maps on disk are optional: data.edges
 the augmentation.)
 """
 
-import argparse
 from pathlib import Path
 
-from imaginaire_spade.dataset_prep.maps import BORDERS, make_edge_maps
-from imaginaire_spade.distributed import rank_from_environment
+from imaginaire_spade.cli import CommandParser
+from imaginaire_spade.dataset_prep import BORDERS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--data_root", required=True, type=Path, help="folder of seg_maps/ and inst_maps/")
     parser.add_argument("--of", choices=list(BORDERS), default="instances", help="whose borders (default: instances)")
     parser.add_argument("--num_workers", type=int, help="processes (default: min(8, cores))")
     parser.add_argument("--overwrite", action="store_true", help="replace existing edge maps")
     arguments = parser.parse_args()
+
+    from imaginaire_spade.dataset_prep.maps import make_edge_maps
+    from imaginaire_spade.distributed import rank_from_environment
+
     rank, world_size = rank_from_environment()
     made, kept = make_edge_maps(
         arguments.data_root, arguments.of, num_workers=arguments.num_workers, overwrite=arguments.overwrite,

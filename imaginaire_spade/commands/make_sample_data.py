@@ -12,14 +12,12 @@ import os
 import shutil
 from pathlib import Path
 
-from tqdm import tqdm
-
+from imaginaire_spade.cli import CommandParser
 from imaginaire_spade.errors import ConfigError, DataError
-from imaginaire_spade.scenes import write_sample_data
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--output_root", required=True, type=Path, help="folder to write train/ and val/ into")
     parser.add_argument("--num_train", type=int, default=400, help="number of training scenes (default: 400)")
     parser.add_argument("--num_val", type=int, default=40, help="number of validation scenes (default: 40)")
@@ -35,6 +33,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+
+    from tqdm import tqdm
+
+    from imaginaire_spade.scenes import write_sample_data
+
     for name, least in (("num_train", 0), ("num_val", 0), ("height", 32), ("width", 32), ("seed", 0)):
         value = vars(arguments)[name]
         if value < least:

@@ -5,8 +5,9 @@
 
 What --source must hold, unpacked:
     cocostuff       train2017/ val2017/ stuffthingmaps_trainval2017/{train,val}2017/
-                    [annotations/panoptic_{train,val}2017/ or annotations/instances_{train,val}2017.json (extra "data"):
-                    instance maps, whose borders are the combined boundary maps (data.edges: instances)]
+                    [annotations/panoptic_{train,val}2017/ or annotations/instances_{train,val}2017.json (for
+                    which the package pycocotools is needed): instance maps, whose borders are the combined boundary
+                    maps (data.edges: instances)]
     ade20k          ADEChallengeData2016/{images,annotations}/{training,validation}/
     ade20k_outdoor  the same: the scenes of --scene_list FILE, or those that show sky, mountain or earth and no
                     ceiling, bed or sink (a few indoor scenes stay: look through them)
@@ -36,21 +37,17 @@ Run it again to continue. Under torchrun or in a SLURM job array each process wr
 and --edge_maps need one process.
 """
 
-import argparse
 import shutil
 from pathlib import Path
 
-from imaginaire_spade.config_files import CONFIGS, load_labels
-from imaginaire_spade.dataset_prep.maps import BORDERS, make_edge_maps
-from imaginaire_spade.dataset_prep.prepare import DATASETS, LABELS, TOOLS, Options, prepare
-from imaginaire_spade.distributed import rank_from_environment
+from imaginaire_spade.cli import CommandParser
+from imaginaire_spade.dataset_prep import BORDERS, NAMES
 from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.lmdb_builder.build import build_dataset
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=[*DATASETS, *TOOLS])
+    parser = CommandParser(__doc__)
+    parser.add_argument("name", choices=NAMES)
     parser.add_argument("--source", required=True, type=Path, help="folder of the unpacked download")
     parser.add_argument(
         "--output", required=True, type=Path, help="folder to write SPLIT/images, SPLIT/seg_maps ... into"
@@ -75,6 +72,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="--lmdb: YAML with data.labels (default: configs/labels/NAME.yaml)")
     parser.add_argument("--num_workers", type=int, help="processes (default: min(8, cores))")
     arguments = parser.parse_args()
+
+    from imaginaire_spade.config_files import CONFIGS, load_labels
+    from imaginaire_spade.dataset_prep.maps import make_edge_maps
+    from imaginaire_spade.dataset_prep.prepare import LABELS, TOOLS, Options, prepare
+    from imaginaire_spade.distributed import rank_from_environment
+    from imaginaire_spade.lmdb_builder.build import build_dataset
+
     rank, world_size = rank_from_environment()
     if world_size > 1 and (arguments.lmdb or arguments.edge_maps):
         raise ConfigError(

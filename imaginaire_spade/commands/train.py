@@ -9,20 +9,18 @@ import argparse
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from imaginaire_spade import distributed
-from imaginaire_spade.build import build_losses, check_run, import_modules, with_measured_range
-from imaginaire_spade.cli import add_shared_flags
-from imaginaire_spade.config import RunConfig
-from imaginaire_spade.config_files import load_config
+from imaginaire_spade.cli import CommandParser, add_shared_flags
 from imaginaire_spade.errors import UserError
-from imaginaire_spade.files import from_hub
 from imaginaire_spade.processes import end_with_launcher, one_writer
-from imaginaire_spade.training.trackers import check_trackers
+
+if TYPE_CHECKING:
+    from imaginaire_spade.config import RunConfig
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--config", required=True, metavar="C.yaml", help="configuration of the run")
     parser.add_argument(
         "--logdir", type=Path, help="folder for everything the run writes (default: logs/NAME_OF_CONFIG)"
@@ -52,6 +50,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     end_with_launcher()
     arguments = parse_arguments()
+
+    from imaginaire_spade.build import import_modules
+
     import_modules(arguments.imports)
     init_from, checkpoint = arguments.init_from, arguments.checkpoint
     if init_from is not None and (init_from == Path()) == (checkpoint is None):
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def train(
-    config: str | Path | RunConfig,
+    config: "str | Path | RunConfig",
     logdir: str | Path | None = None,
     *,
     overrides: Iterable[str] = (),
@@ -96,6 +97,13 @@ def train(
         UserError: a mistake in the config, the data or the arguments, or another process writes in ``logdir``.
         SystemExit: a signal (Ctrl-C too) asked the run to stop; it has saved.
     """
+    from imaginaire_spade import distributed
+    from imaginaire_spade.build import build_losses, check_run, with_measured_range
+    from imaginaire_spade.config import RunConfig
+    from imaginaire_spade.config_files import load_config
+    from imaginaire_spade.files import from_hub
+    from imaginaire_spade.training.trackers import check_trackers
+
     # Everything a user can get wrong is checked before the process group exists: no rank waits for one that left.
     if not isinstance(config, RunConfig):
         logdir = logdir or Path("logs") / Path(config).stem

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from imaginaire_spade.command_names import as_called
 from imaginaire_spade.config import AugmentationConfig, Condition, ImageSpec
 from imaginaire_spade.data.batch import Sample
 from imaginaire_spade.data.conditions import cut_conditions, decode_condition, draw_condition
@@ -166,7 +167,7 @@ class LabelMapDataset(Dataset[Sample]):
             if distances and not stored and not replace and Path(root, DISTANCES).is_dir():
                 warnings.warn(
                     f"{root}: {DISTANCES}/ does not have every sample, so all are computed from the label maps"
-                    " (scripts/make_distance_maps.py makes the missing ones)",
+                    + as_called(" (scripts/make_distance_maps.py makes the missing ones)"),
                     stacklevel=2,
                 )
             self._roots.append(Root(source, edges if found else EdgeSource.LABELS, stored, maps[0]))
@@ -415,7 +416,8 @@ def _read_distances(
             root.has_warned = True
             warnings.warn(
                 f"{where} is {stored.shape[1]} x {stored.shape[2]} (height x width), its label map {size[0]} x"
-                f" {size[1]}: such distances are computed instead (scripts/make_distance_maps.py makes them anew)",
+                f" {size[1]}: such distances are computed instead"
+                + as_called(" (scripts/make_distance_maps.py makes them anew)"),
                 stacklevel=2,
             )
     return class_distances(labels)

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from tqdm import tqdm
 
 from imaginaire_spade import distributed
+from imaginaire_spade.command_names import as_called
 from imaginaire_spade.data.batch import Ahead, Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import DataError, UserError, catch_error
@@ -127,7 +128,7 @@ def training_loader(
     if shuffle_shards is not None and shuffle_shards >= len(dataset.shard_sizes):
         warnings.warn(
             f"data.shuffle_shards: {shuffle_shards} mixes all samples, since the training data has"
-            f" {len(dataset.shard_sizes)} shard(s); scripts/build_lmdb.py --num_shards makes more",
+            f" {len(dataset.shard_sizes)} shard(s); {as_called('scripts/build_lmdb.py')} --num_shards makes more",
             stacklevel=2,
         )
         shuffle_shards = None

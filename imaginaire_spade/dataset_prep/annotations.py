@@ -181,11 +181,11 @@ def coco_regions(path: Path, tree: Any, empty: list[str], otherwise: str = "") -
         empty: gets the annotations without a mask.
         otherwise: says what can be done without pycocotools.
     Raises:
-        ConfigError: pycocotools (extra ``data``) is not installed.
+        ConfigError: pycocotools is not installed.
         DataError: an annotation belongs to no image.
         KeyError, TypeError, AttributeError: this is no instances JSON of COCO.
     """
-    with how_to_install("data", f"{path}: reading it needs the package pycocotools", otherwise):
+    with how_to_install("pycocotools", f"{path}: reading it needs the package pycocotools", otherwise):
         import pycocotools.mask  # noqa: F401
     sizes = {image["id"]: (image["height"], image["width"]) for image in tree["images"]}
     regions: dict[Any, list[CocoRegion]] = {image_id: [] for image_id in sizes}

@@ -20,6 +20,7 @@ from imaginaire_spade.data.image_files import DECODERS, encode_map, image_size
 from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.loader import map_in_order
 from imaginaire_spade.data.photos import decode_photo
+from imaginaire_spade.dataset_prep import BORDERS
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import atomic_write, write_bytes
 from imaginaire_spade.labels import LabelSpec, edges_from_ids
@@ -28,9 +29,6 @@ from imaginaire_spade.pretrained.segmenters import Segmenter
 T = TypeVar("T")
 Make = Callable[[T], bytes | Path]
 """Returns the content of a file, or the path that it is to be a symbolic link to. Picklable."""
-
-BORDERS = {"instances": ("inst_maps",), "labels": ("seg_maps",), "both": ("seg_maps", "inst_maps")}
-"""Whose borders an edge map marks -> the data types that it is made from."""
 
 
 class Writing(TypedDict, total=False):

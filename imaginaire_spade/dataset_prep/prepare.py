@@ -237,7 +237,7 @@ def _read_objects(path: Path) -> dict[str, Objects]:
     """Map the file stem of every image in COCO's ``instances_*.json`` to its objects.
 
     Raises:
-        ConfigError: pycocotools (extra ``data``) is not installed.
+        ConfigError: pycocotools is not installed.
         DataError: the file is no instances JSON of COCO.
     """
     tree = read_json(path)

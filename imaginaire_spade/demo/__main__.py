@@ -6,21 +6,20 @@ Needs nothing but the checkpoint. The page is for this machine alone unless --ho
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from imaginaire_spade.build import import_modules
-from imaginaire_spade.cli import add_shared_flags
-from imaginaire_spade.config import RunConfig
-from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.demo.server import PaintingServer, is_loopback
-from imaginaire_spade.demo.service import PaintingService
+from imaginaire_spade.cli import CommandParser, add_shared_flags
 from imaginaire_spade.errors import ConfigError, DataError, run_command_line
 from imaginaire_spade.inference.sizes import SIZE_HELP, read_size
-from imaginaire_spade.inference.synthesizer import Synthesizer
+
+if TYPE_CHECKING:
+    from imaginaire_spade.config import RunConfig
+    from imaginaire_spade.data.dataset import LabelMapDataset
 
 
 def parse_arguments() -> argparse.Namespace:
     name = sys.argv[0] if sys.argv[0].startswith("imaginaire-spade") else "python -m imaginaire_spade.demo"
-    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__, name)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="P",
                         help="checkpoint file, or a folder or log dir, whose newest checkpoint is used")  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
@@ -35,12 +34,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def find_samples(config: RunConfig, given: str | None) -> LabelMapDataset | None:
+def find_samples(config: "RunConfig", given: str | None) -> "LabelMapDataset | None":
     """Label maps to start from: of ``given``, else of the data set that the checkpoint was validated on.
 
     Raises:
         DataError: ``given`` holds no label maps. Validation data that is not there is not missed.
     """
+    from imaginaire_spade.data.dataset import LabelMapDataset
+
     roots = (given,) if given else config.data.val.roots if config.data.val else ()
     if not roots:
         return None
@@ -54,6 +55,12 @@ def find_samples(config: RunConfig, given: str | None) -> LabelMapDataset | None
 
 def main() -> None:
     arguments = parse_arguments()
+
+    from imaginaire_spade.build import import_modules
+    from imaginaire_spade.demo.server import PaintingServer, is_loopback
+    from imaginaire_spade.demo.service import PaintingService
+    from imaginaire_spade.inference.synthesizer import Synthesizer
+
     size = read_size(arguments.size, "--size")
     import_modules(arguments.imports)
     synthesizer = Synthesizer.load(arguments.checkpoint, weights=arguments.weights, device=arguments.device, size=size)

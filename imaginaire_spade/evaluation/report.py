@@ -23,7 +23,6 @@ from imaginaire_spade.evaluation.images import Ids, ImageSource, SourceImage
 from imaginaire_spade.files import RgbImage, encode_image, read_json, write_bytes
 from imaginaire_spade.pages import render
 
-REFERENCE_SPLITS = ("train", "val")
 DTYPE = "uint8 pictures, float32 features, float64 statistics"
 HIGHER_IS_BETTER = ("precision", "recall", "diversity", "accuracy", "miou", "iou")
 """A score whose name contains one of these; all others are distances."""

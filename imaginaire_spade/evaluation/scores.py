@@ -16,8 +16,6 @@ from imaginaire_spade.distributed import to_double, total_over_processes
 from imaginaire_spade.errors import DataError, how_to_install
 from imaginaire_spade.pretrained.feature_networks import FeatureNetwork
 
-METRICS = ("fid", "kid", "precision_recall", "cmmd", "diversity", "segmentation")
-NEED_FEATURES = ("fid", "kid", "precision_recall", "cmmd")
 KEEP_FEATURES = ("kid", "precision_recall", "cmmd")
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 CMMD_SIGMA = 10.0
@@ -122,7 +120,7 @@ def kernel_distance(real: Tensor, fake: Tensor, *, seed: int = 0) -> tuple[float
         ConfigError: torchmetrics is not installed.
         DataError: fewer than two images.
     """
-    with how_to_install("eval", "KID comes with torchmetrics"):
+    with how_to_install("torchmetrics", "KID comes with torchmetrics"):
         from torchmetrics.image.kid import poly_mmd
     size = min(KID_SUBSET_SIZE, len(real), len(fake))
     if size < 2:
@@ -158,7 +156,7 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
         ConfigError: torch-fidelity is not installed (torchmetrics itself has no such score), or too old.
         DataError: too few images.
     """
-    with how_to_install("eval", "precision and recall come with torch-fidelity 0.4 or later"):
+    with how_to_install("torch-fidelity", "precision and recall come with torch-fidelity 0.4 or later"):
         from torch_fidelity.metric_prc import calculate_precision_recall_part
     if min(len(real), len(fake)) <= NEIGHBOURS:
         raise DataError(

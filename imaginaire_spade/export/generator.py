@@ -72,9 +72,9 @@ def check_output(output: Path, *, overwrite: bool = False) -> None:
     """
     check_output_file(output, overwrite=overwrite, suffixes=SUFFIXES)
     if output.suffix == ".onnx":
-        for package in ("onnx", "onnxscript", "onnxruntime"):
+        for package in (packages := "onnx onnxscript onnxruntime").split():
             otherwise = "; or write --output with a name that ends in .pt2, which needs torch alone"
-            with how_to_install("export", f"--output {output}: ONNX needs the package {package}", otherwise):
+            with how_to_install(packages, f"--output {output}: ONNX needs the package {package}", otherwise):
                 importlib.import_module(package)
 
 

@@ -20,7 +20,7 @@ from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import read_ahead
 from imaginaire_spade.data.photos import read_header
 from imaginaire_spade.distributed import ProcessInfo
-from imaginaire_spade.errors import DataError
+from imaginaire_spade.errors import PROBLEMS_SHOWN, DataError
 from imaginaire_spade.files import write_image
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.output import Output, check_empty, make_folder, plan_outputs, plan_writes, write_gallery
@@ -31,7 +31,6 @@ THREADS = 3
 """That read, and as many that write."""
 READ_AHEAD, WRITES_HELD = 8, 24
 """Label maps that are read before they are asked for; files that may wait to be written."""
-PROBLEMS_SHOWN = 10
 
 R = TypeVar("R")
 
@@ -56,6 +55,23 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+class PassProgress:
+    """Progress on stderr of one pass over images after the other."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown
+        self._progress = Progress(shown=False)
+
+    def __call__(self, done: int, total: int) -> None:
+        if done == 1:
+            self.close()
+            self._progress = Progress(shown=self._shown)
+        self._progress(done, total)
+
+    def close(self) -> None:
+        self._progress.close()
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ def check_animation(suffix: str) -> None:
         UserError: they cannot.
     """
     if suffix == ".mp4":
-        with how_to_install("video", "--animation mp4 needs the package av", "; or write --animation webp"):
+        with how_to_install("av", "--animation mp4 needs the package av", "; or write --animation webp"):
             importlib.import_module("av")
     try:
         _encode_animation([np.zeros((64, 64, 3), np.uint8)] * 2, suffix)

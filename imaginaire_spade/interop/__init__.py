@@ -19,8 +19,6 @@ from imaginaire_spade.models.generator import ConvEncoder, Generator, SPADEGener
 from imaginaire_spade.models.layers import SpectralNorm
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, Registry
 
-SOURCES = tuple(SYSTEMS)
-
 Names = Mapping[type[nn.Module], tuple[str, Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]]]
 """A network of ours -> the prefix of its tensors there, and substitutions that turn a module's path into theirs, one
 after the other."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from imaginaire_spade.cli import SOURCES
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import FPSEDiscriminator, MultiscaleDiscriminator
@@ -201,4 +202,4 @@ def _check(hyper: Mapping[str, Any], what: str, known: Mapping[str, Any]) -> Non
         raise CheckpointError(f"an imaginaire {what} with {', '.join(other)} is not supported")
 
 
-SYSTEMS: dict[str, Any] = {"nvlabs_spade": SPADERelease(), "clade": CLADE(), "imaginaire": Imaginaire()}
+SYSTEMS: dict[str, Any] = dict(zip(SOURCES, (SPADERelease(), CLADE(), Imaginaire()), strict=True))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from imaginaire_spade.command_names import as_called
 from imaginaire_spade.config import Condition, ImageSpec, LabelledData
 from imaginaire_spade.data.folders import DATA_TYPES, DISTANCES, FolderSource, Source
 from imaginaire_spade.data.image_files import PHOTO_EXTENSIONS
@@ -117,7 +118,7 @@ def build_dataset(
         source = source.restricted_to(_read_list(Path(input_list), source))
     if DISTANCES in types and (resize_smallest_side or not source.has(DISTANCES)):
         reason = "does not shrink" if resize_smallest_side else "lacks some samples"
-        print(f"{raw / DISTANCES} {reason}: left out (scripts/make_distance_maps.py makes missing ones)")
+        print(f"{raw / DISTANCES} {reason}: left out ({as_called('scripts/make_distance_maps.py')} makes missing ones)")
         types = tuple(t for t in types if t != DISTANCES)
     # Plan the shards.
     if num_shards > len(source.keys):

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from imaginaire_spade.distributed import to_double
 from imaginaire_spade.errors import ConfigError, DataError, UserError, first_line, how_to_install
 from imaginaire_spade.files import file_sha256
-from imaginaire_spade.pretrained.backbones import BACKBONES, Backbone, backbone
+from imaginaire_spade.pretrained import FEATURE_DIMS, FEATURES
+from imaginaire_spade.pretrained.backbones import Backbone, backbone
 from imaginaire_spade.pretrained.weights import RANDOM, UNTRAINED, PublishedWeights, network_sha256, random_seed
 from imaginaire_spade.registry import did_you_mean
 
@@ -32,12 +33,8 @@ INCEPTION = PublishedWeights(
 )
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_SIZE = 299
-_LAST_LAYER = {64: "MaxPool_1", 192: "MaxPool_2", 768: "Mixed_6e", 2048: "Mixed_7c"}
+_LAST_LAYER = dict(zip(FEATURE_DIMS, ("MaxPool_1", "MaxPool_2", "Mixed_6e", "Mixed_7c"), strict=True))
 """Feature dimension -> torch-fidelity's layer that has it."""
-FEATURE_DIMS = tuple(_LAST_LAYER)
-RESIZES = ("legacy", "clean")
-FEATURES = ("inception", *BACKBONES, "dinov2", "clip")
-"""Networks of scores, as ``--features`` names them; ``:WEIGHTS`` may follow."""
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 """Mean and deviation of the training images, in 0..1."""
@@ -205,7 +202,7 @@ class _TransformerFeatures(nn.Module):
     def __init__(self, place: str | None, setting: str) -> None:
         super().__init__()
         flag = f"{setting} {self.name}"
-        with how_to_install("eval", f"{flag} needs the package transformers"):
+        with how_to_install("transformers", f"{flag} needs the package transformers"):
             import transformers
         transformers.utils.logging.disable_progress_bar()
         try:
@@ -281,7 +278,7 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self, dim: int, path: Path, *, legacy: bool) -> None:
         super().__init__()
-        with how_to_install("eval", "the Inception network comes with torch-fidelity"):
+        with how_to_install("torch-fidelity", "the Inception network comes with torch-fidelity"):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         INCEPTION.read(path)  # torch-fidelity would run what is in the file
         try:
@@ -370,7 +367,7 @@ def perceptual_network(weights: str | None = None, *, device: torch.device | str
 
 def _untrained_lpips(seed: int) -> nn.Module:
     """Build LPIPS with its trained heads on an untrained backbone."""
-    with how_to_install("eval", "LPIPS comes with torchmetrics"):
+    with how_to_install("torchmetrics", "LPIPS comes with torchmetrics"):
         from torchmetrics.functional.image.lpips import _LPIPS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -61,7 +61,7 @@ def hugging_face_segmenter(model: str, device: torch.device, flag: str = "--mode
         ConfigError: transformers is not installed, or the model cannot be used.
     """
     otherwise = " (or give --deeplab WEIGHTS)" if flag == "--model" else ""
-    with how_to_install("eval", f"{flag} needs the package transformers", otherwise):
+    with how_to_install("transformers", f"{flag} needs the package transformers", otherwise):
         import transformers
         from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
     transformers.utils.logging.disable_progress_bar()

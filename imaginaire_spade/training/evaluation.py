@@ -24,7 +24,7 @@ from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.photos import photo_preview, to_preview
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError
-from imaginaire_spade.evaluation import scores
+from imaginaire_spade.evaluation import NEED_FEATURES, scores
 from imaginaire_spade.evaluation.collection import Collection, collect
 from imaginaire_spade.evaluation.evaluate import evaluate
 from imaginaire_spade.evaluation.images import NOT_STORED, PIPELINE, DatasetImages, Made, Samples
@@ -63,7 +63,7 @@ class Evaluation:
         _try_libraries(self.section.metrics)
         self._network = self._segmentation = None
         with torch.random.fork_rng(devices=[]):
-            if set(self.section.metrics) & set(scores.NEED_FEATURES):
+            if set(self.section.metrics) & set(NEED_FEATURES):
                 self._network = feature_network(
                     self.section.inception_weights, features=self.section.features, dim=self.section.feature_dim,
                     resize=self.section.resize, device=device, setting="trainer.evaluation.inception_weights: FILE",
