@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -51,7 +51,21 @@ class DataError(UserError):
 
 
 class LabelError(DataError):
-    """A label map holds what the table does not allow."""
+    """A label map holds what the table does not allow.
+
+    ``where`` names it; ``wrong`` and ``present`` are its values (colours: ``is_colour``), if it is about values.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        where: str = "",
+        wrong: Iterable[int] = (),
+        present: Iterable[int] = (),
+        is_colour: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.where, self.wrong, self.present, self.is_colour = where, set(wrong), set(present), is_colour
 
 
 class CheckpointError(UserError):

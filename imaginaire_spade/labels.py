@@ -9,8 +9,9 @@ from __future__ import annotations
 import colorsys
 import difflib
 import re
+from collections.abc import Sequence
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import cv2
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from imaginaire_spade.errors import LabelError
+from imaginaire_spade.errors import DataError, LabelError
 
 MIN_RAW_ID, MAX_RAW_ID = -32768, 65535
 """Label maps are 8- or 16-bit, signed or not: the raw ids that a file can hold."""
@@ -257,7 +258,8 @@ class LabelSpec(BaseModel):
             return mapped
         wrong = mapped == self.error_id
         if unknown == "error":
-            raise LabelError(self._complain(np.unique(raw[wrong]), np.unique(raw), where))
+            values, present = ([*np.unique(a).tolist()] for a in (raw[wrong], raw))
+            raise LabelError(self._complain(values, present, where), where, values, present)
         mapped[wrong] = self.dont_care_id
         return mapped
 
@@ -321,14 +323,9 @@ class LabelSpec(BaseModel):
         # Black is "no class" in colour maps that colourise() wrote, unless a class of the palette is black.
         wrong = ~known & (code != 0)
         if wrong.any():
-            values = np.unique(code[wrong])
-            listed = ", ".join(f"({v >> 16}, {v >> 8 & 255}, {v & 255})" for v in values[:5].tolist())
-            raise LabelError(
-                f"{where}: {len(values)} colour(s) that data.labels.palette does not have: {listed}"
-                f"{' ...' if len(values) > 5 else ''}, {100 * wrong.mean():.3g} % of the pixels. Add them to the"
-                " palette, or save the map without compression, antialiasing or resizing; or, if they are blends at"
-                " borders, take the nearest colour: data.labels.nearest_color: 442 (or less: how far a colour may be)"
-            )
+            values = np.unique(code[wrong]).tolist()
+            share = f", {100 * wrong.mean():.3g} % of the pixels"
+            raise LabelError(self._complain_of_colours(values, where, share), where, values, is_colour=True)
         if not known.all() and not self.ignore:
             raise LabelError(
                 f'{where}: black pixels, which are no class of data.labels.palette. If they mean "no class", write'
@@ -353,25 +350,50 @@ class LabelSpec(BaseModel):
             return 0
         return int(np.isin(_codes(raw), [0, *_codes(np.array(self.palette, np.uint8))], invert=True).sum())
 
-    def _complain(self, wrong: NDArray[np.generic], present: NDArray[np.generic], where: str) -> str:
-        values = ", ".join(map(str, wrong[:10].tolist())) + (" ..." if len(wrong) > 10 else "")
+    def join_complaints(self, errors: Sequence[DataError], checked: int) -> list[str]:
+        """Word errors of ``checked`` label maps; those about values outside the table are one, with all values."""
+        messages = list[str]()
+        for is_colour in (False, True):
+            about = [e for e in errors if isinstance(e, LabelError) and e.wrong and e.is_colour == is_colour]
+            if len(about) > 1:
+                errors = [error for error in errors if error not in about]
+                wrong, present = (
+                    sorted(set().union(*sets)) for sets in zip(*((e.wrong, e.present) for e in about), strict=True)
+                )
+                named = ", ".join(e.where for e in about[:3]) + (", ..." if len(about) > 3 else "")
+                where = f"{len(about)} of {checked} label maps checked ({named})"
+                complain = self._complain_of_colours if is_colour else partial(self._complain, present=present)
+                messages.append(complain(wrong, where=where))
+        return [*messages, *map(str, errors)]
+
+    def _complain_of_colours(self, wrong: list[int], where: str, share: str = "") -> str:
+        listed = ", ".join(f"({v >> 16}, {v >> 8 & 255}, {v & 255})" for v in wrong[:5])
+        return (
+            f"{where}: {len(wrong)} colour(s) that data.labels.palette does not have: {listed}"
+            f"{' ...' if len(wrong) > 5 else ''}{share}. Add them to the palette, or save the map without compression,"
+            " antialiasing or resizing; or, if they are blends at borders, take the nearest colour:"
+            " data.labels.nearest_color: 442 (or less: how far a colour may be)"
+        )
+
+    def _complain(self, wrong: list[int], present: list[int], where: str) -> str:
+        values = ", ".join(map(str, wrong[:10])) + (f" ... {wrong[-1]}" if len(wrong) > 10 else "")
         text = f"{where}: label value(s) {values} outside the table (num_classes: {self.num_classes})."
-        if present.tolist() == [0, 255] and self.num_classes >= 2:
+        if present == [0, 255] and self.num_classes >= 2:
             return text + " A binary 0/255 mask? Write data.labels.remap: {255: 1}"
-        if wrong.max() < 0:
-            listed = ", ".join(map(str, wrong[:10].tolist()))
+        if wrong[-1] < 0:
+            listed = ", ".join(map(str, wrong[:10]))
             return text + f' If negative values mean "no class", write data.labels.ignore: [{listed}]'
-        if {0, 255} <= {*present.tolist()} and len(wrong) > 8:
+        if {0, 255} <= {*present} and len(wrong) > 8:
             return text + " A mask of 0 and 255 with blended borders? Threshold it, and save it as PNG"
-        if wrong.tolist() == [255]:
+        if wrong == [255]:
             return text + ' If 255 means "no class", write data.labels.ignore: [255]'
-        if wrong.tolist() == [self.num_classes] and present[0] > 0 and not self.remap:
+        if wrong == [self.num_classes] and present[0] > 0 and not self.remap:
             return text + (
                 f" Ids counted from 1? Write data.labels.remap: {{1: 0, 2: 1, ...}}, or num_classes:"
                 f" {self.num_classes + 1}"
             )
         return text + (
-            f' Write data.labels.ignore: [{", ".join(map(str, wrong[:10].tolist()))}] if they mean "no class",'
+            f' Write data.labels.ignore: [{", ".join(map(str, wrong[:10]))}] if they mean "no class",'
             " data.labels.remap: {raw id: class} to map them, or a larger num_classes"
         )
 

@@ -248,7 +248,7 @@ def test_an_lmdb_of_another_size_is_not_mapped(tiny_folder, tmp_path):
             open_source(out, ["images"])
         assert open_source(out, ["seg_maps"]).keys
     path.write_bytes(data[:-1] + b"x")
-    [problem] = look_through(out, LABELS, 0).problems
+    [problem] = map(str, look_through(out, LABELS, 0).problems)
     assert problem.startswith(f"{path}: its checksum differs")
 
 

@@ -41,10 +41,10 @@ def test_a_flipped_byte_is_found_and_named(tiny_folder, tmp_path):
     content = bytearray(damaged.read_bytes())
     content[content.find(b"\xff\xd8\xff") + 400] ^= 1
     damaged.write_bytes(content)
-    problems = look_through(tmp_path / "out", LABELS, 0).problems
+    problems = [*map(str, look_through(tmp_path / "out", LABELS, 0).problems)]
     assert any("shard_00001/images/data.mdb: its checksum differs" in problem for problem in problems)
     damaged.write_bytes(content[: len(content) // 2])
-    [problem] = look_through(tmp_path / "out", LABELS, 0).problems  # (nothing is mapped)
+    [problem] = map(str, look_through(tmp_path / "out", LABELS, 0).problems)  # (nothing is mapped)
     assert "shard_00001/images/data.mdb: its checksum differs" in problem
     with pytest.raises(DataError, match=r"shard_00001/images/data\.mdb: cut off or replaced"):
         open_source(tmp_path / "out", ["images"])
@@ -107,7 +107,7 @@ def test_what_the_builder_refuses_verify_refuses_in_the_same_words(damage, tiny_
         data_type, content = DAMAGE[damage]
         next((root / data_type).glob("0001.*")).write_bytes(content)
     store_unchecked(root, tmp_path / "stored")
-    problems = look_through(tmp_path / "stored", LABELS, 0).problems
+    problems = [*map(str, look_through(tmp_path / "stored", LABELS, 0).problems)]
     if not damage:
         assert build_dataset(root, tmp_path / "built", LABELS, num_workers=0)
         assert problems == []

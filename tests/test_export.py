@@ -58,7 +58,7 @@ def run_script(model: Model | None, *arguments: str | Path) -> str:
     """The command line's output; ``model`` is what it loads."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         if model is not None:
-            patch.setattr(command_line.Model, "load", lambda path, weights, for_inference: model)
+            patch.setattr(Model, "load", lambda path, weights, for_inference: model)
         patch.setattr(sys, "argv", ["export_onnx.py", *map(str, arguments)])
         command_line.main()
     return said.getvalue()

@@ -25,6 +25,7 @@ from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
 from imaginaire_spade.inference import output
+from imaginaire_spade.inference.folder import Progress
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.synthesis import slerp
 from imaginaire_spade.labels import edges_from_ids
@@ -367,7 +368,7 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(run, plain, label_map
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(command_line.Progress, "__call__", interrupt)
+        patched.setattr(Progress, "__call__", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(plain)
     assert "stopped: every written file is complete; --skip_existing generates the rest" in capsys.readouterr().err

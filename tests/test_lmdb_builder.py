@@ -28,7 +28,7 @@ from PIL import Image
 from test_lmdb_source import LABELS, TYPES, encoded, read_all
 from tqdm import tqdm
 
-from imaginaire_spade.commands import build_lmdb
+from imaginaire_spade.commands import build_lmdb, inspect_lmdb
 from imaginaire_spade.data.image_files import decode_edges, decode_image, decode_instances, decode_label
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.distributed import rank_from_environment
@@ -108,7 +108,7 @@ def test_every_bad_file_is_named_in_one_message(tiny_folder, tmp_path):
     with pytest.raises(DataError) as caught:
         build_dataset(root, tmp_path / "out", LABELS, num_workers=1)
     message = str(caught.value)
-    for part in ("0000.png: label value(s) 77", "0001.png: an RGB", "0002.png: label value(s) 255", "remap: {255: 1}",
+    for part in ("2 of 12 label maps checked (", "0000.png, ", "0002.png): label value(s) 77, 255", "0001.png: an RGB",
                  "0003.jpg is 40 x 56", "0003.png is 20 x 56", "0004.jpg: the file is empty", "0005.jpg",
                  "0007.png is 40 x 8", "0008.png: a label map stored as JPEG, whose compression changes ids",
                  "0009.jpg: 60000 x 60000 pixels by its header", "0010.png: 60000 x 60000 pixels"):  # fmt: skip
@@ -117,10 +117,35 @@ def test_every_bad_file_is_named_in_one_message(tiny_folder, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["raw"]
 
 
-def test_checking_stops_after_twenty_problems(tiny_folder, tmp_path):
+def test_checking_stops_after_twenty_problems(tiny_folder, tmp_path, monkeypatch):
     root = tiny_folder(keys=30, num_classes=200, types=("images", "seg_maps"))
-    with pytest.raises(DataError, match=r"20 problem\(s\).*stopped after sample 20 of 30"):
+    with pytest.raises(DataError, match=r"20 problem\(s\).*stopped after sample 20 of 30") as caught:
         build_dataset(root, tmp_path / "out", LabelSpec(num_classes=1), num_workers=0)
+    _, only = str(caught.value).splitlines()  # one line for all of them, with the values of all
+    named = ", ".join(f"{root}/seg_maps/{i:04}.png" for i in range(3))
+    assert only.startswith(f"  20 of 20 label maps checked ({named}, ...): label value(s) 1, 2, ")
+    assert " 199 outside the table (num_classes: 1). Write data.labels.ignore" in only
+    (tmp_path / "one.yaml").write_text("data: {labels: {num_classes: 1}}")
+    verify = ["inspect_lmdb.py", str(root), "--verify", "--num_workers=0", "--config", str(tmp_path / "one.yaml")]
+    monkeypatch.setattr(sys, "argv", verify)
+    with pytest.raises(DataError, match=r"30 problem\(s\):\n  30 of 30 label maps checked .*199 outside the table.*$"):
+        inspect_lmdb.main()
+
+
+def test_colours_outside_the_palette_are_one_line(tiny_folder, tmp_path):
+    root = tiny_folder(keys=4, types=("images", "seg_maps"))
+    for i in range(3):
+        write_png(root / f"seg_maps/{i:04}.png", np.full((40, 56, 3), i + 1, np.uint8))
+    write_png(root / "seg_maps/0003.png", np.zeros((40, 56, 3), np.uint8))
+    labels = LabelSpec(num_classes=2, palette=((0, 0, 0), (9, 9, 9)))
+    for workers in (0, 1):
+        with pytest.raises(DataError) as caught:
+            build_dataset(root, tmp_path / "out", labels, num_workers=workers)
+        _, only = str(caught.value).splitlines()
+        assert only.startswith("  3 of 4 label maps checked (") and "nearest_color" in only
+        assert (
+            "0002.png): 3 colour(s) that data.labels.palette does not have: (1, 1, 1), (2, 2, 2), (3, 3, 3). A" in only
+        )
 
 
 def test_refused_before_any_work(tiny_folder, tmp_path):

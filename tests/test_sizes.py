@@ -305,7 +305,7 @@ def test_pixels_are_those_that_are_made(run, tmp_path):
     ],
 )
 def test_one_mistake_one_message_before_anything_is_loaded(monkeypatch, run, flags, words):
-    monkeypatch.setattr(command_line.Model, "load", None)
+    monkeypatch.setattr(Model, "load", None)
     with pytest.raises(ConfigError, match=words):
         run(*flags)
 

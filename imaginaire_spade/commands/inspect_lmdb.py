@@ -36,6 +36,7 @@ def main() -> None:
     from imaginaire_spade.data.lmdb_source import MANIFEST
     from imaginaire_spade.data.photos import built_spec, decode_photo, is_upright, measured, read_header, show
     from imaginaire_spade.files import read_json, write_bytes, write_image
+    from imaginaire_spade.labels import LabelSpec
     from imaginaire_spade.lmdb_builder.build import extract, look_through, open_data, stored_labels, stored_types
     from imaginaire_spade.lmdb_builder.shard import bad_files, summary
     from imaginaire_spade.sheets import draw_class_chart, draw_contact_sheet
@@ -68,8 +69,10 @@ def main() -> None:
             write_bytes(listed, "".join(f"{problem}\n" for problem in contents.problems).encode())
             print(f"{len(contents.problems)} problem(s), listed in {listed}")
         elif contents.problems:
-            first = "\n  ".join(contents.problems[:20])
-            more = "\n--skip_bad lists all of them in a file" if len(contents.problems) > 20 else ""
+            table, checked = labels or LabelSpec(num_classes=1), contents.num_samples
+            listed = table.join_complaints(contents.problems, checked)
+            first = "\n  ".join(listed[:20])
+            more = "\n--skip_bad lists all of them in a file" if len(listed) > 20 else ""
             raise DataError(f"{root}: {len(contents.problems)} problem(s):\n  {first}{more}")
         else:
             print("everything decodes, checksums agree" if known else "everything decodes (no checksums to compare)")

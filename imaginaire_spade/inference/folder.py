@@ -223,7 +223,9 @@ class _Share:
         fail = self.options.on_bad_label == "fail"
         ahead, threads = (READ_AHEAD, THREADS) if self.options.tile is None else (1, 1)  # large ones fill the memory
         results = read_ahead(read_or_fail, outputs, ahead, num_threads=threads)
+        checked = 0
         for output, result in zip(outputs, results, strict=True):
+            checked += 1
             if not isinstance(result, DataError):
                 yield output, result
                 continue
@@ -231,11 +233,16 @@ class _Share:
             if fail and len(self.problems) == most:
                 break
         if fail and self.problems:
-            first, *others = self.problems.values()
-            more = "".join(f"\n  {str(other).split('. ')[0]}" for other in others)
-            raise type(first)(
+            kind = type(next(iter(self.problems.values())))
+            first, *others = self.dataset.labels.join_complaints([*self.problems.values()], checked)
+            more = "".join(f"\n  {other.split('. ')[0]}" for other in others)
+            raise kind(
                 f"{first}"
-                + (f"\n{len(others)} more{' or more' * (len(others) + 1 == PROBLEMS_SHOWN)}:{more}" if others else "")
+                + (
+                    f"\n{len(others)} more{' or more' * (len(self.problems) == PROBLEMS_SHOWN)}:{more}"
+                    if others
+                    else ""
+                )
                 + "\n(--on_bad_label skip leaves such label maps out; ignore takes unknown ids as don't care)"
             )
 

@@ -191,7 +191,7 @@ def _write_shards(plan: Plan, root: Path, shards: Mapping[str, Sequence[str]], n
         DataError: with the problems of all samples, up to ``MAX_PROBLEMS``. Shards without one are finished.
     """
     num_samples = sum(map(len, shards.values()))
-    seen, problems = 0, list[str]()
+    seen, problems = 0, list[DataError]()
     with closing(_written(plan, root, shards, num_workers)) as samples:
         hidden = silent or not shards
         for found in tqdm(samples, "building", num_samples, unit="images", mininterval=0.5, disable=hidden):
@@ -203,14 +203,14 @@ def _write_shards(plan: Plan, root: Path, shards: Mapping[str, Sequence[str]], n
         rest = f" (checking stopped after sample {seen} of {num_samples})" if seen < num_samples else ""
         finished = sum((root / name / MANIFEST).is_file() for name in plan.shards)
         state = f"{finished} finished shard(s) are kept" if finished else "nothing was built"
-        listed = "\n  ".join(problems[:MAX_PROBLEMS])
+        listed = "\n  ".join(plan.labels.join_complaints(problems[:MAX_PROBLEMS], seen))
         state += f"{rest}; --skip_bad builds without them, and lists all in a file"
         raise DataError(f"{plan.source.root}: {len(problems)} problem(s), {state}:\n  {listed}")
 
 
 def _written(
     plan: Plan, root: Path, shards: Mapping[str, Sequence[str]], num_workers: int
-) -> Generator[list[str], None, None]:
+) -> Generator[list[DataError], None, None]:
     """Yield the problems of each sample of shards that are being written.
 
     Each worker writes shards of its own if there are enough of them; else this process writes one shard after the
@@ -232,7 +232,7 @@ def _written(
             yield from write_shard(plan, root, name, itertools.islice(samples, len(keys)))
 
 
-def _write_alone(plan: Plan, root: Path, name: str) -> Iterator[list[str]]:
+def _write_alone(plan: Plan, root: Path, name: str) -> Iterator[list[DataError]]:
     return write_shard(plan, root, name, map(partial(load_sample, plan), plan.shards[name]))
 
 
@@ -290,7 +290,7 @@ def look_through(
 
     Problems are collected, not raised. If a checksum differs, no sample is read: a damaged LMDB may end the process.
     """
-    contents = Contents(problems=list(wrong_checksums(root)))
+    contents = Contents(problems=list(map(DataError, wrong_checksums(root))))
     if contents.problems:
         return contents
     source = open_data(root, data)

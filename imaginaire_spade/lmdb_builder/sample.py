@@ -109,7 +109,7 @@ class LoadedSample:
     """What ``find_doubts`` found in the label map."""
     checksums: dict[str, int] = field(default_factory=dict)
     """Data type -> CRC-32 of its file in the source."""
-    problems: list[str] = field(default_factory=list)
+    problems: list[DataError] = field(default_factory=list)
     """Each names its file."""
 
 
@@ -129,7 +129,7 @@ class Contents:
     label_checksums: Counter[int] = field(default_factory=Counter)
     """Checksum of a label map's file -> samples that have it."""
     photos: PhotoFacts = field(default_factory=PhotoFacts)
-    problems: list[str] = field(default_factory=list)
+    problems: list[DataError] = field(default_factory=list)
 
     def add(self, sample: LoadedSample) -> None:
         """Count one sample."""
@@ -214,15 +214,16 @@ def check_sample(
             elif data_type == DISTANCES and not np.isfinite(array).all():
                 raise DataError(f"{where}: {NOT_FINITE}")
         except DataError as error:
-            sample.problems.append(str(error))
+            sample.problems.append(error)
     first = "seg_maps" if "seg_maps" in sizes else next(iter(sizes), "")
     sample.size = sizes.get(first)
     for data_type, (height, width) in sizes.items():
         if (height, width) != sizes[first]:
-            sample.problems.append(
+            sizes_differ = (
                 f"{source.describe(key, data_type)} is {height} x {width} (height x width), but"
                 f" {source.describe(key, first)} is {sizes[first][0]} x {sizes[first][1]}: they must be of one size"
             )
+            sample.problems.append(DataError(sizes_differ))
     return sample, pixels
 
 
@@ -260,9 +261,8 @@ def load_sample(plan: Plan, key: str) -> LoadedSample:
         conditions=plan.conditions,
     )  # fmt: skip
     if len(store_key(key)) > MAX_KEY_BYTES:
-        sample.problems.append(
-            f"{key}: the name is longer than {MAX_KEY_BYTES} bytes, the most that LMDB takes: shorten it"
-        )
+        too_long = f"{key}: the name is longer than {MAX_KEY_BYTES} bytes, the most that LMDB takes: shorten it"
+        sample.problems.append(DataError(too_long))
     if sample.problems:
         sample.files = {}  # nobody will store them
     elif sample.size and plan.smallest_side and min(sample.size) > plan.smallest_side:

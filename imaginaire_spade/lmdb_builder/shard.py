@@ -32,7 +32,7 @@ _CHUNK_BYTES = 16 << 20
 _DIGESTS = ("source_sha256", "source_stamps_sha256", "source_contents_sha256")
 
 
-def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSample]) -> Iterator[list[str]]:
+def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSample]) -> Iterator[list[DataError]]:
     """Write one shard, read it back, flush and name it, unless a sample of it is missing or has a problem (which
     ``plan.skip_bad`` leaves out).
 
@@ -63,7 +63,7 @@ def write_shard(plan: Plan, root: Path, name: str, samples: Iterable[LoadedSampl
                         extensions[t][sample.key] = sample.recoded.get(t) or plan.source.extension(sample.key, t)
                     contents.add(sample)
                 elif plan.skip_bad:
-                    bad[sample.key] = "; ".join(sample.problems)
+                    bad[sample.key] = "; ".join(map(str, sample.problems))
                 yield sample.problems
             if contents.num_samples + len(bad) < len(keys):
                 return

@@ -29,7 +29,6 @@ from imaginaire_spade.data.photos import decode_photo, decode_stored
 from imaginaire_spade.dataset_prep.prepare import Options, prepare
 from imaginaire_spade.demo.server import PaintingServer
 from imaginaire_spade.demo.service import PaintingService
-from imaginaire_spade.errors import DataError
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset, look_through
 from imaginaire_spade.training.checkpoint import write_checkpoint
@@ -206,7 +205,7 @@ def lmdb_verified(folder: Path) -> tuple[list[Path], Use]:
 
     def use() -> Any:
         if problems := look_through(root, LABELS, 0).problems:
-            raise DataError(problems[0])
+            raise problems[0]
         return _samples(root)
 
     return _written(root, _built()), use
