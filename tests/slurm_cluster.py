@@ -131,11 +131,11 @@ class Cluster:
                 continue
         return {pid: line for pid, line in found.items() if pid != init and line not in ("", "sleep 3600")}
 
-    def kill(self, node: str, command: str) -> None:
-        """Kill the processes of a node whose command line begins like this."""
+    def kill(self, node: str, command: str, first: bool = False) -> None:
+        """Kill the processes of a node whose command line begins like this, or the first of them alone."""
         pids = [pid for pid, line in self.processes(node).items() if line.startswith(command)]
         assert pids, (command, self.processes(node))
-        for pid in pids:
+        for pid in sorted(pids)[: 1 if first else None]:
             with suppress(ProcessLookupError):  # one of them ended with another
                 os.kill(pid, signal.SIGKILL)
 

@@ -211,16 +211,18 @@ def test_a_slurm_job_whose_node_daemon_is_killed_starts_again_and_ends_the_same(
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("how", ["scancel", "scancel --signal=KILL", "srun", "slurmstepd"])
+@pytest.mark.parametrize("how", ["scancel", "scancel --signal=KILL", "srun", "srun, all", "slurmstepd"])
 def test_nothing_is_left_of_a_slurm_job_that_is_ended_in_any_way(cluster, tiny_run, tmp_path, how):
     path, _ = tiny_run
     job = BatchJob(cluster, path, tmp_path)
     job.reaches(2)
     if how.startswith("scancel"):
         cluster.run(*how.split(), job.id)
+    elif how == "slurmstepd":
+        cluster.kill(NODES[1], f"slurmstepd: [{job.id}.0]")
     else:
-        cluster.kill(*{"srun": (NODES[0], "srun"), "slurmstepd": (NODES[1], f"slurmstepd: [{job.id}.0]")}[how])
-    if how != "srun":  # then SLURM often ends all processes before they have saved
+        cluster.kill(NODES[0], "srun", first=how == "srun")
+    if how != "srun":  # srun's helper process then has SLURM kill the step by SIGKILL
         cluster.wait_for(lambda: "leaving on SIGTERM" in (job.logdir / "train.log").read_text(), "saved")
     if how == "slurmstepd":  # the other node waits ten minutes for this one
         cluster.run("scancel", job.id)
