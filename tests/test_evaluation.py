@@ -104,6 +104,21 @@ def test_equal_pictures_have_distance_zero(run, real):
     assert report.scores["random_feature_distance"] == pytest.approx(0, abs=1e-9)
 
 
+def test_stored_pictures_of_sixteen_bits_are_scored_as_the_config_reads_them(run, tmp_path):
+    for side, seed in (("real", 1), ("fake", 2)):
+        for path in photos(tmp_path / side, 4, seed).rglob("*.png"):
+            pixels = cv2.imread(str(path))
+            write_png(
+                tmp_path / f"{side}16" / path.relative_to(tmp_path / side), pixels[..., ::-1].astype(np.uint16) * 16
+            )
+    deep = ("--real", tmp_path / "real16", "--fake", tmp_path / "fake16", *RANDOM)
+    with pytest.raises(DataError, match=r"3 channel\(s\) of uint16, .*: write --config C\.yaml, whose data\.images"):
+        run(*deep)
+    (tmp_path / "deep.yaml").write_text("data: {labels: {num_classes: 2}, images: {range: [0, 4080]}}")
+    same = run("--real", tmp_path / "real", "--fake", tmp_path / "fake", *RANDOM)
+    assert run(*deep, "--config", tmp_path / "deep.yaml").scores == pytest.approx(same.scores)
+
+
 def id_maps(folder: Path, like: Path, seed: int) -> Path:
     """An id map for each picture of ``like``."""
     for number, path in enumerate(sorted(like.rglob("*.png"))):

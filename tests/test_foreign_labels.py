@@ -456,6 +456,10 @@ def test_an_exported_network_takes_the_same_label_maps(tmp_path, target, norm, w
 def test_channels_can_stay_in_the_order_of_train_ids(tmp_path):
     config = trained_here("nvlabs_spade", COUNTED_FROM_1)
     content = checkpoint_of(config)
+    name, tensor = next(iter(content["generator"].items()))
+    for damaged in ({name: tensor.double()}, {name: tensor[:1]}, {"other": tensor}):
+        with pytest.raises(CheckpointError, match=r"^the checkpoint's generator .* its own config"):
+            export_files("nvlabs_spade", content | {"generator": content["generator"] | damaged}, config, "raw")
     for order, same in (("train", True), ("raw", False)):
         parts = networks_in(export_files("nvlabs_spade", content, config, "raw", order)["latest_net_G.pth"], tmp_path)
         back = import_checkpoint("nvlabs_spade", config, parts)[0]["generator"]

@@ -73,6 +73,13 @@ def test_stored_id_maps_are_scored_and_shown(run, scene, capsys):  # noqa: F811
     assert report.scores["pixel_accuracy"] == pytest.approx((kept + ones) / (zeros + ones))
     assert report.scores["miou"] == pytest.approx((kept / zeros + 1.0) / 2)  # class 2 never occurs in the label maps
     assert report.protocol.segmentation.startswith("id maps, ") and "left out" in report.protocol.ignore
+    # Label maps whose names have a suffix of their own.
+    for path in [*(scene / "seg_maps").rglob("*.png")]:
+        path.rename(path.with_name(f"{path.stem}_mask.png"))
+    table = (scene / "table.yaml").read_text()
+    (scene / "table.yaml").write_text(f"{table}  suffixes: {{seg_maps: _mask}}\n")
+    whole_set = [scene if given == scene / "seg_maps" else given for given in flags(scene)]
+    assert run(*whole_set).scores == report.scores
     details = report.details["segmentation"]
     assert details["absent_classes"] == ["tree"] and details["ignored_pixels"] == 5 * 64
     assert details["classes"][0]["mistaken_for"] == "tree"

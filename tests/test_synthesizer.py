@@ -121,6 +121,7 @@ def test_one_mistake_one_message(styled, plain):
         (plain, ("a.png",), {}, DataError, r"^a\.png: No such file"),
         (plain, (7,), {}, DataError, "the label map: a int; give a numpy array, a PIL image or a file"),
         (plain, (Image.new("RGBA", (8, 8)),), {}, DataError, "a PIL image of mode RGBA; give one of 1, L, P, RGB"),
+        (plain, (LABELS,), {"seed": "x"}, ConfigError, "seed: 'x'; give a whole number"),
         (plain, (LABELS,), {"edges": LABELS}, ConfigError, "edges: this generator takes label maps alone"),
         (plain, (LABELS,), {"style": photo}, CheckpointError, "without a style encoder; it takes no style at all"),
         (plain, (LABELS,), {"style": np.zeros(4)}, CheckpointError, "style: this generator takes no style code"),

@@ -41,7 +41,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     fake.add_argument("--logdir", type=Path, metavar="DIR", help="log dir of a training run: its newest checkpoint")
     fake.add_argument(
-        "--config", type=Path, metavar="C.yaml", help="config whose data is used (default: the checkpoint's own)"
+        "--config",
+        type=Path,
+        metavar="C.yaml",
+        help="config whose data is used (default: the checkpoint's own); with --fake: whose data.images says what the"
+        " numbers in files of other than 8 bits mean",
     )
     add_shared_flags(fake, "--weights", "--set", "--import")
     fake.add_argument("--size", metavar="trained|own|HxW",
@@ -150,7 +154,7 @@ def _check(arguments: argparse.Namespace) -> list[str]:
         raise ConfigError(f"--metrics: choose from {','.join(METRICS)}")
     if "cmmd" in metrics and arguments.features.partition(":")[0] != "clip":
         raise ConfigError("--metrics cmmd is a distance of CLIP's features: write --features clip")
-    generates = bool(arguments.checkpoint or arguments.logdir or arguments.config)
+    generates = bool(arguments.checkpoint or arguments.logdir or (arguments.config and not arguments.fake))
     if bool(arguments.fake) == generates:
         raise ConfigError("give --fake DIR, or --checkpoint P (or --logdir DIR) to generate the images, one of the two")
     if arguments.size is not None and not generates:
@@ -196,6 +200,7 @@ def _images(
     network: "FeatureNetwork | None",
     device: "torch.device",
 ) -> "ImagesToScore":
+    from imaginaire_spade.config_files import load_data
     from imaginaire_spade.inference.images_to_score import checkpoint_images, stored_images
     from imaginaire_spade.inference.model import load_named
 
@@ -203,6 +208,7 @@ def _images(
         return stored_images(
             arguments.fake, arguments.real, reference_split=arguments.reference_split, network=network,
             num_samples=arguments.num_samples, label_maps=arguments.label_maps, label_table=arguments.label_table,
+            images=load_data(arguments.config, arguments.overrides).images if arguments.config else None,
         )  # fmt: skip
     path, model, given = load_named(
         arguments.checkpoint, arguments.logdir, arguments.config, arguments.overrides, weights=arguments.weights,

@@ -70,9 +70,9 @@ def main() -> None:
             print(f"{len(contents.problems)} problem(s), listed in {listed}")
         elif contents.problems:
             table, checked = labels or LabelSpec(num_classes=1), contents.num_samples
-            listed = table.join_complaints(contents.problems, checked)
-            first = "\n  ".join(listed[:20])
-            more = "\n--skip_bad lists all of them in a file" if len(listed) > 20 else ""
+            messages = table.join_complaints(contents.problems, checked)
+            first = "\n  ".join(messages[:20])
+            more = "\n--skip_bad lists all of them in a file" if len(messages) > 20 else ""
             raise DataError(f"{root}: {len(contents.problems)} problem(s):\n  {first}{more}")
         else:
             print("everything decodes, checksums agree" if known else "everything decodes (no checksums to compare)")

@@ -25,7 +25,7 @@ from imaginaire_spade.data.folders import Source
 from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_image
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.data.loader import read_ahead
-from imaginaire_spade.data.photos import photo_preview, read_header
+from imaginaire_spade.data.photos import decode_photo, measured, photo_preview, read_header, show
 from imaginaire_spade.errors import DataError, catch_error
 from imaginaire_spade.files import LABELS_FOLDER
 from imaginaire_spade.labels import LabelSpec
@@ -85,12 +85,20 @@ class StoredImages(ImageSource):
     Args:
         num_samples: more than 1: the folder holds ``KEY_00.png`` .. of each label map (inference.py --num_samples k).
         label_maps: data set of the label maps, which join by key; not every image needs one.
+        images: what the numbers in the files mean (``data.images``); None: 8-bit pictures.
     Raises:
         DataError: no images there, or not num_samples of each key.
     """
 
-    def __init__(self, root: str | Path, num_samples: int = 1, label_maps: LabelMapDataset | None = None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        num_samples: int = 1,
+        label_maps: LabelMapDataset | None = None,
+        images: ImageSpec | None = None,
+    ) -> None:
         self.name = str(root)
+        self._images = None if images is None or images == ImageSpec() else measured(images, [root])
         self.num_samples = num_samples
         self._source = _open(Path(root))
         files = sorted(key for key in self._source.keys if not key.startswith(f"{LABELS_FOLDER}/"))
@@ -108,10 +116,21 @@ class StoredImages(ImageSource):
 
     def _read(self, index: int) -> SourceImage:
         files = [(self._source.describe(key, "images"), self._source.read(key, "images")) for key in self._files[index]]
-        first, *others = (torch.from_numpy(_decode(data, where)).permute(2, 0, 1) for where, data in files)
+        first, *others = (torch.from_numpy(self._decode(data, where)).permute(2, 0, 1) for where, data in files)
         place = self._label_map_of.get(self.keys[index])
         label_map = None if place is None or not self._label_maps else self._label_maps[place].labels.numpy()
         return SourceImage(first, *_kind(files[0][1]), label_map, others)
+
+    def _decode(self, data: bytes, where: str) -> NDArray[np.uint8]:
+        if self._images is not None:
+            return show(decode_photo(data, where, self._images), self._images)
+        header = read_header(data, where)
+        if header.dtype != "uint8" or header.channels > 4:
+            raise DataError(
+                f"{where}: {header.channels} channel(s) of {header.dtype}, but scores are of 8-bit pictures: write"
+                " --config C.yaml, whose data.images says what these numbers mean"
+            )
+        return decode_image(data, where)
 
 
 def _open(root: Path) -> Source:
@@ -139,14 +158,6 @@ def _grouped(files: Sequence[str], num_samples: int, where: str) -> list[list[st
                 f" them with inference.py --num_samples {num_samples}, or give the --num_samples it was run with"
             )
     return [[group[number] for number in range(num_samples)] for _, group in sorted(groups.items())]
-
-
-def _decode(data: bytes, where: str) -> NDArray[np.uint8]:
-    header = read_header(data, where)
-    if header.dtype != "uint8" or header.channels > 4:
-        kind = f"{header.channels} channel(s) of {header.dtype}"
-        raise DataError(f"{where}: {kind}, but scores are of 8-bit pictures: evaluate.py --checkpoint P makes those")
-    return decode_image(data, where)
 
 
 def _kind(data: bytes) -> tuple[str, str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from imaginaire_spade.build import build_split
-from imaginaire_spade.config import AugmentationConfig, RunConfig
-from imaginaire_spade.config_files import load_labels
+from imaginaire_spade.config import AugmentationConfig, ImageSpec, RunConfig
+from imaginaire_spade.config_files import load_data
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.photos import to_preview
 from imaginaire_spade.errors import ConfigError, DataError
@@ -45,12 +45,15 @@ def stored_images(
     num_samples: int,
     label_maps: Path | None,
     label_table: Path | None,
+    images: ImageSpec | None = None,
 ) -> ImagesToScore:
     """Open folders or LMDBs of generated and of real images.
 
     Args:
         real: or statistics, which must be of ``reference_split`` and ``network``.
-        label_maps, label_table: the label maps of the generated images and a config with their table; both or neither.
+        label_maps, label_table: the label maps of the generated images and a config with their table (and
+            ``data.suffixes``); both or neither.
+        images: what the numbers in all files mean; None: 8-bit pictures.
     Raises:
         DataError: nothing there, or an image without a label map.
         ConfigError: no label table.
@@ -58,23 +61,28 @@ def stored_images(
     maps = None
     if label_maps is not None:
         assert label_table is not None
-        maps = LabelMapDataset(label_maps, load_labels(label_table), with_images=False)
-    images = StoredImages(fake, num_samples, maps)
-    if maps is not None and (missing := sorted(set(images.keys) - set(maps.keys))):
+        data = load_data(label_table)
+        maps = LabelMapDataset(label_maps, data.labels, with_images=False, suffixes=data.suffixes)
+    made = StoredImages(fake, num_samples, maps, images)
+    if maps is not None and (missing := sorted(set(made.keys) - set(maps.keys))):
         raise DataError(
-            f"{label_maps}: no label map for {len(missing)} of the {len(images.keys)} images of {fake}, such as"
+            f"{label_maps}: no label map for {len(missing)} of the {len(made.keys)} images of {fake}, such as"
             f" {missing[0]}: files are joined by name"
         )
-    opened = _open_real(real, reference_split, network, maps)
+    opened = _open_real(real, reference_split, network, maps, images)
     photos = opened if isinstance(opened, ImageSource) else None
-    return ImagesToScore(images, opened, photos, {"real": str(real), "fake": str(fake)})
+    return ImagesToScore(made, opened, photos, {"real": str(real), "fake": str(fake)})
 
 
 def _open_real(
-    path: Path, split: str, network: FeatureNetwork | None, label_maps: LabelMapDataset | None = None
+    path: Path,
+    split: str,
+    network: FeatureNetwork | None,
+    label_maps: LabelMapDataset | None = None,
+    images: ImageSpec | None = None,
 ) -> ImageSource | Collection:
     if not holds_statistics(path):
-        return StoredImages(path, label_maps=label_maps)
+        return StoredImages(path, label_maps=label_maps, images=images)
     assert network is not None, "statistics serve fid only"
     return load_statistics(path, network, split)
 

@@ -137,9 +137,11 @@ class Synthesizer:
             LabelError: values or colours that are not in the table.
             DataError: an array or image of the wrong kind.
             ConfigError: edges or conditions for a generator that takes none, or none for one that takes them; no such
-                size.
+                size or seed.
             CheckpointError: a style for a generator that takes none.
         """
+        if not isinstance(seed, int | np.integer):
+            raise ConfigError(f"seed: {seed!r}; give a whole number")
         conditions = dict(conditions or {})
         if isinstance(label_map, list | tuple) or _is_batch(label_map):
             if edges is not None or instances is not None or conditions:

