@@ -273,19 +273,19 @@ class LabelSpec(BaseModel):
         """
         pixels = raw.reshape(-1, *raw.shape[2:])  # [H W] or [H W, 3]
         # By runs of one value, which are some twenty times fewer than pixels.
-        is_start = np.zeros(-(-len(pixels) // 8) * 8, np.bool_)
-        is_start[:1] = True
+        is_start = np.zeros(len(pixels) // 8 * 8 + 8, np.bool_)
+        is_start[[0, len(pixels)]] = True  # (the end, where no run starts, ends the last one)
         if raw.ndim == 3:
             (pixels[1:] != pixels[:-1]).any(1, out=is_start[1 : len(pixels)])
         else:
             np.not_equal(pixels[1:], pixels[:-1], out=is_start[1 : len(pixels)])
         eights = is_start.view(np.uint64)  # most hold no start
-        some = np.flatnonzero(eights != 0)
-        place = np.flatnonzero(eights[some].view(np.bool_))
-        starts = some[place >> 3] * 8 + (place & 7)
-        ids = self.to_train_ids(pixels[starts][None], where)[0]
-        counts = np.bincount(ids, np.diff(starts, append=len(pixels))).astype(np.int64)
-        return {i: int(counts[i]) for i in np.flatnonzero(counts).tolist()}
+        some = (eights != 0).nonzero()[0]
+        place = eights[some].view(np.bool_).nonzero()[0]
+        bounds = some[place >> 3] * 8 + (place & 7)
+        ids = self.to_train_ids(pixels[bounds[:-1]][None], where)[0]
+        counts = np.bincount(ids, bounds[1:] - bounds[:-1])
+        return {i: int(count) for i, count in enumerate(counts.tolist()) if count}
 
     def colourise(self, train_ids: NDArray[np.generic]) -> NDArray[np.uint8]:
         """Convert train ids [...] to RGB uint8 [..., 3]."""

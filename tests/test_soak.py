@@ -1,5 +1,8 @@
 # ruff: noqa: F811 (the fixture tiny_run is imported)
-"""Training under faults, in few and in many: ``SOAK_FAULTS=100 pytest -m slow tests/test_soak.py`` (default 10)."""
+"""Training under faults, in few and in many: ``SOAK_FAULTS=30 SOAK_SEED=1 pytest -m slow tests/test_soak.py``.
+
+Without them, ten faults of seed 0.
+"""
 
 import os
 import random
@@ -7,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +23,39 @@ from imaginaire_spade.training.checkpoint import checkpoints_in, load_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
-FAULTS = ("rank", "job", "terminate", "truncate", "delete", "full disk")
+FAULTS = (
+    "rank", "loader worker", "pause", "job", "terminate", "interrupt", "hang up", "truncate", "delete", "full disk",
+    "replace photos",
+)  # fmt: skip
+SIGNALS = {"terminate": signal.SIGTERM, "interrupt": signal.SIGINT, "hang up": signal.SIGHUP}
+
+
+def children(pid: int) -> list[int]:
+    """List the processes that a process started, also those of its threads."""
+    return [int(c) for thread in Path(f"/proc/{pid}/task").glob("*/children") for c in thread.read_text().split()]
+
+
+def kill(job: Job) -> None:
+    """Kill a launcher and its ranks, and wait until they are gone."""
+    for pid in (job.process.pid, *job.ranks()):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    job.process.wait()
+
+
+def train_on_other_photos(start: Callable[[], Job], photos: list[Path], folder: Path) -> None:
+    """Replace photos under their names; a run must notice. Kill it, and remove what it trained on them."""
+    known, sound = checkpoints_in(folder), {path: path.with_suffix(".sound") for path in photos[1:]}
+    for path, kept in sound.items():
+        path.rename(kept)
+        path.write_bytes(photos[0].read_bytes())
+    job = start()
+    job.prints(f"{len(sound)} of 10 samples (or LMDB files) have changed under their names")
+    kill(job)
+    for path, kept in sound.items():
+        kept.rename(path)
+    for path in set(checkpoints_in(folder)) - set(known):
+        path.unlink()
 
 
 @pytest.mark.parametrize(
@@ -30,7 +67,7 @@ FAULTS = ("rank", "job", "terminate", "truncate", "delete", "full disk")
 )
 def test_two_processes_under_faults_end_where_undisturbed_ones_do(commands, tiny_run, tmp_path, small_disk, faults):
     path, _ = tiny_run
-    rng = random.Random(0)
+    rng = random.Random(int(os.environ.get("SOAK_SEED", "0")))
     faults = faults or [rng.choice(FAULTS) for _ in range(int(os.environ.get("SOAK_FAULTS", "10")))]
     settings = (
         f"trainer.max_iterations={4 * len(faults)}", "trainer.checkpoint_every=2", "trainer.keep_last=4",
@@ -40,18 +77,26 @@ def test_two_processes_under_faults_end_where_undisturbed_ones_do(commands, tiny
     assert straight.wait(3600) == 0, straight.output()
 
     logdir, job, recoveries = small_disk / "log", None, []
+
+    def start(mode: str = "stop") -> Job:
+        goes_on = f"trainer.on_failed_save={mode}"
+        return Job(commands, path, logdir, "--max_restarts=1000", settings=(*settings, goes_on))
+
     for number, fault in enumerate(faults):
         if job is None:
-            mode = rng.choice(["stop", "continue"])
-            goes_on = f"trainer.on_failed_save={mode}"
-            job = Job(commands, path, logdir, "--max_restarts=1000", settings=(*settings, goes_on))
+            job = start(mode := rng.choice(["stop", "continue"]))
         job.reaches_next(rng.randint(1, 3))
         print(f"fault {number + 1}: {fault}", flush=True)
-        if fault == "rank":
-            killed_at = time.monotonic()
-            os.kill(rng.choice(job.ranks()), signal.SIGKILL)
+        if fault in ("rank", "loader worker"):
+            killed_at, rank = time.monotonic(), rng.choice(job.ranks())
+            os.kill(rank if fault == "rank" else rng.choice(children(rank)), signal.SIGKILL)
             job.recovers()
             recoveries.append(time.monotonic() - killed_at)
+            continue
+        if fault == "pause":
+            os.kill(rank := rng.choice(job.ranks()), signal.SIGSTOP)
+            time.sleep(3)
+            os.kill(rank, signal.SIGCONT)
             continue
         if fault == "full disk":
             filler = fill(small_disk, leave=rng.randint(0, 50_000))  # a checkpoint is larger, a line of the log is not
@@ -59,13 +104,15 @@ def test_two_processes_under_faults_end_where_undisturbed_ones_do(commands, tiny
             filler.unlink()
             if mode == "continue":
                 continue
-        elif fault == "terminate":
-            job.process.send_signal(signal.SIGTERM)
+        elif fault in SIGNALS:
+            job.process.send_signal(SIGNALS[fault])
         else:
-            for pid in (job.process.pid, *job.ranks()):
-                os.kill(pid, signal.SIGKILL)
+            kill(job)
         job.process.wait()
         job, found = None, checkpoints_in(logdir / "checkpoints")
+        if fault == "replace photos" and found:
+            photos = sorted((tmp_path / "raw/images").iterdir())
+            train_on_other_photos(start, rng.sample(photos, 4), logdir / "checkpoints")
         if fault == "truncate" and found:
             found[-1].write_bytes(found[-1].read_bytes()[: rng.randint(0, 2000)])
         if fault == "delete" and found:
@@ -127,9 +174,8 @@ def test_two_hosts_of_which_one_is_lost_and_comes_back(commands, tiny_run, tmp_p
 
     try:
         reaches(4)
-        children = Path(f"/proc/{hosts[1].pid}/task/{hosts[1].pid}/children").read_text().split()
-        for pid in (*children, hosts[1].pid):
-            os.kill(int(pid), signal.SIGKILL)
+        for pid in (*children(hosts[1].pid), hosts[1].pid):
+            os.kill(pid, signal.SIGKILL)
         hosts[1].wait()
         time.sleep(25)  # torchrun needs 15 s to give a host up; one that comes back sooner finds its place still taken
         hosts[1] = start(1)

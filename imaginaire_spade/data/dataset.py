@@ -183,9 +183,9 @@ class LabelMapDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.keys)
 
-    def stamps(self) -> dict[str, Tensor]:
+    def stamps(self) -> dict[str, tuple[list[str], NDArray[np.int64]]]:
         """Return the ``Source.stamps`` of each root."""
-        return {str(root.source.root): torch.from_numpy(root.source.stamps()) for root in self._roots}
+        return {str(root.source.root): root.source.stamps() for root in self._roots}
 
     def without_images(self) -> LabelMapDataset:
         """Return the same samples without photos: only label maps (and the source of edges) are read."""

@@ -15,6 +15,7 @@ from imaginaire_spade.errors import DataError
 NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
 PNG = b"\x89PNG\r\n\x1a\n"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_CHUNK = struct.Struct(">I4s").unpack_from
 _SUBFILE = 254
 _TAGS = (_SUBFILE, 256, 257, 258, 262, 274, 277, 322, 323, 338, 339)
 
@@ -44,20 +45,23 @@ def jpeg_frame(data: bytes) -> tuple[int, int, bytes] | None:
 
 
 def png_chunks(data: bytes, where: str, names: Collection[bytes]) -> list[tuple[bytes, bytes]]:
-    """Return name and content of the chunks of a PNG that have one of ``names``, up to its end.
+    """Return name and bytes of the chunks of a PNG that have one of ``names``, up to its end.
+
+    A chunk is four bytes of length, its name, its content ([8:-4]) and four bytes of checksum.
 
     Raises:
         DataError: one of them is damaged, by its checksum; or the file is cut off.
     """
     view, place, found, name = memoryview(data), 8, list[tuple[bytes, bytes]](), b""
     while place + 12 <= len(data) and name != b"IEND":
-        name, end = data[place + 4 : place + 8], place + 12 + int.from_bytes(data[place : place + 4], "big")
+        length, name = _CHUNK(data, place)
+        end = place + 12 + length
         if end > len(data):
             raise DataError(f"{where}: not readable: a PNG that is damaged or cut off: copy it again")
         if name in names:
             if zlib.crc32(view[place + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
                 raise DataError(f"{where}: not readable: a PNG that is damaged (a checksum differs): copy it again")
-            found.append((name, data[place + 8 : end - 4]))
+            found.append((name, data[place:end]))
         place = end
     return found
 

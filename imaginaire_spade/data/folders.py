@@ -68,9 +68,9 @@ class Source(ABC):
         """Name a file in a message."""
 
     @abstractmethod
-    def stamps(self) -> NDArray[np.int64]:
-        """Return what tells later whether files have changed: [n, 2], the bytes of each sample and the time of its last
-        change (ns); or a checksum of what is known of each LMDB, and 0."""
+    def stamps(self) -> tuple[list[str], NDArray[np.int64]]:
+        """Return what tells later which files have changed: n keys and [n, 2], the bytes of each sample and the time of
+        its last change (ns); or n LMDBs, and a checksum of what is known of each, and 0."""
 
 
 def stays_inside(path: str) -> bool:
@@ -199,22 +199,27 @@ class FolderSource(Source):
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
-    def file_stamp(self, key: str, data_type: str) -> tuple[int, int]:
-        """Return a file's number of bytes, and when it was changed (ns).
+    def file_stamps(self, keys: Sequence[str], data_type: str) -> NDArray[np.int64]:
+        """Return the number of bytes of each key's file, and when it was changed (ns): [n, 2].
 
         Raises:
-            DataError: it is gone.
+            DataError: one is gone.
         """
-        path = self.describe(key, data_type)
+        stamps, path = list[tuple[int, int]](), ""
+        folder, extensions, names = f"{self._folders[data_type]}{os.sep}", self._extensions[data_type], self._names
+        name_of = names[data_type].get
         try:
-            status = os.stat(path)  # noqa: PTH116 (a Path takes ten times as long to make)
+            for key in keys:
+                path = f"{folder}{name_of(key, key)}.{extensions[key]}"
+                status = os.stat(path)  # noqa: PTH116 (a Path takes ten times as long to make)
+                stamps.append((status.st_size, status.st_mtime_ns))
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-        return status.st_size, status.st_mtime_ns
+        return np.array(stamps, np.int64).reshape(-1, 2)
 
-    def stamps(self) -> NDArray[np.int64]:
+    def stamps(self) -> tuple[list[str], NDArray[np.int64]]:
         types = [t for t in self._folders if self.has(t)]
-        return np.array([[self.file_stamp(key, t) for t in types] for key in self.keys], np.int64).sum(1)
+        return self.keys, np.sum([self.file_stamps(self.keys, t) for t in types], 0)
 
     def aliases(self) -> dict[str, str]:
         """Map the names of files (without extension) that are not their keys to these."""
@@ -284,7 +289,7 @@ class FolderSource(Source):
 
 def holds_images(folder: Path) -> bool:
     """Return whether there is any image file (by extension) in ``folder`` or below."""
-    return any(_extension(name, PHOTO_EXTENSIONS) for _, name in _walk(folder))
+    return any(_extension(name, PHOTO_EXTENSIONS) for _, names in _walk(folder) for name in names)
 
 
 def _scan(
@@ -297,20 +302,23 @@ def _scan(
     """
     found: dict[str, str] = {}
     names: dict[str, str] = {}
-    place = str(folder)
     before, _, after = affix.rpartition("*")
-    for sequence, name in _walk(folder):
+    for sequence, name in ((sequence, name) for sequence, inside in _walk(folder) for name in inside):
         extension = _extension(name, extensions)
-        whole = name[: -len(extension) - 1]
-        has_affix = len(whole) > len(before) + len(after) and whole.startswith(before) and whole.endswith(after)
-        path = f"{place}{os.sep}{sequence}{os.sep}{name}"
-        is_film = extension.lower() == "webp" and "gif" not in extensions and _is_animated_webp(path)
-        if not extension or not has_affix or is_film:
+        written = name[: -len(extension) - 1]
+        stem = written[len(before) : len(written) - len(after)]
+        is_film = extension.lower() == "webp" and "gif" not in extensions
+        if (
+            not extension
+            or (affix and not (stem and written.startswith(before) and written.endswith(after)))
+            or (is_film and _is_animated_webp(f"{folder}{os.sep}{sequence}{os.sep}{name}"))
+        ):
             skipped.append(folder / sequence / name)
             continue
-        key = written = make_key(sequence, whole, path)
-        if affix:
-            key = make_key(sequence, whole[len(before) : len(whole) - len(after)], path)
+        key = written = written if sequence == ROOT_SEQUENCE else f"{sequence}/{written}"
+        if affix or not key.isascii() or "\\" in key:  # else it is as plain as names of files are
+            where = f"{folder}{os.sep}{sequence}{os.sep}{name}"
+            written, key = (make_key(sequence, text, where) for text in (name[: -len(extension) - 1], stem))
         if key in found:
             other = f"{names.get(key, key)}.{found[key]}"
             raise DataError(
@@ -335,8 +343,8 @@ def _is_animated_webp(path: str) -> bool:
     return header[12:16] == b"VP8X" and bool(header[20] & 2)
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield (sequence, file name) of every visible file, sorted; links to folders are followed once each.
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield (sequence, names of its visible files), sorted; links to folders are followed once each.
 
     Raises:
         DataError: a folder that cannot be read, or something that is no file.
@@ -347,22 +355,26 @@ def _walk(folder: Path) -> Iterator[tuple[str, str]]:
         if (real := os.path.realpath(place)) in seen:
             continue
         seen.add(real)
+        files, folders, special = list[str](), list[str](), list[str]()
         try:
-            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+            for entry in os.scandir(place):
+                name = entry.name
+                if name[0] == ".":  # .DS_Store, ._name.jpg, .ipynb_checkpoints
+                    continue
+                if entry.is_file(follow_symlinks=False):
+                    files.append(name)
+                elif os.path.isdir(entry.path):  # noqa: PTH112 (a Path takes ten times as long to make)
+                    folders.append(name)
+                else:
+                    files.append(name)
+                    special.append(entry.path)
         except OSError as error:
             raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
-        folders = []
-        for entry in entries:
-            if entry.name.startswith("."):  # .DS_Store, ._name.jpg, .ipynb_checkpoints
-                continue
-            if not entry.is_file(follow_symlinks=False):
-                if os.path.isdir(entry.path):  # noqa: PTH112 (a Path takes ten times as long to make)
-                    below = entry.name if sequence == ROOT_SEQUENCE else f"{sequence}/{entry.name}"
-                    folders.append((entry.path, below))
-                    continue
-                refuse_special(entry.path)
-            yield sequence, entry.name
-        places += reversed(folders)
+        for path in sorted(special):
+            refuse_special(path)
+        yield sequence, sorted(files)
+        below = "" if sequence == ROOT_SEQUENCE else f"{sequence}/"
+        places += [(f"{place}{os.sep}{name}", f"{below}{name}") for name in sorted(folders, reverse=True)]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -101,6 +101,10 @@ def imdecode(data: bytes, flags: int, where: str) -> NDArray[Any]:
     # OpenCV allocates what a chunk says is its length; its reader of animations makes up what is damaged or missing.
     if data.startswith(PNG) and png_chunks(data, where, (b"acTL",)):
         data = _bare_png(data, where, data[25])
+    return _imdecode(data, flags, where)
+
+
+def _imdecode(data: bytes, flags: int, where: str) -> NDArray[Any]:
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
@@ -110,15 +114,22 @@ def imdecode(data: bytes, flags: int, where: str) -> NDArray[Any]:
     return image
 
 
-def _bare_png(data: bytes, where: str, colour: int) -> bytes:
-    """Return the same image as a PNG of the colour type ``colour``, without an animation or marks for viewers."""
-    names = (b"IHDR", b"IDAT", b"IEND") + (b"PLTE", b"tRNS") * (colour != _GREY)
-    parts = [PNG]
-    for name, content in png_chunks(data, where, names):
-        body = name + (content[:9] + bytes([colour]) + content[10:] if name == b"IHDR" else content)
-        parts.append(struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body)))
-    if not parts[-1].startswith(b"IEND", 4):
+def _bare_png(data: bytes, where: str, colour: int, *, still: bool = False) -> bytes:
+    """Return the same image as a PNG of the colour type ``colour``, without an animation or marks for viewers.
+
+    Args:
+        still: refuse an animation.
+    """
+    names = (b"IHDR", b"IDAT", b"IEND", b"acTL", *(b"PLTE", b"tRNS") * (colour != _GREY))
+    chunks = png_chunks(data, where, names)
+    if not chunks or chunks[-1][0] != b"IEND":
         raise DataError(f"{where}: not readable: a PNG that is cut off: copy it again")
+    if still and any(name == b"acTL" for name, _ in chunks):
+        raise DataError(f"{where}: an animated PNG; save the image that is meant alone")
+    parts = [PNG, *(chunk for name, chunk in chunks if name != b"acTL")]
+    if len(head := parts[1]) == 25 and head[17] != colour:
+        body = head[4:17] + bytes([colour]) + head[18:21]
+        parts[1] = head[:4] + body + struct.pack(">I", zlib.crc32(body))
     return b"".join(parts)
 
 
@@ -196,12 +207,10 @@ def _decode_png(data: bytes, where: str, what: str) -> NDArray[np.generic]:
     bits, colour = data[24], data[25]
     mode = {_GREY: "L", _RGB: "RGB", _PALETTE: "P"}.get(colour, "RGBA")
     _check_form(mode, where, what, 8 if colour == _GREY else bits)
-    if png_chunks(data, where, (b"acTL",)):
-        raise DataError(f"{where}: an animated PNG; save the image that is meant alone")
     # Several times faster than PIL, which does not look at checksums and makes up missing rows. Indexed colour is read
     # as grey, since OpenCV would look the colours up.
-    bare = _bare_png(data, where, _RGB if colour == _RGB else _GREY)
-    stored = imdecode(bare, cv2.IMREAD_COLOR_RGB if colour == _RGB else cv2.IMREAD_UNCHANGED, where)
+    bare = _bare_png(data, where, _RGB if colour == _RGB else _GREY, still=True)
+    stored = _imdecode(bare, cv2.IMREAD_COLOR_RGB if colour == _RGB else cv2.IMREAD_UNCHANGED, where)
     return stored if bits >= 8 else stored // np.uint8(255 // (2**bits - 1))  # OpenCV scales 0..3 to 0..255
 
 

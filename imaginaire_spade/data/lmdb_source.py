@@ -71,7 +71,7 @@ class LmdbSource(Source):
         self.keys = []
         self.shard_sizes = []
         self._shard_of: dict[str, int] = {}
-        self._stamps: list[list[int]] = []
+        self._stamps: dict[str, list[int]] = {}
         for number, shard in enumerate(shards):
             stated = stated_files(shard)
             for key in _read_filenames(shard / FILENAMES):
@@ -93,7 +93,7 @@ class LmdbSource(Source):
                 if (found := status.st_size) != num_bytes:  # mapped, it might end the process
                     raise DataError(f"{path}: cut off or replaced ({found} bytes, not {num_bytes}): copy it again")
                 self.num_bytes += num_bytes
-                self._stamps.append([zlib.crc32(fact.encode()), 0])
+                self._stamps[str(path)] = [zlib.crc32(fact.encode()), 0]
         if not self.keys:
             raise DataError(f"{root}: {FILENAMES} lists no samples: build it again with scripts/build_lmdb.py")
 
@@ -114,8 +114,8 @@ class LmdbSource(Source):
             raise DataError(f"{self.describe(key, data_type)}: the LMDB lacks this key, though {FILENAMES} lists it")
         return value
 
-    def stamps(self) -> NDArray[np.int64]:
-        return np.array(self._stamps)
+    def stamps(self) -> tuple[list[str], NDArray[np.int64]]:
+        return list(self._stamps), np.array([*self._stamps.values()])
 
     def describe(self, key: str, data_type: str) -> str:
         return f"{self._shards[self._shard_of.get(key, 0)]}{os.sep}{data_type} key {store_key(key).decode()}"

@@ -54,7 +54,9 @@ def read_header(data: bytes, where: str) -> Header:
         DataError: no image, of too many pixels, or a NumPy file that holds no image.
     """
     if frame := jpeg_frame(data):
-        return Header(image_size(data, where), orientation=_orientation(tiff_tags(frame[2][6:])) if frame[2] else 1)
+        return Header(
+            check_size(frame[1], frame[0], where), orientation=_orientation(tiff_tags(frame[2][6:])) if frame[2] else 1
+        )
     if data.startswith((NPY, NPZ)):
         array = _as_photo(read_array(data, where), where)
         size = check_size(array.shape[0], array.shape[1], where)
@@ -73,7 +75,7 @@ def read_header(data: bytes, where: str) -> Header:
     size = image_size(data, where)
     if data.startswith(PNG):
         colour, chunks = data[25], dict(png_chunks(data, where, (b"tRNS", b"eXIf")))
-        has_alpha, exif = colour in (4, 6) or b"tRNS" in chunks, chunks.get(b"eXIf", b"")
+        has_alpha, exif = colour in (4, 6) or b"tRNS" in chunks, chunks.get(b"eXIf", b"")[8:-4]
         channels = (1 if colour in (0, 4) else 3) + has_alpha
         return Header(size, f"uint{max(8, data[24])}", channels, has_alpha, _orientation(tiff_tags(exif)))
     if data[:4] == b"RIFF":

@@ -134,7 +134,7 @@ def build_dataset(
             print(f"{prefix}resuming: {len(kept)} of {len(own)} shard(s) are complete and verified")
         # Write the others, and join all of them.
         todo = {name: keys for name, keys in shards.items() if name in own and name not in kept}
-        num_bytes = sum(source.file_stamp(key, t)[0] for keys in todo.values() for key in keys for t in types)
+        num_bytes = sum(int(source.file_stamps(keys, t)[:, 0].sum()) for keys in todo.values() for t in types)
         with expect_room(output, num_bytes):
             _write_shards(plan, root, todo, num_workers, silent=rank > 0)
             manifest = join_shards(plan, root, output, left_out)

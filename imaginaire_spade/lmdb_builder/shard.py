@@ -220,14 +220,13 @@ def _manifest(plan: Plan, contents: Contents, extensions: Mapping[str, Mapping[s
 def _source_digests(plan: Plan, name: str) -> dict[str, str]:
     """Compute two digests by which a finished shard is recognised: of the names and sizes of all its source files, and
     of their time stamps as well. (The third, of their contents, comes from the build.)"""
-    sizes, stamps, num_bytes = hashlib.sha256(), list[int](), dict[str, int]()
-    for key in plan.shards[name]:
-        for t in plan.data_types:
-            num_bytes[t], changed_at = plan.source.file_stamp(key, t)
-            stamps.append(changed_at)
-        sizes.update(f"{key}\0{num_bytes}\n".encode())
-    stamps_sha256 = hashlib.sha256(np.array(stamps).tobytes()).hexdigest()
-    return {"source_sha256": sizes.hexdigest(), "source_stamps_sha256": stamps_sha256}
+    stamps = np.stack([plan.source.file_stamps(plan.shards[name], t) for t in plan.data_types], 1)
+    form = "%s\0{" + ", ".join(f"{t!r}: %d" for t in plan.data_types) + "}\n"
+    sizes = zip(plan.shards[name], *stamps[..., 0].T.tolist(), strict=True)
+    return {
+        "source_sha256": hashlib.sha256("".join([form % entry for entry in sizes]).encode()).hexdigest(),
+        "source_stamps_sha256": hashlib.sha256(stamps[..., 1].tobytes()).hexdigest(),
+    }
 
 
 def find_problem(shard: Path, plan: Plan, name: str) -> str:
@@ -256,9 +255,11 @@ def _find_changed(shard: Path, manifest: Manifest, plan: Plan, name: str, source
     """
     if manifest.get("source_stamps_sha256") == source["source_stamps_sha256"]:
         return ""
-    files = [(key, t) for key in plan.shards[name] for t in plan.data_types]
-    built_at = (shard / MANIFEST).stat().st_mtime_ns
-    newer = [plan.source.describe(key, t) for key, t in files if plan.source.file_stamp(key, t)[1] > built_at]
+    keys, built_at = plan.shards[name], (shard / MANIFEST).stat().st_mtime_ns
+    stamps = {t: plan.source.file_stamps(keys, t)[:, 1] for t in plan.data_types}
+    newer = [
+        plan.source.describe(keys[i], t) for t, at in stamps.items() for i in (at > built_at).nonzero()[0].tolist()
+    ]
     if stated := manifest.get("source_contents_sha256"):
         contents = hashlib.sha256()
         for key in plan.shards[name]:

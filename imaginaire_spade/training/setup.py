@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from imaginaire_spade import distributed
@@ -83,7 +84,7 @@ class Run:
     settings: StepSettings
     calendar: Calendar
     evaluation: Evaluation | None
-    stamps: dict[str, Tensor]
+    stamps: dict[str, tuple[list[str], NDArray[np.int64]]]
     """What tells later whether files of the training data have changed (``Source.stamps`` by root); rank 0 alone."""
     graphed: GraphedUpdate | None
     """The updates as a CUDA graph, with ``trainer.cuda_graphs``."""
@@ -316,7 +317,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "global_batch": run.calendar.global_batch,
         "data_samples": len(run.dataset),
         "data_sha256": hashlib.sha256("\n".join(run.dataset.keys).encode()).hexdigest(),
-        "data_stamps": list(run.stamps.values()),
+        "data_stamps": [torch.from_numpy(stamps) for _, stamps in run.stamps.values()],
         "spade_norms": describe_path(run.state.generator, run.device),
         "torch": str(torch.__version__),
     }
@@ -324,13 +325,17 @@ def _facts(run: Run) -> dict[str, Any]:
 
 def _changed_files(before: Mapping[str, Any], run: Run) -> Iterator[str]:
     """Yield a warning for each root whose files are not those that were trained on, though their names are."""
-    for (root, now), then in zip(run.stamps.items(), before.get("data_stamps") or (), strict=False):
-        if isinstance(then, Tensor) and then.shape == now.shape and (number := int((then != now).any(1).sum())):
-            resized = int((then != now)[:, 0].sum())
+    for (root, (names, now)), then in zip(run.stamps.items(), before.get("data_stamps") or (), strict=False):
+        if not isinstance(then, Tensor) or then.shape != now.shape:
+            continue
+        differs = then.numpy() != now
+        if changed := [name for name, is_other in zip(names, differs.any(1).tolist(), strict=True) if is_other]:
+            resized, more = int(differs[:, 0].sum()), " ..." * (len(changed) > 5)
             yield (
-                f"warning: {root}: {number} of {len(now)} samples (or LMDB files) have changed under their names since"
-                f" ({resized} in size or checksum, {number - resized} only by their time stamps): the run goes on with"
-                " what they hold now, which a run without an interruption would not have seen"
+                f"warning: {root}: {len(changed)} of {len(now)} samples (or LMDB files) have changed under their names"
+                f" since: {', '.join(changed[:5])}{more} ({resized} in size or checksum, {len(changed) - resized} only"
+                " by their time stamps): the run goes on with what they hold now, which a run without an interruption"
+                " would not have seen"
             )
 
 
