@@ -177,7 +177,7 @@ def _schema_of(cls: type, title: str) -> type[BaseModel]:
     return create_model(title, __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields)
 
 
-GENERATORS = Registry("generator", "imaginaire_spade.models.generator")
+GENERATORS = Registry("generator", "imaginaire_spade.models.generator", "imaginaire_spade.models.oasis")
 DISCRIMINATORS = Registry("discriminator", "imaginaire_spade.models.discriminator", "imaginaire_spade.models.unet")
 ENCODERS = Registry("encoder", "imaginaire_spade.models.generator")
 NORMS = Registry("norm", "imaginaire_spade.models.norms")

@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FIXTURES = ["spade_g_normal", "spade_g_more_ar2", "spade_g_vae", "spade_encoder", "spade_d_multiscale", "spade_losses",
             "imaginaire_g", "imaginaire_d_fpse", "imaginaire_losses", "imaginaire_ema", "imaginaire_lmdb",
             "clade_g", "clade_icpe_g", "clade_train_step", "clade_distmap",
-            "oasis_d", "oasis_losses"]  # fmt: skip
+            "oasis_g", "oasis_g_no3dnoise", "oasis_d", "oasis_losses"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FIXTURES)

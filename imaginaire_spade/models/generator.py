@@ -1,7 +1,7 @@
 """Generators: layout (and style code) -> images in [-1, 1]; style encoder: image -> its style code's distribution."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Literal
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.layout import LayoutSpec, Noise, SemanticLayout
 from imaginaire_spade.models.layers import (
     InstanceNorm2d,
     SpectralConv2d,
@@ -39,7 +39,7 @@ class Generator(nn.Module):
     """How far beyond a pixel, at most, the label map matters to it, up to a multiple of ``size_multiple``; None: all of
     it does. In evaluation mode."""
 
-    def check_input(self, layout: SemanticLayout, z: Tensor | None) -> None:
+    def check_input(self, layout: SemanticLayout, z: Noise | None) -> None:
         """Raise ValueError if this generator does not take such a layout's size or style code."""
         if layout.height % self.size_multiple or layout.width % self.size_multiple:
             raise ValueError(
@@ -130,15 +130,11 @@ class SPADEGenerator(Generator):
 
     @property
     def halo(self) -> int | None:  # type: ignore[override]
-        if self.style_dims or any(isinstance(module, InstanceNorm2d) for module in self.modules()):
+        if self.style_dims:
             return None
-        # In pixels of the image: the last convolution, two per block, and what the first block's norm sees at the
-        # coarsest resolution, where one step is ``size_multiple`` pixels.
         scales = itertools.accumulate(self.upsample_before, lambda scale, doubles: scale // (1 + doubles),
                                       initial=self.size_multiple)  # fmt: skip
-        windows = [2 * (norm.kernel_size // 2) for norm in self.modules() if isinstance(norm, SPADE)]
-        reach = 1 + sum(2 * scale for scale in list(scales)[1:]) + max([1, *windows]) * self.size_multiple
-        return -(-reach // self.size_multiple) * self.size_multiple
+        return reach_of_blocks(self, list(scales)[1:])
 
     def forward(self, layout: SemanticLayout, z: Tensor | None = None) -> Tensor:
         """Generate images float32 [N, C, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).
@@ -157,6 +153,22 @@ class SPADEGenerator(Generator):
         for block, upsample in zip(self.blocks, self.upsample_before, strict=True):
             x = block(x, layout, upsample=2 if upsample else 1)
         return torch.tanh(self.to_image(F.leaky_relu(x, 0.2, inplace=True)).float())  # [N, C, H, W]
+
+
+def reach_of_blocks(generator: Generator, scales: Sequence[int]) -> int | None:
+    """Compute the ``halo`` of residual blocks that start from the label map at 1 / ``size_multiple``.
+
+    Args:
+        scales: pixels of the image in one step of each block's resolution.
+    """
+    if any(isinstance(module, InstanceNorm2d) for module in generator.modules()):
+        return None
+    # In pixels of the image: the last convolution, two per block, and what the first block's norm sees at the coarsest
+    # resolution.
+    multiple = generator.size_multiple
+    windows = [2 * (norm.kernel_size // 2) for norm in generator.modules() if isinstance(norm, SPADE)]
+    reach = 1 + sum(2 * scale for scale in scales) + max([1, *windows]) * multiple
+    return -(-reach // multiple) * multiple
 
 
 class StyleBlock(nn.Module):

@@ -6,17 +6,24 @@ Its don't care is label 0 and the first label channel, where ours is the last: t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.losses import ClassPlan, GeneratorOutputs, SegmentationGANLoss
-from imaginaire_spade.models.discriminator import Discriminator, Scores
+from imaginaire_spade.models.discriminator import Scores
+from imaginaire_spade.models.layers import SpectralNorm
+from imaginaire_spade.models.norms import SPADE
+from imaginaire_spade.models.oasis import OASISGenerator
 from imaginaire_spade.models.unet import OASISDiscriminator
 from parity.fixture import MODES, Check, Fixture
+
+N = TypeVar("N", bound=nn.Module)
 
 
 def to_ours(ids: Tensor, spec: LayoutSpec) -> Tensor:
@@ -40,35 +47,95 @@ def _spec(fixture: Fixture) -> LayoutSpec:
     return LayoutSpec(hyper["semantic_nc"] - dont_care, has_dont_care=dont_care)
 
 
-# ---------------------------------------------------------------------------------------------------- discriminator
+# -------------------------------------------------------------------------------------------------------- networks
 
 
-def _their_name(key: str) -> str:
-    """Name a tensor of our discriminator as they do."""
-    key = re.sub(r"^encoder\.blocks\.0\.conv_1", "body_down.0.conv1.0", key)
-    key = re.sub(r"^encoder\.blocks\.(\d)\.conv_1", r"body_down.\1.conv1.1", key)
-    key = re.sub(r"^decoder\.blocks\.(\d)\.conv_1", r"body_up.\1.conv1.2", key)
-    key = re.sub(r"^encoder\.blocks\.(\d)\.conv_2", r"body_down.\1.conv2.1", key)
-    key = re.sub(r"^decoder\.blocks\.(\d)\.conv_2", r"body_up.\1.conv2.1", key)
-    key = re.sub(r"^encoder\.blocks", "body_down", re.sub(r"^decoder\.blocks", "body_up", key))
-    key = re.sub(r"\.weight$", ".weight_orig", key)
-    return re.sub(r"^to_logits\.weight_orig|^to_logits\.weight", "layer_up_last.weight", key).replace(
-        "to_logits.bias", "layer_up_last.bias"
+def their_name(network: nn.Module, key: str) -> str:
+    """Name a tensor of one of our networks as they do."""
+    path, _, leaf = key.rpartition(".")
+    if leaf == "weight" and isinstance(network.get_submodule(path), SpectralNorm):
+        leaf = "weight_orig"
+    for ours, theirs in (
+        (r"^encoder\.blocks\.0\.conv_1", "body_down.0.conv1.0"),
+        (r"^encoder\.blocks\.(\d)\.conv_1", r"body_down.\1.conv1.1"),
+        (r"^decoder\.blocks\.(\d)\.conv_1", r"body_up.\1.conv1.2"),
+        (r"^encoder\.blocks\.(\d)\.conv_2", r"body_down.\1.conv2.1"),
+        (r"^decoder\.blocks\.(\d)\.conv_2", r"body_up.\1.conv2.1"),
+        (r"^encoder\.blocks", "body_down"), (r"^decoder\.blocks", "body_up"), ("^to_logits", "layer_up_last"),
+        (r"^blocks", "body"), ("^to_image", "conv_img"), ("normalize$", "first_norm"), ("shared$", "mlp_shared.0"),
+        (r"(gamma|beta)$", r"mlp_\1"),
+    ):  # fmt: skip
+        path = re.sub(ours, theirs, path)
+    return f"{path}.{leaf}"
+
+
+def arranged(name: str, tensor: Tensor, spec: LayoutSpec, hyper: Mapping[str, Any], *, back: bool = False) -> Tensor:
+    """Put the label channels of a tensor, under their name, into our order, or back."""
+    if "layer_up_last" in name:
+        return permuted(tensor, spec, 0, 1, back=back)
+    if name.endswith(("fc.weight", "mlp_shared.0.weight")):
+        return permuted(tensor, spec, 1, 0 if hyper["no_3dnoise"] else hyper["z_dim"], back=back)
+    return tensor
+
+
+def load(network: N, fixture: Fixture, prefix: str = "") -> N:
+    spec, hyper = _spec(fixture), fixture.config["hyper"]
+    names = {key: their_name(network, key) for key in network.state_dict()}
+    network.load_state_dict(
+        {key: arranged(name, fixture.weights[prefix + name], spec, hyper) for key, name in names.items()}
     )
+    return network
 
 
-def discriminator_of(fixture: Fixture, prefix: str = "") -> Discriminator:
-    spec = _spec(fixture)
+def generator_of(fixture: Fixture, prefix: str = "") -> OASISGenerator:
+    hyper = fixture.config["hyper"]
+    width = hyper["crop_size"] // 32 * 32
+    network = OASISGenerator(
+        _spec(fixture), (round(width / hyper["aspect_ratio"]), width), num_filters=hyper["channels_G"],
+        style_dims=0 if hyper["no_3dnoise"] else hyper["z_dim"],
+        norm=partial(SPADE, hidden_channels=hyper["spade_hidden"], kernel_size=hyper["spade_ks"]),
+    )  # fmt: skip
+    return load(network, fixture, prefix)
+
+
+def discriminator_of(fixture: Fixture, prefix: str = "") -> OASISDiscriminator:
     _, a, _, b, _, c, _ = fixture.config["hyper"]["D_channels"]
     network = OASISDiscriminator(
-        spec, num_filters=a, middle_num_filters=b, max_num_filters=c,
+        _spec(fixture), num_filters=a, middle_num_filters=b, max_num_filters=c,
         last_num_filters=fixture.config["hyper"]["D_last_channels"],
     )  # fmt: skip
-    state = {key: fixture.weights[prefix + _their_name(key)] for key in network.state_dict()}
-    for key in ("to_logits.weight", "to_logits.bias"):
-        state[key] = permuted(state[key], spec, 0, 1, back=False)
-    network.load_state_dict(state)
-    return network
+    return load(network, fixture, prefix)
+
+
+def _gradients(
+    fixture: Fixture, mode: str, loss: Tensor, network: nn.Module, inputs: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    named = {their_name(network, key): parameter for key, parameter in network.named_parameters()}
+    named |= {f"input.{name}": tensor for name, tensor in inputs.items()}
+    gradients = torch.autograd.grad(loss, [*named.values()])
+    for name, gradient in zip(named, gradients, strict=True):
+        yield f"{mode}_grad/{name}", arranged(name, gradient, _spec(fixture), fixture.config["hyper"], back=True)
+
+
+def _generator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
+    inputs, spec = fixture.inputs, _spec(fixture)
+    layout, z = SemanticLayout(spec, to_ours(inputs["label"], spec)), inputs.get("z")
+    semantics = permuted(inputs["semantics"].double(), spec, 1, 0, back=False)
+    assert torch.equal(layout.one_hot(torch.float64), semantics)
+    for mode in MODES:
+        network = generator_of(fixture).train(mode == "train")
+        with torch.no_grad():
+            yield f"{mode}/fake_image", network(layout, z)
+        if mode == "train":
+            yield from ((f"train_state/{their_name(network, key)}", buffer) for key, buffer in network.named_buffers())
+        network = generator_of(fixture).train(mode == "train").double()
+        leaves = {"semantics": inputs["semantics"].double().requires_grad_()}
+        if z is not None:
+            leaves["z"] = z.double().requires_grad_()
+        dense = SemanticLayout.from_dense(spec, permuted(leaves["semantics"], spec, 1, 0, back=False))
+        loss = (network(dense, leaves.get("z")) * inputs["R"]).sum()
+        yield f"{mode}_loss/sum_output_times_R", loss
+        yield from _gradients(fixture, mode, loss, network, leaves)
 
 
 def _discriminator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
@@ -81,17 +148,14 @@ def _discriminator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
         for name, logits in zip(("fake", "real"), both.logits.chunk(2), strict=True):
             yield f"{mode}/{name}/scores", logits
         if mode == "train":
-            yield from ((f"train_state/{_their_name(key)}", buffer) for key, buffer in network.named_buffers())
+            yield from ((f"train_state/{their_name(network, key)}", buffer) for key, buffer in network.named_buffers())
         network = discriminator_of(fixture).train(mode == "train").double()
         fake, real = (inputs[f"{half}_image"].double().requires_grad_() for half in ("fake", "real"))
         (both,) = network(layout, torch.cat([fake, real]))
         weights = torch.cat([inputs["R/fake"], inputs["R/real"]])
         loss = (both.logits.double() * weights).sum()
         yield f"{mode}_loss/sum_output_times_R", loss
-        named = {_their_name(key): parameter for key, parameter in network.named_parameters()}
-        named |= {"input.fake_image": fake, "input.real_image": real}
-        for (name, _), gradient in zip(named.items(), torch.autograd.grad(loss, [*named.values()]), strict=True):
-            yield f"{mode}_grad/{name}", gradient
+        yield from _gradients(fixture, mode, loss, network, {"fake_image": fake, "real_image": real})
 
 
 # ---------------------------------------------------------------------------------------------------------- losses
@@ -149,4 +213,4 @@ class GivenMask(ClassPlan):
         return self.given
 
 
-CHECKS: dict[str | None, Check] = {"OASIS_Discriminator": _discriminator, None: _losses}
+CHECKS: dict[str | None, Check] = {"OASIS_Generator": _generator, "OASIS_Discriminator": _discriminator, None: _losses}
