@@ -297,10 +297,16 @@ class ModelAverageConfig(Section):
     """Weight of the old EMA in each update."""
     start_iteration: int = Field(1000, ge=0, le=10**9)
     """Up to this iteration the EMA is a plain copy."""
+    form: Literal["folded", "state"] = "folded"
+    """What is averaged. folded: the weights that layers apply, divided by their spectral norm (as in imaginaire).
+    state: every number of the generator's state as it is, weights before spectral norm and its vectors u and v too (as
+    in OASIS's release, with start_iteration: 0)."""
     batch_norm_images: int = Field(64, ge=0, le=10**6)
     """Training label maps, spread evenly over the data set, over which the EMA's batch statistics are re-estimated
     for previews, at the end and, at most once per 20 times as many training images, for checkpoints; in between, or
-    with 0, they are averaged too."""
+    with 0, they are averaged too. With form: state the EMA instead does forwards in training mode with so many, a
+    global batch each, for every checkpoint too: its statistics move with momentum 0.1, u and v become unit vectors
+    again (OASIS's release: 51 batches)."""
 
 
 class InitConfig(Section):

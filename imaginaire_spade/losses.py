@@ -58,6 +58,10 @@ class ClassPlan:
         """Return where mixed images show the photo: bool [N, 1, H, W]."""
         return None if self.from_photo is None else self.from_photo[layout.labels.long()].unsqueeze(1)
 
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor of the plan."""
+        return [tensor for tensor in (self.weights, self.from_photo) if tensor is not None]
+
 
 class _MeanDistance(torch.autograd.Function):
     """Compute the mean of |a - b| in float32, with a gradient for a.

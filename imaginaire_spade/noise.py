@@ -28,15 +28,17 @@ def _digest(seed: int, sample: int | str, purpose: str) -> bytes:
     return hashlib.sha256(f"{seed}/{purpose}/{type(sample).__name__}/{sample}".encode()).digest()
 
 
-def style_noise(seed: int, samples: Sequence[int | str], dims: int) -> Tensor:
+def style_noise(seed: int, samples: Sequence[int | str], dims: int, purpose: str = "style") -> Tensor:
     """Draw standard normal style codes: float32 [len(samples), dims], on the CPU."""
-    rows = [generator_for(seed, s, "style").standard_normal(dims, dtype=np.float32) for s in samples]
+    rows = [generator_for(seed, s, purpose).standard_normal(dims, dtype=np.float32) for s in samples]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, dims)
 
 
-def style_codes(seed: int, samples: Sequence[int | str], dims: int, device: torch.device) -> Tensor | None:
+def style_codes(
+    seed: int, samples: Sequence[int | str], dims: int, device: torch.device, purpose: str = "style"
+) -> Tensor | None:
     """Draw ``style_noise`` for a generator on ``device``; None for one without style codes (``dims`` 0)."""
     if not dims:
         return None
-    codes = style_noise(seed, samples, dims)
+    codes = style_noise(seed, samples, dims, purpose)
     return codes.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else codes.to(device)

@@ -117,8 +117,8 @@ class Recorder:
 
     def replay(self) -> None:
         self.done.append("replayed")
-        state, networks, batch, settings = self.arguments
-        for name, loss in self.update(state, networks, batch.map(lambda tensor: tensor), settings).items():
+        state, networks, batch, settings, plan = self.arguments
+        for name, loss in self.update(state, networks, batch.map(lambda tensor: tensor), settings, plan).items():
             self.losses[name].copy_(loss)
 
 

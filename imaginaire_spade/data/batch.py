@@ -112,7 +112,8 @@ class Batch:
     ahead: tuple[Ahead, ...] = ()
     """Neighbourhoods of the layout that the loader found, of each of the parts that ``split`` will give."""
     style_codes: Tensor | None = None
-    """float32 [N, style_dims], where they are drawn before the step: for a CUDA graph. A part has none."""
+    """float32 [N, 2, style_dims], where they are drawn before the step: for a CUDA graph (see ``step.generate``). A
+    part has none."""
     augmentation: Tensor | None = None
     """Likewise the draws for what the discriminator sees: float32 [N, policies, 4]."""
 

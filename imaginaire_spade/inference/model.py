@@ -178,7 +178,7 @@ def _has_label_table(tree: Any) -> bool:
 
 
 def _filled(build: Callable[..., Any], config: RunConfig, content: Any, name: str, weights: str, path: Path) -> Any:
-    """Build a network, load its weights and fold its spectral norms: EMAs are stored folded, raw weights are not."""
+    """Build a network, load its weights and fold its spectral norms: most EMAs are stored folded, raw weights not."""
     average = content.get(f"{name}_ema") if weights == "ema" else None
     stored = content.get(name) if average is None else average
     try:
@@ -186,7 +186,8 @@ def _filled(build: Callable[..., Any], config: RunConfig, content: Any, name: st
             planned = build(config)
         if planned is None:
             return None
-        folded = average is not None or content["format"] == PUBLISHED
+        folded = content["format"] == PUBLISHED or average is not None
+        folded = folded and not any(key.endswith("weight_u") for key in stored)  # trainer.model_average.form: state
         places = (fold_spectral_norm(planned) if folded else planned).state_dict()
         check_tensors(stored, places, f"{path}: its {name} does not fit its own config")
         if missing := places.keys() - stored.keys():

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.errors import UserError, first_line, is_out_of_memory
+from imaginaire_spade.losses import ClassPlan
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.training.augmentation import augmentation_draws
 from imaginaire_spade.training.state import TrainState
-from imaginaire_spade.training.step import Networks, StepSettings, update_networks
+from imaginaire_spade.training.step import STYLES, Networks, StepSettings, update_networks
 
 WARM_UP = 3
 """Iterations before the recording, in which libraries choose algorithms and the optimizers make their state."""
@@ -37,39 +38,46 @@ class GraphedUpdate:
                 group |= {"capturable": True, "lr": torch.tensor(float(group["lr"]), device=device)}
         self._device = device
         self._buffers: Batch | None = None
+        self._plan: ClassPlan | None = None
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._to_warm_up = WARM_UP
         self._graph: torch.cuda.CUDAGraph | None = None
         self._losses: dict[str, Tensor] = {}
 
     def __call__(
-        self, state: TrainState, networks: Networks, batch: Batch, settings: StepSettings
+        self, state: TrainState, networks: Networks, batch: Batch, settings: StepSettings, plan: ClassPlan | None
     ) -> dict[str, Tensor]:
         """Update D and G; see ``update_networks``. The losses are overwritten by the next call.
 
         Raises:
             UserError: the batch has another size than the first, or CUDA cannot record the updates.
         """
-        z = style_codes(settings.seed, batch.positions, settings.style_dims, self._device)
+        known = settings.seed, batch.positions, settings.style_dims, self._device
+        codes = [z for purpose in STYLES if (z := style_codes(*known, purpose)) is not None]
+        batch = replace(batch, style_codes=torch.stack(codes, 1) if codes else None)
         if (augmentation := settings.trainer.discriminator_augmentation) is not None:
             draws = augmentation_draws(settings.seed, batch.positions, augmentation.policies, self._device)
             batch = replace(batch, augmentation=draws)
-        buffers = self._fill(replace(batch, style_codes=z))
+        buffers = self._fill(batch)
+        if plan is not None:
+            self._plan = self._plan or plan
+            for buffer, tensor in zip(self._plan.tensors(), plan.tensors(), strict=True):
+                buffer.copy_(tensor, non_blocking=True)
         if self._side is None:
-            return update_networks(state, networks, buffers, settings)
+            return update_networks(state, networks, buffers, settings, self._plan)
         if self._to_warm_up:
             self._to_warm_up -= 1
             present = torch.cuda.current_stream(self._device)
             self._side.wait_stream(present)
             with torch.cuda.stream(self._side):
-                losses = update_networks(state, networks, buffers, settings)
+                losses = update_networks(state, networks, buffers, settings, self._plan)
             present.wait_stream(self._side)
             return losses
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
             try:  # thread_local: the loader's and the checkpoint's threads may call CUDA meanwhile
                 with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                    self._losses = update_networks(state, networks, buffers, settings)
+                    self._losses = update_networks(state, networks, buffers, settings, self._plan)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise

@@ -26,7 +26,7 @@ from imaginaire_spade.training.fine_tuning import initialise_from
 from imaginaire_spade.training.health import Alarms, LossMeter, check_finite, doubt_labels, explain_out_of_memory
 from imaginaire_spade.training.run_log import RunLog, preview_batch, preview_sheet
 from imaginaire_spade.training.setup import Run, calibration_inputs, calibration_layouts, content_of, describe, resume
-from imaginaire_spade.training.state import reestimate_batch_norm
+from imaginaire_spade.training.state import move_statistics, reestimate_batch_norm
 from imaginaire_spade.training.trackers import Status, open_trackers
 
 STOP_SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)]
@@ -191,7 +191,9 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
         # Batch statistics of the EMA.
         due_statistics = due_preview or due_scores or (due_checkpoint and _statistics_due(run))
         if due_statistics and state.generator_ema is not None and calibration:
-            reestimate_batch_norm(state.generator_ema, calibration_inputs(run, calibration))
+            is_state = trainer.model_average is not None and trainer.model_average.form == "state"
+            estimate = move_statistics if is_state else reestimate_batch_norm
+            estimate(state.generator_ema, calibration_inputs(run, calibration))
 
         # Evaluate.
         is_best = False
@@ -267,6 +269,8 @@ def _statistics_due(run: Run) -> bool:
     trainer, images_seen = run.config.trainer, run.state.images_seen
     average, every = trainer.model_average, trainer.checkpoint_every * run.calendar.global_batch
     interval = ESTIMATE_AT_MOST * average.batch_norm_images if average is not None else 0
+    if interval and average is not None and average.form == "state":
+        return images_seen % every == 0
     return interval > 0 and images_seen % every == 0 and images_seen // interval > (images_seen - every) // interval
 
 

@@ -7,7 +7,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class TrainState:
     discriminator: Discriminator
     encoder: nn.Module | None
     generator_ema: Generator | None
-    """EMA of the generator; always in evaluation mode, without gradients, spectral norms folded."""
+    """EMA of the generator; always in evaluation mode, without gradients; see ``new_average``."""
     encoder_ema: nn.Module | None
     """Likewise of the encoder."""
     gen_optimizer: torch.optim.Optimizer
@@ -155,28 +155,41 @@ def _load(owner: Any, stored: Any, name: str, where: str) -> None:
                 moments[key] = torch.empty_like(parameter, dtype=moments[key].dtype).copy_(moments[key])
 
 
-def new_average(network: N) -> N:
-    """Copy ``network`` as its EMA: in evaluation mode, without gradients, its spectral norms folded."""
-    return fold_spectral_norm(copy.deepcopy(network)).eval().requires_grad_(False)
+def new_average(network: N, form: Literal["folded", "state"] = "folded") -> N:
+    """Copy ``network`` as its EMA: in evaluation mode, without gradients; ``folded``: without spectral norms."""
+    average = copy.deepcopy(network)
+    return (fold_spectral_norm(average) if form == "folded" else average).eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def update_average(average: nn.Module, source: nn.Module, beta: float) -> None:
     """Set average = beta * average + (1 - beta) * source, for parameters and running statistics alike.
 
-    A layer with spectral norm gives its normalised weight, under the present u and v (as in imaginaire): an average of
-    raw weights would have another norm than each of them.
+    Where the spectral norms of ``average`` are folded, a layer with one gives its normalised weight, under the present
+    u and v (as in imaginaire): an average of raw weights would have another norm than each of them. Else raw weights, u
+    and v are averaged as they are (as in OASIS's release).
 
     Args:
         average: from ``new_average``.
         source: the trained network.
     """
     values = {name: value for name, value in source.state_dict().items() if value.is_floating_point()}
+    averages = average.state_dict()
     for name, layer in source.named_modules():
-        if isinstance(layer, SpectralNorm):
+        if isinstance(layer, SpectralNorm) and f"{name}.weight_u" not in averages:
             values[f"{name}.weight"] = layer.effective_weight()
-    averages = {name: value for name, value in average.state_dict().items() if name in values}
+    averages = {name: value for name, value in averages.items() if name in values}
     torch._foreach_lerp_(list(averages.values()), [values[name] for name in averages], 1.0 - beta)
+
+
+@torch.no_grad()
+def move_statistics(generator: nn.Module, inputs: Iterable[tuple[object, Tensor | None]]) -> None:
+    """Do forwards of an EMA in training mode over ``inputs``: running statistics move with their momentum, and power
+    iterations make u and v unit vectors again (as OASIS's release does before it shows or saves its EMA)."""
+    generator.train()
+    for layout, z in inputs:
+        generator(layout, z)
+    generator.eval()
 
 
 @torch.no_grad()
@@ -213,7 +226,7 @@ def new_train_state(config: RunConfig, device: torch.device, seed: int) -> Train
     for network in networks:
         network.to(device, memory_format=layout)  # type: ignore[call-overload]
         network.train()
-    averaged = config.trainer.model_average is not None
+    averaged = config.trainer.model_average
     generator_parameters = [p for network in (generator, encoder) if network is not None for p in network.parameters()]
     scaled = config.trainer.precision == "fp16"
     augmentation = config.trainer.discriminator_augmentation
@@ -222,8 +235,8 @@ def new_train_state(config: RunConfig, device: torch.device, seed: int) -> Train
         adaptive = AdaptiveProbability(augmentation.adapt_images, augmentation.target).to(device)
     return TrainState(
         generator=generator, discriminator=discriminator, encoder=encoder,
-        generator_ema=new_average(generator) if averaged else None,
-        encoder_ema=new_average(encoder) if averaged and encoder is not None else None,
+        generator_ema=new_average(generator, averaged.form) if averaged else None,
+        encoder_ema=new_average(encoder, averaged.form) if averaged and encoder is not None else None,
         gen_optimizer=build_optimizer(generator_parameters, config.gen_opt),
         dis_optimizer=build_optimizer(discriminator.parameters(), config.dis_opt),
         gen_scaler=torch.amp.GradScaler(device.type, enabled=scaled),

@@ -17,7 +17,7 @@ from imaginaire_spade.config import TrainerConfig
 from imaginaire_spade.data.batch import Batch, normalise
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import SemanticLayout
-from imaginaire_spade.losses import AdversarialLoss, GeneratorOutputs
+from imaginaire_spade.losses import AdversarialLoss, ClassPlan, GeneratorOutputs
 from imaginaire_spade.models.discriminator import Discriminator, Scores, split_scores
 from imaginaire_spade.models.generator import Generator, ResidualBlock, SPADEResidualBlock, StyleBlock, sample_style
 from imaginaire_spade.noise import style_codes
@@ -26,6 +26,9 @@ from imaginaire_spade.training.state import TrainState, update_average
 
 SATURATED = 0.99
 """A value of [-1, 1] beyond it is the first or the last of the 256 steps of an image file."""
+
+STYLES = ("style", "style of the discriminator's step")
+"""What style codes are drawn for: those of an iteration's images, and of images that ``reference`` makes anew."""
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """``precision`` -> the dtype of autocast."""
@@ -47,6 +50,12 @@ class StepSettings:
     """images_seen -> learning rates of the generator (and the style encoder) and of the discriminator, and the weight
     of the old EMA in this update."""
 
+    @property
+    def adversarial(self) -> AdversarialLoss:
+        """The term that states the discriminator's loss."""
+        (term,) = (term for term in self.terms.values() if isinstance(term, AdversarialLoss))
+        return term
+
 
 @dataclass(frozen=True)
 class Networks:
@@ -61,7 +70,7 @@ Generated = tuple[Tensor, Tensor | None, Tensor | None]
 """Generated images, float32 [N, 3, H, W] in [-1, 1]; mean and log-variance of their style codes, if any."""
 
 
-Update = Callable[[TrainState, Networks, Batch, StepSettings], dict[str, Tensor]]
+Update = Callable[[TrainState, Networks, Batch, StepSettings, ClassPlan | None], dict[str, Tensor]]
 """``update_networks``, or what does the same."""
 
 
@@ -80,7 +89,10 @@ def train_step(
         for group in optimizer.param_groups:
             # A tensor is one that a CUDA graph reads.
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
-    losses = (update or update_networks)(state, networks, batch, settings)
+    adversarial = settings.adversarial
+    layout = seen_by_discriminator(batch, state, settings).layout if adversarial.scores_classes else batch.layout
+    plan = adversarial.plan(layout, settings.seed, state.images_seen)
+    losses = (update or update_networks)(state, networks, batch, settings, plan)
     for average, network in state.averages():
         update_average(average, network, ema_beta)
     state.images_seen += settings.global_batch
@@ -89,20 +101,23 @@ def train_step(
     return losses
 
 
-def update_networks(state: TrainState, networks: Networks, batch: Batch, settings: StepSettings) -> dict[str, Tensor]:
+def update_networks(
+    state: TrainState, networks: Networks, batch: Batch, settings: StepSettings, plan: ClassPlan | None
+) -> dict[str, Tensor]:
     """Update D once and G once, at the optimizers' present learning rates.
 
     ``shared``: D first, on images whose graph then trains G against the updated D. ``reference``: G first, then D on
     images that the updated G makes anew. With accumulation, ``shared`` makes the images once for each update, since the
     graphs of all pieces would have to be kept. Losses: see ``train_step``.
+
+    Args:
+        plan: of the ``AdversarialLoss``, for this iteration.
     """
     # Images that serve both updates.
     shared, pieces = settings.trainer.iteration == "shared", settings.trainer.gradient_accumulation
     made = generate(networks, batch, settings) if shared and pieces == 1 else None
     losses: dict[str, Tensor] = {}
-    (adversarial,) = (term for term in settings.terms.values() if isinstance(term, AdversarialLoss))
-    seen = seen_by_discriminator(batch, state, settings)
-    plan = adversarial.plan(seen.layout, settings.seed, state.images_seen)
+    adversarial, seen = settings.adversarial, seen_by_discriminator(batch, state, settings)
     with_real = any(getattr(term, "needs_real_scores", True) for term in settings.terms.values())
 
     def view_of(piece: Batch) -> View:
@@ -113,7 +128,7 @@ def update_networks(state: TrainState, networks: Networks, batch: Batch, setting
         state.dis_optimizer.zero_grad(set_to_none=True)
         for number, piece in enumerate(batch.split(pieces), 1):
             with torch.no_grad():
-                fake = (made or generate(networks, piece, settings))[0].detach()
+                fake = (made or generate(networks, piece, settings, again=not shared))[0].detach()
                 real = real_images(piece)
             with _synced(networks.discriminator, number == pieces):
                 view = view_of(piece)
@@ -191,13 +206,14 @@ def seen_by_discriminator(piece: Batch, state: TrainState, settings: StepSetting
     return AugmentedView(piece.layout, draws, probability, config.policies)
 
 
-def generate(networks: Networks, piece: Batch, settings: StepSettings) -> Generated:
-    """Generate images for a batch on the device, with the style codes of its samples."""
+def generate(networks: Networks, piece: Batch, settings: StepSettings, *, again: bool = False) -> Generated:
+    """Generate images for a batch on the device, with the style codes of its samples; ``again``: with other ones."""
     device = piece.layout.device
     with autocast(device, settings):
-        z = piece.style_codes
-        if z is None:
-            z = style_codes(settings.seed, piece.positions, settings.style_dims, device)
+        if piece.style_codes is not None:
+            z: Tensor | None = piece.style_codes[:, int(again)]
+        else:
+            z = style_codes(settings.seed, piece.positions, settings.style_dims, device, STYLES[again])
         mu = logvar = None
         if networks.encoder is not None:
             assert z is not None

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from imaginaire_spade.config import TrainerConfig
+from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.losses import ClassPlan, GeneratorOutputs, SegmentationGANLoss
 from imaginaire_spade.models.discriminator import Scores
@@ -21,6 +23,8 @@ from imaginaire_spade.models.layers import SpectralNorm
 from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.models.oasis import OASISGenerator
 from imaginaire_spade.models.unet import OASISDiscriminator
+from imaginaire_spade.training.state import TrainState, move_statistics, new_average, update_average
+from imaginaire_spade.training.step import Networks, StepSettings, train_step
 from parity.fixture import MODES, Check, Fixture
 
 N = TypeVar("N", bound=nn.Module)
@@ -213,4 +217,80 @@ class GivenMask(ClassPlan):
         return self.given
 
 
-CHECKS: dict[str | None, Check] = {"OASIS_Generator": _generator, "OASIS_Discriminator": _discriminator, None: _losses}
+# ------------------------------------------------------------------------------------------------- whole iterations
+
+
+class GivenDraws(SegmentationGANLoss):
+    """The loss with the fixture's LabelMix masks."""
+
+    def __init__(self, fixture: Fixture) -> None:
+        hyper = fixture.config["hyper"]
+        super().__init__(class_balancing=not hyper["no_balancing_inloss"], labelmix=hyper["lambda_labelmix"])
+        self.masks = [fixture.inputs[f"iter{t}/labelmix_mask"].bool() for t in (1, 2, 3)]
+
+    def plan(self, layout: SemanticLayout, seed: int, images_seen: int) -> ClassPlan:
+        plan = super().plan(layout, seed, images_seen)
+        return GivenMask(plan.weights, plan.from_photo, self.masks[images_seen // len(layout)])
+
+
+def _training(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
+    """Whole iterations of our own training step in its ``reference`` form, with the EMA of ``form: state``."""
+    hyper, adam, inputs, spec = fixture.config["hyper"], fixture.config["adam"], fixture.inputs, _spec(fixture)
+    generator, discriminator = generator_of(fixture, "netG.").train(), discriminator_of(fixture, "netD.").train()
+    average = new_average(generator, "state")
+
+    def optimizer(network: nn.Module, side: str) -> torch.optim.Optimizer:
+        settings = adam[side] | {"betas": tuple(adam[side]["betas"])}
+        return torch.optim.Adam(network.parameters(), **settings)
+
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = TrainState(
+        generator, discriminator, None, average, None, optimizer(generator, "G"), optimizer(discriminator, "D"), scaler,
+        scaler,
+    )  # fmt: skip
+    rates = adam["G"]["lr"], adam["D"]["lr"], hyper["EMA_decay"]
+    settings = StepSettings(
+        nn.ModuleDict({"segmentation_gan": GivenDraws(fixture)}), {"segmentation_gan": 1.0},
+        TrainerConfig(max_iterations=1, iteration="reference"), style_dims=hyper["z_dim"], seed=0,
+        global_batch=fixture.config["batch"], rates=lambda _: rates,
+    )  # fmt: skip
+    layouts = []
+    for number in range(1, fixture.config["iterations"] + 1):
+        label, image, *noise = (inputs[f"iter{number}/{name}"] for name in ("label", "image", "z_G", "z_D"))
+        layout = SemanticLayout(spec, to_ours(label, spec))
+        layouts.append(layout)
+        size = (layout.height, layout.width)
+        # The step maps 0..255 to [-1, 1]: the float pictures are mapped back first.
+        batch = Batch(layout, (image + 1) * 127.5, ("a", "b"), (size, size), (0, 1), style_codes=torch.stack(noise, 1))
+        made: list[Tensor] = []
+        hook = generator.register_forward_hook(lambda _m, _i, output, made=made: made.append(output.detach()))
+        found = train_step(state, Networks(generator, discriminator, None), batch, settings)
+        hook.remove()
+        yield f"iter{number}/generated", made[0]
+        yield f"iter{number}/d_step/generated", made[1]
+        yield f"iter{number}/G_adv", found["segmentation_gan"]
+        yield from ((f"iter{number}/D_{name}", found[f"d_{name}"]) for name in ("fake", "real", "labelmix"))
+
+    def tensors(stage: str, prefix: str, network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in network.state_dict().items():
+            name = their_name(network, key)
+            yield f"{stage}/{prefix}{name}", arranged(name, tensor.clone(), spec, hyper, back=True)
+
+    yield from tensors("final", "netG.", generator)
+    yield from tensors("final", "netD.", discriminator)
+    yield from tensors("final", "netEMA.", average)
+    with torch.no_grad():
+        yield "ema_eval/before_stats", average(layouts[0], inputs["ema_eval/z"])
+        # Theirs mixes once more at the end of the run.
+        update_average(average, generator, hyper["EMA_decay"])
+        move_statistics(average, [(layout, inputs[f"stats/z{t}"]) for t, layout in enumerate(layouts, 1)])
+        yield from tensors("final_stats", "netEMA.", average)
+        yield "ema_eval/after_stats", average(layouts[0], inputs["ema_eval/z"])
+
+
+CHECKS: dict[str | None, Check] = {
+    "OASIS_Generator": _generator,
+    "OASIS_Discriminator": _discriminator,
+    None: _losses,
+    "whole training step: OASIS generator + discriminator": _training,
+}
