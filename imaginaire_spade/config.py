@@ -417,7 +417,8 @@ class TrainerConfig(Section):
     """Compute the activations inside the generator's blocks a second time in the backward pass instead of keeping them:
     less memory, about a third more time for the generator, the same numbers."""
     freeze_discriminator_layers: int = Field(0, ge=0, le=100)
-    """For fine-tuning on little data (FreezeD): so many first layers of each patch discriminator keep their weights."""
+    """For fine-tuning on little data (FreezeD): so many first layers of each patch discriminator, or blocks of a
+    U-Net's encoder, keep their weights."""
     discriminator_augmentation: DiscriminatorAugmentationConfig | None = None
     """For training on little data: what D sees is augmented, so that it cannot learn the images by heart; `{}` for the
     defaults, null: off. See docs/own_data.md."""

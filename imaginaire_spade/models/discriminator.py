@@ -45,7 +45,8 @@ class Discriminator(nn.Module):
     scores_classes = False
     """Whether each pixel's logits are "generated", then the label channels, for a loss over classes."""
     frozen_layers = 0
-    """Layers of each patch discriminator, from its input on, that never train (FreezeD, Mo et al. 2020)."""
+    """Layers of each patch discriminator, or blocks of an encoder, from the input on, that never train (FreezeD, Mo et
+    al. 2020)."""
 
     def requires_grad_(self, requires_grad: bool = True) -> Discriminator:
         """Switch the gradients of all layers on, except those of frozen ones, or off."""

@@ -142,6 +142,12 @@ class OASISDiscriminator(Discriminator):
         self.decoder = UNetDecoder(self.encoder.widths, [c, b, b, a, a, last_num_filters], spectral_norm)
         self.to_logits = nn.Conv2d(last_num_filters, 1 + spec.num_label_channels, 1)
 
+    def requires_grad_(self, requires_grad: bool = True) -> OASISDiscriminator:
+        """Switch the gradients of all layers on, except those of the encoder's frozen blocks, or off."""
+        super().requires_grad_(requires_grad)
+        self.encoder.blocks[: self.frozen_layers].requires_grad_(False)
+        return self
+
     def forward(self, layout: SemanticLayout, images: Tensor) -> list[Scores]:
         """Score each pixel's classes: one ``Scores`` of logits [k * N, 1 + num_label_channels, H, W], without features.
 

@@ -19,6 +19,7 @@ from imaginaire_spade.config_files import parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import SpectralNorm
+from imaginaire_spade.models.oasis import OASISGenerator
 from imaginaire_spade.training.checkpoint import BEST, check_tensors, load_checkpoint, newest_checkpoint, read_published
 from imaginaire_spade.training.setup import PARTS, Run
 from imaginaire_spade.training.state import update_average
@@ -140,8 +141,10 @@ def _transfer(
         sources: see ``_match_channels``.
     """
     count, own = 0, network.state_dict()
-    # The norm "concat" appends the layout to activations, for the next convolution to see.
-    appended = isinstance(network, Generator) and getattr(new.gen.args.get("norm"), "type", "") == "concat"
+    # The norm "concat" appends the layout to activations, for the next convolution to see. In OASIS noise comes before
+    # the labels, and the score "generated" before the classes.
+    appended = isinstance(network, OASISGenerator) or getattr(network, "scores_classes", False)
+    appended |= isinstance(network, Generator) and getattr(new.gen.args.get("norm"), "type", "") == "concat"
     for key, place in own.items():
         value = stored.get(key)
         if value is None or (key.endswith(".weight_v") and key in axes):  # (estimated below)
@@ -167,13 +170,13 @@ def _copy_channels(
     old: RunConfig,
     new: RunConfig,
     sources: Sequence[int | None],
-    after_activations: bool,
+    comes_last: bool,
 ) -> None:
     """Copy the channels of the layout by ``sources``, and those beside them as they are."""
     # Rows are per class (CLADE). Columns are the layout's channels, then others, such as images.
     counts = [spec.num_channels if axis else spec.num_label_channels for spec in (layout_spec(new), layout_spec(old))]
     beside = place.shape[axis] - counts[0]
-    first = beside if after_activations and beside else 0
+    first = beside if comes_last and beside else 0
     for channel, source in enumerate(sources[: counts[0]]):
         if source is not None:
             place.select(axis, first + channel).copy_(value.select(axis, first + source))

@@ -189,11 +189,12 @@ def _iterate(run: Run, log: RunLog, batches: Prefetcher, request: StopRequest, w
             batch = None
 
         # Batch statistics of the EMA.
-        due_statistics = due_preview or due_scores or (due_checkpoint and _statistics_due(run))
-        if due_statistics and state.generator_ema is not None and calibration:
-            is_state = trainer.model_average is not None and trainer.model_average.form == "state"
-            estimate = move_statistics if is_state else reestimate_batch_norm
-            estimate(state.generator_ema, calibration_inputs(run, calibration))
+        if state.generator_ema is not None and trainer.model_average is not None and calibration:
+            if trainer.model_average.form == "state":
+                if (state.images_seen > saved_at or not state.images_seen) and _scheduled(run):
+                    move_statistics(state.generator_ema, calibration_inputs(run, calibration))
+            elif due_preview or due_scores or (due_checkpoint and _statistics_due(run)):
+                reestimate_batch_norm(state.generator_ema, calibration_inputs(run, calibration))
 
         # Evaluate.
         is_best = False
@@ -269,9 +270,16 @@ def _statistics_due(run: Run) -> bool:
     trainer, images_seen = run.config.trainer, run.state.images_seen
     average, every = trainer.model_average, trainer.checkpoint_every * run.calendar.global_batch
     interval = ESTIMATE_AT_MOST * average.batch_norm_images if average is not None else 0
-    if interval and average is not None and average.form == "state":
-        return images_seen % every == 0
     return interval > 0 and images_seen % every == 0 and images_seen // interval > (images_seen - every) // interval
+
+
+def _scheduled(run: Run) -> bool:
+    """Return whether the run's own schedule shows, scores or saves the EMA now, however many launches it takes."""
+    trainer, seen = run.config.trainer, run.state.images_seen
+    iteration = run.calendar.iteration(seen)
+    regular = not (iteration % trainer.image_every and iteration % trainer.checkpoint_every)
+    scored = run.evaluation is not None and run.evaluation.due(seen, finished=False)
+    return regular or scored or iteration >= run.calendar.total_iterations
 
 
 @contextmanager

@@ -1,0 +1,183 @@
+# ruff: noqa: F811 (the fixture tiny_run is imported)
+"""OASIS: training in both forms, its promises about processes and restarts, and what does not fit it."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from fork_server import TORCHRUN
+from test_layout import random_layout
+from test_training import TINY, assert_same, tensors_of, tiny_run  # noqa: F401
+
+from imaginaire_spade.build import build_losses, check_run
+from imaginaire_spade.config_files import load_config
+from imaginaire_spade.distributed import ProcessInfo
+from imaginaire_spade.errors import ConfigError
+from imaginaire_spade.inference.model import Model
+from imaginaire_spade.layout import LayoutSpec
+from imaginaire_spade.models.layers import SpectralNorm
+from imaginaire_spade.models.norms import SPADE
+from imaginaire_spade.models.oasis import OASISGenerator
+from imaginaire_spade.training import checkpoint
+from imaginaire_spade.training.setup import prepare
+
+GEN = {"type": "oasis", "num_filters": 2, "style_dims": 3, "norm": {"type": "spade", "hidden_channels": 8}}
+DIS = {"type": "oasis_unet", "num_filters": 4, "middle_num_filters": 5, "max_num_filters": 6, "last_num_filters": 4}
+OASIS = (
+    f"gen={json.dumps(GEN)}", f"dis={json.dumps(DIS)}", "losses={segmentation_gan: 1.0, gan: 0, feature_matching: 0}",
+    "data.edges=none", "data.train.augmentations.resize_smallest_side=68",
+    "data.train.augmentations.random_crop_h_w=[64, 128]", "trainer.image_rows=1",
+)  # fmt: skip
+CPU = torch.device("cpu")
+
+
+def config_of(path: Path, *overrides: str):
+    return load_config(path, (*OASIS, *overrides))
+
+
+@pytest.fixture
+def made(tiny_run):
+    """Makes a run of OASIS that has not begun."""
+    return lambda *overrides: prepare(
+        config := config_of(tiny_run[0], *overrides), build_losses(config), ProcessInfo(), CPU
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("trainer.iteration=reference", "trainer.model_average={form: state, start_iteration: 0, beta: 0.5}"),
+        ("trainer.precision=bf16", "trainer.gradient_accumulation=2", "trainer.activation_checkpointing=true"),
+    ],
+)
+def test_stopping_and_starting_again_changes_nothing(tiny_run, overrides):
+    _, run = tiny_run
+    overrides = (*OASIS, *overrides, "trainer.max_iterations=3")
+    straight = run("straight", *overrides)
+    for stop in (1, 2):
+        run("broken", *overrides, stop_after=stop)
+    assert_same(run("broken", *overrides), straight)
+
+
+def test_discriminators_vectors_advance_three_times_and_once(made):
+    for form in ("shared", "reference"):
+        run = made(f"trainer.iteration={form}")
+        counts = dict.fromkeys(("generator", "discriminator"), 0)
+
+        def count(name, layer, counts=counts):
+            counts[name] += 1
+            return SpectralNorm.iterate(layer)
+
+        for name in counts:
+            layer = next(m for m in getattr(run.state, name).modules() if isinstance(m, SpectralNorm))
+            layer.iterate = partial(count, name, layer)
+        losses = run.step(next(run.batches(0)))
+        assert counts == {"generator": 2 if form == "reference" else 1, "discriminator": 4}
+        assert {"segmentation_gan", "d_fake", "d_real", "d_labelmix"} <= losses.keys()
+        assert 0 <= losses["health/d_accuracy"] <= 1
+
+
+def test_reference_draws_new_noise_for_the_discriminators_images_and_shared_none(made):
+    for form, expected in (("shared", 1), ("reference", 2)):
+        run, seen = made(f"trainer.iteration={form}"), []
+        run.state.generator.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[1]))
+        run.step(next(run.batches(0)))
+        assert len(seen) == expected and not (expected == 2 and torch.equal(*seen))
+
+
+def test_pieces_of_a_batch_share_class_weights_and_draws(made):
+    """The gradients of D are those of the whole batch. (Batch statistics and power iterations are a piece's own.)"""
+    norm = "gen.norm={type: spade, hidden_channels: 8, normalization: instance}"
+    gradients = []
+    for pieces in (1, 4):
+        plain = ("gen.spectral_norm=false", "dis.spectral_norm=false", "dis_opt.lr=1e-12")
+        run = made(norm, f"trainer.gradient_accumulation={pieces}", *plain)
+        run.step(next(run.batches(0)))
+        gradients.append([parameter.grad for parameter in run.state.discriminator.parameters()])
+    for whole, parts in zip(*gradients, strict=True):
+        assert (parts - whole).norm() <= 2e-3 * whole.norm()
+
+
+def test_two_processes_train_as_one(tiny_run, tmp_path, commands):
+    """Class weights and LabelMix's draws span the batches of all."""
+    path, run = tiny_run
+    shared = (*OASIS, "trainer.max_iterations=1", "gen_opt.adam_eps=1e-3", "dis_opt.adam_eps=1e-3")
+    one = run("one", *shared, "trainer.iteration=reference")
+    arguments = ["--config", path, "--logdir", tmp_path / "two", "--set", *shared, "data.train.batch_size=2",
+                 "trainer.iteration=reference"]  # fmt: skip
+    launcher = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
+    result = commands.run(*launcher, "train.py", *arguments, NO_CURVES="1")
+    assert result.returncode == 0, result.stderr
+    two = checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / "two"))
+    for part in ("generator", "discriminator"):
+        theirs = tensors_of(two[part])
+        for name, tensor in tensors_of(one[part]).items():
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_both_forms_of_the_average_are_loaded_by_inference(tiny_run, tmp_path):
+    _, run = tiny_run
+    for form in ("folded", "state"):
+        average = f"trainer.model_average={{form: {form}, start_iteration: 0, beta: 0.9, batch_norm_images: 8}}"
+        content = run(form, *OASIS, average, "trainer.max_iterations=2")
+        assert any(key.endswith("weight_u") for key in content["generator_ema"]) == (form == "state")
+        model = Model.load(checkpoint.newest_checkpoint(tmp_path / form), for_inference=False)
+        assert model.weights == "ema"
+        layout, z = random_layout(model.layout_spec, 1, 64, 64), torch.randn(2, 1, 3)
+        images = [model.generator(layout, noise) for noise in z]
+        assert images[0].isfinite().all() and not torch.equal(*images)
+
+
+def test_noise_comes_first_in_every_layer_that_sees_labels():
+    spec = LayoutSpec(4, has_dont_care=True)
+    generator = OASISGenerator(spec, (64, 64), num_filters=2, norm=partial(SPADE, hidden_channels=4), style_dims=3)
+    seen = [generator.fc, *(module.shared for module in generator.modules() if isinstance(module, SPADE))]
+    assert {conv.weight.shape[1] for conv in seen} == {3 + 5}
+    layout, z = random_layout(spec, 2, 64, 96), torch.randn(2, 3)
+    everywhere = z[:, :, None, None].expand(-1, -1, 64, 96)
+    generator.eval()
+    torch.testing.assert_close(generator(layout, z), generator(layout, everywhere), atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="style code missing, but style_dims is 3"):
+        generator(layout)
+
+
+WRONG = {
+    ("losses={gan: 1, segmentation_gan: 1, feature_matching: 0}",):
+        r"losses must contain one term that states the discriminator's loss, not gan and segmentation_gan",
+    ("losses={gan: 1, segmentation_gan: 0, feature_matching: 0}",):
+        r"losses\.gan does not fit dis \(oasis_unet\), which scores each pixel's class: write"
+        r" losses\.segmentation_gan: 1 \(and losses\.gan: 0\)",
+    ("dis={type: multiscale_patch}",):
+        r"losses\.segmentation_gan does not fit dis \(multiscale_patch\), which scores whether patches are real, and no"
+        r" classes: write dis\.type: oasis_unet",
+    ("losses={segmentation_gan: 1, gan: 0, feature_matching: 10}",):
+        r"losses\.feature_matching compares features, and dis \(oasis_unet\) gives none",
+    ("data.train.augmentations={resize_h_w: [96, 160]}",):
+        r"gives images of 96x160, but dis \(oasis_unet\) needs at least 64, and multiples of 64: such as"
+        r" \[128, 128\]",
+    ("data.train.augmentations={resize_h_w: [32, 128]}",): r"multiples of 64: such as \[64, 128\]",
+    ("data.labels=null", "data.edges=file"): r"oasis_unet scores classes, and data\.labels is null",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", WRONG)
+def test_what_does_not_fit_is_one_message(tiny_run, overrides):
+    with pytest.raises(ConfigError, match=WRONG[overrides]):
+        check_run(config_of(tiny_run[0], *overrides), 1)
+
+
+def test_perceptual_without_weights_is_refused_before_training(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "nothing"))
+    config = config_of(tiny_run[0], "losses={segmentation_gan: 1, gan: 0, feature_matching: 0, perceptual: 10}")
+    with pytest.raises(ConfigError, match="no weights at"):
+        build_losses(config)
+
+
+def test_the_samples_recipe_is_valid():
+    config = load_config("configs/projects/oasis/sample/small64.yaml")
+    check_run(config, 1)
+    assert config.adversarial_loss == "segmentation_gan"
