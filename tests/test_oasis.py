@@ -11,7 +11,7 @@ import pytest
 import torch
 from fork_server import TORCHRUN
 from test_layout import random_layout
-from test_training import TINY, assert_same, tensors_of, tiny_run  # noqa: F401
+from test_training import assert_same, losses_in, tensors_of, tiny_run  # noqa: F401
 
 from imaginaire_spade.build import build_losses, check_run
 from imaginaire_spade.config_files import load_config
@@ -105,18 +105,24 @@ def test_pieces_of_a_batch_share_class_weights_and_draws(made):
 def test_two_processes_train_as_one(tiny_run, tmp_path, commands):
     """Class weights and LabelMix's draws span the batches of all."""
     path, run = tiny_run
-    shared = (*OASIS, "trainer.max_iterations=1", "gen_opt.adam_eps=1e-3", "dis_opt.adam_eps=1e-3")
-    one = run("one", *shared, "trainer.iteration=reference")
-    arguments = ["--config", path, "--logdir", tmp_path / "two", "--set", *shared, "data.train.batch_size=2",
-                 "trainer.iteration=reference"]  # fmt: skip
+    shared = (
+        *OASIS, "trainer.max_iterations=2", "trainer.iteration=reference", "trainer.log_every=1",
+        "trainer.init.gain=1.0", "gen_opt={lr: 0.01, adam_eps: 1.0}", "dis_opt={lr: 0.01, adam_eps: 1.0}",
+    )  # fmt: skip
+    one = run("one", *shared)
+    arguments = [f"--set={item}" for item in (*shared, "data.train.batch_size=2")]
     launcher = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
-    result = commands.run(*launcher, "train.py", *arguments, NO_CURVES="1")
+    result = commands.run(
+        *launcher, "train.py", "--config", path, "--logdir", tmp_path / "two", *arguments, NO_CURVES="1"
+    )
     assert result.returncode == 0, result.stderr
     two = checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / "two"))
+    for ours, theirs in zip(losses_in(tmp_path / "two"), losses_in(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
     for part in ("generator", "discriminator"):
         theirs = tensors_of(two[part])
         for name, tensor in tensors_of(one[part]).items():
-            torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_both_forms_of_the_average_are_loaded_by_inference(tiny_run, tmp_path):
