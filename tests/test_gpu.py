@@ -31,7 +31,7 @@ from dataclasses import replace
 from functools import partial
 from torch import nn
 from imaginaire_spade.build import build_optimizer
-from imaginaire_spade.config import OptimizerConfig, TrainerConfig
+from imaginaire_spade.config import DiscriminatorAugmentationConfig, OptimizerConfig, TrainerConfig
 from imaginaire_spade.data.batch import Batch, Sample
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss
@@ -41,6 +41,7 @@ from imaginaire_spade.models.generator import SPADEGenerator
 from imaginaire_spade.models.norms import CLADE, CLADEICPE, SPADE, synchronize_batch_norm, table_kernel_sizes
 from imaginaire_spade.training.cuda_graph import GraphedUpdate
 from imaginaire_spade.training.health import LossMeter
+from imaginaire_spade.training.augmentation import INTERVAL, AdaptiveProbability
 from imaginaire_spade.training.state import TrainState, new_average
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
 
@@ -74,10 +75,14 @@ def waits_of(name):
     optimizers = [build_optimizer(n.parameters(), OptimizerConfig(lr=1e-4)) for n in (generator, discriminator)]
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     state = TrainState(generator, discriminator, None, new_average(generator), None, *optimizers, scaler, scaler)
+    augmentation = None
+    if form in ("augmented", "graphed"):
+        augmentation, state.augmentation = DiscriminatorAugmentationConfig(), AdaptiveProbability(9, 0.6).to(device)
     terms, weights = nn.ModuleDict({"gan": GANLoss(), "feature_matching": FeatureMatchingLoss()}), {}
     weights = dict.fromkeys(terms, 1.0)
-    settings = StepSettings(terms, weights, TrainerConfig(max_iterations=1, precision="bf16"), style_dims=0, seed=0,
-                            global_batch=2, rates=lambda seen: (1e-4, 1e-4, 0.999))
+    trainer = TrainerConfig(max_iterations=1, precision="bf16", discriminator_augmentation=augmentation)
+    settings = StepSettings(terms, weights, trainer, style_dims=0, seed=0, global_batch=2,
+                            rates=lambda seen: (1e-4, 1e-4, 0.999))
     meter = LossMeter((scaler, scaler), device)
     update = GraphedUpdate(state, device) if form == "graphed" else None
 
@@ -87,6 +92,7 @@ def waits_of(name):
         networks = Networks(generator, discriminator, None)
         meter.add(number, batch.keys, train_step(state, networks, batch, settings, update))
 
+    state.images_seen = 2 * (INTERVAL - 2)  # so that the probability is adapted in the second one
     iterate(1)
     places = collections.Counter()
     def note(message, *_, **__):
@@ -116,6 +122,7 @@ NORMS = (
     "dense synchronized",
     "table synchronized",
     "icpe synchronized",
+    "clade augmented",
     "dense graphed",
     "clade graphed",
 )

@@ -127,15 +127,15 @@ class AugmentedView(View):
         self._moved = shifted | zoomed
         sides = layout.height, layout.width
         places = [_places(side, factor, torch.where(shifted, shift[:, i], 0.5)) for i, side in enumerate(sides)]
-        self._rows, self._columns = places
+        rows, columns = places
+        self._weights = _weights(rows), _weights(columns)
         # What is hidden.
         cut, centre = numbers("cutout")
         inside = [_inside(side, centre[:, i]) for i, side in enumerate(sides)]
         self._hidden = cut[:, None, None] & inside[0][:, :, None] & inside[1][:, None, :]  # [N, H, W]
-        super().__init__(self._change(layout))
+        super().__init__(self._change(layout, (rows + 0.5).floor().long(), (columns + 0.5).floor().long()))
 
-    def _change(self, layout: SemanticLayout) -> SemanticLayout:
-        rows, columns = ((places + 0.5).floor().long() for places in (self._rows, self._columns))
+    def _change(self, layout: SemanticLayout, rows: Tensor, columns: Tensor) -> SemanticLayout:
         _ = layout.edges  # drawn now, if from the labels: they move with them, and a cutout gets none
 
         def change(maps: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class AugmentedView(View):
                 x.register_hook(lambda gradient: gradient.contiguous(memory_format=form))
             x = x.unflatten(0, (-1, len(self._moved)))  # [k, N, C, H, W]
             x = torch.where(_of_image(self._colored), self._color(x), x)
-            rows, columns = (_weights(places).to(dtype) for places in (self._rows, self._columns))
+            rows, columns = (weights.to(dtype) for weights in self._weights)
             moved = torch.einsum("nij,kncjl,nml->kncim", rows, x, columns)
             x = torch.where(_of_image(self._moved), moved, x)
             return x.masked_fill(self._hidden[:, None], 0).flatten(0, 1).contiguous(memory_format=form)
