@@ -222,8 +222,8 @@ class SegmentationGANLoss(AdversarialLoss):
 
     Args:
         class_balancing: weigh a class by the inverse of its share of the pixels, of all processes' batches together, so
-            that each class that is present counts alike; pixels without a class (don't care) then do not count.
-            Without it all pixels count alike; "don't care" is then a class.
+            that each class that is present counts alike (OASIS's release counts per GPU); pixels without a class
+            (don't care) then do not count. Without it all pixels count alike; "don't care" is then a class.
         labelmix: weight of D's consistency (LabelMix): its logits for an image put together from photo and generated
             image, class by class, are to be those that it has for the two. 0: there is none.
     """

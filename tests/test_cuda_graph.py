@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_oasis import OASIS
 from test_training import assert_same, tensors_of, tiny_run  # noqa: F401
 
 from imaginaire_spade.build import build_losses, check_run
@@ -36,6 +37,7 @@ FORMS = {
     "CLADE, augmentation": (
         "gen.norm={type: clade}", "trainer.discriminator_augmentation={target: -1, adapt_images: 40}",
     ),
+    "OASIS": (*OASIS, "gen.norm.path=dense", "trainer.iteration=reference"),
 }  # fmt: skip
 
 

