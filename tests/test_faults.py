@@ -470,7 +470,8 @@ class Job:
 
     def prints(self, text: str) -> None:
         """Wait until it has printed that."""
-        while text not in self.process.stdout.read_text() + self.process.stderr.read_text():
+        files = self.process.stdout, self.process.stderr  # (made by the process)
+        while not any(text in file.read_text() for file in files if file.exists()):
             assert self.process.poll() is None, self.process.output()
             time.sleep(0.02)
 

@@ -197,7 +197,7 @@ def coco_regions(path: Path, tree: Any, empty: list[str], otherwise: str = "") -
             shape = [polygon for polygon in shape if len(polygon) >= 6]
         if shape:
             area = partial(_coco_mask, shape, *sizes[note["image_id"]])
-            regions[note["image_id"]].append((float(note.get("area", 0)), note["category_id"], where, area))
+            regions[note["image_id"]].append((float(note.get("area", 0)), note.get("category_id"), where, area))
         else:
             empty.append(where)
     return regions
