@@ -37,6 +37,10 @@ class NoiseRegions:
         """Apply a function to the maps, another to the vectors."""
         return NoiseRegions(vectors(self.vectors), None if self.index is None else function(self.index))
 
+    def to(self, device: torch.device) -> NoiseRegions:
+        """Move it to a device."""
+        return NoiseRegions(self.vectors.to(device), None if self.index is None else self.index.to(device))
+
     def rows(self) -> Tensor:
         """Return each pixel's row of all N K vectors: int64 [N, H, W], or [N, 1, 1] for all pixels."""
         count, size, _ = self.vectors.shape
@@ -129,7 +133,7 @@ class SemanticLayout:
             noise = NoiseRegions(noise.unsqueeze(1), None)
         maps, vectors = (noise, noise) if isinstance(noise, Tensor) else (noise.index, noise.vectors)
         shape = self.labels.shape
-        if len(vectors) != len(self) or (maps is not None and (maps.shape[0], *maps.shape[-2:]) != shape):
+        if vectors.shape[0] != shape[0] or (maps is not None and (maps.shape[0], *maps.shape[-2:]) != shape):
             sizes = [list(tensor.shape) for tensor in (vectors, maps) if tensor is not None]
             raise ValueError(f"noise {sizes} does not belong to labels {list(shape)}")
         layout = self.map(lambda tensor: tensor)

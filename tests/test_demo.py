@@ -71,6 +71,14 @@ def plain(tmp_path_factory) -> Synthesizer:
 
 
 @pytest.fixture(scope="module")
+def oasis(tmp_path_factory) -> Synthesizer:
+    """Takes noise in parts of an image."""
+    gen = {"type": "oasis", "num_filters": 2, "style_dims": 4, "norm": {"type": "spade", "hidden_channels": 8}}
+    tree = changed(TREE, gen=gen, encoder=None, data__edges="none", data__labels__palette=PALETTE)
+    return Synthesizer.load(save(tmp_path_factory.mktemp("checkpoints") / "oasis.pt", tree), device="cpu")
+
+
+@pytest.fixture(scope="module")
 def samples(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("samples")
     for number in range(2):
@@ -947,6 +955,70 @@ def test_several_styles_and_the_comparison(page, synthesizer):
     assert "50%" not in page.ask(covered)
     page.element("#compare").click()
     assert not page.element("#compared").is_displayed()
+
+
+def test_new_noise_for_a_region(browser, oasis, client):
+    page = Page(browser, client)
+    page.settled()
+    assert not page.element("#renew").is_displayed()  # this model takes no noise in parts of an image
+    own = Client(PaintingService(oasis, "oasis"))
+
+    def parts() -> list[dict[str, int]]:
+        return json.loads(page.ask("return sessionStorage.getItem('label map')"))["anew"]
+
+    def picture() -> bytes:
+        (browser.downloads / "picture.png").unlink(missing_ok=True)
+        return page.downloaded("#save_picture", "picture.png")
+
+    try:
+        page = Page(browser, own)
+        page.settled()
+        page.keys("2")
+        page.after(lambda: page.drag((0, 60)))
+        (browser.downloads / "label_map.png").unlink(missing_ok=True)
+        labels = np.asarray(Image.open(io.BytesIO(page.downloaded("#save_map", "label_map.png"))))
+        pictures = [picture()]
+        page.keys("a")
+        for x, y in ((5, 6), (32, 40)):
+            page.after(page.at(x, y).click().perform)
+            pictures.append(picture())
+            assert [(part["x"], part["y"], part["id"]) for part in parts()][-1] == (x, y, int(labels[y, x]))
+            wanted = oasis(labels, seed=0, anew={(part["x"], part["y"]): part["seed"] for part in parts()})
+            np.testing.assert_array_equal(decoded(pictures[-1]), wanted)
+        assert len(set(pictures)) == 3
+        page.after(page.element("#undo").click)
+        assert picture() == pictures[1]
+        page.after(page.element("#redo").click)
+        assert picture() == pictures[2]
+        page = Page(browser, own)  # a reload keeps it
+        page.settled()
+        assert picture() == pictures[2]
+        # A part whose pixel has another class by now counts no more.
+        page.keys("3")
+        page.after(page.element("#clear").click)
+        assert not parts()
+        page.after(page.element("#undo").click)
+        page.keys("f3")
+        page.after(page.at(32, 40).click().perform)
+        filled = np.where((page.colours() == PALETTE[2]).all(2), 2, labels)
+        first, _ = parts()
+        np.testing.assert_array_equal(decoded(picture()), oasis(filled, seed=0, anew={(5, 6): first["seed"]}))
+    finally:
+        own.stop()
+
+
+def test_wrong_parts_with_new_noise_are_named(oasis):
+    service = PaintingService(oasis, "oasis")
+    assert service.describe()["takes_local_noise"]
+    good = fields_of(some_map(), seed=1)
+    one = service.generate({**good, "anew": [[3, 4, 5]]})
+    assert one == service.generate({**good, "anew": [[3, 4, 9], [3, 4, 5]]}) != service.generate(good)
+    for wrong, words in (
+        ([[3, 4]], r"each part is \[x, y, seed\]"), ("all", "a list of at most 100"), ([[64, 0, 1]], "anew: x"),
+        ([[0, 0, -1]], "anew: seed"), ([[0, 0, 1]] * 101, "a list of at most 100"), ([[0, 0.5, 1]], "anew: y"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=words):
+            service.generate({**good, "anew": wrong})
 
 
 def test_a_slow_generator_says_so_and_can_be_stopped(browser, synthesizer):

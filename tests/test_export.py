@@ -18,6 +18,7 @@ import torch
 from conftest import blocky_labels, write_png
 from PIL import Image
 from test_inference import TREE, changed, save
+from test_local_noise import GEN
 from torch import nn
 
 from imaginaire_spade import Synthesizer
@@ -215,6 +216,8 @@ KINDS = {
             "norm": {"type": "spade", "hidden_channels": 4, "kernel_size": 5, "affine": True, "spectral_norm": True},
         },
     },
+    "oasis": {"gen": GEN, "encoder": None},
+    "oasis, clade": {"gen": {**GEN, "norm": {"type": "clade"}}, "encoder": None},
     "pix2pixhd": {"gen": {"type": "pix2pixhd", "num_filters": 4, "num_blocks": 2}, "encoder": None},
 }  # fmt: skip
 

@@ -26,6 +26,7 @@ from imaginaire_spade.processes import one_writer
 if TYPE_CHECKING:
     from imaginaire_spade.distributed import ProcessInfo
     from imaginaire_spade.inference.folder import RunReport
+    from imaginaire_spade.inference.local_noise import Place
     from imaginaire_spade.inference.model import Model
     from imaginaire_spade.inference.synthesis import StyleOf
     from imaginaire_spade.labels import LabelSpec
@@ -71,6 +72,14 @@ def parse_arguments() -> argparse.Namespace:
     looks.add_argument("--animation", choices=("gif", "webp", "mp4", "none"),
                        help="animation that --style_interpolate also writes (default: KEY.gif); mp4 needs the package"
                        " av")  # fmt: skip
+    local = parser.add_argument_group("noise in parts of an image (generators that take it: OASIS)")
+    local.add_argument("--noise", choices=("image", "class", "region", "pixel"), default="image",
+                       help="what has a noise vector of its own: the image (default), each class, each connected region"
+                       " of one class, or each pixel")  # fmt: skip
+    local.add_argument("--resample", action="append", default=[], metavar="CLASS|X,Y",
+                       help="new noise for a class (name or id), or for the region at a pixel (with --noise class: for"
+                       " its class); the rest keeps its own (repeat)")  # fmt: skip
+    local.add_argument("--resample_seed", type=int, metavar="S", help="seed of that (default: the other seed + 1)")
     outputs = parser.add_argument_group("output")
     outputs.add_argument("--output_dir", type=Path, required=True, metavar="OUT")
     outputs.add_argument("--size", metavar="trained|own|HxW",
@@ -92,6 +101,11 @@ def parse_arguments() -> argparse.Namespace:
     if not arguments.style_interpolate and (arguments.steps or arguments.animation):
         parser.error("--steps and --animation are for --style_interpolate A B: give that too, or leave them out")
     arguments.steps, arguments.animation = arguments.steps or 8, arguments.animation or "gif"
+    if arguments.resample_seed is not None and not arguments.resample:
+        parser.error("--resample_seed is for --resample CLASS or --resample X,Y: give that too, or leave it out")
+    if arguments.noise != "image" and (arguments.style_image or arguments.style_interpolate):
+        parser.error(f"--noise {arguments.noise} draws every vector from a seed: leave --style_image and"
+                     " --style_interpolate out")  # fmt: skip
     if arguments.style_interpolate and (arguments.num_samples > 1 or arguments.steps < 2):
         parser.error("--style_interpolate makes --steps frames per label map (2 or more): leave --num_samples out")
     return arguments
@@ -106,6 +120,7 @@ def main() -> None:
     from imaginaire_spade.data.dataset import LabelMapDataset
     from imaginaire_spade.data.folders import DATA_TYPES
     from imaginaire_spade.inference.folder import FolderOptions, Progress, generate_folder
+    from imaginaire_spade.inference.local_noise import check_takes_local_noise, read_place
     from imaginaire_spade.inference.model import load_named
     from imaginaire_spade.inference.output import check_animation, check_apart
     from imaginaire_spade.inference.synthesis import check_tile
@@ -125,6 +140,12 @@ def main() -> None:
     tile = check_tile(model, arguments.tile)
     test_data = (given.test_data if given else None) or config.test_data
     notes = list(model.notes)
+    if arguments.noise != "image" or arguments.resample:
+        check_takes_local_noise(model, f"--noise {arguments.noise}" if arguments.noise != "image" else "--resample")
+    places = [read_place(config.data.labels, text, "--resample") for text in arguments.resample]
+    if arguments.noise == "pixel":
+        warnings.filterwarnings("ignore", "noise per pixel")
+        notes.append("noise per pixel: SPADE norms are dense, which takes longer than tables")
     varied = arguments.num_samples > 1 or arguments.seed is not None or arguments.style_seed is not None
     if not model.generator.style_dims and varied:
         notes.append(
@@ -150,6 +171,8 @@ def main() -> None:
     notes += [str(warning.message) for warning in caught]
     seed = config.seed if arguments.seed is None else arguments.seed
     style_of = _styles(arguments, model, dataset.keys, seed)
+    if arguments.noise != "image" or places:
+        style_of = _local(arguments, model, style_of, places, seed)
     animation = f".{arguments.animation}" if arguments.style_interpolate and arguments.animation != "none" else None
     if animation is not None:
         check_animation(animation)
@@ -167,6 +190,7 @@ def main() -> None:
             on_bad_label="skip" if arguments.on_bad_label == "skip" else "fail",
             max_pixels=arguments.max_pixels, tile=tile, resize_back=arguments.resize_back,
             gallery=not arguments.no_gallery, sample_names=_sample_names(arguments, model, seed),
+            named_pixels=[place for place in places if isinstance(place, tuple)],
         )  # fmt: skip
         with one_writer(arguments.output_dir, "--output_dir", info.rank):
             report = generate_folder(
@@ -196,6 +220,22 @@ def _styles(arguments: argparse.Namespace, model: "Model", keys: list[str], seed
     if arguments.style_seed is not None:
         return synthesis.shared_styles(arguments.style_seed, model.generator.style_dims)
     return synthesis.drawn_styles(seed, model.generator.style_dims, arguments.num_samples)
+
+
+def _local(
+    arguments: argparse.Namespace, model: "Model", style_of: "StyleOf", places: "list[Place]", seed: int
+) -> "StyleOf":
+    """Apply --noise and --resample to the style codes of the images."""
+    from imaginaire_spade.inference.synthesis import local_styles
+
+    shared = arguments.style_seed is not None
+    seed = arguments.style_seed if shared else seed
+    other = seed + 1 if arguments.resample_seed is None else arguments.resample_seed
+    anew = [(place, other) for place in places]
+    return local_styles(
+        style_of, arguments.noise, seed, anew, model.generator.style_dims, num_samples=arguments.num_samples,
+        shared=shared,
+    )  # fmt: skip
 
 
 def _sample_names(arguments: argparse.Namespace, model: "Model", seed: int) -> list[str]:

@@ -41,6 +41,8 @@ as floats, of a photo that reaches the encoder unshrunk."""
 FORMATS = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"BM", *TIFF)
 """What the files begin with that the page takes. Others have decoders that nobody should point at a stranger's file."""
 MAX_SEED = 2**32 - 1
+MAX_PARTS = 100
+"""Of a label map, with new noise."""
 DEFAULT_SIZE = (256, 256)
 """Canvas for a checkpoint that was trained on images of many sizes."""
 
@@ -107,6 +109,7 @@ class PaintingService:
             "bytes_per_id": self._dtype.itemsize,
             "style_dims": self._synthesizer.style_dims,
             "has_style_encoder": self._synthesizer.has_style_encoder,
+            "takes_local_noise": model.generator.takes_local_noise,
             "dont_care": self._labels.dont_care_id if self._raw_ids[-1] >= 0 else None,
             "num_samples": 0 if self._samples is None else len(self._samples),
             "classes": [
@@ -120,15 +123,18 @@ class PaintingService:
 
         Args:
             fields: ``height``, ``width``, ``labels`` (base64 of the ids, row by row, ``bytes_per_id`` each, low byte
-                first) and, if the model takes a style code, ``seed`` or ``style`` (``style_dims`` numbers).
+                first) and, if the model takes a style code, ``seed`` or ``style`` (``style_dims`` numbers); if it takes
+                noise in parts of an image, ``anew``: [x, y, seed] of each region that gets new noise.
         Raises:
             DataError: fields are missing, unknown or out of range.
         """
-        style_fields = frozenset({"seed", "style"} if self._synthesizer.style_dims else ())
-        raw = self._raw_label_map(fields, optional=style_fields)
+        takes_local_noise = self._synthesizer.model.generator.takes_local_noise
+        style_fields = {"seed", "style"} if self._synthesizer.style_dims else set()
+        raw = self._raw_label_map(fields, optional=frozenset(style_fields | ({"anew"} if takes_local_noise else set())))
         seed = _whole_number("seed", fields["seed"], 0, MAX_SEED) if "seed" in fields else 0
         style = self._style_code(fields["style"]) if "style" in fields else None
-        image = self._run(lambda: self._synthesizer(raw, seed=seed, style=style, resize_back=True))
+        anew = _parts(fields["anew"], *raw.shape) if "anew" in fields else {}
+        image = self._run(lambda: self._synthesizer(raw, seed=seed, style=style, anew=anew, resize_back=True))
         return encode_image(show(image, self._synthesizer.model.config.data.images), ".png")
 
     def generated_size(self, fields: Mapping[str, Any]) -> tuple[int, int]:
@@ -245,6 +251,23 @@ class PaintingService:
             most = f"at most {self.budget.num_bytes // (bytes_of_pixel * copies) / 1e6:.0f} million such are taken"
             raise DataError(f"{where}: {width} x {height} pixels of {bytes_of_pixel} bytes; {most}")
         return num_bytes
+
+
+def _parts(anew: Any, height: int, width: int) -> dict[str | int | tuple[int, int], int]:
+    """Check the parts with new noise: pixel (x, y) -> seed."""
+    if not isinstance(anew, list) or len(anew) > MAX_PARTS:
+        raise DataError(f"anew: a list of at most {MAX_PARTS} parts is wanted")
+    found: dict[str | int | tuple[int, int], int] = {}
+    for part in anew:
+        if not isinstance(part, list) or len(part) != 3:
+            raise DataError("anew: each part is [x, y, seed]")
+        x, y, seed = (
+            _whole_number(f"anew: {name}", value, 0, most)
+            for name, value, most in zip(("x", "y", "seed"), part, (width - 1, height - 1, MAX_SEED), strict=True)
+        )
+        found.pop((x, y), None)  # so that it stands last
+        found[x, y] = seed
+    return found
 
 
 def shrink(ids: NDArray[np.generic]) -> NDArray[np.generic]:

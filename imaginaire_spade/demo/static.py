@@ -67,6 +67,7 @@ def write_page(model: Model, file: Path, runtime: dict[str, bytes]) -> None:
         "file": file.name,
         "inputs": ["labels", *["edges"] * model.layout_spec.has_edges, *["z"] * bool(about["style_dims"])],
         "has_style_encoder": False,
+        "takes_local_noise": False,
         "num_classes": labels.num_classes,
         "size_multiple": model.generator.size_multiple,
         "far": FAR,

@@ -22,6 +22,7 @@ from imaginaire_spade.data.photos import read_header
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import PROBLEMS_SHOWN, DataError
 from imaginaire_spade.files import write_image
+from imaginaire_spade.inference.local_noise import LocalNoise, check_inside
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.output import Output, check_empty, make_folder, plan_outputs, plan_writes, write_gallery
 from imaginaire_spade.inference.sizes import MAX_PIXELS, Size, SizeRule, format_size
@@ -97,6 +98,8 @@ class FolderOptions:
     """Side of the tiles in which larger label maps are generated; ``max_pixels`` does not apply then."""
     resize_back: bool = False
     """Resize images to the size of the stored label map; else they have the size at which they are generated."""
+    named_pixels: Sequence[tuple[int, int]] = ()
+    """(x, y) that every label map must have."""
     gallery: bool = True
     """Write ``index.html`` (rank 0; it shows the images of all processes), coloured label maps and photos for it."""
 
@@ -259,6 +262,9 @@ class _Share:
             back = sample.original_size if self.options.resize_back else None
             for j in jobs[output]:
                 z = style_of(output.key, j)
+                if isinstance(z, LocalNoise):
+                    height, width = sample.labels.shape
+                    z = z.at(sample.original_size, (height, width), output.key)
                 yield Request(
                     output.images[j], sample.labels, sample.edges, z, sample.distances, back, sample.conditions
                 )
@@ -275,6 +281,8 @@ class _Share:
         return sample
 
     def _check_pixels(self, key: str, stored: Size, read: Size) -> None:
+        for pixel in self.options.named_pixels:
+            check_inside(pixel, stored, key)
         if self.options.tile is not None:
             return
         if (pixels := read[0] * read[1]) > self.options.max_pixels:

@@ -24,9 +24,10 @@ from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.data.photos import decode_photo, to_stored, to_training
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, UserError, is_out_of_memory
 from imaginaire_spade.files import AnyImage, resize_image
+from imaginaire_spade.inference.local_noise import LocalNoise, NoiseKind, Place, PlacedNoise, stack_noise
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.sizes import scale
-from imaginaire_spade.layout import SemanticLayout
+from imaginaire_spade.layout import Noise, SemanticLayout
 from imaginaire_spade.models.generator import sample_style
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.step import AUTOCAST
@@ -47,8 +48,8 @@ class Request:
     """uint8 or int16 [H, W], train ids."""
     edges: Tensor | None = None
     """uint8 [H, W] of 0/1."""
-    z: Tensor | None = None
-    """float [style_dims]."""
+    z: Tensor | LocalNoise | PlacedNoise | None = None
+    """float [style_dims]; or noise that differs from place to place."""
     distances: Tensor | None = None
     """float32 [2, H, W]; computed if the generator needs them and they are not given."""
     resize_to: tuple[int, int] | None = None
@@ -133,14 +134,17 @@ def _in_tiles(model: Model, request: Request, tile: int, convert: Convert) -> An
     assert halo is not None
     if model.layout_spec.has_distances:
         request = replace(request, distances=_distances_of(request))
+    z = request.z.place(request.labels) if isinstance(request.z, LocalNoise) else request.z
     whole: AnyImage | None = None
     for top, left in itertools.product(range(0, height, tile), range(0, width, tile)):
         y, x = max(0, top - halo), max(0, left - halo)
-        window = (..., slice(y, top + tile + halo), slice(x, left + tile + halo))
+        window = slice(y, top + tile + halo), slice(x, left + tile + halo)
         maps: dict[str, Any] = {
-            name: value[window] for name, value in vars(request).items() if isinstance(value, Tensor)
-        }
-        part = replace(request, **maps, resize_to=None)
+            name: value[..., *window] for name, value in vars(request).items()
+            if isinstance(value, Tensor) and name != "z"
+        }  # fmt: skip
+        of_part = z.window(*window) if isinstance(z, PlacedNoise) else z
+        part = replace(request, **maps, resize_to=None, z=of_part)
         ((_, made),) = _fetch(model, convert, [part], _forward(model, [part]))
         if whole is None:
             whole = np.empty((height, width, *made.shape[2:]), made.dtype)
@@ -197,6 +201,23 @@ def _distances_of(request: Request) -> Tensor:
     return torch.from_numpy(class_distances(request.labels.numpy())) if given is None else given
 
 
+def _noise_of(requests: Sequence[Request], layout: SemanticLayout) -> Noise | None:
+    """Stack style codes, or noise that differs from place to place, on the device of the requests' layout."""
+    given = [request.z for request in requests]
+    codes = [z for z in given if isinstance(z, Tensor)]
+    if codes:
+        return torch.stack(codes).to(layout.device)
+    placed = [
+        z.place(request.labels) if isinstance(z, LocalNoise) else z
+        for request, z in zip(requests, given, strict=True)
+        if z is not None and not isinstance(z, Tensor)
+    ]
+    if not placed:
+        return None
+    noise = stack_noise(placed, layout.height, layout.width)
+    return noise.to(layout.device)
+
+
 @torch.inference_mode()
 def _forward(model: Model, requests: Sequence[Request]) -> Tensor:
     """Generate requests of one padded size: float [N, C, H, W] on the device, padding included."""
@@ -206,9 +227,8 @@ def _forward(model: Model, requests: Sequence[Request]) -> Tensor:
         images = []
         for start in range(0, len(requests), step):
             part = requests[start : start + step]
-            codes = [request.z for request in part if request.z is not None]
-            z = torch.stack(codes).to(model.device) if codes else None
             layout = pad_to_layout(model, part).to(model.device)
+            z = _noise_of(part, layout)
             with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
                 images.append(model.generator(layout, z))
         return torch.cat(images)
@@ -241,8 +261,9 @@ def _fetch(
         yield request.name, resize_image(image[:height, :width], *(request.resize_to or (height, width)))
 
 
-StyleOf = Callable[[str, int], Tensor | None]
-"""(key, number of the sample) -> style code float32 [style_dims] on the CPU; None for a generator that takes none.
+StyleOf = Callable[[str, int], Tensor | LocalNoise | None]
+"""(key, number of the sample) -> style code float32 [style_dims] on the CPU, or noise that differs from place to place;
+None for a generator that takes none.
 
 A function of these two, so that neither order nor the number of processes changes an image.
 """
@@ -269,8 +290,35 @@ def style_of_seed(seed: int, style_dims: int) -> Tensor:
     return style_noise(seed, [EVERY_LABEL_MAP], style_dims)[0]
 
 
+def local_styles(
+    style_of: StyleOf, kind: NoiseKind, seed: int, anew: Sequence[tuple[Place, int]], style_dims: int,
+    *, num_samples: int = 1, shared: bool = False,
+) -> StyleOf:  # fmt: skip
+    """Give each image noise that differs from place to place: by class, region or pixel, or by image with some parts
+    anew.
+
+    Args:
+        style_of: gives the vector of noise by image.
+        seed, num_samples: as in ``drawn_styles``; ``shared``: as in ``shared_styles``.
+        anew: parts of every image, each with its own seed.
+    """
+
+    def style(key: str, sample: int) -> LocalNoise:
+        more, of = (sample, EVERY_LABEL_MAP) if shared else (0, _sample_key(key, sample, num_samples))
+        parts = tuple((place, other + more) for place, other in anew)
+        base = style_of(key, sample) if kind == "image" else None
+        assert not isinstance(base, LocalNoise)
+        return LocalNoise(kind, style_dims, seed + more, of, base, parts)
+
+    return style
+
+
 def _noise(seed: int, key: str, sample: int, style_dims: int, num_samples: int) -> Tensor:
-    return style_noise(seed, [key if num_samples == 1 else f"{key}#{sample}"], style_dims)[0]
+    return style_noise(seed, [_sample_key(key, sample, num_samples)], style_dims)[0]
+
+
+def _sample_key(key: str, sample: int, num_samples: int) -> str:
+    return key if num_samples == 1 else f"{key}#{sample}"
 
 
 # -------------------------------------------------------------------------------------- style codes of images

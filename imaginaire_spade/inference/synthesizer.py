@@ -23,9 +23,17 @@ from imaginaire_spade.data.transforms import Geometry, apply_to_map
 from imaginaire_spade.distributed import ProcessInfo, choose_device
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError
 from imaginaire_spade.files import AnyImage
+from imaginaire_spade.inference.local_noise import KINDS, LocalNoise, NoiseKind, check_takes_local_noise, read_place
 from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.sizes import Size, SizeRule, format_size, read_size
-from imaginaire_spade.inference.synthesis import Request, encode_style, read_style_image, style_of_seed, synthesise
+from imaginaire_spade.inference.synthesis import (
+    EVERY_LABEL_MAP,
+    Request,
+    encode_style,
+    read_style_image,
+    style_of_seed,
+    synthesise,
+)
 from imaginaire_spade.labels import MAX_RAW_ID, MIN_RAW_ID, LabelSpec, edges_from_ids
 from imaginaire_spade.models.norms import ConditionalNorm
 
@@ -106,6 +114,8 @@ class Synthesizer:
         *,
         seed: int = 0,
         style: ImageLike | str | Path | None = None,
+        noise: NoiseKind = "image",
+        anew: Mapping[str | int | tuple[int, int], int] | None = None,
         edges: ImageLike | None = None,
         instances: ImageLike | None = None,
         conditions: Mapping[str, ImageLike] | None = None,
@@ -123,6 +133,11 @@ class Synthesizer:
             seed: of the style code, if ``style`` is not given.
             style: an image (array uint8 [H, W, 3], PIL, or its file), whose style is taken, or a style code, float
                 [style_dims].
+            noise: for generators that take noise in parts of an image (OASIS): what has a noise vector of its own, the
+                "image", each "class", each connected "region" of one class, or each "pixel".
+            anew: for those too, parts of the image that get the noise of another seed, while the rest keeps its own:
+                ``{"sky": 7, (120, 40): 8}``. A part is a class, by name or train id, or the region (with noise by
+                class: the class) of a pixel (x, y) of the label map.
             edges: [H, W], not 0 where objects meet; only for a generator that wants edges. Without it they are drawn
                 from ``instances``, and without these from the label map.
             instances: object ids, integer [H, W], from whose borders edges are drawn.
@@ -148,7 +163,8 @@ class Synthesizer:
                 raise ConfigError("edges, instances and conditions belong to one label map: give these one by one")
             if not len(label_map):
                 raise DataError("the label map: an empty list or batch; give at least one label map")
-            made = [self(one, seed=seed, style=style, size=size, resize_back=resize_back) for one in label_map]
+            same: dict[str, Any] = {"style": style, "noise": noise, "anew": anew, "resize_back": resize_back}
+            made = [self(one, seed=seed, size=size, **same) for one in label_map]
             return made if isinstance(label_map, list | tuple) else np.stack(made)
         if is_file := isinstance(label_map, str | Path):
             label_map = self._read(Path(label_map))
@@ -180,7 +196,7 @@ class Synthesizer:
             WHERE,
             torch.from_numpy(apply_to_map(train_ids, geometry)),
             self._edges(train_ids, edges, instances, geometry),
-            self._style(style, seed),
+            self._noise(self._style(style, seed), style is not None, seed, noise, anew or {}, own, at),
             resize_to=own if resize_back else None,
             conditions=self._conditions(conditions, own, geometry),
             soft=None if shares is None else torch.stack([torch.from_numpy(apply_to_map(s, geometry)) for s in shares]),
@@ -240,6 +256,30 @@ class Synthesizer:
                 raise DataError(f"style: a code of {len(style)} numbers; this generator takes {self.style_dims}")
             return torch.from_numpy(style.astype(np.float32))
         return torch.from_numpy(self.encode(style))
+
+    def _noise(
+        self, code: torch.Tensor | None, has_style: bool, seed: int, kind: NoiseKind, anew: Mapping[Any, int],
+        own: Size, at: Size,
+    ) -> torch.Tensor | LocalNoise | None:  # fmt: skip
+        """Return the style code, or noise that differs from place to place, if such is wanted."""
+        if kind not in KINDS:
+            raise ConfigError(f"noise {kind!r}: write one of {', '.join(KINDS)}")
+        if kind == "image" and not anew:
+            return code
+        what = "anew" if kind == "image" else f"noise {kind!r}"
+        check_takes_local_noise(self.model, what)
+        if has_style and kind != "image":
+            raise ConfigError(
+                f"{what}: every vector is drawn from the seed, so there is no place for style: leave it out"
+            )
+        places = [
+            (place if isinstance(place, tuple) else read_place(self.labels, str(place), "anew"), new_seed)
+            for place, new_seed in anew.items()
+        ]
+        noise = LocalNoise(
+            kind, self.style_dims, seed, EVERY_LABEL_MAP, code if kind == "image" else None, tuple(places)
+        )
+        return noise.at(own, at, WHERE)
 
     def _without_labels(self, label_map: object, others: Sequence[ImageLike | None]) -> NDArray[np.generic]:
         """Return ids of no class, [H, W] as large as the first of ``others`` that is given."""

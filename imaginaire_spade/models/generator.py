@@ -35,6 +35,8 @@ class Generator(nn.Module):
     """Height and width of a layout must be multiples of this."""
     style_dims: int
     """Length of the style code z; 0: it takes none."""
+    takes_local_noise: bool = False
+    """Whether z may also be noise by region or by pixel (``layout.Noise``)."""
     halo: int | None = None
     """How far beyond a pixel, at most, the label map matters to it, up to a multiple of ``size_multiple``; None: all of
     it does. In evaluation mode."""

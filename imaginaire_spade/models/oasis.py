@@ -48,6 +48,7 @@ class OASISGenerator(Generator):
     ) -> None:
         super().__init__()
         self.style_dims = style_dims
+        self.takes_local_noise = style_dims > 0
         spec = replace(spec, num_noise_channels=style_dims)
         channels = [num_filters * width for width in (16, 16, 16, 8, 4, 2, 1)]
         self.fc = nn.Conv2d(spec.num_channels, channels[0], 3, padding=1)

@@ -21,7 +21,7 @@ export class Easel {
   #tap = null; // where the pointer went down, for tools that act when it goes up
   #pans = false; // by the middle button
 
-  /** frame: an element with canvas, svg and .ring. tool: () => "brush" | "erase" | "line" | "polygon" | "fill" | "pick";
+  /** frame: an element with canvas, svg and .ring. tool: () => "brush" | "erase" | "line" | "polygon" | "fill" | "pick" | "renew";
    *  size: () => brush diameter in pixels of the map; chosen: () => class id to paint; changed: () => void, after every
    *  change; settled: () => void, after a change that undo takes back as a whole; picked: (id) => void; view: a View. */
   constructor(frame, { tool, size, chosen, changed, settled, picked, view }) {
@@ -235,6 +235,8 @@ export class Easel {
     if (!this.#map.contains(point.x, point.y)) return;
     if (tool === "pick") {
       this.#pick(point);
+    } else if (tool === "renew") {
+      this.#change(() => this.#map.renew(point.x, point.y, Math.floor(Math.random() * 10000)));
     } else if (tool === "fill") {
       this.#change(() => this.#map.fill(point.x, point.y, this.chosen()));
     } else if (tool === "line") {

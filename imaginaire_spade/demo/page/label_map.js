@@ -1,11 +1,13 @@
 // A label map that is drawn on: integer class ids, never colours. Knows nothing of the page.
 
 const UNDO_BYTES = 64 * 2 ** 20; // memory for what can be undone
+const MOST_PARTS = 100; // with new noise: the server's
 
 export class LabelMap {
   #past = [];
   #future = [];
   #open = false; // whether a change was begun that is not settled
+  anew = []; // regions with new noise: {x, y: a pixel of it, id: its class, seed}; replaced, never changed
 
   /** height x width pixels of class `id`, in bytesPerId (1 or 2) bytes each. */
   constructor(height, width, bytesPerId, id) {
@@ -98,10 +100,21 @@ export class LabelMap {
     return counts;
   }
 
+  /** Give the region at a pixel new noise; can be undone. */
+  renew(x, y, seed) {
+    const part = { x: Math.floor(x), y: Math.floor(y), id: this.at(x, y), seed };
+    this.anew = [...this.anew.filter((one) => one.x !== part.x || one.y !== part.y), part].slice(-MOST_PARTS);
+  }
+
+  /** Those whose pixel still has the class that it had. */
+  get parts() {
+    return this.anew.filter(({ x, y, id }) => this.contains(x, y) && this.at(x, y) === id);
+  }
+
   /** Put other contents, perhaps of another size, in place; can be undone. */
-  replace(height, width, ids) {
+  replace(height, width, ids, anew = []) {
     this.remember();
-    Object.assign(this, { height, width, ids: this.ids.constructor.from(ids) });
+    Object.assign(this, { height, width, ids: this.ids.constructor.from(ids), anew });
     this.settle();
   }
 
@@ -113,13 +126,16 @@ export class LabelMap {
         ids[place++] = this.at(((x + 0.5) * this.width) / width, ((y + 0.5) * this.height) / height);
       }
     }
-    this.replace(height, width, ids);
+    const place = (at, from, to) => Math.floor(((at + 0.5) * to) / from);
+    this.replace(height, width, ids, this.anew.map((part) => (
+      { ...part, x: place(part.x, this.width, width), y: place(part.y, this.height, height) }
+    )));
   }
 
   /** To be called before a change that undo() takes back ... */
   remember() {
     this.settle();
-    this.#past.push({ height: this.height, width: this.width, ids: this.ids.slice() });
+    this.#past.push({ height: this.height, width: this.width, ids: this.ids.slice(), anew: this.anew });
     const most = Math.max(10, Math.floor(UNDO_BYTES / this.ids.byteLength));
     if (this.#past.length > most) this.#past.shift();
     this.#open = true;
@@ -130,7 +146,7 @@ export class LabelMap {
     if (!this.#open) return false;
     this.#open = false;
     const before = this.#past.at(-1);
-    const same = before.width === this.width && before.height === this.height;
+    const same = before.width === this.width && before.height === this.height && before.anew === this.anew;
     if (same && before.ids.every((id, place) => id === this.ids[place])) {
       this.#past.pop();
       return false;
@@ -165,7 +181,7 @@ export class LabelMap {
 
   #step(from, to) {
     if (!from.length) return;
-    to.push({ height: this.height, width: this.width, ids: this.ids });
+    to.push({ height: this.height, width: this.width, ids: this.ids, anew: this.anew });
     Object.assign(this, from.pop());
   }
 }

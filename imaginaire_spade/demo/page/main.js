@@ -8,7 +8,7 @@ import { Picture } from "./picture.js";
 import { Server } from "./server.js";
 import { View } from "./view.js";
 
-const TOOLS = { b: "brush", e: "erase", l: "line", p: "polygon", f: "fill", g: "fill", i: "pick" }; // by their keys
+const TOOLS = { b: "brush", e: "erase", l: "line", p: "polygon", f: "fill", g: "fill", i: "pick", a: "renew" }; // by their keys
 
 const server = new Server();
 let model; // what the server says of the model
@@ -90,7 +90,7 @@ const keepName = () => `${model.name} ${model.images_seen} ${model.classes.lengt
 
 function keep() {
   try {
-    sessionStorage.setItem("label map", JSON.stringify({ model: keepName(), seed: seed(), map: server.pack(map) }));
+    sessionStorage.setItem("label map", JSON.stringify({ model: keepName(), seed: seed(), anew: map.anew, map: server.pack(map) }));
   } catch {
     // No room, or not allowed: then it is not kept.
   }
@@ -99,7 +99,7 @@ function keep() {
 function kept() {
   try {
     const found = JSON.parse(sessionStorage.getItem("label map"));
-    if (found?.model === keepName()) return { seed: found.seed, ...server.unpack(found.map) };
+    if (found?.model === keepName()) return { seed: found.seed, anew: found.anew, ...server.unpack(found.map) };
   } catch {
     // Nothing usable was kept.
   }
@@ -257,6 +257,7 @@ async function start() {
   $("photo_field").hidden = !model.has_style_encoder;
   $("sample").hidden = !model.num_samples;
   $("eraser").hidden = model.dont_care === null;
+  $("renew").hidden = !model.takes_local_noise;
   const [height, width] = model.sizes[0];
   map = new LabelMap(height, width, model.bytes_per_id, model.classes[0].id);
   view = new View([$("easel"), $("result")], (zoom) => {
@@ -282,8 +283,8 @@ async function start() {
   document.querySelector("main").hidden = false;
   const found = kept();
   try {
-    const { height, width, ids } = found ?? (model.num_samples ? await server.sample(sampleNumber++) : map);
-    Object.assign(map, { height, width, ids });
+    const { height, width, ids, anew = [] } = found ?? (model.num_samples ? await server.sample(sampleNumber++) : map);
+    Object.assign(map, { height, width, ids, anew });
     $("seed").value = found?.seed ?? 0;
   } catch (error) {
     showError(error);

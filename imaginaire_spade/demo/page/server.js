@@ -18,7 +18,8 @@ export class Server {
 
   /** The picture of a map: {file, height, width}, the size at which it was generated. more: {seed} or {style}. */
   async generate(map, more, signal) {
-    const response = await this.#askJSON("/api/picture", { ...fieldsOf(map), ...more }, signal);
+    const anew = this.model.takes_local_noise ? { anew: map.parts.map(({ x, y, seed }) => [x, y, seed]) } : {};
+    const response = await this.#askJSON("/api/picture", { ...fieldsOf(map), ...more, ...anew }, signal);
     const [height, width] = response.headers.get("Generated-Size").split("x").map(Number);
     return { file: await response.blob(), height, width };
   }
