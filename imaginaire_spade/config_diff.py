@@ -38,9 +38,10 @@ def explain_mismatch(
         differences.append(f"trained with data.conditions (channels): {inputs[0]}; this config has {inputs[1]}")
     for part in parts:
         differences += _component_differences(part, getattr(trained, part), getattr(given, part))
-    # A style code is turned into a start image of fixed size (gen.style_dims > 0 only).
+    # A style code is turned into a start image of fixed size (gen.style_dims > 0 only; OASIS's is noise).
     sizes = [config.data.train.augmentations.output_h_w for config in (trained, given)]
-    if not differences and given.gen.args.get("style_dims") and sizes[0] != sizes[1]:
+    fixes_size = given.gen.args.get("style_dims") and given.gen.type != "oasis"
+    if not differences and fixes_size and sizes[0] != sizes[1]:
         before, now = ("x".join(map(str, size)) if size else "their own sizes" for size in sizes)
         differences.append(
             f"trained on images of {before}, this config has {now} (data.train.augmentations), and with"

@@ -16,7 +16,7 @@ from test_training import assert_same, losses_in, tensors_of, tiny_run  # noqa: 
 from imaginaire_spade.build import build_losses, check_run
 from imaginaire_spade.config_files import load_config
 from imaginaire_spade.distributed import ProcessInfo
-from imaginaire_spade.errors import ConfigError
+from imaginaire_spade.errors import CheckpointError, ConfigError
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models import unet
@@ -138,6 +138,11 @@ def test_both_forms_of_the_average_are_loaded_by_inference(tiny_run, tmp_path):
         layout, z = random_layout(model.layout_spec, 1, 64, 64), torch.randn(2, 1, 3)
         images = [model.generator(layout, noise) for noise in z]
         assert images[0].isfinite().all() and not torch.equal(*images)
+    with pytest.raises(CheckpointError, match=r"its EMA has trainer\.model_average\.form: folded, this config state"):
+        run("folded", *OASIS, average, "trainer.max_iterations=3")
+    # Noise has no size, so weights serve at any.
+    larger = ("data.train.augmentations={resize_h_w: [128, 64]}", "trainer.max_iterations=1")
+    run("larger", *OASIS, average, *larger, init_from=tmp_path / "folded")
 
 
 def test_a_convolution_that_also_resizes_is_the_two_steps(monkeypatch):

@@ -257,6 +257,10 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
     differences = explain_mismatch(trained, run.config, parts=present) or explain_import(
         content, run.config.data.labels
     )
+    averages = [config.trainer.model_average for config in (trained, run.config)]
+    forms = [average.form for average in averages if average is not None]
+    if content.get("generator_ema") is not None and len(set(forms)) > 1:
+        differences = [*differences, f"its EMA has trainer.model_average.form: {forms[0]}, this config {forms[1]}"]
     if differences:
         raise CheckpointError(
             f"{chosen} does not fit this config: {'; '.join(differences)}. Use the config it was trained with, or"
