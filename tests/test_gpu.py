@@ -34,11 +34,13 @@ from imaginaire_spade.build import build_optimizer
 from imaginaire_spade.config import DiscriminatorAugmentationConfig, OptimizerConfig, TrainerConfig
 from imaginaire_spade.data.batch import Batch, Sample
 from imaginaire_spade.layout import LayoutSpec
-from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss
+from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss, SegmentationGANLoss
 from imaginaire_spade.models import modulation
 from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
 from imaginaire_spade.models.generator import SPADEGenerator
 from imaginaire_spade.models.norms import CLADE, CLADEICPE, SPADE, synchronize_batch_norm, table_kernel_sizes
+from imaginaire_spade.models.oasis import OASISGenerator
+from imaginaire_spade.models.unet import OASISDiscriminator
 from imaginaire_spade.training.cuda_graph import GraphedUpdate
 from imaginaire_spade.training.health import LossMeter
 from imaginaire_spade.training.augmentation import INTERVAL, AdaptiveProbability
@@ -59,7 +61,7 @@ def add_up(values):
 def waits_of(name):
     kind, _, form = name.partition(" ")
     norm = {"dense": partial(SPADE, path="auto"), "table": partial(SPADE, path="table"), "clade": CLADE,
-            "icpe": partial(CLADEICPE, skip_ids=(1,))}[kind]
+            "icpe": partial(CLADEICPE, skip_ids=(1,)), "oasis": partial(SPADE, path="table")}[kind]
     spec = LayoutSpec(20, has_dont_care=True, has_edges=True, has_distances=kind == "icpe")
     labels = torch.zeros(2, SIZE, SIZE, dtype=torch.uint8)
     labels[:, :50], labels[:, 70:, 30:] = 3, 7
@@ -69,6 +71,12 @@ def waits_of(name):
     on_host = Batch.collate(spec, samples)
     generator = SPADEGenerator(spec, (SIZE, SIZE), num_filters=16, norm=norm).to(device)
     discriminator = MultiscaleDiscriminator(spec, num_filters=4).to(device)
+    terms = nn.ModuleDict({"gan": GANLoss(), "feature_matching": FeatureMatchingLoss()})
+    if kind == "oasis":
+        path = "dense" if form == "graphed" else "table"
+        generator = OASISGenerator(spec, (SIZE, SIZE), num_filters=16, norm=partial(SPADE, path=path)).to(device)
+        discriminator = OASISDiscriminator(spec, num_filters=4, middle_num_filters=4, max_num_filters=4).to(device)
+        terms = nn.ModuleDict({"segmentation_gan": SegmentationGANLoss()})
     if form == "synchronized":
         modulation.gather_statistics, modulation.sum_statistics = gather, add_up
         synchronize_batch_norm(generator)
@@ -78,16 +86,15 @@ def waits_of(name):
     augmentation = None
     if form in ("augmented", "graphed"):
         augmentation, state.augmentation = DiscriminatorAugmentationConfig(), AdaptiveProbability(9, 0.6).to(device)
-    terms, weights = nn.ModuleDict({"gan": GANLoss(), "feature_matching": FeatureMatchingLoss()}), {}
     weights = dict.fromkeys(terms, 1.0)
     trainer = TrainerConfig(max_iterations=1, precision="bf16", discriminator_augmentation=augmentation)
-    settings = StepSettings(terms, weights, trainer, style_dims=0, seed=0, global_batch=2,
+    settings = StepSettings(terms, weights, trainer, style_dims=generator.style_dims, seed=0, global_batch=2,
                             rates=lambda seen: (1e-4, 1e-4, 0.999))
     meter = LossMeter((scaler, scaler), device)
     update = GraphedUpdate(state, device) if form == "graphed" else None
 
     def iterate(number):
-        batch = replace(on_host, ahead=on_host.look_ahead(table_kernel_sizes(generator), 1))
+        batch = replace(on_host, ahead=on_host.look_ahead(table_kernel_sizes(generator), 1, kind == "oasis"))
         batch = batch.map(lambda t: t.pin_memory()).to(device, non_blocking=True)
         networks = Networks(generator, discriminator, None)
         meter.add(number, batch.keys, train_step(state, networks, batch, settings, update))
@@ -125,6 +132,8 @@ NORMS = (
     "clade augmented",
     "dense graphed",
     "clade graphed",
+    "oasis",
+    "oasis graphed",
 )
 """``graphed``: before the recording, in which a wait would be an error."""
 
