@@ -370,8 +370,8 @@ class LabelSpec(BaseModel):
         listed = ", ".join(f"({v >> 16}, {v >> 8 & 255}, {v & 255})" for v in wrong[:5])
         return (
             f"{where}: {len(wrong)} colour(s) that data.labels.palette does not have: {listed}"
-            f"{' ...' if len(wrong) > 5 else ''}{share}. Add them to the palette, or save the map without compression,"
-            " antialiasing or resizing; or, if they are blends at borders, take the nearest colour:"
+            f"{' and others' if len(wrong) > 5 else ''}{share}. Add them to the palette, or save the map without"
+            " compression, antialiasing or resizing; or, if they are blends at borders, take the nearest colour:"
             " data.labels.nearest_color: 442 (or less: how far a colour may be)"
         )
 

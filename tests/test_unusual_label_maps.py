@@ -238,7 +238,7 @@ def test_blended_borders_are_read_by_the_nearest_colour(tmp_path):
         wrong = np.asarray(read) != ids
         assert wrong.mean() < 0.05 and not wrong[:, [*range(16), *range(24, 36), *range(46, 64)]][:26].any()
     strict = changed(RGB, nearest_color=20.0)
-    with pytest.raises(DataError, match=r"a\.png: .*colour\(s\) that data\.labels\.palette does not have"):
+    with pytest.raises(DataError, match=r"a\.png, .*: 60 colour\(s\) that data\.labels\.palette does not have"):
         build_dataset(root, tmp_path / "strict", strict, num_workers=0)
 
 

@@ -142,7 +142,8 @@ def open_source(
     root = Path(root)
     if not root.is_dir():
         state = "not a folder" if root.exists() else "no such folder"
-        raise DataError(f"{root}: {state}; expected {LAYOUT}, or an LMDB root")
+        wanted = f"a folder of {data_types[0]}, or ROOT/{data_types[0]}/" if bare and len(data_types) == 1 else LAYOUT
+        raise DataError(f"{root}: {state}; expected {wanted}, or an LMDB root")
     if (root / FILENAMES).is_file():
         return LmdbSource(root, [root], data_types)
     known = dict.fromkeys((*DATA_TYPES, *data_types))
