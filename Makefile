@@ -45,7 +45,7 @@ demo: $(VENV)/.installed
 # Two processes with a file of tests each; in them one thread: the networks are tiny, threads would wait for each other.
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

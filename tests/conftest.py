@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPOSITORY / "scripts"))  # of which one holds code of its own: download_test_data
 
 MakeFolder = Callable[..., Path]
+
+LONG_FILES = ("test_distributed", "test_user_commands", "test_notebook", "test_fuzz", "test_permissions", "test_published")
+"""Files of few tests that take a minute and more: first, so that no process ends with one while the other waits."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files of tests for ``make test``: long ones first, then those of most tests."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in LONG_FILES, -tests[item.path], item.path))
 
 
 @pytest.fixture(scope="session")
