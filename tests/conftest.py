@@ -28,7 +28,7 @@ sys.path.append(str(REPOSITORY / "scripts"))  # of which one holds code of its o
 
 MakeFolder = Callable[..., Path]
 
-LONG_FILES = ("test_distributed", "test_user_commands", "test_notebook", "test_fuzz", "test_permissions", "test_published")
+LONG_FILES = {"test_distributed", "test_user_commands", "test_notebook", "test_fuzz", "test_permissions"}
 """Files of few tests that take a minute and more: first, so that no process ends with one while the other waits."""
 
 
