@@ -8,7 +8,7 @@ from typing import Any
 from imaginaire_spade.command_names import as_called
 from imaginaire_spade.errors import ConfigError
 
-SOURCES = ("nvlabs_spade", "clade", "imaginaire")
+SOURCES = ("nvlabs_spade", "clade", "imaginaire", "oasis")
 """The systems whose checkpoints and configs are read (a class each in ``interop/systems.py``)."""
 
 SHARED: dict[tuple[str, ...], dict[str, Any]] = {

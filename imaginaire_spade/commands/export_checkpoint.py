@@ -2,7 +2,8 @@
 
 nvlabs_spade and clade: OUT/latest_net_G.pth, and _E and _D where the checkpoint has them. imaginaire: OUT/imaginaire.pt
 with net_G (network, average and style encoder) and net_D. All three read the ids of label maps as channels, so label
-channels are put into the order of raw ids.
+channels are put into the order of raw ids. oasis: OUT/best_G.pth, best_EMA.pth, best_D.pth, for a run's folder models/;
+don't care comes first.
 """
 
 import sys

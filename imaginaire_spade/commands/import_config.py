@@ -1,4 +1,4 @@
-"""Turn a config of another system into one of ours: imaginaire's SPADE YAML, opt.txt of the SPADE release or of CLADE.
+"""Turn another system's config into one of ours: imaginaire's SPADE YAML, opt.txt of the SPADE release, CLADE, OASIS.
 
 Lists what was chosen and every key that is ignored (no equivalent).
 """

@@ -14,6 +14,7 @@ from imaginaire_spade.build import build_component
 from imaginaire_spade.config_files import parse_component
 from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.interop.systems import SYSTEMS
+from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import ConvEncoder, Generator, SPADEGenerator
 from imaginaire_spade.models.layers import SpectralNorm
@@ -30,7 +31,7 @@ def import_generator(source: str, state_dict: Mapping[str, Tensor], hyper: Mappi
     """Build our generator with the weights of another system's checkpoint.
 
     Args:
-        source: ``nvlabs_spade``, ``clade`` or ``imaginaire``.
+        source: ``nvlabs_spade``, ``clade``, ``imaginaire`` or ``oasis``.
         state_dict: the other system's, under its own key names; prefixes of wrappers (``module.``) are removed.
         hyper: the hyper-parameters that fix the architecture, as in ``hyper`` of a parity fixture's config.json.
     Raises:
@@ -54,8 +55,9 @@ def _import(
 ) -> nn.Module:
     """Build the component ``key`` of a config, and load its weights; ``known``: what the pipeline tells it."""
     component = parse_component(describe(source, registry.kind, hyper), registry, key)
-    network = build_component(registry, component, *(describe(source, name, hyper) for name in known))
-    return load_foreign(network, source, state_dict)
+    told = {name: describe(source, name, hyper) for name in known}
+    network = build_component(registry, component, *told.values())
+    return load_foreign(network, source, state_dict, told.get("layout_spec"))
 
 
 def describe(source: str, part: str, hyper: Mapping[str, Any]) -> Any:
@@ -93,12 +95,12 @@ def describe_networks(source: str, hyper: Mapping[str, Any], dis: Mapping[str, A
         hyper = {"skip_ids": [0], **hyper}
     own = hyper.get("dis")
     own = own if isinstance(own, Mapping) else {}
-    if own or {"ndf", "num_D", "n_layers_D", "norm_D"} & hyper.keys():
+    if own or {"ndf", "num_D", "n_layers_D", "norm_D", "D_channels"} & hyper.keys():
         dis = describe(source, "discriminator", {**hyper, **own})
     has_encoder = hyper.get("use_vae") or "style_enc_num_filters" in hyper
     return {
         "gen": describe(source, "generator", hyper),
-        "dis": dis or {"type": "fpse" if source == "imaginaire" else "multiscale_patch"},
+        "dis": dis or {"type": _system(source).discriminator_type},
         "encoder": describe(source, "encoder", hyper) if has_encoder else None,
     }
 
@@ -138,14 +140,16 @@ def split_key(network: nn.Module, key: str) -> tuple[str, str]:
     path, _, leaf = key.rpartition(".")
     is_spectral = leaf == "weight" and isinstance(network.get_submodule(path), SpectralNorm)
     owner, _, name = path.rpartition(".")
-    if name == "to_logits":
+    if owner and name == "to_logits":
         path = f"{owner}.layers.{len(network.get_submodule(owner).layers)}"  # type: ignore[arg-type]
     return path, "weight_orig" if is_spectral else leaf
 
 
-def load_foreign(network: N, source: str, state_dict: Mapping[str, Tensor]) -> N:
+def load_foreign(network: N, source: str, state_dict: Mapping[str, Tensor], spec: LayoutSpec | None = None) -> N:
     """Load another system's state dict into ``network``.
 
+    Args:
+        spec: the channels of its layouts; None: it sees none.
     Raises:
         CheckpointError: as ``import_generator``.
     """
@@ -167,13 +171,22 @@ def load_foreign(network: N, source: str, state_dict: Mapping[str, Tensor]) -> N
         kinds = (("missing: ", missing), ("left over: ", left_over), ("", reshaped))
         shown = "; ".join(kind + _first(found) for kind, found in kinds if found)
         raise CheckpointError(f"not the weights of a {type(network).__name__} of these hyper-parameters: {shown}")
+    retyped = [
+        f"{name} is {theirs[name].dtype}, not {value.dtype}"
+        for name, value in ours.items()
+        if theirs[name].is_floating_point() != value.is_floating_point()
+    ]
+    if retyped:
+        raise CheckpointError(f"not the weights of a {type(network).__name__}: {_first(retyped)}")
+    if spec is not None:
+        theirs = {name: _system(source).arrange(name, value, spec) for name, value in theirs.items()}
     network.load_state_dict({key: theirs[name] for key, name in names.items()})
     return network
 
 
 _KINDS = (
-    ("discriminator", Discriminator, ("discriminator_", "discriminators.", "fpse_discriminator.")),
-    ("generator", Generator, ("head_0.", "spade_generator.")),
+    ("discriminator", Discriminator, ("discriminator_", "discriminators.", "fpse_discriminator.", "body_down.")),
+    ("generator", Generator, ("head_0.", "spade_generator.", "body.")),
     ("style encoder", ConvEncoder, ("layer1.", "style_encoder.")),
 )
 """Networks, and prefixes of their tensors in any of the other systems."""
@@ -181,10 +194,8 @@ _KINDS = (
 
 def _plain_reason(network: nn.Module, theirs: Mapping[str, Tensor]) -> str | None:
     """Name a usual mistake: another kind of network, label count or up-sampling depth. None: it is another one."""
-    own = next(kind for kind, cls, _ in _KINDS if isinstance(network, cls))
-    found = [kind for kind, _, marks in _KINDS if any(key.startswith(marks) for key in theirs)]
-    if found and own not in found:
-        return f"these are the weights of a {' and a '.join(found)}, not of a {own}: give the file of the {own}"
+    if reason := other_kind(next(kind for kind, cls, _ in _KINDS if isinstance(network, cls)), theirs):
+        return reason
     if not isinstance(network, SPADEGenerator):
         return None
     blocks = 8 if any(key.startswith("up_4.") for key in theirs) else 7
@@ -200,6 +211,14 @@ def _plain_reason(network: nn.Module, theirs: Mapping[str, Tensor]) -> str | Non
             " label_nc, and one more each for contain_dontcare_label and for instance edges (no_instance: false)"
         )
     return None
+
+
+def other_kind(own: str, theirs: Mapping[str, Tensor]) -> str | None:
+    """Say that tensors are those of another kind of network than ``own``; None: they may be its."""
+    found = [kind for kind, _, marks in _KINDS if any(key.startswith(marks) for key in theirs)]
+    if not found or own in found:
+        return None
+    return f"these are the weights of a {' and a '.join(found)}, not of a {own}: give the file of the {own}"
 
 
 def _first(items: list[str], count: int = 5) -> str:

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from imaginaire_spade.build import build_discriminator, build_encoder, build_generator
+from imaginaire_spade.build import build_discriminator, build_encoder, build_generator, layout_spec
 from imaginaire_spade.config import RunConfig
 from imaginaire_spade.config_diff import explain_old_import
 from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.errors import CheckpointError, first_line
 from imaginaire_spade.interop import describe, describe_networks, foreign_names, load_foreign
 from imaginaire_spade.interop.label_tables import LabelOrder, adapt_config, exported_channels, label_table
+from imaginaire_spade.interop.systems import SYSTEMS
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
 from imaginaire_spade.training.checkpoint import FORMAT, check_tensors
@@ -73,8 +74,8 @@ def _unpickle(path: Path) -> Any:
 def networks_in(content: Mapping[str, Any], path: Path) -> dict[str, State]:
     """Split another system's file into state dicts by part: ``generator``, ``generator_ema``, ``discriminator``.
 
-    A file of the 2019 SPADE release or of CLADE is one network's state dict, returned as ``generator``. A file of
-    imaginaire holds ``net_G`` (the network and its EMA, both with the style encoder) and ``net_D``.
+    A file of imaginaire holds ``net_G`` (the network and its EMA, both with the style encoder) and ``net_D``. A file of
+    the other systems is one network's state dict, returned as ``generator``.
     """
     if "net_G" not in content:
         return {"generator": _tensors(content, path)}
@@ -94,7 +95,8 @@ def _tensors(content: Any, path: Path) -> State:
     if others:
         raise CheckpointError(
             f"{path}: no state dict of a network, {', '.join(others[:5])} are no tensors. Expected latest_net_G.pth"
-            " (2019 SPADE release), best_net_G.pth (CLADE) or a checkpoint of imaginaire with net_G"
+            " (2019 SPADE release), best_net_G.pth (CLADE), best_EMA.pth (OASIS), or a checkpoint of imaginaire with"
+            " net_G"
         )
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
@@ -117,7 +119,7 @@ def architecture_config(source: str, hyper: Mapping[str, Any], base: RunConfig |
         tree = dump_config(base)
         own = base.data.labels.num_classes, base.data.labels.dont_care, base.data.edges != "none"
         wanted = spec.num_classes, spec.has_dont_care, spec.has_edges
-        if spec.has_dont_care and own[:2] == (spec.num_label_channels, False):
+        if source != "oasis" and spec.has_dont_care and own[:2] == (spec.num_label_channels, False):
             wanted = *own[:2], spec.has_edges  # a table that calls the last channel a class, as ADE20K's raw ids do
         for name, ours, theirs in zip(("classes", "don't-care channel", "edge channel"), own, wanted, strict=True):
             if ours != theirs:
@@ -128,12 +130,12 @@ def architecture_config(source: str, hyper: Mapping[str, Any], base: RunConfig |
     else:
         size = list(describe(source, "image_size", hyper))
         tree = {
-            "losses": {"gan": 1.0, "feature_matching": 10.0, "perceptual": 10.0},
-            "gen_opt": {"lr": 1e-4, "adam_beta2": 0.9},
-            "dis_opt": {"lr": 4e-4, "adam_beta2": 0.9},
+            "losses": SYSTEMS[source].losses,
+            "gen_opt": {"lr": 1e-4, "adam_beta2": SYSTEMS[source].adam_beta2},
+            "dis_opt": {"lr": 4e-4, "adam_beta2": SYSTEMS[source].adam_beta2},
             "trainer": {"max_epochs": 50},
             "data": {
-                "labels": label_table(source, spec),
+                "labels": label_table(source, spec, hyper.get("dataset_mode")),
                 "edges": "instances" if spec.has_edges else "none",
                 "train": {"roots": ["dataset/train"], "augmentations": {"resize_h_w": size}},
             },
@@ -157,6 +159,10 @@ def import_checkpoint(source: str, config: RunConfig, parts: Mapping[str, State]
         raise CheckpointError("--encoder_weights, but the architecture has no style encoder (use_vae: true)")
     encoder = parts.get("encoder", parts["generator"] if source == "imaginaire" else None)
     average, discriminator = parts.get("generator_ema"), parts.get("discriminator")
+    settings, form = config.trainer.model_average, SYSTEMS[source].average_form
+    if average is not None and settings is not None:
+        trainer = config.trainer.model_copy(update={"model_average": settings.model_copy(update={"form": form})})
+        config = config.model_copy(update={"trainer": trainer})
     content: dict[str, Any] = {"config": dump_config(config), "images_seen": 0, "imported_from": source}
     for name, network, state in (
         ("generator", generator, parts["generator"]),
@@ -167,8 +173,8 @@ def import_checkpoint(source: str, config: RunConfig, parts: Mapping[str, State]
     ):
         content[name] = None
         if network is not None and state is not None:
-            own = new_average(network) if name.endswith("_ema") else network
-            content[name] = load_foreign(own, source, state).state_dict()
+            own = new_average(network, form) if name.endswith("_ema") else network
+            content[name] = load_foreign(own, source, state, layout_spec(config)).state_dict()
     if own_encoder is not None and encoder is None:
         notes.append("no --encoder_weights: images in the style of another (--style_image) are not possible")
     if content["discriminator"] is None:
@@ -198,7 +204,10 @@ def export_files(
     norm = config.gen.args.get("norm")
     if norm is not None and norm.type not in _NORMS[target]:
         raise CheckpointError(f"gen.norm: {norm.type}: {target} has {' and '.join(_NORMS[target])}")
-    order = exported_channels(config.data.labels, label_order)
+    order = exported_channels(target, config.data.labels, label_order)
+    spec, system = layout_spec(config), SYSTEMS[target]
+    if spec.has_edges and target == "oasis":
+        raise CheckpointError(f"data.edges: {config.data.edges}: oasis has generators of label maps alone")
     parts: dict[str, State] = {}
     for part, build in _BUILDERS.items():
         for name in (part, f"{part}_ema"):
@@ -207,20 +216,28 @@ def export_files(
             with torch.device("meta"):
                 planned = build(config)
             assert planned is not None
-            places = (planned if name == part else fold_spectral_norm(planned)).state_dict()
+            is_folded = name != part and not any(key.endswith("weight_u") for key in state)
+            places = (fold_spectral_norm(planned) if is_folded else planned).state_dict()
             check_tensors(state, places, f"the checkpoint's {name} does not fit its own config")
             if differ := sorted(state.keys() ^ places.keys()):
                 raise CheckpointError(f"the checkpoint's {name} and its own config differ in {', '.join(differ[:3])}")
             if order is not None:
                 state = _reordered(state, order, build, config)
-            if name == part:
-                network.load_state_dict(state)
-            elif target == "imaginaire":  # which keeps averages folded, too
-                fold_spectral_norm(network).load_state_dict(state)
-            else:
+            if is_folded and target != "imaginaire":  # which keeps averages folded, too
                 _load_folded(network, state)
+            else:
+                (fold_spectral_norm(network) if is_folded else network).load_state_dict(state)
+            if name != part and target == "imaginaire":
+                fold_spectral_norm(network)
             names = foreign_names(target, network)
-            parts[name] = {names[key]: value.contiguous() for key, value in network.state_dict().items()}
+            parts[name] = {
+                names[key]: system.arrange(names[key], value, spec, back=True).contiguous()
+                for key, value in network.state_dict().items()
+            }
+    if target == "oasis":  # whose test.py reads the EMA alone
+        parts.setdefault("generator_ema", parts["generator"])
+        files = {"generator": "G", "generator_ema": "EMA", "discriminator": "D"}
+        return {f"best_{files[part]}.pth": state for part, state in parts.items()}
     if target != "imaginaire":
         letters = {"generator": "G", "encoder": "E", "discriminator": "D"}
         kept = {part: f"{part}_ema" if weights == "ema" and f"{part}_ema" in parts else part for part in letters}
@@ -237,7 +254,9 @@ def export_files(
 _BUILDERS: dict[str, Callable[[RunConfig], nn.Module | None]] = {
     "generator": build_generator, "encoder": build_encoder, "discriminator": build_discriminator
 }  # fmt: skip
-_NORMS = {"nvlabs_spade": ("spade",), "clade": ("clade", "clade_icpe"), "imaginaire": ("spade",)}
+_NORMS = {
+    "nvlabs_spade": ("spade",), "clade": ("clade", "clade_icpe"), "imaginaire": ("spade",), "oasis": ("spade",)
+}  # fmt: skip
 """The conditional norms that each system has."""
 
 

@@ -1,100 +1,31 @@
-"""Configs of other systems -> ours: imaginaire's SPADE YAML, the ``opt.txt`` of the 2019 SPADE release and of CLADE.
+"""Configs of other systems -> ours: imaginaire's YAML; the ``opt.txt`` of the 2019 SPADE release, of CLADE, of OASIS.
 
 The tables list the keys that translate one by one; the functions below them handle the others. Every key is either
 translated or listed as ignored (no equivalent).
 """
 
-import itertools
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from imaginaire_spade.config_files import dump_yaml, load_labels, parse_config, read_yaml
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.files import read_text
 from imaginaire_spade.interop import describe, describe_networks
+from imaginaire_spade.interop.keys import REQUIRED, Keys, Row
 from imaginaire_spade.interop.label_tables import ADE20K, label_table
 from imaginaire_spade.interop.systems import SYSTEMS
-
-_REQUIRED = object()
-
-
-class Row(NamedTuple):
-    """A key of theirs and its key here. If the file does not state it, our default holds, which equals theirs."""
-
-    theirs: str
-    ours: str
-    convert: Callable[[Any], Any] | None = None
-
-
-class Keys:
-    """A foreign config that remembers which of its keys were read."""
-
-    def __init__(self, tree: Mapping[str, Any], path: Path) -> None:
-        self.nodes = dict(_dotted(tree))
-        """What the file states, by dotted keys: values, and sections too."""
-        self._path = path
-        self._read: set[str] = set()
-        self.notes: list[str] = []
-
-    def take(self, dotted: str, default: Any = _REQUIRED) -> Any:
-        """Return a key's value, or ``default`` if the file does not state one. Raises ConfigError if it is required."""
-        self._read.add(dotted)
-        value = self.nodes.get(dotted)
-        if value is None and default is _REQUIRED:
-            raise ConfigError(f"{self._path}: {dotted} is not stated; add it to the file")
-        return default if value is None else value
-
-    def take_all(self, section: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values of a section's keys, by their names without it."""
-        return {name: self.take(f"{section}.{name}", default) for name, default in defaults.items()}
-
-    def translate(self, rows: Iterable[Row]) -> dict[str, Any]:
-        """Return our dotted keys, with values, of those rows that the file states.
-
-        Raises:
-            ConfigError: a value cannot be converted.
-        """
-        ours = {}
-        for row in rows:
-            value = self.take(row.theirs, None)
-            try:
-                if value is not None:
-                    ours[row.ours] = value if row.convert is None else row.convert(value)
-            except (AttributeError, KeyError, TypeError, ValueError):
-                raise ConfigError(f"{self._path}: {row.theirs}: {value!r} is not supported") from None
-        return ours
-
-    def check(self, dotted: str, supported: str | int) -> None:
-        """Raise ConfigError unless the key has the only supported value or is not stated."""
-        if (value := self.take(dotted, supported)) != supported:
-            raise ConfigError(f"{dotted}: {value}: only {supported} is supported")
-
-    def unread(self) -> Iterator[str]:
-        """List the dotted keys (with values) that nothing read."""
-        for dotted, value in self.nodes.items():
-            with_parents = itertools.accumulate(dotted.split("."), "{}.{}".format)
-            if not (isinstance(value, Mapping) and value) and self._read.isdisjoint(with_parents):
-                yield f"{dotted}: {value}"
-
-
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every node of a tree, mappings and what they hold, under its dotted key."""
-    for key, value in tree.items():
-        yield f"{prefix}{key}", value
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{key}.")
 
 
 def import_config(source: str, path: Path, tables: Path | None = None) -> tuple[str, list[str]]:
     """Translate a config file of another system into our YAML, with notes on choices and ignored keys.
 
     Args:
-        source: ``imaginaire`` (a YAML), ``nvlabs_spade`` or ``clade`` (opt.txt).
+        source: ``imaginaire`` (a YAML), ``nvlabs_spade``, ``clade`` or ``oasis`` (opt.txt).
         path: the file.
-        tables: our folder configs/labels/, for the names of ADE20K's classes; None: they have none.
+        tables: our folder configs/labels/, for the names of classes; None: they have none.
     Raises:
         ConfigError: the file cannot be read, lacks a key, or describes networks that are not supported.
     """
@@ -107,7 +38,7 @@ def import_config(source: str, path: Path, tables: Path | None = None) -> tuple[
         ours = _from_imaginaire(keys)
     else:
         keys = Keys(parse_options(text, path), path)
-        ours = _from_options(source, keys, tables)
+        ours = _from_oasis(keys, tables) if source == "oasis" else _from_options(source, keys, tables)
     config = parse_config(ours, source=f"{path}, translated")
     return dump_yaml(config), [*keys.notes, *(f"ignored (no equivalent): {line}" for line in keys.unread())]
 
@@ -153,10 +84,7 @@ def _from_options(source: str, keys: Keys, tables: Path | None) -> dict[str, Any
     } | keys.translate(_OPTIONS)
 
     # Batch and losses.
-    gpus = max(1, len([gpu for gpu in str(keys.take("gpu_ids", "0")).split(",") if gpu.strip() not in ("", "-1")]))
-    batch = keys.take("batchSize")
-    if batch % gpus:
-        raise ConfigError(f"batchSize: {batch} is no multiple of the {gpus} GPUs of gpu_ids")
+    batch, gpus = _batch_and_gpus(keys, "batchSize")
     ours["data.train.batch_size"] = batch // gpus
     if not keys.take("no_ganFeat_loss", False):
         ours["losses.feature_matching"] = float(keys.take("lambda_feat", 10.0))
@@ -191,13 +119,25 @@ def _from_options(source: str, keys: Keys, tables: Path | None) -> dict[str, Any
         named = None if tables is None else load_labels(tables / "ade20k_release.yaml")
         if named is not None and named.num_classes == labels["num_classes"]:
             labels |= {"names": named.names, "palette": named.palette}
+    ours |= {"data.labels": labels, "data.edges": "instances" if spec.has_edges else "none"}
+    return ours | _roots(keys, ours["data.name"]) | _geometry(keys, describe(source, "image_size", hyper))
+
+
+def _batch_and_gpus(keys: Keys, key: str) -> tuple[int, int]:
+    """Return the images of an iteration, and among how many GPUs they are divided."""
+    gpus = max(1, len([gpu for gpu in str(keys.take("gpu_ids", "0")).split(",") if gpu.strip() not in ("", "-1")]))
+    batch = keys.take(key)
+    if batch % gpus:
+        raise ConfigError(f"{key}: {batch} is no multiple of the {gpus} GPUs of gpu_ids")
+    return batch, gpus
+
+
+def _roots(keys: Keys, name: str) -> dict[str, Any]:
     keys.notes.append(
         f"dataroot: {keys.take('dataroot', None)}: roots here are LMDBs or folders with images/ and seg_maps/: set"
         " data.train.roots and data.val.roots"
     )
-    ours |= {"data.labels": labels, "data.edges": "instances" if spec.has_edges else "none"}
-    ours |= {f"data.{split}.roots": [f"dataset/{ours['data.name']}/{split}"] for split in ("train", "val")}
-    return ours | _geometry(keys, describe(source, "image_size", hyper))
+    return {f"data.{split}.roots": [f"dataset/{name}/{split}"] for split in ("train", "val")}
 
 
 def _geometry(keys: Keys, size: tuple[int, int]) -> dict[str, Any]:
@@ -223,6 +163,69 @@ def _geometry(keys: Keys, size: tuple[int, int]) -> dict[str, Any]:
     return ours
 
 
+# ------------------------------------------------------------------------- OASIS
+
+_OASIS_OPTIONS = (
+    Row("name", "data.name", str),
+    Row("no_balancing_inloss", "losses.segmentation_gan.class_balancing", operator.not_),
+    Row("lambda_labelmix", "losses.segmentation_gan.labelmix", float),
+    Row("no_flip", "data.train.augmentations.horizontal_flip", operator.not_),
+)
+_TABLES = {"ade20k": "ade20k.yaml", "coco": "cocostuff.yaml", "cityscapes": "cityscapes_oasis.yaml"}
+"""``dataset_mode`` -> its table in configs/labels/."""
+
+
+def _from_oasis(keys: Keys, tables: Path | None) -> dict[str, Any]:
+    # Networks; what the file lacks follows from the data set.
+    dataset = keys.take("dataset_mode")
+    known = ("label_nc", "contain_dontcare_label", "crop_size", "aspect_ratio", *SYSTEMS["oasis"].defaults)
+    hyper = keys.translate(Row(name, name) for name in known) | {"dataset_mode": dataset}
+    spec, size = (describe("oasis", part, hyper) for part in ("layout_spec", "image_size"))
+    ours = {
+        **describe_networks("oasis", hyper | {"D_channels": SYSTEMS["oasis"].defaults["D_channels"]}),
+        "trainer.iteration": "reference",
+        "trainer.init": {"type": "xavier", "gain": 0.02},
+        "losses.segmentation_gan.weight": 1.0,
+        "data.name": "imported",
+        "data.train.augmentations.horizontal_flip": True,
+    } | keys.translate(_OASIS_OPTIONS)
+
+    # Batch, losses, optimizers, schedule.
+    ours["trainer.max_epochs"] = keys.take("num_epochs", 200)
+    batch, gpus = _batch_and_gpus(keys, "batch_size")
+    ours["data.train.batch_size"] = batch // gpus
+    if gpus > 1:
+        keys.notes.append(
+            f"class weights and LabelMix's draws are of all {batch} images here, of each GPU's {batch // gpus} there"
+        )
+    if keys.take("no_labelmix", False):
+        ours["losses.segmentation_gan.labelmix"] = 0.0
+    if keys.take("add_vgg_loss", False):
+        ours["losses.perceptual"] = {"weight": float(keys.take("lambda_vgg", 10.0)), "imagenet_statistics": False}
+    adam = {"adam_beta1": keys.take("beta1", 0.0), "adam_beta2": keys.take("beta2", 0.999)}
+    ours["gen_opt"], ours["dis_opt"] = adam | {"lr": keys.take("lr_g")}, adam | {"lr": keys.take("lr_d")}
+    average = {"beta": keys.take("EMA_decay", 0.9999), "start_iteration": 0, "form": "state",
+               "batch_norm_images": 51 * batch}  # fmt: skip
+    ours["trainer.model_average"] = None if keys.take("no_EMA", False) else average
+
+    # Data.
+    labels = label_table("oasis", spec, dataset)
+    named = None if tables is None or dataset not in _TABLES else load_labels(tables / _TABLES[dataset])
+    if named is not None and named.num_classes == labels["num_classes"]:
+        labels |= {name: getattr(named, name) for name in ("ignore", "remap", "names", "palette")}
+    ours |= {"data.labels": labels, "data.edges": "none"} | _roots(keys, ours["data.name"])
+    train, val = (f"data.{split}.augmentations." for split in ("train", "val"))
+    ours |= {f"{train}resize_h_w": list(size), f"{val}resize_h_w": list(size)}
+    if dataset != "cityscapes":
+        load = round(size[1] * 286 / 256)
+        ours |= {f"{train}resize_h_w": [load, load], f"{train}random_crop_h_w": list(size)}
+        keys.notes.append(
+            f"images are resized to {load}x{load} and cropped at a random place, as the options of OASIS mean it; its"
+            f" release resizes them to {size[0]}x{size[1]}, so that the crop never moves"
+        )
+    return ours
+
+
 # ------------------------------------------------------------------------- imaginaire
 
 _GENERATOR = {
@@ -235,7 +238,7 @@ _DISCRIMINATOR = {
     "activation_norm_type": "none", "weight_norm_type": "spectral",
     "use_fpse": True, "fpse_kernel_size": 3, "fpse_activation_norm_type": "none",
 }  # fmt: skip
-_ADAM = {"lr": _REQUIRED, "adam_beta1": 0.0, "adam_beta2": 0.999}
+_ADAM = {"lr": REQUIRED, "adam_beta1": 0.0, "adam_beta2": 0.999}
 _AVERAGE = {"enabled": True, "beta": 0.9999, "start_iteration": 1000, "num_batch_norm_estimation_iterations": 30}
 _ROWS = (
     Row("max_epoch", "trainer.max_epochs"),

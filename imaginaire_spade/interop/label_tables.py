@@ -4,6 +4,10 @@ They read ids as channels: a pixel of raw id r lights channel r, in every data s
 SPADE release and in CLADE: their loader subtracts one from the ids and drops the result, so 0 ("other") lights channel
 0 and class k channel k. Don't care is the channel after the last class. In the release and in CLADE, 255 and the id
 ``label_nc`` light it; in imaginaire, every id from the number of classes on does.
+
+OASIS alone has don't care first, as id 0: of ADE20K's and Cityscapes' ids, which it takes as they are, and of
+COCO-Stuff's plus one, where 255 becomes 0. Its tensors are imported in our order, so class r is train id r - 1 (of
+COCO-Stuff's: r), and files stay as they are.
 """
 
 from collections.abc import Sequence
@@ -32,6 +36,10 @@ def label_table(source: str, spec: LayoutSpec, dataset: str | None = None) -> di
     labels: dict[str, Any] = {"num_classes": spec.num_classes, "dont_care": spec.has_dont_care}
     if source == "imaginaire":
         return labels | {"ignore": [255] if spec.has_dont_care and spec.num_classes <= 255 else []}
+    if source == "oasis" and spec.has_dont_care:
+        if dataset == "coco":
+            return labels | {"ignore": [255]}
+        return labels | {"ignore": [0], "remap": {raw: raw - 1 for raw in range(1, spec.num_classes + 1)}}
     if dataset in ADE20K:
         return {"num_classes": spec.num_label_channels, "dont_care": False}
     if not spec.has_dont_care:
@@ -51,7 +59,7 @@ def adapt_config(source: str, config: RunConfig, *, has_networks: bool = True) -
     tree, notes = dump_config(config), []
     norm = tree["gen"].get("norm")
     skips = isinstance(norm, dict) and norm["type"] == "clade_icpe"
-    if source != "imaginaire" and counts_ade20k_from_0(config.data.labels):
+    if source in ("nvlabs_spade", "clade") and counts_ade20k_from_0(config.data.labels):
         order = config.data.labels.channel_order
         assert order is not None
         tree["data"]["labels"] = _with_raw_ids(config.data.labels, order)
@@ -88,22 +96,23 @@ def _with_raw_ids(labels: LabelSpec, order: Sequence[int]) -> dict[str, Any]:
 LabelOrder = Literal["raw", "train"]
 
 
-def exported_channels(labels: LabelSpec, label_order: LabelOrder) -> list[int] | None:
+def exported_channels(target: str, labels: LabelSpec, label_order: LabelOrder) -> list[int] | None:
     """Return which of our label channels stands at each place of an exported network; None: all stay in place.
 
     Args:
+        target: the other system. OASIS gets the classes in our order; its don't care moves by itself.
         labels: the table that the network was trained with.
         label_order: ``raw``: raw id r lights the same channel in the other system as here, which is possible if the raw
             ids from 0 on light each channel once; ``train``: channels stay train ids.
     """
-    order = labels.channel_order if label_order == "raw" else None
+    order = labels.channel_order if label_order == "raw" and target != "oasis" else None
     return None if order == sorted(order or ()) else order
 
 
 def export_notes(target: str, config: RunConfig, label_order: LabelOrder) -> list[str]:
     """Return notes on the label maps that an exported network takes."""
     labels, notes = config.data.labels, []
-    order = exported_channels(labels, label_order)
+    order = exported_channels(target, labels, label_order)
     num_channels = labels.num_classes + labels.dont_care
     table = labels.table.astype(np.int64)
     known = [raw for raw in labels.known_ids if table[raw] < num_channels]
@@ -114,9 +123,18 @@ def export_notes(target: str, config: RunConfig, label_order: LabelOrder) -> lis
             " of train ids)"
         )
     places = {channel: place for place, channel in enumerate(order or range(num_channels))}
+    advice = "replace them" if order is not None else "write train ids (255: don't care)"
+    if target == "oasis":
+        if labels.dont_care:
+            places, advice = {c: (c + 1) % num_channels for c in places}, "write train ids + 1 (0: don't care)"
+        mode = "coco (id + 1, 255 -> 0)" if _counts_from_0(labels) else "ade20k or cityscapes (ids as they are)"
+        notes.append(
+            f"label channels are don't care, then the classes: label maps are for OASIS's loader of dataset_mode {mode}"
+            if labels.dont_care
+            else "trained without don't care: set contain_dontcare_label False in OASIS, for which id 0 is don't care"
+        )
     if wrong := [raw for raw in known if _channel(target, labels, raw) != places[int(table[raw])]]:
         ids = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
-        advice = "replace them" if order is not None else "write train ids (255: don't care)"
         notes.append(f"raw ids {ids} light another channel in {target}, or none: {advice} in the label maps for it")
     norm = config.gen.args.get("norm")
     if target == "clade" and norm is not None and norm.type == "clade_icpe":
@@ -133,6 +151,14 @@ def _channel(target: str, labels: LabelSpec, raw: int) -> int | None:
     """Return the channel that a raw id lights in another system; None: none, or its loader fails."""
     if target == "imaginaire":
         return raw if raw < labels.num_classes else labels.num_classes if labels.dont_care else None
+    if target == "oasis":
+        channel = (0 if raw == 255 else raw + 1) if _counts_from_0(labels) else raw
+        return channel if 0 <= channel < labels.num_classes + labels.dont_care else None
     if raw == 255:
         return labels.num_classes if labels.dont_care else None
     return raw if raw < labels.num_classes + labels.dont_care else None
+
+
+def _counts_from_0(labels: LabelSpec) -> bool:
+    """Whether raw id 0 is a class beside don't care, as in COCO-Stuff, and not don't care itself."""
+    return labels.dont_care and labels.table[0] < labels.num_classes

@@ -1,26 +1,48 @@
 """Architecture and tensor names of other systems' checkpoints: a class for each system.
 
 The 2019 SPADE / GauGAN release, and CLADE, its fork, keep one network per file (``latest_net_{G,D,E}.pth``); their
-options (``opt.txt``) are the hyper-parameters. Imaginaire's files hold several networks.
+options (``opt.txt``) are the hyper-parameters. Imaginaire's files hold several networks. OASIS keeps one network per
+file (``best_{G,D,EMA}.pth``), and options that leave out what the data set decides.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from imaginaire_spade.cli import SOURCES
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import FPSEDiscriminator, MultiscaleDiscriminator
 from imaginaire_spade.models.generator import ConvEncoder, SPADEGenerator, StyleSPADEGenerator
+from imaginaire_spade.models.oasis import OASISGenerator
+from imaginaire_spade.models.unet import OASISDiscriminator
 
 _BLOCKS = ["head_0", "G_middle_0", "G_middle_1", "up_0", "up_1", "up_2", "up_3", "up_4"]
 
 
-class SPADERelease:
+class System:
+    """What is alike in all of them but one."""
+
+    discriminator_type: str
+    """Of ours, for weights without any of a discriminator."""
+    losses: Mapping[str, Any] = {"gan": 1.0, "feature_matching": 10.0, "perceptual": 10.0}
+    adam_beta2 = 0.9
+    average_form: Literal["folded", "state"] = "folded"
+    """What its average is an average of, as in ``trainer.model_average.form``."""
+
+    def arrange(self, name: str, tensor: Tensor, spec: LayoutSpec, *, back: bool = False) -> Tensor:
+        """Put the label channels of a tensor of theirs into our order, or ``back``."""
+        return tensor
+
+
+class SPADERelease(System):
     """The 2019 SPADE release. Each method returns one part; parts that a config describes, as YAML would."""
 
+    discriminator_type = "multiscale_patch"
     defaults: dict[str, Any] = {
         "contain_dontcare_label": False, "no_instance": False, "crop_size": 256, "aspect_ratio": 1.0, "ngf": 64,
         "norm_G": "spectralspadesyncbatch3x3", "num_upsampling_layers": "normal", "use_vae": False, "z_dim": 256,
@@ -123,9 +145,10 @@ class CLADE(SPADERelease):
         raise CheckpointError("CLADE has no style encoder")
 
 
-class Imaginaire:
+class Imaginaire(System):
     """Imaginaire. Each method returns one part; parts that a config describes, as YAML would."""
 
+    discriminator_type = "fpse"
     defaults: dict[str, Any] = {}
     """None: imaginaire's options have no single set of defaults."""
 
@@ -202,4 +225,108 @@ def _check(hyper: Mapping[str, Any], what: str, known: Mapping[str, Any]) -> Non
         raise CheckpointError(f"an imaginaire {what} with {', '.join(other)} is not supported")
 
 
-SYSTEMS: dict[str, Any] = dict(zip(SOURCES, (SPADERelease(), CLADE(), Imaginaire()), strict=True))
+DATA_SETS: dict[str, dict[str, Any]] = {
+    "ade20k": {"label_nc": 150, "crop_size": 256, "aspect_ratio": 1.0},
+    "coco": {"label_nc": 182, "crop_size": 256, "aspect_ratio": 1.0},
+    "cityscapes": {"label_nc": 34, "crop_size": 512, "aspect_ratio": 2.0},
+}
+"""``dataset_mode`` of OASIS -> the options that it sets, which its opt.txt lacks."""
+
+
+class OASIS(System):
+    """OASIS. Each method returns one part; parts that a config describes, as YAML would.
+
+    Don't care is id 0 of its label maps and the first label channel of its networks; here it is the last.
+    """
+
+    discriminator_type = "oasis_unet"
+    losses = {"segmentation_gan": 1.0}
+    adam_beta2 = 0.999
+    average_form = "state"
+    defaults: dict[str, Any] = {
+        "channels_G": 64, "spade_ks": 3, "spade_hidden": 128, "no_3dnoise": False,
+        "z_dim": 64, "num_res_blocks": 6, "param_free_norm": "syncbatch", "no_spectral_norm": False,
+        "D_channels": [3, 128, 128, 256, 256, 512, 512], "D_last_channels": 64,
+    }  # fmt: skip
+    """The release's defaults. ``spade_hidden``, ``D_channels`` and ``D_last_channels`` are constants there."""
+
+    names = {
+        OASISGenerator: ("", (
+            (r"^blocks\.", "body."),
+            (r"^to_image$", "conv_img"),
+            (r"\.normalize$", ".first_norm"),
+            (r"\.shared$", ".mlp_shared.0"),
+            (r"\.(gamma|beta)$", r".mlp_\1"),
+        )),
+        OASISDiscriminator: ("", (
+            # Activation and up-sampling are counted: the first block has neither before its convolution.
+            (r"^encoder\.blocks\.0\.conv_1$", "body_down.0.conv1.0"),
+            (r"^encoder\.blocks\.(\d)\.conv_1$", r"body_down.\1.conv1.1"),
+            (r"^decoder\.blocks\.(\d)\.conv_1$", r"body_up.\1.conv1.2"),
+            (r"^encoder\.blocks", "body_down"),
+            (r"^decoder\.blocks", "body_up"),
+            (r"\.conv_2$", ".conv2.1"),
+            (r"^to_logits$", "layer_up_last"),
+        )),
+    }  # fmt: skip
+    """See ``interop.Names``."""
+
+    def layout_spec(self, hyper: Mapping[str, Any]) -> LayoutSpec:
+        hyper = _of_data_set(hyper)
+        has_classes = "label_nc" in hyper
+        dont_care = hyper.get("contain_dontcare_label", has_classes)  # semantic_nc alone counts channels, in any order
+        return LayoutSpec(hyper["label_nc"] if has_classes else hyper["semantic_nc"] - dont_care, dont_care)
+
+    def image_size(self, hyper: Mapping[str, Any]) -> tuple[int, int]:
+        """Return (height, width), as the release rounds them."""
+        hyper = {"crop_size": 256, "aspect_ratio": 1.0} | _of_data_set(hyper)
+        width = max(1, hyper["crop_size"] // 32)
+        return max(1, round(width / hyper["aspect_ratio"])) * 32, width * 32
+
+    def generator(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
+        if hyper["num_res_blocks"] != 6:
+            raise CheckpointError(f"num_res_blocks {hyper['num_res_blocks']}: only 6 is supported, there as here")
+        if hyper["param_free_norm"] not in ("syncbatch", "batch", "instance"):
+            raise CheckpointError(f"param_free_norm {hyper['param_free_norm']!r}: expected such as syncbatch")
+        return {
+            "type": "oasis", "num_filters": hyper["channels_G"], "spectral_norm": not hyper["no_spectral_norm"],
+            "style_dims": 0 if hyper["no_3dnoise"] else hyper["z_dim"],
+            "norm": {"type": "spade", "hidden_channels": hyper["spade_hidden"], "kernel_size": hyper["spade_ks"],
+                     "normalization": "instance" if hyper["param_free_norm"] == "instance" else "batch"},
+        }  # fmt: skip
+
+    def discriminator(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
+        images, first, _, middle, _, last, _ = widths = list(hyper["D_channels"])
+        if widths != [images, first, first, middle, middle, last, last]:
+            raise CheckpointError(
+                f"D_channels {widths}: expected pairs of equal widths, such as 3, 8, 8, 16, 16, 32, 32"
+            )
+        return {
+            "type": "oasis_unet", "num_filters": first, "middle_num_filters": middle, "max_num_filters": last,
+            "last_num_filters": hyper["D_last_channels"], "spectral_norm": not hyper["no_spectral_norm"],
+        }  # fmt: skip
+
+    def encoder(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
+        raise CheckpointError("OASIS has no style encoder")
+
+    def arrange(self, name: str, tensor: Tensor, spec: LayoutSpec, *, back: bool = False) -> Tensor:
+        """Move don't care from the first label channel, behind noise or "generated", to the last; or ``back``."""
+        axis = 0 if name.startswith("layer_up_last.") else 1
+        if not spec.has_dont_care or not (axis == 0 or name.endswith(("fc.weight", "mlp_shared.0.weight"))):
+            return tensor
+        before, labels = tensor.tensor_split([tensor.shape[axis] - spec.num_label_channels], axis)
+        return torch.cat([before, labels.roll(1 if back else -1, axis)], axis)
+
+
+def _of_data_set(hyper: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what ``dataset_mode`` sets."""
+    known = DATA_SETS.get(hyper.get("dataset_mode", ""), {})
+    if not known and not {"label_nc", "semantic_nc"} & hyper.keys():
+        raise CheckpointError(
+            f"dataset_mode {hyper.get('dataset_mode')!r}: {', '.join(DATA_SETS)} are known; for your own data set add"
+            " label_nc, the number of classes without don't care"
+        )
+    return known | dict(hyper)
+
+
+SYSTEMS: dict[str, Any] = dict(zip(SOURCES, (SPADERelease(), CLADE(), Imaginaire(), OASIS()), strict=True))
