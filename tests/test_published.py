@@ -1,12 +1,14 @@
 # ruff: noqa: F811 (the fixture tiny_run is imported)
 """A generator to give away: it makes the checkpoint's pictures, knows what it is, and tells nothing of its machine."""
 
+import hashlib
 import json
 import os
 
 import cv2
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_layout import random_layout
@@ -88,11 +90,19 @@ def test_the_command_lines(tiny_run, tmp_path, commands):
     _, run = tiny_run
     run("log", stop_after=1)
     path, log = tmp_path / "model.safetensors", tmp_path / "log"
-    exported = commands.run("scripts/export_generator.py", "--checkpoint", log, "--output", path)
+    exported = commands.run("scripts/export_generator.py", "--checkpoint", log, "--output", path, "--model_card")
     assert exported.returncode == 0, exported.stderr
     assert f"wrote {path}: ema weights after 4 images" in exported.stdout
     again = commands.run("scripts/export_generator.py", "--checkpoint", log, "--output", path)
     assert again.returncode == 2 and "--overwrite" in again.stderr
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "imaginaire_spade" and card.data.pipeline_tag == "image-to-image"
+    assert 'Synthesizer.load("hf://USER/REPO")(label_map)' in card.text and "| 4 | class 4 | " in card.text
+    assert f"`model.safetensors`, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" in card.text
+    path.unlink()
+    again = commands.run("scripts/export_generator.py", "--checkpoint", log, "--output", path, "--model_card")
+    assert again.returncode == 2 and f"{tmp_path}/README.md is there already" in again.stderr and not path.exists()
+    commands.run("scripts/export_generator.py", "--checkpoint", log, "--output", path)
     for name, checkpoint in (("a", path), ("b", newest_checkpoint(log))):
         made = commands.run("inference.py", "--checkpoint", checkpoint, "--input_dir", tmp_path / "raw",
                             "--output_dir", tmp_path / name)  # fmt: skip
