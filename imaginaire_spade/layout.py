@@ -6,7 +6,7 @@ a layer asks for is made once per resolution and cached. Knows nothing of files,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -18,7 +18,7 @@ from torch import Tensor
 from imaginaire_spade.distributed import mean_of_host_numbers
 from imaginaire_spade.labels import mark_borders
 from imaginaire_spade.layout_spec import LayoutSpec as LayoutSpec
-from imaginaire_spade.neighbourhoods import LayoutNeighbourhoods, Lookup, find_neighbourhoods
+from imaginaire_spade.neighbourhoods import PLACES, LayoutNeighbourhoods, Lookup, find_neighbourhoods
 
 FEWEST_PIXELS_ON_GPU = 64 * 64
 """Of a label map, for tables: at 32x32 more than half of the 5x5 windows of real label maps are distinct."""
@@ -105,7 +105,7 @@ class SemanticLayout:
         self._neighbourhoods: dict[int, LayoutNeighbourhoods] = {}
         self._counts: dict[tuple[int, bool], tuple[float, float]] = {}
         self._resized: list[SemanticLayout] = []
-        self.ahead: dict[tuple[int, int, int], LayoutNeighbourhoods] = {}
+        self.ahead: Mapping[tuple[int, int, int], LayoutNeighbourhoods] = {}
         """Neighbourhoods that are known already: kernel size, height, width of a view -> its own."""
 
     @classmethod
@@ -298,7 +298,7 @@ class SemanticLayout:
                 outside=is_outside[:, [len(places) // 2]],
                 outer=tuple(
                     Lookup(part * part.shape[1] + places[: part.shape[1]], len(inner) * part.shape[1])
-                    for part in outer.split(9, 1)
+                    for part in outer.split(PLACES, 1)
                 ),
                 pixels=Lookup(pixels.view(-1, 1), len(outer)),
             )

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PLACES = 9
+"""Of an outer window that one lookup covers."""
+
 CHUNK = 256
 """Users of a row that a GPU adds up one after the other."""
 
@@ -29,10 +32,14 @@ class Lookup:
     """Rows of the table."""
 
     @cached_property
+    def order(self) -> Tensor:
+        """List the entries, numbered i J + j, that take row 0, then those of row 1 and so on: int64 [P * J]."""
+        return torch.argsort(self.index.flatten(), stable=True)
+
+    @cached_property
     def users(self) -> Tensor:
         """List the places that take row 0, then those that take row 1 and so on: int64 [P * J]."""
-        order = torch.argsort(self.index.flatten(), stable=True)
-        return order if self.index.shape[1] == 1 else order // self.index.shape[1]
+        return self.order if self.index.shape[1] == 1 else self.order // self.index.shape[1]
 
     @cached_property
     def starts(self) -> Tensor:
@@ -82,7 +89,7 @@ class LayoutNeighbourhoods:
     """bool [U, 1]: the centre of the inner window lies in the second convolution's zero padding."""
     outer: tuple[Lookup, ...]
     """[V] from rows [U p]: what inner window u adds where it is place j of the outer window, in row u p + j. One lookup
-    for each p = 9 places (the last may have fewer), so that the table of 5x5 windows need not be held whole."""
+    for each p = PLACES places (the last may have fewer), so that the table of 5x5 windows need not be held whole."""
     pixels: Lookup
     """[N H W] from rows [V]."""
 

@@ -11,8 +11,9 @@ from collections import defaultdict
 
 import torch
 
+from imaginaire_spade import layout as layout_module
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
-from imaginaire_spade.models import kernels, layers, modulation
+from imaginaire_spade.models import kernels, layers, modulation, norms
 from imaginaire_spade.models.norms import SPADE, BatchNorm2d
 from imaginaire_spade.neighbourhoods import CHUNK, Lookup
 
@@ -42,8 +43,10 @@ for (dtype, channels), up, slope, indexed in itertools.product(kinds, (1, 2), (1
     wanted = modulation.forward_pixels(*arguments)
     compare(dtype, kernels.forward(*arguments), wanted)
     dy, y = torch.randn_like(wanted), wanted if slope != 1 else None
-    sums = modulation.sums_of_pixels(dy, few, y, slope, lookup)
-    for one, other in zip(kernels.sums(dy, few, y, slope, lookup), sums, strict=True):
+    arguments = dy, few, y, slope, lookup, mean, rstd
+    for one, other in zip(
+        *(f(*arguments).chunk(2, 1) for f in (kernels.gradients, modulation.gradients_of_table)), strict=True
+    ):
         compare(wide, one, other)
     means = torch.randn(2, channels, device=device).to(wide)
     arguments = dy, few, y, gamma, index, mean, rstd, means, slope
@@ -51,20 +54,29 @@ for (dtype, channels), up, slope, indexed in itertools.product(kinds, (1, 2), (1
 
 index = torch.cat([torch.randint(0, 9, (40, 3)), torch.full((CHUNK, 3), 4)]).to(device)  # a row of several chunks
 values = torch.randn(len(index), 7, device=device, dtype=torch.float64)
-compare(torch.float64, kernels.sum_users(values, Lookup(index, 9)), layers.sum_users(values, Lookup(index, 9)))
+compare(
+    torch.float64, kernels.sum_users(values, Lookup(index, 9), values.dtype), layers.sum_users(values, Lookup(index, 9))
+)
 
 
 def results(norm: torch.nn.Module, **options: float) -> list[torch.Tensor]:
     """Output and gradients of a norm."""
     torch.manual_seed(1)
-    x = torch.randn(2, 3, 8, 6, device=device, dtype=torch.float64, requires_grad=True)
+    shape = len(layout), 3, layout.height // 2, layout.width // 2
+    x = torch.randn(shape, device=device, dtype=torch.float64, requires_grad=True)
     y = norm(x, layout, **options) if isinstance(norm, SPADE) else norm(x, **options)
     return [y.detach(), *torch.autograd.grad(y.square().mean() + y.sin().sum(), [x, *norm.parameters()])]
 
 
-layout = SemanticLayout(LayoutSpec(3), torch.arange(4).repeat_interleave(48).view(1, 16, 12).repeat(2, 1, 1).byte())
-layout = layout.to(device)
+labels = torch.arange(4).repeat_interleave(48).view(1, 16, 12).repeat(2, 1, 1).byte()
 for case in ("batch", "instance", "synchronized"):
+    if case == "instance":  # noise, every label has a channel; lookups of 5 and of 4 places
+        spec, labels, layout_module.PLACES = LayoutSpec(3, has_dont_care=True, has_edges=True), labels[:1, ::4, ::3], 5
+    else:
+        spec = LayoutSpec(3)
+    layout = SemanticLayout(spec, labels.contiguous(), "labels" if spec.has_edges else None).to(device)
+    if case == "instance":
+        layout = layout.with_noise(torch.randn(1, 2, device=device, dtype=torch.float64))
     if case == "synchronized":  # not modulated
         norm: torch.nn.Module = BatchNorm2d(3, affine=False)
         norm.synchronized, options = True, {"upsample": 2}
@@ -76,6 +88,7 @@ for case in ("batch", "instance", "synchronized"):
     for kernels_run in (False, True):
         modulation._in_chunks = lambda x, run=kernels_run: not run
         modulation.triton_kernels = lambda device, run=kernels_run: kernels if run else None
+        norms.table_kernels = layers.table_kernels = modulation.triton_kernels
         both.append(results(norm, **options))
     for one, other in zip(*both, strict=True):
         compare(torch.float64, one, other)

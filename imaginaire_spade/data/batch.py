@@ -5,8 +5,9 @@ Images stay uint8 until ``normalise`` on the device. No tensor here is one-hot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -47,9 +48,10 @@ ALIGNMENT = 16
 """Bytes: where each tensor begins in the memory of an ``Ahead``."""
 
 
-@dataclass(frozen=True)
-class Ahead:
-    """Neighbourhoods of the views of a layout, found on the host before a GPU asks for them."""
+@dataclass(frozen=True, eq=False)
+class Ahead(Mapping[tuple[int, int, int], LayoutNeighbourhoods]):
+    """Neighbourhoods of the views of a layout, found on the host before a GPU asks for them: a mapping like ``found``,
+    whose tensors are made when the first one is asked for."""
 
     memory: Tensor
     """All tensors of ``found``: uint8 [bytes]."""
@@ -73,7 +75,7 @@ class Ahead:
             tensor = tensor.int() if tensor.dtype == torch.int64 else tensor
             as_bytes = tensor.flatten().view(torch.uint8)
             packed.append(F.pad(as_bytes, (0, -len(as_bytes) % ALIGNMENT)))
-            return tensor.to("meta")
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
         height, width = view.height, view.width
         while height * width >= FEWEST_PIXELS_ON_GPU and view.is_discrete:
@@ -86,15 +88,26 @@ class Ahead:
         """Apply a function to the memory."""
         return Ahead(function(self.memory), self.found)
 
-    def unpack(self) -> dict[tuple[int, int, int], LayoutNeighbourhoods]:
-        """Return ``found``, its tensors views of the memory."""
-        place = 0
+    def __getitem__(self, key: tuple[int, int, int]) -> LayoutNeighbourhoods:
+        return self._unpacked[key]
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    @cached_property
+    def _unpacked(self) -> dict[tuple[int, int, int], LayoutNeighbourhoods]:
+        """``found``, its tensors views of the memory: each by one operation, since there are dozens."""
+        whole, place = {dtype: self.memory.view(dtype) for dtype in (torch.int32, torch.bool)}, 0
 
         def view(tensor: Tensor) -> Tensor:
             nonlocal place
-            size, start = tensor.numel() * tensor.element_size(), place
+            of, start = whole[tensor.dtype], place
+            size = tensor.numel() * of.element_size()
             place += size + -size % ALIGNMENT
-            return self.memory[start : start + size].view(tensor.dtype).view(tensor.shape)
+            return of.as_strided(tensor.shape, tensor.stride(), of.storage_offset() + start // of.element_size())
 
         return {key: around.map(view) for key, around in self.found.items()}
 
@@ -119,7 +132,7 @@ class Batch:
 
     def __post_init__(self) -> None:
         if len(self.ahead) == 1:
-            self.layout.ahead = self.ahead[0].unpack()
+            self.layout.ahead = self.ahead[0]
 
     @classmethod
     def collate(cls, spec: LayoutSpec, samples: Sequence[Sample]) -> Batch:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from imaginaire_spade.neighbourhoods import Lookup
+from imaginaire_spade.neighbourhoods import LayoutNeighbourhoods, Lookup
 
 TILE = 2048
 """Values that a program holds at a time."""
@@ -43,7 +43,7 @@ def _forward(
 @triton.jit
 def _sum_chunks(
     values, y, few, users, begin, out, chunks, total, channels, width, slope,
-    up: tl.constexpr, activated: tl.constexpr, with_products: tl.constexpr, listed: tl.constexpr, wide: tl.constexpr,
+    up: tl.constexpr, activated: tl.constexpr, with_products: tl.constexpr, terms: tl.constexpr, wide: tl.constexpr,
     rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
@@ -55,7 +55,7 @@ def _sum_chunks(
     for place in range(start, stop, rows):
         user = place + tl.arange(0, rows)
         inside = (user < stop)[:, None] & (c < channels)[None, :]
-        pixel = (tl.load(users + user, mask=user < stop, other=0) if listed else user).to(tl.int64)
+        pixel = (tl.load(users + user, mask=user < stop, other=0) // terms if terms else user).to(tl.int64)
         offset = pixel[:, None] * channels + c[None, :]
         value = tl.load(values + offset, mask=inside, other=0).to(wide)
         if activated:
@@ -68,6 +68,53 @@ def _sum_chunks(
     tl.store(out + row + c, sums, mask=c < channels)
     if with_products:
         tl.store(out + row + channels + c, products, mask=c < channels)
+
+
+@triton.jit
+def _sum_parts(parts, first, mean, rstd, out, table_rows, chunks, channels, rows: tl.constexpr, columns: tl.constexpr):
+    row, c = tl.program_id(0), tl.program_id(1) * columns + tl.arange(0, columns)
+    start = tl.load(first + row)
+    stop = tl.load(first + row + 1, mask=row + 1 < table_rows, other=0)
+    stop = tl.where(row + 1 < table_rows, stop, chunks)
+    sums, products = tl.zeros((columns,), parts.dtype.element_ty), tl.zeros((columns,), parts.dtype.element_ty)
+    for place in range(start, stop, rows):
+        part = (place + tl.arange(0, rows)).to(tl.int64)
+        inside = (part < stop)[:, None] & (c < channels)[None, :]
+        offset = part[:, None] * (2 * channels) + c[None, :]
+        sums += tl.sum(tl.load(parts + offset, mask=inside, other=0), 0)
+        products += tl.sum(tl.load(parts + offset + channels, mask=inside, other=0), 0)
+    known, at = c < channels, out + row.to(tl.int64) * (2 * channels) + c
+    scaled = tl.load(rstd + c, mask=known) * (products - tl.load(mean + c, mask=known) * sums)
+    tl.store(at, sums, mask=known)
+    tl.store(at + channels, scaled, mask=known)
+
+
+@triton.jit
+def _add_rows(
+    table, index, start, edges, outside, out, places, channels, start_row, labels,
+    terms: tl.constexpr, of_labels: tl.constexpr, edged: tl.constexpr, wide: tl.constexpr, rows: tl.constexpr,
+    columns: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
+    c = tl.program_id(1) * columns + tl.arange(0, columns)
+    here, known = place < places, c < channels
+    inside = here[:, None] & known[None, :]
+    total = tl.load(start + place[:, None] * start_row + c[None, :], mask=inside, other=0).to(wide)
+    for j in tl.static_range(terms):
+        i, wanted = tl.load(index + place * terms + j, mask=here, other=0).to(tl.int64), inside
+        if of_labels:  # the last row of a place stands for "none": in the table it is that of edges, or missing
+            last = (labels + 1) * j + labels
+            wanted = inside & (i != last)[:, None]
+            if edged:
+                row = tl.load(table + last * channels + c, mask=known, other=0).to(wide)
+                total += tl.load(edges + place * terms + j, mask=here, other=0).to(wide)[:, None] * row[None, :]
+            else:
+                i -= j
+        total += tl.load(table + i[:, None] * channels + c[None, :], mask=wanted, other=0).to(wide)
+    if of_labels:
+        padding = tl.load(outside + place, mask=here, other=0).to(tl.int1)
+        total = tl.where((total > 0) & ~padding[:, None], total, 0)
+    tl.store(out + place[:, None] * channels + c[None, :], total, mask=inside)
 
 
 @triton.jit
@@ -97,15 +144,37 @@ def _backward(
     tl.store(out + q[:, None] * channels + c[None, :], dx, mask=inside)
 
 
-def _tiles(count: int, channels: int) -> tuple[tuple[int, int], dict[str, int]]:
+def _tiles(count: int, channels: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return the grid of programs for ``count`` rows, and the rows and channels of each."""
     columns = min(1 << (channels - 1).bit_length(), 128)  # a power of two
     rows = TILE // columns
-    return (-(-count // rows), -(-channels // columns)), {"rows": rows, "columns": columns}
+    return (-(-count // rows), -(-channels // columns)), (rows, columns)
 
 
 def _wide(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+_compiled: dict[Any, Any] = {}
+"""A kernel, device, constants and kinds of arguments -> what Triton compiled for them."""
+
+
+def _start(kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> None:
+    """Start a kernel. Triton's own search for what it has compiled takes the host longer than the start itself."""
+    key = kernel, arguments[0].device, constants, *map(_kind, arguments)
+    if (compiled := _compiled.get(key)) is None or torch.version.hip:
+        _compiled[key] = kernel[grid](*arguments, *constants)  # (the interpreter returns None)
+    else:
+        compiled[*grid, 1](*arguments, *constants)
+
+
+def _kind(argument: Any) -> Any:
+    """Tell apart what Triton compiles a kernel anew for (on NVIDIA's GPUs)."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    if isinstance(argument, float):
+        return "float"
+    return 1 if argument == 1 else 16 if argument % 16 == 0 else argument >= 2**31
 
 
 def forward(
@@ -116,10 +185,11 @@ def forward(
     assert gamma.shape[1] == beta.shape[1] == len(mean) == len(rstd) == channels  # a kernel does not broadcast
     out = few.new_empty(lines, up, width, up, channels)
     grid, tile = _tiles(out.numel() // channels, channels)
-    _forward[grid](
+    arguments = (
         few, gamma, beta, some if index is None else index, mean, rstd, out, out.numel() // channels, channels,
-        width * up, gamma.stride(0), beta.stride(0), slope, up, index is not None, _wide(few.dtype), **tile,
+        width * up, gamma.stride(0), beta.stride(0), float(slope),
     )  # fmt: skip
+    _start(_forward, grid, arguments, (up, index is not None, _wide(few.dtype), *tile))
     return out
 
 
@@ -131,50 +201,92 @@ def backward(
     out, channels = torch.empty_like(few), few.shape[4]
     assert gamma.shape[1] == len(mean) == len(rstd) == channels
     grid, tile = _tiles(few.numel() // channels, channels)
-    _backward[grid](
+    arguments = (
         dy, dy if y is None else y, few, gamma, few if index is None else index, mean, rstd, means, out,
-        few.numel() // channels, channels, few.shape[2], gamma.stride(0), slope, dy.shape[1], y is not None,
-        index is not None, _wide(few.dtype), **tile,
+        few.numel() // channels, channels, few.shape[2], gamma.stride(0), float(slope),
     )  # fmt: skip
+    constants = dy.shape[1], y is not None, index is not None, _wide(few.dtype), *tile
+    _start(_backward, grid, arguments, constants)
     return out
 
 
-def sums(dy: Tensor, few: Tensor, y: Tensor | None, slope: float, lookup: Lookup | None) -> tuple[Tensor, Tensor]:
-    """See ``modulation.sums_of_pixels``."""
-    total = _sum(dy, dy.numel() // dy.shape[4], dy.shape[4], lookup, few, y, slope)
-    return total[:, : dy.shape[4]], total[:, dy.shape[4] :]
+def gradients(
+    dy: Tensor, few: Tensor, y: Tensor | None, slope: float, lookup: Lookup | None, mean: Tensor, rstd: Tensor
+) -> Tensor:
+    """See ``modulation.gradients_of_table``."""
+    channels = dy.shape[4]
+    parts, first = _sum_in_chunks(dy, dy.numel() // channels, channels, lookup, few, y, slope)
+    out, ((_, blocks), tile) = parts.new_empty(len(first), 2 * channels), _tiles(1, channels)
+    arguments = parts, first, mean, rstd, out, len(first), len(parts), channels
+    _start(_sum_parts, (len(first), blocks), arguments, tile)
+    return out
 
 
-def sum_users(values: Tensor, lookup: Lookup) -> Tensor:
-    """See ``layers.sum_users``; in float32 or float64."""
-    return _sum(values, values.shape[0], values.shape[1], lookup)
+def sum_users(values: Tensor, lookup: Lookup, dtype: torch.dtype) -> Tensor:
+    """See ``layers.sum_users``; sums are in float32 or float64, the result in ``dtype``."""
+    channels = values.shape[1]
+    parts, first = _sum_in_chunks(values, len(values), channels, lookup)
+    out, ((_, blocks), tile) = parts.new_empty(len(first), channels, dtype=dtype), _tiles(1, channels)
+    arguments = parts, parts, parts, parts, first, out, len(first), len(parts), channels, 1, 1.0
+    _start(_sum_chunks, (len(first), blocks), arguments, (1, False, False, 0, _wide(parts.dtype), *tile))
+    return out
 
 
-def _sum(
+def _sum_in_chunks(
     values: Tensor, count: int, channels: int, lookup: Lookup | None, few: Tensor | None = None,
     y: Tensor | None = None, slope: float = 1.0,
-) -> Tensor:  # fmt: skip
-    """Sum rows (and their products with x) over the users of each row of a table: first within chunks, then those."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sum rows (and their products with x) within chunks of the users of each row of a table.
+
+    Returns:
+        The sums [T, C or 2 C], in float32 or float64; each row's first chunk.
+    """
     if lookup is None:
-        users, total, chunk = values, count, TILE
-        begin, first = torch.arange(0, count, chunk, device=values.device), values.new_zeros(1, dtype=torch.int64)
+        users, total, terms = values, count, 0
+        begin, first = torch.arange(0, count, TILE, device=values.device), values.new_zeros(1, dtype=torch.int64)
     else:
-        users, total, (begin, first) = lookup.users, lookup.index.numel(), lookup.chunks
+        users, (total, terms), (begin, first) = lookup.order, lookup.index.shape, lookup.chunks
     wide = torch.promote_types(values.dtype, torch.float32)
     parts = values.new_empty(len(begin), channels if few is None else 2 * channels, dtype=wide)
     (_, blocks), tile = _tiles(1, channels)
     some = values if few is None else few
     width, up = (values.shape[2] * values.shape[3], values.shape[1]) if few is not None else (1, 1)
-    _sum_chunks[len(begin), blocks](
-        values, values if y is None else y, some, users, begin, parts, len(begin), total, channels, width, slope, up,
-        y is not None, few is not None, lookup is not None, _wide(wide), **tile,
+    arguments = (
+        values, values if y is None else y, some, users, begin, parts, len(begin), total * max(terms, 1), channels,
+        width, float(slope),
     )  # fmt: skip
-    out, columns = values.new_empty(len(first), parts.shape[1], dtype=wide), parts.shape[1]
-    (_, blocks), tile = _tiles(1, columns)
-    _sum_chunks[len(first), blocks](
-        parts, parts, parts, parts, first, out, len(first), len(begin), columns, 1, 1.0, 1, False, False, False,
-        _wide(wide), **tile,
+    constants = up, y is not None, few is not None, terms, _wide(wide), *tile
+    _start(_sum_chunks, (len(begin), blocks), arguments, constants)
+    return parts, first
+
+
+def add_rows(table: Tensor, lookup: Lookup, start: Tensor) -> Tensor:
+    """Compute ``start + sum_j table[index[i, j]]``: [P, C], of the table's dtype. ``start``: [C], or [P, C]."""
+    return _add(table, lookup, start, table.dtype)
+
+
+def hidden_rows(rows: Tensor, start: Tensor, around: LayoutNeighbourhoods, dtype: torch.dtype) -> Tensor:
+    """Compute the first of two convolutions at every inner window, its ReLU, and the second's zero padding: [U, h].
+
+    Args:
+        rows: the weight [h, L (+ 1 for edges), k, k] in the order [k, k, L (+ 1), h].
+        start: [h], or [U, h]; what is added: the bias.
+        dtype: of the result.
+    """
+    return _add(rows, around.labels, start, dtype, around)
+
+
+def _add(
+    table: Tensor, lookup: Lookup, start: Tensor, dtype: torch.dtype, around: LayoutNeighbourhoods | None = None
+) -> Tensor:
+    (places, terms), channels = lookup.index.shape, table.shape[-1]
+    out, (grid, tile) = table.new_empty(places, channels, dtype=dtype), _tiles(places, channels)
+    edges = None if around is None else around.edges
+    arguments = (
+        table, lookup.index, start, table if edges is None else edges, table if around is None else around.outside, out,
+        places, channels, channels if start.dim() == 2 else 0, lookup.num_rows // terms - 1,
     )  # fmt: skip
+    _start(_add_rows, grid, arguments, (terms, around is not None, edges is not None, _wide(dtype), *tile))
     return out
 
 

@@ -251,7 +251,7 @@ def sum_users(values: Tensor, lookup: Lookup | None) -> Tensor:
         return values.sum(0, keepdim=True)
     if values.is_cuda:  # where a bag is summed by one warp: none may be long
         if (kernels := triton_kernels(values.device)) is not None:
-            return kernels.sum_users(values, lookup).to(values.dtype)
+            return kernels.sum_users(values, lookup, values.dtype)
         begin, first = (t.to(lookup.users.dtype) for t in lookup.chunks)
         parts = F.embedding_bag(lookup.users, values, begin, mode="sum")
         return F.embedding_bag(torch.arange(len(begin), device=values.device), parts, first, mode="sum")
@@ -347,7 +347,91 @@ def second_convolution(hidden: Tensor, places: Tensor, bias: Tensor, around: Lay
     """
     hidden = hidden.masked_fill(around.outside, 0)  # zero padding
     sums = []
-    for lookup, part in zip(around.outer, places.split(9), strict=True):
+    for lookup, part in zip(around.outer, places.split([each.index.shape[1] for each in around.outer]), strict=True):
         pieces = F.linear(hidden, part.flatten(0, 1))  # [U, p out]
         sums.append(sum_rows(pieces.view(-1, len(bias)), lookup))
     return sum(sums, start=bias.to(sums[0].dtype) if bias.is_cuda else bias)
+
+
+def both_convolutions(
+    first: Tensor, first_bias: Tensor, gamma: Tensor, beta: Tensor, gamma_bias: Tensor, beta_bias: Tensor,
+    laid_out: Tensor | None, around: LayoutNeighbourhoods, vectors: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Compute ``second_convolution`` of the ReLU of ``first_convolution`` by kernels: [V, 2 C].
+
+    Args:
+        first, first_bias: weight and bias of the first convolution.
+        gamma, beta, gamma_bias, beta_bias: of the two that make up the second one.
+        laid_out: weights of both as ``second_convolution`` takes them; None: they are laid out here.
+        vectors: float [M, D], the layout's noise vectors.
+    """
+    start = first_bias
+    if around.noise is not None and vectors is not None:
+        of_noise, first = first.tensor_split([vectors.shape[1]], 1)
+        start = start + sum_rows(noise_rows(of_noise, vectors).to(first.dtype), around.noise)
+    dtype = computing_dtype(gamma)
+    return _Convolutions.apply(first, start, gamma, beta, gamma_bias, beta_bias, laid_out, around, dtype)
+
+
+class _Convolutions(torch.autograd.Function):
+    """See ``both_convolutions``. In few operations, each of which costs a GPU's host time, however small it is.
+
+    ``start`` [h], or [U, h], is what the first convolution adds to the sums over labels and edges.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, first: Tensor, start: Tensor, gamma: Tensor, beta: Tensor, gamma_bias: Tensor,
+        beta_bias: Tensor, laid_out: Tensor | None, around: LayoutNeighbourhoods, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        kernels = table_kernels(first)
+        assert kernels is not None
+        hidden = kernels.hidden_rows(first.permute(2, 3, 1, 0).contiguous(), start, around, dtype)
+        out = 2 * len(gamma)
+        if laid_out is None:
+            places = torch.cat([gamma, beta]).permute(2, 3, 0, 1)
+            places = places.new_empty(places.shape, dtype=dtype).copy_(places)
+        else:
+            places = laid_out.to(dtype)
+        places = places.view(-1, hidden.shape[1])  # [k k 2C, h]
+        table = torch.cat([gamma_bias + 1, beta_bias])
+        rows = [out * lookup.index.shape[1] for lookup in around.outer]
+        for lookup, part in zip(around.outer, places.split(rows), strict=True):
+            table = kernels.add_rows((hidden @ part.T).view(-1, out), lookup, table)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(hidden, places)
+        in_rows = gamma.is_contiguous(memory_format=torch.channels_last)
+        ctx.by_window = start.dim() == 2
+        ctx.constants = kernels, around, rows, first.shape, torch.channels_last if in_rows else torch.contiguous_format
+        return table
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_table: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, places = ctx.saved_tensors
+        kernels, around, rows, (inner, channels, *size), memory_format = ctx.constants
+        d_table, wide = d_table.contiguous(), torch.promote_types(hidden.dtype, torch.float32)
+        # The second convolution.
+        d_places, d_hidden = torch.empty_like(places), None
+        parts = (each.split(rows) for each in (places, d_places))
+        for lookup, part, d_part in zip(around.outer, *parts, strict=True):
+            pieces = kernels.sum_users(d_table, lookup, hidden.dtype).view(len(hidden), -1)  # [U, p 2C]
+            torch.mm(pieces.T, hidden, out=d_part)
+            d_hidden = pieces @ part if d_hidden is None else d_hidden.addmm_(pieces, part)
+        shape, where = (d_table.shape[1], inner, *size), d_table.device
+        weights = torch.empty(shape, dtype=wide, device=where, memory_format=memory_format)
+        weights.copy_(d_places.view(*size, -1, inner).permute(2, 3, 0, 1))
+        biases = d_table.sum(0, dtype=wide)
+        # ReLU, zero padding and the first convolution.
+        d_hidden = torch.ops.aten.threshold_backward(d_hidden, hidden, 0)
+        labels = kernels.sum_users(d_hidden, around.labels, wide).view(*size, -1, inner)  # [k, k, L + 1, h]
+        start = d_hidden if ctx.by_window else labels[0, 0].sum(0)  # every window has a first place
+        if around.edges is not None:
+            labels[:, :, -1] = (around.edges.to(hidden.dtype).T @ d_hidden).view(*size, inner)
+        first = labels[:, :, :channels].permute(3, 2, 0, 1)
+        return first, start, *weights.chunk(2), *biases.chunk(2), None, None, None
+
+
+def table_kernels(weight: Tensor) -> ModuleType | None:
+    """Return the module of kernels for a weight on a GPU, where they can be compiled."""
+    return triton_kernels(weight.device) if weight.is_cuda else None

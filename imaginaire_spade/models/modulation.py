@@ -137,16 +137,18 @@ class _Modulate(torch.autograd.Function):
         count, grid = statistics.count, _grid(dy, upsample)
         y = _grid(activated[0], upsample) if activated else None
         if not _in_chunks(few):
-            d_beta, products = (_pass(few, "sums") or sums_of_pixels)(grid, few, y, ctx.slope, pixels)
-            d_gamma = rstd * (products - mean * d_beta)
+            d_table = (_pass(few, "gradients") or gradients_of_table)(grid, few, y, ctx.slope, pixels, mean, rstd)
             dx = None
             if ctx.needs_input_grad[0]:
-                means = torch.stack([d_beta, d_gamma]) * gamma
-                means = means.sum(1) / count if count is not None else means.new_zeros(2, channels)
+                if count is None:
+                    means = d_table.new_zeros(2, channels)
+                else:
+                    means = (d_table.unflatten(1, (2, channels)) * gamma.unsqueeze(1)).sum(0) / count
                 means = sum_statistics(means) if statistics.synchronized else means
                 run = _pass(few, "backward") or backward_pixels
                 dx = _images(run(grid, few, y, gamma, index, mean, rstd, means, ctx.slope), images)
-            return dx, d_gamma.to(gamma.dtype), d_beta.to(gamma.dtype), None, None, None, None
+            d_beta, d_gamma = d_table.to(gamma.dtype).chunk(2, 1)
+            return dx, d_gamma, d_beta, None, None, None, None
         before, products = _before_activation(grid, few, y, ctx.slope, gamma.dtype)
         d_beta = sum_users(before.view(-1, channels), pixels)
         d_gamma = rstd * (sum_users(products.view(-1, channels), pixels) - mean * d_beta)
@@ -245,17 +247,17 @@ def _before_activation(
     return before, products
 
 
-def sums_of_pixels(
-    dy: Tensor, few: Tensor, y: Tensor | None, slope: float, pixels: Lookup | None
-) -> tuple[Tensor, Tensor]:
-    """Sum the gradient before the activation, and its products with x, over each row's pixels: [V, C] each, float32 or
-    float64. y has the sign of the activation's input."""
+def gradients_of_table(
+    dy: Tensor, few: Tensor, y: Tensor | None, slope: float, pixels: Lookup | None, mean: Tensor, rstd: Tensor
+) -> Tensor:
+    """Compute d beta and d gamma from sums over each row's pixels: [V, 2 C], float32 or float64. y has the sign of the
+    activation's input."""
     before = dy.to(torch.promote_types(dy.dtype, torch.float32))
     if y is not None:
         before = torch.where(y > 0, before, before * slope)
     rows = (before, before * few.to(before.dtype))
     d_beta, products = (sum_users(each.reshape(-1, each.shape[4]), pixels) for each in rows)
-    return d_beta, products
+    return torch.cat([d_beta, rstd * (products - mean * d_beta)], 1)
 
 
 def backward_pixels(

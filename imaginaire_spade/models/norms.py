@@ -13,6 +13,7 @@ from imaginaire_spade.layout import FEWEST_PIXELS_ON_GPU, LayoutSpec, SemanticLa
 from imaginaire_spade.models.layers import (
     InstanceNorm2d,
     SpectralLinear,
+    both_convolutions,
     computing_dtype,
     conv2d,
     convolve_layout,
@@ -21,6 +22,7 @@ from imaginaire_spade.models.layers import (
     first_convolution,
     second_convolution,
     sum_rows,
+    table_kernels,
 )
 from imaginaire_spade.models.modulation import Modulation, Statistics, batch_statistics, modulate
 from imaginaire_spade.registry import NORMS, Depth, Width
@@ -233,12 +235,17 @@ class SPADE(ConditionalNorm):
     def _modulation(self, view: SemanticLayout) -> Modulation:
         around = view.neighbourhoods(self.kernel_size)
         vectors = None if view.noise is None else view.noise_vectors
-        hidden = first_convolution(effective_weight(self.shared), self.shared.bias, around, vectors)
-        hidden = F.relu(hidden)  # [U, hidden]
-        places = self._table_weights() if self.laid_out is None else self.laid_out
-        assert self.gamma.bias is not None and self.beta.bias is not None
-        bias = torch.cat([1 + self.gamma.bias, self.beta.bias])
-        gamma, beta = second_convolution(hidden, places, bias, around).chunk(2, 1)  # [V, channels] each
+        shared, biases = effective_weight(self.shared), (self.gamma.bias, self.beta.bias)
+        assert self.shared.bias is not None and biases[0] is not None and biases[1] is not None
+        if table_kernels(shared) is not None:
+            gamma, beta = effective_weight(self.gamma), effective_weight(self.beta)
+            given = self.laid_out, around, vectors
+            table = both_convolutions(shared, self.shared.bias, gamma, beta, biases[0], biases[1], *given)
+        else:
+            hidden = F.relu(first_convolution(shared, self.shared.bias, around, vectors))  # [U, hidden]
+            places = self._table_weights() if self.laid_out is None else self.laid_out
+            table = second_convolution(hidden, places, torch.cat([1 + biases[0], biases[1]]), around)
+        gamma, beta = table.chunk(2, 1)  # [V, channels] each
         return Modulation(gamma, beta, around.pixels)
 
     def _table_weights(self) -> Tensor:
