@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from fork_server import TORCHRUN, ForkServer
@@ -22,6 +24,7 @@ from test_training import REPOSITORY, assert_same, tiny_run  # noqa: F401
 
 from imaginaire_spade import processes
 from imaginaire_spade.config_files import load_config
+from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.errors import EXIT_CODE, CheckpointError, UserError
 from imaginaire_spade.processes import one_writer
 from imaginaire_spade.training import checkpoint, setup, trackers
@@ -408,6 +411,28 @@ def test_a_tick_holds_means_the_first_bad_iteration_and_skipped_updates():
     meter.add(2, ("sample",), {"gan": torch.tensor(float("inf"))})
     tick = meter.read()
     assert tick.losses == {"gan": float("inf")} and tick.first_bad["iteration"] == 2 and tick.scaling == {}
+
+
+def too_large_for_opencv() -> None:
+    """Ask for an image of 2**60 bytes."""
+    cv2.copyMakeBorder(np.zeros((1, 1), np.uint8), 0, 2**30, 0, 2**30, cv2.BORDER_CONSTANT)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "allocate", [lambda: np.empty(2**50), lambda: torch.empty(2**60), too_large_for_opencv], ids=["np", "torch", "cv2"]
+)
+def test_memory_that_the_loader_lacks_names_the_knobs(tiny_run, monkeypatch, allocate, workers):
+    _, run = tiny_run
+    read = LabelMapDataset.read
+
+    def lacking(dataset, items, **how):
+        return allocate() if any(index == 7 for _, index in items) else read(dataset, items, **how)
+
+    monkeypatch.setattr(LabelMapDataset, "read", lacking)
+    with pytest.raises(OutOfMemory, match=r"batch_size \(now 4 per process\)") as told:
+        run("log", *SMALL, f"data.num_workers={workers}")
+    assert len(str(told.value)) < 2000
 
 
 def test_out_of_memory_names_the_knobs(tiny_run, before_step):

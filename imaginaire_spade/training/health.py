@@ -229,7 +229,7 @@ def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:  # (of OpenCV, too)
         if not is_out_of_memory(error):
             raise
         train, trainer = config.data.train, config.trainer
