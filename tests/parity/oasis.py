@@ -5,29 +5,23 @@ Its don't care is label 0 and the first label channel, where ours is the last: t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from imaginaire_spade.config import TrainerConfig
 from imaginaire_spade.data.batch import Batch
+from imaginaire_spade.interop import describe, foreign_names, import_discriminator, import_generator
+from imaginaire_spade.interop.systems import SYSTEMS
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.losses import ClassPlan, GeneratorOutputs, SegmentationGANLoss
-from imaginaire_spade.models.discriminator import Scores
-from imaginaire_spade.models.layers import SpectralNorm
-from imaginaire_spade.models.norms import SPADE
-from imaginaire_spade.models.oasis import OASISGenerator
-from imaginaire_spade.models.unet import OASISDiscriminator
+from imaginaire_spade.models.discriminator import Discriminator, Scores
+from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.training.state import TrainState, move_statistics, new_average, update_average
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
-from parity.fixture import MODES, Check, Fixture
-
-N = TypeVar("N", bound=nn.Module)
+from parity.fixture import MODES, Check, Fixture, buffers
 
 
 def to_ours(ids: Tensor, spec: LayoutSpec) -> Tensor:
@@ -36,107 +30,73 @@ def to_ours(ids: Tensor, spec: LayoutSpec) -> Tensor:
     return (labels - 1) % (spec.num_classes + 1) if spec.has_dont_care else labels
 
 
-def permuted(channels: Tensor, spec: LayoutSpec, axis: int, first: int, *, back: bool) -> Tensor:
-    """Move don't care behind the other label channels, which begin at ``first``, or back."""
+def permuted(channels: Tensor, spec: LayoutSpec, axis: int, first: int) -> Tensor:
+    """Move don't care behind the other label channels, which begin at ``first``."""
     if not spec.has_dont_care:
         return channels
     count = spec.num_label_channels
     before, labels, after = channels.tensor_split([first, first + count], axis)
-    return torch.cat([before, labels.roll(1 if back else -1, axis), after], axis)
+    return torch.cat([before, labels.roll(-1, axis), after], axis)
 
 
 def _spec(fixture: Fixture) -> LayoutSpec:
-    hyper = fixture.config["hyper"]
-    dont_care = bool(hyper.get("contain_dontcare_label", False))
-    return LayoutSpec(hyper["semantic_nc"] - dont_care, has_dont_care=dont_care)
+    spec: LayoutSpec = describe("oasis", "layout_spec", fixture.config["hyper"])
+    return spec
 
 
 # -------------------------------------------------------------------------------------------------------- networks
 
 
-def their_name(network: nn.Module, key: str) -> str:
-    """Name a tensor of one of our networks as they do."""
-    path, _, leaf = key.rpartition(".")
-    if leaf == "weight" and isinstance(network.get_submodule(path), SpectralNorm):
-        leaf = "weight_orig"
-    for ours, theirs in (
-        (r"^encoder\.blocks\.0\.conv_1", "body_down.0.conv1.0"),
-        (r"^encoder\.blocks\.(\d)\.conv_1", r"body_down.\1.conv1.1"),
-        (r"^decoder\.blocks\.(\d)\.conv_1", r"body_up.\1.conv1.2"),
-        (r"^encoder\.blocks\.(\d)\.conv_2", r"body_down.\1.conv2.1"),
-        (r"^decoder\.blocks\.(\d)\.conv_2", r"body_up.\1.conv2.1"),
-        (r"^encoder\.blocks", "body_down"), (r"^decoder\.blocks", "body_up"), ("^to_logits", "layer_up_last"),
-        (r"^blocks", "body"), ("^to_image", "conv_img"), ("normalize$", "first_norm"), ("shared$", "mlp_shared.0"),
-        (r"(gamma|beta)$", r"mlp_\1"),
-    ):  # fmt: skip
-        path = re.sub(ours, theirs, path)
-    return f"{path}.{leaf}"
+def weights_of(fixture: Fixture, prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in fixture.weights.items() if key.startswith(prefix)}
 
 
-def arranged(name: str, tensor: Tensor, spec: LayoutSpec, hyper: Mapping[str, Any], *, back: bool = False) -> Tensor:
-    """Put the label channels of a tensor, under their name, into our order, or back."""
-    if "layer_up_last" in name:
-        return permuted(tensor, spec, 0, 1, back=back)
-    if name.endswith(("fc.weight", "mlp_shared.0.weight")):
-        return permuted(tensor, spec, 1, 0 if hyper["no_3dnoise"] else hyper["z_dim"], back=back)
-    return tensor
-
-
-def load(network: N, fixture: Fixture, prefix: str = "") -> N:
-    spec, hyper = _spec(fixture), fixture.config["hyper"]
-    names = {key: their_name(network, key) for key in network.state_dict()}
-    network.load_state_dict(
-        {key: arranged(name, fixture.weights[prefix + name], spec, hyper) for key, name in names.items()}
-    )
+def generator_of(fixture: Fixture, prefix: str = "") -> Generator:
+    network = import_generator("oasis", weights_of(fixture, prefix), fixture.config["hyper"])
+    assert isinstance(network, Generator)
     return network
 
 
-def generator_of(fixture: Fixture, prefix: str = "") -> OASISGenerator:
-    hyper = fixture.config["hyper"]
-    width = hyper["crop_size"] // 32 * 32
-    network = OASISGenerator(
-        _spec(fixture), (round(width / hyper["aspect_ratio"]), width), num_filters=hyper["channels_G"],
-        style_dims=0 if hyper["no_3dnoise"] else hyper["z_dim"],
-        norm=partial(SPADE, hidden_channels=hyper["spade_hidden"], kernel_size=hyper["spade_ks"]),
-    )  # fmt: skip
-    return load(network, fixture, prefix)
+def discriminator_of(fixture: Fixture, prefix: str = "") -> Discriminator:
+    network = import_discriminator("oasis", weights_of(fixture, prefix), fixture.config["hyper"])
+    assert isinstance(network, Discriminator)
+    return network
 
 
-def discriminator_of(fixture: Fixture, prefix: str = "") -> OASISDiscriminator:
-    _, a, _, b, _, c, _ = fixture.config["hyper"]["D_channels"]
-    network = OASISDiscriminator(
-        _spec(fixture), num_filters=a, middle_num_filters=b, max_num_filters=c,
-        last_num_filters=fixture.config["hyper"]["D_last_channels"],
-    )  # fmt: skip
-    return load(network, fixture, prefix)
+def _theirs(network: nn.Module, tensors: Mapping[str, Tensor], spec: LayoutSpec) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a network under their names, label channels in their order."""
+    names = foreign_names("oasis", network)
+    for key, tensor in tensors.items():
+        yield names[key], SYSTEMS["oasis"].arrange(names[key], tensor, spec, back=True)
 
 
 def _gradients(
     fixture: Fixture, mode: str, loss: Tensor, network: nn.Module, inputs: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    named = {their_name(network, key): parameter for key, parameter in network.named_parameters()}
-    named |= {f"input.{name}": tensor for name, tensor in inputs.items()}
-    gradients = torch.autograd.grad(loss, [*named.values()])
-    for name, gradient in zip(named, gradients, strict=True):
-        yield f"{mode}_grad/{name}", arranged(name, gradient, _spec(fixture), fixture.config["hyper"], back=True)
+    parameters = dict(network.named_parameters())
+    found = torch.autograd.grad(loss, [*inputs.values(), *parameters.values()])
+    of_inputs, of_parameters = found[: len(inputs)], found[len(inputs) :]
+    yield from ((f"{mode}_grad/input.{name}", value) for name, value in zip(inputs, of_inputs, strict=True))
+    gradients = dict(zip(parameters, of_parameters, strict=True))
+    yield from ((f"{mode}_grad/{name}", value) for name, value in _theirs(network, gradients, _spec(fixture)))
 
 
 def _generator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
     inputs, spec = fixture.inputs, _spec(fixture)
     layout, z = SemanticLayout(spec, to_ours(inputs["label"], spec)), inputs.get("z")
-    semantics = permuted(inputs["semantics"].double(), spec, 1, 0, back=False)
+    semantics = permuted(inputs["semantics"].double(), spec, 1, 0)
     assert torch.equal(layout.one_hot(torch.float64), semantics)
     for mode in MODES:
         network = generator_of(fixture).train(mode == "train")
         with torch.no_grad():
             yield f"{mode}/fake_image", network(layout, z)
         if mode == "train":
-            yield from ((f"train_state/{their_name(network, key)}", buffer) for key, buffer in network.named_buffers())
+            yield from buffers(fixture, network)
         network = generator_of(fixture).train(mode == "train").double()
         leaves = {"semantics": inputs["semantics"].double().requires_grad_()}
         if z is not None:
             leaves["z"] = z.double().requires_grad_()
-        dense = SemanticLayout.from_dense(spec, permuted(leaves["semantics"], spec, 1, 0, back=False))
+        dense = SemanticLayout.from_dense(spec, permuted(leaves["semantics"], spec, 1, 0))
         loss = (network(dense, leaves.get("z")) * inputs["R"]).sum()
         yield f"{mode}_loss/sum_output_times_R", loss
         yield from _gradients(fixture, mode, loss, network, leaves)
@@ -152,7 +112,7 @@ def _discriminator(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
         for name, logits in zip(("fake", "real"), both.logits.chunk(2), strict=True):
             yield f"{mode}/{name}/scores", logits
         if mode == "train":
-            yield from ((f"train_state/{their_name(network, key)}", buffer) for key, buffer in network.named_buffers())
+            yield from buffers(fixture, network)
         network = discriminator_of(fixture).train(mode == "train").double()
         fake, real = (inputs[f"{half}_image"].double().requires_grad_() for half in ("fake", "real"))
         (both,) = network(layout, torch.cat([fake, real]))
@@ -173,7 +133,7 @@ def _losses(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
         layout = SemanticLayout(spec, to_ours(inputs[flags["label"]], spec))
         term = SegmentationGANLoss(class_balancing=not flags["no_balancing_inloss"], labelmix=hyper["lambda_labelmix"])
         leaves = {name: inputs[f"output_{name}"].clone().requires_grad_() for name in ("fake", "real", "mixed")}
-        scores = {name: [Scores(permuted(x, spec, 1, 1, back=False), [])] for name, x in leaves.items()}
+        scores = {name: [Scores(permuted(x, spec, 1, 1), [])] for name, x in leaves.items()}
         plan = _drawn(fixture, term.plan(layout, 0, 0), spec)
         if flags["label"] != "label":  # the mask is the other map's in this case too
             plan = GivenMask(plan.weights, plan.from_photo, inputs["labelmix_mask"].bool())
@@ -272,9 +232,8 @@ def _training(fixture: Fixture) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"iter{number}/D_{name}", found[f"d_{name}"]) for name in ("fake", "real", "labelmix"))
 
     def tensors(stage: str, prefix: str, network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        for key, tensor in network.state_dict().items():
-            name = their_name(network, key)
-            yield f"{stage}/{prefix}{name}", arranged(name, tensor.clone(), spec, hyper, back=True)
+        for name, tensor in _theirs(network, network.state_dict(), spec):
+            yield f"{stage}/{prefix}{name}", tensor.clone()
 
     yield from tensors("final", "netG.", generator)
     yield from tensors("final", "netD.", discriminator)
