@@ -206,7 +206,13 @@ def _read_merged(
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         at = f" (named as base by {chain[-1]})" if chain else ""
-        raise ConfigError(f"{path}: no such config file{at}") from None
+        hint = ""
+        if "configs" in path.parts:  # ours lie in the package, where a user does not look
+            ours = [file.relative_to(CONFIGS.parent).as_posix() for file in sorted(CONFIGS.rglob("[!_]*.yaml"))]
+            hint = (
+                did_you_mean("/".join(path.parts[path.parts.index("configs") :]), ours) + f" Recipes lie in {CONFIGS}"
+            )
+        raise ConfigError(f"{path}: no such config file{at}{hint}") from None
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # (links in a circle, or a zero byte in the name)

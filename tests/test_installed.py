@@ -123,8 +123,10 @@ def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
     assert load_config(RECIPE).seed == 99
     (tmp_path / "sub/other.yaml").write_text(f"base: {RECIPE}\n")
     assert load_config("sub/other.yaml").seed == 99
-    with pytest.raises(ConfigError, match=r"configs/projects/nowhere\.yaml: no such config file"):
-        load_config("configs/projects/nowhere.yaml")
+    with pytest.raises(
+        ConfigError, match=r"^configs/labels/camvidd\.yaml: .* did you mean 'configs/labels/camvid\.yaml'\? R"
+    ):
+        load_config("configs/labels/camvidd.yaml")
 
 
 def test_a_checkpoint_on_the_hub(tmp_path, monkeypatch):
