@@ -348,6 +348,9 @@ class DiscriminatorAugmentationConfig(Section):
         return self
 
 
+Metric = Literal["fid", "kid", "precision_recall", "cmmd", "segmentation"]
+
+
 class EvaluationConfig(Section):
     """Scores of the (averaged) generator during training, on samples of data.val; see docs/evaluation.md."""
 
@@ -355,9 +358,7 @@ class EvaluationConfig(Section):
     """Training images between two evaluations; there is also one at the end."""
     num_images: int | None = Field(None, ge=4, le=10**9)
     """Validation samples, spread evenly over data.val, the same every time; null: all."""
-    metrics: tuple[Literal["fid", "kid", "precision_recall", "cmmd", "segmentation"], ...] = Field(
-        ("fid",), min_length=1
-    )
+    metrics: tuple[Metric, ...] = Field(("fid",), min_length=1)
     """What is measured."""
     best: Literal["fid", "kid", "precision", "recall", "cmmd", "miou", "pixel_accuracy"] = "fid"
     """The score whose best checkpoint is kept as checkpoints/best.pt."""
@@ -390,8 +391,6 @@ class EvaluationConfig(Section):
         needed = measured_by[self.best]
         if needed not in self.metrics:
             raise ValueError(f"best: {self.best} is measured by {needed}, which metrics does not name: add it there")
-        if "cmmd" in self.metrics and self.features.partition(":")[0] != "clip":
-            raise ValueError("metrics: cmmd is a distance of CLIP's features: write features: clip")
         if ("segmentation" in self.metrics) != (self.segmenter is not None):
             raise ValueError("metrics: segmentation and segmenter: MODEL belong together: state both or neither")
         return self

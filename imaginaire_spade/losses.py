@@ -18,7 +18,8 @@ from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.discriminator import Scores
 from imaginaire_spade.noise import generator_for
-from imaginaire_spade.pretrained.backbones import VGG19Features
+from imaginaire_spade.pretrained.backbones import backbone
+from imaginaire_spade.pretrained.feature_maps import FeatureMaps, VGG19Features
 from imaginaire_spade.registry import LOSSES, Weight
 
 GANMode = Literal["hinge", "least_square", "half_least_square", "non_saturated", "wasserstein"]
@@ -337,28 +338,48 @@ class FeatureMatchingLoss(nn.Module):
         return total / sum(bool(scores.features) for scores in outputs.fake_scores)
 
 
+_VGG_LAYERS = ("relu_1_1", "relu_2_1", "relu_3_1", "relu_4_1", "relu_5_1")
+_VGG_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
+
+
 @LOSSES.register("perceptual")
 class PerceptualLoss(nn.Module):
-    """Distance of VGG19 activations (Johnson et al. 2016; SPADE: weight 10, layer weights as pix2pixHD).
+    """Distance of VGG19 activations (Johnson et al. 2016; SPADE: weight 10, layer weights as pix2pixHD), or of the
+    feature maps of another network.
 
     Args:
-        layers: names of activations.
-        layer_weights: one weight per layer.
-        weights_path: file of VGG19 weights; null: torch's model cache.
+        network: vgg19, efficientnet_lite0, torchvision:NAME or timm:NAME. Of all but VGG19 the loss is the mean over
+            the maps of strides 2 to 32 that it has, the coarsest one at half weight, channels brought to one scale.
+        layers: names of activations of VGG19.
+        layer_weights: one weight per layer of VGG19.
+        weights_path: file of weights; null: torch's model cache, or the package's of efficientnet_lite0.
         imagenet_statistics: whether the images are normalised as for VGG's training.
     """
 
-    needs_real_scores = False
+    network: nn.Module
 
     def __init__(
         self,
         *,
-        layers: tuple[str, ...] = ("relu_1_1", "relu_2_1", "relu_3_1", "relu_4_1", "relu_5_1"),
-        layer_weights: tuple[Weight, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0),
+        network: str = "vgg19",
+        layers: tuple[str, ...] = _VGG_LAYERS,
+        layer_weights: tuple[Weight, ...] = _VGG_WEIGHTS,
         weights_path: str | None = None,
         imagenet_statistics: bool = True,
     ) -> None:
         super().__init__()
+        if network != "vgg19":
+            if (layers, layer_weights, imagenet_statistics) != (_VGG_LAYERS, _VGG_WEIGHTS, True):
+                raise ConfigError(
+                    f"losses.perceptual: layers, layer_weights and imagenet_statistics are VGG19's, and network is"
+                    f" {network}: leave them out"
+                )
+            setting, where = "losses.perceptual.weights_path: FILE", "losses.perceptual.network: "
+            built = backbone(network, weights_path, setting, where=where)
+            self.network, count = FeatureMaps(built), len(built.levels())
+            # The coarsest map answers to blur more than to other things, and counts half.
+            self.layer_weights = (*(2 / (2 * count - 1),) * (count - 1), 1 / (2 * count - 1))
+            return
         if len(layers) != len(layer_weights):
             raise ConfigError(
                 f"losses.perceptual: {len(layers)} layers, but {len(layer_weights)} layer_weights; write one per layer"

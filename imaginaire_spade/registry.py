@@ -141,11 +141,17 @@ class Registry:
     def read(self, entry: Any) -> Component:
         """Check a component as YAML states it, ``NAME`` or ``{"type": NAME, key: value, ...}``; fill in the defaults.
 
+        ``type: NAME:REST`` is short for the key ``name: REST``, where the class has it.
+
         Raises:
             ConfigError: no type is stated, or one that is not registered.
             InvalidKeysError: its keys are not those of the registered class, or their values not of its types.
         """
         entry = {"type": entry} if isinstance(entry, str) else entry
+        if isinstance(entry, dict) and isinstance(entry.get("type"), str):
+            kind, _, name = entry["type"].partition(":")
+            if name and kind in self._known() and "name" in self.schema(kind).model_fields:
+                entry = {**entry, "type": kind, "name": name}
         if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
             raise ConfigError(f"a {self.kind} is a mapping with a type: {', '.join(self.names())}")
         schema = self.schema(entry["type"])
@@ -179,6 +185,8 @@ def _schema_of(cls: type, title: str) -> type[BaseModel]:
 
 GENERATORS = Registry("generator", "imaginaire_spade.models.generator", "imaginaire_spade.models.oasis")
 DISCRIMINATORS = Registry("discriminator", "imaginaire_spade.models.discriminator", "imaginaire_spade.models.unet")
+UNET_ENCODERS = Registry("U-Net encoder", "imaginaire_spade.models.unet", "imaginaire_spade.pretrained.feature_maps")
+"""Of a discriminator that is a U-Net."""
 ENCODERS = Registry("encoder", "imaginaire_spade.models.generator")
 NORMS = Registry("norm", "imaginaire_spade.models.norms")
 DATASETS = Registry("data set")

@@ -11,7 +11,17 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from imaginaire_spade.config import RunConfig
-from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, TRACKERS, Component, Registry
+from imaginaire_spade.registry import (
+    DISCRIMINATORS,
+    ENCODERS,
+    GENERATORS,
+    LOSSES,
+    NORMS,
+    TRACKERS,
+    UNET_ENCODERS,
+    Component,
+    Registry,
+)
 
 COMPONENT_KEYS = {"gen": GENERATORS, "dis": DISCRIMINATORS, "encoder": ENCODERS}
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "config.md"
@@ -116,7 +126,7 @@ def component(registry: Registry, name: str) -> list[str]:
 def reference() -> str:
     lines = [HEAD, *sections(RunConfig, "", {})]
     lines += ["\n## Components\n", "Chosen by `type:`. Your own are registered by a module named with `--import`.", ""]
-    for registry in (*COMPONENT_KEYS.values(), NORMS, LOSSES, TRACKERS):
+    for registry in (*COMPONENT_KEYS.values(), UNET_ENCODERS, NORMS, LOSSES, TRACKERS):
         for name in registry.names():
             lines += component(registry, name)
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"

@@ -70,7 +70,7 @@ def written_imports(module: str) -> set[str]:
 REGISTERING = {
     module
     for module, path in MODULES.items()
-    if re.search(r"^@[A-Z]+\.register\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+    if re.search(r"^@[A-Z_]+\.register\(", path.read_text(encoding="utf-8"), re.MULTILINE)
 }
 
 
@@ -150,7 +150,7 @@ def test_each_registry_names_the_modules_that_fill_it():
 
     filled = set()
     for module in REGISTERING:
-        names = re.findall(r"^@([A-Z]+)\.register\(", MODULES[module].read_text(encoding="utf-8"), re.MULTILINE)
+        names = re.findall(r"^@([A-Z_]+)\.register\(", MODULES[module].read_text(encoding="utf-8"), re.MULTILINE)
         filled |= {(name, module) for name in names}
     found = {
         (name, module)

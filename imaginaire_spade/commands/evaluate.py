@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from imaginaire_spade.cli import CommandParser, add_shared_flags
 from imaginaire_spade.errors import ConfigError, positive_integer
-from imaginaire_spade.evaluation import METRICS, NEED_FEATURES, REFERENCE_SPLITS
+from imaginaire_spade.evaluation import METRICS, NEED_FEATURES, REFERENCE_SPLITS, check_metrics
 from imaginaire_spade.inference.sizes import SIZE_HELP, Asked, read_size
 from imaginaire_spade.pretrained import FEATURE_DIMS, FEATURES, RESIZES
 
@@ -152,8 +152,7 @@ def _check(arguments: argparse.Namespace) -> list[str]:
         raise ConfigError(f"--metrics {','.join(unknown)}: unknown; choose from {','.join(METRICS)}")
     if not metrics:
         raise ConfigError(f"--metrics: choose from {','.join(METRICS)}")
-    if "cmmd" in metrics and arguments.features.partition(":")[0] != "clip":
-        raise ConfigError("--metrics cmmd is a distance of CLIP's features: write --features clip")
+    check_metrics(metrics, arguments.features, "--features")
     generates = bool(arguments.checkpoint or arguments.logdir or (arguments.config and not arguments.fake))
     if bool(arguments.fake) == generates:
         raise ConfigError("give --fake DIR, or --checkpoint P (or --logdir DIR) to generate the images, one of the two")

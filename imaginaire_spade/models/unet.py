@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import partial
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.discriminator import Discriminator, Scores
 from imaginaire_spade.models.layers import conv2d, effective_weight, enlarge
-from imaginaire_spade.registry import DISCRIMINATORS, Width
+from imaginaire_spade.registry import DISCRIMINATORS, UNET_ENCODERS, Width
 
 FUSED_FROM = 64 * 64
 """Pixels, before halving or after doubling, from which one convolution that also resizes is faster, by up to 1.7 times,
@@ -86,10 +87,11 @@ class UpBlock(_Block):
         return enlarge(self.conv_s(x), 2) + y  # (enlarging and a 1x1 convolution commute)
 
 
+@UNET_ENCODERS.register("oasis")
 class UNetEncoder(nn.Module):
-    """Six blocks that halve the resolution.
+    """OASIS's own encoder, trained with the rest: six blocks that halve the resolution.
 
-    Another encoder can take its place: it returns one tensor per halving, and tells their widths.
+    Another encoder can take its place: it returns one tensor per halving (five at least), and tells their widths.
 
     Args:
         channels: of the image, then of each block's output.
@@ -148,10 +150,10 @@ class OASISDiscriminator(Discriminator):
         max_num_filters: width of the last two.
         last_num_filters: width before the scores.
         spectral_norm: spectral norm on the convolutions of the blocks.
+        encoder: the encoder; a pretrained one is frozen, and D has the blocks of its decoder for each of its maps.
     """
 
     batch_independent = True
-    size_multiple = min_size = 64
     scores_classes = True
 
     def __init__(
@@ -164,6 +166,7 @@ class OASISDiscriminator(Discriminator):
         max_num_filters: Width = 512,
         last_num_filters: Width = 64,
         spectral_norm: bool = True,
+        encoder: Annotated[Any, UNET_ENCODERS] = UNetEncoder,
     ) -> None:
         super().__init__()
         if not spec.num_label_channels:
@@ -171,8 +174,11 @@ class OASISDiscriminator(Discriminator):
                 "dis.type: oasis_unet scores classes, and data.labels is null: write dis.type: multiscale_patch"
             )
         a, b, c = num_filters, middle_num_filters, max_num_filters
-        self.encoder = UNetEncoder([image_channels, a, a, b, b, c, c], spectral_norm)
-        self.decoder = UNetDecoder(self.encoder.widths, [c, b, b, a, a, last_num_filters], spectral_norm)
+        self.encoder = encoder([image_channels, a, a, b, b, c, c], spectral_norm)
+        encoded = self.encoder.widths
+        widths = [c, b, b, a, a, last_num_filters][-len(encoded) :]
+        self.decoder = UNetDecoder(encoded, widths, spectral_norm)
+        self.size_multiple = self.min_size = 2 ** len(encoded)
         self.to_logits = nn.Conv2d(last_num_filters, 1 + spec.num_label_channels, 1)
 
     def requires_grad_(self, requires_grad: bool = True) -> OASISDiscriminator:
@@ -188,8 +194,8 @@ class OASISDiscriminator(Discriminator):
 
         Args:
             layout: N label maps [H, W]; only their number matters.
-            images: float [k * N, C, H, W] in [-1, 1], H and W multiples of 64. The k groups of N run one after the
-                other, so that spectral norm iterates before each, as in OASIS's release.
+            images: float [k * N, C, H, W] in [-1, 1], H and W multiples of ``size_multiple`` (OASIS: 64). The k groups
+                of N run one after the other, so that spectral norm iterates before each, as in OASIS's release.
         """
         height, width = images.shape[-2:]
         if height % self.size_multiple or width % self.size_multiple:

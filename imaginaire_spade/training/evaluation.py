@@ -24,7 +24,7 @@ from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.photos import photo_preview, to_preview
 from imaginaire_spade.distributed import ProcessInfo, broadcast_object
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError
-from imaginaire_spade.evaluation import NEED_FEATURES, scores
+from imaginaire_spade.evaluation import NEED_FEATURES, check_metrics, scores
 from imaginaire_spade.evaluation.collection import Collection, collect
 from imaginaire_spade.evaluation.evaluate import evaluate
 from imaginaire_spade.evaluation.images import NOT_STORED, PIPELINE, DatasetImages, Made, Samples
@@ -61,6 +61,7 @@ class Evaluation:
         self._indices = evenly_spaced(len(dataset), self.section.num_images)
         # What computes the scores.
         _try_libraries(self.section.metrics)
+        check_metrics(self.section.metrics, self.section.features, "trainer.evaluation.features:")
         self._network = self._segmentation = None
         with torch.random.fork_rng(devices=[]):
             if set(self.section.metrics) & set(NEED_FEATURES):
