@@ -15,6 +15,7 @@ and the last to finish joins them:
 """
 
 import argparse
+import gc
 import time
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def main() -> None:
     from imaginaire_spade.lmdb_builder.build import build_dataset
     from imaginaire_spade.lmdb_builder.shard import summary
 
+    gc.freeze()  # What is imported stays: the lists of files that follow would have it looked through time and again.
     started_at = time.perf_counter()
     data = load_data(arguments.config, arguments.overrides)
     rank, world_size = rank_from_environment()
