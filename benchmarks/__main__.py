@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import data, generator, inference, iteration, norms
+from benchmarks import data, generator, inference, iteration, norms, oasis
 from benchmarks.layouts import default_folder
 from benchmarks.measure import Row, matmul_peak_tflops
 from imaginaire_spade.errors import positive_integer, run_command_line
 
-SECTIONS = ("norms", "generator", "inference", "iteration")
+SECTIONS = ("norms", "generator", "inference", "iteration", "oasis")
 
 
 def main() -> None:
@@ -77,6 +77,8 @@ def main() -> None:
         for vgg in (False, True) if arguments.vgg else (False,):
             case = iteration.Case(folder, device, filters, size, batch, bf16=device.type == "cuda", vgg=vgg)
             show(iteration.measure(case, repeats))
+    if "oasis" in wanted:
+        show(oasis.measure(folder, device, repeats, filters, size))
     tables = data.compare(*raw) if raw else {}
     if arguments.json:
         content = {"facts": facts, "rows": [row.plain() for row in rows], "data": tables}
