@@ -78,7 +78,8 @@ def main() -> None:
             case = iteration.Case(folder, device, filters, size, batch, bf16=device.type == "cuda", vgg=vgg)
             show(iteration.measure(case, repeats))
     if "oasis" in wanted:
-        show(oasis.measure(folder, device, repeats, filters, size))
+        show(oasis.inference(folder, device, repeats, filters, size))
+        show(oasis.iteration(folder, device, repeats, filters, size))
     tables = data.compare(*raw) if raw else {}
     if arguments.json:
         content = {"facts": facts, "rows": [row.plain() for row in rows], "data": tables}

@@ -7,7 +7,6 @@ care. Both sides of the iteration have one noise vector per label map, the ``sha
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -35,11 +34,6 @@ N = TypeVar("N", bound=nn.Module)
 SPEC = LayoutSpec(150, has_dont_care=True)
 
 
-def measure(folder: Path | None, device: torch.device, repeats: int, num_filters: int, size: int) -> list[Row]:
-    return [*_inference(folder, device, repeats, num_filters, size), *_iterations(folder, device, repeats, num_filters,
-                                                                                 size)]  # fmt: skip
-
-
 def _layout(folder: Path | None, count: int, size: int, device: torch.device) -> SemanticLayout:
     labels = make_layout(folder, count, size, size).labels.clamp(max=SPEC.num_classes)
     return SemanticLayout(SPEC, labels).to(device)
@@ -61,7 +55,7 @@ def _of(path: str, network: N) -> N:
 
 
 @torch.inference_mode()
-def _inference(folder: Path | None, device: torch.device, repeats: int, num_filters: int, size: int) -> list[Row]:
+def inference(folder: Path | None, device: torch.device, repeats: int, num_filters: int, size: int) -> list[Row]:
     layout = _layout(folder, 1, size, device)
     generator = _generator(size, num_filters, device).eval()
     z = style_noise(0, ["a"], num_filters).to(device)
@@ -82,19 +76,9 @@ def _inference(folder: Path | None, device: torch.device, repeats: int, num_filt
     return rows
 
 
-def _iterations(folder: Path | None, device: torch.device, repeats: int, num_filters: int, size: int) -> list[Row]:
-    paths = {"OASIS dense": "dense", "OASIS": "table" if device.type == "cuda" else "auto"}
-    runs = {name: _iteration(path, folder, device, num_filters, size) for name, path in paths.items()}
-    difference = _gradient_difference(folder, device, min(num_filters, 16), min(size, 128))
-    times = take_turns(runs, repeats, device)
-    return rows_of("oasis iteration", f"batch 1, {size}x{size}", times, {"OASIS": difference})
-
-
-def _iteration(
-    path: str, folder: Path | None, device: torch.device, num_filters: int, size: int
-) -> Callable[[], object]:  # fmt: skip
+def iteration(folder: Path | None, device: torch.device, repeats: int, num_filters: int, size: int) -> list[Row]:
     layout = _layout(folder, 1, size, device)
-    generator = _of(path, _generator(size, num_filters, device)).train()
+    generator = _generator(size, num_filters, device).train()
     widths = {"num_filters": 2 * num_filters, "middle_num_filters": 4 * num_filters,
               "max_num_filters": 8 * num_filters, "last_num_filters": num_filters}  # fmt: skip
     discriminator = OASISDiscriminator(SPEC, **widths).to(device).train()
@@ -108,11 +92,15 @@ def _iteration(
     )  # fmt: skip
     images = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, device=device)
 
-    def run() -> object:
+    def run(path: str) -> object:
+        _of(path, generator)
         batch = Batch(fresh(layout), images, ("a",), ((size, size),), (0,))
         return train_step(state, Networks(generator, discriminator, None), batch, settings)
 
-    return run
+    runs = {"OASIS dense": partial(run, "dense"), "OASIS": partial(run, "table" if device.type == "cuda" else "auto")}
+    times = take_turns(runs, repeats, device)
+    difference = _gradient_difference(folder, device, min(num_filters, 16), min(size, 128))
+    return rows_of("oasis iteration", f"batch 1, {size}x{size}", times, {"OASIS": difference})
 
 
 def _gradient_difference(folder: Path | None, device: torch.device, num_filters: int, size: int) -> float:

@@ -24,10 +24,11 @@ from torch import nn
 from imaginaire_spade import Synthesizer
 from imaginaire_spade.build import layout_spec
 from imaginaire_spade.commands import export_onnx as command_line
-from imaginaire_spade.errors import CheckpointError, UserError
+from imaginaire_spade.errors import CheckpointError, ConfigError, UserError
 from imaginaire_spade.export import generator as export
 from imaginaire_spade.export.generator import ExportedGenerator, check_output, example_inputs, export_model
 from imaginaire_spade.inference.model import Model
+from imaginaire_spade.layout import LayoutSpec, NoiseRegions, SemanticLayout
 from imaginaire_spade.models.generator import SPADEGenerator, SPADEResidualBlock
 from imaginaire_spade.models.norms import CLADE, SPADE
 
@@ -142,6 +143,8 @@ def test_the_example_makes_the_same_picture_without_torch(exported, model, tmp_p
     made = np.asarray(Image.open(photo))
     assert made.shape == (39, 50, 3) and wanted.std() > 5
     assert np.abs(made.astype(int) - wanted).max() <= 1
+    refused = subprocess.run([sys.executable, *arguments, "pixel"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1 and "takes no noise by pixel: export an OASIS generator with" in refused.stderr
 
 
 def test_a_torch_export_package_runs_as_the_generator(exported, model):
@@ -187,6 +190,11 @@ def test_what_cannot_be_written_is_refused_before_work(tmp_path, monkeypatch):
     check_output(there, overwrite=True)
     with pytest.raises(CheckpointError, match="--checkpoint none: no such file or folder"):
         run_script(None, "--checkpoint", "none", "--output", tmp_path / "new.onnx")
+    plain = ("--checkpoint", save(tmp_path / "plain.pt", TREE), "--output", tmp_path / "new.onnx", "--noise", "pixel")
+    with pytest.raises(ConfigError, match=r"--noise pixel: this generator \(gen.type: spade\) takes no noise in parts"):
+        run_script(None, *plain)
+    with pytest.raises(ConfigError, match="--page: its noise is one vector"):
+        run_script(None, *plain, "--page", "x.tgz")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"needs the package onnxruntime .*pip install -U onnx onnxscript onnxruntime"):
         check_output(tmp_path / "new.onnx")
@@ -220,6 +228,26 @@ KINDS = {
     "oasis, clade": {"gen": {**GEN, "norm": {"type": "clade"}}, "encoder": None},
     "pix2pixhd": {"gen": {"type": "pix2pixhd", "num_filters": 4, "num_blocks": 2}, "encoder": None},
 }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_an_exported_generator_takes_noise_by_pixel(tmp_path):
+    tree = changed(TREE, gen=GEN, encoder=None, data__edges="none")
+    checkpoint, file = save(tmp_path / "oasis.pt", tree), tmp_path / "oasis.onnx"
+    script = [sys.executable, REPOSITORY / "scripts/export_onnx.py", "--checkpoint", checkpoint, "--output", file]
+    subprocess.run([*script, "--noise", "pixel"], check=True)
+    ids = blocky_labels(np.random.default_rng(1), 64, 96, 5)
+    example = [sys.executable, REPOSITORY / "projects/spade/run_onnx.py", file, write_png(tmp_path / "map.png", ids)]
+    layout = SemanticLayout(LayoutSpec(5, has_dont_care=True), torch.from_numpy(ids)[None])
+    codes = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 4), np.float32))
+    with torch.inference_mode():
+        image = Model.load(checkpoint).generator(layout, NoiseRegions(codes[None], layout.labels.long()))[0]
+    wanted = ((image + 1) * 127.5).permute(1, 2, 0).numpy()
+    for noise in ("class", "pixel"):
+        subprocess.run([*example, tmp_path / "photo.png", noise], check=True)
+        differences = np.abs(np.asarray(Image.open(tmp_path / "photo.png")) - wanted)
+        assert (differences.max() <= 1) == (noise == "class")
 
 
 @pytest.mark.slow

@@ -19,6 +19,9 @@ def main() -> None:
                         help="checkpoint file, or a folder or log dir, whose newest checkpoint is used")  # fmt: skip
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="ends in .onnx or .pt2")
     add_shared_flags(parser, "--weights", "--import")
+    parser.add_argument("--noise", choices=("image", "pixel"), default="image",
+                        help="z: a vector for each image (default), or for each pixel, so that noise may differ from"
+                        " place to place (generators that take it: OASIS)")  # fmt: skip
     parser.add_argument("--page", type=Path, metavar="ONNXRUNTIME_WEB.tgz",
                         help="also write, beside OUTPUT, a painting page that runs in the browser, without a server of"
                         " ours: its runtime is the npm package onnxruntime-web (npm pack onnxruntime-web)")  # fmt: skip
@@ -28,11 +31,14 @@ def main() -> None:
     from imaginaire_spade.build import import_modules
     from imaginaire_spade.demo.static import check_paintable, read_runtime, write_page
     from imaginaire_spade.export.generator import check_output, export_model
+    from imaginaire_spade.inference.local_noise import check_takes_local_noise
     from imaginaire_spade.inference.model import Model, find_checkpoint
 
     check_output(arguments.output, overwrite=arguments.overwrite)
     if arguments.page and arguments.output.suffix != ".onnx":
         raise ConfigError("--page: browsers run ONNX: write --output FOLDER/model.onnx, in a folder for the page alone")
+    if arguments.page and arguments.noise == "pixel":
+        raise ConfigError("--page: its noise is one vector for the image: leave --noise pixel out")
     runtime = read_runtime(arguments.page) if arguments.page else {}
     import_modules(arguments.imports)
     model = Model.load(
@@ -40,13 +46,15 @@ def main() -> None:
     )
     if arguments.page:
         check_paintable(model)
+    if arguments.noise == "pixel":
+        check_takes_local_noise(model, "--noise pixel")
     for note in model.notes:
         print(f"note: {note}", file=sys.stderr)
 
     def report(name: str, difference: float) -> None:
         print(f"{name}: largest difference {difference:.1e}", flush=True)
 
-    export_model(model, arguments.output, report)
+    export_model(model, arguments.output, report, by_pixel=arguments.noise == "pixel")
     print(f"wrote {arguments.output}, {arguments.output.stat().st_size / 2**20:.1f} MiB")
     if arguments.page:
         write_page(model, arguments.output, runtime)

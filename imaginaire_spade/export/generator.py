@@ -7,7 +7,8 @@ A file takes, in this order, those of the following inputs that the generator ne
 - ``edges`` float32 [N, H, W]: 1 where there is an edge, else 0;
 - ``distances`` float32 [N, 2, H, W]: of ``data/distances.py`` (CLADE-ICPE);
 - ``conditions`` float32 [N, C, H, W]: dense conditions (depth, normals), their ranges scaled to [-1, 1];
-- ``z`` float32 [N, style_dims]: style codes, standard normal.
+- ``z`` float32 [N, style_dims]: style codes, standard normal; exported with noise by pixel [N, style_dims, H, W], which
+  may then differ from place to place (OASIS).
 
 It returns ``images`` float32 [N, C, H, W] in [-1, 1], RGB unless ``image_values`` says otherwise. N, H and W are free;
 H and W must be multiples of ``size_multiple``, and at least twice that.
@@ -48,10 +49,11 @@ Run = Callable[[dict[str, Tensor]], NDArray[np.float32]]
 class ExportedGenerator(nn.Module):
     """A generator as a function of tensors, as a file computes it (see the module's description)."""
 
-    def __init__(self, generator: Generator, spec: LayoutSpec) -> None:
+    def __init__(self, generator: Generator, spec: LayoutSpec, by_pixel: bool = False) -> None:
         super().__init__()
         self.generator = generator
         self.spec = spec
+        self.by_pixel = by_pixel
 
     def forward(
         self, labels: Tensor | None = None, edges: Tensor | None = None, distances: Tensor | None = None,
@@ -78,19 +80,22 @@ def check_output(output: Path, *, overwrite: bool = False) -> None:
                 importlib.import_module(package)
 
 
-def export_model(model: Model, output: Path, on_checked: Callable[[str, float], None]) -> None:
+def export_model(
+    model: Model, output: Path, on_checked: Callable[[str, float], None], *, by_pixel: bool = False
+) -> None:
     """Write the generator to a file, after checking that the file's images are the generator's.
 
     Args:
         model: on the CPU.
         output: ends in ``.onnx`` or ``.pt2``. Weights beyond 1.5 GB go to ``OUTPUT.data`` beside an ``.onnx`` file.
         on_checked: called after each comparison with its name and the largest difference.
+        by_pixel: whether the file takes noise by pixel, for a generator that does.
     Raises:
         CheckpointError: the generator cannot be exported.
         UserError: the file's images differ from the generator's; then no file is written.
     """
     # Trace and convert.
-    network = ExportedGenerator(model.generator, model.layout_spec)
+    network = ExportedGenerator(model.generator, model.layout_spec, by_pixel)
     multiple = model.generator.size_multiple
     is_onnx = output.suffix == ".onnx"
     try:
@@ -165,7 +170,8 @@ def example_inputs(network: ExportedGenerator, count: int, height: int, width: i
     if spec.num_conditions:
         inputs["conditions"] = rng.uniform(-1, 1, (count, spec.num_conditions, height, width)).astype(np.float32)
     if network.generator.style_dims:
-        inputs["z"] = rng.standard_normal((count, network.generator.style_dims), dtype=np.float32)
+        places = (height, width) if network.by_pixel else ()
+        inputs["z"] = rng.standard_normal((count, network.generator.style_dims, *places), dtype=np.float32)
     return {name: torch.from_numpy(value) for name, value in inputs.items()}
 
 
@@ -173,7 +179,8 @@ def _traced(network: ExportedGenerator, multiple: int) -> ExportedProgram:
     """Trace the network for any number of images of any size."""
     maps = (count, height, width) = Dim("batch"), multiple * Dim("height"), multiple * Dim("width")
     planes = (count, None, height, width)
-    sizes = {"labels": maps, "edges": maps, "distances": planes, "conditions": planes, "z": (count,)}
+    codes = planes if network.by_pixel else (count,)
+    sizes = {"labels": maps, "edges": maps, "distances": planes, "conditions": planes, "z": codes}
     inputs = example_inputs(network, 2, 2 * multiple, 3 * multiple)
     shapes = {name: dict(enumerate(sizes[name])) for name in inputs}
     program = torch.export.export(network, (), inputs, dynamic_shapes=shapes)
