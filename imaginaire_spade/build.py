@@ -237,10 +237,10 @@ def check_run(config: RunConfig, world_size: int, device: torch.device | None = 
     if min(size) < discriminator.min_size or any(length % step for length in size):
         least = max(step, -(-discriminator.min_size // step) * step)
         near = [max(least, round(length / step) * step) for length in size]
-        lower = "" if discriminator.scores_classes else "; or lower dis.num_layers or dis.num_discriminators"
+        keys = "dis.encoder.num_blocks" if discriminator.scores_classes else "dis.num_layers or dis.num_discriminators"
         raise ConfigError(
             f"{given} dis ({config.dis.type}) needs at least {discriminator.min_size}, and multiples of {step}: such as"
-            f" {near}{lower}"
+            f" {near}; or lower {keys}"
         )
     # Validation.
     val = config.data.val

@@ -13,7 +13,7 @@ from fork_server import TORCHRUN
 from test_layout import random_layout
 from test_training import assert_same, losses_in, tensors_of, tiny_run  # noqa: F401
 
-from imaginaire_spade.build import build_losses, check_run
+from imaginaire_spade.build import build_discriminator, build_losses, check_run
 from imaginaire_spade.config_files import load_config
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError, ConfigError
@@ -185,7 +185,7 @@ WRONG = {
         r"losses\.feature_matching compares features, and dis \(oasis_unet\) gives none",
     ("data.train.augmentations={resize_h_w: [96, 160]}",):
         r"gives images of 96x160, but dis \(oasis_unet\) needs at least 64, and multiples of 64: such as"
-        r" \[128, 128\]",
+        r" \[128, 128\]; or lower dis\.encoder\.num_blocks",
     ("data.train.augmentations={resize_h_w: [32, 128]}",): r"multiples of 64: such as \[64, 128\]",
     ("data.labels=null", "data.edges=file"): r"oasis_unet scores classes, and data\.labels is null",
 }  # fmt: skip
@@ -195,6 +195,16 @@ WRONG = {
 def test_what_does_not_fit_is_one_message(tiny_run, overrides):
     with pytest.raises(ConfigError, match=WRONG[overrides]):
         check_run(config_of(tiny_run[0], *overrides), 1)
+
+
+def test_a_discriminator_of_fewer_blocks_takes_other_sizes(tiny_run):
+    size = "data.train.augmentations={resize_h_w: [96, 160]}"
+    config = config_of(tiny_run[0], size, "dis.encoder={type: oasis, num_blocks: 5}")
+    check_run(config, 1)
+    discriminator = build_discriminator(config)
+    assert discriminator.size_multiple == 32
+    (scores,) = discriminator(random_layout(LayoutSpec(5, True), 1, 96, 160), torch.rand(1, 3, 96, 160))
+    assert scores.logits.shape == (1, 7, 96, 160)
 
 
 def test_perceptual_without_weights_is_refused_before_training(tiny_run, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -89,16 +89,18 @@ class UpBlock(_Block):
 
 @UNET_ENCODERS.register("oasis")
 class UNetEncoder(nn.Module):
-    """OASIS's own encoder, trained with the rest: six blocks that halve the resolution.
+    """OASIS's own encoder, trained with the rest: blocks that halve the resolution.
 
-    Another encoder can take its place: it returns one tensor per halving (five at least), and tells their widths.
+    Another encoder can take its place: it returns one tensor per halving, and tells their widths.
 
     Args:
         channels: of the image, then of each block's output.
+        num_blocks: number of them. Sizes must be multiples of 2 to its power: 64, as in OASIS; 32 with 5.
     """
 
-    def __init__(self, channels: Sequence[int], spectral_norm: bool) -> None:
+    def __init__(self, channels: Sequence[int], spectral_norm: bool, *, num_blocks: Literal[2, 3, 4, 5, 6] = 6) -> None:
         super().__init__()
+        channels = channels[: 1 + num_blocks]
         self.widths = tuple(channels[1:])
         """Channels of each output, fine to coarse."""
         pairs = enumerate(itertools.pairwise(channels))
