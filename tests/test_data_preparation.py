@@ -547,3 +547,17 @@ def test_without_transformers_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"pip install -U transformers"):
         hugging_face_segmenter("x", torch.device("cpu"))
+
+
+def test_masks_beside_their_photos(tmp_path):
+    for name in ("a", "b"):
+        write_jpg(tmp_path / f"mixed/{name}.jpg", np.full((8, 8, 3), 9, np.uint8))
+        write_png(tmp_path / f"mixed/{name}_mask.png", np.full((8, 8), ord(name), np.uint8))
+    options = Options(images=Path("mixed"), labels=Path("mixed"))
+    assert prepare("custom", tmp_path, tmp_path / "raw", options, num_workers=0) == {"train": 2}
+    for name in ("a", "b"):
+        assert (tmp_path / f"raw/train/images/{name}.jpg").is_file()
+        assert cv2.imread(str(tmp_path / f"raw/train/seg_maps/{name}.png"), cv2.IMREAD_UNCHANGED)[0, 0] == ord(name)
+        (tmp_path / f"mixed/{name}_mask.png").unlink()
+    with pytest.raises(DataError, match=r"mixed: photos and label maps in one folder, and no NAME_mask\.png"):
+        prepare("custom", tmp_path, tmp_path / "again", options, num_workers=0)

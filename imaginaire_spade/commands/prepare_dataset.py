@@ -20,7 +20,8 @@ What --source must hold, unpacked:
     isprs           Potsdam: 2_Ortho_RGB/ 5_Labels_all/; Vaihingen: top/ gts_for_participants/ [--images, --labels]
     ade20k_full     ADE20K_2021_17_01/images/ADE/{training,validation}/ with all classes, or those of --classes
     mapillary       {training,validation}/{images,v2.0,...}/ config_v2.0.json [--labels v1.2]
-    custom          images/ labels/ [--images, --labels, --instances name other folders]
+    custom          images/ labels/ [--images, --labels, --instances name other folders; in one folder for both, the
+                    label maps are NAME_mask.png, as Roboflow exports them]
 
 What annotation tools export, unpacked (docs/data_from_tools.md says which export to choose):
     coco            any COCO JSON with polygons or masks, and the photos (CVAT, Roboflow, ...) [--images, --labels JSON]

@@ -140,6 +140,13 @@ def _custom(source: Path, options: Options) -> Iterator[RawSample]:
     if options.instances:
         folders["inst_maps"] = source / options.instances
     found = {data_type: find_images(find_folder(folder.parent, folder.name)) for data_type, folder in folders.items()}
+    if folders["images"].resolve() == folders["seg_maps"].resolve():  # as Roboflow exports semantic masks
+        found["seg_maps"] = find_images(folders["images"], "_mask")
+        if not found["seg_maps"]:
+            raise DataError(
+                f"{folders['images']}: photos and label maps in one folder, and no NAME_mask.png among them"
+            )
+        found["images"] = {key: path for key, path in found["images"].items() if not path.stem.endswith("_mask")}
     expected = {t: {key: folder / f"{key}.png" for key in found["images"]} for t, folder in folders.items()}
     return raw.split_samples(
         {data_type: expected[data_type] | found[data_type] for data_type in folders}, options.num_val
