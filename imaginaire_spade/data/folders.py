@@ -338,9 +338,12 @@ def _extension(name: str, extensions: Sequence[str]) -> str:
 
 
 def _is_animated_webp(path: str) -> bool:
-    with open(path, "rb") as file:
-        header = file.read(21)
-    return header[12:16] == b"VP8X" and bool(header[20] & 2)
+    try:
+        with open(path, "rb") as file:
+            header = file.read(21)
+    except OSError:
+        return False  # whoever reads it says why it cannot be read
+    return header[12:16] == b"VP8X" and len(header) == 21 and bool(header[20] & 2)
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
