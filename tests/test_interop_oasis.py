@@ -243,6 +243,7 @@ def test_what_does_not_fit_is_one_message_each(commands, release, tmp_path):
     given("4 label channels by --architecture and 64 of noise (z_dim) make 68", label_nc=3)
     given("--architecture does not fit the weights: channels_G: 64 there, 1 by the tensors", label_nc=5, z_dim=4,
           channels_G=64)  # fmt: skip
+    given("a value of a wrong type for oasis: z_dim: '4', not a whole number", label_nc=5, z_dim="4")
     given("the edge channel", "--discriminator_weights", d, "--config", write_config(tmp_path, edges="labels"))
     refused(commands, "--ema_weights: clade keeps no EMA in a file of its own", "scripts/import_checkpoint.py",
             "--source", "clade", "--weights", g, "--ema_weights", g, "--output", out)  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 from imaginaire_spade.config import RunConfig
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.interop import describe, other_kind
+from imaginaire_spade.interop.systems import check_types
 
 
 def find_architecture(
@@ -26,6 +27,7 @@ def find_architecture(
     Raises:
         CheckpointError: the tensors are others, or contradict ``stated`` or ``base``, or too little is known.
     """
+    check_types(stated)
     generator, discriminator = parts["generator"], parts.get("discriminator")
     for kind, state in (("generator", generator), ("discriminator", discriminator)):
         if state is not None and (wrong := other_kind(kind, state)):

@@ -318,12 +318,27 @@ class OASIS(System):
         return torch.cat([before, labels.roll(1 if back else -1, axis)], axis)
 
 
+_TYPES = {"label_nc": int, "semantic_nc": int, "contain_dontcare_label": bool, "z_dim": int, "no_3dnoise": bool}
+
+
+def check_types(hyper: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if one of OASIS's options that channels are counted with has a value of a wrong type."""
+    for name, kind in _TYPES.items():
+        if type(value := hyper.get(name, kind())) is not kind:
+            wanted = "true or false" if kind is bool else "a whole number"
+            raise CheckpointError(
+                f"the architecture has a value of a wrong type for oasis: {name}: {value!r}, not {wanted}"
+            )
+
+
 def _of_data_set(hyper: Mapping[str, Any]) -> dict[str, Any]:
     """Add what ``dataset_mode`` sets."""
-    known = DATA_SETS.get(hyper.get("dataset_mode", ""), {})
+    check_types(hyper)
+    mode = hyper.get("dataset_mode")
+    known = DATA_SETS.get(mode, {}) if isinstance(mode, str) else {}
     if not known and not {"label_nc", "semantic_nc"} & hyper.keys():
         raise CheckpointError(
-            f"dataset_mode {hyper.get('dataset_mode')!r}: {', '.join(DATA_SETS)} are known; for your own data set add"
+            f"dataset_mode {mode!r}: {', '.join(DATA_SETS)} are known; for your own data set add"
             " label_nc, the number of classes without don't care"
         )
     return known | dict(hyper)
