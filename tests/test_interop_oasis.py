@@ -12,13 +12,13 @@ from conftest import blocky_labels, write_png
 from safetensors.torch import load_file
 from test_foreign_labels import channels, opt_txt
 
-from imaginaire_spade.build import check_run, layout_spec
+from imaginaire_spade.build import build_generator, check_run, layout_spec
 from imaginaire_spade.config_files import load_config, parse_config
 from imaginaire_spade.errors import CheckpointError, LabelError
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.interop import foreign_names, import_discriminator, import_generator
 from imaginaire_spade.interop.architecture import find_architecture
-from imaginaire_spade.interop.checkpoint import architecture_config
+from imaginaire_spade.interop.checkpoint import architecture_config, export_files
 from imaginaire_spade.interop.configs import import_config
 from imaginaire_spade.interop.label_tables import export_notes
 from imaginaire_spade.layout import SemanticLayout
@@ -221,6 +221,20 @@ def test_options_become_a_config(commands, tmp_path):
     ):
         opt_txt(tmp_path / "bad.txt", **OPTIONS | {option: value})
         refused(commands, message, "scripts/import_config.py", tmp_path / "bad.txt", "--source", "oasis")
+
+
+def test_a_pretrained_discriminator_stays_here_and_the_generator_goes_out():
+    changes = ["gen={type: oasis, num_filters: 1, style_dims: 3}", "dis.encoder=efficientnet_lite0"]
+    config = load_config(RECIPES / "sample/small64.yaml", changes)
+    state = build_generator(config).state_dict()
+    files = export_files("oasis", {"generator": state, "discriminator": {}}, config, "ema")
+    assert files.keys() == {"best_G.pth", "best_EMA.pth"}
+    assert torch.equal(files["best_G.pth"]["fc.weight"][:, :3], state["fc.weight"][:, :3])  # noise
+    assert torch.equal(files["best_G.pth"]["fc.weight"][:, 3], state["fc.weight"][:, -1])  # don't care
+    assert "dis.encoder: efficientnet_lite0 has no counterpart in OASIS" in export_notes("oasis", config, "raw")[0]
+    with pytest.raises(CheckpointError, match=r"data\.edges: labels: oasis has generators of label maps alone"):
+        export_files("oasis", {"generator": state}, load_config(RECIPES / "sample/small64.yaml", ["data.edges=labels"]),
+                     "ema")  # fmt: skip
 
 
 def test_what_does_not_fit_is_one_message_each(commands, release, tmp_path):

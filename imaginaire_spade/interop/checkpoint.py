@@ -20,7 +20,13 @@ from imaginaire_spade.config_diff import explain_old_import
 from imaginaire_spade.config_files import dump_config, parse_config
 from imaginaire_spade.errors import CheckpointError, first_line
 from imaginaire_spade.interop import describe, describe_networks, foreign_names, load_foreign
-from imaginaire_spade.interop.label_tables import LabelOrder, adapt_config, exported_channels, label_table
+from imaginaire_spade.interop.label_tables import (
+    LabelOrder,
+    adapt_config,
+    exported_channels,
+    label_table,
+    pretrained_encoder,
+)
 from imaginaire_spade.interop.systems import SYSTEMS
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
@@ -214,6 +220,8 @@ def export_files(
         for name in (part, f"{part}_ema"):
             if (state := content.get(name)) is None or (network := build(config)) is None:
                 continue
+            if part == "discriminator" and pretrained_encoder(config):
+                continue  # (a note says so)
             with torch.device("meta"):
                 planned = build(config)
             assert planned is not None
