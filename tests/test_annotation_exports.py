@@ -530,7 +530,7 @@ def test_the_page_about_tools_names_them_all():
     """Every command of the page is one, and every tool and every data set with a row of its own stands there."""
     page = (REPOSITORY / "docs/data_from_tools.md").read_text(encoding="utf-8")
     named = re.findall(r"`prepare_dataset\.py (\w+) --source \w+ ", page)
-    assert set(named) == {*TOOLS, "celebamask_hq", "isprs", "loveda"} and set(named) <= {*DATASETS, *TOOLS}
+    assert set(named) == {*TOOLS, "celebamask_hq", "custom", "isprs", "loveda"} and set(named) <= {*DATASETS, *TOOLS}
     flags = set(re.findall(r"(--\w+)", page))
     listed = (REPOSITORY / "tests/options.txt").read_text(encoding="utf-8")
     assert flags - {"--help"} <= set(re.search(r"scripts/prepare_dataset\.py: (.*)", listed)[1].split())
