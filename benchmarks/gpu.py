@@ -47,6 +47,7 @@ from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import ConfigError, first_line, positive_integer, run_command_line
 from imaginaire_spade.models import layers, modulation
 from imaginaire_spade.models.norms import SPADE
+from imaginaire_spade.noise import style_codes
 from imaginaire_spade.scenes import write_sample_data
 from imaginaire_spade.training.setup import Run, prepare
 from imaginaire_spade.training.step import AUTOCAST, train_step
@@ -62,17 +63,19 @@ RECIPES: dict[str, tuple[str, str]] = {
     "SPADE auto": ("spade/cocostuff/base256.yaml", "gen.norm.path=auto"),
     "CLADE": ("clade/cocostuff/base256.yaml", "trainer.channels_last=true"),
     "CLADE-ICPE": ("clade/cocostuff/base256_icpe.yaml", "trainer.channels_last=true"),
+    "OASIS": ("oasis/cocostuff/base256.yaml", "gen.norm.path=auto"),
+    "OASIS tables": ("oasis/cocostuff/base256.yaml", "gen.norm.path=table"),
 }
 """Name -> config and one override. A further recipe is one further line. The first is the baseline; recipes of one
 config compute the same numbers, and the first of them is what the others are compared with on the CPU."""
 
-LESSER = ("SPADE auto", "CLADE-ICPE")
+LESSER = ("SPADE auto", "CLADE-ICPE", "OASIS")
 """Recipes that --quick leaves out."""
 
-GRAPHED = ("SPADE dense", "SPADE auto", "CLADE")
+GRAPHED = ("SPADE dense", "SPADE auto", "CLADE", "OASIS")
 """Recipes whose updates a CUDA graph may hold: tables change in size from batch to batch."""
 
-SMALL = ["gen.num_filters=8", "dis.num_filters=8", "losses.perceptual.weight=0"]
+SMALL = ["gen.num_filters=8", "dis.num_filters=8"]
 """Overrides for narrow networks, at 128x128 (--quick: 64x64). Smaller ones would start from one pixel, of whose batch
 statistics rounding makes anything."""
 
@@ -168,7 +171,7 @@ class Check:
 
     def run(self, recipe: str, batch: int, precision: str, *more: str, device: torch.device | None = None) -> Run:
         """Prepare a recipe as train.py would. ``*SMALL`` makes it a small one; --quick has no others."""
-        file, override = RECIPES[recipe]
+        (file, override), is_oasis = RECIPES[recipe], recipe.startswith("OASIS")
         root = self.options.label_maps.parent if self.options.label_maps else self.drawn
         overrides = [override, f"data.train.roots=[{root}]", "data.val=null", f"data.train.batch_size={batch}"]
         overrides += [f"trainer.precision={precision}", "trainer.channels_last=true"]
@@ -176,7 +179,11 @@ class Check:
             size = 64 if self.quick else 128
             crop = f"{{resize_h_w: [{size + 8}, {size + 8}], random_crop_h_w: [{size}, {size}]}}"
             overrides += [*SMALL, f"data.train.augmentations={crop}"]
-        else:
+            if is_oasis:
+                overrides += [f"dis.{part}_num_filters=8" for part in ("middle", "max", "last")]
+            else:
+                overrides.append("losses.perceptual.weight=0")
+        elif not is_oasis:
             overrides.append(f"losses.perceptual.weights_path={self.vgg}")
         config = load_config(CONFIGS / file, [*overrides, *more])
         info = self.info if dist.is_initialized() else ProcessInfo()
@@ -323,10 +330,11 @@ def iteration(check: Check, name: str, recipe: str, batch: int) -> None:
     def step(sample: Batch) -> None:
         train_step(run.state, run.networks, sample, run.settings)
 
-    layout = next(batches).layout
+    first = next(batches)
+    z = style_codes(0, first.positions, run.state.generator.style_dims, check.device)
     with torch.no_grad():  # train.py starts with batch statistics and previews in float32, which Dynamo compiles too
         for network in filter(None, (run.state.generator, run.state.generator_ema)):
-            network(layout)
+            network(first.layout, z)
     for _ in range(0 if check.quick else 4):
         step(next(batches))
     times, host = [], []
