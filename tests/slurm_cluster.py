@@ -135,7 +135,7 @@ class Cluster:
         """Kill the processes of a node whose command line begins like this, or the first of them alone."""
         pids = [pid for pid, line in self.processes(node).items() if line.startswith(command)]
         assert pids, (command, self.processes(node))
-        for pid in sorted(pids)[: 1 if first else None]:
+        for pid in [min(pids)] if first else sorted(pids, reverse=True):  # children first: srun's acts when it dies
             with suppress(ProcessLookupError):  # one of them ended with another
                 os.kill(pid, signal.SIGKILL)
 
