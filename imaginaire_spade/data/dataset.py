@@ -27,7 +27,7 @@ from imaginaire_spade.command_names import as_called
 from imaginaire_spade.config import AugmentationConfig, Condition, ImageSpec
 from imaginaire_spade.data.batch import Sample
 from imaginaire_spade.data.conditions import cut_conditions, decode_condition, draw_condition
-from imaginaire_spade.data.distances import NOT_FINITE, class_distances
+from imaginaire_spade.data.distances import MAKER, NOT_FINITE, class_distances
 from imaginaire_spade.data.file_structure import is_jpeg
 from imaginaire_spade.data.folders import DISTANCES, Source
 from imaginaire_spade.data.image_files import DECODERS
@@ -167,7 +167,7 @@ class LabelMapDataset(Dataset[Sample]):
             if distances and not stored and not replace and Path(root, DISTANCES).is_dir():
                 warnings.warn(
                     f"{root}: {DISTANCES}/ does not have every sample, so all are computed from the label maps"
-                    + as_called(" (scripts/make_distance_maps.py makes the missing ones)"),
+                    f" ({as_called(MAKER)} makes the missing ones)",
                     stacklevel=2,
                 )
             self._roots.append(Root(source, edges if found else EdgeSource.LABELS, stored, maps[0]))
@@ -416,8 +416,7 @@ def _read_distances(
             root.has_warned = True
             warnings.warn(
                 f"{where} is {stored.shape[1]} x {stored.shape[2]} (height x width), its label map {size[0]} x"
-                f" {size[1]}: such distances are computed instead"
-                + as_called(" (scripts/make_distance_maps.py makes them anew)"),
+                f" {size[1]}: such distances are computed instead ({as_called(MAKER)} makes them anew)",
                 stacklevel=2,
             )
     return class_distances(labels)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from imaginaire_spade.errors import DataError
 
-NOT_FINITE = "a distance map with values that are not finite: scripts/make_distance_maps.py --overwrite makes it anew"
+MAKER = "scripts/make_distance_maps.py"
+NOT_FINITE = f"a distance map with values that are not finite: {MAKER} --overwrite makes it anew"
 
 
 def class_distances(ids: NDArray[np.generic], *, normalise: bool = True) -> NDArray[np.float32]:
@@ -137,5 +138,5 @@ def read_header(file: BinaryIO, num_bytes: int, where: str) -> tuple[tuple[int, 
     if len(shape) != 3 or shape[0] != 2 or min(shape) < 1 or dtype.kind != "f" or is_fortran:
         raise DataError(f"{where}: no distance map, which is floats [2, height, width]: {dtype} {list(shape)}")
     if num_bytes - file.tell() != math.prod(shape) * dtype.itemsize:
-        raise DataError(f"{where}: a distance map that is cut off: scripts/make_distance_maps.py makes it anew")
+        raise DataError(f"{where}: a distance map that is cut off: {MAKER} makes it anew")
     return shape, dtype
