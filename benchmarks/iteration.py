@@ -20,7 +20,7 @@ from benchmarks.generator import make_generator
 from benchmarks.layouts import dense, fresh, make_layout
 from benchmarks.measure import Row, largest_difference, peak_memory_gib, rows_of, take_turns
 from imaginaire_spade.build import build_optimizer
-from imaginaire_spade.config import OptimizerConfig, TrainerConfig
+from imaginaire_spade.config_trainer import OptimizerConfig, TrainerConfig
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss, PerceptualLoss

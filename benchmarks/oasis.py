@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.layouts import fresh, make_layout
 from benchmarks.measure import Row, largest_difference, rows_of, take_turns
 from imaginaire_spade.build import build_optimizer
-from imaginaire_spade.config import OptimizerConfig, TrainerConfig
+from imaginaire_spade.config_trainer import OptimizerConfig, TrainerConfig
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.layout import LayoutSpec, NoiseRegions, SemanticLayout
 from imaginaire_spade.losses import SegmentationGANLoss

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from imaginaire_spade.config import OptimizerConfig, RunConfig, SplitConfig
+from imaginaire_spade.config import RunConfig, SplitConfig
+from imaginaire_spade.config_trainer import OptimizerConfig
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.lmdb_source import usable_memory
 from imaginaire_spade.data.loader import leave_out_bad

@@ -18,7 +18,8 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError, create_model
 
-from imaginaire_spade.config import DataConfig, LabelledData, RunConfig, Section
+from imaginaire_spade.config import DataConfig, LabelledData, RunConfig
+from imaginaire_spade.config_trainer import Section
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.registry import Component, InvalidKeysError, Registry, did_you_mean

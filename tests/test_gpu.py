@@ -33,7 +33,7 @@ from functools import partial
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from imaginaire_spade.build import build_optimizer
-from imaginaire_spade.config import DiscriminatorAugmentationConfig, OptimizerConfig, TrainerConfig
+from imaginaire_spade.config_trainer import DiscriminatorAugmentationConfig, OptimizerConfig, TrainerConfig
 from imaginaire_spade.data.batch import Batch, Sample
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss, SegmentationGANLoss

@@ -20,7 +20,7 @@ PACKAGE = REPOSITORY / "imaginaire_spade"
 
 CORE = [
     {"command_names", "errors", "version", "files", "labels", "registry", "noise", "cli", "processes"},
-    {"config"}, {"config_files"}, {"config_diff"},
+    {"config_trainer"}, {"config"}, {"config_files"}, {"config_diff"},
     {"distributed"}, {"neighbourhoods", "layout", "layout_spec"}, {"sheets"}, {"pages"}, {"data"}, {"models"},
     {"pretrained"}, {"losses"}, {"build"}, {"evaluation"}, {"training"}, {"inference"},
 ]  # fmt: skip
@@ -125,7 +125,7 @@ def loaded_after(statement: str) -> set[str]:
 def test_a_module_loads_what_it_needs_and_no_more():
     assert loaded_after("from imaginaire_spade.labels import LabelSpec") == {"command_names", "errors", "labels"}
     assert loaded_after("from imaginaire_spade.config_files import load_labels") == {
-        "command_names", "config", "config_files", "errors", "labels", "registry"
+        "command_names", "config", "config_files", "config_trainer", "errors", "labels", "registry"
     }  # fmt: skip
     assert loaded_after("import imaginaire_spade; assert imaginaire_spade.__version__") == set()
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from imaginaire_spade.config import AugmentationPolicy
+from imaginaire_spade.config_trainer import AugmentationPolicy
 from imaginaire_spade.distributed import total_over_processes
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.noise import uniform_draws

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaginaire_spade.config import EvaluationConfig, RunConfig
+from imaginaire_spade.config import RunConfig
+from imaginaire_spade.config_trainer import EvaluationConfig
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.photos import photo_preview, to_preview

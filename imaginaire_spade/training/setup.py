@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from imaginaire_spade import distributed
 from imaginaire_spade.build import build_split
-from imaginaire_spade.config import OptimizerConfig, RunConfig
+from imaginaire_spade.config import RunConfig
 from imaginaire_spade.config_diff import explain_import, explain_mismatch, explain_old_import, list_changes
 from imaginaire_spade.config_files import dump_config, parse_config
+from imaginaire_spade.config_trainer import OptimizerConfig
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.loader import Prefetcher, default_num_workers, sequential_batches, training_loader

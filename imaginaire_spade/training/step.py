@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from imaginaire_spade.config import TrainerConfig
+from imaginaire_spade.config_trainer import TrainerConfig
 from imaginaire_spade.data.batch import Batch, normalise
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import SemanticLayout

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade import losses
-from imaginaire_spade.config import TrainerConfig
+from imaginaire_spade.config_trainer import TrainerConfig
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.interop import describe, foreign_names, import_discriminator, import_generator

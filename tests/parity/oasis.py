@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from imaginaire_spade.config import TrainerConfig
+from imaginaire_spade.config_trainer import TrainerConfig
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.interop import describe, foreign_names, import_discriminator, import_generator
 from imaginaire_spade.interop.systems import SYSTEMS
