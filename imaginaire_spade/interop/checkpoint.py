@@ -23,9 +23,9 @@ from imaginaire_spade.interop import describe, describe_networks, foreign_names,
 from imaginaire_spade.interop.label_tables import (
     LabelOrder,
     adapt_config,
+    encoder_of_ours,
     exported_channels,
     label_table,
-    pretrained_encoder,
 )
 from imaginaire_spade.interop.systems import SYSTEMS
 from imaginaire_spade.labels import LabelSpec
@@ -220,7 +220,7 @@ def export_files(
         for name in (part, f"{part}_ema"):
             if (state := content.get(name)) is None or (network := build(config)) is None:
                 continue
-            if part == "discriminator" and pretrained_encoder(config):
+            if part == "discriminator" and encoder_of_ours(config):
                 continue  # (a note says so)
             with torch.device("meta"):
                 planned = build(config)

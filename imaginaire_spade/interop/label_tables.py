@@ -128,7 +128,7 @@ def export_notes(target: str, config: RunConfig, label_order: LabelOrder) -> lis
         if labels.dont_care:
             places, advice = {c: (c + 1) % num_channels for c in places}, "write train ids + 1 (0: don't care)"
         mode = "coco (id + 1, 255 -> 0)" if _counts_from_0(labels) else "ade20k or cityscapes (ids as they are)"
-        if name := pretrained_encoder(config):
+        if name := encoder_of_ours(config):
             notes.append(f"dis.encoder: {name} has no counterpart in OASIS: no best_D.pth")
         notes.append(
             f"label channels are don't care, then the classes: label maps are for OASIS's loader of dataset_mode {mode}"
@@ -166,7 +166,9 @@ def _counts_from_0(labels: LabelSpec) -> bool:
     return labels.dont_care and labels.table[0] < labels.num_classes
 
 
-def pretrained_encoder(config: RunConfig) -> str | None:
-    """Name the discriminator's encoder if it is not OASIS's own, which no other system has; else None."""
+def encoder_of_ours(config: RunConfig) -> str | None:
+    """Name the discriminator's encoder if it is not OASIS's own of six blocks, the only one of other systems."""
     encoder = config.dis.args.get("encoder")
-    return None if encoder is None or encoder.type == "oasis" else str(encoder.type)
+    if encoder is None or (encoder.type == "oasis" and encoder.args["num_blocks"] == 6):
+        return None
+    return f"oasis, num_blocks: {encoder.args['num_blocks']}" if encoder.type == "oasis" else str(encoder.type)
