@@ -71,7 +71,7 @@ def inference(folder: Path | None, device: torch.device, repeats: int, num_filte
     for kind, noise in (("image", z), ("class", by_class)):
         runs = {"OASIS dense": partial(run, plain, noise), "OASIS": partial(run, fast, noise)}
         difference = largest_difference([runs["OASIS"]()], [runs["OASIS dense"]()])
-        case = f"batch 1, {size}x{size}, by {kind}"
+        case = f"{size}x{size}, noise by {kind}"
         rows += rows_of("oasis inference", case, take_turns(runs, repeats, device), {"OASIS": difference})
     return rows
 
