@@ -36,9 +36,12 @@ demo: $(VENV)/.installed
 	$(BIN)/torchrun --nproc_per_node=1 train.py --config $(CONFIG) --logdir $(DEMO)/logs $(ROOTS)
 	$(BIN)/python inference.py --logdir $(DEMO)/logs --input_dir $(DEMO)/raw/val --output_dir $(DEMO)/generated
 	$(BIN)/python scripts/make_contact_sheet.py --config $(CONFIG) --data_root $(DEMO)/raw/val --generated $(DEMO)/generated --output $(DEMO)/contact_sheet.jpg
+	$(BIN)/python evaluate.py --real $(DEMO)/raw/val --fake $(DEMO)/generated --reference_split val --metrics kid \
+	  --features efficientnet_lite0 --output $(DEMO)/report.json --html $(DEMO)/report.html
 	@echo
 	@echo 'Contact sheet (label map, real, generated):  $(DEMO)/contact_sheet.jpg'
 	@echo 'Gallery:                                     $(DEMO)/generated/index.html'
+	@echo 'Scores (EfficientNet-Lite0, ImageNet):       $(DEMO)/report.html'
 	@echo 'Loss curves:                                 $(DEMO)/logs/curves.png'
 	@echo 'TensorBoard:                                 $(BIN)/tensorboard --logdir $(DEMO)/logs'
 
