@@ -285,10 +285,10 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2186, "pages": 19, "data": 1994, "models": 1328, "pretrained": 289, "training": 2055,
-    "inference": 1246, "evaluation": 978,
-    "lmdb_builder": 897, "dataset_prep": 767, "interop": 833, "export": 159, "demo": 525, "scenes": 736,
-    "commands": 1247,
+    "top level": 2532, "pages": 19, "data": 2040, "models": 1666, "pretrained": 634, "training": 2257,
+    "inference": 1456, "evaluation": 1008,
+    "lmdb_builder": 899, "dataset_prep": 797, "interop": 1148, "export": 164, "demo": 547, "scenes": 736,
+    "commands": 1360,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""
