@@ -16,6 +16,7 @@ from imaginaire_spade.build import build_component
 from imaginaire_spade.config_files import parse_component
 from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.interop import describe, foreign_names, import_discriminator, import_encoder, import_generator
+from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.registry import GENERATORS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -30,6 +31,13 @@ def test_every_tensor_of_the_fixture_agrees(shared_dir, name):
     rows = verify(shared_dir / "parity" / name)
     assert len(rows) >= 18
     assert not [row for row in rows if not row.ok]
+
+
+def test_every_tensor_agrees_by_tables_too(shared_dir, monkeypatch):
+    taken = []
+    monkeypatch.setattr(SPADE, "_takes_tables", lambda _, view: view.is_discrete and not taken.append(view.noise))
+    assert all(row.ok for row in verify(shared_dir / "parity/oasis_g"))
+    assert len(taken) >= 30 and None not in taken  # 16 norms, in evaluation and in training mode, all with noise
 
 
 def copy_of(shared_dir: Path, name: str, to: Path) -> Path:
