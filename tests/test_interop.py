@@ -405,7 +405,9 @@ def test_a_config_of_imaginaire_becomes_ours(tmp_path):
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("wrong", [{"crop_size": None}, {"crop_size": "64"}, {"norm_G": 5}, {"aspect_ratio": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"crop_size": None}, {"crop_size": "64"}, {"norm_G": 5}, {"aspect_ratio": 0}, {"label_nc": {"a": 5}}]
+)
 def test_an_architecture_of_wrong_types_is_refused(wrong):
     hyper = {"label_nc": 5, "ngf": 4, "crop_size": 64, "norm_G": "spectralspadesyncbatch3x3"}
     with pytest.raises(CheckpointError, match="the architecture has a value of a wrong type for nvlabs_spade: "):

@@ -4,6 +4,7 @@
 that fix the architecture and load the other system's state dict into it. Every tensor must find its place.
 """
 
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -71,7 +72,10 @@ def describe(source: str, part: str, hyper: Mapping[str, Any]) -> Any:
     """
     system = _system(source)
     try:
-        return getattr(system, part)(system.defaults | dict(hyper))
+        described = getattr(system, part)(system.defaults | dict(hyper))
+        if isinstance(described, LayoutSpec):
+            operator.index(described.num_classes)
+        return described
     except KeyError as error:
         raise CheckpointError(
             f"the architecture lacks {error.args[0]!r}, which a {part.replace('_', ' ')} of {source} needs. Given:"
