@@ -45,7 +45,7 @@ from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.lmdb_builder.build import build_dataset
 from imaginaire_spade.lmdb_builder.shard import summary
 from imaginaire_spade.pages import _count_columns
-from imaginaire_spade.sheets import BACKGROUND, draw_contact_sheet
+from imaginaire_spade.sheets import BACKGROUND, draw_contact_sheet, legend_of
 from imaginaire_spade.training import loop, run_log
 from imaginaire_spade.training.checkpoint import load_checkpoint, newest_checkpoint
 from imaginaire_spade.training.setup import MEANING, prepare
@@ -109,6 +109,38 @@ def test_a_sheet_of_anything(rows):
     sheet = draw_contact_sheet(rows, ["a" * 300, "b"])
     assert sheet.ndim == 3 and sheet.shape[2] == 3
     assert (sheet != np.array(BACKGROUND)).any()  # the titles at least
+
+
+def test_a_sheet_names_samples_and_the_classes_that_occur():
+    names = ("sky", "sea", "a name that is longer than all of a narrow sheet", "never there")
+    table = LabelSpec(num_classes=4, names=names, palette=((250, 0, 0), (0, 250, 0), (0, 0, 250), (9, 90, 9)))
+    maps = [np.repeat([[0, 1], [2, 4]], 64, 0).repeat(64, 1), np.zeros((128, 128), np.uint8)]
+    legend = legend_of(table, maps)
+    assert legend == [
+        (names[0], (250, 0, 0)), (names[1], (0, 250, 0)), (names[2], (0, 0, 250)), ("don't care", (0, 0, 0)),
+    ]  # fmt: skip
+    assert legend_of(table.model_copy(update={"names": ()}), maps) == []
+
+    blank = [[np.full((128, 128, 3), BACKGROUND, np.uint8)] * 2] * 2
+    bare, named = (draw_contact_sheet(blank, [""] * 2, given) for given in ((), [["a"], ["long " * 50]]))
+    assert named.shape[1] == bare.shape[1] and (bare == BACKGROUND).all()
+    lines = [(part != BACKGROUND).any(2) for part in np.split(named, [named.shape[0] - 128])]
+    assert lines[0].any(1).sum() < 20 > lines[0].any(0).sum() > 0  # a letter; the long name fills the row, cut
+    assert 200 < np.ptp(np.flatnonzero(lines[1].any(0))) < named.shape[1] - 24
+    halves = draw_contact_sheet(blank[:1], [""] * 2, [["a", "b"]])
+    assert all((half != BACKGROUND).any() for half in np.array_split(halves, 2, axis=1))
+
+    # The legend: below all else, swatches sharp and whole, in columns where there is room, lines where there is none.
+    for columns, num_lines in ((2, 4), (12, 1)):
+        rows = [row * (columns // 2) for row in blank]
+        plain = draw_contact_sheet(rows, [""] * columns)
+        drawn = draw_contact_sheet(rows, [""] * columns, legend=legend)
+        assert drawn.shape[1] == plain.shape[1] and (drawn[: plain.shape[0] - 12] == BACKGROUND).all()
+        swatches = [np.argwhere((drawn == colour).all(2)) for _, colour in legend[:3]]
+        assert all(len(pixels) == 10 * 10 for pixels in swatches)
+        assert len({pixels[0, 0] for pixels in swatches}) == min(num_lines, 3)
+        ink = np.flatnonzero((drawn != BACKGROUND).any((1, 2)))
+        assert 20 * (num_lines - 1) < np.ptp(ink) < 20 * num_lines <= drawn.shape[0] - plain.shape[0]
 
 
 def records(count: int) -> list[dict]:

@@ -39,7 +39,7 @@ def main() -> None:
     from imaginaire_spade.labels import LabelSpec
     from imaginaire_spade.lmdb_builder.build import extract, look_through, open_data, stored_labels, stored_types
     from imaginaire_spade.lmdb_builder.shard import bad_files, summary
-    from imaginaire_spade.sheets import draw_class_chart, draw_contact_sheet
+    from imaginaire_spade.sheets import draw_class_chart, draw_contact_sheet, legend_of
 
     root = arguments.root
     if arguments.extract:
@@ -89,18 +89,22 @@ def main() -> None:
     if arguments.contact_sheet:
         step = max(1, len(source.keys) // arguments.rows)
         types = [t for t in ("seg_maps", "images") if source.has(t)]
-        images, rows = measured(built_spec(root) if known or not data else data.images, [root]), []
-        for key in source.keys[::step][: arguments.rows]:
+        images = measured(built_spec(root) if known or not data else data.images, [root])
+        rows, maps, keys = [], [], source.keys[::step][: arguments.rows]
+        for key in keys:
             cells, size = [], None
             for t in types:
                 where, content = source.describe(key, t), source.read(key, t)
                 if t == "seg_maps":
                     ids = labels.to_train_ids(read_labels(content, where, labels), where)
+                    maps.append(ids)
                     cells.append(labels.colourise(ids))
                     size = cells[0].shape[:2]
                 else:
                     upright = is_upright(read_header(content, where), images, size, where)
                     cells.append(show(decode_photo(content, where, images, upright=upright), images))
             rows.append(cells)
-        write_image(arguments.contact_sheet, draw_contact_sheet(rows, types))
+        titles = [{"seg_maps": "label map", "images": "photo"}[t] for t in types]
+        sheet = draw_contact_sheet(rows, titles, [[key] for key in keys], legend_of(labels, maps))
+        write_image(arguments.contact_sheet, sheet)
         print(f"contact sheet: {arguments.contact_sheet}")

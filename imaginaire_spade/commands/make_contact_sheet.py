@@ -23,7 +23,7 @@ def main() -> None:
     from imaginaire_spade.data.dataset import LabelMapDataset
     from imaginaire_spade.data.photos import decode_photo, photo_preview, show
     from imaginaire_spade.files import resize_image, write_image
-    from imaginaire_spade.sheets import draw_contact_sheet
+    from imaginaire_spade.sheets import draw_contact_sheet, legend_of
 
     data = load_data(arguments.config, arguments.overrides)
     labels = data.labels
@@ -37,18 +37,21 @@ def main() -> None:
         )
     wanted = min(len(made), arguments.rows * arguments.columns)
     chosen = [made[round(i * (len(made) - 1) / max(1, wanted - 1))] for i in range(wanted)]
-    cells = []
+    cells, names, maps = [], [], []
     for index, path in chosen:
         sample = dataset[index]
         assert sample.image is not None
         real = photo_preview(sample.image, dataset.images).permute(1, 2, 0).numpy()
         generated = show(decode_photo(path.read_bytes(), str(path), dataset.images), dataset.images)
         generated = resize_image(generated, *real.shape[:2])
-        cells.append([labels.colourise(sample.labels.numpy()), real, generated])
-    columns = arguments.columns
-    whole = len(cells) - len(cells) % columns if len(cells) >= columns else 0
-    rows = [list(itertools.chain(*cells[start : start + columns])) for start in range(0, whole, columns)]
-    sheet = draw_contact_sheet(rows or cells, ["label map", "real", "generated"] * (columns if rows else 1))
+        maps.append(sample.labels.numpy())
+        cells.append([labels.colourise(maps[-1]), real, generated])
+        names.append(sample.key)
+    columns = min(arguments.columns, len(cells))
+    starts = range(0, len(cells), columns)
+    rows = [list(itertools.chain(*cells[start : start + columns])) for start in starts]
+    titles, named = ["label map", "real", "generated"] * columns, [names[start : start + columns] for start in starts]
+    sheet = draw_contact_sheet(rows, titles, named, legend_of(labels, maps))
     write_image(arguments.output, sheet)
     print(f"{len(chosen)} samples: {arguments.output}")
 

@@ -27,7 +27,7 @@ from imaginaire_spade.errors import UserError
 from imaginaire_spade.files import write_bytes, write_image
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.processes import forget_output
-from imaginaire_spade.sheets import draw_contact_sheet
+from imaginaire_spade.sheets import draw_contact_sheet, legend_of
 from imaginaire_spade.training.setup import Calendar, Run
 from imaginaire_spade.training.trackers import Following, Status
 
@@ -213,11 +213,15 @@ def preview_batch(run: Run) -> Batch | None:
 
 @torch.no_grad()
 def preview_sheet(run: Run, batch: Batch) -> NDArray[np.uint8]:
-    """Draw a sheet, uint8 RGB [H, W, 3], with one row per sample. The generators run in evaluation mode."""
+    """Draw a sheet, uint8 RGB [H, W, 3], with one row per sample. The generators run in evaluation mode.
+
+    Where there is an EMA of the weights, its images stand last, beside those of the weights as trained ("raw").
+    """
     state = run.state
     columns: dict[str, Any] = {}
-    if run.config.data.labels.num_classes:
-        columns["label map"] = run.config.data.labels.colourise(batch.layout.labels.numpy())
+    table, labels = run.config.data.labels, batch.layout.labels.numpy()
+    if table.num_classes:
+        columns["label map"] = table.colourise(labels)
     if batch.layout.edges is not None:
         columns["edges"] = (255 - batch.layout.edges.numpy() * 255).astype(np.uint8)[..., None].repeat(3, -1)
     if batch.layout.conditions is not None:
@@ -231,13 +235,14 @@ def preview_sheet(run: Run, batch: Batch) -> NDArray[np.uint8]:
     z = style_codes(run.config.seed, batch.keys, run.settings.style_dims, run.device)
     layout = batch.layout.to(run.device)
     state.generator.eval()
-    images["generated"] = to_preview(state.generator(layout, z), spec)
+    averaged = state.generator_ema is not None
+    images["generated (raw)" if averaged else "generated"] = to_preview(state.generator(layout, z), spec)
     state.generator.train()
     if state.generator_ema is not None:
-        images["average"] = to_preview(state.generator_ema(layout, z), spec)
+        images["generated (EMA)"] = to_preview(state.generator_ema(layout, z), spec)
     columns |= {name: made.permute(0, 2, 3, 1).cpu().numpy() for name, made in images.items()}
     rows = [[column[i] for column in columns.values()] for i in range(len(batch))]
-    return draw_contact_sheet(rows, list(columns))
+    return draw_contact_sheet(rows, list(columns), [[key] for key in batch.keys], legend_of(table, labels))
 
 
 MAX_POINTS = 2000
