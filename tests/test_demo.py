@@ -957,6 +957,82 @@ def test_several_styles_and_the_comparison(page, synthesizer):
     assert not page.element("#compared").is_displayed()
 
 
+def test_the_history_brings_maps_styles_and_pictures_back(page, synthesizer, tmp_path):
+    enter, tab = "\ue007\ue004"
+
+    def entries() -> list:
+        return page.browser.find_elements("css selector", "#pictures button")
+
+    def state() -> tuple[np.ndarray, str, np.ndarray]:
+        (page.browser.downloads / "picture.png").unlink(missing_ok=True)
+        seed = page.ask("return document.getElementById('seed').value")
+        return page.colours(), seed, decoded(page.downloaded("#save_picture", "picture.png"))
+
+    page.after(lambda: page.drag((0, 100)))
+    first, name = state(), entries()[0].text
+    assert re.fullmatch(r"Picture \d+, style 0", name) and entries()[0].accessible_name == name
+    page.after(lambda: page.keys("r"))
+    photo = write_png(tmp_path / "photo.png", np.full((50, 50, 3), 200, np.uint8))
+    page.after(lambda: page.element("#photo").send_keys(str(photo)))
+    page.after(lambda: page.drag((80, 0)))
+    second = state()
+    assert entries()[0].text.endswith("style of a photo") and entries()[3].text == name
+    shown = page.ask(
+        "return Array.from(document.querySelectorAll('#pictures button:first-child canvas'), (c) =>"
+        " Array.from(c.getContext('2d').getImageData(0, 0, 64, 64).data))"
+    )
+    for thumbnail, whole in zip(shown, (second[0], second[2]), strict=True):
+        np.testing.assert_array_equal(np.reshape(thumbnail, (64, 64, 4))[..., :3], whole)
+
+    # By keys to the fourth, without asking the server again; undo takes the map back, and nothing is noted twice.
+    count, asked = len(entries()), "return performance.getEntriesByName(location.origin + '/api/picture').length"
+    before = page.ask(asked)
+    page.keys("h")
+    for _ in range(3):
+        page.browser.switch_to.active_element.send_keys(tab)
+    page.after(lambda: page.browser.switch_to.active_element.send_keys(enter))
+    assert all(np.array_equal(a, b) for a, b in zip(state(), first, strict=True))
+    assert page.ask(asked) == before and page.element("#status").text == "64 × 64, generated before"
+    assert (
+        page.element("#pictures [aria-current=true]").text == name and not page.element("#photo_shown").is_displayed()
+    )
+    page.after(entries()[0].click)
+    assert all(np.array_equal(a, b) for a, b in zip(state(), second, strict=True))
+    assert page.element("#photo_shown").is_displayed() and len(entries()) == count
+    page.after(page.element("#undo").click)
+    np.testing.assert_array_equal(page.colours(), first[0])
+
+    # In the middle of a stroke pictures come and go; the history has whole strokes, and at most twelve.
+    count = page.ask("return document.querySelector('#pictures button').innerText")
+    page.pointer(-100, -50).click_and_hold().perform()
+    page.after(lambda: page.pointer(-60, 50).perform())
+    assert entries()[0].text == count and not page.browser.find_elements(
+        "css selector", "#pictures [aria-current=true]"
+    )
+    page.after(lambda: page.pointer(-60, 60).release().perform())
+    assert entries()[0].text != count
+    for seed in range(12):
+        page.after(lambda seed=seed: page.ask("const s = document.getElementById('seed'); s.value = arguments[0];"
+                                              "s.dispatchEvent(new Event('input'))", 50 + seed))  # fmt: skip
+    assert [entry.text.partition(", ")[2] for entry in entries()] == [f"style {seed}" for seed in range(61, 49, -1)]
+    assert all(min(entry.size.values()) >= 44 for entry in entries())
+    kept = page.browser.execute_async_script("""
+        const done = arguments[0];
+        import("/history.js").then(({ History, thumbnail }) => {
+          document.getElementById("pictures").replaceChildren();
+          const history = new History(() => {}), drawn = () => thumbnail(document.querySelector("canvas"), 64, 64);
+          const image = document.querySelector("#result img");
+          const counts = [20, 20, 20, 20, 100, 1].map((size, seed) => {
+            const map = { height: 1, width: 1, ids: new Uint8Array(2 ** 20), anew: [], drawn: drawn() };
+            history.add({ ...map, seed, style: null, made: { file: { size: size * 2 ** 20 } } }, image, "");
+            return document.querySelectorAll("#pictures button").length;
+          });
+          done(counts);
+        });
+    """)
+    assert kept == [1, 2, 3, 3, 1, 1]  # at most 64 MiB, or one
+
+
 def test_new_noise_for_a_region(browser, oasis, client):
     page = Page(browser, client)
     page.settled()

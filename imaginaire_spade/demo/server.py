@@ -37,7 +37,7 @@ MAX_BODY_S, LINGER_S = 60, 5
 """Seconds that a body may take to arrive; and those in which a client may read its answer before it is cut off."""
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
-MODULES = ("main", "classes", "easel", "label_map", "messages", "picture", "server", "text", "view")
+MODULES = ("main", "classes", "easel", "history", "label_map", "messages", "picture", "server", "text", "view")
 PAGE_FILES = {"/": "index.html", "/page.css": "page.css"} | {f"/{name}.js": f"{name}.js" for name in MODULES}
 """Path -> file in ``page/``. The server never opens a path that a client sends."""
 CONTENT_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}

@@ -161,6 +161,11 @@ export class LabelMap {
     this.#open = false;
   }
 
+  /** Whether a change was begun that is not settled. */
+  get isOpen() {
+    return this.#open;
+  }
+
   get canUndo() {
     return this.#past.length > 0;
   }

@@ -2,6 +2,7 @@
 
 import { Classes } from "./classes.js";
 import { Easel } from "./easel.js";
+import { History, thumbnail } from "./history.js";
 import { LabelMap } from "./label_map.js";
 import { $, showError, showNotice, told } from "./messages.js";
 import { Picture } from "./picture.js";
@@ -13,8 +14,8 @@ const TOOLS = { b: "brush", e: "erase", l: "line", p: "polygon", f: "fill", g: "
 const server = new Server();
 let model; // what the server says of the model
 let map;
-let classes, easel, picture, view;
-let style = null; // style code of a photo
+let classes, easel, history, picture, view;
+let style = null; // of a photo: {code, photo}
 let sampleNumber = Math.floor(Math.random() * 1000);
 
 // ------------------------------------------------------------------------------------------------- the map
@@ -144,21 +145,39 @@ function useSeed(value) {
 
 const newSeed = () => useSeed(Math.floor(Math.random() * 10000));
 
-async function usePhoto(file) {
-  const found = await server.styleOf(file);
+const usePhoto = async (file) => useStyle({ code: await server.styleOf(file), photo: file });
+
+/** Take a photo's style, or null: that of the number. */
+function useStyle(found) {
+  style = found;
   const image = $("photo_shown").querySelector("img");
   if (image.src) URL.revokeObjectURL(image.src);
-  image.src = URL.createObjectURL(file);
-  useStyle(found);
-}
-
-/** Take a photo's style code, or null: that of the number. */
-function useStyle(code) {
-  style = code;
+  if (found) image.src = URL.createObjectURL(found.photo);
   $("photo_shown").hidden = style === null;
   $("seed_field").classList.toggle("unused", style !== null);
   picture.update();
   keep();
+}
+
+// ------------------------------------------------------------------------------------------------- history
+
+/** What a picture is of, for the history; null in the middle of a stroke. */
+function state() {
+  if (map.isOpen) return null;
+  const { height, width, anew } = map;
+  return { height, width, ids: map.ids.slice(), anew, seed: seed(), style, drawn: thumbnail(easel.canvas, width, height) };
+}
+
+function note(of, made, image) {
+  const name = model.style_dims ? (of?.style ? "style of a photo" : `style ${of?.seed}`) : "";
+  history.add(of && { ...of, made }, image, name);
+}
+
+function bring({ height, width, ids, anew, seed: number, style: found, made }) {
+  change(() => map.replace(height, width, ids, anew));
+  $("seed").value = number;
+  useStyle(found);
+  picture.update(made);
 }
 
 // ------------------------------------------------------------------------------------------------- events
@@ -233,7 +252,7 @@ function onKey(event) {
     "[": () => changeSize(1 / 1.25), "]": () => changeSize(1.25),
     "+": () => view.zoomBy(1.5), "=": () => view.zoomBy(1.5), "-": () => view.zoomBy(1 / 1.5), 0: () => view.reset(),
     x: () => classes.chooseBefore(), n: startFromSample, r: newSeed,
-    c: () => picture.toggleCompare(), v: () => model.style_dims && picture.toggleSeveral(),
+    h: () => $("pictures").firstElementChild?.focus(), c: () => picture.toggleCompare(), v: () => model.style_dims && picture.toggleSeveral(),
     "/": () => ($("search").hidden ? $("list").querySelector("input:checked") : $("search")).focus(),
     "?": () => $("shortcuts").showModal(),
     escape: () => easel.cancel() || picture.stop(),
@@ -272,10 +291,11 @@ async function start() {
       if (tool() === "pick") useTool("brush");
     },
   });
+  history = new History(bring);
   picture = new Picture({
-    map: () => map, canvas: easel.canvas, seed, chooseSeed: useSeed,
+    map: () => map, canvas: easel.canvas, seed, chooseSeed: useSeed, state, shown: note,
     generate: (other, signal) => {
-      const code = other === null && style ? { style } : { seed: other ?? seed() };
+      const code = other === null && style ? { style: style.code } : { seed: other ?? seed() };
       return server.generate(map, model.style_dims ? code : {}, signal);
     },
   });

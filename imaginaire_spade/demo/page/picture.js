@@ -17,20 +17,24 @@ export class Picture {
   #several = false;
   #since = 0; // when the request that runs was sent
   #current = false; // whether the picture is that of the map
+  #ready = null; // a picture of the map that was generated before
 
   /** generate: (seed, signal) => Promise of {file, height, width}, of the map as it is now; map: () => the LabelMap;
-   *  canvas: where it is shown; seed: () => the one chosen; chooseSeed: (seed) => void. */
-  constructor({ generate, map, canvas, seed, chooseSeed }) {
-    Object.assign(this, { generate, map, canvas, seed, chooseSeed });
+   *  canvas: where it is shown; seed: () => the one chosen; chooseSeed: (seed) => void; state: () => what the picture
+   *  will be of; shown: (state, picture, img) => void. */
+  constructor({ generate, map, canvas, seed, chooseSeed, state, shown }) {
+    Object.assign(this, { generate, map, canvas, seed, chooseSeed, state, shown });
     $("stop").addEventListener("click", () => this.stop());
     $("several").addEventListener("click", () => this.toggleSeveral());
     $("compare").addEventListener("click", () => this.toggleCompare());
     $("compare_at").addEventListener("input", () => this.#showCompared());
   }
 
-  /** To be called after every change of what is to be generated. */
-  async update() {
+  /** To be called after every change of what is to be generated, with its picture if there is one. */
+  async update(ready = null) {
     this.#showCompared();
+    this.#ready = ready;
+    if (ready) this.#stopped?.abort();
     this.#wanted = true;
     if (this.#running) return;
     this.#running = true;
@@ -78,18 +82,20 @@ export class Picture {
   }
 
   async #showPicture() {
-    const { height, width } = this.map();
+    const { height, width } = this.map(), state = this.state(), ready = this.#ready, img = $("result").querySelector("img");
+    this.#ready = null;
     this.#since = performance.now();
     this.#current = false;
-    const made = await this.generate(null, this.#stopped.signal);
-    await put($("result").querySelector("img"), made.file, "Picture generated from the label map");
+    const made = ready ?? (await this.generate(null, this.#stopped.signal));
+    await put(img, made.file, "Picture generated from the label map");
     this.file = made.file;
     this.#current = true;
     $("save_picture").disabled = false;
     const seconds = ((performance.now() - this.#since) / 1000).toFixed(2);
     const resized = made.height !== height || made.width !== width;
     const size = `${width} × ${height}${resized ? ` (made at ${made.width} × ${made.height})` : ""}`;
-    $("status").textContent = `${size}, ${seconds} s`;
+    $("status").textContent = ready ? `${size}, generated before` : `${size}, ${seconds} s`;
+    this.shown(state, made, img);
   }
 
   async #showVariant(more) {
