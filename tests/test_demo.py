@@ -968,10 +968,17 @@ def test_the_history_brings_maps_styles_and_pictures_back(page, synthesizer, tmp
         seed = page.ask("return document.getElementById('seed').value")
         return page.colours(), seed, decoded(page.downloaded("#save_picture", "picture.png"))
 
+    def use(seed: int) -> None:
+        script = (
+            "const s = document.getElementById('seed'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))"
+        )
+        page.after(lambda: page.ask(script, seed))
+
+    use(40)
     page.after(lambda: page.drag((0, 100)))
     first, name = state(), entries()[0].text
-    assert re.fullmatch(r"Picture \d+, style 0", name) and entries()[0].accessible_name == name
-    page.after(lambda: page.keys("r"))
+    assert re.fullmatch(r"Picture \d+, style 40", name) and entries()[0].accessible_name == name
+    use(41)
     photo = write_png(tmp_path / "photo.png", np.full((50, 50, 3), 200, np.uint8))
     page.after(lambda: page.element("#photo").send_keys(str(photo)))
     page.after(lambda: page.drag((80, 0)))
@@ -1012,8 +1019,7 @@ def test_the_history_brings_maps_styles_and_pictures_back(page, synthesizer, tmp
     page.after(lambda: page.pointer(-60, 60).release().perform())
     assert entries()[0].text != count
     for seed in range(12):
-        page.after(lambda seed=seed: page.ask("const s = document.getElementById('seed'); s.value = arguments[0];"
-                                              "s.dispatchEvent(new Event('input'))", 50 + seed))  # fmt: skip
+        use(50 + seed)
     assert [entry.text.partition(", ")[2] for entry in entries()] == [f"style {seed}" for seed in range(61, 49, -1)]
     assert all(min(entry.size.values()) >= 44 for entry in entries())
     kept = page.browser.execute_async_script("""
