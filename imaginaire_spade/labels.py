@@ -227,7 +227,8 @@ class LabelSpec(BaseModel):
         ids = range(self.num_classes + 1)
         by_name = {self.name(i): i for i in reversed(ids)} | {str(i): i for i in ids}
         if name not in by_name:
-            near = difflib.get_close_matches(name, by_name, 3) or [self.name(0), "...", self.name(self.num_classes)]
+            names = [self.name(i) for i in ids]
+            near = difflib.get_close_matches(name, names, 3) or [names[0], "...", names[-1]]
             raise LabelError(
                 f"{name!r} is no class of the table: write a name ({', '.join(near)}) or an id (0..{self.num_classes})"
             )

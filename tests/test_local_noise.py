@@ -187,6 +187,11 @@ def test_one_mistake_one_message(run, checkpoint, tmp_path):  # noqa: F811
         ({"noise": "class", "style": np.zeros(4)}, "leave it out"),
         ({"anew": {"lake": 1}}, "anew lake: 'lake' is no class"),
         ({"anew": {(64, 0): 1}}, "outside of this label map"),
+        ({"anew": ["sea"]}, "write the parts and the seed of each"),
+        ({"anew": {"sea": "1"}}, "anew sea: its seed is '1'"),
+        ({"anew": {(1, 2, 3): 1}}, "a pixel is"),
+        ({"anew": {(1.5, 2): 1}}, "a pixel is"),
+        ({"anew": {99: 1}}, r"write a name \(\w+, ..., don't care\)"),  # no id as a name that is near
     ):
         with pytest.raises((ConfigError, DataError), match=message):
             synthesizer(ids, **arguments)

@@ -8,7 +8,7 @@ of the images nor on what else their label maps hold.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -182,3 +182,23 @@ def read_place(labels: LabelSpec, text: str, flag: str) -> Place:
         return labels.id_of(text)
     except LabelError as error:
         raise ConfigError(f"{flag} {text}: {error}; or a pixel X,Y of the label map, such as 120,40") from None
+
+
+def read_parts(labels: LabelSpec, parts: Mapping[str | Place, int] | None) -> tuple[tuple[Place, int], ...]:
+    """Convert the parts that get new noise, as Python states them, with their seeds: ``{"sky": 7, (120, 40): 8}``.
+
+    Raises:
+        ConfigError: no mapping, no class, no pixel of two whole numbers, or no whole number as seed.
+    """
+    if not isinstance(parts, Mapping):
+        raise ConfigError(f"anew: {parts!r}: write the parts and the seed of each, such as {{'sky': 7, (120, 40): 8}}")
+    read: list[tuple[Place, int]] = []
+    for place, seed in parts.items():
+        if not isinstance(seed, int | np.integer):
+            raise ConfigError(f"anew {place}: its seed is {seed!r}: give a whole number")
+        if not isinstance(place, tuple):
+            place = read_place(labels, str(place), "anew")
+        elif len(place) != 2 or not all(isinstance(value, int | np.integer) for value in place):
+            raise ConfigError(f"anew {place}: a pixel is (x, y), two whole numbers")
+        read.append((place, int(seed)))
+    return tuple(read)

@@ -23,7 +23,7 @@ from imaginaire_spade.data.transforms import Geometry, apply_to_map
 from imaginaire_spade.distributed import ProcessInfo, choose_device
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError
 from imaginaire_spade.files import AnyImage
-from imaginaire_spade.inference.local_noise import KINDS, LocalNoise, NoiseKind, check_takes_local_noise, read_place
+from imaginaire_spade.inference.local_noise import KINDS, LocalNoise, NoiseKind, check_takes_local_noise, read_parts
 from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.sizes import Size, SizeRule, format_size, read_size
 from imaginaire_spade.inference.synthesis import (
@@ -272,13 +272,8 @@ class Synthesizer:
             raise ConfigError(
                 f"{what}: every vector is drawn from the seed, so there is no place for style: leave it out"
             )
-        places = [
-            (place if isinstance(place, tuple) else read_place(self.labels, str(place), "anew"), new_seed)
-            for place, new_seed in anew.items()
-        ]
-        noise = LocalNoise(
-            kind, self.style_dims, seed, EVERY_LABEL_MAP, code if kind == "image" else None, tuple(places)
-        )
+        parts = read_parts(self.labels, anew)
+        noise = LocalNoise(kind, self.style_dims, seed, EVERY_LABEL_MAP, code if kind == "image" else None, parts)
         return noise.at(own, at, WHERE)
 
     def _without_labels(self, label_map: object, others: Sequence[ImageLike | None]) -> NDArray[np.generic]:
