@@ -329,6 +329,7 @@ def _explain(
     error: ValidationError, schema: type[BaseModel], prefix: tuple[str, ...], origins: Origins, source: str
 ) -> Iterator[str]:
     """Yield one line per mistake: file:line, key, what is wrong, what is allowed, nearest spelling."""
+    told = set[tuple[str, ...]]()  # sections whose keys are listed
     for item in error.errors():
         parts = [str(part) for part in item["loc"]]
         if parts[::2] == ["losses", "component"]:
@@ -342,8 +343,10 @@ def _explain(
             yield f"{_origin((*where, 'type'), origins, source)}: {key + ': ' if key else ''}{cause}"
         elif item["type"] == "extra_forbidden":
             allowed = _fields_at(schema, parts[:-1])
-            hint = did_you_mean(parts[-1], allowed) or "."
-            yield f"{at}: {key}: unknown key{hint} Allowed here: {', '.join(sorted(allowed))}"
+            hint, section = did_you_mean(parts[-1], allowed) or ".", tuple(parts[:-1])
+            listed = "" if section in told else f" Allowed here: {', '.join(sorted(allowed))}"
+            told.add(section)
+            yield f"{at}: {key}: unknown key{hint}{listed}"
         elif item["type"] == "missing":
             yield f"{at}: {key}: missing; write a value for it"
         else:

@@ -93,6 +93,7 @@ def test_a_block_that_slipped_into_another_section_stays_a_short_message(tmp_pat
         load_config(path)
     lines = str(raised.value).splitlines()
     assert len(lines) == 13 and lines[-1] == "... and 38 more such mistakes"
+    assert str(raised.value).count("Allowed here") == 1
 
 
 @pytest.mark.parametrize(
