@@ -277,6 +277,11 @@ def check_run(config: RunConfig, world_size: int, device: torch.device | None = 
             f"losses.feature_matching compares features, and dis ({config.dis.type}) gives none: write"
             " losses.feature_matching: 0"
         )
+    if trainer.freeze_discriminator_layers > discriminator.num_freezable_layers:
+        raise ConfigError(
+            f"trainer.freeze_discriminator_layers: {trainer.freeze_discriminator_layers}, and dis ({config.dis.type})"
+            f" has {discriminator.num_freezable_layers} layers that it can freeze: write that number or less"
+        )
     # Batch statistics and losses.
     if size[0] * size[1] == multiple**2 and train.batch_size * world_size // trainer.gradient_accumulation < 2:
         raise ConfigError(

@@ -299,6 +299,8 @@ class RunConfig(Section):
                 f"losses must contain one term that states the discriminator's loss, not"
                 f" {' and '.join(found) or 'none'}: write one of {known}, and 0 for one of the base config"
             )
+        if not any(loss.weight > 0 for loss in self.losses.values()):
+            raise ValueError(f"losses: all weights are 0, so the generator learns nothing: write losses.{found[0]}: 1")
         flips = self.data.train.augmentations.horizontal_flip
         if unclear := [c.name for c in self.data.conditions if flips and c.channels > 1 and c.flip_sign is None]:
             raise ValueError(

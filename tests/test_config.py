@@ -53,6 +53,7 @@ def test_all_recipes_are_found():
         ("losses.perceptal=1", ["unknown loss 'perceptal'", "'perceptual'"]),
         ("losses.gan.mode=hinges", ["losses.gan.mode: must be 'hinge'", "'hinges'"]),
         ("losses.gan=null", ["losses.gan: no weight", "write gan: 0"]),
+        ("losses={gan: 0, feature_matching: 0, perceptual: 0}", ["all weights are 0", "write losses.gan: 1"]),
         ("data.train.batch_size='4'", ["data.train.batch_size: must be a valid integer", "'4'"]),
         ("data.train.batch_size=0", ["greater than or equal to 1"]),
         ("gen_opt.lr=fast", ["gen_opt.lr: must be a valid number"]),

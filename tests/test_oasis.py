@@ -187,6 +187,9 @@ WRONG = {
         r"gives images of 96x160, but dis \(oasis_unet\) needs at least 64, and multiples of 64: such as"
         r" \[128, 128\]; or lower dis\.encoder\.num_blocks",
     ("data.train.augmentations={resize_h_w: [32, 128]}",): r"multiples of 64: such as \[64, 128\]",
+    ("trainer.freeze_discriminator_layers=7",): r"dis \(oasis_unet\) has 6 layers that it can freeze",
+    ("dis={type: multiscale_patch}", "losses={gan: 1, segmentation_gan: 0}", "trainer.freeze_discriminator_layers=40"):
+        r"dis \(multiscale_patch\) has \d layers that it can freeze",
     ("data.labels=null", "data.edges=file"): r"oasis_unet scores classes, and data\.labels is null",
 }  # fmt: skip
 

@@ -15,7 +15,9 @@ from imaginaire_spade.errors import ConfigError
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="P", help="a checkpoint of ours")
+    parser.add_argument(
+        "--checkpoint", required=True, type=Path, metavar="P", help="a checkpoint of ours, or its log dir"
+    )
     parser.add_argument("--target", required=True, choices=SOURCES, help="the system to write for")
     add_shared_flags(
         parser, "--weights", help="if the target holds only one: ema (default), or raw: non-averaged weights"
@@ -29,12 +31,14 @@ def main() -> None:
     import torch
 
     from imaginaire_spade.config_files import parse_config
+    from imaginaire_spade.inference.model import find_checkpoint
     from imaginaire_spade.interop.checkpoint import export_files
     from imaginaire_spade.interop.label_tables import export_notes
     from imaginaire_spade.training.checkpoint import load_checkpoint
 
-    content = load_checkpoint(arguments.checkpoint)
-    config = parse_config(content.get("config"), source=str(arguments.checkpoint))
+    path = find_checkpoint(arguments.checkpoint, None, None)
+    content = load_checkpoint(path)
+    config = parse_config(content.get("config"), source=str(path))
     files = export_files(arguments.target, content, config, arguments.weights, arguments.label_order)
     if existing := [name for name in files if (arguments.output_dir / name).exists()]:
         raise ConfigError(f"{arguments.output_dir} has {', '.join(existing)} already: give another --output_dir")

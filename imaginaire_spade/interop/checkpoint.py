@@ -167,7 +167,10 @@ def import_checkpoint(source: str, config: RunConfig, parts: Mapping[str, State]
     average, discriminator = parts.get("generator_ema"), parts.get("discriminator")
     settings, form = config.trainer.model_average, SYSTEMS[source].average_form
     if average is not None and settings is not None and settings.form != form:
-        notes.append(f"trainer.model_average.form: {form}, as {source} averages: write it to go on with --checkpoint")
+        notes.append(
+            f"{source} averages its weights in another form: the checkpoint says trainer.model_average.form: {form}."
+            " A config to continue its training with (train.py --checkpoint) must say so too"
+        )
         trainer = config.trainer.model_copy(update={"model_average": settings.model_copy(update={"form": form})})
         config = config.model_copy(update={"trainer": trainer})
     content: dict[str, Any] = {"config": dump_config(config), "images_seen": 0, "imported_from": source}

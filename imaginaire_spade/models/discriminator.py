@@ -48,6 +48,11 @@ class Discriminator(nn.Module):
     """Layers of each patch discriminator, or blocks of an encoder, from the input on, that never train (FreezeD, Mo et
     al. 2020)."""
 
+    @property
+    def num_freezable_layers(self) -> int:
+        """The largest ``frozen_layers`` that there are layers for."""
+        return max((len(m.layers) for m in self.modules() if isinstance(m, PatchDiscriminator)), default=0)
+
     def requires_grad_(self, requires_grad: bool = True) -> Discriminator:
         """Switch the gradients of all layers on, except those of frozen ones, or off."""
         super().requires_grad_(requires_grad)

@@ -183,6 +183,11 @@ class OASISDiscriminator(Discriminator):
         self.size_multiple = self.min_size = 2 ** len(encoded)
         self.to_logits = nn.Conv2d(last_num_filters, 1 + spec.num_label_channels, 1)
 
+    @property
+    def num_freezable_layers(self) -> int:
+        """The encoder's blocks: none of a pretrained one, which is frozen as it is."""
+        return len(self.encoder.blocks)
+
     def requires_grad_(self, requires_grad: bool = True) -> OASISDiscriminator:
         """Switch the gradients of all layers on, except those of the encoder's frozen blocks, or off."""
         super().requires_grad_(requires_grad)
