@@ -2,9 +2,13 @@
 
 ``loss_trace.json`` holds them for each kind of machine, by the hash of a probe: a small convolution, forward and
 backward. Where the probe's bits are on record, the machine computes alike, and the losses must be equal to the bit. On
-other machines convolutions round differently, and Adam's first steps, which follow signs, make much of it: there the
-first losses must be close, and the three after them near. To record this machine's, or anew after a change of the
-numbers that is meant: ``WRITE_LOSS_TRACE=1 python -m pytest tests/test_loss_trace.py``.
+other machines convolutions round differently, and Adam's first steps, which follow signs, make much of it: single
+losses differ by 5 % in the fourth iteration, by 28 % later. There the first losses must be close, which shows a change
+of what is computed, and the means of the 19 after them near, which shows a wrong update of the discriminator (of the
+generator hardly: its first 20 steps change little).
+
+To record this machine's, or anew after a change of the numbers that is meant: ``WRITE_LOSS_TRACE=1 python -m pytest
+tests/test_loss_trace.py``; then delete what the change made wrong of other machines' records.
 """
 
 from __future__ import annotations
@@ -38,6 +42,12 @@ CONFIG = {
     },
 }  # fmt: skip
 NAMES = ("d_total", "g_total", "feature_matching", "kl")
+FIRST = {"fp32": 1e-4, "bf16": 2**-8}
+"""How far the first losses may be from another machine's, as a share. 2^-8 is one rounding to bf16, and they are means
+of many values. Seen between three kinds of machines: 1e-5 and 7e-4."""
+NEAR = {"d_total": 0.02, "g_total": 0.05, "feature_matching": 0.05, "kl": 0.5}
+"""How far the means of the 19 after them may be, likewise. Seen: 0.6 %, 1.5 %, 1.4 % and 9 %, but for the KL divergence
+18 % after a change of the learning rate by 3e-5."""
 
 
 def probe() -> str:
@@ -75,6 +85,32 @@ def config_file(tmp_path_factory) -> Path:
     return path
 
 
+def trace_of(
+    commands: ForkServer, config_file: Path, name: str, processes: int, *options: str
+) -> dict[str, list[float]]:
+    """Train: each loss's 20 values."""
+    launcher = (*TORCHRUN, "--standalone", "--nproc_per_node=2") if processes == 2 else ()
+    result = commands.run(
+        *launcher, Path(__file__).resolve().parents[1] / "train.py", "--config", config_file, "--logdir", name,
+        "--device", "cpu", *options, f"--set=data.train.batch_size={4 // processes}", cwd=config_file.parent,
+        NO_CURVES="1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = (config_file.parent / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    trace = {key: [json.loads(line)[f"loss/{key}"] for line in lines] for key in NAMES}
+    assert all(len(values) == 20 for values in trace.values())
+    return trace
+
+
+def differences(trace: dict[str, list[float]], other: dict[str, list[float]], precision: str) -> list[str]:
+    """Tell which losses are further from another machine's than rounding explains."""
+    firsts = {key: (trace[key][0], other[key][0], FIRST[precision]) for key in NAMES}
+    means = {f"mean {key}": (np.mean(trace[key][1:]), np.mean(other[key][1:]), NEAR[key]) for key in NAMES}
+    return [
+        f"{what}: {a:.6g}, not {b:.6g}" for what, (a, b, share) in (firsts | means).items() if abs(a / b - 1) > share
+    ]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("iteration", ["shared", "reference"])
@@ -82,24 +118,25 @@ def test_twenty_iterations_give_the_losses_on_record(
     commands: ForkServer, config_file, here, iteration, precision, processes
 ):
     name = f"{iteration}_{precision}_{processes}"
-    launcher = (*TORCHRUN, "--standalone", "--nproc_per_node=2") if processes == 2 else ()
-    result = commands.run(
-        *launcher, Path(__file__).resolve().parents[1] / "train.py", "--config", config_file, "--logdir", name,
-        "--device", "cpu", f"--set=trainer.iteration={iteration}", f"--set=trainer.precision={precision}",
-        f"--set=data.train.batch_size={4 // processes}", cwd=config_file.parent, NO_CURVES="1",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    lines = (config_file.parent / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    trace = {key: [json.loads(line)[f"loss/{key}"] for line in lines] for key in NAMES}
-    assert all(len(values) == 20 for values in trace.values())
+    options = f"--set=trainer.iteration={iteration}", f"--set=trainer.precision={precision}"
+    trace = trace_of(commands, config_file, name, processes, *options)
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     if os.environ.get("WRITE_LOSS_TRACE"):
         record[here] = record.get(here, {}) | {name: trace}
         RECORD.write_text(json.dumps(record).replace("}, ", "},\n") + "\n", encoding="utf-8")
-    if here in record:
-        assert trace == record[here][name]
-    first, near = {"fp32": (1e-4, 2e-2), "bf16": (1e-3, 6e-2)}[precision]
-    for traces in record.values():
-        for key in NAMES:
-            np.testing.assert_allclose(trace[key][0], traces[name][key][0], rtol=first, atol=first)
-            np.testing.assert_allclose(trace[key][1:4], traces[name][key][1:4], rtol=near, atol=near)
+    if name in (own := record.get(here, {})):
+        assert trace == own[name]
+    others = [traces[name] for traces in record.values() if name in traces]
+    assert others
+    for other in others:
+        assert not differences(trace, other, precision)
+
+
+def test_a_mistake_shows_on_machines_without_a_record(commands: ForkServer, config_file):
+    """Twice the discriminator's learning rate; and a weight that is 0.1 % wrong."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    options = "--set=trainer.iteration=reference", "--set=dis_opt.lr=8e-4", "--set=losses.feature_matching=10.01"
+    trace = trace_of(commands, config_file, "mistakes", 1, *options)
+    for other in [traces["reference_fp32_1"] for traces in record.values() if "reference_fp32_1" in traces]:
+        found = [text.partition(":")[0] for text in differences(trace, other, "fp32")]
+        assert {"g_total", "mean d_total"} <= set(found) and not {"d_total", "kl", "feature_matching"} & set(found)
