@@ -11,6 +11,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+if len(sys.argv) not in (4, 5):
+    sys.exit(__doc__)
 session = onnxruntime.InferenceSession(sys.argv[1])
 about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
 table, multiple = about["label_table"], about["size_multiple"]
