@@ -39,12 +39,11 @@ class SpectralNorm(nn.Module):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        matrix = self._matrix().detach()
-        for name, size in zip(("weight_u", "weight_v"), matrix.shape, strict=True):
+        for name, size in zip(("weight_u", "weight_v"), self._matrix().shape, strict=True):
             self.register_buffer(name, F.normalize(torch.randn(size), dim=0, eps=1e-12))
         # A random v may be nearly orthogonal to W^T u, and evaluation mode would divide by nearly nothing. (Training
         # starts with this too, so it changes nothing there.)
-        F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12, out=self.weight_v)
+        F.normalize(self._matrix().detach().T @ self.weight_u, dim=0, eps=1e-12, out=self.weight_v)
 
     def normalised_weight(self) -> Tensor:
         """Return W / sigma, of the weight's shape; in training mode after one power iteration."""
