@@ -285,10 +285,10 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2532, "pages": 19, "data": 2040, "models": 1666, "pretrained": 634, "training": 2257,
-    "inference": 1456, "evaluation": 1008,
-    "lmdb_builder": 899, "dataset_prep": 797, "interop": 1148, "export": 164, "demo": 547, "scenes": 736,
-    "commands": 1360,
+    "top level": 2578, "pages": 19, "data": 2040, "models": 1672, "pretrained": 634, "training": 2259,
+    "inference": 1464, "evaluation": 1008,
+    "lmdb_builder": 899, "dataset_prep": 797, "interop": 1155, "export": 164, "demo": 547, "scenes": 736,
+    "commands": 1371,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""
