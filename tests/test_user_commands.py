@@ -339,7 +339,7 @@ evaluate.py --real stats.npz --fake made --reference_split val --output report.j
 """.replace("INCEPTION", "--inception_weights random:0 --feature_dim 64")
 
 
-@pytest.mark.parametrize("umask", ["022", "027"])
+@pytest.mark.parametrize("umask", [pytest.param("022", marks=pytest.mark.slow), "027"])
 def test_every_file_has_the_mode_that_the_umask_leaves(umask, tmp_path, commands):
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     (tmp_path / "tiny.yaml").write_text(TINY_SAMPLE)
