@@ -149,7 +149,7 @@ class Alarms:
             f"the discriminator has won: it classifies {accuracy:.1%} of the patches correctly, and the generator"
             f" learns little from it. What to do: {_MORE_IMAGES}, lower dis_opt.lr to gen_opt.lr or"
             " less, or dis.num_filters; few training images need horizontal_flip, random crops and"
-            " trainer.discriminator_augmentation: {}":
+            " trainer.discriminator_augmentation: {probability: 0.5}":
                 accuracy > DISCRIMINATOR_WON,
             f"the outputs saturate: {fake:.0%} of the generated values are black or white (real images:"
             f" {real:.0%}). What to do: restart from an earlier checkpoint, {_MORE_IMAGES}, lower"
