@@ -453,6 +453,7 @@ KINDS = {
     "clade": {"norm": {"type": "clade"}},
     "clade_icpe": {"norm": {"type": "clade_icpe"}},
     "wide": {"num_filters": 16, "norm": {"type": "clade"}},  # 256 channels at 1/16: Winograd
+    "reflecting": {"type": "pix2pixhd", "num_filters": 64, "num_downsamplings": 2, "num_blocks": 1},
 }  # fmt: skip
 
 

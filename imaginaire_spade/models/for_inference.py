@@ -44,7 +44,7 @@ class WinogradConv2d(nn.Module):
     channels, sums of products. In float32 it rounds less than the direct sum over 9 C products.
 
     Args:
-        conv: 3x3, stride 1, padding 1, one group.
+        conv: 3x3, stride 1, one group, one pixel of zeros as padding.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -61,8 +61,9 @@ class WinogradConv2d(nn.Module):
     @staticmethod
     def pays_for(conv: nn.Conv2d) -> bool:
         """Return whether ``conv`` is such a convolution, and wide enough to be faster (measured on CPUs)."""
-        shape = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
-        return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and min(conv.in_channels, conv.out_channels) >= 256
+        shape = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+        plain = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+        return shape == plain and min(conv.in_channels, conv.out_channels) >= 256
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x [N, in, H, W] -> [N, out, H, W] in memory format channels_last."""
