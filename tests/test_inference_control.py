@@ -1,5 +1,6 @@
 """Control over inference: styles, replaced classes, kinds of label maps, and what label maps may not be."""
 
+import copy
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from imaginaire_spade.inference.folder import Progress
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.synthesis import slerp
 from imaginaire_spade.labels import edges_from_ids
-from imaginaire_spade.models.for_inference import WinogradConv2d
+from imaginaire_spade.models.for_inference import WinogradConv2d, optimise_for_inference
 from imaginaire_spade.processes import one_writer
 from imaginaire_spade.training.checkpoint import write_checkpoint
 
@@ -480,3 +481,9 @@ def test_weights_made_ready_for_inference_give_the_training_graphs_pictures(kind
     assert (kind == "wide") == any(isinstance(layer, WinogradConv2d) for layer in model.generator.modules())
     with torch.inference_mode():
         assert (model.generator(layout, z) - expected).abs().max() < 2e-5
+    as_they_were = optimise_for_inference(copy.deepcopy(generator), winograd=False)
+    cast = optimise_for_inference(copy.deepcopy(generator), winograd=False, dtype=torch.bfloat16)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cast(layout, z), as_they_were(layout, z))
+    half = Model.load(tmp_path / "model.pt", weights="raw", precision="bf16").generator.state_dict()
+    assert {half[key].dtype for key in half if key.endswith("to_image.weight")} == {torch.bfloat16}

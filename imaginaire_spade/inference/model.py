@@ -40,6 +40,7 @@ from imaginaire_spade.training.checkpoint import (
     published_sha256,
     read_published,
 )
+from imaginaire_spade.training.step import AUTOCAST
 from imaginaire_spade.version import __version__
 
 
@@ -59,7 +60,7 @@ class Model:
     notes: tuple[str, ...] = ()
     """What the user should know."""
     precision: str = "fp32"
-    """Arithmetic of the convolutions: "fp32", "bf16" or "fp16"; weights and statistics are float32 in any case."""
+    """Arithmetic of the convolutions: "fp32", "bf16" or "fp16"; statistics and tables are float32 in any case."""
     for_inference: bool = False
     """Whether layers and names of weights are those that are fastest here, not those that were trained."""
 
@@ -120,9 +121,11 @@ class Model:
         encoder = _filled(build_encoder, config, content, "encoder", weights, path) if has_encoder else None
         device = torch.device(device)
         winograd = device.type == "cpu" and precision == "fp32"
-        for network in filter(None, (generator, encoder)):
+        for network, dtype in ((generator, AUTOCAST[precision]), (encoder, None)):  # styles are computed in float32
+            if network is None:
+                continue
             if for_inference:
-                optimise_for_inference(network, winograd=winograd)
+                optimise_for_inference(network, winograd=winograd, dtype=dtype)
             network.eval().requires_grad_(False).to(device)
         if compiled:
             generator.compile(dynamic=True)

@@ -12,7 +12,7 @@ from imaginaire_spade.models.norms import SPADE, ConditionalNorm
 N = TypeVar("N", bound=nn.Module)
 
 
-def optimise_for_inference(network: N, *, winograd: bool) -> N:
+def optimise_for_inference(network: N, *, winograd: bool, dtype: torch.dtype | None = None) -> N:
     """Prepare a network, in place, for inference alone; its images change by rounding only.
 
     Fold spectral norms into the weights, lay out the weights of SPADE's tables and those of convolutions in the order
@@ -21,18 +21,23 @@ def optimise_for_inference(network: N, *, winograd: bool) -> N:
     Args:
         network: a generator or a style encoder.
         winograd: whether to use Winograd convolutions: for float32 on a CPU; on GPUs cuDNN chooses.
+        dtype: of the autocast that the network will run in. Weights are stored in it, which autocast would otherwise
+            compute anew in every forward: the same images. (Not those of norms, whose tables add them in float32.)
     Returns:
         The network, in evaluation mode and without gradients.
     """
     fold_spectral_norm(network).eval().requires_grad_(False)
     for module in list(network.modules()):
         if isinstance(module, SPADE):
-            module.lay_out_tables()
+            module.lay_out_tables(dtype)
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
-        if winograd and not isinstance(module, ConditionalNorm):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Conv2d) and WinogradConv2d.pays_for(child):
+        if isinstance(module, ConditionalNorm):
+            continue
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d):
+                child.to(dtype=dtype)
+                if winograd and WinogradConv2d.pays_for(child):
                     setattr(module, name, WinogradConv2d(child))
     return network
 

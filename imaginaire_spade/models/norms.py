@@ -253,10 +253,11 @@ class SPADE(ConditionalNorm):
         return torch.cat([effective_weight(conv).flatten(2).permute(2, 0, 1) for conv in (self.gamma, self.beta)], 1)
 
     @torch.no_grad()
-    def lay_out_tables(self) -> None:
-        """Store the weights in the order of tables, instead of reordering them in every forward. For inference only."""
+    def lay_out_tables(self, dtype: torch.dtype | None = None) -> None:
+        """Store the weights in the order (and dtype) of tables, instead of making them so in every forward. For
+        inference only."""
         if self.path != "dense":
-            self.laid_out = self._table_weights()
+            self.laid_out = self._table_weights().to(dtype=dtype)
 
 
 @NORMS.register("concat")
