@@ -1,8 +1,9 @@
-"""Let the annotation tools write ``tool_exports.json``, which ``test_annotation_exports.py`` reads.
+"""Let the annotation tools write ``tool_exports.json``, for ``test_annotation_exports.py`` and ``test_formats.py``.
 
-Run it in an environment of its own, since these packages bring another OpenCV:
+Run it in an environment of its own, since these packages bring another OpenCV (and cityscapesScripts cannot write
+instance maps with a newer Pillow):
 
-    pip install labelme datumaro label-studio-converter
+    pip install labelme datumaro label-studio-converter cityscapesScripts "pillow<13"
     QT_QPA_PLATFORM=offscreen python tests/make_tool_exports.py
 
 Each export holds its files (text, or base64 of photos and masks) and, as rows of one character per pixel, the classes
@@ -85,7 +86,8 @@ def datumaro(root):
     }
     items = [DatasetItem(key, subset=split, media=media, annotations=a) for (key, split), a in drawn.items()]
     data = Dataset.from_iterable(items, categories=["background", "cat", "straße"])
-    data.export(str(root), {"coco": "coco_instances", "voc": "voc_segmentation"}[root.name], save_media=True)
+    form = {"coco": "coco_instances", "voc": "voc_segmentation"}.get(root.name, root.name)
+    data.export(str(root), form, save_media=True)
     classes = np.zeros((HEIGHT, WIDTH), int)
     if root.name == "voc":
         classes[:] = 1
@@ -125,17 +127,67 @@ def label_studio(root):
     return {"my photo": rows(classes)}
 
 
+def cityscapes(root):
+    """Write one annotated photo per split with the tool that wrote the data set's own label maps."""
+    from cityscapesscripts.preparation.json2instanceImg import json2instanceImg
+    from cityscapesscripts.preparation.json2labelImg import json2labelImg
+
+    boxes = {
+        "road": (0, 6, 15, 11), "sky": (0, 0, 15, 5), "car": (2, 4, 6, 8), "license plate": (3, 6, 4, 7),
+        "cargroup": (8, 4, 11, 8), "person": (13, 6, 14, 10), "static": (0, 9, 1, 11),
+    }  # fmt: skip
+    objects = [{"label": name, "polygon": [[a, b], [c, b], [c, d], [a, d]]} for name, (a, b, c, d) in boxes.items()]
+    for split, city in (("train", "aachen"), ("val", "lindau")):
+        stem = f"{split}/{city}/{city}_000000_000019"
+        photo(root / f"leftImg8bit/{stem}_leftImg8bit.png")
+        truth = root / f"gtFine/{stem}_gtFine"
+        truth.parent.mkdir(parents=True)
+        annotation = root / f"gtFine/{stem}_gtFine_polygons.json"
+        annotation.write_text(json.dumps({"imgHeight": HEIGHT, "imgWidth": WIDTH, "objects": objects}))
+        for name, encoding in (("labelIds", "ids"), ("labelTrainIds", "trainIds")):
+            json2labelImg(str(annotation), f"{truth}_{name}.png", encoding)
+        json2instanceImg(str(annotation), f"{truth}_instanceIds.png", "ids")
+    return {}
+
+
+def camvid(root):
+    """Write one image in CamVid's own 32 colours."""
+    from datumaro.components.annotation import Mask
+    from datumaro.components.dataset import Dataset
+    from datumaro.components.dataset_base import DatasetItem
+    from datumaro.components.media import Image as Media
+    from datumaro.plugins.data_formats.camvid import CamvidLabelMap
+
+    masks = [Mask(np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) == i, label=i) for i in range(len(CamvidLabelMap))]
+    item = DatasetItem("a", subset="train", media=Media.from_numpy(PHOTO), annotations=masks)
+    data = Dataset.from_iterable([item], categories=list(CamvidLabelMap))
+    data.export(str(root), "camvid", save_media=True, label_map="camvid")
+    return {}
+
+
+def mapillary(root):
+    """Write the names and colours of both versions of Vistas, as Datumaro knows them."""
+    from datumaro.plugins.data_formats.mapillary_vistas.format import MapillaryVistasLabelMaps
+
+    for release, colours in MapillaryVistasLabelMaps.items():
+        labels = [f"{name} {red} {green} {blue}" for name, (red, green, blue) in colours.items()]
+        (root / f"{release}.txt").write_text("\n".join(labels))
+    return {}
+
+
 def content(path):
     data = path.read_bytes()
     return data.decode() if path.suffix in (".json", ".txt") else {"base64": base64.b64encode(data).decode()}
 
 
 if __name__ == "__main__":
-    packages = ("labelme", "datumaro", "label-studio-converter", "pycocotools", "pillow")
+    packages = ("labelme", "datumaro", "label-studio-converter", "cityscapesScripts", "pycocotools", "pillow")
     exports = {"versions": {package: version(package) for package in packages}}
     with tempfile.TemporaryDirectory() as folder:
         for name, write in (
-            ("labelme", labelme), ("coco", datumaro), ("voc", datumaro), ("label_studio", label_studio)
+            ("labelme", labelme), ("coco", datumaro), ("voc", datumaro), ("label_studio", label_studio),
+            ("coco_stuff", datumaro), ("coco_panoptic", datumaro), ("cityscapes", cityscapes), ("camvid", camvid),
+            ("mapillary", mapillary),
         ):  # fmt: skip
             root = Path(folder, name)
             root.mkdir()

@@ -13,8 +13,9 @@ import download_test_data
 import numpy as np
 import pytest
 
-from imaginaire_spade.dataset_prep.annotations import _coco_mask, paint
+from imaginaire_spade.dataset_prep.annotations import paint
 from imaginaire_spade.dataset_prep.archives import unpack
+from imaginaire_spade.dataset_prep.coco import _coco_mask
 from imaginaire_spade.dataset_prep.prepare import _read_objects
 from imaginaire_spade.errors import DataError, UserError, run_command_line
 from imaginaire_spade.evaluation.collection import Collection

@@ -24,8 +24,10 @@ What --source must hold, unpacked:
                     label maps are NAME_mask.png, as Roboflow exports them]
 
 What annotation tools export, unpacked (docs/data_from_tools.md says which export to choose):
-    coco            any COCO JSON with polygons or masks, and the photos (CVAT, Roboflow, ...) [--images, --labels JSON]
-    cvat, voc       labelmap.txt SegmentationClass/ JPEGImages/ [SegmentationObject/ ImageSets/]
+    coco            any COCO JSON with polygons or masks, or panoptic maps in the folder of its name, and the photos
+                    (CVAT, Roboflow, ...) [--images, --labels JSON]
+    cvat, voc       labelmap.txt SegmentationClass/ JPEGImages/ [SegmentationObject/ ImageSets/]; PASCAL VOC's own
+                    folders need no labelmap.txt
     labelme         photos, each with its JSON [--images]
     label_studio    the JSON, and the photos [--images]
     parts           images/ masks/ with one mask per part: PHOTO_PART.png, PHOTO/PART.png or PART/PHOTO.png; --classes

@@ -19,21 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, check_size, decode_label, image_size
+from imaginaire_spade.data.image_files import IMAGE_EXTENSIONS, decode_label, image_size
 from imaginaire_spade.data.photos import decode_stored, read_header
 from imaginaire_spade.dataset_prep import samples
+from imaginaire_spade.dataset_prep.coco import Area, coco_regions
 from imaginaire_spade.dataset_prep.samples import Export, Options, RawSample, find_folder, find_images, no_class
-from imaginaire_spade.errors import DataError, UserError, how_to_install
+from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.files import encode_image, read_json, read_text
 
-Area = Callable[[], NDArray[np.bool_]]
-"""Draws a region: bool [H, W]. Picklable."""
 Regions = Sequence[tuple[Any, str, Area]]
 """Class or id, place of the description, and what draws it; the last lies on top."""
-
-
-CocoRegion = tuple[float, Any, str, Area]
-"""Size in pixels, id of the category, place in the file, and what draws it."""
 
 
 class Annotated(NamedTuple):
@@ -143,7 +138,7 @@ def _gather(paths: Sequence[Path], tool: str, read: _Reader) -> tuple[list[Annot
 
 
 def _coco(source: Path, options: Options) -> Export:
-    """Read COCO's polygons and run length codes. Small regions lie upon large ones."""
+    """Read COCO's polygons, run length codes and panoptic maps. Small regions lie upon large ones."""
     folder, categories, empty = source / (options.images or "."), dict[str, None](), list[str]()
     photos = _by_name(folder)
 
@@ -151,8 +146,12 @@ def _coco(source: Path, options: Options) -> Export:
         names = {category["id"]: str(category["name"]) for category in tree["categories"]}
         categories.update(dict.fromkeys(names.values()))
         regions = coco_regions(path, tree, empty)
-        subset = path.stem.removeprefix("instances_") if path.stem.startswith("instances_") else path.parent.name
-        split = next((split for split in ("val", "test") if split in subset.lower()), "train")
+        named = re.fullmatch("(?:instances|stuff|panoptic|person_keypoints)_(.+)", path.stem)
+        subset, end = named[1] if named else path.parent.name, r"(?:^|[_-]){}(?:id|idation|ing)?\d*$"
+        told = (
+            split for split in ("val", "test") if split in subset.lower() or re.search(end.format(split), path.stem)
+        )
+        split = next(told, "train")
         for image in tree["images"]:
             name = image["file_name"]
             places = [path.parent, *(folder / place for place in (f"images/{subset}", subset, "images", "."))]
@@ -172,70 +171,6 @@ def _coco(source: Path, options: Options) -> Export:
     notes = [f"{len(empty)} annotations left out, which have no mask: {empty[0]} ..."] if empty else []
     # (Roboflow lists the project itself as a category, which is never used.)
     return _export(found, [name for name in categories if name in used], options, notes)
-
-
-def coco_regions(path: Path, tree: Any, empty: list[str], otherwise: str = "") -> dict[Any, list[CocoRegion]]:
-    """Map the id of every image to its regions, in the file's order.
-
-    Args:
-        empty: gets the annotations without a mask.
-        otherwise: says what can be done without pycocotools.
-    Raises:
-        ConfigError: pycocotools is not installed.
-        DataError: an annotation belongs to no image.
-        KeyError, TypeError, AttributeError: this is no instances JSON of COCO.
-    """
-    with how_to_install("pycocotools", f"{path}: reading it needs the package pycocotools", otherwise):
-        import pycocotools.mask  # noqa: F401
-    sizes = {image["id"]: (image["height"], image["width"]) for image in tree["images"]}
-    regions: dict[Any, list[CocoRegion]] = {image_id: [] for image_id in sizes}
-    for note in tree["annotations"]:
-        where, shape = f"{path}: annotation {note['id']}", note.get("segmentation")
-        if note["image_id"] not in sizes:
-            raise DataError(f"{where}: its image_id {note['image_id']} is not in the list of images")
-        if isinstance(shape, list):  # pycocotools refuses all polygons if the first one has no area
-            shape = [polygon for polygon in shape if len(polygon) >= 6]
-        if shape:
-            area = partial(_coco_mask, shape, *sizes[note["image_id"]])
-            regions[note["image_id"]].append((float(note.get("area", 0)), note.get("category_id"), where, area))
-        else:
-            empty.append(where)
-    return regions
-
-
-def _coco_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """Draw polygons or a run length code of COCO: bool [H, W].
-
-    Raises:
-        ValueError: points far outside, at which pycocotools ends the process; lengths that do not fill the code's size.
-    """
-    if isinstance(segmentation, dict):
-        (rows, columns), lengths = segmentation["size"], segmentation["counts"]
-        check_size(rows, columns, "a run length code")
-        lengths = _run_lengths(lengths) if isinstance(lengths, str) else lengths
-        if sum(lengths) != rows * columns:
-            raise ValueError(f"run lengths of {sum(lengths)} pixels for {rows} x {columns}")
-        return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(columns, rows).T
-    from pycocotools import mask
-
-    if not all((np.abs(np.array(polygon, float)) <= 2 * max(height, width)).all() for polygon in segmentation):
-        raise ValueError(f"points far outside of {width} x {height} pixels (width x height)")
-    return mask.decode(mask.merge(mask.frPyObjects(segmentation, height, width))) != 0
-
-
-def _run_lengths(code: str) -> list[int]:
-    """Read COCO's compressed run lengths: five bits per character, the lowest first, then whether more follow. From the
-    fourth length on they are differences to the length before the last."""
-    lengths, number, shift = list[int](), 0, 0
-    for bits in (ord(character) - 48 for character in code):
-        number, shift = number | (bits & 31) << shift, shift + 5
-        if shift > 40:
-            raise ValueError("a run length of more than 40 bits")
-        if not bits & 32:
-            number -= (bits & 16) << shift - 4  # the sign
-            lengths.append(number + (lengths[-2] if len(lengths) > 2 else 0))
-            number, shift = 0, 0
-    return lengths
 
 
 def _labelme(source: Path, options: Options) -> Export:
@@ -348,8 +283,12 @@ def _label_studio_area(value: Mapping[str, Any], size: tuple[int, int]) -> NDArr
 
 def _voc(source: Path, options: Options) -> Export:
     """Read CVAT's "Segmentation mask" and other exports in VOC's form: colours as labelmap.txt says."""
-    path, colours = source / "labelmap.txt", dict[str, tuple[int, int, int]]()
-    text = read_text(path, DataError, f"{path} is needed, with a line NAME:R,G,B:: for each class")
+    path, colours, notes = source / "labelmap.txt", dict[str, tuple[int, int, int]](), list[str]()
+    if not path.exists() and (source / "ImageSets/Main").is_dir():  # which exports of masks do not have
+        text = _VOC.replace(" ", ":\n") + ":"
+        notes.append(f"{path} is not there, so the classes are those of PASCAL VOC itself, in its colours")
+    else:
+        text = read_text(path, DataError, f"{path} is needed, with a line NAME:R,G,B:: for each class")
     for line in filter(None, (line.split("#")[0].strip() for line in text.splitlines())):
         found = re.fullmatch(r"([^:]+):(?:(\d+),(\d+),(\d+))?(?::.*)?", line)
         if found is None:
@@ -372,11 +311,17 @@ def _voc(source: Path, options: Options) -> Export:
         draw["seg_maps"] = partial(_by_colour, mask, colours, classes)
         files = {"images": photo} | ({"inst_maps": objects[key]} if key in objects else {})
         made.append(RawSample("val" if key in val else "train", key, files, draw=draw))
-    notes = [f"{number} photos left out, which have no mask"] if (number := len(shown.keys() - masks)) else []
+    if number := len(shown.keys() - masks):
+        notes.append(f"{number} photos left out, which have no mask")
     return Export(made, list(classes), [colours[name] for name in classes], notes)
 
 
 _VOC_BORDER = (224, 224, 192)
+_VOC = (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person"
+    " pottedplant sheep sofa train tvmonitor"
+)
+"""The classes of PASCAL VOC, whose own download has no labelmap.txt."""
 
 
 def _voc_colour(index: int) -> list[int]:

@@ -20,7 +20,8 @@ from imaginaire_spade.data.image_files import DECODERS, check_size, decode_label
 from imaginaire_spade.data.photos import decode_stored
 from imaginaire_spade.data.transforms import Geometry, apply_to_image, apply_to_map
 from imaginaire_spade.dataset_prep import samples as raw
-from imaginaire_spade.dataset_prep.annotations import TOOLS, CocoRegion, coco_regions, mask_file, paint
+from imaginaire_spade.dataset_prep.annotations import TOOLS, mask_file, paint
+from imaginaire_spade.dataset_prep.coco import CocoRegion, coco_regions
 from imaginaire_spade.dataset_prep.maps import Writing, write_maps
 from imaginaire_spade.dataset_prep.samples import Export, Options, RawSample, find_folder, find_images, find_path
 from imaginaire_spade.errors import DataError, UserError
