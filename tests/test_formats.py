@@ -399,6 +399,17 @@ def test_what_is_not_read_ends_with_a_message(name, commands, tmp_path):
     assert not (tmp_path / "O").exists()
 
 
+def test_pixel_maps_of_the_stuff_challenge_are_refused(commands, tmp_path):
+    """They count as labels.txt does, one more than cocostuff.yaml; their 183 gives them away."""
+    for split in ("train", "val"):
+        pairs(f"{split}2017/1.jpg", f"stuffthingmaps/{split}2017/1.png", [0, 92, 183])(tmp_path)
+    result = commands.run(
+        "scripts/prepare_dataset.py", "cocostuff", "--source", str(tmp_path), "--output", str(tmp_path / "O"),
+        "--lmdb", "--num_workers", "0",
+    )  # fmt: skip
+    assert result.returncode == 2 and re.search(r"1\.png: label value\(s\) 183 outside the table", result.stderr)
+
+
 # ------------------------------------------------------------------------------------------------ the page
 
 
