@@ -241,8 +241,9 @@ FORMATS = {
         "prepare_dataset.py custom --source S --images train --labels trainannot --output O --lmdb"
         " --config T/camvid32.yaml", "camvid32", [NOTHING, "Animal", "Archway", "Bicyclist"]),
     "camvid_32_ids": Format(
-        several(pairs("i/a.png", "m/a.png", [0, 29, 30, 31]), link(images="i", seg_maps="m")),
-        BUILD.format("T/camvid32.yaml"), "camvid32", ["Animal", "VegetationMisc", NOTHING, "Wall"]),
+        several(pairs("i/0001TP_006690.png", "m/0001TP_006690_L.png", [0, 29, 30, 31]), link(images="i", seg_maps="m"),
+                table_with("camvid32", suffixes={"seg_maps": "_L"})),
+        BUILD.format("S/mine.yaml"), "camvid32", ["Animal", "VegetationMisc", NOTHING, "Wall"]),
     "facades": Format(
         several(*(pairs(f"{part}/cmp_{letter}000{n}.jpg", f"{part}/cmp_{letter}000{n}.png", [1, 2, 12, 0],
                         [v for i in range(256) for v in (i, 255 - i, 128)])
@@ -375,6 +376,14 @@ def texts(**files: str) -> Callable[[Path], None]:
     return write
 
 
+def folder(name: str, file: str) -> Callable[[Path], None]:
+    def write(root: Path) -> None:
+        (root / name).mkdir()
+        (root / name / file).write_bytes(b"MATLAB 5.0 MAT-file")
+
+    return write
+
+
 NOT_READ = {
     "ade20k_2016": ("ade20k_full", texts(a_atr_DOT_txt="001 # 0 # 0 # sky # sky # \"\"\n"), "no classes there"),
     "cvat_xml": ("cvat", texts(annotations_DOT_xml="<annotations/>"), "labelmap.txt is needed"),
@@ -382,6 +391,11 @@ NOT_READ = {
         "coco", texts(train_DOT_json='{"info": {}, "categories": {"label": {"labels": []}}, "items": []}'),
         "no JSON of COCO with masks"),
     "labelme_xml": ("labelme", texts(a_DOT_xml="<annotation/>"), "no classes there"),
+    "mat_files": ("custom", several(pairs("images/a.jpg", "seg/a.png", [0]), folder("labels", "a.mat")),
+                  "a.png"),
+    "facades_pix2pix": ("facades", pairs("train/1.jpg", "train/1.png", [0]), "no base/*.jpg or extended/*.jpg"),
+    "deepfashion2": ("coco", texts(a_DOT_json='{"source": "shop", "pair_id": 1, "item1": {"segmentation": [[1, 2]]}}'),
+                     "no JSON of COCO with masks"),
     "label_studio_png": ("label_studio", texts(), "no classes there"),
 }  # fmt: skip
 """Formats that are not read -> the source that a user would try, and the words of the message."""
