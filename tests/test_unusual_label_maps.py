@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import struct
 import sys
 import tempfile
 import unicodedata
@@ -99,6 +100,32 @@ def test_signed_label_maps_are_read(data):
     assert LabelSpec(num_classes=3, ignore=(-1,)).to_train_ids(decoded, "x").tolist() == [[0, 1, 3], [2, 3, 0]]
     with pytest.raises(DataError, match=r"x: .*-1 .*ignore: \[-1\]"):
         LabelSpec(num_classes=3, ignore=(255,)).to_train_ids(decoded, "x")
+
+
+def bare_tiff(ids: np.ndarray, bits: int, photometric: int = 1) -> bytes:
+    """A TIFF of one strip of grey samples of 2, 4 or 8 bits (GDAL: NBITS=4), whose 0 is white (0) or black (1)."""
+    samples = np.unpackbits(ids.astype(np.uint8)[..., None], axis=2)[..., 8 - bits :].reshape(len(ids), -1)
+    strip = np.packbits(samples, axis=1).tobytes()
+    tags = {256: ids.shape[1], 257: len(ids), 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: len(ids),
+            279: len(strip)}  # fmt: skip
+    tags[273] = 10 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + strip
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_tiffs_give_the_samples_that_they_hold(bits):
+    ids = np.arange(7 * 11).reshape(7, 11) % (1 << bits)
+    assert decode_label(bare_tiff(ids, bits), "x").tolist() == ids.tolist()  # PIL spreads 0..15 over 0..255
+    with pytest.raises(DataError, match=r"x: a label map in a TIFF whose 0 is white.*save it"):
+        decode_label(bare_tiff(ids, bits, 0), "x")
+
+
+def test_colours_of_16_bits_are_refused_in_every_format():
+    colours = np.full((4, 5, 3), 0x1234, np.uint16)
+    for suffix in (".png", ".tif"):  # PIL reads the upper half of a TIFF's colours, and does not say so
+        with pytest.raises(DataError, match="x: a label map of pixel format RGB, 16 bits per channel"):
+            decode_label(cv2.imencode(suffix, colours)[1].tobytes(), "x")
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16, ">u2", np.int64, np.uint32])

@@ -3,7 +3,7 @@
 Responsible for what a photo, a label map, an edge map and an instance map may look like as a file. A photo may be
 anything that OpenCV reads; a map must be lossless (an image, .npy or .npz), and its integers come out as they stand
 in the file: palette images give their indices, 16-bit greys stay 16-bit, 1-, 2- and 4-bit greys give the raw sample
-values, signed files their negative ones. Knows nothing of label tables.
+values (those of a TIFF too), signed files their negative ones. Knows nothing of label tables.
 """
 
 import io
@@ -225,9 +225,11 @@ def _check_form(mode: str, where: str, what: str, bits: int = 8) -> None:
 
 def _decode_with_pil(data: bytes, where: str, what: str) -> NDArray[np.generic]:
     image = open_image(data, where)
-    _check_form(image.mode, where, what)
-    if data.startswith(TIFF):
-        tiff_tags(data, where)  # several pages are refused
+    tags = tiff_tags(data, where) if data.startswith(TIFF) else {}  # several pages are refused
+    bits = tags.get(258, 8)
+    _check_form(image.mode, where, what, bits if image.mode == "RGB" else 8)  # PIL drops the lower 8 bits of 16
+    if image.mode == "L" and tags.get(262) == 0:  # PIL turns them around; others, and of 16 bits PIL too, do not
+        raise DataError(f"{where}: a {what} in a TIFF whose 0 is white, so ids may be turned around: save it as PNG")
     try:
         stored = np.asarray(image)
     except (OSError, SyntaxError, ValueError, IndexError) as error:  # PIL's words for damaged data
@@ -238,7 +240,7 @@ def _decode_with_pil(data: bytes, where: str, what: str) -> NDArray[np.generic]:
         return stored.view(np.int8).astype(np.int32)
     if image.mode.startswith("I;16"):
         return stored.astype(np.uint16)
-    return stored
+    return stored // np.uint8(255 // (2**bits - 1)) if image.mode == "L" and bits < 8 else stored  # as in _decode_png
 
 
 def read_array(data: bytes, where: str) -> NDArray[Any]:
