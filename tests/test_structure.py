@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "imaginaire_spade"
@@ -242,6 +243,16 @@ def test_the_package_imports_nothing_of_the_repository_around_it():
     """Neither the modules of ``projects/`` nor those of ``tests/`` are installed."""
     around = re.compile(r"^\s*(?:from|import) (?:projects|tests|benchmarks|scripts)\b", re.MULTILINE)
     assert not [path for path in SOURCES if around.search(path.read_text(encoding="utf-8"))]
+
+
+def test_the_lowest_versions_are_those_that_install_md_names_and_the_tests_versions_are_not_lower():
+    """Who lowers or raises a bound runs the tests with the lowest versions (INSTALL.md says which were run)."""
+    dependencies = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    lowest = dict(dependency.split(">=") for dependency in dependencies)
+    line = re.search(r"Lowest versions: ([^:]+?)\.\s", (REPOSITORY / "INSTALL.md").read_text(encoding="utf-8"))
+    assert line and dict(item.split() for item in line[1].split(",")) == lowest
+    pinned = dict(line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().split("\n") if "==" in line)
+    assert all(Version(pinned[name]) >= Version(version) for name, version in lowest.items())
 
 
 def test_extras_are_installed_from_the_checkout():
