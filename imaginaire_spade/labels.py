@@ -108,6 +108,9 @@ class LabelSpec(BaseModel):
     mirror: dict[str | int, str | int] = {}
     """Class -> its counterpart on the other side (names or ids; each pair once or both ways): a horizontal flip swaps
     them, so that a left eye stays a left eye."""
+    absent: tuple[str, ...] = ()
+    """Names of classes that the data set's label maps never show. The build says so if one occurs, since ids are then
+    probably numbered in another way. Names that the table does not have count for nothing."""
 
     @model_validator(mode="after")
     def _check(self) -> LabelSpec:

@@ -413,6 +413,19 @@ def test_what_is_not_read_ends_with_a_message(name, commands, tmp_path):
     assert not (tmp_path / "O").exists()
 
 
+@pytest.mark.parametrize(("values", "other"), [([0, 10, 12, 91, 181, 255], False), ([0, 10, 11, 79, 170, 255], True)])
+def test_a_build_says_that_coco_stuff_may_be_numbered_otherwise(values, other, commands, tmp_path):
+    """No file of the 182 ids shows a street sign (11); files of 171 classes do, where they mean a stop sign."""
+    pairs("raw/images/a.jpg", "raw/seg_maps/a.png", values)(tmp_path)
+    result = commands.run(
+        "scripts/build_lmdb.py", "--config", str(TABLES / "cocostuff.yaml"), "--data_root", str(tmp_path / "raw"),
+        "--output_root", str(tmp_path / "out"), "--num_workers", "0",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    note = "11 (street sign) occur, which label maps of this data set never show: are their ids numbered otherwise"
+    assert (f"note: {note}" in result.stdout) == other
+
+
 def test_pixel_maps_of_the_stuff_challenge_are_refused(commands, tmp_path):
     """They count as labels.txt does, one more than cocostuff.yaml; their 183 gives them away."""
     for split in ("train", "val"):

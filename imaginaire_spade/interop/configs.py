@@ -212,7 +212,7 @@ def _from_oasis(keys: Keys, tables: Path | None) -> dict[str, Any]:
     labels = label_table("oasis", spec, dataset)
     named = None if tables is None or dataset not in _TABLES else load_labels(tables / _TABLES[dataset])
     if named is not None and named.num_classes == labels["num_classes"]:
-        labels |= {name: getattr(named, name) for name in ("ignore", "remap", "names", "palette")}
+        labels |= {name: getattr(named, name) for name in ("ignore", "remap", "names", "palette", "absent")}
     ours |= {"data.labels": labels, "data.edges": "none"} | _roots(keys, ours["data.name"])
     train, val = (f"data.{split}.augmentations." for split in ("train", "val"))
     ours |= {f"{train}resize_h_w": list(size), f"{val}resize_h_w": list(size)}

@@ -34,6 +34,11 @@ def describe_doubts(manifest: Mapping[str, Any], labels: LabelSpec) -> Iterator[
     rare = [labels.name(i) for i, count in enumerate(pixels[:-1]) if 0 < count < 1e-4 * sum(pixels)]
     if rare:
         yield f"rarer than 0.01 % of the pixels: {', '.join(rare[:10])}{' ...' if len(rare) > 10 else ''}"
+    if seen := [f"{i} ({name})" for i, name in enumerate(labels.names) if name in labels.absent and pixels[i]]:
+        yield (
+            f"note: {', '.join(seen)} occur, which label maps of this data set never show: are their ids numbered"
+            " otherwise? docs/formats.md"
+        )
     if labels.num_classes > 1 and 2 * doubts["one class"] > number:
         yield (
             f"note: {doubts['one class']} of {number} label maps hold one class only: are they the maps of these"

@@ -278,7 +278,8 @@ def _find_changed(shard: Path, manifest: Manifest, plan: Plan, name: str, source
 def _difference(manifest: Manifest, plan: Plan, source: Mapping[str, str]) -> str:
     """Name what a shard differs in from the plan, or return ""."""
     manifest = {"images": {"spec": ImageSpec().model_dump(mode="json")}} | manifest  # (older ones lack it)
-    if LabelSpec.model_validate_json(json.dumps(manifest["labels"])) != plan.labels:
+    before, now = LabelSpec.model_validate_json(json.dumps(manifest["labels"])), plan.labels
+    if before.model_copy(update={"absent": now.absent}) != now:
         return "another label table"
     if manifest.get("bad") and not plan.skip_bad:
         return "--skip_bad"
