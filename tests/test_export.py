@@ -202,6 +202,19 @@ def test_what_cannot_be_written_is_refused_before_work(tmp_path, monkeypatch):
     check_output(tmp_path / "new.pt2")
 
 
+def test_packages_that_are_too_old_for_torch_are_named(model, tmp_path, monkeypatch):
+    def of_torch(program):
+        try:
+            raise ModuleNotFoundError("No module named 'onnxscript._framework_apis.torch_2_11'")
+        except ModuleNotFoundError as error:
+            raise RuntimeError("Failed to export the model to ONNX") from error
+
+    monkeypatch.setattr(export, "_traced", lambda *arguments: None)
+    monkeypatch.setattr(export, "_to_onnx", of_torch)
+    with pytest.raises(CheckpointError, match=r"_11'\. The packages for it are too old: pip install -U onnx"):
+        export_model(model, tmp_path / "a.onnx", lambda name, difference: None)
+
+
 def test_a_generator_that_looks_at_its_data_is_named(folder, tmp_path):
     class Choosing(SPADEGenerator):
         def forward(self, layout, z=None):

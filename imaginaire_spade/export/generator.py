@@ -43,6 +43,8 @@ TOLERANCE = 1e-3
 CHECKED = ((1, 2, 2), (2, 2, 3), (3, 4, 2))
 """(images, height, width) that the check tries besides the training size; sizes in multiples of ``size_multiple``."""
 
+_PACKAGES = "onnx onnxscript onnxruntime"
+
 Run = Callable[[dict[str, Tensor]], NDArray[np.float32]]
 
 
@@ -74,9 +76,9 @@ def check_output(output: Path, *, overwrite: bool = False) -> None:
     """
     check_output_file(output, overwrite=overwrite, suffixes=SUFFIXES)
     if output.suffix == ".onnx":
-        for package in (packages := "onnx onnxscript onnxruntime").split():
+        for package in _PACKAGES.split():
             otherwise = "; or write --output with a name that ends in .pt2, which needs torch alone"
-            with how_to_install(packages, f"--output {output}: ONNX needs the package {package}", otherwise):
+            with how_to_install(_PACKAGES, f"--output {output}: ONNX needs the package {package}", otherwise):
                 importlib.import_module(package)
 
 
@@ -103,9 +105,12 @@ def export_model(
             program = _traced(network, multiple)
             converted = _to_onnx(program) if is_onnx else None
     except Exception as error:  # whatever torch meets in a component of the user's own
+        advice = "A network to export must not choose its operations by the values of tensors or by particular sizes"
+        if isinstance(_origin(error), ImportError):  # torch 2.11 needs onnxscript 0.6
+            advice = f"The packages for it are too old: pip install -U {_PACKAGES}"
         raise CheckpointError(
-            f"gen.type: {model.config.gen.type} cannot be exported by torch {torch.__version__}: {_reason(error)}. A"
-            " network to export must not choose its operations by the values of tensors or by particular sizes"
+            f"gen.type: {model.config.gen.type} cannot be exported by torch {torch.__version__}:"
+            f" {first_line(_origin(error))}. {advice}"
         ) from error
 
     # Write to a temporary folder, compare, then move.
@@ -203,11 +208,11 @@ def _to_onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
     return converted
 
 
-def _reason(error: BaseException) -> str:
-    """Return the first line of the original error."""
+def _origin(error: BaseException) -> BaseException:
+    """Return the error that was there first."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return first_line(error)
+    return error
 
 
 def _load_onnx(file: Path) -> Run:
