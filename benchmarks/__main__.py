@@ -6,13 +6,15 @@ import argparse
 import json
 import os
 import platform
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks import data, generator, inference, iteration, norms, oasis
 from benchmarks.layouts import default_folder
-from benchmarks.measure import Row, matmul_peak_tflops
+from benchmarks.measure import Row, matmul_peak_tflops, other_busy_process
 from imaginaire_spade.errors import positive_integer, run_command_line
 
 SECTIONS = ("norms", "generator", "inference", "iteration", "oasis")
@@ -26,6 +28,9 @@ def main() -> None:
     parser.add_argument("--label_maps", type=Path, metavar="DIR", help="label maps of COCO-Stuff (default: drawn ones)")
     parser.add_argument("--repeats", type=positive_integer, default=5)
     parser.add_argument("--quick", action="store_true", help="narrow networks, small pictures: does everything run?")
+    parser.add_argument(
+        "--load", action="store_true", help="one other process computes meanwhile, as on a busy machine"
+    )
     parser.add_argument("--vgg", action="store_true", help="the iteration with the perceptual loss too")
     parser.add_argument("--data_root", type=Path, metavar="RAW", help="raw folder: building and loading it too")
     parser.add_argument(
@@ -61,25 +66,30 @@ def main() -> None:
     rows: list[Row] = []
 
     def show(found: list[Row]) -> None:
+        found = [replace(row, note=f"{row.note} under load".strip()) for row in found] if arguments.load else found
         rows.extend(found)
         print(*found, sep="\n", flush=True)
 
-    if "norms" in wanted:
-        show(norms.measure(folder, device, repeats, 2 if arguments.quick else len(norms.CASES)))
-    if "generator" in wanted:
-        shapes = ((1, size, size), (8, size, size), (1, size, 2 * size))
-        for shape in shapes[: 1 if arguments.quick else None]:
-            show(generator.measure(folder, device, repeats, filters, (shape,)))
-    if "inference" in wanted:
-        show(inference.measure(folder, device, repeats, filters, size, arguments.quick))
-    if "iteration" in wanted:
-        batch = 16 if device.type == "cuda" and not arguments.quick else 1
-        for vgg in (False, True) if arguments.vgg else (False,):
-            case = iteration.Case(folder, device, filters, size, batch, bf16=device.type == "cuda", vgg=vgg)
-            show(iteration.measure(case, repeats))
-    if "oasis" in wanted:
-        show(oasis.inference(folder, device, repeats, filters, size))
-        show(oasis.iteration(folder, device, repeats, filters, size))
+    load = ExitStack()
+    if arguments.load:
+        load.enter_context(other_busy_process())
+    with load:
+        if "norms" in wanted:
+            show(norms.measure(folder, device, repeats, 2 if arguments.quick else len(norms.CASES)))
+        if "generator" in wanted:
+            shapes = ((1, size, size), (8, size, size), (1, size, 2 * size))
+            for shape in shapes[: 1 if arguments.quick else None]:
+                show(generator.measure(folder, device, repeats, filters, (shape,)))
+        if "inference" in wanted:
+            show(inference.measure(folder, device, repeats, filters, size, arguments.quick))
+        if "iteration" in wanted:
+            batch = 16 if device.type == "cuda" and not arguments.quick else 1
+            for vgg in (False, True) if arguments.vgg else (False,):
+                case = iteration.Case(folder, device, filters, size, batch, bf16=device.type == "cuda", vgg=vgg)
+                show(iteration.measure(case, repeats))
+        if "oasis" in wanted:
+            show(oasis.inference(folder, device, repeats, filters, size))
+            show(oasis.iteration(folder, device, repeats, filters, size))
     tables = data.compare(*raw) if raw else {}
     if arguments.json:
         content = {"facts": facts, "rows": [row.plain() for row in rows], "data": tables}

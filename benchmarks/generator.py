@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.layouts import dense, fresh, make_layout
 from benchmarks.measure import Row, largest_difference, rows_of, take_turns
+from imaginaire_spade.inference.choices import remembered
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.generator import Generator, SPADEGenerator
@@ -71,7 +72,7 @@ def measure(
             if name.endswith("convolutions"):
                 fold_spectral_norm(generator).to(memory_format=torch.channels_last)
             else:
-                optimise_for_inference(generator, winograd=device.type == "cpu")
+                optimise_for_inference(generator, winograd=device.type == "cpu", ask=remembered)
         runs: dict[str, Callable[[], Tensor]] = {"SPADE dense": partial(_generate, plain, dense, layout)}
         runs |= {name: partial(_generate, generator, fresh, layout) for name, generator in generators.items()}
         wanted, found = runs["SPADE dense"](), runs["SPADE"]()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,6 +53,25 @@ def take_turns(
             if round_index >= 0:
                 times[name].append((time.perf_counter() - started_at) * 1000)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+BUSY = """
+import os, sys
+while os.getppid() == int(sys.argv[1]):
+    sum(range(10**6))
+"""
+
+
+@contextmanager
+def other_busy_process() -> Iterator[None]:
+    """Have another process keep one core busy while the block runs. It also ends when this process is gone."""
+    command = [sys.executable, "-c", BUSY, str(os.getpid())]
+    process = subprocess.Popen(command, start_new_session=True)  # which Ctrl-C does not reach, with a traceback
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def rows_of(

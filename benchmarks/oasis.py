@@ -19,6 +19,7 @@ from benchmarks.measure import Row, largest_difference, rows_of, take_turns
 from imaginaire_spade.build import build_optimizer
 from imaginaire_spade.config_trainer import OptimizerConfig, TrainerConfig
 from imaginaire_spade.data.batch import Batch
+from imaginaire_spade.inference.choices import remembered
 from imaginaire_spade.layout import LayoutSpec, NoiseRegions, SemanticLayout
 from imaginaire_spade.losses import SegmentationGANLoss
 from imaginaire_spade.models.for_inference import optimise_for_inference
@@ -61,7 +62,7 @@ def inference(folder: Path | None, device: torch.device, repeats: int, num_filte
     z = style_noise(0, ["a"], num_filters).to(device)
     by_class = NoiseRegions(torch.randn(1, SPEC.num_classes + 1, num_filters, device=device), layout.labels.long())
     path = "table" if device.type == "cuda" else "auto"
-    fast = optimise_for_inference(_of(path, copy.deepcopy(generator)), winograd=device.type == "cpu")
+    fast = optimise_for_inference(_of(path, copy.deepcopy(generator)), winograd=device.type == "cpu", ask=remembered)
     plain = _of("dense", fold_spectral_norm(copy.deepcopy(generator)))
 
     def run(network: OASISGenerator, noise: Tensor | NoiseRegions) -> Tensor:

@@ -23,6 +23,8 @@ from hypothesis import settings
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
+os.environ["IMAGINAIRE_SPADE_CHOICES"] = ""  # measure nothing, write nothing into the user's cache
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPOSITORY / "scripts"))  # of which one holds code of its own: download_test_data
 

@@ -16,7 +16,9 @@ from fork_server import TORCHRUN
 
 from benchmarks import data as data_benchmark
 from benchmarks import gpu, gpu_graphs
+from benchmarks import norms as norms_benchmark
 from benchmarks.__main__ import main as benchmarks_main
+from benchmarks.measure import BUSY, Row
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import run_command_line
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
@@ -44,6 +46,34 @@ def test_the_quick_form_runs_and_its_paths_agree(tmp_path):
         rows["oasis inference", "OASIS"]["difference"] < 1e-5 and rows["oasis iteration", "OASIS"]["difference"] < 1e-8
     )
     assert all(row["ms"] > 0 for row in rows.values())
+
+
+def test_the_load_is_one_process_that_never_stays_behind(monkeypatch, capsys, one_thread):
+    started = []
+    popen = subprocess.Popen
+
+    def start(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    def stop(*_):
+        assert started[-1].poll() is None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "norms", "--quick", "--load", "--threads", "1"])
+    with monkeypatch.context() as patch:
+        row = Row("norms", "case", "variant", 1.0, 1.0, None)
+        patch.setattr(norms_benchmark, "measure", lambda *_: [row])
+        benchmarks_main()
+        assert capsys.readouterr().out.endswith("under load\n")
+        assert started[-1].poll() is not None
+        patch.setattr(norms_benchmark, "measure", stop)
+        with pytest.raises(KeyboardInterrupt):
+            benchmarks_main()
+        assert started[-1].poll() is not None
+    # Where nothing can be stopped any more, as with SIGKILL, the other process sees that its parent is gone.
+    assert subprocess.run([sys.executable, "-c", BUSY, "0"], timeout=60, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from imaginaire_spade.config_diff import check_fits, explain_old_import
 from imaginaire_spade.config_files import dump_config, load_config, parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.files import download, from_hub, write_bytes
+from imaginaire_spade.inference.choices import remembered
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.generator import Generator
@@ -125,7 +126,7 @@ class Model:
             if network is None:
                 continue
             if for_inference:
-                optimise_for_inference(network, winograd=winograd, dtype=dtype)
+                optimise_for_inference(network, winograd=winograd, dtype=dtype, ask=remembered)
             network.eval().requires_grad_(False).to(device)
         if compiled:
             generator.compile(dynamic=True)

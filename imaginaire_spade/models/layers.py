@@ -10,6 +10,7 @@ Tables run on rows [pixels, channels], which is what memory format channels_last
 """
 
 import warnings
+from collections.abc import Callable
 from functools import cache, partial
 from types import ModuleType
 from typing import Any, TypeVar
@@ -340,17 +341,24 @@ def first_convolution(
     return hidden if bias is None else hidden + bias
 
 
-def second_convolution(hidden: Tensor, places: Tensor, bias: Tensor, around: LayoutNeighbourhoods) -> Tensor:
+Linear = Callable[[Tensor, Tensor], Tensor]
+"""``F.linear`` without bias: x [rows, in], weight [out, in] -> [rows, out]."""
+
+
+def second_convolution(
+    hidden: Tensor, places: Tensor, bias: Tensor, around: LayoutNeighbourhoods, linear: Linear = F.linear
+) -> Tensor:
     """Convolve ``hidden`` [U, h] at every distinct outer window: [V, out].
 
     Args:
         places: its weight, float [out, h, k, k] in the order [k k, out, h].
         bias: float [out].
+        linear: what multiplies matrices.
     """
     hidden = hidden.masked_fill(around.outside, 0)  # zero padding
     sums = []
     for lookup, part in zip(around.outer, places.split([each.index.shape[1] for each in around.outer]), strict=True):
-        pieces = F.linear(hidden, part.flatten(0, 1))  # [U, p out]
+        pieces = linear(hidden, part.flatten(0, 1))  # [U, p out]
         sums.append(sum_rows(pieces.view(-1, len(bias)), lookup))
     return sum(sums, start=bias.to(sums[0].dtype) if bias.is_cuda else bias)
 

@@ -12,6 +12,7 @@ from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import FEWEST_PIXELS_ON_GPU, LayoutSpec, SemanticLayout
 from imaginaire_spade.models.layers import (
     InstanceNorm2d,
+    Linear,
     SpectralLinear,
     both_convolutions,
     computing_dtype,
@@ -181,6 +182,7 @@ class SPADE(ConditionalNorm):
         self.gamma = conv(hidden_channels, channels)
         self.beta = conv(hidden_channels, channels)
         self.register_buffer("laid_out", None, persistent=False)
+        self.linear: Linear = F.linear
 
     laid_out: Tensor | None
     synchronized = False
@@ -244,7 +246,7 @@ class SPADE(ConditionalNorm):
         else:
             hidden = F.relu(first_convolution(shared, self.shared.bias, around, vectors))  # [U, hidden]
             places = self._table_weights() if self.laid_out is None else self.laid_out
-            table = second_convolution(hidden, places, torch.cat([1 + biases[0], biases[1]]), around)
+            table = second_convolution(hidden, places, torch.cat([1 + biases[0], biases[1]]), around, self.linear)
         gamma, beta = table.chunk(2, 1)  # [V, channels] each
         return Modulation(gamma, beta, around.pixels)
 
@@ -253,9 +255,10 @@ class SPADE(ConditionalNorm):
         return torch.cat([effective_weight(conv).flatten(2).permute(2, 0, 1) for conv in (self.gamma, self.beta)], 1)
 
     @torch.no_grad()
-    def lay_out_tables(self, dtype: torch.dtype | None = None) -> None:
-        """Store the weights in the order (and dtype) of tables, instead of making them so in every forward. For
-        inference only."""
+    def lay_out_tables(self, dtype: torch.dtype | None = None, linear: Linear = F.linear) -> None:
+        """Store the weights in the order (and dtype) of tables, instead of making them so in every forward; multiply
+        them by ``linear``. For inference only."""
+        self.linear = linear
         if self.path != "dense":
             self.laid_out = self._table_weights().to(dtype=dtype)
 
