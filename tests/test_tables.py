@@ -19,7 +19,7 @@ from torch import nn
 from imaginaire_spade import neighbourhoods
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.layout import LayoutSpec, NoiseRegions, SemanticLayout
-from imaginaire_spade.models import layers, modulation
+from imaginaire_spade.models import layers, modulation, recomputation
 from imaginaire_spade.models import norms as norms_module
 from imaginaire_spade.models.discriminator import FPSEDiscriminator, MultiscaleDiscriminator
 from imaginaire_spade.models.for_inference import WinogradConv2d, optimise_for_inference
@@ -27,6 +27,7 @@ from imaginaire_spade.models.generator import SPADEGenerator, SPADEResidualBlock
 from imaginaire_spade.models.layers import initialise, second_convolution, sum_rows, sum_users
 from imaginaire_spade.models.norms import CLADE, SPADE
 from imaginaire_spade.neighbourhoods import Lookup, find_neighbourhoods
+from imaginaire_spade.registry import NORMS
 
 
 def code_map(n: int, h: int, w: int, num_codes: int, block: int, seed: int) -> torch.Tensor:
@@ -413,28 +414,70 @@ def test_neighbourhoods_found_ahead_are_those_of_each_piece(pieces, with_noise):
 
 
 @pytest.mark.parametrize("channels", [5, 4], ids=["shortcut", "identity"])
-@pytest.mark.parametrize("norm", [partial(SPADE, path="table", hidden_channels=8), CLADE], ids=["spade", "clade"])
+@pytest.mark.parametrize("norm", ["spade", "clade", "clade_icpe"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_what_the_backward_pass_makes_again_is_not_kept_and_the_same(monkeypatch, norm, channels, on_gpu):
-    """On a GPU a convolution keeps not the norm's output, but the norm makes it again: bit for bit."""
-    spec = LayoutSpec(5)
+def test_what_the_backward_pass_makes_again_is_not_kept_and_the_same(monkeypatch, norm, channels, autocast, on_gpu):
+    """A convolution keeps neither the norm's output nor W / sigma: they are made again, bit for bit."""
+    spec = LayoutSpec(5, has_edges=True, has_distances=NORMS[norm].needs_distances)
     torch.manual_seed(0)
-    block = SPADEResidualBlock(4, channels, spec, norm, spectral_norm=True)
-    convolved, results = [], []
+    build = partial(SPADE, path="table", hidden_channels=8) if norm == "spade" else NORMS[norm]
+    block = SPADEResidualBlock(4, channels, spec, build, spectral_norm=True)
+    for name, parameter in block.named_parameters():
+        if "position" in name:  # they start at 0
+            nn.init.normal_(parameter)
+    seen: list[ref] = []
     for conv in (module for name, module in block.named_children() if name.startswith("conv")):
-        conv.register_forward_pre_hook(lambda module, inputs: convolved.append(ref(inputs[0])))
-    state, x = copy.deepcopy(block.state_dict()), torch.randn(2, 4, 8, 8)
+        conv.register_forward_pre_hook(lambda module, inputs: seen.append(ref(inputs[0])))
+    divide = layers.SpectralNorm.normalised_weight
+
+    def noted(layer):
+        seen.append(ref(weight := divide(layer)))
+        return weight
+
+    monkeypatch.setattr(layers.SpectralNorm, "normalised_weight", noted)
     if on_gpu:
         monkeypatch.setattr(modulation, "_in_chunks", lambda x: False)
         monkeypatch.setattr(modulation, "triton_kernels", lambda device: None)
+    state, x, layout = copy.deepcopy(block.state_dict()), torch.randn(2, 4, 8, 8), random_layout(spec, 2, 16, 16)
+    results = []
     for forgets in (False, True):
-        monkeypatch.setattr(modulation, "_forgets", lambda x, forgets=forgets: forgets)
-        block.load_state_dict(state)
-        block.zero_grad()
-        convolved.clear()
-        own = x.clone().requires_grad_()
-        y = block(own, random_layout(spec, 2, 16, 16), upsample=2)
-        assert [kept() is None for kept in convolved] == [forgets] * len(convolved) and convolved
-        y.sin().sum().backward()
+        with monkeypatch.context() as patch:
+            if not forgets:
+                for module in (modulation, layers, recomputation):
+                    patch.setattr(module, "again_of", lambda tensor: None)
+            block.load_state_dict(state)
+            block.zero_grad()
+            seen.clear()
+            own = x.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, autocast):
+                y = block(own, layout, upsample=2)
+            if not autocast:  # (there even a graph that keeps them keeps copies in bf16)
+                assert [one() is None for one in seen] == [forgets] * len(seen) and seen
+        y.float().sin().sum().backward()
         results.append([y.detach(), own.grad, *(parameter.grad for parameter in block.parameters())])
     assert all(map(torch.equal, *results))
+
+
+def test_of_a_derived_tensor_only_the_small_parts_are_kept():
+    """What a function makes of a norm's output is made again too, once for all that needs it, with its gradients."""
+    torch.manual_seed(0)
+    x, table, added = (torch.randn(*shape, requires_grad=True) for shape in ((1, 3, 4, 4), (2, 3), (1, 3, 1, 1)))
+    pixels, calls = Lookup(torch.randint(0, 2, (16, 1)), 2), []
+
+    def function(y, added):
+        calls.append(1)
+        return (y * added).exp()
+
+    found = []
+    for form in (recomputation.derive, lambda function, *inputs: function(*inputs)):
+        statistics = modulation.Statistics(torch.zeros(3), torch.ones(3))
+        y = modulation.modulate(x, modulation.Modulation(table, table, pixels), statistics, slope=0.2)
+        z = form(function, y, added)
+        with recomputation.forgotten(z, recomputation.again_of(z)):
+            out = z.square() + z.sin()
+        gone = ref(z), ref(y)
+        del y, z
+        assert [one() is None for one in gone] == [form is recomputation.derive] * 2
+        found.append([out.detach(), *torch.autograd.grad(out.sum(), [x, table, added])])
+    assert all(map(torch.equal, *found)) and len(calls) == 3

@@ -81,10 +81,10 @@ class PatchDiscriminator(nn.Module):
     def forward(self, semantics: SemanticLayout | Tensor, images: Tensor) -> Scores:
         """Score k * N images with N label maps, given as integers or float [N, C, H, W]; image i belongs to i % N."""
         (first,) = (layer for layer in self.layers[0].modules() if isinstance(layer, nn.Conv2d))
-        x = F.leaky_relu(convolve_with_images(first, semantics, images), 0.2)
+        x = convolve_with_images(first, semantics, images, slope=0.2)
         features = [x]
         for layer in self.layers[1:]:
-            x = F.leaky_relu(layer(x), 0.2)
+            x = F.leaky_relu(layer(x), 0.2, inplace=True)
             features.append(x)
         return Scores(self.to_logits(x).float(), features)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from imaginaire_spade.layout import SemanticLayout
+from imaginaire_spade.models.recomputation import again_of, forgotten, saved
 from imaginaire_spade.neighbourhoods import LayoutNeighbourhoods, Lookup
 
 
@@ -89,9 +90,15 @@ class _Normalised(torch.autograd.Function):
         return weight / sigma
 
     @staticmethod
+    def make_again(ctx: Any) -> Tensor:
+        weight, sigma, *_ = saved(ctx)
+        return weight / sigma
+
+    @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        weight, sigma, u, v = ctx.saved_tensors
+        weight, sigma, u, v = saved(ctx)
+        ctx.unpacked = None
         along = torch.dot(g.flatten(), weight.flatten()) / (sigma * sigma)
         gradient = g / sigma
         if ctx.columns_first:
@@ -107,7 +114,12 @@ class SpectralConv2d(SpectralNorm, nn.Conv2d):
     plain = nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.normalised_weight(), self.bias)
+        weight = self.normalised_weight()
+        if weight.is_cuda or (again := again_of(weight)) is None:  # a GPU's activations need more, its host has no time
+            return self._conv_forward(x, weight, self.bias)
+        dtype = computing_dtype(self.weight)
+        with forgotten(cast := weight.to(dtype), lambda: again().to(dtype)):
+            return self._conv_forward(x, cast, self.bias)
 
 
 class SpectralConvTranspose2d(SpectralNorm, nn.ConvTranspose2d):
@@ -304,13 +316,14 @@ def convolve_layout(
     return y + F.conv2d(layout.dense_channels(weight.dtype), torch.cat([before, after], 1), None, stride, padding)
 
 
-def convolve_with_images(conv: nn.Module, semantics: SemanticLayout | Tensor, images: Tensor) -> Tensor:
+def convolve_with_images(conv: nn.Module, semantics: SemanticLayout | Tensor, images: Tensor, slope: float) -> Tensor:
     """Apply ``conv`` to semantics and images, concatenated along the channels; compute the semantics' share only once.
 
     Args:
         conv: convolution of C + 3 channels.
         semantics: N label maps, or float [N, C, H, W].
         images: float [k * N, 3, H, W]; image i belongs to label map i % N.
+        slope: slope of the leaky ReLU that comes last.
     """
     assert isinstance(conv, nn.Conv2d)
     weight = effective_weight(conv)
@@ -318,7 +331,8 @@ def convolve_with_images(conv: nn.Module, semantics: SemanticLayout | Tensor, im
     channels = weight.shape[1] - images.shape[1]
     y = F.conv2d(images, weight[:, channels:], conv.bias, stride, padding)
     shared = convolve_layout(semantics, weight[:, :channels], None, stride, padding)
-    return (y.unflatten(0, (-1, len(shared))) + shared.to(y.dtype)).flatten(0, 1)
+    y = y.unflatten(0, (-1, len(shared))) + shared.to(y.dtype)
+    return F.leaky_relu(y, slope, inplace=True).flatten(0, 1)
 
 
 def first_convolution(

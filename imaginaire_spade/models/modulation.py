@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 
 from imaginaire_spade.distributed import gather_statistics, sum_statistics, to_double
 from imaginaire_spade.models.layers import enlarge, sum_rows, sum_users, triton_kernels
+from imaginaire_spade.models.recomputation import again_of, forgotten, saved
 from imaginaire_spade.neighbourhoods import Lookup
 
 T = TypeVar("T")
@@ -112,30 +112,28 @@ class _Modulate(torch.autograd.Function):
         if len(mean) != x.shape[1]:
             mean, rstd = (t.expand(x.shape[1]).contiguous() for t in (mean, rstd))
         ctx.constants = _index(pixels, x, upsample), mean, rstd, upsample, slope, len(x)
-        y = _modulated(few, gamma, beta, *ctx.constants)
-        ctx.forgets, ctx.made = _forgets(x), None
-        ctx.save_for_backward(few, gamma, *([beta] if ctx.forgets else [y] if slope != 1 else []))
-        ctx.pixels, ctx.statistics, ctx.slope = pixels, statistics, slope
-        return y
+        ctx.save_for_backward(few, gamma, beta)
+        ctx.pixels, ctx.statistics, ctx.slope, ctx.made = pixels, statistics, slope, None
+        return _modulated(few, gamma, beta, *ctx.constants)
 
     @staticmethod
     def make_again(ctx: Any) -> Tensor:
-        """Return y, which the backward pass of a norm that forgets computes once more."""
-        if ctx.made is None:
-            few, gamma, beta = ctx.saved_tensors
-            ctx.made = _modulated(few, gamma, beta, *ctx.constants)
-        return ctx.made
+        """Return y, computed once more; keep it if the backward pass below needs it too."""
+        if (y := ctx.made) is None:
+            y = _modulated(*saved(ctx), *ctx.constants)
+            ctx.made = None if ctx.slope == 1 else y
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        few, gamma, *others = ctx.saved_tensors
-        activated = [] if ctx.slope == 1 else [_Modulate.make_again(ctx)] if ctx.forgets else others
-        ctx.made = None
+        few, gamma, _ = saved(ctx)
+        activated = None if ctx.slope == 1 else _Modulate.make_again(ctx)
+        ctx.made = ctx.unpacked = None
         pixels, statistics, channels = ctx.pixels, ctx.statistics, few.shape[4]
         index, mean, rstd, upsample, _, images = ctx.constants
         count, grid = statistics.count, _grid(dy, upsample)
-        y = _grid(activated[0], upsample) if activated else None
+        y = None if activated is None else _grid(activated, upsample)
         if not _in_chunks(few):
             d_table = (_pass(few, "gradients") or gradients_of_table)(grid, few, y, ctx.slope, pixels, mean, rstd)
             dx = None
@@ -166,22 +164,10 @@ class _Modulate(torch.autograd.Function):
 
 
 def convolve_modulated(conv: nn.Module, y: Tensor) -> Tensor:
-    """Apply ``conv`` to y. If ``modulate`` made y on a GPU, the backward pass does not keep it, but makes it again."""
-    node = y.grad_fn
-    if not (_forgets(y) and isinstance(node, _Modulate._backward_cls)):
-        return conv(y)
-    place, shape = y.data_ptr(), y.shape  # (which a traced tensor, of export or torch.compile, has not)
-
-    def pack(kept: Tensor) -> Any:
-        return node if kept.data_ptr() == place and kept.shape == shape else kept
-
-    with saved_tensors_hooks(pack, lambda kept: _Modulate.make_again(node) if kept is node else kept):
-        return conv(y)
-
-
-def _forgets(x: Tensor) -> bool:
-    """Return whether a backward pass computes y again: one more pass over pixels, which costs a CPU too much."""
-    return x.is_cuda and not torch.compiler.is_compiling()
+    """Apply ``conv`` to y. If ``modulate`` made y, the backward pass does not keep it, but makes it again."""
+    with forgotten(y, again_of(y)):
+        convolved: Tensor = conv(y)
+    return convolved
 
 
 def _modulated(

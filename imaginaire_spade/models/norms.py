@@ -26,6 +26,7 @@ from imaginaire_spade.models.layers import (
     table_kernels,
 )
 from imaginaire_spade.models.modulation import Modulation, Statistics, batch_statistics, modulate
+from imaginaire_spade.models.recomputation import derive
 from imaginaire_spade.registry import NORMS, Depth, Width
 
 
@@ -323,14 +324,17 @@ class CLADE(ConditionalNorm):
         if self.edge is None:
             return y
         edges = activate(self.edge(view.dense_channels(self.edge.weight.dtype)), slope)  # [N, dense channels, H, W]
-        # y is channels_last; on a CPU torch.cat takes eight times as long along its channels as along a last dimension.
-        pixels = [part.permute(0, 2, 3, 1).to(y.dtype) for part in (y, edges)]
-        return torch.cat(pixels, 3).permute(0, 3, 1, 2)
+        return derive(_append, y, edges.to(y.dtype))
 
     def _modulate(self, x: Tensor, view: SemanticLayout, upsample: int, slope: float) -> Tensor:
         """Return x enlarged, normalised, modulated and activated: [N, channels, H, W]."""
         modulation = Modulation(self.weight, self.bias, view.classes)
         return _normalise_and_modulate(self.normalize, x, modulation, upsample, slope)
+
+
+def _append(y: Tensor, channels: Tensor) -> Tensor:
+    # y is channels_last; on a CPU torch.cat takes eight times as long along its channels as along a last dimension.
+    return torch.cat([y.permute(0, 2, 3, 1), channels.permute(0, 2, 3, 1)], 3).permute(0, 3, 1, 2)
 
 
 @NORMS.register("clade_icpe")
@@ -376,9 +380,13 @@ class CLADEICPE(CLADE):
             distances = distances.masked_fill(labels == skipped, 0)
         modulation = Modulation(self.weight, torch.zeros_like(self.bias), view.classes)
         y = _normalise_and_modulate(self.normalize, x, modulation, upsample, 1.0)
-        shift = sum_rows(self.bias, view.classes).view(x.shape[0], *y.shape[2:], -1).permute(0, 3, 1, 2).to(y.dtype)
-        scale, weight = (position(distances).to(y.dtype) for position in (self.scale_position, self.shift_position))
-        return activate(torch.addcmul(y * scale, shift, weight), slope)
+        positions = (position(distances).to(y.dtype) for position in (self.scale_position, self.shift_position))
+
+        def place(y: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            shift = sum_rows(bias, view.classes).view(len(y), *y.shape[2:], -1).permute(0, 3, 1, 2).to(y.dtype)
+            return activate(torch.addcmul(y * scale, shift, weight), slope)
+
+        return derive(place, y, *positions, self.bias)
 
 
 class _Position(nn.Module):

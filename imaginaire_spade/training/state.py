@@ -177,7 +177,8 @@ def update_average(average: nn.Module, source: nn.Module, beta: float) -> None:
     averages = average.state_dict()
     for name, layer in source.named_modules():
         if isinstance(layer, SpectralNorm) and f"{name}.weight_u" not in averages:
-            values[f"{name}.weight"] = layer.effective_weight()
+            # One by one: together they are as large as the network.
+            averages.pop(f"{name}.weight").lerp_(layer.effective_weight(), 1.0 - beta)
     averages = {name: value for name, value in averages.items() if name in values}
     torch._foreach_lerp_(list(averages.values()), [values[name] for name in averages], 1.0 - beta)
 

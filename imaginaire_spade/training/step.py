@@ -113,6 +113,8 @@ def update_networks(
     Args:
         plan: of the ``AdversarialLoss``, for this iteration.
     """
+    for optimizer in (state.gen_optimizer, state.dis_optimizer):  # before the images, whose graph needs the memory
+        optimizer.zero_grad(set_to_none=True)
     # Images that serve both updates.
     shared, pieces = settings.trainer.iteration == "shared", settings.trainer.gradient_accumulation
     made = generate(networks, batch, settings) if shared and pieces == 1 else None
@@ -125,7 +127,6 @@ def update_networks(
 
     def update_discriminator() -> None:
         state.discriminator.requires_grad_(True)
-        state.dis_optimizer.zero_grad(set_to_none=True)
         for number, piece in enumerate(batch.split(pieces), 1):
             with torch.no_grad():
                 fake = (made or generate(networks, piece, settings, again=not shared))[0].detach()
@@ -153,7 +154,6 @@ def update_networks(
 
     def update_generator() -> None:
         state.discriminator.requires_grad_(False)
-        state.gen_optimizer.zero_grad(set_to_none=True)
         for number, piece in enumerate(batch.split(pieces), 1):
             real, view, last = real_images(piece), view_of(piece), number == pieces
             with _synced(networks.generator, last), _synced(networks.encoder, last):
@@ -164,6 +164,7 @@ def update_networks(
                     outputs = GeneratorOutputs(fake, real, *scored, mu, logvar, view.layout, plan)
                     terms = {name: term(outputs) for name, term in settings.terms.items()}
                 total = torch.stack([settings.weights[name] * term for name, term in terms.items()]).sum()
+                del scored, outputs  # features that the backward pass frees once it is through D
                 state.gen_scaler.scale(total / pieces).backward()
             health = {"health/fake_saturation": saturation(fake), "health/real_saturation": saturation(real)}
             _add(losses, terms | {"g_total": total} | health, pieces)
