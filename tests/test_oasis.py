@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
@@ -91,6 +94,25 @@ def test_reference_draws_new_noise_for_the_discriminators_images_and_shared_none
         assert len(seen) == expected and not (expected == 2 and torch.equal(*seen))
 
 
+def test_no_gradient_is_kept_while_images_are_made_and_the_average_takes_one_weight_at_a_time(made, monkeypatch):
+    run, kept, weights = made("trainer.iteration=shared"), [], []
+    run.state.generator.register_forward_pre_hook(
+        lambda network, _: kept.append([p for p in network.parameters() if p.grad is not None])
+    )
+    divide = SpectralNorm.effective_weight
+
+    def noted(layer):
+        assert all(one() is None for one in weights)
+        weights.append(ref(weight := divide(layer)))
+        return weight
+
+    monkeypatch.setattr(SpectralNorm, "effective_weight", noted)
+    batches = run.batches(0)
+    for _ in range(2):
+        run.step(next(batches))
+    assert kept == [[], []] and len(weights) > 2
+
+
 def test_pieces_of_a_batch_share_class_weights_and_draws(made):
     """The gradients of D are those of the whole batch. (Batch statistics and power iterations are a piece's own.)"""
     norm = "gen.norm={type: spade, hidden_channels: 8, normalization: instance}"
@@ -157,6 +179,25 @@ def test_a_convolution_that_also_resizes_is_the_two_steps(monkeypatch):
         results.append([scores.logits.detach(), *gradients])
     for fused, plain in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)  # (logits are float32)
+
+
+def test_the_discriminator_makes_activations_again(monkeypatch):
+    torch.manual_seed(0)
+    network = OASISDiscriminator(LayoutSpec(4), num_filters=4, middle_num_filters=5, max_num_filters=6)
+    state, layout = copy.deepcopy(network.state_dict()), random_layout(LayoutSpec(4), 1, 64, 128)
+    image, convolved, results = torch.rand(1, 3, 64, 128, requires_grad=True), [], []
+    for block in network.encoder.blocks[1:]:
+        block.conv_1.register_forward_pre_hook(lambda module, inputs: convolved.append(ref(inputs[0])))
+    for forgets in (True, False):
+        if not forgets:
+            monkeypatch.setattr(unet, "forgotten", lambda tensor, again: nullcontext())
+        network.load_state_dict(state)
+        convolved.clear()
+        (scores,) = network(layout, image)
+        assert [one() is None for one in convolved] == [forgets] * 5
+        gradients = torch.autograd.grad(scores.logits.square().sum(), [image, *network.parameters()])
+        results.append([scores.logits.detach(), *gradients])
+    assert all(map(torch.equal, *results))
 
 
 def test_noise_comes_first_in_every_layer_that_sees_labels():

@@ -120,7 +120,8 @@ class _Modulate(torch.autograd.Function):
     def make_again(ctx: Any) -> Tensor:
         """Return y, computed once more; keep it if the backward pass below needs it too."""
         if (y := ctx.made) is None:
-            y = _modulated(*saved(ctx), *ctx.constants)
+            few, gamma, beta = saved(ctx)
+            y = _modulated(few, gamma, beta, *ctx.constants)
             ctx.made = None if ctx.slope == 1 else y
         return y
 

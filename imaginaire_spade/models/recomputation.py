@@ -37,7 +37,7 @@ _forgotten = _Forgotten()
 
 def again_of(tensor: Tensor) -> Again | None:
     """Return what makes a tensor again; None where it must be kept."""
-    if torch.compiler.is_compiling():  # (a traced tensor has no address)
+    if torch.compiler.is_compiling():
         return None
     node = tensor.grad_fn
     make_again = getattr(getattr(node, "_forward_cls", None), "make_again", None)
@@ -47,7 +47,7 @@ def again_of(tensor: Tensor) -> Again | None:
 @contextmanager
 def forgotten(tensor: Tensor, again: Again | None) -> Iterator[None]:
     """Let the operations inside not keep ``tensor`` for their backward passes, if it can be made again."""
-    if again is None:
+    if again is None or torch.compiler.is_compiling():  # (a traced tensor has no address)
         yield
         return
     _forgotten.storages.append((tensor.untyped_storage().data_ptr(), again))
@@ -62,7 +62,7 @@ def _pack(kept: Tensor) -> Tensor | _View:
     place = kept.untyped_storage().data_ptr()
     for storage, again in _forgotten.storages:
         if place == storage:
-            return _View(again, kept.size(), kept.stride(), kept.storage_offset())
+            return _View(again, kept.size(), kept.stride(), int(kept.storage_offset()))
     return kept
 
 

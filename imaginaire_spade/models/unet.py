@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.discriminator import Discriminator, Scores
 from imaginaire_spade.models.layers import conv2d, effective_weight, enlarge
+from imaginaire_spade.models.recomputation import forgotten
 from imaginaire_spade.registry import DISCRIMINATORS, UNET_ENCODERS, Width
 
 FUSED_FROM = 64 * 64
@@ -51,6 +52,14 @@ def _spread(weight: Tensor) -> Tensor:
     return rows[..., 1:] + rows[..., :-1]
 
 
+def _activate_and(convolve: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a leaky ReLU, then ``convolve``. The graph keeps x, which the shortcut needs too; what is convolved is made
+    again."""
+    y, kept = F.leaky_relu(x, 0.2), x.detach()
+    with forgotten(y, lambda: F.leaky_relu(kept, 0.2)):
+        return convolve(y)
+
+
 class _Block(nn.Module):
     """Two 3x3 convolutions beside a shortcut, which has a 1x1 convolution where the width changes."""
 
@@ -71,8 +80,8 @@ class DownBlock(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [N, in, h, w] -> [N, out, h/2, w/2]."""
-        y = x if self.first else F.leaky_relu(x, 0.2)
-        y = convolve_and_halve(self.conv_2, F.leaky_relu(self.conv_1(y), 0.2, inplace=True))
+        y = self.conv_1(x) if self.first else _activate_and(self.conv_1, x)
+        y = convolve_and_halve(self.conv_2, F.leaky_relu(y, 0.2, inplace=True))
         # A 1x1 convolution and pooling commute: it has a quarter of the work behind it.
         return self.conv_s(F.avg_pool2d(x, 2)) + y
 
@@ -82,7 +91,7 @@ class UpBlock(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [N, in, h, w] -> [N, out, 2h, 2w]."""
-        y = enlarge_and_convolve(self.conv_1, F.leaky_relu(x, 0.2))
+        y = _activate_and(partial(enlarge_and_convolve, self.conv_1), x)
         y = self.conv_2(F.leaky_relu(y, 0.2, inplace=True))
         return enlarge(self.conv_s(x), 2) + y  # (enlarging and a 1x1 convolution commute)
 
