@@ -296,9 +296,9 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2578, "pages": 19, "data": 2040, "models": 1672, "pretrained": 634, "training": 2259,
-    "inference": 1464, "evaluation": 1008,
-    "lmdb_builder": 899, "dataset_prep": 797, "interop": 1155, "export": 164, "demo": 547, "scenes": 736,
+    "top level": 2579, "pages": 19, "data": 2042, "models": 1822, "pretrained": 634, "training": 2260,
+    "inference": 1526, "evaluation": 1008,
+    "lmdb_builder": 905, "dataset_prep": 837, "interop": 1155, "export": 168, "demo": 547, "scenes": 736,
     "commands": 1371,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
