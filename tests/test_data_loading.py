@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import cv2
@@ -687,3 +688,23 @@ def test_a_jpeg_decoded_small_stays_aligned(tmp_path):
     write_jpg(tmp_path / "raw/images/a.jpg", ramp[:-1])
     with pytest.raises(DataError, match=r"a\.jpg is 426 x 611"):
         LabelMapDataset(tmp_path / "raw", LABELS, augmentations=AugmentationConfig(resize_smallest_side=50))[0]
+
+
+def test_ctrl_c_is_one_even_if_a_worker_ended_first(monkeypatch):
+    """torch's handler of SIGCHLD may raise while the workers are told to end."""
+    kind = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    shut_down = kind._shutdown_workers
+
+    def one_ended_first(self) -> None:
+        shut_down(self)
+        monkeypatch.setattr(kind, "_shutdown_workers", shut_down)
+        raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly with exit code 1")
+
+    with pytest.raises(KeyboardInterrupt), loader_module.generate_in_workers(_twice, [1, 2], 1) as results:
+        assert next(results) == 2
+        monkeypatch.setattr(kind, "_shutdown_workers", one_ended_first)
+        raise KeyboardInterrupt
+
+
+def _twice(number: int) -> Iterator[int]:
+    yield 2 * number

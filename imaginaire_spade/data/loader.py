@@ -16,7 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -346,7 +346,8 @@ def _results(
         raise DataError("a worker process was killed (out of memory?): write a smaller --num_workers") from None
     finally:
         if num_workers:  # An exception's traceback may hold the iterator, and the workers would go on for a while.
-            iterator._shutdown_workers()
+            with suppress(RuntimeError):  # torch's: the signal that ends this process may have ended a worker first
+                iterator._shutdown_workers()
             for worker in iterator._workers:
                 worker.join()
 
