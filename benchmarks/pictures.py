@@ -120,6 +120,11 @@ def fixed_pattern(images: Tensor) -> float:
     return float(fine.mean(0).square().mean().sqrt() / (fine.square().mean().sqrt() / len(fine) ** 0.5))
 
 
+def _checkpoints(logdir: Path) -> dict[int, Path]:
+    """Find the checkpoints of a log dir, by the images seen."""
+    return {int(path.stem.split("_")[1]): path for path in (logdir / "checkpoints").glob("checkpoint_*.pt")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pictures", description=__doc__)
     parser.add_argument("--data_root", type=Path, required=True, metavar="RAW", help="with train/ and val/")
@@ -129,6 +134,13 @@ def main() -> None:
     parser.add_argument("--limit", type=positive_integer, metavar="N", help="samples of each split")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures")
     arguments = parser.parse_args()
+    checkpoints = {logdir: _checkpoints(logdir) for logdir in arguments.logdirs}
+    for logdir, seen in checkpoints.items():
+        if missing := set(arguments.images_seen or ()) - seen.keys() or (not seen and {"any"}):
+            parser.error(f"{logdir}: no checkpoint of {missing} images; there are {sorted(seen)}")
+    for folder in (arguments.data_root / split / kind for split in ("train", "val") for kind in ("images", "seg_maps")):
+        if not folder.is_dir():
+            parser.error(f"--data_root: {folder} is not there")
     first = Synthesizer.load(arguments.logdirs[0])
     labels, size = first.labels, first.size
     train, val = (Split(arguments.data_root / name, labels, size, arguments.limit) for name in ("train", "val"))
@@ -154,9 +166,7 @@ def main() -> None:
     found = features_of(network, train.photos[apart])
     floor = frechet_distance(FeatureStats.of(real).gaussian(), FeatureStats.of(found).gaussian())
     print(f"{'training photos':45} fd {floor:8.3f} kd x1000 {1000 * kernel_distance(real, found)[0]:8.3f}", flush=True)
-    for logdir in arguments.logdirs:
-        files = sorted((logdir / "checkpoints").glob("checkpoint_*.pt"))
-        seen = {int(path.stem.split("_")[1]): path for path in files}
+    for logdir, seen in checkpoints.items():
         for count in arguments.images_seen or [max(seen)]:
             for weights in WEIGHTS:
                 paint = Synthesizer.load(seen[count], weights=weights, device="cpu", size="trained")
