@@ -27,6 +27,7 @@ from imaginaire_spade.inference.synthesizer import Synthesizer
 from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.pretrained.backbones import backbone
 from imaginaire_spade.pretrained.feature_networks import FeatureNetwork, feature_network
+from imaginaire_spade.training.checkpoint import checkpoints_in
 
 WEIGHTS = ("raw", "ema")
 
@@ -122,7 +123,7 @@ def fixed_pattern(images: Tensor) -> float:
 
 def _checkpoints(logdir: Path) -> dict[int, Path]:
     """Find the checkpoints of a log dir, by the images seen."""
-    return {int(path.stem.split("_")[1]): path for path in (logdir / "checkpoints").glob("checkpoint_*.pt")}
+    return {int(path.stem.split("_")[1]): path for path in checkpoints_in(logdir / "checkpoints")}
 
 
 def main() -> None:
@@ -136,8 +137,12 @@ def main() -> None:
     arguments = parser.parse_args()
     checkpoints = {logdir: _checkpoints(logdir) for logdir in arguments.logdirs}
     for logdir, seen in checkpoints.items():
-        if missing := set(arguments.images_seen or ()) - seen.keys() or (not seen and {"any"}):
-            parser.error(f"{logdir}: no checkpoint of {missing} images; there are {sorted(seen)}")
+        if not seen:
+            parser.error(f"--logdirs {logdir}: no checkpoints there; give the log dir of a training run")
+        if missing := sorted(set(arguments.images_seen or ()) - seen.keys()):
+            parser.error(
+                f"--images_seen {missing}: {logdir} has checkpoints of {sorted(seen)} images; give some of them"
+            )
     for folder in (arguments.data_root / split / kind for split in ("train", "val") for kind in ("images", "seg_maps")):
         if not folder.is_dir():
             parser.error(f"--data_root: {folder} is not there")
