@@ -15,7 +15,7 @@ import torch
 from fork_server import TORCHRUN
 
 from benchmarks import data as data_benchmark
-from benchmarks import gpu, gpu_graphs
+from benchmarks import gpu, gpu_graphs, long_runs
 from benchmarks import norms as norms_benchmark
 from benchmarks.__main__ import main as benchmarks_main
 from benchmarks.measure import BUSY, Row
@@ -233,3 +233,30 @@ def test_wrong_arguments_of_the_check_are_named(arguments, message, tmp_path, mo
         run_command_line(gpu.main)
     assert stopped.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_long_runs_compare_what_a_kill_left_with_what_it_would_have_been(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(long_runs, "SCENES", 8)
+    long_runs.build(tmp_path, [4, 12])
+    small, large, killed, rest = map(str.split, capsys.readouterr().out.splitlines()[1:5])
+    assert small[:3] == ["build", "4", "samples"] and float(small[3]) > 0
+    assert large[1] == killed[1] == "12" and killed[-1] == "killed" and rest[3:5] == ["the", "rest"]
+    digests = long_runs.digests(tmp_path / "built")
+    assert digests == long_runs.digests(tmp_path / "resumed")
+    with next((tmp_path / "resumed").rglob("data.mdb")).open("ab") as file:
+        file.write(b"x")
+    assert digests != long_runs.digests(tmp_path / "resumed")
+
+
+def test_long_runs_compare_checkpoints_by_every_number():
+    state = {"config": 1, "weights": [torch.ones(3), torch.zeros(2)], "images_seen": 8}
+    assert long_runs.same(state, {"config": 2, "weights": [torch.ones(3), torch.zeros(2)], "images_seen": 8})
+    assert not long_runs.same(state, {"config": 1, "weights": [torch.ones(3), torch.ones(2)], "images_seen": 8})
+    assert not long_runs.same(state, {"config": 1, "weights": [torch.ones(3)], "images_seen": 8})
+    assert not long_runs.same(state, {"config": 1, "weights": state["weights"]})
+
+
+def test_long_runs_name_the_command_that_failed(tmp_path):
+    with pytest.raises(RuntimeError, match=r"score failed with 2; its output: .*output.txt"):
+        long_runs.run(tmp_path, "score", "evaluate.py", "--metrics", "beauty")
+    assert b"--metrics" in (tmp_path / "output.txt").read_bytes()
