@@ -6,10 +6,10 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.layouts import dense, fresh, make_layout
 from benchmarks.measure import Row, largest_difference, rows_of, take_turns
@@ -19,6 +19,8 @@ from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.generator import Generator, SPADEGenerator
 from imaginaire_spade.models.layers import fold_spectral_norm, initialise
 from imaginaire_spade.models.norms import CLADE, CLADEICPE, SPADE, ConditionalNorm
+
+N = TypeVar("N", bound=nn.Module)
 
 
 class NoNorm(ConditionalNorm):
@@ -52,6 +54,14 @@ def make_generator(name: str, layout: SemanticLayout, num_filters: int) -> Gener
     generator = SPADEGenerator(layout.spec, size, num_filters=num_filters, norm=NORMS[name])
     initialise(generator, "xavier", 1.0)
     return generator.to(layout.device)
+
+
+def with_path(path: str, network: N) -> N:
+    """Make all SPADE norms of a network take one path."""
+    for module in network.modules():
+        if isinstance(module, SPADE):
+            module.path = path  # type: ignore[assignment]
+    return network
 
 
 def _generate(generator: Generator, seen: Callable[[SemanticLayout], SemanticLayout], layout: SemanticLayout) -> Tensor:

@@ -5,6 +5,7 @@ The dense reference path convolves the one-hot label maps of a batch with the we
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -98,8 +99,9 @@ def _difference(ours: Sequence[RgbImage], reference: Sequence[RgbImage]) -> floa
     return max(float(np.abs(a.astype(int) - b).max()) for a, b in zip(ours, reference, strict=True)) / 127.5
 
 
-def _rates(times: dict[str, float], count: int) -> dict[str, str]:
-    return {name: f"{ms / count:.1f} ms per image, {1000 * count / ms:.2f} images/s" for name, ms in times.items()}
+def _rates(times: dict[str, list[float]], count: int) -> dict[str, str]:
+    medians = {name: statistics.median(ms) for name, ms in times.items()}
+    return {name: f"{ms / count:.1f} ms per image, {1000 * count / ms:.2f} images/s" for name, ms in medians.items()}
 
 
 def _of_files(temporary: Path, plain: Model, model: Model, requests: Sequence[Request], repeats: int) -> list[Row]:

@@ -6,17 +6,19 @@ sides have the same precision and memory format: on a GPU bf16 and channels_last
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.generator import make_generator
+from benchmarks.generator import make_generator, with_path
 from benchmarks.layouts import dense, fresh, make_layout
 from benchmarks.measure import Row, largest_difference, peak_memory_gib, rows_of, take_turns
 from imaginaire_spade.build import build_optimizer
@@ -25,7 +27,7 @@ from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss, PerceptualLoss
 from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
-from imaginaire_spade.models.norms import SPADE
+from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.training.state import TrainState, new_average
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
 
@@ -53,34 +55,52 @@ def measure(case: Case, repeats: int) -> list[Row]:
     times = take_turns(runs, repeats, case.device)
     notes = {}
     for name, run in runs.items():
+        notes[name] = f"{peak_gib(case.device, run, _iteration, name, case):.2f} GiB"
         if case.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            run()
-            gib = torch.cuda.max_memory_allocated() / 2**30
             with FlopCounterMode(display=False) as counter:
                 run()
-            notes[name] = f"{gib:.2f} GiB, {counter.get_total_flops() / times[name] / 1e9:.1f} TFLOP/s needed"
-        else:
-            notes[name] = f"{peak_memory_gib(_run_twice, name, case):.2f} GiB"
+            tflops = counter.get_total_flops() / statistics.median(times[name]) / 1e9
+            notes[name] += f", {tflops:.1f} TFLOP/s needed"
     return rows_of("iteration", str(case), times, {"SPADE": gradient_difference(case)}, notes)
 
 
-def _run_twice(name: str, case: Case) -> None:
-    run = _iteration(name, case)
+def peak_gib(
+    device: torch.device, run: Callable[[], object], make: Callable[..., Callable[[], object]], *arguments: object
+) -> float:
+    """Largest memory of a GPU's allocator in ``run``, on a CPU of a new process that runs ``make(*arguments)``."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() / 2**30
+    return peak_memory_gib(_run_twice, make, *arguments)
+
+
+def _run_twice(make: Callable[..., Callable[[], object]], *arguments: object) -> None:
+    run = make(*arguments)
     run()
     run()
 
 
 def _iteration(name: str, case: Case) -> Callable[[], object]:
+    layout = make_layout(case.folder, case.batch, case.size, case.size, with_distances=True).to(case.device)
+    generator = make_generator(VARIANTS[name], layout, case.num_filters)
+    if name.endswith("reference"):
+        return train(generator, layout, case, "reference", dense)
+    return train(with_path("table", generator) if case.device.type == "cuda" else generator, layout, case)
+
+
+def train(
+    generator: Generator,
+    layout: SemanticLayout,
+    case: Case,
+    form: Literal["reference", "shared"] = "shared",
+    seen: Callable[[SemanticLayout], SemanticLayout] = fresh,
+) -> Callable[[], object]:
+    """Make a function that trains for one iteration on ``seen(layout)``."""
     device, size, batch = case.device, case.size, case.batch
-    is_reference = name.endswith("reference")
-    layout = make_layout(case.folder, batch, size, size, with_distances=True).to(device)
-    generator = make_generator(VARIANTS[name], layout, case.num_filters).train()
+    generator = generator.train()
     discriminator = MultiscaleDiscriminator(layout.spec, num_filters=case.num_filters).to(device).train()
     if device.type == "cuda":
-        for norm in generator.modules():
-            if isinstance(norm, SPADE) and not is_reference:
-                norm.path = "table"
         generator, discriminator = (n.to(memory_format=torch.channels_last) for n in (generator, discriminator))  # type: ignore[call-overload]
     optimizers = [build_optimizer(n.parameters(), OptimizerConfig(lr=1e-4)) for n in (generator, discriminator)]
     scaler = torch.amp.GradScaler(device.type, enabled=False)
@@ -89,8 +109,7 @@ def _iteration(name: str, case: Case) -> Callable[[], object]:
     if case.vgg:
         terms["perceptual"] = _random_vgg().to(device)
     weights = {"gan": 1.0, "feature_matching": 10.0, "perceptual": 10.0}
-    form, precision = "reference" if is_reference else "shared", "bf16" if case.bf16 else "fp32"
-    trainer = TrainerConfig(max_iterations=1, iteration=form, precision=precision)
+    trainer = TrainerConfig(max_iterations=1, iteration=form, precision="bf16" if case.bf16 else "fp32")
     settings = StepSettings(
         terms, weights, trainer, style_dims=0, seed=0, global_batch=batch, rates=lambda _: (1e-4, 1e-4, 0.999)
     )
@@ -98,8 +117,7 @@ def _iteration(name: str, case: Case) -> Callable[[], object]:
     networks, names = Networks(generator, discriminator, None), tuple(map(str, range(batch)))
 
     def run() -> object:
-        seen: SemanticLayout = dense(layout) if is_reference else fresh(layout)
-        sample = Batch(seen, images, names, ((size, size),) * batch, tuple(range(batch)))
+        sample = Batch(seen(layout), images, names, ((size, size),) * batch, tuple(range(batch)))
         return train_step(state, networks, sample, settings)
 
     return run

@@ -44,8 +44,8 @@ def make_layout(
         else:
             scene = draw_scene(index, 0, height, width)
             ids, objects = scene.labels, scene.instances.astype(np.int32)
-        labels.append(np.minimum(_resized(ids, height, width), SPEC.num_classes))
-        edges.append(edges_from_ids(_resized(objects, height, width)))
+        labels.append(np.minimum(resized(ids, height, width), SPEC.num_classes))
+        edges.append(edges_from_ids(resized(objects, height, width)))
     distances = torch.from_numpy(np.stack([class_distances(ids) for ids in labels])) if with_distances else None
     return SemanticLayout(
         replace(SPEC, has_distances=with_distances),
@@ -55,7 +55,8 @@ def make_layout(
     )
 
 
-def _resized(ids: np.ndarray, height: int, width: int) -> np.ndarray:
+def resized(ids: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize an id map to [height, width]: nearest."""
     rows = (2 * np.arange(height) + 1) * ids.shape[0] // (2 * height)
     columns = (2 * np.arange(width) + 1) * ids.shape[1] // (2 * width)
     return ids[rows][:, columns]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,37 +26,57 @@ class Row:
     ms: float
     """Median."""
     ratio: float
-    """How many times faster than the first variant of its case, the plain dense path."""
+    """How many times faster than the first variant of its case, the plain dense path: median of the rounds' ratios."""
     difference: float | None
     """Largest difference from the first variant's numbers; None where they are another network's."""
     note: str = ""
 
     def __str__(self) -> str:
         difference = "" if self.difference is None else f"{self.difference:.1e}"
-        return f"{self.case:26}{self.variant:22}{self.ms:>10.1f} ms{self.ratio:>8.2f}x  {difference:>8}  {self.note}"
+        return f"{self.case:30}{self.variant:34}{self.ms:>10.1f} ms{self.ratio:>8.2f}x  {difference:>8}  {self.note}"
 
     def plain(self) -> dict[str, object]:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """How variants are timed."""
+
+    beside_load: bool = False
+    """Each round runs each variant twice: alone, and beside another process that keeps one core busy."""
+    clock: Callable[[], float] = time.perf_counter
+
+
+conditions = Conditions()
+"""Those of this run: the command line sets them."""
+
+BESIDE_LOAD = ", beside load"
+
+
 def take_turns(
     variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1
-) -> dict[str, float]:
-    """Median milliseconds of each variant. One round runs each once."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
+) -> dict[str, list[float]]:
+    """Milliseconds of each variant in each round. One round runs each once; beside load (its name plus BESIDE_LOAD)
+    once more, if that is among the conditions."""
+    settings = {"": nullcontext, BESIDE_LOAD: other_busy_process} if conditions.beside_load else {"": nullcontext}
+    times: dict[str, list[float]] = {f"{name}{setting}": [] for setting in settings for name in variants}
     for round_index in range(-warm_up, repeats):
         for name, run in variants.items():
-            _wait(device)
-            started_at = time.perf_counter()
-            run()
-            _wait(device)
-            if round_index >= 0:
-                times[name].append((time.perf_counter() - started_at) * 1000)
-    return {name: statistics.median(values) for name, values in times.items()}
+            for setting, enter in settings.items():
+                with enter():
+                    _wait(device)
+                    started_at = conditions.clock()
+                    run()
+                    _wait(device)
+                    if round_index >= 0:
+                        times[f"{name}{setting}"].append((conditions.clock() - started_at) * 1000)
+    return times
 
 
 BUSY = """
 import os, sys
+print(flush=True)
 while os.getppid() == int(sys.argv[1]):
     sum(range(10**6))
 """
@@ -66,27 +86,33 @@ while os.getppid() == int(sys.argv[1]):
 def other_busy_process() -> Iterator[None]:
     """Have another process keep one core busy while the block runs. It also ends when this process is gone."""
     command = [sys.executable, "-c", BUSY, str(os.getpid())]
-    process = subprocess.Popen(command, start_new_session=True)  # which Ctrl-C does not reach, with a traceback
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
+    # A session of its own: Ctrl-C does not reach it, with a traceback.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()  # it is about to be busy
+            yield
+        finally:
+            process.kill()
 
 
 def rows_of(
     section: str,
     case: str,
-    times: Mapping[str, float],
+    times: Mapping[str, Sequence[float]],
     differences: Mapping[str, float | None],
     notes: Mapping[str, str] | None = None,
 ) -> list[Row]:
-    """Rows of one case; the first variant is what the others are compared with."""
-    base = next(iter(times.values()))
-    return [
-        Row(section, case, name, ms, base / ms, differences.get(name), (notes or {}).get(name, ""))
-        for name, ms in times.items()
-    ]
+    """Rows of one case; the first variant is what the others are compared with, beside load as without."""
+    first, rows = next(iter(times)), dict[str, Row]()
+    for name, ms in times.items():
+        variant, setting, _ = name.partition(BESIDE_LOAD)
+        ratio = statistics.median(b / a for a, b in zip(ms, times[f"{first}{setting}"], strict=True))
+        note = (notes or {}).get(name, "")
+        if setting and variant != first:
+            note = f"{note} {ratio / rows[variant].ratio:.2f} of the ratio without load".strip()
+        rows[name] = Row(section, case, name, statistics.median(ms), ratio, differences.get(name), note)
+    return list(rows.values())
 
 
 def largest_difference(
@@ -131,5 +157,5 @@ def _wait(device: torch.device) -> None:
 def matmul_peak_tflops(device: torch.device, size: int = 8192) -> float:
     """What a large bf16 matrix product reaches on this GPU, in TFLOP/s."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    ms = take_turns({"matmul": lambda: a @ b}, 20, device, warm_up=5)["matmul"]
+    ms = statistics.median(take_turns({"matmul": lambda: a @ b}, 20, device, warm_up=5)["matmul"])
     return 2 * size**3 / ms / 1e9

@@ -9,11 +9,11 @@ from __future__ import annotations
 import copy
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.generator import with_path
 from benchmarks.layouts import fresh, make_layout
 from benchmarks.measure import Row, largest_difference, rows_of, take_turns
 from imaginaire_spade.build import build_optimizer
@@ -24,14 +24,12 @@ from imaginaire_spade.layout import LayoutSpec, NoiseRegions, SemanticLayout
 from imaginaire_spade.losses import SegmentationGANLoss
 from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.layers import fold_spectral_norm, initialise
-from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.models.oasis import OASISGenerator
 from imaginaire_spade.models.unet import OASISDiscriminator
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.state import TrainState, new_average
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
 
-N = TypeVar("N", bound=nn.Module)
 SPEC = LayoutSpec(150, has_dont_care=True)
 
 
@@ -47,14 +45,6 @@ def _generator(size: int, num_filters: int, device: torch.device) -> OASISGenera
     return generator.to(device)
 
 
-def _of(path: str, network: N) -> N:
-    """Make all SPADE norms of a network take one path."""
-    for module in network.modules():
-        if isinstance(module, SPADE):
-            module.path = path  # type: ignore[assignment]
-    return network
-
-
 @torch.inference_mode()
 def inference(folder: Path | None, device: torch.device, repeats: int, num_filters: int, size: int) -> list[Row]:
     layout = _layout(folder, 1, size, device)
@@ -62,8 +52,9 @@ def inference(folder: Path | None, device: torch.device, repeats: int, num_filte
     z = style_noise(0, ["a"], num_filters).to(device)
     by_class = NoiseRegions(torch.randn(1, SPEC.num_classes + 1, num_filters, device=device), layout.labels.long())
     path = "table" if device.type == "cuda" else "auto"
-    fast = optimise_for_inference(_of(path, copy.deepcopy(generator)), winograd=device.type == "cpu", ask=remembered)
-    plain = _of("dense", fold_spectral_norm(copy.deepcopy(generator)))
+    fast = with_path(path, copy.deepcopy(generator))
+    fast = optimise_for_inference(fast, winograd=device.type == "cpu", ask=remembered)
+    plain = with_path("dense", fold_spectral_norm(copy.deepcopy(generator)))
 
     def run(network: OASISGenerator, noise: Tensor | NoiseRegions) -> Tensor:
         return network(fresh(layout), noise)
@@ -94,7 +85,7 @@ def iteration(folder: Path | None, device: torch.device, repeats: int, num_filte
     images = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, device=device)
 
     def run(path: str) -> object:
-        _of(path, generator)
+        with_path(path, generator)
         batch = Batch(fresh(layout), images, ("a",), ((size, size),), (0,))
         return train_step(state, Networks(generator, discriminator, None), batch, settings)
 
@@ -115,7 +106,7 @@ def _gradient_difference(folder: Path | None, device: torch.device, num_filters:
     for path in ("table", "dense"):
         generator.load_state_dict(state)
         z = style_noise(0, ["a", "b"], num_filters).to(device).double().requires_grad_()
-        (_of(path, generator)(fresh(layout), z) * direction).sum().backward()
+        (with_path(path, generator)(fresh(layout), z) * direction).sum().backward()
         found.append([z.grad, *(p.grad for p in generator.parameters())])
         generator.zero_grad()
     return largest_difference(found[0], found[1], relative=True)

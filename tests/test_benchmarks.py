@@ -15,10 +15,12 @@ import torch
 from fork_server import TORCHRUN
 
 from benchmarks import data as data_benchmark
-from benchmarks import gpu, gpu_graphs, long_runs
+from benchmarks import gpu, gpu_graphs, long_runs, measure
 from benchmarks import norms as norms_benchmark
 from benchmarks.__main__ import main as benchmarks_main
-from benchmarks.measure import BUSY, Row
+from benchmarks.growth import distinct_share, grown_layout
+from benchmarks.iteration import Case
+from benchmarks.measure import BUSY, rows_of, take_turns
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import run_command_line
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
@@ -30,7 +32,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def test_the_quick_form_runs_and_its_paths_agree(tmp_path):
     file = tmp_path / "figures.json"
-    sections = ("generator", "inference", "iteration", "oasis")
+    sections = ("generator", "inference", "iteration", "oasis", "growth")
     command = [sys.executable, "-m", "benchmarks", *sections, "--quick", "--repeats", "1", "--threads", "1",
                "--json", str(file)]  # fmt: skip
     environment = os.environ | {"IMAGINAIRE_SPADE_SHARED": str(tmp_path)}  # drawn label maps
@@ -46,9 +48,11 @@ def test_the_quick_form_runs_and_its_paths_agree(tmp_path):
         rows["oasis inference", "OASIS"]["difference"] < 1e-5 and rows["oasis iteration", "OASIS"]["difference"] < 1e-8
     )
     assert all(row["ms"] > 0 for row in rows.values())
+    growth = [row["case"].split(",")[0] for row in content["rows"] if row["section"] == "growth"]
+    assert list(dict.fromkeys(growth)) == ["size 64", "classes 8", "distinct 2%"]
 
 
-def test_the_load_is_one_process_that_never_stays_behind(monkeypatch, capsys, one_thread):
+def test_load_takes_turns_with_none_and_never_stays_behind(monkeypatch, capsys, one_thread):
     started = []
     popen = subprocess.Popen
 
@@ -56,24 +60,46 @@ def test_the_load_is_one_process_that_never_stays_behind(monkeypatch, capsys, on
         started.append(popen(*arguments, **options))
         return started[-1]
 
-    def stop(*_):
-        assert started[-1].poll() is None
-        raise KeyboardInterrupt
+    now, others = [0.0], []
 
-    monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "norms", "--quick", "--load", "--threads", "1"])
+    def runs(ms, beside_load):
+        """As long as the clock says: 8 without and 16 beside load for the dense path."""
+
+        def run():
+            others.append(sum(process.poll() is None for process in started))
+            now[0] += (beside_load if others[-1] else ms) / 1000
+
+        return run
+
+    monkeypatch.setattr(measure.subprocess, "Popen", start)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "norms", "--quick", "--load", "--threads", "1", "--repeats", "2"])
     with monkeypatch.context() as patch:
-        row = Row("norms", "case", "variant", 1.0, 1.0, None)
-        patch.setattr(norms_benchmark, "measure", lambda *_: [row])
+        variants = {"dense": runs(8, 16), "ours": runs(2, 5)}
+        norms = lambda *_: rows_of("norms", "case", take_turns(variants, 2, torch.device("cpu")), {})  # noqa: E731
+        patch.setattr(norms_benchmark, "measure", norms)
         benchmarks_main()
-        assert capsys.readouterr().out.endswith("under load\n")
-        assert started[-1].poll() is not None
-        patch.setattr(norms_benchmark, "measure", stop)
-        with pytest.raises(KeyboardInterrupt):
+        assert others == [0, 1] * 6  # a warm-up and two rounds of two variants
+        printed = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+        assert printed == [
+            ["case", "dense", "8.0", "ms", "1.00x"], ["case", "ours", "2.0", "ms", "4.00x"],
+            ["case", "dense,", "beside", "load", "16.0", "ms", "1.00x"],
+            ["case", "ours,", "beside", "load", "5.0", "ms", "3.20x", "0.80", "of", "the", "ratio", "without", "load"],
+        ]  # fmt: skip
+        variants["ours"] = lambda: pytest.fail("stopped") if others[-1] else None
+        with pytest.raises(pytest.fail.Exception):
             benchmarks_main()
-        assert started[-1].poll() is not None
+        assert all(process.poll() is not None for process in started)
     # Where nothing can be stopped any more, as with SIGKILL, the other process sees that its parent is gone.
     assert subprocess.run([sys.executable, "-c", BUSY, "0"], timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_map_has_as_many_distinct_neighbourhoods_as_wanted(share):
+    case = Case(None, torch.device("cpu"), 8, 64, batch=1, bf16=False, vgg=False)
+    layout = grown_layout(case, 400, share)
+    assert distinct_share(layout) == pytest.approx(share, abs=0.02)
+    assert layout.labels.max() <= layout.spec.num_classes == 400
 
 
 @pytest.mark.parametrize(
