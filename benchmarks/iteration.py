@@ -24,10 +24,12 @@ from benchmarks.measure import Row, largest_difference, peak_memory_gib, rows_of
 from imaginaire_spade.build import build_optimizer
 from imaginaire_spade.config_trainer import OptimizerConfig, TrainerConfig
 from imaginaire_spade.data.batch import Batch
+from imaginaire_spade.inference.choices import remembered
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss, PerceptualLoss
 from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
 from imaginaire_spade.models.generator import Generator
+from imaginaire_spade.models.norms import PIXEL_COST, choose_paths, measure_pixel_cost
 from imaginaire_spade.training.state import TrainState, new_average
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
 
@@ -98,7 +100,8 @@ def train(
 ) -> Callable[[], object]:
     """Make a function that trains for one iteration on ``seen(layout)``."""
     device, size, batch = case.device, case.size, case.batch
-    generator = generator.train()
+    measured = device.type == "cpu" and not case.bf16
+    choose_paths(generator.train(), remembered(PIXEL_COST, measure_pixel_cost) if measured else None)
     discriminator = MultiscaleDiscriminator(layout.spec, num_filters=case.num_filters).to(device).train()
     if device.type == "cuda":
         generator, discriminator = (n.to(memory_format=torch.channels_last) for n in (generator, discriminator))  # type: ignore[call-overload]

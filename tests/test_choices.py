@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from imaginaire_spade.inference import choices
 from imaginaire_spade.inference.choices import remembered
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
-from imaginaire_spade.models import for_inference
+from imaginaire_spade.models import for_inference, timing
 from imaginaire_spade.models.for_inference import WinogradConv2d, onednn_linear, optimise_for_inference
 from imaginaire_spade.models.generator import SPADEGenerator
 from imaginaire_spade.models.layers import initialise
@@ -102,7 +102,7 @@ def test_the_rule_is_left_only_for_what_is_clearly_faster(channels, gain, chosen
 def test_measuring_compares_the_two_ways_and_leaves_no_trace(monkeypatch):
     """By a clock of our own: the second way takes half of the first one's time."""
     ticks = iter([0, 8, 10, 14, 20, 26, 30, 33, 40, 47, 50, 55])
-    monkeypatch.setattr(for_inference.time, "process_time", lambda: float(next(ticks)))
+    monkeypatch.setattr(timing.time, "process_time", lambda: float(next(ticks)))
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     conv = nn.Conv2d(128, 128, 3, padding=1)
     asked = {}

@@ -296,10 +296,10 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2579, "pages": 19, "data": 2043, "models": 1822, "pretrained": 634, "training": 2260,
+    "top level": 2579, "pages": 19, "data": 2043, "models": 1850, "pretrained": 634, "training": 2268,
     "inference": 1526, "evaluation": 1008,
     "lmdb_builder": 905, "dataset_prep": 837, "interop": 1155, "export": 168, "demo": 547, "scenes": 736,
-    "commands": 1371,
+    "commands": 1372,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""

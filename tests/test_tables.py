@@ -234,6 +234,34 @@ def test_auto_takes_tables_where_they_pay_and_only_where_they_can():
             assert not torch.allclose(norm(x, layout), norm(x, blocky), atol=1e-4)
 
 
+def test_a_measured_cost_of_a_pixel_moves_the_choice():
+    spec = LayoutSpec(20, has_edges=True)
+    norm, blocky, random = SPADE(64, spec), blocky_layout(spec, 1, 64, 64), random_layout(spec, 1, 64, 64)
+    norms_module.choose_paths(norm, 0.01)
+    assert not norm._takes_tables(blocky) and norms_module.pixel_cost(norm) == 0.01
+    norms_module.choose_paths(norm, 3.0)
+    assert norm._takes_tables(random)
+    for unknown in (None, "3", -3.0, float("nan")):  # not measured, or from a file of a stranger's
+        norms_module.choose_paths(norm, unknown)
+        assert norm._takes_tables(blocky) and not norm._takes_tables(random)
+    assert norms_module.pixel_cost(SPADE(8, spec, path="table")) is None
+
+
+def test_the_cost_of_a_pixel_is_measured_by_both_paths_and_draws_nothing(monkeypatch):
+    takes, taken = SPADE._takes_tables, []
+
+    def gain(way, usual):
+        way()
+        usual()
+        return 0.5
+
+    monkeypatch.setattr(norms_module, "gain", gain)
+    monkeypatch.setattr(SPADE, "_takes_tables", lambda *args: taken.append(takes(*args)) or taken[-1])
+    before = torch.random.get_rng_state()
+    assert 0.55 < norms_module.measure_pixel_cost() < 0.65  # half of (1 + 32 / hidden) and the constant rows
+    assert taken == [True, False] and torch.equal(torch.random.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(
     ("path", "size", "tables"),
     [("auto", 256, False), ("dense", 256, False), ("table", 256, True), ("table", 64, True), ("table", 32, False)],

@@ -22,6 +22,7 @@ from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.models.for_inference import Ask, by_rule
 from imaginaire_spade.models.generator import Pix2pixHDGenerator
 from imaginaire_spade.training import checkpoint, loop
 from imaginaire_spade.training.profile import multiply_adds
@@ -61,10 +62,11 @@ def tiny_run(tiny_folder, tmp_path):
         stop_after: int | None = None,
         start_from: Path | None = None,
         curves: bool = False,
+        ask: Ask = by_rule,
         **how,
     ) -> dict:
         config = load_config(path, overrides)
-        made = prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"), stop_after)
+        made = prepare(config, build_losses(config), ProcessInfo(), torch.device("cpu"), stop_after, ask)
         with pytest.MonkeyPatch.context() as patch:
             if not curves:  # they take longer to draw than a run does here
                 patch.setattr("imaginaire_spade.training.run_log.write_curves", lambda *_: None)
@@ -86,6 +88,27 @@ def assert_same(a: dict, b: dict) -> None:
     assert first.keys() == second.keys() and len(first) > 100
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different
+
+
+def test_a_run_goes_on_by_the_cost_of_pixels_that_it_began_with(tiny_run, capsys):
+    """By 0.001 all norms are dense, by 100 almost all take tables: other last places."""
+    _, run = tiny_run
+    whole, other = (run(name, ask=lambda *_, cost=cost: cost) for name, cost in (("whole", 0.001), ("other", 100.0)))
+    run("parts", stop_after=3, ask=lambda *_: 0.001)
+    capsys.readouterr()
+    parts = run("parts", ask=lambda *_: 100.0)
+    assert (
+        "SPADE norms: auto, tables where label maps repeat enough (a dense pixel costs 0.001 of"
+        in capsys.readouterr().out
+    )
+    assert parts["run"]["spade_pixel_cost"] == 0.001
+    assert_same(parts, whole)
+    with pytest.raises(AssertionError):
+        assert_same(other, whole)
+    constants = run(
+        "bf16", "trainer.precision=bf16", "trainer.max_iterations=1", ask=lambda *_: pytest.fail("measured")
+    )
+    assert constants["run"]["spade_pixel_cost"] == 1
 
 
 def test_a_run_leaves_what_it_promises(tiny_run, tmp_path):

@@ -121,6 +121,7 @@ def train(
     checkpoint = None if checkpoint is None else from_hub(Path(checkpoint), "--checkpoint")
     init_from = None if init_from is None else from_hub(Path(init_from), "--init_from")
 
+    from imaginaire_spade.inference.choices import remembered
     from imaginaire_spade.training import loop, profile
     from imaginaire_spade.training.setup import prepare
 
@@ -129,7 +130,7 @@ def train(
             held.enter_context(one_writer(logdir, "--logdir"))
         distributed.init_process_group(info, where, config.trainer.process_group_timeout_s)
         held.callback(distributed.leave_process_group)
-        run = prepare(config, objective, info, where, max_iterations)
+        run = prepare(config, objective, info, where, max_iterations, remembered)
         if dry_run:
             text = profile.dry_run(run)
             if info.is_main:

@@ -1,6 +1,5 @@
 """Convert networks for inference only: bring weights into the form that a forward pass needs on this machine."""
 
-import time
 from collections.abc import Callable
 from functools import cache, partial
 from typing import TypeVar
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from imaginaire_spade.models.layers import Linear, fold_spectral_norm
 from imaginaire_spade.models.norms import SPADE, ConditionalNorm
+from imaginaire_spade.models.timing import gain
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -79,22 +79,7 @@ def _gain_of_products(linear: Linear) -> float:
     return _gain(partial(linear, x, weight), partial(F.linear, x, weight))
 
 
-@torch.inference_mode()
-def _gain(way: Callable[[], object], usual: Callable[[], object]) -> float:
-    """Measure how many times faster ``way`` is than ``usual``: in turns, the least processor time of each, by one
-    thread. Other processes hardly change it; they would change elapsed time, and the time that threads wait."""
-    least, threads = [float("inf")] * 2, torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(3):
-            for index, run in enumerate((usual, way)):
-                started_at = time.process_time()
-                run()
-                least[index] = min(least[index], time.process_time() - started_at)
-    finally:
-        torch.set_num_threads(threads)
-    tick = time.get_clock_info("process_time").resolution
-    return (least[0] + tick) / (least[1] + tick)
+_gain = torch.inference_mode()(gain)
 
 
 def _is_wide(module: nn.Module, channels: int) -> bool:

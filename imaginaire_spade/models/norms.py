@@ -27,6 +27,7 @@ from imaginaire_spade.models.layers import (
 )
 from imaginaire_spade.models.modulation import Modulation, Statistics, batch_statistics, modulate
 from imaginaire_spade.models.recomputation import derive
+from imaginaire_spade.models.timing import gain
 from imaginaire_spade.registry import NORMS, Depth, Width
 
 
@@ -94,6 +95,9 @@ def activate(x: Tensor, slope: float) -> Tensor:
     return x if slope == 1 else F.leaky_relu(x, slope, inplace=True)
 
 
+PIXEL_COST = "dense pixel of SPADE in training, in rows of a table"
+"""The question that ``measure_pixel_cost`` answers."""
+
 LOOKED_UP = 32
 """Label channels from which looking them up is faster than convolving them (measured on a CPU)."""
 
@@ -130,12 +134,20 @@ def takes_noise(network: nn.Module) -> bool:
 
 def describe_path(network: nn.Module, device: torch.device) -> str | None:
     """Say how the SPADE norms of ``network`` convolve label maps on ``device``; None if it has none."""
-    path = next((module.path for module in network.modules() if isinstance(module, SPADE)), None)
-    if path == "table":
-        return "tables" + f" from {FEWEST_PIXELS_ON_GPU} pixels up, dense below" * (device.type == "cuda")
-    if path == "auto":
-        return "auto, dense on a GPU" if device.type == "cuda" else "auto, tables where label maps repeat enough"
-    return path
+    norm = next((module for module in network.modules() if isinstance(module, SPADE)), None)
+    on_gpu = device.type == "cuda"
+    if norm is None or norm.path == "dense":
+        return None if norm is None else "dense"
+    if norm.path == "table":
+        return "tables" + f" from {FEWEST_PIXELS_ON_GPU} pixels up, dense below" * on_gpu
+    measured = f" (a dense pixel costs {norm.pixel_cost:g} of their rows)" * (norm.pixel_cost != SPADE.pixel_cost)
+    return "auto, dense on a GPU" if on_gpu else "auto, tables where label maps repeat enough" + measured
+
+
+def pixel_cost(network: nn.Module) -> float | None:
+    """Return the ``pixel_cost`` by which the SPADE norms of ``network`` choose a path; None: none chooses."""
+    norms = (module for module in network.modules() if isinstance(module, SPADE) and module.path == "auto")
+    return next((norm.pixel_cost for norm in norms), None)
 
 
 @NORMS.register("spade")
@@ -188,6 +200,8 @@ class SPADE(ConditionalNorm):
     laid_out: Tensor | None
     synchronized = False
     """``synchronize_batch_norm`` sets it."""
+    pixel_cost = 1.0
+    """Of the dense path, in rows of a table: ``measure_pixel_cost``."""
 
     def forward(self, x: Tensor, layout: SemanticLayout, *, upsample: int = 1, slope: float = 1.0) -> Tensor:
         """Modulate x [N, channels, h, w] by a layout of any resolution -> [N, channels, upsample h, upsample w]."""
@@ -216,8 +230,8 @@ class SPADE(ConditionalNorm):
 
         The unit of cost is one row of the second convolution's matrix product, the main work of both paths. Measured on
         a CPU: reordering the weights costs as much as 200 rows, summing the pieces of one outer window as much as
-        32 / hidden rows. In training all processes decide alike, by the mean of their counts: the two paths exchange
-        statistics and finish gradients at different points of the backward pass.
+        32 / hidden rows, a dense pixel ``pixel_cost``. In training all processes decide alike, by the mean of their
+        counts: the two paths exchange statistics and finish gradients at different points of the backward pass.
         """
         if self.path == "dense" or torch.compiler.is_compiling():
             return False  # a network that is compiled or exported as a whole cannot inspect its data
@@ -228,12 +242,17 @@ class SPADE(ConditionalNorm):
             return False
         if view.labels.is_cuda:
             return self.path == "table" and view.height * view.width >= FEWEST_PIXELS_ON_GPU
-        out, hidden, *_ = self.gamma.weight.shape
-        dense_rows = view.labels.numel() * (1 + self.shared.weight.shape[1] / (2 * out))
-        if self.path == "table" or dense_rows <= 200:
+        if self.path == "table" or self._dense_rows(view) <= 200:
             return self.path == "table"
+        return self._table_rows(view) < self._dense_rows(view)
+
+    def _dense_rows(self, view: SemanticLayout) -> float:
+        out, channels = len(self.gamma.weight), self.shared.weight.shape[1]
+        return self.pixel_cost * view.labels.numel() * (1 + channels / (2 * out))
+
+    def _table_rows(self, view: SemanticLayout) -> float:
         inner, outer = view.count_neighbourhoods(self.kernel_size, over_processes=self.training and self.synchronized)
-        return inner + 32 / hidden * outer + 200 < dense_rows
+        return inner + 32 / len(self.shared.weight) * outer + 200
 
     def _modulation(self, view: SemanticLayout) -> Modulation:
         around = view.neighbourhoods(self.kernel_size)
@@ -262,6 +281,29 @@ class SPADE(ConditionalNorm):
         self.linear = linear
         if self.path != "dense":
             self.laid_out = self._table_weights().to(dtype=dtype)
+
+
+def measure_pixel_cost() -> float:
+    """Measure how many rows of a table one dense pixel costs on this CPU, forward and backward, where all of 96x96
+    neighbourhoods are distinct. By the constants of SPADE's rule alone it is 1."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layout = SemanticLayout(LayoutSpec(8), torch.randint(8, (1, 96, 96), dtype=torch.uint8))
+        norm, x = SPADE(128, layout.spec), torch.randn(1, 128, 96, 96).to(memory_format=torch.channels_last)
+
+    def run(path: Literal["dense", "table"]) -> None:
+        norm.path = path
+        norm(x.requires_grad_(), layout).sum().backward()
+
+    rows = norm._table_rows(layout) / norm._dense_rows(layout)
+    return rows * gain(partial(run, "table"), partial(run, "dense"))
+
+
+def choose_paths(network: nn.Module, cost: object) -> None:
+    """Let the SPADE norms of ``network`` choose by this ``pixel_cost``; by the constant if it is no positive float."""
+    for module in network.modules():
+        if isinstance(module, SPADE):
+            module.pixel_cost = cost if isinstance(cost, float) and cost > 0 else SPADE.pixel_cost
 
 
 @NORMS.register("concat")

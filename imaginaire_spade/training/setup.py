@@ -27,7 +27,8 @@ from imaginaire_spade.data.loader import Prefetcher, default_num_workers, sequen
 from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import SemanticLayout
-from imaginaire_spade.models.norms import describe_path, synchronize_batch_norm, table_kernel_sizes, takes_noise
+from imaginaire_spade.models import norms
+from imaginaire_spade.models.for_inference import Ask, by_rule
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.training.checkpoint import checksum_path, load_checkpoint, load_newest, newest_checkpoint
 from imaginaire_spade.training.cuda_graph import GraphedUpdate
@@ -103,13 +104,13 @@ class Run:
         """Yield this process's batches on the device, from the current position on."""
         workers = self.config.data.num_workers if num_workers is None else num_workers
         on_gpu, generator = self.device.type == "cuda", self.state.generator
-        sizes = table_kernel_sizes(generator) if on_gpu else ()
+        sizes = norms.table_kernel_sizes(generator) if on_gpu else ()
         loader = training_loader(
             self.dataset, self.config.data.train.batch_size, seed=self.config.seed, images_seen=self.state.images_seen,
             rank=self.info.rank, world_size=self.info.world_size,
             num_workers=default_num_workers(self.info.local_world_size) if workers is None else workers,
             pin_memory=on_gpu, shuffle_shards=self.config.data.shuffle_shards,
-            look_ahead=(sizes, self.config.trainer.gradient_accumulation, takes_noise(generator)),
+            look_ahead=(sizes, self.config.trainer.gradient_accumulation, norms.takes_noise(generator)),
         )  # fmt: skip
         return Prefetcher(loader, self.device)
 
@@ -120,12 +121,14 @@ def prepare(
     info: ProcessInfo,
     device: torch.device,
     stop_after: int | None = None,
+    ask: Ask = by_rule,
 ) -> Run:
     """Open the data and build all parts of a run, at image 0. Call after joining the process group.
 
     Args:
         objective: terms and weights, from ``build_losses``.
         stop_after: stop this launch at this iteration, counted over the whole run (``--max_iterations``).
+        ask: tells what is faster on this machine; rank 0 asks.
     """
     # Data and networks.
     trainer = config.trainer
@@ -134,7 +137,10 @@ def prepare(
     state = new_train_state(config, device, config.seed)
     if trainer.sync_batch_norm and info.world_size > 1:
         for network in filter(None, (state.generator, state.discriminator, state.generator_ema)):
-            synchronize_batch_norm(network)
+            norms.synchronize_batch_norm(network)
+    if device.type == "cpu" and trainer.precision == "fp32" and norms.pixel_cost(state.generator) is not None:
+        cost = ask(norms.PIXEL_COST, norms.measure_pixel_cost) if info.is_main else None
+        norms.choose_paths(state.generator, distributed.broadcast_object(cost))
     # Schedule and settings of an iteration.
     global_batch = config.data.train.batch_size * info.world_size
     if (total := trainer.max_iterations) is None:
@@ -174,7 +180,7 @@ def describe(run: Run) -> str:
         f" encoder {millions(state.encoder)}",
         f"data: {len(run.dataset)} training and {len(run.val_dataset)} preview samples",
         f"losses: {losses}",
-        *([] if (path := describe_path(state.generator, run.device)) is None else [f"SPADE norms: {path}"]),
+        *([] if (path := norms.describe_path(state.generator, run.device)) is None else [f"SPADE norms: {path}"]),
         *([] if (seen := trainer.discriminator_augmentation) is None else
           [f"the discriminator's images: {', '.join(seen.policies)} with probability {seen.probability}"]),
         f"batch: {run.config.data.train.batch_size} per process x {run.info.world_size} process(es) ="
@@ -272,7 +278,9 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
         started = f"starting from the weights of {chosen}{''.join(f'; {name}: fresh' for name in fresh)}"
         old_import = explain_old_import(content, trained.data.labels)
         return started if old_import is None else f"{started}\nwarning: {old_import}"
-    before, now = content.get("run") or {}, _facts(run)
+    before = content.get("run") or {}
+    norms.choose_paths(run.state.generator, before.get("spade_pixel_cost"))  # those of before, also on another machine
+    now = _facts(run)
     if before and (missing := {"world_size", "global_batch", "data_sha256", "data_samples"} - before.keys()):
         raise CheckpointError(f"{chosen}: its run lacks {', '.join(sorted(missing))}")
     changed = list_changes(trained, run.config)
@@ -292,8 +300,8 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
     if run.evaluation is not None and (told := run.evaluation.load_state_dict(content.get("evaluation"))):
         lines.append(told)
     lines += _other_processes(before, now, run)
-    if (norms := before.get("spade_norms", now["spade_norms"])) != now["spade_norms"]:
-        lines.append(f"SPADE norms: {norms} then, {now['spade_norms']} now")
+    if (path := before.get("spade_norms", now["spade_norms"])) != now["spade_norms"]:
+        lines.append(f"SPADE norms: {path} then, {now['spade_norms']} now")
     lines += [f"changed since: {key}: {change}" for key, change in changed.items()]
     return "\n".join([*lines, *_changed_files(before, run), *_jumping_rates(content, run)])
 
@@ -323,7 +331,8 @@ def _facts(run: Run) -> dict[str, Any]:
         "data_samples": len(run.dataset),
         "data_sha256": hashlib.sha256("\n".join(run.dataset.keys).encode()).hexdigest(),
         "data_stamps": [torch.from_numpy(stamps) for _, stamps in run.stamps.values()],
-        "spade_norms": describe_path(run.state.generator, run.device),
+        "spade_norms": norms.describe_path(run.state.generator, run.device),
+        "spade_pixel_cost": norms.pixel_cost(run.state.generator),
         "torch": str(torch.__version__),
     }
 
