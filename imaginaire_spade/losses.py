@@ -270,12 +270,12 @@ class SegmentationGANLoss(AdversarialLoss):
         fake, real, *mixed = scores
         generated = torch.zeros_like(layout.labels, dtype=torch.int64)
         terms = {
-            "d_fake": _mean_over_scales([F.cross_entropy(s.logits, generated) for s in fake]),
+            "d_fake": _mean_over_scales([_cross_entropy(s.logits, generated) for s in fake]),
             "d_real": self._of_classes(real, layout, plan),
         }
         if mixed and (mask := plan.mask(layout)) is not None:
-            parts = zip(fake, real, *mixed, strict=True)
-            distances = [F.mse_loss(torch.where(mask, r.logits, f.logits), m.logits) for f, r, m in parts]
+            logits = zip(*([_pixels(s.logits) for s in group] for group in scores), strict=True)
+            distances = [F.mse_loss(torch.where(mask.reshape(len(r), 1, *r.shape[2:]), r, f), m) for f, r, m in logits]
             terms["d_labelmix"] = self.labelmix * _mean_over_scales(distances)
         return terms
 
@@ -301,9 +301,21 @@ class SegmentationGANLoss(AdversarialLoss):
             target = target.masked_fill(target > layout.spec.num_classes, -1)  # pixels that have no channel
         weights = F.pad(plan.weights[: layout.spec.num_label_channels], (1, 0))
         return _mean_over_scales(
-            [F.cross_entropy(s.logits, target, weights, ignore_index=-1, reduction="sum") / target.numel()
+            [_cross_entropy(s.logits, target, weight=weights, ignore_index=-1, reduction="sum") / target.numel()
              for s in scores]
         )  # fmt: skip
+
+
+def _pixels(logits: Tensor) -> Tensor:
+    """View logits [N, C, H, W] in channels_last as rows [N H W, C], with which torch is faster; leave others."""
+    is_rows = logits.is_contiguous(memory_format=torch.channels_last)
+    return logits.permute(0, 2, 3, 1).flatten(0, 2) if is_rows else logits
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """Compute the cross-entropy of logits [N, C, H, W] with the pixels' classes [N, H, W]."""
+    logits = _pixels(logits)
+    return F.cross_entropy(logits, target.reshape(len(logits), *logits.shape[2:]), **options)
 
 
 def _taken_for_real(scores: Scores) -> Tensor:

@@ -12,6 +12,7 @@ from weakref import ref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fork_server import TORCHRUN
 from test_layout import random_layout
 from test_training import assert_same, losses_in, tensors_of, tiny_run  # noqa: F401
@@ -22,8 +23,10 @@ from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError, ConfigError
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.layout import LayoutSpec
+from imaginaire_spade.losses import SegmentationGANLoss
 from imaginaire_spade.models import unet
-from imaginaire_spade.models.layers import SpectralNorm
+from imaginaire_spade.models.discriminator import Scores, split_scores
+from imaginaire_spade.models.layers import SpectralNorm, conv2d
 from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.models.oasis import OASISGenerator
 from imaginaire_spade.models.unet import OASISDiscriminator
@@ -167,18 +170,111 @@ def test_both_forms_of_the_average_are_loaded_by_inference(tiny_run, tmp_path):
     run("larger", *OASIS, average, *larger, init_from=tmp_path / "folded")
 
 
-def test_a_convolution_that_also_resizes_is_the_two_steps(monkeypatch):
+def plain_halving(conv, x):
+    return F.avg_pool2d(conv(x), 2)
+
+
+def plain_doubling(conv, x):
+    return conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+RESIZING = [(unet.convolve_and_halve, plain_halving), (unet.enlarge_and_convolve, plain_doubling)]
+
+
+def forward_and_gradients(function, conv, x, direction=None):
+    state = copy.deepcopy(conv.state_dict())
+    y = function(conv, x)
+    direction = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape) if direction is None else direction
+    gradients = torch.autograd.grad((y * direction).sum(), [x, *conv.parameters()])
+    conv.load_state_dict(state)  # spectral norm has iterated
+    return [y.detach(), *gradients]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("spectral", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("fused", "plain"), RESIZING)
+def test_a_convolution_that_also_resizes_is_the_two_steps(fused, plain, bias, spectral, memory_format):
+    torch.manual_seed(0)
+    for n, channels, out, height, width in ((1, 3, 5, 2, 2), (2, 7, 1, 6, 10), (3, 5, 3, 12, 4)):
+        conv = conv2d(channels, out, 3, padding=1, bias=bias, spectral=spectral)
+        x = torch.randn(n, channels, height, width).to(memory_format=memory_format)
+        ours, theirs = (forward_and_gradients(f, conv, x.requires_grad_())[0] for f in (fused, plain))
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        conv, x = conv.double(), x.detach().double().requires_grad_()
+        for a, b in zip(*(forward_and_gradients(f, conv, x) for f in (fused, plain)), strict=True):
+            assert (a - b).abs().max() <= 1e-9 * b.abs().max()
+
+
+@pytest.mark.parametrize(("fused", "plain"), RESIZING)
+def test_a_convolution_that_also_resizes_has_second_derivatives(fused, plain):
+    torch.manual_seed(0)
+    conv, x = torch.nn.Conv2d(3, 2, 3, padding=1).double(), torch.randn(1, 3, 4, 6).double().requires_grad_()
+    penalties = []
+    for function in (fused, plain):
+        (gradient,) = torch.autograd.grad(function(conv, x).pow(3).sum(), x, create_graph=True)
+        penalties.append(torch.autograd.grad(gradient.square().sum(), [x, conv.weight, conv.bias]))
+    for a, b in zip(*penalties, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("fused", "plain"), RESIZING)
+def test_a_convolution_that_also_resizes_takes_autocast(fused, plain, dtype):
+    torch.manual_seed(0)
+    conv, x = conv2d(8, 8, 3, padding=1, spectral=True), torch.randn(1, 8, 8, 8, requires_grad=True)
+    exact = forward_and_gradients(plain, conv, x)
+    for function in (fused, plain):
+        with torch.autocast("cpu", dtype=dtype):
+            found = forward_and_gradients(function, conv, x)
+        assert found[0].dtype == dtype and found[1].dtype == torch.float32
+        torch.testing.assert_close(found[0].float(), exact[0], atol=0.05, rtol=0.05)
+
+
+def test_groups_of_images_are_scored_as_one_after_the_other(monkeypatch):
+    """At any resolution: with power iterations before each, the same outputs, gradients and buffers."""
+    torch.manual_seed(0)
     network = OASISDiscriminator(LayoutSpec(4), num_filters=4, middle_num_filters=5, max_num_filters=6).double()
-    layout, results = random_layout(LayoutSpec(4), 1, 64, 128), []
-    image = torch.rand(1, 3, 64, 128, dtype=torch.float64, requires_grad=True)
-    for pixels in (0, 10**9):
-        monkeypatch.setattr(unet, "FUSED_FROM", pixels)
-        network.eval().zero_grad()
-        (scores,) = network(layout, image)
-        gradients = torch.autograd.grad(scores.logits.square().sum(), [image, *network.parameters()])
-        results.append([scores.logits.detach(), *gradients])
-    for fused, plain in zip(*results, strict=True):
-        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)  # (logits are float32)
+    images = torch.rand(6, 3, 64, 128, dtype=torch.float64, requires_grad=True)
+    state, results = copy.deepcopy(network.state_dict()), []
+
+    def together():
+        return network.decoder(network.encoder(images, 3), 3)
+
+    def one_by_one():
+        return torch.cat([network.decoder(network.encoder(group)) for group in images.chunk(3)])
+
+    for large, run in ((0, one_by_one), (10**9, together), (unet.LARGE, together), (0, together)):
+        monkeypatch.setattr(unet, "LARGE", large)
+        network.load_state_dict(state)
+        network.zero_grad()
+        y = run()
+        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+        gradients = {name: value.grad for name, value in network.named_parameters() if value.grad is not None}
+        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        results.append({"y": y.detach(), "images": images.grad.clone()} | gradients | buffers)
+        images.grad = None
+    for found in results[1:]:
+        for name, expected in results[0].items():
+            assert (found[name] - expected).abs().max() <= 1e-9 * expected.abs().max().clamp(min=1e-6), name
+    network.eval()
+    torch.testing.assert_close(together(), one_by_one(), rtol=1e-9, atol=1e-12)
+
+
+def test_losses_of_classes_do_not_depend_on_the_memory_format():
+    torch.manual_seed(0)
+    spec, loss = LayoutSpec(4), SegmentationGANLoss()
+    layout = random_layout(spec, 2, 8, 12)
+    plan, results = loss.plan(layout, 0, 0), []
+    logits = torch.randn(6, 1 + spec.num_label_channels, 8, 12)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = logits.contiguous(memory_format=memory_format).requires_grad_()
+        terms = loss.discriminator(split_scores([Scores(x, [])], 3), layout, plan)
+        gradients = torch.autograd.grad(sum(value * k for k, value in enumerate(terms.values(), 1)), x)
+        results.append([*terms.values(), *gradients])
+    assert len(results[0]) == 4
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_the_discriminator_makes_activations_again(monkeypatch):

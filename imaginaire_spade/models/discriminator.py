@@ -27,10 +27,8 @@ class Scores(NamedTuple):
 def split_scores(scores: list[Scores], groups: int = 2) -> list[list[Scores]]:
     """Split the scores of equally many images of each group, such as fake, then real ones: a list for each group."""
 
-    def part(index: int) -> list[Scores]:
-        return [Scores(s.logits.chunk(groups)[index], [f.chunk(groups)[index] for f in s.features]) for s in scores]
-
-    return [part(index) for index in range(groups)]
+    parts = [(s.logits.chunk(groups), *(f.chunk(groups) for f in s.features)) for s in scores]  # one split of each
+    return [[Scores(logits[i], [f[i] for f in features]) for logits, *features in parts] for i in range(groups)]
 
 
 class Discriminator(nn.Module):

@@ -71,6 +71,16 @@ class SpectralNorm(nn.Module):
         F.normalize(product, dim=0, eps=1e-12, out=self.weight_u)
         return torch.dot(self.weight_u, product)
 
+    def iterated_sigmas(self, count: int) -> Tensor:
+        """Do ``count`` power iterations, in place, and return sigma after each: [count], with the gradient of W."""
+        u, v = [], []
+        with torch.autocast(self.weight.device.type, enabled=False):
+            for _ in range(count):
+                self.iterate()
+                u.append(self.weight_u.clone())
+                v.append(self.weight_v.clone())
+            return (torch.stack(u) * (torch.stack(v) @ self._matrix().T)).sum(1)
+
     def _matrix(self) -> Tensor:
         return (self.weight.transpose(0, 1) if self._columns_first() else self.weight).flatten(1)
 
@@ -113,13 +123,8 @@ class SpectralConv2d(SpectralNorm, nn.Conv2d):
 
     plain = nn.Conv2d
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.normalised_weight()
-        if weight.is_cuda or (again := again_of(weight)) is None:  # a GPU's activations need more, its host has no time
-            return self._conv_forward(x, weight, self.bias)
-        dtype = computing_dtype(self.weight)
-        with forgotten(cast := weight.to(dtype), lambda: again().to(dtype)):
-            return self._conv_forward(x, cast, self.bias)
+    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
+        return convolve_with(self, x, lambda x, weight: self._conv_forward(x, weight, self.bias), groups=groups)
 
 
 class SpectralConvTranspose2d(SpectralNorm, nn.ConvTranspose2d):
@@ -202,6 +207,26 @@ def conv2d(*args: Any, spectral: bool, **kwargs: Any) -> nn.Conv2d:
 def effective_weight(layer: nn.Conv2d) -> Tensor:
     """Return the weight that a convolution applies, for callers that convolve in another way: once per forward."""
     return layer.normalised_weight() if isinstance(layer, SpectralConv2d) else layer.weight
+
+
+def convolve_with(
+    layer: nn.Conv2d, x: Tensor, convolve: Callable[[Tensor, Tensor], Tensor],
+    prepare: Callable[[Tensor], Tensor] = lambda weight: weight, groups: int = 1,
+) -> Tensor:  # fmt: skip
+    """Compute ``convolve(x, weight)`` with the effective weight, prepared; on CPUs the graph keeps no copy of it.
+
+    Args:
+        groups: of images in x, for each of which spectral norm iterates: x / sigma is convolved, all groups at once.
+    """
+    if groups > 1 and isinstance(layer, SpectralConv2d) and layer.training:
+        scale = 1 / layer.iterated_sigmas(groups).repeat_interleave(len(x) // groups)
+        return convolve(x * scale[:, None, None, None], prepare(layer.weight))
+    weight = effective_weight(layer)
+    if weight.is_cuda or (again := again_of(weight)) is None:  # a GPU's activations need more, its host has no time
+        return convolve(x, prepare(weight))
+    dtype = computing_dtype(layer.weight)
+    with forgotten(cast := prepare(weight).to(dtype), lambda: prepare(again()).to(dtype)):
+        return convolve(x, cast)
 
 
 def initialise(network: nn.Module, kind: str, gain: float) -> None:
