@@ -206,8 +206,8 @@ def same(one: object, other: object) -> bool:
     )
 
 
-def evaluate(folder: Path, counts: list[int]) -> list[Run]:
-    """Score as many images against the 1,000 scenes: Frechet and kernel distance in EfficientNet-Lite0's features."""
+def evaluate(folder: Path, counts: list[int], features: str) -> list[Run]:
+    """Score as many images against the 1,000 scenes: Frechet and kernel distance."""
     runs, scenes = [], drawn(folder)
     for count in sorted(counts):
         files = sorted((fill(folder / "raw", scenes, count) / "images").iterdir())[:count]
@@ -216,7 +216,7 @@ def evaluate(folder: Path, counts: list[int]) -> list[Run]:
             if not (fake / file.name).exists():
                 (fake / file.name).hardlink_to(file)
         command = "evaluate.py", "--real", scenes / "train", "--fake", fake, "--reference_split", "train"
-        options = "--metrics", "fid,kid", "--features", "efficientnet_lite0", "--device", "cpu"
+        options = "--metrics", "fid,kid", "--features", features, "--device", "cpu"
         runs.append(run(folder, f"evaluate {count:,} images", *command, *options))
     return runs
 
@@ -230,14 +230,17 @@ def main() -> None:
     parser.add_argument("--counts", type=positive_integer, nargs="+", default=[5_000, 15_000, 50_000])
     parser.add_argument("--iterations", type=positive_integer, default=20_000)
     parser.add_argument("--kills", type=positive_integer, default=20)
+    parser.add_argument("--features", default="efficientnet_lite0", help="of evaluate, as evaluate.py takes them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures, memory over time among them")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.what == "train":
         runs = train(folder, arguments.iterations, arguments.kills)
+    elif arguments.what == "build":
+        runs = build(folder, arguments.counts)
     else:
-        runs = {"build": build, "evaluate": evaluate}[arguments.what](folder, arguments.counts)
+        runs = evaluate(folder, arguments.counts, arguments.features)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(one) for one in runs], indent=1) + "\n", encoding="utf-8")
 

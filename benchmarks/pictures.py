@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -114,11 +115,27 @@ def sharpness(images: Tensor) -> float:
     return float((x.diff(dim=-1).abs().mean() + x.diff(dim=-2).abs().mean()) / 2)
 
 
+def fine_structure(images: Tensor) -> Iterator[Tensor]:
+    """Subtract the mean of 7x7 pixels from uint8 images [N, 3, H, W], 16 at a time: float."""
+    for x in images.float().split(16):
+        yield x - F.avg_pool2d(F.pad(x, (3, 3, 3, 3), "reflect"), 7, 1)
+
+
 def fixed_pattern(images: Tensor) -> float:
     """Measure stripes and grids that all images share: the fine structure of their mean, beside what is left of as
     much fine structure by averaging independent images (1: nothing is shared)."""
-    fine = torch.cat([x - F.avg_pool2d(F.pad(x, (3, 3, 3, 3), "reflect"), 7, 1) for x in images.float().split(16)])
+    fine = torch.cat(list(fine_structure(images)))
     return float(fine.mean(0).square().mean().sqrt() / (fine.square().mean().sqrt() / len(fine) ** 0.5))
+
+
+def stripes(images: Tensor, length: int = 16) -> float:
+    """Measure lines along rows and columns: the fine structure's means over so many pixels, beside those of
+    independent pixels (1: no lines), by image."""
+    found = []
+    for fine in fine_structure(images):
+        lines = [F.avg_pool2d(fine, size, 1).square().mean((1, 2, 3)) for size in ((1, length), (length, 1))]
+        found.append((length * (lines[0] + lines[1]) / 2 / fine.square().mean((1, 2, 3))).sqrt())
+    return float(torch.cat(found).mean())
 
 
 def _checkpoints(logdir: Path) -> dict[int, Path]:
@@ -163,6 +180,7 @@ def main() -> None:
         if len(images) == len(val.photos):
             row["l1"] = float((images.float() - val.photos.float()).abs().mean())
         row |= {"sharpness": sharpness(images) / sharpness(val.photos), "pattern": fixed_pattern(images)}
+        row["stripes"] = stripes(images)
         rows.append({"pictures": name} | row)
         print(f"{name:45}", *(f"{key} {value:8.3f}" for key, value in row.items()), flush=True)
 

@@ -15,7 +15,7 @@ import torch
 from fork_server import TORCHRUN
 
 from benchmarks import data as data_benchmark
-from benchmarks import gpu, gpu_graphs, long_runs, measure
+from benchmarks import gpu, gpu_graphs, long_runs, measure, pictures
 from benchmarks import norms as norms_benchmark
 from benchmarks.__main__ import main as benchmarks_main
 from benchmarks.growth import distinct_share, grown_layout
@@ -286,3 +286,11 @@ def test_long_runs_name_the_command_that_failed(tmp_path):
     with pytest.raises(RuntimeError, match=r"score failed with 2; its output: .*output.txt"):
         long_runs.run(tmp_path, "score", "evaluate.py", "--metrics", "beauty")
     assert b"--metrics" in (tmp_path / "output.txt").read_bytes()
+
+
+def test_stripes_and_grids_are_told_from_noise():
+    noise = torch.randint(0, 256, (8, 3, 96, 128), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    lines = noise.clone()
+    lines[:, :, ::8], lines[0, :, :, ::8] = 255, 0
+    assert 0.9 < pictures.stripes(noise) < 1.1 < 1.4 < pictures.stripes(lines)
+    assert 0.9 < pictures.fixed_pattern(noise) < 1.1 < 1.4 < pictures.fixed_pattern(lines)

@@ -230,6 +230,7 @@ def test_a_generator_that_looks_at_its_data_is_named(folder, tmp_path):
 KINDS = {
     "spade": {},
     "clade": {"gen__norm": {"type": "clade"}},
+    "noise": {"gen__norm": {"type": "clade"}, "gen__style_dims": 0, "gen__noise_injection": True, "encoder": None},
     "clade_icpe": {"gen__norm": {"type": "clade_icpe", "skip_ids": [0]}},
     "concat, instance": {"gen__norm": {"type": "concat", "normalization": "instance"}},
     "style_spade": {

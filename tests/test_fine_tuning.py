@@ -26,6 +26,7 @@ GENERATORS = {
     "clade": {"type": "spade", "num_filters": 2, "norm": {"type": "clade"}},
     "clade_icpe": {"type": "spade", "num_filters": 2, "norm": {"type": "clade_icpe"}},
     "concat": {"type": "spade", "num_filters": 2, "norm": {"type": "concat"}},
+    "noise": {"type": "spade", "num_filters": 2, "norm": {"type": "clade"}, "noise_injection": True},
     "pix2pixhd": {"type": "pix2pixhd", "num_filters": 2},
     "style_spade": {"type": "style_spade", "num_filters": 2, "style_dims": 4, "norm": {"type": "spade"}},
     "oasis": {"type": "oasis", "num_filters": 2, "style_dims": 3, "norm": {"type": "spade", "hidden_channels": 4}},

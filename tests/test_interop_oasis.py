@@ -238,6 +238,12 @@ def test_a_discriminator_of_our_own_stays_here_and_the_generator_goes_out(encode
                      "ema")  # fmt: skip
 
 
+def test_a_generator_with_noise_injection_stays_here():
+    config = load_config(REPOSITORY / "configs/projects/spade/sample/small64.yaml", ["gen.noise_injection=true"])
+    with pytest.raises(CheckpointError, match=r"gen\.noise_injection: true: nvlabs_spade has generators without it"):
+        export_files("nvlabs_spade", {"generator": {}}, config, "ema")
+
+
 def test_what_does_not_fit_is_one_message_each(commands, release, tmp_path):
     g, d, out = release / "best_G.pth", release / "best_D.pth", tmp_path / "out.pt"
 

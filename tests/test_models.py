@@ -27,6 +27,7 @@ from imaginaire_spade.models.layers import (
     fold_spectral_norm,
     initialise,
 )
+from imaginaire_spade.models.noise_injection import PixelNoise
 from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Registry
 from imaginaire_spade.training.state import reestimate_batch_norm, update_average
@@ -156,6 +157,45 @@ def test_concat_appends_the_layout_to_the_normalised_features():
     torch.testing.assert_close(y[:, :3], F.batch_norm(x, None, None, training=True))
     dense = F.interpolate(layout.one_hot(), size=(8, 12), mode="nearest")
     assert norm.out_channels == 3 + SPEC.num_channels and torch.equal(y[:, 3:], dense)
+
+
+@pytest.mark.parametrize("style_dims", [0, 8])
+@pytest.mark.parametrize("norm", ["spade", "clade"])
+def test_noise_injection_changes_pixels_by_the_style_code_and_starts_at_nothing(norm, style_dims):
+    torch.manual_seed(0)
+    options = {"num_filters": 2, "style_dims": style_dims, "norm": partial(NORMS[norm])}
+    generator = SPADEGenerator(SPEC, (64, 64), **options, noise_injection=True).eval()
+    plain = SPADEGenerator(SPEC, (64, 64), **options).eval()
+    initialise(generator, "xavier", 1.0)
+    assert generator.style_dims == max(style_dims, 2) and generator.halo is None
+    strengths = [p for name, p in generator.named_parameters() if name.startswith("noise.strengths.")]
+    assert len(strengths) == 14 and not any(p.any() for p in strengths)
+    weights = {name: value for name, value in generator.state_dict().items() if "noise" not in name}
+    plain.load_state_dict(weights)  # the noise itself is no part of a checkpoint
+    layout, z = random_layout(SPEC, 3, 64, 96), torch.randn(3, generator.style_dims)
+    torch.testing.assert_close(generator(layout, z), plain(layout, z if style_dims else None))
+
+    generator(layout, z).square().mean().backward()
+    assert all(p.grad.any() for p in strengths)  # so it learns
+    torch.nn.init.constant_(strengths[-1], 1.0)
+    images = generator(layout, z)
+    torch.testing.assert_close(generator(layout, z), images, rtol=0, atol=0)
+    torch.testing.assert_close(generator(layout[1:2], z[1:2]), images[1:2], rtol=1e-4, atol=1e-5)
+    difference = (generator(layout, torch.cat([-z[:, :2], z[:, 2:]], 1)) - images).abs().amax(1)
+    assert (difference > 1e-6).float().mean() > 0.99
+
+
+def test_pixel_noise_is_white_and_its_own_in_every_block_and_image():
+    noise, z = PixelNoise([4] * 8), torch.tensor([[0.3, -1.2], [0.3, -1.1], [-2.0, 0.5]])
+    maps = torch.stack([torch.cat(noise(z, 96, 128, block)[0], 1) for block in range(7)])  # [7, 3, 2, 96, 128]
+    assert maps.mean().abs() < 0.02 and abs(maps.std() - 1) < 0.02
+    others = torch.corrcoef(maps.reshape(42, -1)) - torch.eye(42)
+    assert others.abs().max() < 0.05
+    for places in ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0)):
+        assert (maps.roll(places, (-2, -1)) * maps).mean().abs() < 0.01
+    assert torch.equal(noise(z[1:2], 40, 50, 3)[0][1], maps[3, 1:2, 1:, :40, :50])
+    extreme = torch.tensor([[40.0, -40.0]])  # the far ends of the map meet
+    assert torch.equal(noise(extreme, 1024, 8, 0)[0][0][:, :, 512:], noise(-extreme, 512, 8, 0)[0][0])
 
 
 @pytest.mark.parametrize("size", [256, 512, 1024])

@@ -152,7 +152,7 @@ def test_a_run_leaves_what_it_promises(tiny_run, tmp_path):
         ("gen.style_dims=6", "encoder={type: conv, num_filters: 2, image_size: 128}", "losses.kl=0.1"),
         ("gen.norm={type: clade}", "trainer.gradient_accumulation=2", "trainer.activation_checkpointing=true"),
         ("trainer.precision=bf16", "gen.norm={type: clade}", "data.num_workers=2"),
-        ("trainer.precision=fp16", "gen.norm={type: clade_icpe}"),
+        ("trainer.precision=fp16", "gen.norm={type: clade_icpe}", "gen.noise_injection=true"),
     ],
 )
 def test_stopping_and_starting_again_changes_nothing(tiny_run, overrides):

@@ -114,8 +114,8 @@ def check_tile(model: Model, given: str | None) -> int | None:
     if halo is None:
         raise ConfigError(
             "--tile: this generator cannot make tiles that fit together, since every pixel depends on the whole label"
-            " map (instance norms, a style code or a start map of fixed size). Leave --tile out, and write a smaller"
-            " --size"
+            " map (instance norms, a style code, noise injection or a start map of fixed size). Leave --tile out, and"
+            " write a smaller --size"
         )
     if given == "auto":
         return -(-AUTO_TILE // step) * step

@@ -21,6 +21,7 @@ from imaginaire_spade.models.layers import (
     instance_norm,
 )
 from imaginaire_spade.models.modulation import convolve_modulated
+from imaginaire_spade.models.noise_injection import BlockNoise, PixelNoise
 from imaginaire_spade.models.norms import SPADE, AdaptiveBatchNorm, ConditionalNorm
 from imaginaire_spade.registry import ENCODERS, GENERATORS, NORMS, DepthOrNone, Weight, Width, WidthOrNone
 
@@ -71,16 +72,25 @@ class SPADEResidualBlock(nn.Module):
             self.norm_s = norm(in_channels, spec)
             self.conv_s = conv2d(self.norm_s.out_channels, out_channels, 1, bias=False, spectral=spectral_norm)
 
-    def forward(self, x: Tensor, layout: SemanticLayout, upsample: int = 1) -> Tensor:
-        """Enlarge x [N, in, h, w] by ``upsample`` (nearest), then apply the block: [N, out, upsample h, upsample w]."""
+    def forward(self, x: Tensor, layout: SemanticLayout, upsample: int = 1, noise: BlockNoise | None = None) -> Tensor:
+        """Enlarge x [N, in, h, w] by ``upsample`` (nearest), then apply the block: [N, out, upsample h, upsample w].
+
+        Args:
+            noise: added to the enlarged input and to what the first convolution gives.
+        """
+        if noise is not None:
+            (of_x, of_y), (strength_x, strength_y) = noise
+            x, upsample = enlarge(x, upsample), 1
+            x = x + (strength_x * of_x).to(x.dtype)
         if self.learned_shortcut:  # upsampling is fused into the norms, so x is read at low resolution
             shortcut = convolve_modulated(self.conv_s, self.norm_s(x, layout, upsample=upsample))
         else:
             x, upsample = enlarge(x, upsample), 1
             shortcut = x
         y = convolve_modulated(self.conv_0, self.norm_0(x, layout, upsample=upsample, slope=0.2))
-        y = convolve_modulated(self.conv_1, self.norm_1(y, layout, slope=0.2))
-        return shortcut + y
+        if noise is not None:
+            y = y + (strength_y * of_y).to(y.dtype)
+        return shortcut + convolve_modulated(self.conv_1, self.norm_1(y, layout, slope=0.2))
 
 
 @GENERATORS.register("spade")
@@ -98,6 +108,9 @@ class SPADEGenerator(Generator):
         style_dims: length of the style code z; 0: none is taken.
         upsampling: number of x2 steps: normal 5, more 6, most 7.
         spectral_norm: spectral norm on the convolutions of the blocks.
+        noise_injection: pixelwise noise inside each block, with a learned strength for each channel (StyleGAN, Karras
+            et al. 2019, sec. 3.2): texture without grids, and several images for one label map. Where style_dims is 0
+            the style code is two numbers, which choose the noise.
         norm: conditional normalisation layer.
     """
 
@@ -111,6 +124,7 @@ class SPADEGenerator(Generator):
         style_dims: WidthOrNone = 0,
         upsampling: Literal["normal", "more", "most"] = "normal",
         spectral_norm: bool = True,
+        noise_injection: bool = False,
         norm: Annotated[NormFactory, NORMS] = SPADE,
     ) -> None:
         super().__init__()
@@ -119,10 +133,12 @@ class SPADEGenerator(Generator):
         channels = [num_filters * width for width in widths] + ([num_filters // 2] if most else [])
         self.upsample_before = (False, True, more, True, True, True, True, *((True,) if most else ()))
         self.size_multiple = 2 ** sum(self.upsample_before)
-        self.style_dims = style_dims
+        self.noise = PixelNoise(channels) if noise_injection else None
+        self.style_dims = style_dims or 2 * noise_injection
+        self.starts_from_code = style_dims > 0
         self.start_size = (image_size[0] // self.size_multiple, image_size[1] // self.size_multiple)
         if style_dims:
-            self.fc: nn.Module = nn.Linear(style_dims, channels[0] * self.start_size[0] * self.start_size[1])
+            self.fc: nn.Module = nn.Linear(self.style_dims, channels[0] * self.start_size[0] * self.start_size[1])
         else:
             self.fc = nn.Conv2d(spec.num_channels, channels[0], 3, padding=1)
         self.blocks = nn.ModuleList(
@@ -143,17 +159,19 @@ class SPADEGenerator(Generator):
 
         Args:
             layout: N label maps [H, W].
-            z: style codes float [N, style_dims]; required if and only if style_dims > 0.
+            z: style codes float [N, style_dims]; required if and only if style_dims > 0 or there is noise injection.
         """
         self.check_input(layout, z)
         start = (layout.height // self.size_multiple, layout.width // self.size_multiple)
-        if z is not None:
+        if self.starts_from_code and z is not None:
             x = self.fc(z).unflatten(1, (-1, *self.start_size))  # [N, 16 F, h0, w0]
             x = F.interpolate(x, size=start, mode="bilinear", align_corners=False)  # exact if the size is the same
         else:
             x = self.fc(layout.resized(*start).one_hot(self.to_image.weight.dtype))  # [N, 16 F, h0, w0]
-        for block, upsample in zip(self.blocks, self.upsample_before, strict=True):
-            x = block(x, layout, upsample=2 if upsample else 1)
+        for number, (block, doubles) in enumerate(zip(self.blocks, self.upsample_before, strict=True)):
+            factor = 2 if doubles else 1
+            noise = self.noise and self.noise(z, factor * x.shape[2], factor * x.shape[3], number)
+            x = block(x, layout, upsample=factor, noise=noise)
         return torch.tanh(self.to_image(F.leaky_relu(x, 0.2, inplace=True)).float())  # [N, C, H, W]
 
 
