@@ -215,7 +215,7 @@ def export_files(
     if norm is not None and norm.type not in _NORMS[target]:
         raise CheckpointError(f"gen.norm: {norm.type}: {target} has {' and '.join(_NORMS[target])}")
     if config.gen.args.get("noise_injection"):
-        raise CheckpointError(f"gen.noise_injection: true: {target} has generators without it")
+        raise CheckpointError(f"gen.noise_injection: true: {target}'s generators have none; train with false for it")
     order = exported_channels(target, config.data.labels, label_order)
     spec, system = layout_spec(config), SYSTEMS[target]
     if spec.has_edges and target == "oasis":
