@@ -132,6 +132,8 @@ def fill(raw: Path, scenes: Path, count: int) -> Path:
 def build(folder: Path, counts: list[int]) -> list[Run]:
     """Build each count, then the last once more with a kill at half its time; both must hold the same bytes."""
     runs, raw, scenes = [], folder / "raw", drawn(folder)
+    for old in (raw, folder / "resumed"):  # of a run before
+        shutil.rmtree(old, ignore_errors=True)
 
     def command(out: Path, count: int) -> tuple[object, ...]:
         shards = "--num_shards", max(1, count // 25_000)

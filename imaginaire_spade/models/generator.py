@@ -138,7 +138,7 @@ class SPADEGenerator(Generator):
         self.starts_from_code = style_dims > 0
         self.start_size = (image_size[0] // self.size_multiple, image_size[1] // self.size_multiple)
         if style_dims:
-            self.fc: nn.Module = nn.Linear(self.style_dims, channels[0] * self.start_size[0] * self.start_size[1])
+            self.fc: nn.Module = nn.Linear(style_dims, channels[0] * self.start_size[0] * self.start_size[1])
         else:
             self.fc = nn.Conv2d(spec.num_channels, channels[0], 3, padding=1)
         self.blocks = nn.ModuleList(

@@ -35,7 +35,8 @@ class PixelNoise(nn.Module):
         """Give block number ``block`` noise of [height, width] for style codes z float [N, style_dims]."""
         places = slice(2 * block, 2 * block + 2)
         # Standard normal numbers become uniform ones; each map is far from the others.
-        first = (torch.special.ndtr(z[:, None, [0, -1]].float()) * self.PERIOD).long()  # [N, 1, 2]
+        ends = torch.stack([z[:, :1], z[:, -1:]], 2)  # [N, 1, 2]; a list as an index would make a GPU's host wait
+        first = (torch.special.ndtr(ends.float()) * self.PERIOD).long()
         first = first + 71 * torch.arange(places.start, places.stop, device=z.device)[:, None]  # [N, 2, 2]
         y, x = (first[..., i, None] + torch.arange(n, device=z.device) for i, n in enumerate((height, width)))
         maps = self.values[y[..., None] % self.PERIOD, x[..., None, :] % self.PERIOD]  # [N, 2, height, width]
