@@ -88,7 +88,8 @@ def waits_of(name):
                       torch.zeros(2, SIZE, SIZE) if spec.has_distances else None, str(index), (SIZE, SIZE), index)
                for index, one in enumerate(labels)]
     on_host = Batch.collate(spec, samples)
-    generator = SPADEGenerator(spec, (SIZE, SIZE), num_filters=16, norm=norm).to(device)
+    generator = SPADEGenerator(spec, (SIZE, SIZE), num_filters=16, norm=norm, noise_injection=form == "augmented")
+    generator = generator.to(device)
     discriminator = MultiscaleDiscriminator(spec, num_filters=4).to(device)
     terms = nn.ModuleDict({"gan": GANLoss(), "feature_matching": FeatureMatchingLoss()})
     if kind == "oasis":
@@ -160,7 +161,7 @@ NORMS = (
     "clade graphed",
     "oasis synchronized",
 )
-"""``graphed``: before the recording, in which a wait would be an error."""
+"""``graphed``: before the recording, in which a wait would be an error. ``augmented``: with noise injection too."""
 
 
 def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
