@@ -232,6 +232,8 @@ def wrap(model: nn.Module, device: torch.device, bucket_cap_mb: float) -> nn.Mod
     Buffers are not broadcast: batch statistics are equal by synchronization and spectral-norm vectors by equal
     weights, and an in-place broadcast between two forwards breaks backward on some torch versions.
 
+    On CPUs gradients are added in the order of ranks (``add_in_order_of_ranks``), so that resuming is exact.
+
     Args:
         bucket_cap_mb: size in MiB of the pieces in which gradients are exchanged.
     """
@@ -240,4 +242,27 @@ def wrap(model: nn.Module, device: torch.device, bucket_cap_mb: float) -> nn.Mod
     renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # in torch 2.15
     options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     options["device_ids"] = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb, gradient_as_bucket_view=True, **options)
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb, gradient_as_bucket_view=True, **options)
+    if device.type == "cpu":
+        wrapped.register_comm_hook(None, add_in_order_of_ranks)
+    return wrapped
+
+
+def add_in_order_of_ranks(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average a piece of the gradients over the processes, with the same rounding wherever in a piece a gradient lies.
+
+    gloo's own sum has an order for each place, and DDP makes its pieces anew after its first iteration, which a resumed
+    run has in its middle: from three processes on, it would differ from an undisturbed run in the last bits.
+    """
+    mine = bucket.buffer()
+    gathered = mine.new_empty(dist.get_world_size(), len(mine))
+    exchange = dist.all_gather_into_tensor(gathered.view(-1), mine / dist.get_world_size(), async_op=True)
+
+    assert exchange is not None  # (it is for a group that this process is not in)
+
+    def add(_: torch.futures.Future) -> Tensor:
+        for other in gathered[1:]:
+            gathered[0] += other
+        return gathered[0]
+
+    return exchange.get_future().then(add)

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from imaginaire_spade import distributed
 from imaginaire_spade.distributed import ProcessInfo, choose_device
@@ -104,7 +103,7 @@ def compute_on_rank(case: Case, rank: int, store: str) -> tuple[dict[str, np.nda
     timeout = timedelta(seconds=30)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
     distributed.open_own_groups(timeout)
-    real, decide = dist.all_reduce, SPADE._takes_tables
+    real, decide, average = dist.all_reduce, SPADE._takes_tables, distributed.add_in_order_of_ranks
 
     def noted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         order.append((tuple(tensor.shape), str(tensor.dtype)))
@@ -116,9 +115,10 @@ def compute_on_rank(case: Case, rank: int, store: str) -> tuple[dict[str, np.nda
 
     def bucket_hook(state, bucket):
         order.append(("bucket", bucket.index(), bucket.buffer().numel()))
-        return default_hooks.allreduce_hook(None, bucket)
+        return average(state, bucket)
 
     dist.all_reduce, SPADE._takes_tables = noted, noted_decision  # type: ignore[method-assign]
+    distributed.add_in_order_of_ranks = bucket_hook
     try:
         generator, spec = make_generator(case)
         for module in generator.modules():
@@ -128,11 +128,11 @@ def compute_on_rank(case: Case, rank: int, store: str) -> tuple[dict[str, np.nda
         if case.checkpointed:
             checkpoint_activations(generator)
         network = distributed.wrap(generator, torch.device("cpu"), case.bucket_cap_mb)
-        network.register_comm_hook(None, bucket_hook)
         inputs = [inputs_of(case, spec, rank, piece) for piece in range(case.pieces)]
         return iterate(case, network, generator, inputs), order
     finally:
         dist.all_reduce, SPADE._takes_tables = real, decide  # type: ignore[method-assign]
+        distributed.add_in_order_of_ranks = average
         distributed.leave_process_group()
 
 

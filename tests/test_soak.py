@@ -124,16 +124,22 @@ def test_two_processes_under_faults_end_where_undisturbed_ones_do(commands, tiny
     assert_same(*(load_checkpoint(newest_checkpoint(folder)) for folder in (tmp_path / "straight", logdir)))
 
 
-@pytest.fixture
-def two_hosts():
-    """Commands that run what follows them on one of two hosts: network namespaces joined by a virtual cable."""
-    names = [f"spade{os.getpid()}{letter}" for letter in "ab"]
+@pytest.fixture(params=[2, 3])
+def hosts(request):
+    """Commands that run what follows them on one of several hosts: network namespaces joined by a switch."""
+    switch, *names = (f"spade{os.getpid()}{letter}" for letter in "sabc"[: request.param + 1])
     setup = [
-        *(f"ip netns add {name}" for name in names),
-        f"ip link add v0 netns {names[0]} type veth peer name v0 netns {names[1]}",
-        *(f"ip -n {name} addr add 10.77.0.{number}/24 dev v0" for number, name in enumerate(names, start=1)),
-        *(f"ip -n {name} link set {device} up" for name in names for device in ("v0", "lo")),
+        *(f"ip netns add {name}" for name in (switch, *names)),
+        f"ip -n {switch} link add br0 type bridge",
+        f"ip -n {switch} link set br0 up",
     ]
+    for number, name in enumerate(names, start=1):
+        setup += [
+            f"ip link add v0 netns {name} type veth peer name port{number} netns {switch}",
+            f"ip -n {switch} link set port{number} master br0 up",
+            f"ip -n {name} addr add 10.77.0.{number}/24 dev v0",
+            *(f"ip -n {name} link set {device} up" for device in ("v0", "lo")),
+        ]
     try:
         for line in setup:
             made = subprocess.run(line.split(), capture_output=True, text=True, check=False)
@@ -141,47 +147,48 @@ def two_hosts():
                 pytest.skip(f"no network namespaces here: {line}: {made.stderr.strip()}")
         yield [("ip", "netns", "exec", name) for name in names]
     finally:
-        for name in names:
+        for name in (switch, *names):
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_two_hosts_of_which_one_is_lost_and_comes_back(commands, tiny_run, tmp_path, two_hosts):
+def test_hosts_of_which_one_is_lost_and_comes_back(commands, tiny_run, tmp_path, hosts):
     path, _ = tiny_run
-    straight = Job(commands, path, tmp_path / "straight").process
+    straight = Job(commands, path, tmp_path / "straight", f"--nproc_per_node={len(hosts)}").process
     assert straight.wait() == 0, straight.output()
 
     def start(number: int) -> subprocess.Popen:
-        launcher = [*two_hosts[number], sys.executable, *TORCHRUN, "--nproc_per_node=1", "--nnodes=2",
+        launcher = [*hosts[number], sys.executable, *TORCHRUN, "--nproc_per_node=1", f"--nnodes={len(hosts)}",
                     "--max_restarts=3", "--rdzv_id=7", "--rdzv_backend=c10d", "--rdzv_endpoint=10.77.0.1:29400",
-                    f"--rdzv_conf=is_host={1 - number}", f"--local_addr=10.77.0.{number + 1}"]  # fmt: skip
+                    f"--rdzv_conf=is_host={int(number == 0)}", f"--local_addr=10.77.0.{number + 1}"]  # fmt: skip
         arguments = ["--config", str(path), "--logdir", str(tmp_path / "log"), *(f"--set={item}" for item in TWO)]
         return subprocess.Popen(
             [*launcher, "train.py", *arguments],
-            cwd=REPOSITORY, env={**os.environ, **ENVIRONMENT, "GLOO_SOCKET_IFNAME": "v0"},
+            # The threads that torchrun gives several processes of one host; other threads, other rounding.
+            cwd=REPOSITORY, env={**os.environ, **ENVIRONMENT, "GLOO_SOCKET_IFNAME": "v0", "OMP_NUM_THREADS": "1"},
             text=True, stdout=(tmp_path / f"host{number}.txt").open("a"), stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
 
-    hosts = [start(0), start(1)]
+    launched = [start(number) for number in range(len(hosts))]
     metrics = tmp_path / "log/metrics.jsonl"
 
     def reaches(iteration: int) -> None:
         while not (metrics.exists() and f'"iteration": {iteration},' in metrics.read_text()):
-            assert hosts[0].poll() is None, (tmp_path / "host0.txt").read_text()
+            assert launched[0].poll() is None, (tmp_path / "host0.txt").read_text()
             time.sleep(0.05)
 
     try:
         reaches(4)
-        for pid in (*children(hosts[1].pid), hosts[1].pid):
+        for pid in (*children(launched[-1].pid), launched[-1].pid):
             os.kill(pid, signal.SIGKILL)
-        hosts[1].wait()
+        launched[-1].wait()
         time.sleep(25)  # torchrun needs 15 s to give a host up; one that comes back sooner finds its place still taken
-        hosts[1] = start(1)
-        assert [host.wait(300) for host in hosts] == [0, 0], (tmp_path / "host0.txt").read_text()
+        launched[-1] = start(len(hosts) - 1)
+        assert [host.wait(300) for host in launched] == [0] * len(hosts), (tmp_path / "host0.txt").read_text()
     finally:
-        for host in hosts:
+        for host in launched:
             host.kill()
     assert "continuing from" in (tmp_path / "host0.txt").read_text()
     assert_same(*(load_checkpoint(newest_checkpoint(tmp_path / name)) for name in ("straight", "log")))

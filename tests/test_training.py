@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 import zipfile
 from collections import Counter
 from itertools import chain
@@ -492,21 +491,25 @@ def test_processes_that_come_and_go_change_nothing(tiny_run, tmp_path, commands,
     shared = ("trainer.max_iterations=3", "gen_opt={lr: 0.01, adam_eps: 1.0}", "dis_opt={lr: 0.01, adam_eps: 1.0}",
               "trainer.log_every=1")  # fmt: skip
 
-    def in_two(logdir: str, *more: str) -> str:
+    def in_several(logdir: str, *more: str, count: int = 2) -> str:
         settings = (*shared, "data.train.batch_size=2", "data.num_workers=1", "trainer.bucket_cap_mb=0.01")
         arguments = ("--config", path, "--logdir", tmp_path / logdir, *(f"--set={item}" for item in settings), *more)
-        launcher = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
+        launcher = (*TORCHRUN, "--standalone", f"--nproc_per_node={count}")
         result = commands.run(*launcher, "train.py", *arguments, NO_CURVES="1")
         assert result.returncode == 0, result.stderr
         return result.stdout
 
     one = run("one", *shared)
-    assert "batch: 2 per process x 2 process(es) = 4 globally" in in_two("two")
-    in_two("two_two", "--max_iterations=1")
-    shutil.copytree(tmp_path / "two_two", tmp_path / "two_one")
-    in_two("two_two")
-    two, two_two = (checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / n)) for n in ("two", "two_two"))
-    assert_same(two_two, two)
+    assert "batch: 2 per process x 2 process(es) = 4 globally" in in_several("two")
+    in_several("two_one", "--max_iterations=1")
+    in_several("three", count=3)  # two terms have the same sum in any order, three have not
+    in_several("three_three", "--max_iterations=1", count=3)
+    in_several("three_three", count=3)
+    two, three, three_three = (
+        checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / name))
+        for name in ("two", "three", "three_three")
+    )
+    assert_same(three_three, three)
 
     run("one_two", *shared, stop_after=1)
     capsys.readouterr()
@@ -515,7 +518,7 @@ def test_processes_that_come_and_go_change_nothing(tiny_run, tmp_path, commands,
         "then {} process(es) and 4 images per iteration, now {} and 4: samples continue in the same order from number 4"
     )
     assert message.format(2, 1) in told
-    assert message.format(1, 2) in in_two("one_two")
+    assert message.format(1, 2) in in_several("one_two")
     one_two = checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path / "one_two"))
 
     for name, content in (("two", two), ("two_one", two_one), ("one_two", one_two)):
