@@ -17,8 +17,9 @@ from imaginaire_spade.inference.choices import remembered
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.generator import Generator, SPADEGenerator
-from imaginaire_spade.models.layers import fold_spectral_norm, initialise
+from imaginaire_spade.models.layers import initialise
 from imaginaire_spade.models.norms import CLADE, CLADEICPE, SPADE, ConditionalNorm
+from imaginaire_spade.models.spectral_norm import fold_spectral_norm
 
 N = TypeVar("N", bound=nn.Module)
 

@@ -26,8 +26,9 @@ from imaginaire_spade.inference.choices import remembered
 from imaginaire_spade.layout import LayoutSpec, NoiseRegions, SemanticLayout
 from imaginaire_spade.losses import SegmentationGANLoss
 from imaginaire_spade.models.for_inference import optimise_for_inference
-from imaginaire_spade.models.layers import fold_spectral_norm, initialise
+from imaginaire_spade.models.layers import initialise
 from imaginaire_spade.models.oasis import OASISGenerator
+from imaginaire_spade.models.spectral_norm import fold_spectral_norm
 from imaginaire_spade.models.unet import OASISDiscriminator
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.state import TrainState, new_average

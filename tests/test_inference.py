@@ -34,7 +34,7 @@ from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.output import check_empty, plan_outputs
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, group_by_size, pad_to_layout, synthesise
 from imaginaire_spade.layout import SemanticLayout
-from imaginaire_spade.models.layers import fold_spectral_norm
+from imaginaire_spade.models.spectral_norm import fold_spectral_norm
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.checkpoint import write_checkpoint
 from imaginaire_spade.training.state import new_average

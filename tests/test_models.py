@@ -19,16 +19,15 @@ from imaginaire_spade.losses import AdversarialLoss, GeneratorOutputs
 from imaginaire_spade.models.discriminator import split_scores
 from imaginaire_spade.models.for_inference import WinogradConv2d
 from imaginaire_spade.models.generator import Pix2pixHDGenerator, SPADEGenerator, StyleSPADEGenerator
-from imaginaire_spade.models.layers import (
-    InstanceNorm2d,
+from imaginaire_spade.models.layers import InstanceNorm2d, initialise
+from imaginaire_spade.models.noise_injection import PixelNoise
+from imaginaire_spade.models.norms import SPADE
+from imaginaire_spade.models.spectral_norm import (
     SpectralConv2d,
     SpectralConvTranspose2d,
     SpectralLinear,
     fold_spectral_norm,
-    initialise,
 )
-from imaginaire_spade.models.noise_injection import PixelNoise
-from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Registry
 from imaginaire_spade.training.state import reestimate_batch_norm, update_average
 
@@ -259,6 +258,32 @@ def test_pix2pixhd_is_the_published_network_and_says_what_size_it_needs():
         Pix2pixHDGenerator(SPEC, (16, 64))
     with pytest.raises(ValueError, match="both must be 32 or more"):
         strong(random_layout(SPEC, 1, 16, 64))
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "groups", "stride"), [(24, 4, 1, 1), (24, 5, 3, 2), (1024, 3, 1, 1), (1024, 2, 2, 1)]
+)
+def test_to_divide_what_is_convolved_is_to_divide_the_weight(channels, size, groups, stride):
+    """A layer with more weights than values divides those by sigma; with very few pixels gradients are products."""
+    torch.manual_seed(0)
+    layer = SpectralConv2d(channels, channels, 3, stride, padding=1).double()
+    plain, x = copy.deepcopy(layer), torch.randn(2 * groups, channels, size, size, dtype=torch.double)
+    own, other = (x.clone().requires_grad_() for _ in range(2))
+    y = layer(own, groups)
+    assert y.grad_fn.name() == "_QuotientBackward"
+    outputs = []
+    for images in other.chunk(groups):
+        plain.iterate()
+        sigma = plain.weight_u.clone() @ plain.weight.flatten(1) @ plain.weight_v.clone()
+        outputs.append(F.conv2d(images, plain.weight / sigma, plain.bias, stride, padding=1))
+    expected = torch.cat(outputs)
+    direction = torch.randn_like(expected)
+    (y * direction).sum().backward()
+    (expected * direction).sum().backward()
+    gradients = ((a.grad, b.grad) for a, b in zip(layer.parameters(), plain.parameters(), strict=True))
+    for found, wanted in ((y, expected), (own.grad, other.grad), *gradients):
+        assert (found - wanted).norm() <= 1e-12 * wanted.norm()
+    assert torch.equal(layer.weight_u, plain.weight_u)
 
 
 @pytest.mark.parametrize(("upsampling", "steps"), [("normal", 5), ("more", 6), ("most", 7)])

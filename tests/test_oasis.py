@@ -26,9 +26,9 @@ from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.losses import SegmentationGANLoss
 from imaginaire_spade.models import unet
 from imaginaire_spade.models.discriminator import Scores, split_scores
-from imaginaire_spade.models.layers import SpectralNorm, conv2d
 from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.models.oasis import OASISGenerator
+from imaginaire_spade.models.spectral_norm import SpectralNorm, conv2d
 from imaginaire_spade.models.unet import OASISDiscriminator
 from imaginaire_spade.training import checkpoint
 from imaginaire_spade.training.setup import prepare

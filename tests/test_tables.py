@@ -19,7 +19,7 @@ from torch import nn
 from imaginaire_spade import neighbourhoods
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.layout import LayoutSpec, NoiseRegions, SemanticLayout
-from imaginaire_spade.models import layers, modulation, recomputation
+from imaginaire_spade.models import layers, modulation, recomputation, spectral_norm
 from imaginaire_spade.models import norms as norms_module
 from imaginaire_spade.models.discriminator import FPSEDiscriminator, MultiscaleDiscriminator
 from imaginaire_spade.models.for_inference import WinogradConv2d, optimise_for_inference
@@ -457,13 +457,13 @@ def test_what_the_backward_pass_makes_again_is_not_kept_and_the_same(monkeypatch
     seen: list[ref] = []
     for conv in (module for name, module in block.named_children() if name.startswith("conv")):
         conv.register_forward_pre_hook(lambda module, inputs: seen.append(ref(inputs[0])))
-    divide = layers.SpectralNorm.normalised_weight
+    divide = spectral_norm.SpectralNorm.normalised_weight
 
     def noted(layer):
         seen.append(ref(weight := divide(layer)))
         return weight
 
-    monkeypatch.setattr(layers.SpectralNorm, "normalised_weight", noted)
+    monkeypatch.setattr(spectral_norm.SpectralNorm, "normalised_weight", noted)
     if on_gpu:
         monkeypatch.setattr(modulation, "_in_chunks", lambda x: False)
         monkeypatch.setattr(modulation, "triton_kernels", lambda device: None)
@@ -472,7 +472,7 @@ def test_what_the_backward_pass_makes_again_is_not_kept_and_the_same(monkeypatch
     for forgets in (False, True):
         with monkeypatch.context() as patch:
             if not forgets:
-                for module in (modulation, layers, recomputation):
+                for module in (modulation, spectral_norm, recomputation):
                     patch.setattr(module, "again_of", lambda tensor: None)
             block.load_state_dict(state)
             block.zero_grad()

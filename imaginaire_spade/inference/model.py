@@ -31,7 +31,7 @@ from imaginaire_spade.inference.choices import remembered
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.generator import Generator
-from imaginaire_spade.models.layers import fold_spectral_norm
+from imaginaire_spade.models.spectral_norm import fold_spectral_norm
 from imaginaire_spade.training.checkpoint import (
     PUBLISHED,
     check_tensors,

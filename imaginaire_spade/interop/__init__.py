@@ -18,7 +18,7 @@ from imaginaire_spade.interop.systems import SYSTEMS
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import ConvEncoder, Generator, SPADEGenerator
-from imaginaire_spade.models.layers import SpectralNorm
+from imaginaire_spade.models.spectral_norm import SpectralNorm
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, Registry
 
 Names = Mapping[type[nn.Module], tuple[str, Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]]]

@@ -29,7 +29,7 @@ from imaginaire_spade.interop.label_tables import (
 )
 from imaginaire_spade.interop.systems import SYSTEMS
 from imaginaire_spade.labels import LabelSpec
-from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
+from imaginaire_spade.models.spectral_norm import SpectralNorm, fold_spectral_norm
 from imaginaire_spade.training.checkpoint import FORMAT, check_tensors
 from imaginaire_spade.training.state import new_average
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
-from imaginaire_spade.models.layers import InstanceNorm2d, SpectralConv2d, conv2d, convolve_layout, convolve_with_images
+from imaginaire_spade.models.layers import InstanceNorm2d, convolve_layout, convolve_with_images
+from imaginaire_spade.models.spectral_norm import SpectralConv2d, conv2d
 from imaginaire_spade.registry import DISCRIMINATORS, Depth, Width
 
 

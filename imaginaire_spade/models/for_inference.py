@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imaginaire_spade.models.layers import Linear, fold_spectral_norm
+from imaginaire_spade.models.layers import Linear
 from imaginaire_spade.models.norms import SPADE, ConditionalNorm
+from imaginaire_spade.models.spectral_norm import fold_spectral_norm
 from imaginaire_spade.models.timing import gain
 
 N = TypeVar("N", bound=nn.Module)

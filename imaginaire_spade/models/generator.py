@@ -11,18 +11,11 @@ from torch import Tensor, nn
 
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, Noise, SemanticLayout
-from imaginaire_spade.models.layers import (
-    InstanceNorm2d,
-    SpectralConv2d,
-    SpectralConvTranspose2d,
-    SpectralLinear,
-    conv2d,
-    enlarge,
-    instance_norm,
-)
+from imaginaire_spade.models.layers import InstanceNorm2d, enlarge, instance_norm
 from imaginaire_spade.models.modulation import convolve_modulated
 from imaginaire_spade.models.noise_injection import BlockNoise, PixelNoise
 from imaginaire_spade.models.norms import SPADE, AdaptiveBatchNorm, ConditionalNorm
+from imaginaire_spade.models.spectral_norm import SpectralConv2d, SpectralConvTranspose2d, SpectralLinear, conv2d
 from imaginaire_spade.registry import ENCODERS, GENERATORS, NORMS, DepthOrNone, Weight, Width, WidthOrNone
 
 NormFactory = Callable[[int, LayoutSpec], ConditionalNorm]

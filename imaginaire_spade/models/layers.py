@@ -1,5 +1,5 @@
-"""Layers that several networks share: spectrally normalised ones, the initialisation of weights, and convolutions of
-label maps by tables: compute once per distinct neighbourhood, then look up one row per pixel.
+"""Layers that several networks share, the initialisation of weights, and convolutions of label maps by tables: compute
+once per distinct neighbourhood, then look up one row per pixel.
 
 With h hidden channels, C channels of x and L label channels, the dense path costs k k h (L + 2 C) multiply-adds per
 pixel. With tables the first convolution sums k k weight rows per distinct inner window. The second is one matrix
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,149 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from imaginaire_spade.layout import SemanticLayout
-from imaginaire_spade.models.recomputation import again_of, forgotten, saved
+from imaginaire_spade.models.spectral_norm import SpectralNorm, computing_dtype, effective_weight
 from imaginaire_spade.neighbourhoods import LayoutNeighbourhoods, Lookup
-
-
-class SpectralNorm(nn.Module):
-    """Mixin that divides a layer's weight by its largest singular value (Miyato et al. 2018, algorithm 1).
-
-    The weight counts as a matrix W [out, rest]. A forward in training mode does one power iteration, v first, then u;
-    one in evaluation mode none. For the gradient u and v are constants, W inside sigma = u . W v is not. Everything is
-    in float32, under autocast too.
-    """
-
-    weight: Tensor
-    weight_u: Tensor
-    weight_v: Tensor
-    plain: type[nn.Module]
-    """The same layer without spectral norm."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        for name, size in zip(("weight_u", "weight_v"), self._matrix().shape, strict=True):
-            self.register_buffer(name, F.normalize(torch.randn(size), dim=0, eps=1e-12))
-        # A random v may be nearly orthogonal to W^T u, and evaluation mode would divide by nearly nothing. (Training
-        # starts with this too, so it changes nothing there.)
-        F.normalize(self._matrix().detach().T @ self.weight_u, dim=0, eps=1e-12, out=self.weight_v)
-
-    def normalised_weight(self) -> Tensor:
-        """Return W / sigma, of the weight's shape; in training mode after one power iteration."""
-        with torch.autocast(self.weight.device.type, enabled=False):
-            sigma = self.iterate() if self.training else self.sigma()
-            return _Normalised.apply(self.weight, sigma, self.weight_u, self.weight_v, self._columns_first())
-
-    def effective_weight(self) -> Tensor:
-        """Return W / sigma, without gradient and without an iteration, as evaluation mode uses it."""
-        return self.weight.detach() / self.sigma()
-
-    @torch.no_grad()
-    def sigma(self) -> Tensor:
-        """Return u . W v, the estimate of the largest singular value: a scalar."""
-        return torch.dot(self.weight_u, self._matrix() @ self.weight_v)
-
-    @torch.no_grad()
-    def iterate(self) -> Tensor:
-        """Do one power iteration, in place, and return sigma after it."""
-        matrix = self._matrix()
-        F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12, out=self.weight_v)
-        product = matrix @ self.weight_v
-        F.normalize(product, dim=0, eps=1e-12, out=self.weight_u)
-        return torch.dot(self.weight_u, product)
-
-    def iterated_sigmas(self, count: int) -> Tensor:
-        """Do ``count`` power iterations, in place, and return sigma after each: [count], with the gradient of W."""
-        u, v = [], []
-        with torch.autocast(self.weight.device.type, enabled=False):
-            for _ in range(count):
-                self.iterate()
-                u.append(self.weight_u.clone())
-                v.append(self.weight_v.clone())
-            return (torch.stack(u) * (torch.stack(v) @ self._matrix().T)).sum(1)
-
-    def _matrix(self) -> Tensor:
-        return (self.weight.transpose(0, 1) if self._columns_first() else self.weight).flatten(1)
-
-    def _columns_first(self) -> bool:
-        """Whether the weight is stored [rest, out, ...]."""
-        return False
-
-
-class _Normalised(torch.autograd.Function):
-    """W / sigma. If g is its gradient, W's is (g - (g . W / sigma) u v^T) / sigma: here two passes over W."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, sigma: Tensor, u: Tensor, v: Tensor, columns_first: bool) -> Tensor:
-        if ctx.needs_input_grad[0]:  # copies: another forward before the backward pass changes u and v
-            ctx.save_for_backward(weight, sigma, u.clone(), v.clone())
-        ctx.columns_first = columns_first
-        return weight / sigma
-
-    @staticmethod
-    def make_again(ctx: Any) -> Tensor:
-        weight, sigma, *_ = saved(ctx)
-        return weight / sigma
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        weight, sigma, u, v = saved(ctx)
-        ctx.unpacked = None
-        along = torch.dot(g.flatten(), weight.flatten()) / (sigma * sigma)
-        gradient = g / sigma
-        if ctx.columns_first:
-            gradient = gradient.transpose(0, 1)
-        rows = gradient.reshape(len(u), -1).addr_(u * -along, v)
-        gradient = rows.view(gradient.shape)
-        return gradient.transpose(0, 1) if ctx.columns_first else gradient, None, None, None, None
-
-
-class SpectralConv2d(SpectralNorm, nn.Conv2d):
-    """Spectrally normalised convolution."""
-
-    plain = nn.Conv2d
-
-    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
-        return convolve_with(self, x, lambda x, weight: self._conv_forward(x, weight, self.bias), groups=groups)
-
-
-class SpectralConvTranspose2d(SpectralNorm, nn.ConvTranspose2d):
-    """Spectrally normalised transposed convolution; its weight is stored [in, out, h, w]."""
-
-    plain = nn.ConvTranspose2d
-
-    def _columns_first(self) -> bool:
-        return True
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        options = (self.stride, self.padding, self.output_padding)
-        return F.conv_transpose2d(x, self.normalised_weight(), self.bias, *options)  # type: ignore[arg-type]
-
-
-class SpectralLinear(SpectralNorm, nn.Linear):
-    """Spectrally normalised linear layer."""
-
-    plain = nn.Linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.normalised_weight(), self.bias)
-
-
-N = TypeVar("N", bound=nn.Module)
-
-
-@torch.no_grad()
-def fold_spectral_norm(network: N) -> N:
-    """Turn, in place, every spectrally normalised layer into a plain one that holds W / sigma.
-
-    Outputs in evaluation mode do not change. Training would continue without spectral norm.
-    """
-    for layer in network.modules():
-        if isinstance(layer, SpectralNorm):
-            layer.weight = nn.Parameter(layer.effective_weight(), layer.weight.requires_grad)
-            del layer.weight_u, layer.weight_v
-            layer.__class__ = layer.plain  # type: ignore[assignment]
-    return network
 
 
 def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -190,43 +49,6 @@ def enlarge(x: Tensor, factor: int) -> Tensor:
         return x
     with torch.autocast("cuda", enabled=False):  # which would return float32
         return F.interpolate(x, scale_factor=factor, mode="nearest")
-
-
-def computing_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype that a convolution with ``weight`` computes in: that of autocast, where it is enabled."""
-    kind = weight.device.type
-    is_cast = torch.is_autocast_enabled(kind) and weight.dtype == torch.float32
-    return torch.get_autocast_dtype(kind) if is_cast else weight.dtype
-
-
-def conv2d(*args: Any, spectral: bool, **kwargs: Any) -> nn.Conv2d:
-    """Build an nn.Conv2d, spectrally normalised or not."""
-    return SpectralConv2d(*args, **kwargs) if spectral else nn.Conv2d(*args, **kwargs)
-
-
-def effective_weight(layer: nn.Conv2d) -> Tensor:
-    """Return the weight that a convolution applies, for callers that convolve in another way: once per forward."""
-    return layer.normalised_weight() if isinstance(layer, SpectralConv2d) else layer.weight
-
-
-def convolve_with(
-    layer: nn.Conv2d, x: Tensor, convolve: Callable[[Tensor, Tensor], Tensor],
-    prepare: Callable[[Tensor], Tensor] = lambda weight: weight, groups: int = 1,
-) -> Tensor:  # fmt: skip
-    """Compute ``convolve(x, weight)`` with the effective weight, prepared; on CPUs the graph keeps no copy of it.
-
-    Args:
-        groups: of images in x, for each of which spectral norm iterates: x / sigma is convolved, all groups at once.
-    """
-    if groups > 1 and isinstance(layer, SpectralConv2d) and layer.training:
-        scale = 1 / layer.iterated_sigmas(groups).repeat_interleave(len(x) // groups)
-        return convolve(x * scale[:, None, None, None], prepare(layer.weight))
-    weight = effective_weight(layer)
-    if weight.is_cuda or (again := again_of(weight)) is None:  # a GPU's activations need more, its host has no time
-        return convolve(x, prepare(weight))
-    dtype = computing_dtype(layer.weight)
-    with forgotten(cast := prepare(weight).to(dtype), lambda: prepare(again()).to(dtype)):
-        return convolve(x, cast)
 
 
 def initialise(network: nn.Module, kind: str, gain: float) -> None:

@@ -13,12 +13,8 @@ from imaginaire_spade.layout import FEWEST_PIXELS_ON_GPU, LayoutSpec, SemanticLa
 from imaginaire_spade.models.layers import (
     InstanceNorm2d,
     Linear,
-    SpectralLinear,
     both_convolutions,
-    computing_dtype,
-    conv2d,
     convolve_layout,
-    effective_weight,
     enlarge,
     first_convolution,
     second_convolution,
@@ -27,6 +23,7 @@ from imaginaire_spade.models.layers import (
 )
 from imaginaire_spade.models.modulation import Modulation, Statistics, batch_statistics, modulate
 from imaginaire_spade.models.recomputation import derive
+from imaginaire_spade.models.spectral_norm import SpectralLinear, computing_dtype, conv2d, effective_weight
 from imaginaire_spade.models.timing import gain
 from imaginaire_spade.registry import NORMS, Depth, Width
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.discriminator import Discriminator, Scores
-from imaginaire_spade.models.layers import SpectralConv2d, conv2d, convolve_with, enlarge
+from imaginaire_spade.models.layers import enlarge
 from imaginaire_spade.models.recomputation import forgotten
+from imaginaire_spade.models.spectral_norm import SpectralConv2d, conv2d, convolve_with
 from imaginaire_spade.registry import DISCRIMINATORS, UNET_ENCODERS, Width
 
 LARGE = 64 * 64
@@ -53,10 +54,44 @@ def enlarge_and_convolve(conv: nn.Conv2d, x: Tensor, groups: int = 1) -> Tensor:
     which skips the zeros: 9 multiply-adds for four pixels instead of 36.
     """
     bias = None if conv.bias is None else conv.bias / 4
-    y = convolve_with(
-        conv, x, partial(F.conv_transpose2d, bias=bias, stride=2), lambda w: w.flip(2, 3).transpose(0, 1), groups
-    )
-    return _Sum2x2.apply(y, 0, 1)
+
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        by_products = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        return _Transposed.apply(x, weight, bias) if by_products else F.conv_transpose2d(x, weight, bias, stride=2)
+
+    return _Sum2x2.apply(convolve_with(conv, x, convolve, lambda w: w.flip(2, 3).transpose(0, 1), groups), 0, 1)
+
+
+class _Transposed(torch.autograd.Function):
+    """A transposed 3x3 convolution of stride 2. Its weight's gradient is a matrix product: oneDNN's own is slow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv_transpose2d(x, weight, bias, stride=2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x = F.conv2d(gradient, weight, stride=2) if ctx.needs_input_grad[0] else None
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            windows = gradient.permute(0, 2, 3, 1).contiguous().unfold(1, 3, 2).unfold(2, 3, 2)  # [N, h, w, out, 3, 3]
+            rows = windows.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)
+            of_weight = (x.transpose(0, 1).flatten(1) @ rows).view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
+        return of_x, of_weight, gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+
+
+class _Doubled(torch.autograd.Function):
+    """Nearest up-sampling by 2. Its gradient stays in channels_last, where torch's turns a part of a tensor around."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return enlarge(x, 2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return F.avg_pool2d(gradient, 2, divisor_override=1)
 
 
 def _convolve(conv: Callable[..., Tensor], x: Tensor, groups: int) -> Tensor:
@@ -69,6 +104,13 @@ def _activate_and(convolve: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     y, kept = F.leaky_relu(x, 0.2), x.detach()
     with forgotten(y, lambda: F.leaky_relu(kept, 0.2)):
         return convolve(y)
+
+
+def _divide(parts: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+    """Divide the images of one part into ``count``, or join those of several, unless there are so many already."""
+    if len(parts) == count:
+        return parts
+    return parts[0].chunk(count) if len(parts) == 1 else [torch.cat(tuple(parts))]
 
 
 class _Block(nn.Module):
@@ -85,13 +127,15 @@ class _Block(nn.Module):
     enlarges = 1
     _map: Callable[[Tensor, int], Tensor]
 
-    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
-        """Map x [groups * N, in, h, w] -> [groups * N, out, ...]; spectral norm iterates before each group."""
-        is_large = self.enlarges**2 * x.shape[2] * x.shape[3] >= LARGE
-        x = x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x  # which is faster so
-        if is_large and groups > 1:
-            return torch.cat([self._map(part, 1) for part in x.chunk(groups)])
-        return self._map(x, groups)
+    def forward(self, parts: Sequence[Tensor], groups: int = 1) -> list[Tensor]:
+        """Map [in, h, w] -> [out, ...], of all groups * N images in one part or of N each; spectral norm iterates
+        before each group."""
+        height, width = parts[0].shape[2:]
+        count = groups if self.enlarges**2 * height * width >= LARGE else 1
+        parts = _divide(parts, count)
+        if parts[0].device.type == "cpu":
+            parts = [x.contiguous(memory_format=torch.channels_last) for x in parts]  # which is faster so
+        return [self._map(x, groups // count) for x in parts]
 
 
 class DownBlock(_Block):
@@ -115,7 +159,7 @@ class UpBlock(_Block):
         """Map x [N, in, h, w] -> [N, out, 2h, 2w]."""
         y = _activate_and(partial(enlarge_and_convolve, self.conv_1, groups=groups), x)
         y = _convolve(self.conv_2, F.leaky_relu(y, 0.2, inplace=True), groups)
-        return enlarge(_convolve(self.conv_s, x, groups), 2) + y  # (enlarging and a 1x1 convolution commute)
+        return _Doubled.apply(_convolve(self.conv_s, x, groups)) + y  # (enlarging and a 1x1 convolution commute)
 
 
 @UNET_ENCODERS.register("oasis")
@@ -138,12 +182,12 @@ class UNetEncoder(nn.Module):
         pairs = enumerate(itertools.pairwise(channels))
         self.blocks = nn.ModuleList(DownBlock(a, b, spectral_norm, first=not number) for number, (a, b) in pairs)
 
-    def forward(self, images: Tensor, groups: int = 1) -> list[Tensor]:
-        """Encode images [N, C, H, W] -> [N, width, H/2, W/2], [N, width, H/4, W/4] and so on."""
-        outputs, x = [], images
+    def forward(self, images: Tensor, groups: int = 1) -> list[list[Tensor]]:
+        """Encode images [N, C, H, W] -> [N, width, H/2, W/2], [N, width, H/4, W/4] and so on, in parts (``_Block``)."""
+        outputs, parts = [], [images]
         for block in self.blocks:
-            x = block(x, groups)
-            outputs.append(x)
+            parts = block(parts, groups)
+            outputs.append(parts)
         return outputs
 
 
@@ -161,13 +205,15 @@ class UNetDecoder(nn.Module):
         inputs = [skip + width for skip, width in zip(skipped, [encoded[-1], *widths[:-1]], strict=True)]
         self.blocks = nn.ModuleList(UpBlock(a, b, spectral_norm) for a, b in zip(inputs, widths, strict=True))
 
-    def forward(self, encoded: Sequence[Tensor], groups: int = 1) -> Tensor:
-        """Decode outputs of an encoder, fine to coarse -> [N, width, H, W] at twice the finest resolution."""
+    def forward(self, encoded: Sequence[list[Tensor]], groups: int = 1) -> Tensor:
+        """Decode outputs of an encoder, fine to coarse, in parts -> [N, width, H, W] at twice the finest resolution."""
         first, *others = self.blocks
-        x = first(encoded[-1], groups)
-        for block, skip in zip(others, reversed(encoded[:-1]), strict=True):
-            x = block(torch.cat([skip, x], 1), groups)
-        return x
+        parts = first(encoded[-1], groups)
+        for block, skips in zip(others, reversed(encoded[:-1]), strict=True):
+            count = max(len(skips), len(parts))
+            pairs = zip(_divide(skips, count), _divide(parts, count), strict=True)
+            parts = block([torch.cat(pair, 1) for pair in pairs], groups)
+        return _divide(parts, 1)[0]
 
 
 @DISCRIMINATORS.register("oasis_unet")
@@ -240,5 +286,6 @@ class OASISDiscriminator(Discriminator):
         if height % self.size_multiple or width % self.size_multiple:
             raise ValueError(f"images of {height}x{width}: both must be multiples of {self.size_multiple}")
         groups = len(images) // len(layout)
-        encoded = self.encoder(images, *((groups,) if isinstance(self.encoder, UNetEncoder) else ()))
+        own = isinstance(self.encoder, UNetEncoder)
+        encoded = self.encoder(images, groups) if own else [[maps] for maps in self.encoder(images)]
         return [Scores(self.to_logits(self.decoder(encoded, groups)).float(), [])]

@@ -18,8 +18,8 @@ from imaginaire_spade.config_diff import explain_mismatch
 from imaginaire_spade.config_files import parse_config
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.models.generator import Generator
-from imaginaire_spade.models.layers import SpectralNorm
 from imaginaire_spade.models.oasis import OASISGenerator
+from imaginaire_spade.models.spectral_norm import SpectralNorm
 from imaginaire_spade.training.checkpoint import BEST, check_tensors, load_checkpoint, newest_checkpoint, read_published
 from imaginaire_spade.training.setup import PARTS, Run
 from imaginaire_spade.training.state import update_average

@@ -17,8 +17,8 @@ from imaginaire_spade.config import RunConfig
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
-from imaginaire_spade.models.layers import SpectralNorm, fold_spectral_norm
 from imaginaire_spade.models.norms import BatchNorm2d
+from imaginaire_spade.models.spectral_norm import SpectralNorm, fold_spectral_norm
 from imaginaire_spade.training.augmentation import AdaptiveProbability
 from imaginaire_spade.training.checkpoint import check_counter, check_tensors
 

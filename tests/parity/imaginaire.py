@@ -13,8 +13,8 @@ from imaginaire_spade.interop import describe, import_discriminator, import_enco
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.discriminator import Scores
 from imaginaire_spade.models.generator import sample_style
-from imaginaire_spade.models.layers import SpectralConv2d, SpectralLinear
 from imaginaire_spade.models.norms import BatchNorm2d
+from imaginaire_spade.models.spectral_norm import SpectralConv2d, SpectralLinear
 from imaginaire_spade.training.state import new_average, reestimate_batch_norm, update_average
 from parity.fixture import MODES, Check, Fixture, buffers, gradients, matching_layout
 
