@@ -284,6 +284,9 @@ def test_to_divide_what_is_convolved_is_to_divide_the_weight(channels, size, gro
     for found, wanted in ((y, expected), (own.grad, other.grad), *gradients):
         assert (found - wanted).norm() <= 1e-12 * wanted.norm()
     assert torch.equal(layer.weight_u, plain.weight_u)
+    layer.requires_grad_(False)  # as D's in the generator's update
+    layer(own, groups).sum().backward()
+    assert (own.grad - other.grad).norm() > 0
 
 
 @pytest.mark.parametrize(("upsampling", "steps"), [("normal", 5), ("more", 6), ("most", 7)])

@@ -133,16 +133,18 @@ class _Quotient(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, sigmas, u, v = ctx.saved_tensors
         x, gradient = _divided(x, sigmas), gradient.contiguous()  # (the weight's gradient is slow in channels_last)
+        trains = ctx.needs_input_grad[1]
         few = len(x) * x[0, 0].numel() <= 256 and len(weight) * x.shape[1] >= 1024 * 1024
         if few and weight.shape[2:] == (3, 3) and ctx.stride == ctx.padding == (1, 1):  # oneDNN is slower there
             rows = gradient.transpose(0, 1).flatten(1)  # [out, N h w]
             columns = (weight.flatten(1).T @ rows).unflatten(1, (len(x), -1)).transpose(0, 1)
             of_x = F.fold(columns, x.shape[2:], 3, padding=1)
-            of_weight = (rows @ F.unfold(x, 3, padding=1).transpose(0, 1).flatten(1).T).view_as(weight)
+            windows = F.unfold(x, 3, padding=1).transpose(0, 1).flatten(1)
+            of_weight = (rows @ windows.T).view_as(weight) if trains else None
         else:
-            options = ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, ctx.needs_input_grad[1], False)
+            options = ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, trains, False)
             of_x, of_weight, _ = torch.ops.aten.convolution_backward(gradient, x, weight, None, *options)
-        if ctx.needs_input_grad[1]:
+        if of_weight is not None:
             along = (of_x * x).unflatten(0, (len(sigmas), -1)).flatten(1).sum(1)
             of_weight = of_weight.contiguous()
             of_weight.flatten(1).addmm_(u.T * (-along / sigmas), v)
