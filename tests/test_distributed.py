@@ -224,7 +224,7 @@ def assert_equal_to_one_process(case: Case, results: list[tuple[dict[str, np.nda
             assert np.array_equal(found[name], results[0][0][name]), name
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(case=cases())
 @example(case=Case((16, 1)))
 @example(case=Case((16, 1, 1, 8), norm="spade of 5x5", pieces=2, checkpointed=True))
