@@ -257,7 +257,6 @@ def add_in_order_of_ranks(_: None, bucket: dist.GradBucket) -> torch.futures.Fut
     mine = bucket.buffer()
     gathered = mine.new_empty(dist.get_world_size(), len(mine))
     exchange = dist.all_gather_into_tensor(gathered.view(-1), mine / dist.get_world_size(), async_op=True)
-
     assert exchange is not None  # (it is for a group that this process is not in)
 
     def add(_: torch.futures.Future) -> Tensor:

@@ -108,9 +108,8 @@ class SpectralConv2d(SpectralNorm, nn.Conv2d):
     plain = nn.Conv2d
 
     def forward(self, x: Tensor, groups: int = 1) -> Tensor:
-        on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        few = self.training and (groups > 1 or x.numel() < self.weight.numel())
-        if few and on_cpu and self.padding_mode == "zeros":
+        smaller = groups > 1 or x.numel() < self.weight.numel()
+        if smaller and self.training and self.padding_mode == "zeros" and on_cpu_without_autocast(x):
             return _Quotient.apply(x, self.weight, self.bias, *self.iterations(groups), self.stride, self.padding)
         return convolve_with(self, x, lambda x, weight: self._conv_forward(x, weight, self.bias), groups=groups)
 
@@ -146,10 +145,14 @@ class _Quotient(torch.autograd.Function):
             of_x, of_weight, _ = torch.ops.aten.convolution_backward(gradient, x, weight, None, *options)
         if of_weight is not None:
             along = (of_x * x).unflatten(0, (len(sigmas), -1)).flatten(1).sum(1)
-            of_weight = of_weight.contiguous()
-            of_weight.flatten(1).addmm_(u.T * (-along / sigmas), v)
+            (of_weight := of_weight.contiguous()).flatten(1).addmm_(u.T * (-along / sigmas), v)
         of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         return _divided(of_x, sigmas), of_weight, of_bias, *[None] * 5
+
+
+def on_cpu_without_autocast(x: Tensor) -> bool:
+    """Whether functions of autograd that are written for a CPU, in x's own dtype, serve here."""
+    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 def _divided(x: Tensor, sigmas: Tensor) -> Tensor:

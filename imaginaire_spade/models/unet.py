@@ -16,7 +16,7 @@ from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.discriminator import Discriminator, Scores
 from imaginaire_spade.models.layers import enlarge
 from imaginaire_spade.models.recomputation import forgotten
-from imaginaire_spade.models.spectral_norm import SpectralConv2d, conv2d, convolve_with
+from imaginaire_spade.models.spectral_norm import SpectralConv2d, conv2d, convolve_with, on_cpu_without_autocast
 from imaginaire_spade.registry import DISCRIMINATORS, UNET_ENCODERS, Width
 
 LARGE = 64 * 64
@@ -56,8 +56,9 @@ def enlarge_and_convolve(conv: nn.Conv2d, x: Tensor, groups: int = 1) -> Tensor:
     bias = None if conv.bias is None else conv.bias / 4
 
     def convolve(x: Tensor, weight: Tensor) -> Tensor:
-        by_products = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        return _Transposed.apply(x, weight, bias) if by_products else F.conv_transpose2d(x, weight, bias, stride=2)
+        if on_cpu_without_autocast(x):
+            return _Transposed.apply(x, weight, bias)
+        return F.conv_transpose2d(x, weight, bias, stride=2)
 
     return _Sum2x2.apply(convolve_with(conv, x, convolve, lambda w: w.flip(2, 3).transpose(0, 1), groups), 0, 1)
 
@@ -72,9 +73,8 @@ class _Transposed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        (x, weight), of_weight = ctx.saved_tensors, None
         of_x = F.conv2d(gradient, weight, stride=2) if ctx.needs_input_grad[0] else None
-        of_weight = None
         if ctx.needs_input_grad[1]:
             windows = gradient.permute(0, 2, 3, 1).contiguous().unfold(1, 3, 2).unfold(2, 3, 2)  # [N, h, w, out, 3, 3]
             rows = windows.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)
