@@ -1,7 +1,7 @@
 """``python -m benchmarks.pictures --data_root CAMVID --logdirs A B``: how good are trained generators' pictures?
 
 For checkpoints of the log dirs, with raw and averaged weights: distances to the validation photos in
-EfficientNet-Lite0's features (Frechet, and kernel x 1000), the mIoU and accuracy of a segmenter that was trained on the
+EfficientNet-Lite's features (Frechet, and kernel x 1000), the mIoU and accuracy of a segmenter that was trained on the
 real training photos, mean absolute difference from the photos, sharpness beside theirs, and how much fine structure all
 pictures share (stripes, grids). All at the size of the training images. Needs the extra ``pretrained``.
 """
@@ -50,11 +50,11 @@ class Split:
 
 
 class Segmenter(nn.Module):
-    """A small head on the frozen feature maps of EfficientNet-Lite0 at twice the size."""
+    """A small head on the frozen feature maps of EfficientNet-Lite at twice the size."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, features: str) -> None:
         super().__init__()
-        self.features = backbone("efficientnet_lite0", None, "--weights FILE")
+        self.features = backbone(features, None, "--features FILE")
         self.project = nn.ModuleList(nn.Conv2d(width, 48, 1) for width in self.features.levels().values())
         self.head = nn.Sequential(
             nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, num_classes, 1)
@@ -148,6 +148,10 @@ def main() -> None:
     parser.add_argument("--data_root", type=Path, required=True, metavar="RAW", help="with train/ and val/")
     parser.add_argument("--logdirs", type=Path, nargs="+", required=True, metavar="LOGDIR")
     parser.add_argument("--images_seen", type=positive_integer, nargs="*", help="checkpoints (default: the last)")
+    parser.add_argument(
+        "--features", choices=("efficientnet_lite0", "efficientnet_lite2"), default="efficientnet_lite0",
+        help="network of distances and segmenter: another one than a discriminator was trained on",
+    )  # fmt: skip
     parser.add_argument("--epochs", type=positive_integer, default=18, help="of the segmenter")
     parser.add_argument("--limit", type=positive_integer, metavar="N", help="samples of each split")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures")
@@ -167,8 +171,8 @@ def main() -> None:
     labels, size = first.labels, first.size
     train, val = (Split(arguments.data_root / name, labels, size, arguments.limit) for name in ("train", "val"))
     torch.manual_seed(0)
-    segmenter = Segmenter(labels.num_classes).fit(train, arguments.epochs)
-    network = feature_network(features="efficientnet_lite0")
+    segmenter = Segmenter(labels.num_classes, arguments.features).fit(train, arguments.epochs)
+    network = feature_network(features=arguments.features)
     real = features_of(network, val.photos)
     rows: list[dict[str, object]] = []
 

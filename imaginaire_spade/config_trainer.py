@@ -126,8 +126,8 @@ class EvaluationConfig(Section):
     patience: Count | None = None
     """The run ends early when so many evaluations in a row did not improve `best`; null: it never does."""
     features: str = "inception"
-    """Network of the scores, all but segmentation: `inception`, `efficientnet_lite0`, `torchvision:NAME`, `timm:NAME`,
-    `dinov2` or `clip`; `:FILE` behind it: weights (of the last two a folder)."""
+    """Network of the scores, all but segmentation: `inception`, `efficientnet_lite0`, `efficientnet_lite2`,
+    `torchvision:NAME`, `timm:NAME`, `dinov2` or `clip`; `:FILE` behind it: weights (of the last two a folder)."""
     inception_weights: str | None = None
     """File of Inception weights; null: torch's cache; `random:SEED`: an untrained network, to try things out."""
     feature_dim: Literal[64, 192, 768, 2048] = 2048

@@ -360,11 +360,12 @@ class PerceptualLoss(nn.Module):
     feature maps of another network.
 
     Args:
-        network: vgg19, efficientnet_lite0, torchvision:NAME or timm:NAME. Of all but VGG19 the loss is the mean over
-            the maps of strides 2 to 32 that it has, the coarsest one at half weight, channels brought to one scale.
+        network: vgg19, efficientnet_lite0, efficientnet_lite2, torchvision:NAME or timm:NAME. Of all but VGG19 the loss
+            is the mean over the maps of strides 2 to 32 that it has, the coarsest one at half weight, channels brought
+            to one scale.
         layers: names of activations of VGG19.
         layer_weights: one weight per layer of VGG19.
-        weights_path: file of weights; null: torch's model cache, or the package's of efficientnet_lite0.
+        weights_path: file of weights; null: torch's model cache, or the package's of efficientnet_lite0 or 2.
         imagenet_statistics: whether the images are normalised as for VGG's training.
     """
 

