@@ -164,7 +164,8 @@ class Ranks:
 
     def __init__(self, folder: Path) -> None:
         context = multiprocessing.get_context("forkserver")  # whose server only imports, and that once
-        context.set_forkserver_preload([__name__])
+        # DistributedDataParallel and checkpointing import the others when they are first used: in each process.
+        context.set_forkserver_preload([__name__, "torch._dynamo", "torch.distributed.tensor"])
         self.folder, self.pipes, self.processes = folder, [], []
         for rank in range(MOST):
             here, there = context.Pipe()
