@@ -34,6 +34,7 @@ from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.output import check_empty, plan_outputs
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, group_by_size, pad_to_layout, synthesise
 from imaginaire_spade.layout import SemanticLayout
+from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.spectral_norm import fold_spectral_norm
 from imaginaire_spade.noise import style_noise
 from imaginaire_spade.training.checkpoint import write_checkpoint
@@ -294,10 +295,11 @@ def test_batches_are_of_one_size_and_few_wait():
 
 
 def test_tiles_make_the_image_of_the_whole(run, plain_checkpoint, checkpoint, tmp_path, monkeypatch):
-    model = Model.load(plain_checkpoint)
+    model = Model.load(plain_checkpoint, for_inference=False)
     for norm in (module for module in model.generator.modules() if hasattr(module, "running_var")):
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
+    optimise_for_inference(model.generator, winograd=True)
     labels = torch.from_numpy(blocky_labels(np.random.default_rng(0), 460, 500, 5))
 
     def make(tile: int | None) -> np.ndarray:

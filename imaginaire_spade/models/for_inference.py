@@ -51,7 +51,7 @@ def optimise_for_inference(network: N, *, winograd: bool, dtype: torch.dtype | N
         linear = onednn_linear if gain is not None and gain > CLEARLY else F.linear
     for module in modules:
         if isinstance(module, SPADE):
-            module.lay_out_tables(dtype, linear)
+            module.lay_out_tables(dtype, linear, fold=winograd)
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
     for module in modules:

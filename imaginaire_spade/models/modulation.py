@@ -164,6 +164,14 @@ class _Modulate(torch.autograd.Function):
         return _images(dx, images).to(few.dtype), d_gamma, d_beta, None, None, None, None
 
 
+def look_up_and_apply(
+    x: Tensor, table: Tensor, pixels: Lookup | None, *, upsample: int = 1, slope: float = 1.0
+) -> Tensor:
+    """Enlarge (nearest) x [N, C, h, w], take leaky(x scale[i] + shift[i]) -> [N, C, upsample h, upsample w]: on a CPU,
+    without gradients. ``table`` [V, 2 C] holds scale, then shift."""
+    return _images(_forward(_grid(x, 1), table, _index(pixels, x, upsample), upsample, slope), len(x))
+
+
 def convolve_modulated(conv: nn.Module, y: Tensor) -> Tensor:
     """Apply ``conv`` to y. If ``modulate`` made y, the backward pass does not keep it, but makes it again."""
     with forgotten(y, again_of(y)):
@@ -201,9 +209,8 @@ def _pass(x: Tensor, name: str) -> Callable[..., Any] | None:
 def _forward(few: Tensor, table: Tensor, index: Tensor | None, upsample: int, slope: float) -> Tensor:
     """Compute leaky(x scale[i] + shift[i]). ``table`` [V, 2 C] holds scale, then shift."""
     y = few.new_empty(len(few), upsample, few.shape[2], upsample, few.shape[4])
-    for rows, found in _row_chunks(table, index, y):
-        scale, shift = found.chunk(2, -1)
-        part = torch.addcmul(shift, few[rows].expand_as(y[rows]), scale, out=y[rows])
+    for (scale, shift), part, x in _row_chunks(table, index, y, few.expand_as(y)):
+        torch.addcmul(shift, x, scale, out=part)
         if slope != 1:
             F.leaky_relu_(part, slope)
     return y
@@ -225,12 +232,12 @@ def _before_activation(
     """Return the gradient before the activation, and its products with x. y has the sign of the activation's input."""
     before = dy if y is None and dy.dtype == dtype else torch.empty_like(dy, dtype=dtype)
     products = torch.empty_like(before)
-    for rows in _chunks(len(dy), dy[0].numel()):
+    for part, given, x, product, active in _chunks(before, dy, few, products, dy if y is None else y):
         if before is not dy:
-            part = before[rows].copy_(dy[rows])
+            part.copy_(given)
             if y is not None:
-                torch.ops.aten.leaky_relu_backward.grad_input(part, y[rows].to(dtype), slope, True, grad_input=part)
-        torch.mul(before[rows], few[rows], out=products[rows])
+                torch.ops.aten.leaky_relu_backward.grad_input(part, active.to(dtype), slope, True, grad_input=part)
+        torch.mul(part, x, out=product)
     return before, products
 
 
@@ -269,14 +276,14 @@ def _before_upsampling(
     """
     enlarged = before.shape != few.shape
     dx = torch.empty_like(few, dtype=before.dtype) if enlarged else buffer
-    for rows, found in _row_chunks(scale, index, before):
-        terms = torch.mul(before[rows], found, out=buffer[rows])
+    for (found,), dy, terms, total, x in _row_chunks(scale, index, before, buffer, dx, few):
+        torch.mul(dy, found, out=terms)
         if enlarged:  # on a CPU torch.sum over these two dimensions takes five times as long
             first, second, *others = (part for line in terms.unbind(1) for part in line.unbind(2))
-            total = torch.add(first, second, out=dx[rows][:, 0, :, 0])
+            torch.add(first, second, out=total[:, 0, :, 0])
             for part in others:
-                total += part
-        dx[rows].addcmul_(few[rows], factor).add_(offset)
+                total[:, 0, :, 0] += part
+        total.addcmul_(x, factor).add_(offset)
     return dx
 
 
@@ -341,8 +348,8 @@ def _moments(x: Tensor, synchronized: bool, times: int) -> tuple[Tensor, Tensor,
     rows = _grid(x, 1).view(-1, x.shape[1])
     wide = torch.promote_types(x.dtype, torch.float32)
     counts, means, squares = [], [], []
-    for places in _chunks(len(rows), rows.shape[1]):
-        part = rows[places].to(wide)
+    for (values,) in _chunks(rows):
+        part = values.to(wide)
         counts.append(times * len(part))
         means.append(part.mean(0))
         squares.append((part - means[-1]).square_().sum(0))
@@ -384,24 +391,26 @@ def _index(pixels: Lookup | None, x: Tensor, upsample: int) -> Tensor | None:
     return pixels.index.view(n * height, upsample, width, upsample)
 
 
-def _chunks(count: int, values: int) -> Iterator[slice]:
-    """Split ``count`` rows of ``values`` values each into slices that fit the processor's cache."""
-    size = max(1, 2**17 * torch.get_num_threads() // values)
-    return (slice(start, start + size) for start in range(0, count, size))
+def _chunks(*grids: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split grids of one length into so many rows that the first one's fit the processor's cache."""
+    size = max(1, 2**17 * torch.get_num_threads() // grids[0].shape[1:].numel())
+    return zip(*(grid.split(size) for grid in grids), strict=True)
 
 
-def _row_chunks(table: Tensor, index: Tensor | None, grid: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield, for some rows of a grid at a time, their rows of the table in the grid's shape.
+def _row_chunks(table: Tensor, index: Tensor | None, *grids: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Yield ``_chunks`` of grids, before them their rows of the table: in the first one's shape, by as many columns.
 
-    All share one buffer: fresh memory costs more than the sums.
+    All share one buffer: fresh memory costs more than the sums. It is divided once: a division costs time too.
     """
-    buffer = table.new_empty(0)
-    for rows in _chunks(len(grid), grid[0].numel()):
-        if index is None:
-            yield rows, table
-            continue
-        wanted = index[rows].flatten()
-        if not len(buffer):
-            buffer = table.new_empty(len(wanted), table.shape[1])
-        found = torch.index_select(table, 0, wanted, out=buffer[: len(wanted)])
-        yield rows, found.view(-1, *grid.shape[1:4], table.shape[1])
+    shape = grids[0].shape
+    if index is None:
+        yield from ((table.split(shape[4], 1), *parts) for parts in _chunks(*grids))
+        return
+    buffer, columns = table.new_empty(0), ()
+    for *parts, rows in _chunks(*grids, index):
+        wanted = rows.flatten()
+        if len(buffer) != len(wanted):
+            buffer = buffer[: len(wanted)] if len(buffer) else table.new_empty(len(wanted), table.shape[1])
+            columns = buffer.view(-1, *shape[1:4], table.shape[1]).split(shape[4], 4)
+        torch.index_select(table, 0, wanted, out=buffer)
+        yield columns, *parts

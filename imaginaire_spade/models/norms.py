@@ -21,10 +21,11 @@ from imaginaire_spade.models.layers import (
     sum_rows,
     table_kernels,
 )
-from imaginaire_spade.models.modulation import Modulation, Statistics, batch_statistics, modulate
+from imaginaire_spade.models.modulation import Modulation, Statistics, batch_statistics, look_up_and_apply, modulate
 from imaginaire_spade.models.recomputation import derive
 from imaginaire_spade.models.spectral_norm import SpectralLinear, computing_dtype, conv2d, effective_weight
 from imaginaire_spade.models.timing import gain
+from imaginaire_spade.neighbourhoods import Lookup
 from imaginaire_spade.registry import NORMS, Depth, Width
 
 
@@ -192,9 +193,12 @@ class SPADE(ConditionalNorm):
         self.gamma = conv(hidden_channels, channels)
         self.beta = conv(hidden_channels, channels)
         self.register_buffer("laid_out", None, persistent=False)
+        self.register_buffer("folded", None, persistent=False)
         self.linear: Linear = F.linear
 
     laid_out: Tensor | None
+    folded: Tensor | None
+    """Bias of the tables that hold scale and shift."""
     synchronized = False
     """``synchronize_batch_norm`` sets it."""
     pixel_cost = 1.0
@@ -204,8 +208,11 @@ class SPADE(ConditionalNorm):
         """Modulate x [N, channels, h, w] by a layout of any resolution -> [N, channels, upsample h, upsample w]."""
         view = _view(layout, x, upsample)
         if self._takes_tables(view):
-            modulation = self._modulation(view)
-            return _normalise_and_modulate(self.normalize, x, modulation, upsample, slope)
+            table, pixels = self._table(view)
+            if self.folded is not None:
+                return look_up_and_apply(x, table, pixels, upsample=upsample, slope=slope)
+            gamma, beta = table.chunk(2, 1)  # [V, channels] each
+            return _normalise_and_modulate(self.normalize, x, Modulation(gamma, beta, pixels), upsample, slope)
         hidden = F.relu(self._hidden(view))
         y = _normalise(self.normalize, x, upsample) * (1 + self.gamma(hidden)) + self.beta(hidden)
         return activate(y, slope)
@@ -251,33 +258,57 @@ class SPADE(ConditionalNorm):
         inner, outer = view.count_neighbourhoods(self.kernel_size, over_processes=self.training and self.synchronized)
         return inner + 32 / len(self.shared.weight) * outer + 200
 
-    def _modulation(self, view: SemanticLayout) -> Modulation:
+    def _table(self, view: SemanticLayout) -> tuple[Tensor, Lookup]:
+        """Compute gamma and beta, or scale and shift if they are folded, of each neighbourhood: [V, 2 channels]."""
         around = view.neighbourhoods(self.kernel_size)
         vectors = None if view.noise is None else view.noise_vectors
-        shared, biases = effective_weight(self.shared), (self.gamma.bias, self.beta.bias)
-        assert self.shared.bias is not None and biases[0] is not None and biases[1] is not None
+        shared, (gamma_bias, beta_bias) = effective_weight(self.shared), self._biases()
+        assert self.shared.bias is not None
         if table_kernels(shared) is not None:
             gamma, beta = effective_weight(self.gamma), effective_weight(self.beta)
             given = self.laid_out, around, vectors
-            table = both_convolutions(shared, self.shared.bias, gamma, beta, biases[0], biases[1], *given)
+            table = both_convolutions(shared, self.shared.bias, gamma, beta, gamma_bias, beta_bias, *given)
         else:
             hidden = F.relu(first_convolution(shared, self.shared.bias, around, vectors))  # [U, hidden]
             places = self._table_weights() if self.laid_out is None else self.laid_out
-            table = second_convolution(hidden, places, torch.cat([1 + biases[0], biases[1]]), around, self.linear)
-        gamma, beta = table.chunk(2, 1)  # [V, channels] each
-        return Modulation(gamma, beta, around.pixels)
+            bias = torch.cat([1 + gamma_bias, beta_bias]) if self.folded is None else self.folded
+            table = second_convolution(hidden, places, bias, around, self.linear)
+        return table, around.pixels
 
     def _table_weights(self) -> Tensor:
         """Lay the weights of gamma and beta side by side for ``second_convolution``: [k k, 2 channels, hidden]."""
         return torch.cat([effective_weight(conv).flatten(2).permute(2, 0, 1) for conv in (self.gamma, self.beta)], 1)
 
+    def _biases(self) -> tuple[Tensor, Tensor]:
+        assert self.gamma.bias is not None and self.beta.bias is not None
+        return self.gamma.bias, self.beta.bias
+
     @torch.no_grad()
-    def lay_out_tables(self, dtype: torch.dtype | None = None, linear: Linear = F.linear) -> None:
+    def lay_out_tables(self, dtype: torch.dtype | None, linear: Linear, *, fold: bool) -> None:
         """Store the weights in the order (and dtype) of tables, instead of making them so in every forward; multiply
-        them by ``linear``. For inference only."""
+        them by ``linear``. For inference only.
+
+        Args:
+            fold: whether the tables are to hold scale and shift of x itself, by a batch norm's running statistics: for
+                CPUs.
+        """
         self.linear = linear
-        if self.path != "dense":
-            self.laid_out = self._table_weights().to(dtype=dtype)
+        if self.path == "dense":
+            return
+        norm, places = self.normalize, self._table_weights()
+        if fold and isinstance(norm, BatchNorm2d):
+            assert norm.running_mean is not None and norm.running_var is not None
+            factor = torch.rsqrt(norm.running_var.double() + norm.eps)
+            offset = -norm.running_mean * factor
+            if norm.affine:
+                factor, offset = factor * norm.weight, offset * norm.weight + norm.bias
+            gamma_bias, beta_bias = self._biases()
+            self.folded = torch.cat([1 + gamma_bias, beta_bias])
+            for pair in (places.mT, self.folded):  # (x factor + offset) gamma + beta
+                gamma, beta = pair.chunk(2, -1)
+                beta.copy_(beta + gamma * offset)
+                gamma.copy_(gamma * factor)
+        self.laid_out = places.to(dtype=dtype)
 
 
 def measure_pixel_cost() -> float:
