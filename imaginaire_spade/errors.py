@@ -127,13 +127,18 @@ def how_to_install(packages: str, what: str, otherwise: str = "") -> Iterator[No
 
 
 @contextmanager
-def _permissions_explained() -> Iterator[None]:
-    """Name the file in one message if the block fails because this user may not read or write it."""
+def _paths_explained() -> Iterator[None]:
+    """Name the file in one message if the block fails because this user may not read or write it, or it is a link that
+    leads to itself."""
     try:
         yield
     except PermissionError as error:
         named = f"{error.filename}: {error.strerror}" if error.filename else str(error).strip().splitlines()[-1]
         raise UserError(f"{named}. Correct the permissions (chmod, chown), or run as a user who has them") from None
+    except RuntimeError as error:
+        if not str(error).startswith("Symlink loop"):
+            raise
+        raise UserError(f"{error}: a link that leads to itself. Remove it, or give another path") from None
 
 
 def run_command_line(main: Callable[[], None]) -> None:
@@ -147,7 +152,7 @@ def run_command_line(main: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with _permissions_explained():
+        with _paths_explained():
             main()
     except UserError as error:
         rank = os.environ.get("LOCAL_RANK", "0")

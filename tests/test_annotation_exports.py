@@ -106,7 +106,7 @@ def test_a_newer_export_replaces_the_older_one(tmp_path):
     for name in ("seg_maps/a.png", "inst_maps/a.png"):
         assert (tmp_path / "raw/train" / name).read_bytes() == (tmp_path / "anew/train" / name).read_bytes()
     for options in ({"num_val": 1}, {}):
-        with pytest.raises(DataError, match=r"raw.train.seg_maps.a\.png: of an earlier export \(1 such label maps\)"):
+        with pytest.raises(DataError, match=r"raw.train.seg_maps.a\.png: of an earlier export \(1 such files\)"):
             run("labelme", source, tmp_path / "raw", **options)
         (source / "a.json").unlink(missing_ok=True)
 

@@ -501,6 +501,13 @@ def test_pairs_of_a_csv_are_the_folders_samples(scene_folder, tmp_path, commands
     own.pairs[4] = (tmp_path / "gone.png", own.pairs[4][1])
     with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
         own[4]
+    write_png(tmp_path / "deep.png", np.zeros((32, 64, 3), np.uint16))
+    own.pairs[4] = (tmp_path / "deep.png", own.pairs[3][1])
+    with pytest.raises(DataError, match=r"deep\.png: a photo of 16 bits"):  # as in folders
+        own[4]
+    (tmp_path / "utf16.csv").write_text("photo;label_map\n", encoding="utf-16")
+    with pytest.raises(DataError, match=r"utf16\.csv: cannot be read as CSV in UTF-8"):
+        build_split(config, config.data.train.model_copy(update={"roots": [str(tmp_path / "utf16.csv")]}))
     own = build_split(config, config.data.train)
     (tmp_path / "table.yaml").write_text(yaml.safe_dump(dict(tree, data=dict(tree["data"], type="nobody_has_it"))))
     assert load_data(tmp_path / "table.yaml").labels == config.data.labels

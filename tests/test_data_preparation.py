@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -11,6 +12,7 @@ import tarfile
 import threading
 import zipfile
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -496,7 +498,7 @@ def test_several_processes_prepare_a_download_together(tmp_path, commands):
     for rank in ranks:
         result = commands.run(*command, together, **rank)
         assert result.returncode == 0 and "train: 1 samples" in result.stdout, result.stderr
-        missing = 6 - sum(path.is_file() for path in together.rglob("*"))
+        missing = 7 - sum(path.is_file() for path in together.rglob("*"))
         assert missing == (3 if rank is ranks[0] else 0)
     assert commands.run(*command, alone).returncode == 0
     for path in filter(Path.is_file, alone.rglob("*")):
@@ -561,3 +563,24 @@ def test_masks_beside_their_photos(tmp_path):
         (tmp_path / f"mixed/{name}_mask.png").unlink()
     with pytest.raises(DataError, match=r"mixed: photos and label maps in one folder, and no NAME_mask\.png"):
         prepare("custom", tmp_path, tmp_path / "again", options, num_workers=0)
+
+
+def test_again_with_newer_files_or_other_options(tmp_path):
+    for number in range(4):
+        for folder in ("images", "labels"):
+            write_png(tmp_path / folder / f"{number}.png", np.full((8, 8), number, np.uint8))
+    raw = tmp_path / "raw"
+    run = partial(prepare, "custom", tmp_path, raw, num_workers=0)
+    assert run(Options(num_val=2)) == run(Options(num_val=2)) == {"train": 2, "val": 2}
+    source = tmp_path / "labels" / "0.png"
+    write_png(source, np.full((8, 8), 7, np.uint8))
+    os.utime(source, (2e9, 2e9))
+    run(Options(num_val=2))
+    (written,) = raw.glob("*/seg_maps/0.png")
+    assert written.read_bytes() == source.read_bytes()
+    for options in (Options(num_val=1), Options(num_val=3), Options()):
+        with pytest.raises(DataError, match=r"images.\d\.png: of an earlier run \(\d such files\): take another"):
+            run(options)
+    with pytest.raises(DataError, match=r"prepared\.yaml: prepared with .*None}, now .*\[4, 4\]}: take another"):
+        run(Options(num_val=2, resize_h_w=(4, 4)))
+    assert len([*raw.glob("*/images/*.png")]) == 4

@@ -3,11 +3,14 @@ test_training.py and test_published.py; images: test_images.py.)"""
 
 import io
 import json
+import os
 import random
+import sys
 import tarfile
 import zipfile
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import download_test_data
 import numpy as np
@@ -20,6 +23,9 @@ from imaginaire_spade.dataset_prep.prepare import _read_objects
 from imaginaire_spade.errors import DataError, UserError, run_command_line
 from imaginaire_spade.evaluation.collection import Collection
 from imaginaire_spade.evaluation.report import Protocol, Report, compare
+from imaginaire_spade.inference.output import check_apart
+from imaginaire_spade.inference.synthesis import read_style_image
+from imaginaire_spade.lmdb_builder.output import check_output
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -175,3 +181,21 @@ def test_a_file_that_may_not_be_read_is_named(capsys):
         assert ended.value.code == 2
         message = capsys.readouterr().err
         assert named in message and "chmod" in message and message.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="Path.resolve goes no further there, and says nothing")
+def test_a_link_to_itself_is_named(tmp_path, capsys):
+    (loop := tmp_path / "loop").symlink_to(loop)
+    for check in (lambda: check_apart(loop, ["maps"]), lambda: check_output(tmp_path, loop, False, False)):
+        with pytest.raises(SystemExit):
+            run_command_line(check)
+        message = capsys.readouterr().err
+        assert "loop': a link that leads to itself" in message and message.count("\n") == 1
+
+
+def test_what_never_ends_is_no_style_image_and_no_report(tmp_path):
+    os.mkfifo(path := tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe: a named pipe"):
+        read_style_image(Mock(), path)
+    with pytest.raises(DataError, match="pipe: a named pipe"):
+        compare((path, path))

@@ -236,9 +236,10 @@ def test_classes_are_replaced(run, styled, tmp_path):
         ("tre=water", r"--map tre=water: 'tre' is no class of the table: write a name \(tree"),
         ("tree=9", r"'9' is no class .* or an id \(0\.\.5\)"),
         ("tree", r"write CLASS=CLASS, such as --map tree=water"),
+        ("tree=sky", "--map tree=sky: another --map replaces the same class"),
     ):
         with pytest.raises(ConfigError, match=message):
-            run(styled, "--map", wrong)
+            run(styled, "--map", "tree=water", "--map", wrong)
 
 
 @pytest.fixture

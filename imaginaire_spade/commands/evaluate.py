@@ -101,6 +101,9 @@ def main() -> None:
         print(compare(tuple(arguments.compare)))
         return
     metrics, size = _check(arguments), read_size(arguments.size, "--size")
+    for flag, path in (("--output", arguments.output), ("--html", arguments.html)):
+        if path is not None:
+            _check_target(path, flag)
     import_modules(arguments.imports)
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
@@ -137,6 +140,17 @@ def main() -> None:
         report.save(arguments.output)
     if arguments.html:
         write_report_page(arguments.html, report, images.fake, images.photos)
+
+
+def _check_target(path: Path, flag: str) -> None:
+    """Check, before any long work, that ``path`` may become a file.
+
+    Raises:
+        ConfigError: it is a folder, or lies in a file.
+    """
+    above = next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir() or not above.is_dir():
+        raise ConfigError(f"{flag} {path}: {'this' if path.is_dir() else above} is no place for a file; name another")
 
 
 def _check(arguments: argparse.Namespace) -> list[str]:

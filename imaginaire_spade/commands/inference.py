@@ -163,7 +163,7 @@ def main() -> None:
         dataset = LabelMapDataset(
             roots, config.data.labels, edges=config.data.edges, distances=model.layout_spec.has_distances,
             size_of=sizes, images=config.data.images, with_images=False,
-            replace=dict(_replacement(config.data.labels, text) for text in arguments.map),
+            replace=_replacements(config.data.labels, arguments.map),
             on_unknown=partial(_remember, changed) if arguments.on_bad_label == "ignore" else None,
             conditions=config.data.conditions,
             suffixes=config.data.suffixes,
@@ -250,6 +250,15 @@ def _sample_names(arguments: argparse.Namespace, model: "Model", seed: int) -> l
         return [f"--style_seed {arguments.style_seed + j}" for j in range(count)]
     of, drawn = f"style of {image.name}" if image else "", f"--seed {seed}" if count > 1 or not image else ""
     return [", ".join(filter(None, (of, drawn, f"sample {j}" if count > 1 else ""))) for j in range(count)]
+
+
+def _replacements(labels: "LabelSpec", texts: list[str]) -> dict[int, int]:
+    found = dict[int, int]()
+    for text in texts:
+        old, new = _replacement(labels, text)
+        if found.setdefault(old, new) != new:
+            raise ConfigError(f"--map {text}: another --map replaces the same class: write one of them")
+    return found
 
 
 def _replacement(labels: "LabelSpec", text: str) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from imaginaire_spade.dataset_prep.coco import CocoRegion, coco_regions
 from imaginaire_spade.dataset_prep.maps import Writing, write_maps
 from imaginaire_spade.dataset_prep.samples import Export, Options, RawSample, find_folder, find_images, find_path
 from imaginaire_spade.errors import DataError, UserError
-from imaginaire_spade.files import encode_image, read_json, read_text, write_bytes
+from imaginaire_spade.files import PARTIAL, encode_image, read_json, read_text, write_bytes
 from imaginaire_spade.labels import LabelSpec
 
 FIRST_OBJECT = 256
@@ -293,13 +293,14 @@ def prepare(
 ) -> dict[str, int]:
     """Write ``output/SPLIT/{images,seg_maps,inst_maps}/KEY.ext``; return the number of samples per split.
 
-    Existing files are kept, so that an interrupted run continues when it runs again. Those of an annotation tool's
-    export are made anew if they are drawn, or older than the file that they were copied from.
+    Existing files are kept, so that an interrupted run continues when it runs again, but those that are older than the
+    file that they were copied from; those of an annotation tool's export also if they are drawn.
 
     Args:
         link: make symbolic links where nothing has to change, instead of copies.
     Raises:
-        DataError: the source is not laid out as the official download, or files are missing.
+        DataError: the source is not laid out as the official download, or files are missing, or the output has samples
+            of another run, or was prepared with other options.
     """
     if options.resize_h_w:
         check_size(*options.resize_h_w, "--resize_h_w")
@@ -320,16 +321,22 @@ def prepare(
         raise DataError(
             f"--source {source}: {len(twice)} file names stand for several samples: {', '.join(twice[:10])}"
         )
-    stray = sorted(set(output.glob("*/seg_maps/**/*.png")) - {path for path, _ in targets}) if export.names else []
-    if stray:
-        which = f"of an earlier export ({len(stray)} such label maps)"
+    # Other tools may have added label maps to photos, not photos.
+    kind = "seg_maps" if export.names else "images"
+    written = (path for path in output.glob(f"*/{kind}/**/*.*") if not path.name.startswith(PARTIAL))
+    if stray := sorted(set(written) - {path for path, _ in targets}):
+        which = f"of an earlier {'export' if export.names else 'run'} ({len(stray)} such files)"
         raise DataError(f"{stray[0]}: {which}: take another --output, or remove that one")
+    chosen = {"name": name, "resize_h_w": options.resize_h_w and list(options.resize_h_w)}
+    if (record := output / "prepared.yaml").is_file() and (before := yaml.safe_load(record.read_text())) != chosen:
+        raise DataError(f"{record}: prepared with {before}, now {chosen}: take another --output, or remove that one")
     if writing.get("rank", 0) == 0:
+        write_bytes(record, yaml.safe_dump(chosen).encode())
         for note in export.notes:
             print(note)
         if export.names:
             _write_labels(output / LABELS, name, export)
-    write_maps(name, partial(_content, link), targets, is_stale=_is_stale if export.names else None, **writing)
+    write_maps(name, partial(_content, link), targets, is_stale=partial(_is_stale, bool(export.names)), **writing)
     return dict(Counter(sample.split for sample in samples))
 
 
@@ -350,10 +357,12 @@ def _changes(sample: RawSample, data_type: str) -> bool:
     return bool(sample.resize_h_w or data_type in sample.draw or replaced)
 
 
-def _is_stale(path: Path, file: _RawFile) -> bool:
-    """Return whether a file may be of an earlier export of the tool."""
+def _is_stale(from_tool: bool, path: Path, file: _RawFile) -> bool:
+    """Return whether a file may be of an earlier download or export."""
     sample, data_type = file
-    return data_type in sample.draw or sample.files[data_type].stat().st_mtime > path.stat().st_mtime
+    if data_type in sample.draw:
+        return from_tool
+    return sample.files[data_type].stat().st_mtime > path.stat().st_mtime
 
 
 def _content(link: bool, file: _RawFile) -> bytes | Path:

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from imaginaire_spade.config import AugmentationConfig
 from imaginaire_spade.errors import DataError, UserError
 from imaginaire_spade.evaluation.images import Ids, ImageSource, SourceImage
-from imaginaire_spade.files import RgbImage, encode_image, read_json, write_bytes
+from imaginaire_spade.files import RgbImage, encode_image, read_json, refuse_special, write_bytes
 from imaginaire_spade.pages import render
 
 DTYPE = "uint8 pictures, float32 features, float64 statistics"
@@ -114,6 +114,7 @@ def load_report(path: Path) -> Report:
     Raises:
         DataError: the file is no report, or states other things than this version does.
     """
+    refuse_special(path)
     try:
         return TypeAdapter(Report).validate_python(read_json(path))
     except ValidationError as error:

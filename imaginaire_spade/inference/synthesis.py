@@ -23,7 +23,7 @@ from imaginaire_spade.data.distances import class_distances
 from imaginaire_spade.data.lmdb_source import open_source
 from imaginaire_spade.data.photos import decode_photo, to_stored, to_training
 from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, UserError, is_out_of_memory
-from imaginaire_spade.files import AnyImage, resize_image
+from imaginaire_spade.files import AnyImage, refuse_special, resize_image
 from imaginaire_spade.inference.local_noise import LocalNoise, NoiseKind, Place, PlacedNoise, stack_noise
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.sizes import scale
@@ -375,6 +375,7 @@ def read_style_image(model: Model, path: Path) -> AnyImage:
     Raises:
         DataError: no image.
     """
+    refuse_special(path)
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -102,6 +102,9 @@ def train(
     resumed = resume(run, logdir, start_from, allow_changed_data)
     if resumed is None and init_from is not None:
         resumed = initialise_from(run, init_from)
+    elif (given := init_from or start_from) is not None and f" {given}" not in str(resumed):
+        flag = "--checkpoint" if init_from is None else "--init_from"
+        resumed = f"{resumed}\nnote: {flag} {given} is for a log dir without checkpoints: it changes nothing here"
     state, calendar = run.state, run.calendar
     if run.info.is_main:
         try:

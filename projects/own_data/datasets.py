@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imaginaire_spade.data.image_files import decode_image, decode_label
+from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.own import OwnDataset
+from imaginaire_spade.data.photos import decode_photo
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.registry import DATASETS
 
@@ -43,15 +44,15 @@ class CsvPairs(OwnDataset):
                         if not row.get("photo") or not row.get("label_map"):
                             raise DataError(f"{root}:{number}: a row needs the columns photo and label_map")
                         self.pairs.append((root.parent / row["photo"], root.parent / row["label_map"]))
-            except OSError as error:
-                raise DataError(f"{root}: cannot be read: {error.strerror}") from None
+            except (OSError, UnicodeDecodeError, csv.Error) as error:
+                raise DataError(f"{root}: cannot be read as CSV in UTF-8: {error}") from None
         return [label_map.with_suffix("").name for _, label_map in self.pairs]
 
     def load(self, index: int, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
         photo, label_map = self.pairs[index]
-        sample: dict[str, NDArray[Any]] = {"seg_maps": decode_label(read(label_map), str(label_map))}
+        sample: dict[str, NDArray[Any]] = {"seg_maps": read_labels(read(label_map), str(label_map), self.labels)}
         if self.with_images:
-            sample["images"] = decode_image(read(photo), str(photo))
+            sample["images"] = decode_photo(read(photo), str(photo), self.images)
         return sample
 
 
@@ -93,8 +94,8 @@ class SceneCrops(OwnDataset):
 def read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: no path, such as one with a NUL in it
+        raise DataError(f"{path}: cannot be read: {error}") from None
 
 
 @lru_cache(maxsize=64)
