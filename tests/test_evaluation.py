@@ -441,10 +441,7 @@ def test_too_few_pictures(run, real, fake, tmp_path):
         (("--real", "R", "--fake", "F", "--metrics", ""), "choose from"),
         (("--real", "R", "--fake", "F", "--inception_weights", "nowhere.pth"), "no weights at nowhere.pth"),
         (("--checkpoint", "nowhere.pt"), "no such file or folder"),
-        (
-            ("--real", "R", "--fake", "F", "--html", str(REPOSITORY)),
-            ": this is no place for a file",
-        ),
+        (("--real", "R", "--fake", "F", "--html", str(REPOSITORY)), ": this is no place for a file"),
         (("--real", "R", "--fake", "F", "--html", f"{__file__}/r.html"), r"test_evaluation.py is no place for a file"),
     ],
 )

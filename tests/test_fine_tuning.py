@@ -160,9 +160,7 @@ def test_a_run_is_fine_tuned_for_other_classes(tiny_run, tmp_path, capsys):
     # The same command again continues.
     run("second", *more, "trainer.max_iterations=3", init_from=tmp_path / "first")
     printed = capsys.readouterr().out
-    assert (
-        "continuing from" in printed and "note: --init_from " in printed
-    )
+    assert "continuing from" in printed and "note: --init_from " in printed
     # A published generator.
     Model.load(checkpoint.newest_checkpoint(tmp_path / "first"), for_inference=False).publish(
         tmp_path / "g.safetensors"
