@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo_output
-CONFIG := configs/projects/spade/sample/small64.yaml
+CONFIG := configs/projects/spade/sample/pretrained64.yaml
 ROOTS := --set 'data.train.roots=[$(DEMO)/lmdb/train]' --set 'data.val.roots=[$(DEMO)/lmdb/val]'
 
 # Threads that wait without spinning: on a busy machine spinning ones take turns blocking each other.
@@ -37,11 +37,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python inference.py --logdir $(DEMO)/logs --input_dir $(DEMO)/raw/val --output_dir $(DEMO)/generated
 	$(BIN)/python scripts/make_contact_sheet.py --config $(CONFIG) --data_root $(DEMO)/raw/val --generated $(DEMO)/generated --output $(DEMO)/contact_sheet.jpg
 	$(BIN)/python evaluate.py --real $(DEMO)/raw/val --fake $(DEMO)/generated --reference_split val --metrics kid \
-	  --features efficientnet_lite0 --output $(DEMO)/report.json --html $(DEMO)/report.html
+	  --features efficientnet_lite2 --output $(DEMO)/report.json --html $(DEMO)/report.html
 	@echo
 	@echo 'Contact sheet (label map, real, generated):  $(DEMO)/contact_sheet.jpg'
 	@echo 'Gallery:                                     $(DEMO)/generated/index.html'
-	@echo 'Scores (EfficientNet-Lite0, ImageNet):       $(DEMO)/report.html'
+	@echo 'Scores (EfficientNet-Lite2, ImageNet):       $(DEMO)/report.html'
 	@echo 'Loss curves:                                 $(DEMO)/logs/curves.png'
 	@echo 'TensorBoard:                                 $(BIN)/tensorboard --logdir $(DEMO)/logs'
 
