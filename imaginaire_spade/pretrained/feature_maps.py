@@ -46,6 +46,8 @@ class FeatureMaps(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """float [N, 3, H, W] in [-1, 1] -> [N, C, H / stride, W / stride] for each stride, fine to coarse."""
+        if images.device.type == "cpu":  # 0.7 of the time, in EfficientNet-Lite0 at 64x64
+            images = images.contiguous(memory_format=torch.channels_last)
         maps = self._frozen[0].maps((images + 1) * 127.5)
         return [
             (one - self.get_buffer(f"mean_{level}")) / self.get_buffer(f"std_{level}") for level, one in enumerate(maps)
