@@ -18,6 +18,7 @@ from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.inference.local_noise import KINDS, LocalNoise, stack_noise
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.synthesis import Request, local_styles, style_of_seed, synthesise
+from imaginaire_spade.models.for_inference import optimise_for_inference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GEN = {"type": "oasis", "num_filters": 2, "style_dims": 4, "norm": {"type": "spade", "hidden_channels": 8}}
@@ -32,10 +33,11 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(checkpoint) -> Model:
-    model = Model.load(checkpoint)
+    model = Model.load(checkpoint, for_inference=False)
     for norm in (module for module in model.generator.modules() if hasattr(module, "running_var")):
         norm.running_mean.normal_(std=0.1)
         norm.running_var.uniform_(0.5, 2)
+    optimise_for_inference(model.generator, winograd=True)
     return model
 
 

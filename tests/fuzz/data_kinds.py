@@ -280,7 +280,7 @@ def custom_tree(folder: Path) -> tuple[Path, Use]:
                 _change_tree(raw, random.Random(choice))
             options = Options(None, images=Path("images"), labels=Path("seg_maps"), instances=Path("inst_maps"))
             counts = prepare("custom", raw, out, options, num_workers=0)
-            written = [p for p in out.rglob("*") if p.is_file()]
+            written = [p for p in out.glob("train/**/*") if p.is_file()]
             there = {p.with_suffix(p.suffix.lower()): p for p in raw.rglob("*")}
             same = all(p.read_bytes() == there[raw / p.relative_to(out / "train")].read_bytes() for p in written)
             return same and len(written) == 3 * sum(counts.values())
