@@ -88,7 +88,7 @@ def main() -> None:
         batch = 16 if device.type == "cuda" and not arguments.quick else 1
         for vgg in (False, True) if arguments.vgg else (False,):
             case = iteration.Case(folder, device, filters, size, batch, bf16=device.type == "cuda", vgg=vgg)
-            show(iteration.measure(case, repeats))
+            show(iteration.measure(case, repeats, ["SPADE"] if arguments.quick else iteration.VARIANTS))
     if "oasis" in wanted:
         show(oasis.inference(folder, device, repeats, filters, size))
         show(oasis.iteration(folder, device, repeats, filters, size))

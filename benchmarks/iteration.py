@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -52,12 +52,14 @@ class Case:
         return f"batch {self.batch}, {self.size}x{self.size}{options}"
 
 
-def measure(case: Case, repeats: int) -> list[Row]:
+def measure(case: Case, repeats: int, memory_of: Collection[str] = VARIANTS) -> list[Row]:
+    """``memory_of``: variants whose memory is measured too, on a CPU in a new process each."""
     runs = {name: _iteration(name, case) for name in VARIANTS}
     times = take_turns(runs, repeats, case.device)
     notes = {}
     for name, run in runs.items():
-        notes[name] = f"{peak_gib(case.device, run, _iteration, name, case):.2f} GiB"
+        if name in memory_of or case.device.type == "cuda":
+            notes[name] = f"{peak_gib(case.device, run, _iteration, name, case):.2f} GiB"
         if case.device.type == "cuda":
             with FlopCounterMode(display=False) as counter:
                 run()
