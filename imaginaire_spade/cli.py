@@ -53,17 +53,20 @@ def add_shared_flags(parser: argparse._ActionsContainer, *flags: str, **changes:
         parser.add_argument(*spellings, **SHARED[spellings] | changes)
 
 
-def check_output_file(output: Path, *, overwrite: bool, suffixes: Sequence[str] = ()) -> None:
+def check_output_file(output: Path, *, overwrite: bool, suffixes: Sequence[str] = (), flag: str = "--output") -> None:
     """Check, before any work, that ``--output`` names a file that may be written.
 
     Args:
         suffixes: how the name may end; none: any way.
     Raises:
-        ConfigError: the name is wrong, a folder's, or taken while ``overwrite`` is False.
+        ConfigError: the name is wrong, a folder's, in a file, or taken while ``overwrite`` is False.
     """
     if suffixes and output.suffix not in suffixes:
-        raise ConfigError(f"--output {output}: write a name that ends in {' or '.join(suffixes)}")
+        raise ConfigError(f"{flag} {output}: write a name that ends in {' or '.join(suffixes)}")
     if output.is_dir():
-        raise ConfigError(f"--output {output} is a folder: give the name of a file")
+        raise ConfigError(f"{flag} {output} is a folder: give the name of a file")
+    above = next(path for path in output.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{flag} {output}: {above} is no place for a file: give another name")
     if output.exists() and not overwrite:
-        raise ConfigError(f"--output {output} is there already: give another name, or --overwrite to replace it")
+        raise ConfigError(f"{flag} {output} is there already: give another name, or --overwrite to replace it")

@@ -441,13 +441,22 @@ def test_too_few_pictures(run, real, fake, tmp_path):
         (("--real", "R", "--fake", "F", "--metrics", ""), "choose from"),
         (("--real", "R", "--fake", "F", "--inception_weights", "nowhere.pth"), "no weights at nowhere.pth"),
         (("--checkpoint", "nowhere.pt"), "no such file or folder"),
-        (("--real", "R", "--fake", "F", "--html", str(REPOSITORY)), ": this is no place for a file"),
+        (
+            ("--real", "R", "--fake", "F", "--html", str(REPOSITORY)),
+            f"--html {REPOSITORY} is a folder: give the name of a file",
+        ),
         (("--real", "R", "--fake", "F", "--html", f"{__file__}/r.html"), r"test_evaluation.py is no place for a file"),
     ],
 )
 def test_flags_that_do_not_go_together(run, flags, message):
     with pytest.raises(UserError, match=message):
         run(*RANDOM, *flags)
+
+
+def test_statistics_need_a_place_before_any_image_is_read(run, tmp_path):
+    (tmp_path / "stats.npz").mkdir()
+    with pytest.raises(ConfigError, match=r"--output .*stats\.npz is a folder: give the name of a file"):
+        run("--real", "R", "--reference_split", "val", *RANDOM, module=compute_fid_stats)
 
 
 def test_the_reference_split_must_be_stated(run, real, fake):

@@ -296,10 +296,10 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2602, "pages": 19, "data": 2043, "models": 2015, "pretrained": 638, "training": 2271,
+    "top level": 2605, "pages": 19, "data": 2043, "models": 2015, "pretrained": 638, "training": 2272,
     "inference": 1527, "evaluation": 1009,
     "lmdb_builder": 905, "dataset_prep": 844, "interop": 1157, "export": 168, "demo": 547, "scenes": 736,
-    "commands": 1386,
+    "commands": 1383,
 }  # fmt: skip
 """Code lines that a room may have: who lets one grow changes a number here, which a reviewer sees. Docstrings, comments
 and blank lines do not count."""

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imaginaire_spade.cli import CommandParser, add_shared_flags
+from imaginaire_spade.cli import CommandParser, add_shared_flags, check_output_file
 from imaginaire_spade.errors import ConfigError, positive_integer
 from imaginaire_spade.evaluation import REFERENCE_SPLITS
 from imaginaire_spade.pretrained import FEATURE_DIMS, FEATURES, RESIZES
@@ -47,6 +47,7 @@ def main() -> None:
 
     if arguments.output.suffix != ".npz":
         raise ConfigError(f"--output {arguments.output}: the name must end with .npz")
+    check_output_file(arguments.output, overwrite=True)
 
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)

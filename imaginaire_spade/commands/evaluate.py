@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imaginaire_spade.cli import CommandParser, add_shared_flags
+from imaginaire_spade.cli import CommandParser, add_shared_flags, check_output_file
 from imaginaire_spade.errors import ConfigError, positive_integer
 from imaginaire_spade.evaluation import METRICS, NEED_FEATURES, REFERENCE_SPLITS, check_metrics
 from imaginaire_spade.inference.sizes import SIZE_HELP, Asked, read_size
@@ -103,7 +103,7 @@ def main() -> None:
     metrics, size = _check(arguments), read_size(arguments.size, "--size")
     for flag, path in (("--output", arguments.output), ("--html", arguments.html)):
         if path is not None:
-            _check_target(path, flag)
+            check_output_file(path, overwrite=True, flag=flag)
     import_modules(arguments.imports)
     info = distributed.process_info_from_environment()
     device = distributed.choose_device(arguments.device, info)
@@ -140,17 +140,6 @@ def main() -> None:
         report.save(arguments.output)
     if arguments.html:
         write_report_page(arguments.html, report, images.fake, images.photos)
-
-
-def _check_target(path: Path, flag: str) -> None:
-    """Check, before any long work, that ``path`` may become a file.
-
-    Raises:
-        ConfigError: it is a folder, or lies in a file.
-    """
-    above = next(p for p in path.absolute().parents if p.exists())
-    if path.is_dir() or not above.is_dir():
-        raise ConfigError(f"{flag} {path}: {'this' if path.is_dir() else above} is no place for a file; name another")
 
 
 def _check(arguments: argparse.Namespace) -> list[str]:

@@ -20,7 +20,7 @@ from imaginaire_spade.data.loader import Prefetcher
 from imaginaire_spade.errors import CheckpointError, UserError, first_line
 from imaginaire_spade.files import write_bytes
 from imaginaire_spade.processes import LAUNCHER_GONE_S, forget_terminal
-from imaginaire_spade.training.checkpoint import CheckpointWriter
+from imaginaire_spade.training.checkpoint import CheckpointWriter, checkpoints_in
 from imaginaire_spade.training.evaluation import CheckStop
 from imaginaire_spade.training.fine_tuning import initialise_from
 from imaginaire_spade.training.health import Alarms, LossMeter, check_finite, doubt_labels, explain_out_of_memory
@@ -99,10 +99,11 @@ def train(
         SystemExit: a signal asked the run to stop; it has saved. The code is that by which shells know the signal: 143
             for SIGTERM, 138 for SIGUSR1, 130 for SIGINT.
     """
+    begun = bool(checkpoints_in(logdir / "checkpoints"))
     resumed = resume(run, logdir, start_from, allow_changed_data)
     if resumed is None and init_from is not None:
         resumed = initialise_from(run, init_from)
-    elif (given := init_from or start_from) is not None and f" {given}" not in str(resumed):
+    elif begun and (given := init_from or start_from) is not None:
         flag = "--checkpoint" if init_from is None else "--init_from"
         resumed = f"{resumed}\nnote: {flag} {given} is for a log dir without checkpoints: it changes nothing here"
     state, calendar = run.state, run.calendar
