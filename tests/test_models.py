@@ -26,7 +26,9 @@ from imaginaire_spade.models.spectral_norm import (
     SpectralConv2d,
     SpectralConvTranspose2d,
     SpectralLinear,
+    convolve_pixels,
     fold_spectral_norm,
+    products_of_windows,
 )
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Registry
 from imaginaire_spade.training.state import reestimate_batch_norm, update_average
@@ -289,7 +291,37 @@ def test_to_divide_what_is_convolved_is_to_divide_the_weight(channels, size, gro
     assert (own.grad - other.grad).norm() > 0
 
 
-@pytest.mark.parametrize(("upsampling", "steps"), [("normal", 5), ("more", 6), ("most", 7)])
+@settings(max_examples=30)
+@given(st.tuples(*[st.integers(1, 3)] * 3, *[st.integers(4, 9)] * 2), st.integers(1, 4), *[st.integers(1, 2)] * 2)
+def test_the_gradient_of_a_weight_as_products_of_windows(shape, size, stride, padding):
+    count, channels, out, height, width = shape
+    torch.manual_seed(0)
+    x = torch.randn(count, channels, height, width, dtype=torch.double)
+    weight = torch.randn(out, channels, size, size, dtype=torch.double, requires_grad=True)
+    y = F.conv2d(x, weight, None, stride, padding - 1)
+    gradient = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, weight, gradient)
+    x, gradient = (t.contiguous(memory_format=torch.channels_last) for t in (x, gradient))
+    torch.testing.assert_close(products_of_windows(x, gradient, size, stride, padding - 1), expected)
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), [(3, 1, 1), (3, 2, 0), (4, 2, 2)])
+def test_a_convolution_of_large_maps_in_channels_last_has_the_same_derivatives(size, stride, padding):
+    """In training on a CPU: of x, weight and bias, and the second ones."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 65 * stride, 33 * stride).double().to(memory_format=torch.channels_last)
+    inputs = [t.requires_grad_() for t in (x, torch.randn(64, 64, size, size).double(), torch.randn(64).double())]
+    found = []
+    for function in (convolve_pixels, F.conv2d):
+        y = function(*inputs, stride, padding)
+        assert (y.grad_fn.name() == "_ConvolvedBackward") == (function is convolve_pixels)
+        first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
+        found.append([y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
+
+
+@pytest.mark.parametrize(("upsampling", "steps"), [("fewer", 4), ("normal", 5), ("more", 6), ("most", 7)])
 def test_upsampling_depth(upsampling, steps):
     generator = SPADEGenerator(SPEC, (128, 128), num_filters=2, upsampling=upsampling, norm=SMALL_NORM)
     assert generator.size_multiple == 2**steps

@@ -90,8 +90,8 @@ class SPADEResidualBlock(nn.Module):
 class SPADEGenerator(Generator):
     """The generator of Park et al. 2019 (fig. 4 right): residual blocks with x2 nearest up-sampling between them.
 
-    It starts from the label map at 1/32 of the resolution (``normal``; 1/64 ``more``, 1/128 ``most``), or from a style
-    code if ``style_dims`` > 0.
+    It starts from the label map at 1/32 of the resolution (``normal``; 1/16 ``fewer``, 1/64 ``more``, 1/128 ``most``),
+    or from a style code if ``style_dims`` > 0.
 
     Args:
         spec: channels of the layouts.
@@ -99,7 +99,7 @@ class SPADEGenerator(Generator):
         image_channels: C of the images, RGB or others.
         num_filters: width of the last block; the first has 16 times as many.
         style_dims: length of the style code z; 0: none is taken.
-        upsampling: number of x2 steps: normal 5, more 6, most 7.
+        upsampling: number of x2 steps: fewer 4 (small images), normal 5, more 6, most 7.
         spectral_norm: spectral norm on the convolutions of the blocks.
         noise_injection: pixelwise noise inside each block, with a learned strength for each channel (StyleGAN, Karras
             et al. 2019, sec. 3.2): texture without grids, and several images for one label map. Where style_dims is 0
@@ -115,7 +115,7 @@ class SPADEGenerator(Generator):
         *,
         num_filters: Width = 64,
         style_dims: WidthOrNone = 0,
-        upsampling: Literal["normal", "more", "most"] = "normal",
+        upsampling: Literal["fewer", "normal", "more", "most"] = "normal",
         spectral_norm: bool = True,
         noise_injection: bool = False,
         norm: Annotated[NormFactory, NORMS] = SPADE,
@@ -124,7 +124,7 @@ class SPADEGenerator(Generator):
         more, most = upsampling in ("more", "most"), upsampling == "most"
         widths = [16, 16, 16, 16, 8, 4, 2, 1]
         channels = [num_filters * width for width in widths] + ([num_filters // 2] if most else [])
-        self.upsample_before = (False, True, more, True, True, True, True, *((True,) if most else ()))
+        self.upsample_before = (False, upsampling != "fewer", more, True, True, True, True, *((True,) if most else ()))
         self.size_multiple = 2 ** sum(self.upsample_before)
         self.noise = PixelNoise(channels) if noise_injection else None
         self.style_dims = style_dims or 2 * noise_injection

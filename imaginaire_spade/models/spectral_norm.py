@@ -1,6 +1,8 @@
 """Spectrally normalised layers (Miyato et al. 2018), and convolutions with their weights."""
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -111,7 +113,10 @@ class SpectralConv2d(SpectralNorm, nn.Conv2d):
         smaller = groups > 1 or x.numel() < self.weight.numel()
         if smaller and self.training and self.padding_mode == "zeros" and on_cpu_without_autocast(x):
             return _Quotient.apply(x, self.weight, self.bias, *self.iterations(groups), self.stride, self.padding)
-        return convolve_with(self, x, lambda x, weight: self._conv_forward(x, weight, self.bias), groups=groups)
+        if self.padding_mode != "zeros" or self.dilation != (1, 1) or self.groups > 1:
+            return convolve_with(self, x, lambda x, weight: self._conv_forward(x, weight, self.bias), groups=groups)
+        convolve = partial(convolve_pixels, bias=self.bias, stride=self.stride[0], padding=int(self.padding[0]))
+        return convolve_with(self, x, convolve, groups=groups)
 
 
 class _Quotient(torch.autograd.Function):
@@ -148,6 +153,59 @@ class _Quotient(torch.autograd.Function):
             (of_weight := of_weight.contiguous()).flatten(1).addmm_(u.T * (-along / sigmas), v)
         of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         return _divided(of_x, sigmas), of_weight, of_bias, *[None] * 5
+
+
+def convolve_pixels(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
+    """Compute ``F.conv2d``; in channels_last on a CPU the gradient of a weight by ``products_of_windows``."""
+    pixels = x.shape[2] * x.shape[3] // stride**2
+    by_products = pixels >= 1024 and min(weight.shape[:2]) >= 64 and weight.shape[2] > 1 and weight.requires_grad
+    if by_products and x.is_contiguous(memory_format=torch.channels_last) and on_cpu_without_autocast(x):
+        return _Convolved.apply(x, weight, bias, stride, padding)
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
+class _Convolved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options = stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding = ctx.options
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            options = (stride,) * 2, (padding,) * 2, (1, 1), False, (0, 0), 1, (True, False, False)
+            of_x, *_ = torch.ops.aten.convolution_backward(gradient, x, weight, None, *options)
+        if ctx.needs_input_grad[1]:
+            of_weight = products_of_windows(x, gradient, weight.shape[2], stride, padding)
+        return of_x, of_weight, gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None, None
+
+
+def products_of_windows(x: Tensor, gradient: Tensor, size: int, stride: int = 1, padding: int = 0) -> Tensor:
+    """Compute the gradient of a convolution's weight, [out, in, size, size], as size^2 matrix products over the pixels.
+
+    In memory format channels_last, padded pixels that a place of the window sees are one piece of memory for each
+    image: no window is copied. oneDNN's own is slow in this format.
+
+    Args:
+        x, gradient: [N, in, H, W] and [N, out, h, w].
+    """
+    (height, width), (rows, columns) = x.shape[2:], gradient.shape[2:]
+    tall, wide = (-(-(length + 2 * padding) // stride) for length in (height, width))
+    sides = padding, stride * wide - width - padding, padding, stride * tall - height - padding
+    found = x.new_empty(size, size, gradient.shape[1], x.shape[1])
+    for number, (image, of_image) in enumerate(zip(x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), strict=True)):
+        padded = F.pad(image, (0, 0, *sides)).view(tall, stride, wide, stride, -1)
+        phases = padded.permute(1, 3, 0, 2, 4).flatten(2, 3)  # [stride, stride, tall wide, in]
+        lines = F.pad(of_image, (0, 0, 0, wide - columns)).flatten(0, 1)[: (rows - 1) * wide + columns].T
+        for i, j in itertools.product(range(size), range(size)):
+            start = i // stride * wide + j // stride
+            seen = phases[i % stride, j % stride, start : start + lines.shape[1]]
+            found[i, j].addmm_(lines, seen, beta=min(number, 1))
+    return found.permute(2, 3, 0, 1).contiguous()
 
 
 def on_cpu_without_autocast(x: Tensor) -> bool:

@@ -16,7 +16,13 @@ from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.discriminator import Discriminator, Scores
 from imaginaire_spade.models.layers import enlarge
 from imaginaire_spade.models.recomputation import forgotten
-from imaginaire_spade.models.spectral_norm import SpectralConv2d, conv2d, convolve_with, on_cpu_without_autocast
+from imaginaire_spade.models.spectral_norm import (
+    SpectralConv2d,
+    conv2d,
+    convolve_pixels,
+    convolve_with,
+    on_cpu_without_autocast,
+)
 from imaginaire_spade.registry import DISCRIMINATORS, UNET_ENCODERS, Width
 
 LARGE = 64 * 64
@@ -44,7 +50,7 @@ def convolve_and_halve(conv: nn.Conv2d, x: Tensor, groups: int = 1) -> Tensor:
     """
     means, kept = _Sum2x2.apply(x, 1, 4), x.detach()
     with forgotten(means, lambda: F.avg_pool2d(kept, 2, 1, 1)):
-        return convolve_with(conv, means, partial(F.conv2d, bias=conv.bias, stride=2), groups=groups)
+        return convolve_with(conv, means, partial(convolve_pixels, bias=conv.bias, stride=2), groups=groups)
 
 
 def enlarge_and_convolve(conv: nn.Conv2d, x: Tensor, groups: int = 1) -> Tensor:
