@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import av
@@ -118,6 +119,12 @@ def test_a_folder_of_style_pictures_joins_by_name_or_takes_turns(run, styled, tm
     for path, picture in run(styled, "--style_image", tmp_path / "named").items():
         key = path.removesuffix(".png")
         assert np.array_equal(picture, synthesizer(labels_of(key), style=tmp_path / "named" / f"{key}.jpg"))
+    style = photo(tmp_path / "accents" / unicodedata.normalize("NFD", "é.jpg"), 7, 90)
+    photo(tmp_path / "accents" / "f.jpg", 8, 90)
+    for key in ("f", "é"):
+        write_png(tmp_path / "french" / f"{key}.png", labels_of(KEYS[0]))
+    made = run(styled, "--style_image", tmp_path / "accents", input_dir=tmp_path / "french", to="joined")
+    assert np.array_equal(made["é.png"], synthesizer(labels_of(KEYS[0]), style=style)), "joined by name"
     turns = [photo(tmp_path / "turns" / f"style{i}.jpg", i, 90 * i) for i in range(2)]
     made = run(styled, "--style_image", tmp_path / "turns")
     for number, key in enumerate(KEYS):

@@ -2,6 +2,7 @@
 
 import base64
 import re
+import unicodedata
 from html.parser import HTMLParser
 
 import cv2
@@ -145,6 +146,14 @@ def test_a_damaged_label_map_of_stored_images_is_named_or_left_out_of_both_sides
     report = run(*flags(scene), "--skip_bad")
     assert (report.protocol.num_fake, report.protocol.num_real, len(report.problems)) == (4, 4, 2)
     assert report.details["segmentation"]["pictures"] == 4 and report.scores["miou_real"] == 1.0
+
+
+def test_names_of_pictures_and_label_maps_may_differ_in_their_normal_form(run, scene):  # noqa: F811
+    expected = run(*flags(scene)).scores
+    for number, folder in enumerate(("fake", "seg_maps", "real", "of_real", "of_fake")):
+        name = unicodedata.normalize(("NFC", "NFD")[number % 2], "séq")
+        (scene / folder / "seq").rename(scene / folder / name)
+    assert run(*flags(scene)).scores == expected
 
 
 def test_what_does_not_go_together_is_said(run, scene, tmp_path):  # noqa: F811

@@ -307,6 +307,7 @@ class LabelMapDataset(Dataset[Sample]):
         for root in self._roots:
             with suppress(DataError):
                 root.photos = open_source(root.source.root, ["images"], suffixes=self._suffixes)
+                root.photos.spell_as(root.source.keys)
                 keys = set(root.photos.keys)
                 found |= {k for k, (r, key) in zip(self.keys, self._places, strict=True) if r is root and key in keys}
         return found

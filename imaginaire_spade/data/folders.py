@@ -17,7 +17,7 @@ import os
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +54,9 @@ class Source(ABC):
     @abstractmethod
     def has(self, data_type: str) -> bool:
         """Return whether every key has this data type."""
+
+    def spell_as(self, keys: Iterable[str]) -> None:  # noqa: B027 (keys of LMDBs stay as they were stored)
+        """Spell names as those of ``keys`` from which they differ in their Unicode normal form alone."""
 
     @abstractmethod
     def read(self, key: str, data_type: str) -> bytes:
@@ -244,6 +247,15 @@ class FolderSource(Source):
         if len(stems) == len(nested):
             for t in flat:
                 self._rename(t, {key: key if key in taken else stems.get(key, key) for key in self._extensions[t]})
+
+    def spell_as(self, keys: Iterable[str]) -> None:
+        form = partial(unicodedata.normalize, "NFC")
+        wanted = {form(key): key for key in keys}
+        new_keys = {key: wanted.get(form(key), key) for key in self.keys}
+        if len(set(new_keys.values())) == len(new_keys):
+            for data_type, files in self._extensions.items():
+                self._rename(data_type, {key: new_keys.get(key, key) for key in files})
+            self.keys = sorted(new_keys.values(), key=split_key)
 
     def _rename(self, data_type: str, new_keys: Mapping[str, str]) -> None:
         """Give the files of a data type other keys: old -> new for each."""

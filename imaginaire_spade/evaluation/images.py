@@ -101,6 +101,7 @@ class StoredImages(ImageSource):
         self._images = None if images is None or images == ImageSpec() else measured(images, [root])
         self.num_samples = num_samples
         self._source = _open(Path(root))
+        self._source.spell_as(label_maps.keys if label_maps else ())
         files = sorted(key for key in self._source.keys if not key.startswith(f"{LABELS_FOLDER}/"))
         if not files:
             raise DataError(f"{root}: no images there")

@@ -353,6 +353,7 @@ class StoredSegmentation(Segmentation):
 
     def check(self, keys: Sequence[str]) -> None:
         for source in self._sources.values():
+            source.spell_as(keys)
             if missing := sorted(set(keys) - set(source.keys)):
                 raise DataError(
                     f"{source.root}: no predicted id map for {len(missing)} of {len(keys)} samples, such as"

@@ -342,6 +342,7 @@ def image_styles(model: Model, path: Path, keys: Sequence[str], seed: int = 0, n
         styles = [encode_style(model, read_style_image(model, path))]
         return _around_mean(lambda key: styles[0], seed, num_samples)
     source = open_source(path, ["images"], bare=True)
+    source.spell_as(keys)
     missing = sorted(set(keys) - set(source.keys))
     if missing and len(missing) < len(set(keys)):
         raise DataError(
