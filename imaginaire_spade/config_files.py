@@ -217,7 +217,7 @@ def _read_merged(
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # (links in a circle, or a zero byte in the name)
-        raise ConfigError(f"{path}: cannot be read as a config file: {error}") from None
+        raise ConfigError(f"{path}: cannot be read as a config file, text in UTF-8: {error}") from None
     own_origins = Origins()
     own = read_yaml(text, str(path), own_origins)
     if not isinstance(own, dict):

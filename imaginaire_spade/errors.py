@@ -163,5 +163,5 @@ def run_command_line(main: Callable[[], None]) -> None:
         if rank == "0" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
             os.kill(os.getppid(), signal.SIGTERM)
         sys.exit(EXIT_CODE)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stopped:
+        sys.exit(128 + (stopped.args[0] if stopped.args else signal.SIGINT))

@@ -376,6 +376,11 @@ def test_edges_alone_train_and_generate(scene_folder, tmp_path, commands):
     train(commands, tmp_path, tree)
     bare, whole = infer(commands, tmp_path, root / "edge_maps"), infer(commands, tmp_path, root, name="whole")
     assert len(bare) == 5 and all(np.array_equal(bare[key], whole[key]) for key in bare)
+    arguments = "--logdir", tmp_path / "log", "--input_dir", root, "--output_dir", tmp_path / "no", "--map", "1=2"
+    assert (
+        "--map replaces classes of label maps, and this model takes none"
+        in commands.run("inference.py", *arguments).stderr
+    )
     synthesizer = Synthesizer.load(tmp_path / "log", device="cpu")
     edges = np.asarray(Image.open(root / "edge_maps" / "0002.png"))
     assert np.array_equal(synthesizer(edges=edges), bare["0002"])

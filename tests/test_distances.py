@@ -24,7 +24,7 @@ from imaginaire_spade.data.distances import class_distances, decode_distances, e
 from imaginaire_spade.data.loader import sequential_batches
 from imaginaire_spade.dataset_prep.maps import make_distance_maps
 from imaginaire_spade.distributed import ProcessInfo
-from imaginaire_spade.errors import DataError, LabelError
+from imaginaire_spade.errors import ConfigError, DataError, LabelError
 from imaginaire_spade.inference.folder import FolderOptions, generate_folder
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.inference.synthesis import Request, pad_to_layout
@@ -148,6 +148,10 @@ def test_the_script_makes_maps_that_build_lmdb_takes_along(tiny_folder, tiny_con
     monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments)])
     make_distance_maps_script.main()
     assert "4 distance maps made" in capsys.readouterr().out
+    set_keys = "--set", "data.labels=null", "--set", "data.edges=file"
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments), *set_keys])
+    with pytest.raises(ConfigError, match=r"data\.labels is null, and distances are those within label maps"):
+        make_distance_maps_script.main()
     manifest = build_dataset(root, tmp_path / "out", LABELS)
     assert "distances" in manifest["data_types"]
     folder, store = (LabelMapDataset(r, LABELS, distances=True) for r in (root, tmp_path / "out"))

@@ -5,9 +5,11 @@ import hashlib
 import http.client
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -28,11 +30,12 @@ from imaginaire_spade.config_diff import explain_mismatch
 from imaginaire_spade.config_files import dump_config, load_config, parse_config
 from imaginaire_spade.data.batch import Sample
 from imaginaire_spade.data.dataset import LabelMapDataset
-from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError
+from imaginaire_spade.errors import CheckpointError, ConfigError, DataError, LabelError, UserError, run_command_line
 from imaginaire_spade.inference import folder as folder_run
 from imaginaire_spade.inference.model import Model, find_checkpoint
 from imaginaire_spade.inference.output import check_empty, plan_outputs
 from imaginaire_spade.inference.synthesis import BATCHES_HELD, Request, group_by_size, pad_to_layout, synthesise
+from imaginaire_spade.labels import LabelSpec
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.spectral_norm import fold_spectral_norm
@@ -373,6 +376,37 @@ def test_few_large_label_maps_are_in_memory_at_once(run, plain_checkpoint, tmp_p
     shown = ("--input_dir", tmp_path / "maps", "--no_gallery", "--output_dir", tmp_path / "out", "--tile", "auto")
     run("--checkpoint", plain_checkpoint, *shown)
     assert read_at_first[0] <= 2 < len(read) == 6
+
+
+def test_maps_that_hardly_mean_what_they_say_draw_a_note(tmp_path):
+    drawing = np.full((16, 16), 255, np.uint8)
+    drawing[4] = 0
+    write_png(tmp_path / "drawn" / "edge_maps" / "a.png", drawing)
+    write_png(tmp_path / "white" / "edge_maps" / "a.png", 255 - drawing)
+    write_png(tmp_path / "masks" / "a.png", drawing)
+    write_png(tmp_path / "classes" / "a.png", drawing // 255)
+    none, two = LabelSpec(num_classes=0, dont_care=False), LabelSpec(num_classes=2, ignore=(255,))
+    for name, labels, edges, message in (
+        ("drawn", none, "file", r"edge_maps/a\.png: most pixels are edges \(not 0\)\. Lines are white on black"),
+        ("masks", two, "none", r"masks/a\.png: holds 0 and 255 alone, and 255 means no class here"),
+    ):
+        with pytest.warns(UserWarning, match=message):
+            LabelMapDataset(tmp_path / name, labels, edges=edges, with_images=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LabelMapDataset(tmp_path / "white", none, edges="file", with_images=False)
+        LabelMapDataset(tmp_path / "classes", two, with_images=False)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_stops_has_its_exit_status(number, status):
+    before = signal.signal(number, command_line._stop)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_command_line(lambda: os.kill(os.getpid(), number))
+    finally:
+        signal.signal(number, before)
+    assert ended.value.code == status
 
 
 def test_several_samples_differ_and_a_style_image_rules(run, checkpoint, label_maps, tmp_path):

@@ -269,6 +269,15 @@ def test_what_no_data_set_is(tmp_path, tiny_folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no data set there\. Looked for"):
         open_source(tmp_path / "empty", ["images", "seg_maps"])
+    (tmp_path / "empty" / "a.AVIF").write_bytes(b"")
+    with pytest.raises(DataError, match=r"Images end in jpg .*, the files there in \.avif: convert them"):
+        open_source(tmp_path / "empty", ["images"], bare=True)
+    (tmp_path / "film").mkdir()
+    (tmp_path / "film" / "a.gif").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"no samples .*extensions jpg jpeg jfif png bmp webp tif tiff npy.*not read: a\.gif"
+    ):
+        open_source(tmp_path / "film", ["images"], bare=True)
     with pytest.raises(DataError, match="no such folder"):
         open_source(tmp_path / "absent", ["seg_maps"])
     with pytest.raises(DataError, match="no folder images/"):

@@ -126,6 +126,7 @@ def test_one_mistake_one_message(styled, plain):
         (plain, (LABELS,), {"style": photo}, CheckpointError, "without a style encoder; it takes no style at all"),
         (plain, (LABELS,), {"style": np.zeros(4)}, CheckpointError, "style: this generator takes no style code"),
         (styled, (LABELS,), {"style": np.zeros(3)}, DataError, "a code of 3 numbers; this generator takes 4"),
+        (styled, (LABELS,), {"style": np.full(4, np.nan)}, DataError, "numbers that are not finite"),
         (styled, (LABELS,), {"style": photo / 2}, DataError, r"style: an array of float64 \[80, 80, 3\]"),
         (styled, (LABELS,), {"style": "gone.jpg"}, DataError, r"style image gone\.jpg: cannot be read"),
         (styled, (LABELS,), {"edges": LABELS[1:]}, DataError, r"edges \[39, 56\] and the label map \[40, 56\] differ"),

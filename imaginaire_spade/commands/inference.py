@@ -112,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: whole files only
+    signal.signal(signal.SIGTERM, _stop)
     arguments = parse_arguments()
 
     from imaginaire_spade import distributed
@@ -209,6 +209,11 @@ def main() -> None:
     print(_summary(arguments.output_dir, report, info), flush=True)
 
 
+def _stop(number: int, _: object) -> None:
+    """Stop as Ctrl-C does, so that every written file is whole, with the signal's exit status."""
+    raise KeyboardInterrupt(number)
+
+
 def _styles(arguments: argparse.Namespace, model: "Model", keys: list[str], seed: int) -> "StyleOf":
     from imaginaire_spade.inference import synthesis
 
@@ -254,6 +259,8 @@ def _sample_names(arguments: argparse.Namespace, model: "Model", seed: int) -> l
 
 def _replacements(labels: "LabelSpec", texts: list[str]) -> dict[int, int]:
     found = dict[int, int]()
+    if texts and not labels.num_classes:
+        raise ConfigError("--map replaces classes of label maps, and this model takes none: leave it out")
     for text in texts:
         old, new = _replacement(labels, text)
         if found.setdefault(old, new) != new:

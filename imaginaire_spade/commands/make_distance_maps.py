@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from imaginaire_spade.cli import CommandParser, add_shared_flags
+from imaginaire_spade.errors import ConfigError
 
 
 def main() -> None:
@@ -29,6 +30,8 @@ def main() -> None:
     from imaginaire_spade.distributed import rank_from_environment
 
     data = load_data(arguments.config, arguments.overrides)
+    if not data.labels.num_classes:
+        raise ConfigError(f"{arguments.config}: data.labels is null, and distances are those within label maps")
     rank, world_size = rank_from_environment()
     started_at = time.perf_counter()
     made, kept = make_distance_maps(

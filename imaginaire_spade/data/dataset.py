@@ -12,7 +12,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,67 +25,19 @@ from torch.utils.data import Dataset
 from imaginaire_spade.command_names import as_called
 from imaginaire_spade.config import AugmentationConfig, Condition, ImageSpec
 from imaginaire_spade.data.batch import Sample
-from imaginaire_spade.data.conditions import cut_conditions, decode_condition, draw_condition
+from imaginaire_spade.data.conditions import cut_conditions, draw_condition
 from imaginaire_spade.data.distances import MAKER, NOT_FINITE, class_distances
 from imaginaire_spade.data.file_structure import is_jpeg
 from imaginaire_spade.data.folders import DISTANCES, Source
-from imaginaire_spade.data.image_files import DECODERS
-from imaginaire_spade.data.label_files import read_labels
 from imaginaire_spade.data.lmdb_source import open_source, usable_memory
 from imaginaire_spade.data.photos import decode_photo, is_upright, measured, photo_preview, read_header, to_training
+from imaginaire_spade.data.root import Root, map_types
 from imaginaire_spade.data.transforms import Geometry, apply_to_distances, apply_to_image, apply_to_map, draw_geometry
 from imaginaire_spade.errors import DataError, LabelError
 from imaginaire_spade.files import AnyImage, RgbImage
 from imaginaire_spade.labels import EdgeSource, LabelSpec, edges_from_ids
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.noise import uniform_draws
-
-
-@dataclass
-class Root:
-    """Where the samples of one root come from."""
-
-    source: Source
-    edges: EdgeSource
-    has_distances: bool
-    """Whether distances are read from files."""
-    guide: str = "seg_maps"
-    """The data type whose files say how large a sample is: label maps, or the first of what there is instead."""
-    has_warned: bool = False
-    """Of distances of another size than their label map."""
-    photos: Source | None = None
-    """Where ``find_photos`` found photos."""
-
-    def describe(self, key: str, data_type: str) -> str:
-        """Name a file in a message."""
-        return self.source.describe(key, data_type)
-
-    def decode(self, key: str, data_type: str) -> NDArray[Any]:
-        """Read and decode a map or a condition."""
-        decode = DECODERS.get(data_type, decode_condition)
-        return decode(self.source.read(key, data_type), self.describe(key, data_type))
-
-    def read_guide(self, key: str, labels: LabelSpec) -> tuple[str, NDArray[np.generic]]:
-        """Read a label map (or its ``guide``) as it is stored: its name in messages, and raw ids or colours."""
-        where = self.describe(key, self.guide)
-        if self.guide != "seg_maps":
-            return where, self.decode(key, self.guide)
-        return where, read_labels(self.source.read(key, "seg_maps"), where, labels)
-
-    def check_size(self, shape: tuple[int, ...], key: str, data_type: str, label_size: tuple[int, int]) -> None:
-        """Refuse a file of another size than its label map."""
-        if shape[:2] != label_size:
-            raise DataError(
-                f"{self.describe(key, data_type)} is {shape[0]} x {shape[1]} (height x width), but"
-                f" {self.describe(key, self.guide)} is {label_size[0]} x {label_size[1]}: they must be of one"
-                " size. Resize the label map with nearest neighbour, or export both from the original"
-            )
-
-
-def map_types(labels: LabelSpec, edges: EdgeSource, conditions: Sequence[Condition]) -> list[str]:
-    """List the data types without which there is no sample, its guide first."""
-    maps = ["seg_maps"] if labels.num_classes else [*edges.files_needed]
-    return maps + [condition.name for condition in conditions]
 
 
 class LabelMapDataset(Dataset[Sample]):
@@ -171,6 +122,8 @@ class LabelMapDataset(Dataset[Sample]):
                     stacklevel=2,
                 )
             self._roots.append(Root(source, edges if found else EdgeSource.LABELS, stored, maps[0]))
+            if doubt := self._roots[-1].find_doubt(labels):
+                warnings.warn(doubt, stacklevel=2)
         sources = [root.source for root in self._roots]
         self._places = [(root, key) for root in self._roots for key in root.source.keys]
         """The root that has a sample, and the sample's key there."""

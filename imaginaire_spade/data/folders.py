@@ -168,7 +168,7 @@ class FolderSource(Source):
             counts = ", ".join(f"{len(files)} in {self._folders[t]}" for t, files in paired.items())
             others = f"; not read: {_some([str(p.relative_to(root)) for p in self.skipped])}" if self.skipped else ""
             named = f"; data.suffixes: {patterns}" if patterns else ""
-            extensions = " ".join(PHOTO_EXTENSIONS)
+            extensions = " ".join(endings)
             raise DataError(f"{root}: no samples ({counts}; extensions {extensions}{others}{named}); expected {LAYOUT}")
         self.keys = sorted(common, key=split_key)
         self.shard_sizes = [len(self.keys)]

@@ -27,6 +27,7 @@ from imaginaire_spade.data.folders import (
     split_key,
     stays_inside,
 )
+from imaginaire_spade.data.image_files import PHOTO_EXTENSIONS
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import read_json
 
@@ -161,7 +162,7 @@ def open_source(
             return FolderSource(root, data_types, bare=True)
         raise DataError(
             f"{root}: no data set there. Looked for {MANIFEST} or {FILENAMES} (an LMDB built by"
-            f" scripts/build_lmdb.py or imaginaire) and for {LAYOUT}{_and_folders(data_types)}"
+            f" scripts/build_lmdb.py or imaginaire) and for {LAYOUT}{_and_folders(data_types)}{_unread(root)}"
         )
     return FolderSource(root, data_types, optional=optional, suffixes=suffixes)
 
@@ -170,6 +171,13 @@ def _and_folders(data_types: Sequence[str]) -> str:
     """Name the folders of conditions that are needed."""
     folders = [f"{t}/" for t in data_types if t not in DATA_TYPES]
     return f", with folders {', '.join(folders)} of the conditions" if folders else ""
+
+
+def _unread(root: Path) -> str:
+    """Name the endings of the files in a folder that has none of an image."""
+    if endings := sorted({path.suffix.lower() for path in root.iterdir() if path.is_file() and path.suffix})[:5]:
+        return f". Images end in {' '.join(PHOTO_EXTENSIONS)}, the files there in {' '.join(endings)}: convert them"
+    return ""
 
 
 def _data_file(shard: Path | str, data_type: str) -> str:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from imaginaire_spade.config import AugmentationConfig, DataConfig
 from imaginaire_spade.data.batch import Sample
-from imaginaire_spade.data.dataset import LabelMapDataset, Root, map_types
+from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.photos import measured, to_training
+from imaginaire_spade.data.root import Root, map_types
 from imaginaire_spade.data.transforms import apply_to_image
 from imaginaire_spade.errors import DataError
 from imaginaire_spade.files import AnyImage

@@ -254,6 +254,8 @@ class Synthesizer:
                 raise CheckpointError("style: this generator takes no style code; leave it out")
             if style.shape != (self.style_dims,):
                 raise DataError(f"style: a code of {len(style)} numbers; this generator takes {self.style_dims}")
+            if not np.isfinite(style).all():
+                raise DataError("style: a code with numbers that are not finite (NaN or infinity)")
             return torch.from_numpy(style.astype(np.float32))
         return torch.from_numpy(self.encode(style))
 
