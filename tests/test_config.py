@@ -169,7 +169,7 @@ def test_nothing_writes_to_a_config():
     ("overrides", "message"),
     [
         (["trainer.gradient_accumulation=3"], "cannot be split into trainer.gradient_accumulation: 3"),
-        (["data.train.augmentations={resize_h_w: [60, 64]}"], r"60x64, but gen \(spade\) needs multiples of 32"),
+        (["data.train.augmentations={resize_h_w: [60, 64]}"], r"60x64, but gen \(spade\) needs multiples of 16"),
         (["data.train.augmentations={resize_smallest_side: 64}"], "random_crop_h_w"),
         (["data.val.augmentations={}"], r"data\.val\.augmentations\.resize_h_w: \[64, 64\]"),
         (["data.val.augmentations={resize_h_w: [64, 70]}"], "images of 64x70"),

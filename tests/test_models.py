@@ -263,10 +263,12 @@ def test_pix2pixhd_is_the_published_network_and_says_what_size_it_needs():
 
 
 @pytest.mark.parametrize(
-    ("channels", "size", "groups", "stride"), [(24, 4, 1, 1), (24, 5, 3, 2), (1024, 3, 1, 1), (1024, 2, 2, 1)]
+    ("channels", "size", "groups", "stride"),
+    [(24, 4, 1, 1), (24, 5, 3, 2), (1024, 3, 1, 1), (1024, 2, 2, 1), (256, 32, 1, 1), (64, 64, 2, 2)],
 )
 def test_to_divide_what_is_convolved_is_to_divide_the_weight(channels, size, groups, stride):
-    """A layer with more weights than values divides those by sigma; with very few pixels gradients are products."""
+    """A layer with more weights than values divides those by sigma; gradients are products with very few pixels, and of
+    the weight with many."""
     torch.manual_seed(0)
     layer = SpectralConv2d(channels, channels, 3, stride, padding=1).double()
     plain, x = copy.deepcopy(layer), torch.randn(2 * groups, channels, size, size, dtype=torch.double)

@@ -146,8 +146,11 @@ class _Quotient(torch.autograd.Function):
             windows = F.unfold(x, 3, padding=1).transpose(0, 1).flatten(1)
             of_weight = (rows @ windows.T).view_as(weight) if trains else None
         else:
-            options = ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, trains, False)
+            by_products = trains and _by_products(x, weight, ctx.stride[0])
+            options = ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, trains and not by_products, False)
             of_x, of_weight, _ = torch.ops.aten.convolution_backward(gradient, x, weight, None, *options)
+            if by_products:
+                of_weight = products_of_windows(x, gradient, weight.shape[2], ctx.stride[0], ctx.padding[0])
         if of_weight is not None:
             along = (of_x * x).unflatten(0, (len(sigmas), -1)).flatten(1).sum(1)
             (of_weight := of_weight.contiguous()).flatten(1).addmm_(u.T * (-along / sigmas), v)
@@ -157,11 +160,16 @@ class _Quotient(torch.autograd.Function):
 
 def convolve_pixels(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
     """Compute ``F.conv2d``; in channels_last on a CPU the gradient of a weight by ``products_of_windows``."""
-    pixels = x.shape[2] * x.shape[3] // stride**2
-    by_products = pixels >= 1024 and min(weight.shape[:2]) >= 64 and weight.shape[2] > 1 and weight.requires_grad
-    if by_products and x.is_contiguous(memory_format=torch.channels_last) and on_cpu_without_autocast(x):
+    in_rows = x.is_contiguous(memory_format=torch.channels_last) and on_cpu_without_autocast(x)
+    if in_rows and weight.requires_grad and _by_products(x, weight, stride):
         return _Convolved.apply(x, weight, bias, stride, padding)
     return F.conv2d(x, weight, bias, stride, padding)
+
+
+def _by_products(x: Tensor, weight: Tensor, stride: int) -> bool:
+    """Whether ``products_of_windows`` is faster than oneDNN."""
+    pixels, size = x.shape[2] * x.shape[3] // stride**2, weight.shape[2]
+    return size > 1 and pixels >= 1024 and min(weight.shape[:2]) >= 64
 
 
 class _Convolved(torch.autograd.Function):
