@@ -168,8 +168,8 @@ def convolve_pixels(x: Tensor, weight: Tensor, bias: Tensor | None = None, strid
 
 def _by_products(x: Tensor, weight: Tensor, stride: int) -> bool:
     """Whether ``products_of_windows`` is faster than oneDNN."""
-    pixels, size = x.shape[2] * x.shape[3] // stride**2, weight.shape[2]
-    return size > 1 and pixels >= 1024 and min(weight.shape[:2]) >= 64
+    pixels, width = x.shape[2] * x.shape[3] // stride**2, min(weight.shape[:2])
+    return weight.shape[2] > 1 and width >= 32 and pixels * width >= 2**18
 
 
 class _Convolved(torch.autograd.Function):
