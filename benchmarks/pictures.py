@@ -2,8 +2,8 @@
 
 For checkpoints of the log dirs, with raw and averaged weights: distances to the validation photos in
 EfficientNet-Lite's features (Frechet, and kernel x 1000), the mIoU and accuracy of a segmenter that was trained on the
-real training photos, mean absolute difference from the photos, sharpness beside theirs, and how much fine structure all
-pictures share (stripes, grids). All at the size of the training images. Needs the extra ``pretrained``.
+real training photos, mean absolute difference from the photos, sharpness beside theirs, how much fine structure all
+pictures share (grids), stripes, and edges at fixed places. All at the size of the training images. Needs the extra ``pretrained``.
 """
 
 from __future__ import annotations
@@ -138,6 +138,16 @@ def stripes(images: Tensor, length: int = 16) -> float:
     return float(torch.cat(found).mean())
 
 
+def seams(images: Tensor, length: int = 8) -> float:
+    """Measure edges that lie at the same column or row of every image: steps between neighbours, summed over so many
+    pixels along the line, at the five strongest places beside the median place; the mean of columns and rows."""
+    grey, found = images.float().mean(1), []
+    for x in (grey, grey.mT):
+        steps = F.avg_pool2d(x.diff(dim=2), (length, 1)).abs().mean((0, 1))
+        found.append(steps.topk(5).values.mean() / steps.median())
+    return float(sum(found) / 2)
+
+
 def _checkpoints(logdir: Path) -> dict[int, Path]:
     """Find the checkpoints of a log dir, by the images seen."""
     return {int(path.stem.split("_")[1]): path for path in checkpoints_in(logdir / "checkpoints")}
@@ -184,7 +194,7 @@ def main() -> None:
         if len(images) == len(val.photos):
             row["l1"] = float((images.float() - val.photos.float()).abs().mean())
         row |= {"sharpness": sharpness(images) / sharpness(val.photos), "pattern": fixed_pattern(images)}
-        row["stripes"] = stripes(images)
+        row |= {"stripes": stripes(images), "seams": seams(images)}
         rows.append({"pictures": name} | row)
         print(f"{name:45}", *(f"{key} {value:8.3f}" for key, value in row.items()), flush=True)
 

@@ -293,3 +293,4 @@ def test_stripes_and_grids_are_told_from_noise():
     lines[:, :, ::8], lines[0, :, :, ::8] = 255, 0
     assert 0.9 < pictures.stripes(noise) < 1.1 < 1.4 < pictures.stripes(lines)
     assert 0.9 < pictures.fixed_pattern(noise) < 1.1 < 1.4 < pictures.fixed_pattern(lines)
+    assert 0.9 < pictures.seams(noise) < 1.3 < 2 < pictures.seams(lines)
