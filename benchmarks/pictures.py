@@ -3,7 +3,8 @@
 For checkpoints of the log dirs, with raw and averaged weights: distances to the validation photos in
 EfficientNet-Lite's features (Frechet, and kernel x 1000), the mIoU and accuracy of a segmenter that was trained on the
 real training photos, mean absolute difference from the photos, sharpness beside theirs, how much fine structure all
-pictures share (grids), stripes, and edges at fixed places. All at the size of the training images. Needs the extra ``pretrained``.
+pictures share (grids), stripes, and edges at fixed places. All at the size of the training images. Needs the extra
+``pretrained``.
 """
 
 from __future__ import annotations
