@@ -240,6 +240,9 @@ def test_a_discriminator_of_our_own_stays_here_and_the_generator_goes_out(encode
 
 def test_a_generator_with_noise_injection_stays_here():
     config = load_config(REPOSITORY / "configs/projects/spade/sample/small64.yaml", ["gen.noise_injection=true"])
+    small = load_config(REPOSITORY / "configs/projects/spade/sample/small64.yaml", ["gen.noise_injection=false"])
+    with pytest.raises(CheckpointError, match=r"gen\.upsampling: fewer: nvlabs_spade.s generators start smaller"):
+        export_files("nvlabs_spade", {"generator": {}}, small, "ema")
     with pytest.raises(CheckpointError, match=r"gen\.noise_injection: true: nvlabs_spade.s generators have none"):
         export_files("nvlabs_spade", {"generator": {}}, config, "ema")
 

@@ -216,6 +216,8 @@ def export_files(
         raise CheckpointError(f"gen.norm: {norm.type}: {target} has {' and '.join(_NORMS[target])}")
     if config.gen.args.get("noise_injection"):
         raise CheckpointError(f"gen.noise_injection: true: {target}'s generators have none; train with false for it")
+    if config.gen.args.get("upsampling") == "fewer":
+        raise CheckpointError(f"gen.upsampling: fewer: {target}'s generators start smaller; train with normal for it")
     order = exported_channels(target, config.data.labels, label_order)
     spec, system = layout_spec(config), SYSTEMS[target]
     if spec.has_edges and target == "oasis":
