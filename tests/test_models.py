@@ -315,12 +315,26 @@ def test_a_convolution_of_large_maps_in_channels_last_has_the_same_derivatives(s
     inputs = [t.requires_grad_() for t in (x, torch.randn(64, 64, size, size).double(), torch.randn(64).double())]
     found = []
     for function in (convolve_pixels, F.conv2d):
-        y = function(*inputs, stride, padding)
+        y = function(*inputs, (stride, stride), (padding, padding))
         assert (y.grad_fn.name() == "_ConvolvedBackward") == (function is convolve_pixels)
         first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
         found.append([y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)])
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
+
+
+@pytest.mark.parametrize(
+    "options", [{"stride": (1, 2)}, {"padding": (1, 0)}, {"padding": "same"}, {"kernel_size": (3, 1)}, {"dilation": 2}]
+)
+def test_a_convolution_need_not_be_square(options):
+    torch.manual_seed(0)
+    layer = SpectralConv2d(32, 32, **{"kernel_size": 3} | options).double()
+    plain, x = copy.deepcopy(layer), torch.randn(1, 32, 96, 96).double().to(memory_format=torch.channels_last)
+    expected = plain._conv_forward(x, plain.normalised_weight(), plain.bias)
+    torch.testing.assert_close(y := layer(x), expected)
+    (y.sin().sum() + expected.sin().sum()).backward()
+    torch.testing.assert_close(layer.bias.grad, plain.bias.grad)
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
 
 
 @pytest.mark.parametrize(("upsampling", "steps"), [("fewer", 4), ("normal", 5), ("more", 6), ("most", 7)])

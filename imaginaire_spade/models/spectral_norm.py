@@ -115,7 +115,7 @@ class SpectralConv2d(SpectralNorm, nn.Conv2d):
             return _Quotient.apply(x, self.weight, self.bias, *self.iterations(groups), self.stride, self.padding)
         if self.padding_mode != "zeros" or self.dilation != (1, 1) or self.groups > 1:
             return convolve_with(self, x, lambda x, weight: self._conv_forward(x, weight, self.bias), groups=groups)
-        convolve = partial(convolve_pixels, bias=self.bias, stride=self.stride[0], padding=int(self.padding[0]))
+        convolve = partial(convolve_pixels, bias=self.bias, stride=self.stride, padding=self.padding)
         return convolve_with(self, x, convolve, groups=groups)
 
 
@@ -146,7 +146,7 @@ class _Quotient(torch.autograd.Function):
             windows = F.unfold(x, 3, padding=1).transpose(0, 1).flatten(1)
             of_weight = (rows @ windows.T).view_as(weight) if trains else None
         else:
-            by_products = trains and _by_products(x, weight, ctx.stride[0])
+            by_products = trains and _by_products(x, weight, ctx.stride, ctx.padding)
             options = ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, trains and not by_products, False)
             of_x, of_weight, _ = torch.ops.aten.convolution_backward(gradient, x, weight, None, *options)
             if by_products:
@@ -158,26 +158,30 @@ class _Quotient(torch.autograd.Function):
         return _divided(of_x, sigmas), of_weight, of_bias, *[None] * 5
 
 
-def convolve_pixels(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
+def convolve_pixels(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] | str = (0, 0),
+) -> Tensor:  # fmt: skip
     """Compute ``F.conv2d``; in channels_last on a CPU the gradient of a weight by ``products_of_windows``."""
     in_rows = x.is_contiguous(memory_format=torch.channels_last) and on_cpu_without_autocast(x)
-    if in_rows and weight.requires_grad and _by_products(x, weight, stride):
+    if in_rows and weight.requires_grad and _by_products(x, weight, stride, padding):
         return _Convolved.apply(x, weight, bias, stride, padding)
     return F.conv2d(x, weight, bias, stride, padding)
 
 
-def _by_products(x: Tensor, weight: Tensor, stride: int) -> bool:
-    """Whether ``products_of_windows`` is faster than oneDNN."""
-    pixels, width = x.shape[2] * x.shape[3] // stride**2, min(weight.shape[:2])
-    return weight.shape[2] > 1 and width >= 32 and pixels * width >= 2**18
+def _by_products(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...] | str) -> bool:
+    """Whether ``products_of_windows`` takes such a convolution, and is faster than oneDNN."""
+    pixels, width, (height, size) = x[0, 0].numel() // stride[0] ** 2, min(weight.shape[:2]), weight.shape[2:]
+    is_square = height == size and stride[0] == stride[1] and padding[0] == padding[1]
+    return is_square and size > 1 and width >= 32 and pixels * width >= 2**18
 
 
 class _Convolved(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.options = stride, padding
-        return F.conv2d(x, weight, bias, stride, padding)
+        ctx.options = options
+        return F.conv2d(x, weight, bias, *options)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -185,10 +189,10 @@ class _Convolved(torch.autograd.Function):
         stride, padding = ctx.options
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
-            options = (stride,) * 2, (padding,) * 2, (1, 1), False, (0, 0), 1, (True, False, False)
+            options = stride, padding, (1, 1), False, (0, 0), 1, (True, False, False)
             of_x, *_ = torch.ops.aten.convolution_backward(gradient, x, weight, None, *options)
         if ctx.needs_input_grad[1]:
-            of_weight = products_of_windows(x, gradient, weight.shape[2], stride, padding)
+            of_weight = products_of_windows(x, gradient, weight.shape[2], stride[0], padding[0])
         return of_x, of_weight, gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None, None
 
 

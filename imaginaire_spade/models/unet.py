@@ -50,7 +50,7 @@ def convolve_and_halve(conv: nn.Conv2d, x: Tensor, groups: int = 1) -> Tensor:
     """
     means, kept = _Sum2x2.apply(x, 1, 4), x.detach()
     with forgotten(means, lambda: F.avg_pool2d(kept, 2, 1, 1)):
-        return convolve_with(conv, means, partial(convolve_pixels, bias=conv.bias, stride=2), groups=groups)
+        return convolve_with(conv, means, partial(convolve_pixels, bias=conv.bias, stride=(2, 2)), groups=groups)
 
 
 def enlarge_and_convolve(conv: nn.Conv2d, x: Tensor, groups: int = 1) -> Tensor:
