@@ -304,7 +304,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 TINY_SAMPLE = """
 base: configs/projects/spade/sample/small64.yaml
-gen: {num_filters: 2, norm: {hidden_channels: 4}, style_dims: 4, noise_injection: false}
+gen: {num_filters: 2, norm: {hidden_channels: 4}, style_dims: 4, noise_injection: false, upsampling: normal}
 dis: {num_filters: 4, num_layers: 2, num_discriminators: 1}
 encoder: {type: conv, num_filters: 2, image_size: 128}
 losses: {kl: 0.1}

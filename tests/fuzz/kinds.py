@@ -40,9 +40,9 @@ from .fuzzer import Use
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = REPOSITORY / "configs/projects/spade/sample/small64.yaml"
 TINY = (
-    "gen.num_filters=1", "gen.norm.hidden_channels=2", "gen.noise_injection=false", "dis.num_filters=2",
-    "dis.num_layers=2", "data.edges=none", "losses.perceptual=0", "data.val=null", "gen_opt.fused=off",
-    "dis_opt.fused=off",
+    "gen.num_filters=1", "gen.norm.hidden_channels=2", "gen.noise_injection=false", "gen.upsampling=normal",
+    "dis.num_filters=2", "dis.num_layers=2", "data.edges=none", "losses.perceptual=0", "data.val=null",
+    "gen_opt.fused=off", "dis_opt.fused=off",
 )  # fmt: skip
 
 
