@@ -16,6 +16,8 @@ from torch import nn
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.losses import AdversarialLoss, GeneratorOutputs
+from imaginaire_spade.models import convolution
+from imaginaire_spade.models.convolution import convolve_pixels, products_of_windows
 from imaginaire_spade.models.discriminator import split_scores
 from imaginaire_spade.models.for_inference import WinogradConv2d
 from imaginaire_spade.models.generator import Pix2pixHDGenerator, SPADEGenerator, StyleSPADEGenerator
@@ -26,9 +28,7 @@ from imaginaire_spade.models.spectral_norm import (
     SpectralConv2d,
     SpectralConvTranspose2d,
     SpectralLinear,
-    convolve_pixels,
     fold_spectral_norm,
-    products_of_windows,
 )
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Registry
 from imaginaire_spade.training.state import reestimate_batch_norm, update_average
@@ -264,7 +264,7 @@ def test_pix2pixhd_is_the_published_network_and_says_what_size_it_needs():
 
 @pytest.mark.parametrize(
     ("channels", "size", "groups", "stride"),
-    [(24, 4, 1, 1), (24, 5, 3, 2), (1024, 3, 1, 1), (1024, 2, 2, 1), (256, 32, 1, 1), (64, 128, 2, 2)],
+    [(24, 4, 1, 1), (24, 5, 3, 2), (1024, 3, 1, 1), (1024, 2, 2, 1), (256, 31, 1, 1), (256, 16, 2, 1), (64, 128, 2, 2)],
 )
 def test_to_divide_what_is_convolved_is_to_divide_the_weight(channels, size, groups, stride):
     """A layer with more weights than values divides those by sigma; gradients are products with very few pixels, and of
@@ -274,7 +274,7 @@ def test_to_divide_what_is_convolved_is_to_divide_the_weight(channels, size, gro
     plain, x = copy.deepcopy(layer), torch.randn(2 * groups, channels, size, size, dtype=torch.double)
     own, other = (x.clone().requires_grad_() for _ in range(2))
     y = layer(own, groups)
-    assert y.grad_fn.name() == "_QuotientBackward"
+    assert y.grad_fn.name() == "_QuotientBackward" and y.grad_fn.by_winograd == (channels == 256)
     outputs = []
     for images in other.chunk(groups):
         plain.iterate()
@@ -307,18 +307,60 @@ def test_the_gradient_of_a_weight_as_products_of_windows(shape, size, stride, pa
     torch.testing.assert_close(products_of_windows(x, gradient, size, stride, padding - 1), expected)
 
 
-@pytest.mark.parametrize(("size", "stride", "padding"), [(3, 1, 1), (3, 2, 0), (4, 2, 2)])
-def test_a_convolution_of_large_maps_in_channels_last_has_the_same_derivatives(size, stride, padding):
+@settings(max_examples=30)
+@given(st.tuples(*[st.integers(1, 3)] * 3, *[st.integers(1, 9)] * 2), st.sampled_from([1, 256, 2**22]), st.booleans())
+def test_winograds_form_is_the_convolution_and_its_gradients(shape, numbers, has_bias):
+    """Also of odd sizes, and in pieces of images, of rows and of output channels."""
+    count, channels, out, height, width = shape
+    torch.manual_seed(0)
+    x = torch.randn(count, channels, height, width, dtype=torch.double, requires_grad=True)
+    weight = torch.randn(out, channels, 3, 3, dtype=torch.double, requires_grad=True)
+    bias = torch.randn(out, dtype=torch.double) if has_bias else None
+    expected = F.conv2d(x, weight, bias, padding=1)
+    gradient = torch.randn_like(expected)
+    of_x, of_weight = torch.autograd.grad(expected, (x, weight), gradient)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(convolution, "NUMBERS", numbers)
+        torch.testing.assert_close(convolution.winograd(x, weight, bias), expected)
+        found = convolution.winograd_gradients(x, weight, gradient)
+        parts = [
+            convolution.winograd_gradients(x, weight, gradient, *asked) for asked in ((True, False), (False, True))
+        ]
+    assert parts[0][1] is parts[1][0] is None
+    assert torch.equal(parts[0][0], found[0]) and torch.equal(parts[1][1], found[1])
+    for ours, theirs in zip(found, (of_x, of_weight), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_training_measures_from_how_many_channels_it_takes_winograds_form():
+    def answer(narrow: float | None, wide: float) -> int:
+        return convolution.measure_winograd(lambda question, measure: narrow if "128" in question else wide)
+
+    assert [answer(1.2, 2), answer(1.04, 1.1), answer(0.5, 1.04), answer(None, 2)] == [128, 256, 0, 256]
+    measured = []
+    convolution.measure_winograd(lambda question, measure: measured.append(measure()) or 2.0)
+    assert len(measured) == 1 and 0.1 < measured[0] < 10
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "winograd_from"),
+    [(3, 1, 1, 0), (3, 1, 1, 64), (3, 1, 1, 128), (3, 2, 0, 64), (4, 2, 2, 64)],
+)
+def test_a_convolution_of_large_maps_in_channels_last_has_the_same_derivatives(size, stride, padding, winograd_from):
     """In training on a CPU: of x, weight and bias, and the second ones."""
     torch.manual_seed(0)
     x = torch.randn(2, 64, 65 * stride, 65 * stride).double().to(memory_format=torch.channels_last)
     inputs = [t.requires_grad_() for t in (x, torch.randn(64, 64, size, size).double(), torch.randn(64).double())]
     found = []
-    for function in (convolve_pixels, F.conv2d):
-        y = function(*inputs, (stride, stride), (padding, padding))
-        assert (y.grad_fn.name() == "_ConvolvedBackward") == (function is convolve_pixels)
+    for function in (partial(convolve_pixels, winograd_from=winograd_from), F.conv2d):
+        y = function(*inputs, stride=(stride, stride), padding=(padding, padding))
+        assert (y.grad_fn.name() == "_ConvolvedBackward") == (function is not F.conv2d)
+        if function is not F.conv2d:
+            fits = stride == 1 < winograd_from
+            assert y.grad_fn.by_winograd == (fits and winograd_from == 64, fits)
+        once = torch.autograd.grad(y.sin().sum(), inputs, retain_graph=True)
         first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
-        found.append([y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)])
+        found.append([y, *once, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)])
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
 

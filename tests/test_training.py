@@ -104,10 +104,28 @@ def test_a_run_goes_on_by_the_cost_of_pixels_that_it_began_with(tiny_run, capsys
     assert_same(parts, whole)
     with pytest.raises(AssertionError):
         assert_same(other, whole)
+    assert parts["run"]["winograd_from"] is None  # no layer is wide enough
     constants = run(
         "bf16", "trainer.precision=bf16", "trainer.max_iterations=1", ask=lambda *_: pytest.fail("measured")
     )
     assert constants["run"]["spade_pixel_cost"] == 1
+
+
+def test_a_run_goes_on_with_the_convolutions_that_it_began_with(tiny_run):
+    _, run = tiny_run
+
+    def wide(logdir: str, **how) -> dict:
+        return run(logdir, "gen.num_filters=8", "trainer.max_iterations=2", **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("imaginaire_spade.models.convolution.FEWEST", 1)
+        whole, other = wide("whole", ask=lambda *_: 2.0), wide("other", ask=lambda *_: 0.5)
+        wide("parts", stop_after=1, ask=lambda *_: 2.0)
+        parts = wide("parts", ask=lambda *_: 0.5)
+    assert [content["run"]["winograd_from"] for content in (whole, parts, other)] == [128, 128, 0]
+    assert_same(parts, whole)
+    with pytest.raises(AssertionError):
+        assert_same(other, whole)
 
 
 def test_a_run_leaves_what_it_promises(tiny_run, tmp_path):

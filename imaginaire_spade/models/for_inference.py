@@ -1,6 +1,5 @@
 """Convert networks for inference only: bring weights into the form that a forward pass needs on this machine."""
 
-from collections.abc import Callable
 from functools import cache, partial
 from typing import TypeVar
 
@@ -8,23 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imaginaire_spade.models.convolution import CLEARLY, winograd_by, winograd_weights
 from imaginaire_spade.models.layers import Linear
 from imaginaire_spade.models.norms import SPADE, ConditionalNorm
 from imaginaire_spade.models.spectral_norm import fold_spectral_norm
-from imaginaire_spade.models.timing import gain
+from imaginaire_spade.models.timing import Ask, by_rule, gain
 
 N = TypeVar("N", bound=nn.Module)
-
-Ask = Callable[[str, Callable[[], float]], float | None]
-"""(question, how to measure the answer) -> how many times faster one way is than the usual one, measured or remembered;
-None: go by the rule."""
-
-CLEARLY = 1.05
-"""A measured way has to be so many times faster than the one of the rule."""
-
-
-def by_rule(question: str, measure: Callable[[], float]) -> None:
-    """Answer no question: the same choices on every machine."""
 
 
 def optimise_for_inference(network: N, *, winograd: bool, dtype: torch.dtype | None = None, ask: Ask = by_rule) -> N:
@@ -93,10 +82,7 @@ def _is_wide(module: nn.Module, channels: int) -> bool:
 
 
 class WinogradConv2d(nn.Module):
-    """A 3x3 convolution in 16 multiplications per four pixels instead of 36 (Lavin and Gray 2016, F(2x2, 3x3)).
-
-    Y = A^T [(G g G^T) * (B^T d B)] A for each 4x4 tile d of the image: sums of pixels, 16 matrix products over the
-    channels, sums of products. In float32 it rounds less than the direct sum over 9 C products.
+    """A 3x3 convolution by Winograd's form (models/convolution.py) with weights transformed once.
 
     Args:
         conv: 3x3, stride 1, one group, one pixel of zeros as padding.
@@ -106,11 +92,10 @@ class WinogradConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d, linear: Linear = F.linear) -> None:
         super().__init__()
         self.linear = linear
-        weight = conv.weight.detach()
-        g = weight.new_tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-        products = torch.einsum("ia,ocab,jb->ijco", g, weight, g).flatten(0, 1)  # [16, in, out]
-        in_columns = products.contiguous() if linear is F.linear else products.mT.contiguous().mT
-        self.register_buffer("products", in_columns)
+        products = winograd_weights(conv.weight.detach())
+        self.register_buffer(
+            "products", products.mT.contiguous() if linear is F.linear else products.mT
+        )  # [16, in, out]
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach())
 
     products: Tensor
@@ -140,47 +125,10 @@ class WinogradConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x [N, in, H, W] -> [N, out, H, W] in memory format channels_last."""
-        n, channels, height, width = x.shape
-        rows, columns, out = (height + 1) // 2, (width + 1) // 2, self.products.shape[2]
-        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1 + width % 2, 1, 1 + height % 2))
-        y = x.new_empty(n, 2 * rows, 2 * columns, out)
-        # As many tiles at a time as fit the processor's cache: some rows of one image or some images.
-        many = max(1, 2**21 // (16 * columns * max(channels, out)))
-        for first in range(0, n, max(1, many // rows)):
-            images = slice(first, first + max(1, many // rows))
-            for row in range(0, rows, many):
-                tiles = padded[images, 2 * row : 2 * (row + many) + 2]
-                self._tiles(tiles, y[images, 2 * row : 2 * (row + many)])
-        return y[:, :height, :width].permute(0, 3, 1, 2)
-
-    def _tiles(self, x: Tensor, y: Tensor) -> None:
-        """Convolve x [n, 2 r + 2, 2 c + 2, in] into y [n, 2 r, 2 c, out]."""
-        n, height, width, _ = y.shape
-        rows, columns = height // 2, width // 2
-        down = x.new_empty(4, n, rows, width + 2, x.shape[3])
-        _combine([x[:, i : i + height : 2] for i in range(4)], down)
-        tiles = x.new_empty(4, 4, n, rows, columns, x.shape[3])
-        _combine([down[:, :, :, j : j + width : 2] for j in range(4)], tiles.transpose(0, 1))
-        sums = self._products(tiles.view(16, -1, x.shape[3])).view(4, 4, n, rows, columns, -1)
-        for a, line in enumerate(_sums(sums)):
-            for b, part in enumerate(_sums(line)):
-                y[:, a::2, b::2] = part if self.bias is None else part.add_(self.bias)
+        return winograd_by(self._products, x, self.products.shape[2], self.bias)
 
     def _products(self, tiles: Tensor) -> Tensor:
         """Multiply tiles [16, t, in] with the weights: [16, t, out]."""
         if self.linear is F.linear:
             return torch.bmm(tiles, self.products)
         return torch.stack([self.linear(t, p.T) for t, p in zip(tiles, self.products, strict=True)])
-
-
-def _combine(d: list[Tensor], out: Tensor) -> None:
-    """Compute B^T d into ``out``."""
-    torch.sub(d[0], d[2], out=out[0])
-    torch.add(d[1], d[2], out=out[1])
-    torch.sub(d[2], d[1], out=out[2])
-    torch.sub(d[1], d[3], out=out[3])
-
-
-def _sums(m: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A^T m."""
-    return (m[0] + m[1]).add_(m[2]), (m[1] - m[2]).sub_(m[3])

@@ -1,6 +1,5 @@
-"""Spectrally normalised layers (Miyato et al. 2018), and convolutions with their weights."""
+"""Spectrally normalised layers (Miyato et al. 2018)."""
 
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -10,6 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from imaginaire_spade.models.convolution import (
+    WINOGRAD_FROM,
+    convolve_pixels,
+    is_by_products,
+    is_by_winograd,
+    on_cpu_without_autocast,
+    products_of_windows,
+    winograd,
+    winograd_gradients,
+)
 from imaginaire_spade.models.recomputation import again_of, forgotten, saved
 
 
@@ -108,14 +117,19 @@ class SpectralConv2d(SpectralNorm, nn.Conv2d):
     """Spectrally normalised convolution."""
 
     plain = nn.Conv2d
+    winograd_from = WINOGRAD_FROM
+    """Channels from which training on a CPU uses Winograd's form; 0: never."""
 
     def forward(self, x: Tensor, groups: int = 1) -> Tensor:
         smaller = groups > 1 or x.numel() < self.weight.numel()
         if smaller and self.training and self.padding_mode == "zeros" and on_cpu_without_autocast(x):
-            return _Quotient.apply(x, self.weight, self.bias, *self.iterations(groups), self.stride, self.padding)
+            options = self.stride, self.padding, self.winograd_from
+            return _Quotient.apply(x, self.weight, self.bias, *self.iterations(groups), *options)
         if self.padding_mode != "zeros" or self.dilation != (1, 1) or self.groups > 1:
             return convolve_with(self, x, lambda x, weight: self._conv_forward(x, weight, self.bias), groups=groups)
-        convolve = partial(convolve_pixels, bias=self.bias, stride=self.stride, padding=self.padding)
+        convolve = partial(
+            convolve_pixels, bias=self.bias, stride=self.stride, padding=self.padding, winograd_from=self.winograd_from
+        )
         return convolve_with(self, x, convolve, groups=groups)
 
 
@@ -128,25 +142,32 @@ class _Quotient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> Tensor:
-        *of_norm, ctx.stride, ctx.padding = others
+        *of_norm, ctx.stride, ctx.padding, channels = others
         ctx.save_for_backward(x, weight, *of_norm)
-        return F.conv2d(_divided(x, of_norm[0]), weight, bias, ctx.stride, ctx.padding)
+        ctx.by_winograd = is_by_winograd(x, weight, ctx.stride, ctx.padding, channels)
+        if ctx.by_winograd:
+            return winograd(_divided(x, of_norm[0]), weight, bias)
+        return F.conv2d(_divided(x.contiguous(), of_norm[0]), weight, bias, ctx.stride, ctx.padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, sigmas, u, v = ctx.saved_tensors
-        x, gradient = _divided(x, sigmas), gradient.contiguous()  # (the weight's gradient is slow in channels_last)
-        trains = ctx.needs_input_grad[1]
+        if not ctx.by_winograd:
+            x, gradient = x.contiguous(), gradient.contiguous()  # (the weight's gradient is slow in channels_last)
+        x, trains = _divided(x, sigmas), ctx.needs_input_grad[1]
         few = len(x) * x[0, 0].numel() <= 256 and len(weight) * x.shape[1] >= 1024 * 1024
-        if few and weight.shape[2:] == (3, 3) and ctx.stride == ctx.padding == (1, 1):  # oneDNN is slower there
+        if ctx.by_winograd:
+            of_x, of_weight = winograd_gradients(x, weight, gradient, of_weight=trains)
+            assert of_x is not None
+        elif few and weight.shape[2:] == (3, 3) and ctx.stride == ctx.padding == (1, 1):  # oneDNN is slower there
             rows = gradient.transpose(0, 1).flatten(1)  # [out, N h w]
             columns = (weight.flatten(1).T @ rows).unflatten(1, (len(x), -1)).transpose(0, 1)
             of_x = F.fold(columns, x.shape[2:], 3, padding=1)
             windows = F.unfold(x, 3, padding=1).transpose(0, 1).flatten(1)
             of_weight = (rows @ windows.T).view_as(weight) if trains else None
         else:
-            by_products = trains and _by_products(x, weight, ctx.stride, ctx.padding)
+            by_products = trains and is_by_products(x, weight, ctx.stride, ctx.padding)
             options = ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, trains and not by_products, False)
             of_x, of_weight, _ = torch.ops.aten.convolution_backward(gradient, x, weight, None, *options)
             if by_products:
@@ -155,79 +176,12 @@ class _Quotient(torch.autograd.Function):
             along = (of_x * x).unflatten(0, (len(sigmas), -1)).flatten(1).sum(1)
             (of_weight := of_weight.contiguous()).flatten(1).addmm_(u.T * (-along / sigmas), v)
         of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
-        return _divided(of_x, sigmas), of_weight, of_bias, *[None] * 5
-
-
-def convolve_pixels(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: tuple[int, ...] = (1, 1),
-    padding: tuple[int, ...] | str = (0, 0),
-) -> Tensor:  # fmt: skip
-    """Compute ``F.conv2d``; in channels_last on a CPU the gradient of a weight by ``products_of_windows``."""
-    in_rows = x.is_contiguous(memory_format=torch.channels_last) and on_cpu_without_autocast(x)
-    if in_rows and weight.requires_grad and _by_products(x, weight, stride, padding):
-        return _Convolved.apply(x, weight, bias, stride, padding)
-    return F.conv2d(x, weight, bias, stride, padding)
-
-
-def _by_products(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...] | str) -> bool:
-    """Whether ``products_of_windows`` takes such a convolution, and is faster than oneDNN."""
-    pixels, width, (height, size) = x[0, 0].numel() // stride[0] ** 2, min(weight.shape[:2]), weight.shape[2:]
-    is_square = height == size and stride[0] == stride[1] and padding[0] == padding[1]
-    return is_square and size > 1 and width >= 32 and pixels * width >= 2**18
-
-
-class _Convolved(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.options = options
-        return F.conv2d(x, weight, bias, *options)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        stride, padding = ctx.options
-        of_x = of_weight = None
-        if ctx.needs_input_grad[0]:
-            options = stride, padding, (1, 1), False, (0, 0), 1, (True, False, False)
-            of_x, *_ = torch.ops.aten.convolution_backward(gradient, x, weight, None, *options)
-        if ctx.needs_input_grad[1]:
-            of_weight = products_of_windows(x, gradient, weight.shape[2], stride[0], padding[0])
-        return of_x, of_weight, gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None, None
-
-
-def products_of_windows(x: Tensor, gradient: Tensor, size: int, stride: int = 1, padding: int = 0) -> Tensor:
-    """Compute the gradient of a convolution's weight, [out, in, size, size], as size^2 matrix products over the pixels.
-
-    In memory format channels_last, padded pixels that a place of the window sees are one piece of memory for each
-    image: no window is copied. oneDNN's own is slow in this format.
-
-    Args:
-        x, gradient: [N, in, H, W] and [N, out, h, w].
-    """
-    (height, width), (rows, columns) = x.shape[2:], gradient.shape[2:]
-    tall, wide = (-(-(length + 2 * padding) // stride) for length in (height, width))
-    sides = padding, stride * wide - width - padding, padding, stride * tall - height - padding
-    found = x.new_empty(size, size, gradient.shape[1], x.shape[1])
-    for number, (image, of_image) in enumerate(zip(x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), strict=True)):
-        padded = F.pad(image, (0, 0, *sides)).view(tall, stride, wide, stride, -1)
-        phases = padded.permute(1, 3, 0, 2, 4).flatten(2, 3)  # [stride, stride, tall wide, in]
-        lines = F.pad(of_image, (0, 0, 0, wide - columns)).flatten(0, 1)[: (rows - 1) * wide + columns].T
-        for i, j in itertools.product(range(size), range(size)):
-            start = i // stride * wide + j // stride
-            seen = phases[i % stride, j % stride, start : start + lines.shape[1]]
-            found[i, j].addmm_(lines, seen, beta=min(number, 1))
-    return found.permute(2, 3, 0, 1).contiguous()
-
-
-def on_cpu_without_autocast(x: Tensor) -> bool:
-    """Whether functions of autograd that are written for a CPU, in x's own dtype, serve here."""
-    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        return _divided(of_x, sigmas), of_weight, of_bias, *[None] * 6
 
 
 def _divided(x: Tensor, sigmas: Tensor) -> Tensor:
-    """Divide each group's images by its sigma: contiguous [groups * N, C, H, W]."""
-    return (x.contiguous().unflatten(0, (len(sigmas), -1)) / sigmas.view(-1, 1, 1, 1, 1)).flatten(0, 1)
+    """Divide each group's images by its sigma: [groups * N, C, H, W]."""
+    return (x.unflatten(0, (len(sigmas), -1)) / sigmas.view(-1, 1, 1, 1, 1)).flatten(0, 1)
 
 
 class SpectralConvTranspose2d(SpectralNorm, nn.ConvTranspose2d):
@@ -250,6 +204,19 @@ class SpectralLinear(SpectralNorm, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.normalised_weight(), self.bias)
+
+
+def use_winograd(network: nn.Module, channels: object) -> None:
+    """Let the layers of ``network`` take Winograd's form from ``channels`` on; never if they are no positive int."""
+    for module in network.modules():
+        if isinstance(module, SpectralConv2d):
+            module.winograd_from = channels if isinstance(channels, int) and channels > 0 else 0
+
+
+def winograd_from(network: nn.Module) -> int | None:
+    """Return the ``winograd_from`` of the layers of ``network``; None: none is of this kind."""
+    wide = (m for m in network.modules() if isinstance(m, SpectralConv2d) and m.kernel_size == (3, 3))
+    return max((m.winograd_from for m in wide if min(m.weight.shape[:2]) >= 128), default=None)
 
 
 N = TypeVar("N", bound=nn.Module)

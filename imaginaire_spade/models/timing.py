@@ -5,6 +5,14 @@ from collections.abc import Callable
 
 import torch
 
+Ask = Callable[[str, Callable[[], float]], float | None]
+"""(question, how to measure the answer) -> how many times faster one way is than the usual one, measured or remembered;
+None: go by the rule."""
+
+
+def by_rule(question: str, measure: Callable[[], float]) -> None:
+    """Answer no question: the same choices on every machine."""
+
 
 def gain(way: Callable[[], object], usual: Callable[[], object]) -> float:
     """Measure how many times faster ``way`` is than ``usual``: in turns, the least processor time of each, by one

@@ -13,16 +13,11 @@ from torch import Tensor, nn
 
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.models.convolution import convolve_pixels, on_cpu_without_autocast
 from imaginaire_spade.models.discriminator import Discriminator, Scores
 from imaginaire_spade.models.layers import enlarge
 from imaginaire_spade.models.recomputation import forgotten
-from imaginaire_spade.models.spectral_norm import (
-    SpectralConv2d,
-    conv2d,
-    convolve_pixels,
-    convolve_with,
-    on_cpu_without_autocast,
-)
+from imaginaire_spade.models.spectral_norm import SpectralConv2d, conv2d, convolve_with
 from imaginaire_spade.registry import DISCRIMINATORS, UNET_ENCODERS, Width
 
 LARGE = 64 * 64

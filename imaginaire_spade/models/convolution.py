@@ -1,0 +1,284 @@
+"""Convolutions of pixels on a CPU in float32: 3x3 ones by Winograd's form, gradients of weights as matrix products.
+
+Winograd's form (Lavin and Gray 2016, F(2x2, 3x3)) takes 16 multiplications per four pixels instead of 36:
+Y = A^T [(G g G^T) * (B^T d B)] A for each 4x4 tile d of the image, that is sums of pixels, 16 matrix products over the
+channels, sums of products. In float32 it rounds less than the direct sum over 9 C products. Gradients go the same way.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imaginaire_spade.models.timing import Ask, gain
+
+CLEARLY = 1.05
+"""A measured way has to be so many times faster than the one of the rule."""
+WINOGRAD_FROM = 256
+"""Channels on both sides from which training uses Winograd's form, where nothing is measured; 0: never."""
+NUMBERS = 2**22
+"""That a step works on, about as many as fit a processor's cache (measured on a CPU)."""
+FEWEST = 256
+"""Pixels of all images below which weights take longer to transform than is gained."""
+
+
+def convolve_pixels(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] | str = (0, 0), winograd_from: int = 0,
+) -> Tensor:  # fmt: skip
+    """Compute ``F.conv2d``; training in channels_last on a CPU by Winograd's form, or the gradient of a weight by
+    ``products_of_windows``."""
+    in_rows = x.is_contiguous(memory_format=torch.channels_last) and on_cpu_without_autocast(x)
+    if in_rows and weight.requires_grad:
+        by_winograd = is_by_winograd(x, weight, stride, padding, winograd_from)
+        if by_winograd or is_by_products(x, weight, stride, padding):
+            # Its gradient of the weight pays from half as many channels on (measured on a CPU).
+            weight_by = is_by_winograd(x, weight, stride, padding, winograd_from // 2)
+            return _Convolved.apply(x, weight, bias, (by_winograd, weight_by), stride, padding)
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
+def measure_winograd(ask: Ask) -> int:
+    """Return from how many channels training uses Winograd's form on this CPU, as ``ask`` tells: 128, 256 or 0, never.
+
+    What is measured is a forward and backward pass of 16 rows of an image: the ratio hardly depends on the size.
+    """
+    for channels in (128, 256):
+        faster = ask(f"Winograd in training, {channels} channels", partial(_gain_of_winograd, channels))
+        if faster is None:
+            return WINOGRAD_FROM
+        if faster > CLEARLY:
+            return channels
+    return 0
+
+
+def _gain_of_winograd(channels: int) -> float:
+    x, weight = torch.ones(1, channels, 16, 2**14 // channels), torch.ones(channels, channels, 3, 3)
+    x, weight = x.to(memory_format=torch.channels_last).requires_grad_(), weight.requires_grad_()
+
+    def run(winograd_from: int) -> None:
+        convolve_pixels(x, weight, padding=(1, 1), winograd_from=winograd_from).sum().backward()
+
+    return gain(partial(run, channels), partial(run, 0))
+
+
+def is_by_winograd(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: object, channels: int) -> bool:
+    """Whether a convolution is of this kind and faster by it on a CPU, which it is from ``channels`` on."""
+    square = weight.shape[2:] == (3, 3) and stride == (1, 1) and padding == (1, 1)
+    return square and 0 < channels <= min(weight.shape[:2]) and len(x) * x[0, 0].numel() >= FEWEST
+
+
+def is_by_products(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...] | str) -> bool:
+    """Whether ``products_of_windows`` takes such a convolution, and is faster than oneDNN."""
+    pixels, width, (height, size) = x[0, 0].numel() // stride[0] ** 2, min(weight.shape[:2]), weight.shape[2:]
+    is_square = height == size and stride[0] == stride[1] and padding[0] == padding[1]
+    return is_square and size > 1 and width >= 32 and pixels * width >= 2**18
+
+
+class _Convolved(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, by_winograd: tuple[bool, bool], *options: Any
+    ) -> Tensor:
+        """``by_winograd``: the pixels and their gradient; the weight's gradient."""
+        ctx.save_for_backward(x, weight)
+        ctx.by_winograd, ctx.options = by_winograd, options
+        return winograd(x, weight, bias) if by_winograd[0] else F.conv2d(x, weight, bias, *options)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding = ctx.options
+        once = not torch.is_grad_enabled()  # Winograd's gradients have no derivatives
+        parts = (once and need and by for need, by in zip(ctx.needs_input_grad, ctx.by_winograd, strict=False))
+        of_x, of_weight = winograd_gradients(x, weight, gradient, *parts)
+        if of_x is None and ctx.needs_input_grad[0]:
+            options = stride, padding, (1, 1), False, (0, 0), 1, (True, False, False)
+            of_x, *_ = torch.ops.aten.convolution_backward(gradient, x, weight, None, *options)
+        if of_weight is None and ctx.needs_input_grad[1]:
+            of_weight = products_of_windows(x, gradient, weight.shape[2], stride[0], padding[0])
+        of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+        return of_x, of_weight, of_bias, None, None, None
+
+
+def products_of_windows(x: Tensor, gradient: Tensor, size: int, stride: int = 1, padding: int = 0) -> Tensor:
+    """Compute the gradient of a convolution's weight, [out, in, size, size], as size^2 matrix products over the pixels.
+
+    In memory format channels_last, padded pixels that a place of the window sees are one piece of memory for each
+    image: no window is copied. oneDNN's own is slow in this format.
+
+    Args:
+        x, gradient: [N, in, H, W] and [N, out, h, w].
+    """
+    (height, width), (rows, columns) = x.shape[2:], gradient.shape[2:]
+    tall, wide = (-(-(length + 2 * padding) // stride) for length in (height, width))
+    sides = padding, stride * wide - width - padding, padding, stride * tall - height - padding
+    found = x.new_empty(size, size, gradient.shape[1], x.shape[1])
+    for number, (image, of_image) in enumerate(zip(x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), strict=True)):
+        padded = F.pad(image, (0, 0, *sides)).view(tall, stride, wide, stride, -1)
+        phases = padded.permute(1, 3, 0, 2, 4).flatten(2, 3)  # [stride, stride, tall wide, in]
+        lines = F.pad(of_image, (0, 0, 0, wide - columns)).flatten(0, 1)[: (rows - 1) * wide + columns].T
+        for i, j in itertools.product(range(size), range(size)):
+            start = i // stride * wide + j // stride
+            seen = phases[i % stride, j % stride, start : start + lines.shape[1]]
+            found[i, j].addmm_(lines, seen, beta=min(number, 1))
+    return found.permute(2, 3, 0, 1).contiguous()
+
+
+def on_cpu_without_autocast(x: Tensor) -> bool:
+    """Whether functions of autograd that are written for a CPU, in x's own dtype, serve here."""
+    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+def winograd_weights(weight: Tensor) -> Tensor:
+    """Compute G g G^T of weights [out, in, 3, 3]: [16, out, in]."""
+    return (_both_sides(weight) @ weight.reshape(-1, 9).T).view(16, *weight.shape[:2])
+
+
+def winograd_by(
+    products: Callable[[Tensor], Tensor], x: Tensor, out: int, bias: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """Convolve x [N, in, H, W], padded by one pixel of zeros: [N, out, H, W] in memory format channels_last.
+
+    Args:
+        products: multiplies tiles [16, t, in] with transformed weights: [16, t, out].
+    """
+    n, channels, height, width = x.shape
+    padded = _padded(x)
+    y = x.new_empty(n, *(side - 2 for side in padded.shape[1:3]), out)
+    for images, rows in _pieces(y, max(channels, out)):
+        tiles = _tiles(padded[images, rows.start : rows.stop + 2])
+        piece = y[images, rows]
+        sums = products(tiles.flatten(0, 1).flatten(1, 3)).view(*tiles.shape[:-1], out)
+        for a, line in enumerate(_sums(sums)):
+            for b, part in enumerate(_sums(line)):
+                piece[:, a::2, b::2] = part if bias is None else part.add_(bias)
+    return y[:, :height, :width].permute(0, 3, 1, 2)
+
+
+def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute ``F.conv2d(x, weight, bias, padding=1)``, in memory format channels_last."""
+    parts = []
+    for some in _of_output(weight):
+        products = winograd_weights(weight[some]).mT
+        of_bias = None if bias is None else bias[some]
+        parts.append(winograd_by(partial(torch.bmm, mat2=products), x, products.shape[2], of_bias))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def winograd_gradients(
+    x: Tensor, weight: Tensor, gradient: Tensor, of_x: bool = True, of_weight: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """Compute the gradients of x and of the weight, where asked for, from that of ``winograd``."""
+    if not (of_x or of_weight):
+        return None, None
+    height, width = x.shape[2:]
+    padded, y = _padded(x), gradient.permute(0, 2, 3, 1)
+    if height % 2 or width % 2:
+        y = F.pad(y, (0, 0, 0, width % 2, 0, height % 2))
+    d_padded = torch.zeros_like(padded) if of_x else None
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if of_weight else None
+    for some in _of_output(weight):
+        products, d_products = winograd_weights(weight[some]) if of_x else None, None
+        for images, rows in _pieces(y, max(weight.shape[:2])):
+            d_sums, seen = _spread(y[images, rows, :, some]), slice(rows.start, rows.stop + 2)
+            flat = d_sums.flatten(0, 1).flatten(1, 3)
+            if d_padded is not None and products is not None:
+                _spread_tiles(torch.bmm(flat, products).view(*d_sums.shape[:-1], -1), d_padded[images, seen])
+            if of_weight:
+                tiles = _tiles(padded[images, seen]).flatten(0, 1).flatten(1, 3)
+                d_products = torch.bmm(flat.mT, tiles) if d_products is None else d_products.baddbmm_(flat.mT, tiles)
+        if d_weight is not None and d_products is not None:
+            d_weight[some].view(-1, 9).copy_((_both_sides(weight).T @ d_products.flatten(1)).T)
+    if d_padded is not None:
+        d_padded = d_padded[:, 1 : height + 1, 1 : width + 1].permute(0, 3, 1, 2)
+    return d_padded, d_weight
+
+
+def _both_sides(weight: Tensor) -> Tensor:
+    """Return G g G^T as one matrix [16, 9]."""
+    g = weight.new_tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+    return torch.kron(g, g)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Pad x [N, C, H, W] for whole tiles: [N, H + 2 (3 if odd), W + 2 (3), C]."""
+    height, width = x.shape[2:]
+    return F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1 + width % 2, 1, 1 + height % 2))
+
+
+def _of_output(weight: Tensor) -> Iterator[slice]:
+    """Yield pieces of the output channels: transformed weights are large."""
+    out, each = len(weight), max(1, 2 * NUMBERS // (16 * weight.shape[1]))
+    return (slice(first, min(first + each, out)) for first in range(0, out, each))
+
+
+def _pieces(y: Tensor, channels: int) -> Iterator[tuple[slice, slice]]:
+    """Yield some rows of one image [N, H, W, C], or some images, at a time: slices of images and of their rows."""
+    n, height, width, _ = y.shape
+    lines = max(1, NUMBERS // (8 * width * channels))  # of tiles
+    at_once, rows = max(1, 2 * lines // height), min(2 * lines, height)
+    for image, row in itertools.product(range(0, n, at_once), range(0, height, rows)):
+        yield slice(image, image + at_once), slice(row, min(row + rows, height))
+
+
+def _tiles(x: Tensor) -> Tensor:
+    """Compute B^T d B of x [n, 2 r + 2, 2 c + 2, C]: [4, 4, n, r, c, C]."""
+    n, height, width, channels = x.shape
+    rows, columns = height - 2, width - 2
+    down = x.new_empty(4, n, rows // 2, width, channels)
+    _combine([x[:, i : i + rows : 2] for i in range(4)], down)
+    tiles = x.new_empty(4, 4, n, rows // 2, columns // 2, channels)
+    _combine([down[:, :, :, j : j + columns : 2] for j in range(4)], tiles.transpose(0, 1))
+    return tiles
+
+
+def _combine(d: list[Tensor], out: Tensor) -> None:
+    """Compute B^T d into ``out``."""
+    torch.sub(d[0], d[2], out=out[0])
+    torch.add(d[1], d[2], out=out[1])
+    torch.sub(d[2], d[1], out=out[2])
+    torch.sub(d[1], d[3], out=out[3])
+
+
+def _sums(m: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A^T m."""
+    return (m[0] + m[1]).add_(m[2]), (m[1] - m[2]).sub_(m[3])
+
+
+def _spread(y: Tensor) -> Tensor:
+    """Compute A y A^T of y [n, 2 r, 2 c, C]: [4, 4, n, r, c, C]."""
+    n, height, width, channels = y.shape
+    down = y.new_empty(4, n, height // 2, width, channels)
+    _spread_pair(y[:, ::2], y[:, 1::2], down)
+    sums = y.new_empty(4, 4, n, height // 2, width // 2, channels)
+    _spread_pair(down[:, :, :, ::2], down[:, :, :, 1::2], sums.transpose(0, 1))
+    return sums
+
+
+def _spread_pair(even: Tensor, odd: Tensor, out: Tensor) -> None:
+    """Compute A (even, odd) into ``out``."""
+    out[0] = even
+    torch.add(even, odd, out=out[1])
+    torch.sub(even, odd, out=out[2])
+    torch.neg(odd, out=out[3])
+
+
+def _spread_tiles(d: Tensor, x: Tensor) -> None:
+    """Add B d B^T of d [4, 4, n, r, c, C] to x [n, 2 r + 2, 2 c + 2, C]."""
+    down = d.new_zeros(4, *d.shape[2:4], x.shape[2], d.shape[5])
+    _add_lines(d.permute(1, 4, 0, 2, 3, 5), down.movedim(3, 0))
+    _add_lines(down.movedim(2, 1), x.movedim(1, 0))
+
+
+def _add_lines(d: Tensor, lines: Tensor) -> None:
+    """Add B d of d [4, r, ...] to ``lines`` [2 r + 2, ...]."""
+    even, odd = lines[::2], lines[1::2]
+    even[:-1] += d[0]
+    even[1:] += (d[1] + d[2]).sub_(d[0])
+    odd[:-1] += (d[1] - d[2]).add_(d[3])
+    odd[1:] -= d[3]
