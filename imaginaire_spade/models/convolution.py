@@ -156,7 +156,7 @@ def winograd_by(
         sums = products(tiles.flatten(0, 1).flatten(1, 3)).view(*tiles.shape[:-1], out)
         for a, line in enumerate(_sums(sums)):
             for b, part in enumerate(_sums(line)):
-                piece[:, a::2, b::2] = part if bias is None else part.add_(bias)
+                torch.add(part, 0 if bias is None else bias, out=piece[:, a::2, b::2])
     return y[:, :height, :width].permute(0, 3, 1, 2)
 
 
@@ -193,7 +193,9 @@ def winograd_gradients(
                 tiles = _tiles(padded[images, seen]).flatten(0, 1).flatten(1, 3)
                 d_products = torch.bmm(flat.mT, tiles) if d_products is None else d_products.baddbmm_(flat.mT, tiles)
         if d_weight is not None and d_products is not None:
-            d_weight[some].view(-1, 9).copy_((_both_sides(weight).T @ d_products.flatten(1)).T)
+            # (By output channel: a transposition of [9, out in] takes longer.)
+            d_places = _both_sides(weight).T @ d_products.transpose(0, 1)  # [out, 9, in]
+            d_weight[some].copy_(d_places.unflatten(1, (3, 3)).permute(0, 3, 1, 2))
     if d_padded is not None:
         d_padded = d_padded[:, 1 : height + 1, 1 : width + 1].permute(0, 3, 1, 2)
     return d_padded, d_weight
