@@ -149,7 +149,9 @@ def winograd_by(
     """
     n, channels, height, width = x.shape
     padded = _padded(x)
-    y = x.new_empty(n, *(side - 2 for side in padded.shape[1:3]), out)
+    size = n, out, *(side - 2 for side in padded.shape[1:3])
+    result = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y = result.permute(0, 2, 3, 1)
     for images, rows in _pieces(y, max(channels, out)):
         tiles = _tiles(padded[images, rows.start : rows.stop + 2])
         piece = y[images, rows]
@@ -157,7 +159,9 @@ def winograd_by(
         for a, line in enumerate(_sums(sums)):
             for b, part in enumerate(_sums(line)):
                 torch.add(part, 0 if bias is None else bias, out=piece[:, a::2, b::2])
-    return y[:, :height, :width].permute(0, 3, 1, 2)
+    if size[2:] == (height, width):
+        return result  # (itself, not a view of it: an activation in place may follow)
+    return result[:, :, :height, :width].contiguous(memory_format=torch.channels_last)
 
 
 def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
