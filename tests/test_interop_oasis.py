@@ -243,6 +243,10 @@ def test_a_generator_with_noise_injection_stays_here():
     small = load_config(REPOSITORY / "configs/projects/spade/sample/small64.yaml", ["gen.noise_injection=false"])
     with pytest.raises(CheckpointError, match=r"gen\.upsampling: fewer: nvlabs_spade.s generators start smaller"):
         export_files("nvlabs_spade", {"generator": {}}, small, "ema")
+    smooth = load_config(REPOSITORY / "configs/projects/spade/camvid/small96x128.yaml",
+                         ["gen.noise_injection=false", "gen.upsampling=normal"])  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"gen\.interpolation: bilinear: nvlabs_spade.s generators have nearest"):
+        export_files("nvlabs_spade", {"generator": {}}, smooth, "ema")
     with pytest.raises(CheckpointError, match=r"gen\.noise_injection: true: nvlabs_spade.s generators have none"):
         export_files("nvlabs_spade", {"generator": {}}, config, "ema")
 

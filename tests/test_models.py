@@ -17,11 +17,12 @@ from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.losses import AdversarialLoss, GeneratorOutputs
 from imaginaire_spade.models import convolution
+from imaginaire_spade.models import generator as generator_module
 from imaginaire_spade.models.convolution import convolve_pixels, products_of_windows
 from imaginaire_spade.models.discriminator import split_scores
 from imaginaire_spade.models.for_inference import WinogradConv2d
 from imaginaire_spade.models.generator import Pix2pixHDGenerator, SPADEGenerator, StyleSPADEGenerator
-from imaginaire_spade.models.layers import InstanceNorm2d, initialise
+from imaginaire_spade.models.layers import InstanceNorm2d, enlarge_smoothly, initialise
 from imaginaire_spade.models.noise_injection import PixelNoise
 from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.models.spectral_norm import (
@@ -384,6 +385,34 @@ def test_upsampling_depth(upsampling, steps):
     generator = SPADEGenerator(SPEC, (128, 128), num_filters=2, upsampling=upsampling, norm=SMALL_NORM)
     assert generator.size_multiple == 2**steps
     assert generator(random_layout(SPEC, 2, 128, 256)).shape == (2, 3, 128, 256)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 2, 1, 1)])
+def test_the_smooth_enlargement_is_torchs_bilinear_one(shape):
+    x = torch.randn(shape, dtype=torch.double, requires_grad=True)
+    expected = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(enlarge_smoothly(x), expected)
+    found, wanted = (torch.autograd.grad(y.sin().sum(), x)[0] for y in (enlarge_smoothly(x), expected))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_generator_with_bilinear_steps_sees_farther(monkeypatch):
+    torch.manual_seed(0)
+    generator = SPADEGenerator(SPEC, (32, 32), num_filters=2, interpolation="bilinear", norm=SMALL_NORM).eval()
+    initialise(generator, "xavier", 1.0)
+    halo, nearest = generator.halo, SPADEGenerator(SPEC, (32, 32), num_filters=2, norm=SMALL_NORM).halo
+    assert halo > nearest
+    calls = []
+    monkeypatch.setattr(
+        generator_module, "enlarge_smoothly", lambda x: calls.append(x.shape[2:]) or enlarge_smoothly(x)
+    )
+    place = 40
+    layout, changed = (random_layout(SPEC, 1, 32, halo + 64) for _ in range(2))
+    changed.labels[..., place + halo :] = 0
+    with torch.inference_mode():
+        first, second = generator(layout), generator(changed)
+    assert torch.equal(first[..., :place], second[..., :place]) and not torch.equal(first, second)
+    assert len(calls) == 10 and calls[0][0] == 1
 
 
 @pytest.mark.parametrize("name", DISCRIMINATORS.names())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import LayoutSpec, Noise, SemanticLayout
-from imaginaire_spade.models.layers import InstanceNorm2d, enlarge, instance_norm
+from imaginaire_spade.models.layers import InstanceNorm2d, enlarge, enlarge_smoothly, instance_norm
 from imaginaire_spade.models.modulation import convolve_modulated
 from imaginaire_spade.models.noise_injection import BlockNoise, PixelNoise
 from imaginaire_spade.models.norms import SPADE, AdaptiveBatchNorm, ConditionalNorm
@@ -88,7 +88,7 @@ class SPADEResidualBlock(nn.Module):
 
 @GENERATORS.register("spade")
 class SPADEGenerator(Generator):
-    """The generator of Park et al. 2019 (fig. 4 right): residual blocks with x2 nearest up-sampling between them.
+    """The generator of Park et al. 2019 (fig. 4 right): residual blocks with x2 up-sampling between them.
 
     It starts from the label map at 1/32 of the resolution (``normal``; 1/16 ``fewer``, 1/64 ``more``, 1/128 ``most``),
     or from a style code if ``style_dims`` > 0.
@@ -100,6 +100,8 @@ class SPADEGenerator(Generator):
         num_filters: width of the last block; the first has 16 times as many.
         style_dims: length of the style code z; 0: none is taken.
         upsampling: number of x2 steps: fewer 4 (small images), normal 5, more 6, most 7.
+        interpolation: of the x2 steps: nearest (as published) or bilinear, by which small runs draw leaves without
+            lines along rows and columns, but windows without edges (benchmarks/RESULTS.md).
         spectral_norm: spectral norm on the convolutions of the blocks.
         noise_injection: pixelwise noise inside each block, with a learned strength for each channel (StyleGAN, Karras
             et al. 2019, sec. 3.2): texture without grids, and several images for one label map. Where style_dims is 0
@@ -116,6 +118,7 @@ class SPADEGenerator(Generator):
         num_filters: Width = 64,
         style_dims: WidthOrNone = 0,
         upsampling: Literal["fewer", "normal", "more", "most"] = "normal",
+        interpolation: Literal["nearest", "bilinear"] = "nearest",
         spectral_norm: bool = True,
         noise_injection: bool = False,
         norm: Annotated[NormFactory, NORMS] = SPADE,
@@ -126,6 +129,7 @@ class SPADEGenerator(Generator):
         channels = [num_filters * width for width in widths] + ([num_filters // 2] if most else [])
         self.upsample_before = (False, upsampling != "fewer", more, True, True, True, True, *((True,) if most else ()))
         self.size_multiple = 2 ** sum(self.upsample_before)
+        self.is_smooth = interpolation == "bilinear"
         self.noise = PixelNoise(channels) if noise_injection else None
         self.style_dims = style_dims or 2 * noise_injection
         self.starts_from_code = style_dims > 0
@@ -143,9 +147,10 @@ class SPADEGenerator(Generator):
     def halo(self) -> int | None:  # type: ignore[override]
         if self.style_dims:
             return None
-        scales = itertools.accumulate(self.upsample_before, lambda scale, doubles: scale // (1 + doubles),
-                                      initial=self.size_multiple)  # fmt: skip
-        return reach_of_blocks(self, list(scales)[1:])
+        _, *scales = itertools.accumulate(self.upsample_before, lambda scale, doubles: scale // (1 + doubles),
+                                          initial=self.size_multiple)  # fmt: skip
+        smooth = sum(2 * scale for scale, doubles in zip(scales, self.upsample_before, strict=True) if doubles)
+        return reach_of_blocks(self, scales, self.is_smooth * smooth)
 
     def forward(self, layout: SemanticLayout, z: Tensor | None = None) -> Tensor:
         """Generate images float32 [N, C, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).
@@ -163,16 +168,19 @@ class SPADEGenerator(Generator):
             x = self.fc(layout.resized(*start).one_hot(self.to_image.weight.dtype))  # [N, 16 F, h0, w0]
         for number, (block, doubles) in enumerate(zip(self.blocks, self.upsample_before, strict=True)):
             factor = 2 if doubles else 1
+            if doubles and self.is_smooth:
+                x, factor = enlarge_smoothly(x), 1
             noise = self.noise and self.noise(z, factor * x.shape[2], factor * x.shape[3], number)
             x = block(x, layout, upsample=factor, noise=noise)
         return torch.tanh(self.to_image(F.leaky_relu(x, 0.2, inplace=True)).float())  # [N, C, H, W]
 
 
-def reach_of_blocks(generator: Generator, scales: Sequence[int]) -> int | None:
+def reach_of_blocks(generator: Generator, scales: Sequence[int], more: int = 0) -> int | None:
     """Compute the ``halo`` of residual blocks that start from the label map at 1 / ``size_multiple``.
 
     Args:
         scales: pixels of the image in one step of each block's resolution.
+        more: reach of what is between the blocks.
     """
     if any(isinstance(module, InstanceNorm2d) for module in generator.modules()):
         return None
@@ -180,7 +188,7 @@ def reach_of_blocks(generator: Generator, scales: Sequence[int]) -> int | None:
     # resolution.
     multiple = generator.size_multiple
     windows = [2 * (norm.kernel_size // 2) for norm in generator.modules() if isinstance(norm, SPADE)]
-    reach = 1 + sum(2 * scale for scale in scales) + max([1, *windows]) * multiple
+    reach = 1 + more + sum(2 * scale for scale in scales) + max([1, *windows]) * multiple
     return -(-reach // multiple) * multiple
 
 

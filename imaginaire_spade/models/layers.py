@@ -51,6 +51,20 @@ def enlarge(x: Tensor, factor: int) -> Tensor:
         return F.interpolate(x, scale_factor=factor, mode="nearest")
 
 
+def enlarge_smoothly(x: Tensor) -> Tensor:
+    """Double the resolution of x (bilinear): [N, C, H, W] -> [N, C, 2 H, 2 W], channels_last.
+
+    The same as ``F.interpolate``, whose gradient is not deterministic on a GPU.
+    """
+    x = x.permute(0, 2, 3, 1)
+    for dim in (1, 2):
+        first, last = x.narrow(dim, 0, 1), x.narrow(dim, -1, 1)
+        before = torch.cat([first, x.narrow(dim, 0, x.shape[dim] - 1)], dim)
+        after = torch.cat([x.narrow(dim, 1, x.shape[dim] - 1), last], dim)
+        x = torch.stack([x.lerp(before, 0.25), x.lerp(after, 0.25)], dim + 1).flatten(dim, dim + 1)
+    return x.permute(0, 3, 1, 2)
+
+
 def initialise(network: nn.Module, kind: str, gain: float) -> None:
     """Draw new weights for all convolutions and linear layers; biases become zero.
 
