@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imaginaire_spade.models.timing import Ask, gain
+from imaginaire_spade.models.timing import CLEARLY, Ask, gain
 
-CLEARLY = 1.05
-"""A measured way has to be so many times faster than the one of the rule."""
 WINOGRAD_FROM = 256
 """Channels on both sides from which training uses Winograd's form, where nothing is measured; 0: never."""
 NUMBERS = 2**22
@@ -139,9 +137,7 @@ def winograd_weights(weight: Tensor) -> Tensor:
     return (_both_sides(weight) @ weight.reshape(-1, 9).T).view(16, *weight.shape[:2])
 
 
-def winograd_by(
-    products: Callable[[Tensor], Tensor], x: Tensor, out: int, bias: Tensor | None = None
-) -> Tensor:  # fmt: skip
+def winograd_by(products: Callable[[Tensor], Tensor], x: Tensor, out: int, bias: Tensor | None = None) -> Tensor:
     """Convolve x [N, in, H, W], padded by one pixel of zeros: [N, out, H, W] in memory format channels_last.
 
     Args:

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imaginaire_spade.models.convolution import CLEARLY, winograd_by, winograd_weights
+from imaginaire_spade.models.convolution import winograd_by, winograd_weights
 from imaginaire_spade.models.layers import Linear
 from imaginaire_spade.models.norms import SPADE, ConditionalNorm
 from imaginaire_spade.models.spectral_norm import fold_spectral_norm
-from imaginaire_spade.models.timing import Ask, by_rule, gain
+from imaginaire_spade.models.timing import CLEARLY, Ask, by_rule, gain
 
 N = TypeVar("N", bound=nn.Module)
 

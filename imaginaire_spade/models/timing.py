@@ -9,6 +9,9 @@ Ask = Callable[[str, Callable[[], float]], float | None]
 """(question, how to measure the answer) -> how many times faster one way is than the usual one, measured or remembered;
 None: go by the rule."""
 
+CLEARLY = 1.05
+"""A measured way has to be so many times faster than the one of the rule."""
+
 
 def by_rule(question: str, measure: Callable[[], float]) -> None:
     """Answer no question: the same choices on every machine."""
