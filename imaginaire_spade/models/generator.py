@@ -1,7 +1,7 @@
 """Generators: layout (and style code) -> images in [-1, 1]; style encoder: image -> its style code's distribution."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Annotated, Literal
 
@@ -18,6 +18,8 @@ from imaginaire_spade.models.norms import SPADE, AdaptiveBatchNorm, ConditionalN
 from imaginaire_spade.models.spectral_norm import SpectralConv2d, SpectralConvTranspose2d, SpectralLinear, conv2d
 from imaginaire_spade.registry import ENCODERS, GENERATORS, NORMS, DepthOrNone, Weight, Width, WidthOrNone
 
+Interpolation = Literal["nearest", "bilinear"]
+"""How a generator's x2 steps enlarge."""
 NormFactory = Callable[[int, LayoutSpec], ConditionalNorm]
 """(channels, spec) -> a layer ``norm(x, layout)``."""
 
@@ -52,10 +54,12 @@ class SPADEResidualBlock(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, spec: LayoutSpec, norm: NormFactory, spectral_norm: bool
-    ) -> None:
+        self, in_channels: int, out_channels: int, spec: LayoutSpec, norm: NormFactory, spectral_norm: bool,
+        interpolation: Interpolation = "nearest",
+    ) -> None:  # fmt: skip
         super().__init__()
         middle = min(in_channels, out_channels)
+        self.is_smooth = interpolation == "bilinear"
         self.norm_0 = norm(in_channels, spec)
         self.conv_0 = conv2d(self.norm_0.out_channels, middle, 3, padding=1, spectral=spectral_norm)
         self.norm_1 = norm(middle, spec)
@@ -66,11 +70,14 @@ class SPADEResidualBlock(nn.Module):
             self.conv_s = conv2d(self.norm_s.out_channels, out_channels, 1, bias=False, spectral=spectral_norm)
 
     def forward(self, x: Tensor, layout: SemanticLayout, upsample: int = 1, noise: BlockNoise | None = None) -> Tensor:
-        """Enlarge x [N, in, h, w] by ``upsample`` (nearest), then apply the block: [N, out, upsample h, upsample w].
+        """Enlarge x [N, in, h, w] by ``upsample``, then apply the block: [N, out, upsample h, upsample w].
 
         Args:
+            upsample: 1 or 2.
             noise: added to the enlarged input and to what the first convolution gives.
         """
+        if upsample > 1 and self.is_smooth:
+            x, upsample = enlarge_smoothly(x), 1
         if noise is not None:
             (of_x, of_y), (strength_x, strength_y) = noise
             x, upsample = enlarge(x, upsample), 1
@@ -118,7 +125,7 @@ class SPADEGenerator(Generator):
         num_filters: Width = 64,
         style_dims: WidthOrNone = 0,
         upsampling: Literal["fewer", "normal", "more", "most"] = "normal",
-        interpolation: Literal["nearest", "bilinear"] = "nearest",
+        interpolation: Interpolation = "nearest",
         spectral_norm: bool = True,
         noise_injection: bool = False,
         norm: Annotated[NormFactory, NORMS] = SPADE,
@@ -129,7 +136,6 @@ class SPADEGenerator(Generator):
         channels = [num_filters * width for width in widths] + ([num_filters // 2] if most else [])
         self.upsample_before = (False, upsampling != "fewer", more, True, True, True, True, *((True,) if most else ()))
         self.size_multiple = 2 ** sum(self.upsample_before)
-        self.is_smooth = interpolation == "bilinear"
         self.noise = PixelNoise(channels) if noise_injection else None
         self.style_dims = style_dims or 2 * noise_injection
         self.starts_from_code = style_dims > 0
@@ -139,18 +145,13 @@ class SPADEGenerator(Generator):
         else:
             self.fc = nn.Conv2d(spec.num_channels, channels[0], 3, padding=1)
         self.blocks = nn.ModuleList(
-            SPADEResidualBlock(a, b, spec, norm, spectral_norm) for a, b in itertools.pairwise(channels)
+            SPADEResidualBlock(a, b, spec, norm, spectral_norm, interpolation) for a, b in itertools.pairwise(channels)
         )
         self.to_image = nn.Conv2d(channels[-1], image_channels, 3, padding=1)
 
     @property
     def halo(self) -> int | None:  # type: ignore[override]
-        if self.style_dims:
-            return None
-        _, *scales = itertools.accumulate(self.upsample_before, lambda scale, doubles: scale // (1 + doubles),
-                                          initial=self.size_multiple)  # fmt: skip
-        smooth = sum(2 * scale for scale, doubles in zip(scales, self.upsample_before, strict=True) if doubles)
-        return reach_of_blocks(self, scales, self.is_smooth * smooth)
+        return None if self.style_dims else reach_of_blocks(self, self.upsample_before)
 
     def forward(self, layout: SemanticLayout, z: Tensor | None = None) -> Tensor:
         """Generate images float32 [N, C, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).
@@ -168,27 +169,29 @@ class SPADEGenerator(Generator):
             x = self.fc(layout.resized(*start).one_hot(self.to_image.weight.dtype))  # [N, 16 F, h0, w0]
         for number, (block, doubles) in enumerate(zip(self.blocks, self.upsample_before, strict=True)):
             factor = 2 if doubles else 1
-            if doubles and self.is_smooth:
-                x, factor = enlarge_smoothly(x), 1
             noise = self.noise and self.noise(z, factor * x.shape[2], factor * x.shape[3], number)
             x = block(x, layout, upsample=factor, noise=noise)
         return torch.tanh(self.to_image(F.leaky_relu(x, 0.2, inplace=True)).float())  # [N, C, H, W]
 
 
-def reach_of_blocks(generator: Generator, scales: Sequence[int], more: int = 0) -> int | None:
+def reach_of_blocks(generator: Generator, upsample_before: Iterable[bool]) -> int | None:
     """Compute the ``halo`` of residual blocks that start from the label map at 1 / ``size_multiple``.
 
     Args:
-        scales: pixels of the image in one step of each block's resolution.
-        more: reach of what is between the blocks.
+        upsample_before: for each block, whether it enlarges x.
     """
-    if any(isinstance(module, InstanceNorm2d) for module in generator.modules()):
+    modules = list(generator.modules())
+    if any(isinstance(module, InstanceNorm2d) for module in modules):
         return None
-    # In pixels of the image: the last convolution, two per block, and what the first block's norm sees at the coarsest
-    # resolution.
-    multiple = generator.size_multiple
-    windows = [2 * (norm.kernel_size // 2) for norm in generator.modules() if isinstance(norm, SPADE)]
-    reach = 1 + more + sum(2 * scale for scale in scales) + max([1, *windows]) * multiple
+    # In pixels of the image: the last convolution, two per block, as many for a bilinear step, and what the first
+    # block's norm sees at the coarsest resolution.
+    multiple = scale = generator.size_multiple
+    windows = [2 * (norm.kernel_size // 2) for norm in modules if isinstance(norm, SPADE)]
+    reach = 1 + max([1, *windows]) * multiple
+    is_smooth = any(block.is_smooth for block in modules if isinstance(block, SPADEResidualBlock))
+    for doubles in upsample_before:
+        scale //= 1 + doubles
+        reach += 2 * scale * (1 + (doubles and is_smooth))
     return -(-reach // multiple) * multiple
 
 

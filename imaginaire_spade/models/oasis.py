@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade.layout import LayoutSpec, Noise, SemanticLayout
-from imaginaire_spade.models.generator import Generator, NormFactory, SPADEResidualBlock, reach_of_blocks
+from imaginaire_spade.models.generator import Generator, Interpolation, NormFactory, SPADEResidualBlock, reach_of_blocks
 from imaginaire_spade.models.norms import SPADE
 from imaginaire_spade.registry import GENERATORS, NORMS, Width, WidthOrNone
 
 
 @GENERATORS.register("oasis")
 class OASISGenerator(Generator):
-    """The generator of Schoenfeld et al. 2021 (OASIS, sec. 3.3): six SPADE blocks with x2 nearest up-sampling between.
+    """The generator of Schoenfeld et al. 2021 (OASIS, sec. 3.3): six SPADE blocks with x2 up-sampling between.
 
     It starts from the label map at 1/32 of the resolution. Its style code is noise: ``style_dims`` channels before the
     labels in the start map and in every norm, one vector for an image, a region or each pixel.
@@ -29,6 +29,7 @@ class OASISGenerator(Generator):
         image_channels: C of the images, RGB or others.
         num_filters: width of the last block; the first has 16 times as many.
         style_dims: channels of noise; 0: none.
+        interpolation: of the x2 steps: nearest (as published) or bilinear (benchmarks/RESULTS.md).
         spectral_norm: spectral norm on the convolutions of the blocks.
         norm: conditional normalisation layer.
     """
@@ -43,6 +44,7 @@ class OASISGenerator(Generator):
         *,
         num_filters: Width = 64,
         style_dims: WidthOrNone = 64,
+        interpolation: Interpolation = "nearest",
         spectral_norm: bool = True,
         norm: Annotated[NormFactory, NORMS] = SPADE,
     ) -> None:
@@ -53,13 +55,13 @@ class OASISGenerator(Generator):
         channels = [num_filters * width for width in (16, 16, 16, 8, 4, 2, 1)]
         self.fc = nn.Conv2d(spec.num_channels, channels[0], 3, padding=1)
         self.blocks = nn.ModuleList(
-            SPADEResidualBlock(a, b, spec, norm, spectral_norm) for a, b in itertools.pairwise(channels)
+            SPADEResidualBlock(a, b, spec, norm, spectral_norm, interpolation) for a, b in itertools.pairwise(channels)
         )
         self.to_image = nn.Conv2d(channels[-1], image_channels, 3, padding=1)
 
     @property
     def halo(self) -> int | None:  # type: ignore[override]
-        return reach_of_blocks(self, [32, 16, 8, 4, 2, 1])
+        return reach_of_blocks(self, [False] + 5 * [True])
 
     def forward(self, layout: SemanticLayout, z: Noise | None = None) -> Tensor:
         """Generate images float32 [N, C, H, W] in [-1, 1] at the layout's size (a multiple of 32).
