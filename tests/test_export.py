@@ -240,7 +240,7 @@ KINDS = {
         },
     },
     "oasis": {"gen": GEN, "encoder": None},
-    "oasis, clade": {"gen": {**GEN, "norm": {"type": "clade"}}, "encoder": None},
+    "oasis, clade": {"gen": {**GEN, "norm": {"type": "clade"}, "noise_injection": True}, "encoder": None},
     "pix2pixhd": {"gen": {"type": "pix2pixhd", "num_filters": 4, "num_blocks": 2}, "encoder": None},
 }  # fmt: skip
 

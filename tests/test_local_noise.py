@@ -17,7 +17,7 @@ from imaginaire_spade.data.distances import connected_regions
 from imaginaire_spade.errors import ConfigError, DataError
 from imaginaire_spade.inference.local_noise import KINDS, LocalNoise, stack_noise
 from imaginaire_spade.inference.model import Model
-from imaginaire_spade.inference.synthesis import Request, local_styles, style_of_seed, synthesise
+from imaginaire_spade.inference.synthesis import Request, check_tile, local_styles, style_of_seed, synthesise
 from imaginaire_spade.models.for_inference import optimise_for_inference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,20 +25,31 @@ GEN = {"type": "oasis", "num_filters": 2, "style_dims": 4, "norm": {"type": "spa
 NAMES = ["sky", "sea", "sand", "tree", "house"]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    tree = changed(TREE, gen=GEN, encoder=None, data__edges="none", data__labels__names=NAMES)
-    return save(tmp_path_factory.mktemp("oasis") / "oasis.pt", tree)
+def checkpoint_of(folder, **gen):
+    tree = changed(TREE, gen=GEN | gen, encoder=None, data__edges="none", data__labels__names=NAMES)
+    return save(folder / "oasis.pt", tree)
 
 
-@pytest.fixture(scope="module")
-def model(checkpoint) -> Model:
+def model_of(checkpoint) -> Model:
     model = Model.load(checkpoint, for_inference=False)
     for norm in (module for module in model.generator.modules() if hasattr(module, "running_var")):
         norm.running_mean.normal_(std=0.1)
         norm.running_var.uniform_(0.5, 2)
+    for name, parameter in model.generator.named_parameters():
+        if "strengths" in name:
+            parameter.data.uniform_(-0.5, 0.5)
     optimise_for_inference(model.generator, winograd=True)
     return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return checkpoint_of(tmp_path_factory.mktemp("oasis"))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint) -> Model:
+    return model_of(checkpoint)
 
 
 class Batching(Model):
@@ -103,8 +114,12 @@ def test_what_has_a_vector_of_its_own_and_what_the_vector_depends_on():
         assert np.array_equal(maps(kind, of=other)[same], maps(kind)[same])
 
 
-def test_new_noise_for_a_part_leaves_what_is_far_from_it_and_is_that_of_the_other_seed(model):
+@pytest.mark.parametrize("noise_injection", [False, True])
+def test_new_noise_for_a_part_leaves_what_is_far_from_it_and_is_that_of_the_other_seed(
+    model, noise_injection, tmp_path
+):
     halo = model.generator.halo
+    model = model_of(checkpoint_of(tmp_path, noise_injection=True)) if noise_injection else model
     labels = np.zeros((32, 2 * halo + 128), np.uint8)
     labels[:, halo + 64 :] = 1
     own, other = (image_of(model, labels, style_of_seed(seed, 4)) for seed in (0, 7))
@@ -113,6 +128,12 @@ def test_new_noise_for_a_part_leaves_what_is_far_from_it_and_is_that_of_the_othe
         assert np.abs(made - own)[:, :64].max() < 1e-6 and np.abs(made - other)[:, -64:].max() < 1e-6
         middle = made[:, 64:-64]
         assert min(np.abs(middle - one[:, 64:-64]).max() for one in (own, other)) > 1e-3
+
+
+def test_noise_injection_makes_no_tiles(tmp_path):
+    model = model_of(checkpoint_of(tmp_path, noise_injection=True))
+    with pytest.raises(ConfigError, match="noise injection"):
+        check_tile(model, "auto")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,7 +14,7 @@ from test_layout import random_layout
 from torch import nn
 
 from imaginaire_spade.errors import ConfigError
-from imaginaire_spade.layout import LayoutSpec
+from imaginaire_spade.layout import LayoutSpec, NoiseRegions
 from imaginaire_spade.losses import AdversarialLoss, GeneratorOutputs
 from imaginaire_spade.models import convolution
 from imaginaire_spade.models import generator as generator_module
@@ -161,17 +161,18 @@ def test_concat_appends_the_layout_to_the_normalised_features():
     assert norm.out_channels == 3 + SPEC.num_channels and torch.equal(y[:, 3:], dense)
 
 
-@pytest.mark.parametrize("style_dims", [0, 8])
+@pytest.mark.parametrize(("name", "style_dims"), [("spade", 0), ("spade", 8), ("oasis", 8)])
 @pytest.mark.parametrize("norm", ["spade", "clade"])
-def test_noise_injection_changes_pixels_by_the_style_code_and_starts_at_nothing(norm, style_dims):
+def test_noise_injection_changes_pixels_by_the_style_code_and_starts_at_nothing(name, norm, style_dims):
     torch.manual_seed(0)
-    options = {"num_filters": 2, "style_dims": style_dims, "norm": partial(NORMS[norm])}
-    generator = SPADEGenerator(SPEC, (64, 64), **options, noise_injection=True).eval()
-    plain = SPADEGenerator(SPEC, (64, 64), **options).eval()
+    make = partial(GENERATORS[name], SPEC, (64, 64), num_filters=2, norm=partial(NORMS[norm]))
+    generator = make(style_dims=style_dims, noise_injection=True).eval()
+    plain = make(style_dims=style_dims).eval()
     initialise(generator, "xavier", 1.0)
+    assert make(style_dims=0, noise_injection=True).style_dims == 2
     assert generator.style_dims == max(style_dims, 2) and generator.halo is None
     strengths = [p for name, p in generator.named_parameters() if name.startswith("noise.strengths.")]
-    assert len(strengths) == 14 and not any(p.any() for p in strengths)
+    assert len(strengths) == 2 * len(generator.blocks) and not any(p.any() for p in strengths)
     weights = {name: value for name, value in generator.state_dict().items() if "noise" not in name}
     plain.load_state_dict(weights)  # the noise itself is no part of a checkpoint
     layout, z = random_layout(SPEC, 3, 64, 96), torch.randn(3, generator.style_dims)
@@ -198,6 +199,20 @@ def test_pixel_noise_is_white_and_its_own_in_every_block_and_image():
     assert torch.equal(noise(z[1:2], 40, 50, 3)[0][1], maps[3, 1:2, 1:, :40, :50])
     extreme = torch.tensor([[40.0, -40.0]])  # the far ends of the map meet
     assert torch.equal(noise(extreme, 1024, 8, 0)[0][0][:, :, 512:], noise(-extreme, 512, 8, 0)[0][0])
+
+
+def test_each_region_and_pixel_has_the_pixel_noise_of_its_own_vector():
+    noise, vectors = PixelNoise([4] * 8), torch.randn(2, 3, 5)
+    index = torch.randint(0, 3, (2, 8, 12), dtype=torch.uint8)
+    by_region = noise(NoiseRegions(vectors, index), 8, 12, 2)[0]
+    by_pixel = noise(NoiseRegions(vectors, index).spread(8, 12), 8, 12, 2)[0]
+    for number in range(3):
+        alone, of_one = (noise(z, 8, 12, 2)[0] for z in (vectors[:, number], NoiseRegions(vectors[:, [number]], None)))
+        here = (index == number)[:, None]
+        for place in range(2):
+            assert torch.equal(alone[place], of_one[place])
+            for maps in (by_region, by_pixel):
+                assert torch.equal(maps[place][here], alone[place][here])
 
 
 @pytest.mark.parametrize("size", [256, 512, 1024])
@@ -396,11 +411,12 @@ def test_the_smooth_enlargement_is_torchs_bilinear_one(shape):
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize(("interpolation", "smooth"), [("bilinear", 5), ("nearest_then_bilinear", 2)])
 @pytest.mark.parametrize("name", ["spade", "oasis"])
-def test_a_generator_with_bilinear_steps_sees_farther(name, monkeypatch):
+def test_a_generator_with_bilinear_steps_sees_farther(name, interpolation, smooth, monkeypatch):
     torch.manual_seed(0)
     make = partial(GENERATORS[name], SPEC, (32, 32), num_filters=2, style_dims=0, norm=SMALL_NORM)
-    generator = make(interpolation="bilinear").eval()
+    generator = make(interpolation=interpolation).eval()
     initialise(generator, "xavier", 1.0)
     halo = generator.halo
     assert halo > make().halo
@@ -414,7 +430,7 @@ def test_a_generator_with_bilinear_steps_sees_farther(name, monkeypatch):
     with torch.inference_mode():
         first, second = generator(layout), generator(changed)
     assert torch.equal(first[..., :place], second[..., :place]) and not torch.equal(first, second)
-    assert len(calls) == 10 and calls[0][0] == 1
+    assert [rows for rows, _ in calls] == 2 * [2**step for step in range(5 - smooth, 5)]
 
 
 @pytest.mark.parametrize("name", DISCRIMINATORS.names())

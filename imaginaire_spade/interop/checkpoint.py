@@ -218,8 +218,8 @@ def export_files(
         raise CheckpointError(f"gen.noise_injection: true: {target}'s generators have none; train with false for it")
     if config.gen.args.get("upsampling") == "fewer":
         raise CheckpointError(f"gen.upsampling: fewer: {target}'s generators start smaller; train with normal for it")
-    if config.gen.args.get("interpolation") == "bilinear":
-        raise CheckpointError(f"gen.interpolation: bilinear: {target}'s generators have nearest; train with it")
+    if (interpolation := config.gen.args.get("interpolation", "nearest")) != "nearest":
+        raise CheckpointError(f"gen.interpolation: {interpolation}: {target}'s generators have nearest; train with it")
     order = exported_channels(target, config.data.labels, label_order)
     spec, system = layout_spec(config), SYSTEMS[target]
     if spec.has_edges and target == "oasis":

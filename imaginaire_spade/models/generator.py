@@ -1,7 +1,7 @@
 """Generators: layout (and style code) -> images in [-1, 1]; style encoder: image -> its style code's distribution."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Literal
 
@@ -18,7 +18,7 @@ from imaginaire_spade.models.norms import SPADE, AdaptiveBatchNorm, ConditionalN
 from imaginaire_spade.models.spectral_norm import SpectralConv2d, SpectralConvTranspose2d, SpectralLinear, conv2d
 from imaginaire_spade.registry import ENCODERS, GENERATORS, NORMS, DepthOrNone, Weight, Width, WidthOrNone
 
-Interpolation = Literal["nearest", "bilinear"]
+Interpolation = Literal["nearest", "bilinear", "nearest_then_bilinear"]
 """How a generator's x2 steps enlarge."""
 NormFactory = Callable[[int, LayoutSpec], ConditionalNorm]
 """(channels, spec) -> a layer ``norm(x, layout)``."""
@@ -50,16 +50,17 @@ class Generator(nn.Module):
 class SPADEResidualBlock(nn.Module):
     """Residual block with conditional norms (Park et al. 2019, fig. 4 left): norm, leaky ReLU, convolution, twice.
 
-    The shortcut is the identity; if the width changes, it is a norm and a 1x1 convolution without activation.
+    The shortcut is the identity; if the width changes, it is a norm and a 1x1 convolution without activation. Where it
+    enlarges its input, it does so bilinearly (``is_smooth``) or by the nearest pixel.
     """
 
     def __init__(
         self, in_channels: int, out_channels: int, spec: LayoutSpec, norm: NormFactory, spectral_norm: bool,
-        interpolation: Interpolation = "nearest",
+        is_smooth: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         middle = min(in_channels, out_channels)
-        self.is_smooth = interpolation == "bilinear"
+        self.is_smooth = is_smooth
         self.norm_0 = norm(in_channels, spec)
         self.conv_0 = conv2d(self.norm_0.out_channels, middle, 3, padding=1, spectral=spectral_norm)
         self.norm_1 = norm(middle, spec)
@@ -107,8 +108,9 @@ class SPADEGenerator(Generator):
         num_filters: width of the last block; the first has 16 times as many.
         style_dims: length of the style code z; 0: none is taken.
         upsampling: number of x2 steps: fewer 4 (small images), normal 5, more 6, most 7.
-        interpolation: of the x2 steps: nearest (as published) or bilinear, by which small runs draw leaves without
-            lines along rows and columns, but windows without edges (benchmarks/RESULTS.md).
+        interpolation: of the x2 steps: nearest (as published); bilinear, by which small runs draw leaves without lines
+            along rows and columns, but windows without edges; or nearest_then_bilinear, the last half of the steps
+            bilinear, the others nearest: windows with edges, leaves without dots (benchmarks/RESULTS.md).
         spectral_norm: spectral norm on the convolutions of the blocks.
         noise_injection: pixelwise noise inside each block, with a learned strength for each channel (StyleGAN, Karras
             et al. 2019, sec. 3.2): texture without grids, and several images for one label map. Where style_dims is 0
@@ -144,14 +146,16 @@ class SPADEGenerator(Generator):
             self.fc: nn.Module = nn.Linear(style_dims, channels[0] * self.start_size[0] * self.start_size[1])
         else:
             self.fc = nn.Conv2d(spec.num_channels, channels[0], 3, padding=1)
+        self.smooth_before = smooth_steps(interpolation, self.upsample_before)
         self.blocks = nn.ModuleList(
-            SPADEResidualBlock(a, b, spec, norm, spectral_norm, interpolation) for a, b in itertools.pairwise(channels)
+            SPADEResidualBlock(a, b, spec, norm, spectral_norm, is_smooth)
+            for (a, b), is_smooth in zip(itertools.pairwise(channels), self.smooth_before, strict=True)
         )
         self.to_image = nn.Conv2d(channels[-1], image_channels, 3, padding=1)
 
     @property
     def halo(self) -> int | None:  # type: ignore[override]
-        return None if self.style_dims else reach_of_blocks(self, self.upsample_before)
+        return None if self.style_dims else reach_of_blocks(self, self.upsample_before, self.smooth_before)
 
     def forward(self, layout: SemanticLayout, z: Tensor | None = None) -> Tensor:
         """Generate images float32 [N, C, H, W] in [-1, 1] at the layout's size (a multiple of ``size_multiple``).
@@ -174,11 +178,24 @@ class SPADEGenerator(Generator):
         return torch.tanh(self.to_image(F.leaky_relu(x, 0.2, inplace=True)).float())  # [N, C, H, W]
 
 
-def reach_of_blocks(generator: Generator, upsample_before: Iterable[bool]) -> int | None:
+def smooth_steps(interpolation: Interpolation, upsample_before: Sequence[bool]) -> list[bool]:
+    """Tell of each block whether it enlarges its input bilinearly.
+
+    Args:
+        upsample_before: for each block, whether it enlarges its input.
+    """
+    steps = sum(upsample_before)
+    nearest = {"nearest": steps, "nearest_then_bilinear": steps - steps // 2, "bilinear": 0}[interpolation]
+    so_far = itertools.accumulate(upsample_before)
+    return [doubles and number > nearest for doubles, number in zip(upsample_before, so_far, strict=True)]
+
+
+def reach_of_blocks(generator: Generator, upsample_before: Sequence[bool], smooth_before: Sequence[bool]) -> int | None:
     """Compute the ``halo`` of residual blocks that start from the label map at 1 / ``size_multiple``.
 
     Args:
-        upsample_before: for each block, whether it enlarges x.
+        upsample_before: for each block, whether it enlarges its input.
+        smooth_before: and whether it does so bilinearly.
     """
     modules = list(generator.modules())
     if any(isinstance(module, InstanceNorm2d) for module in modules):
@@ -188,10 +205,9 @@ def reach_of_blocks(generator: Generator, upsample_before: Iterable[bool]) -> in
     multiple = scale = generator.size_multiple
     windows = [2 * (norm.kernel_size // 2) for norm in modules if isinstance(norm, SPADE)]
     reach = 1 + max([1, *windows]) * multiple
-    is_smooth = any(block.is_smooth for block in modules if isinstance(block, SPADEResidualBlock))
-    for doubles in upsample_before:
+    for doubles, is_smooth in zip(upsample_before, smooth_before, strict=True):
         scale //= 1 + doubles
-        reach += 2 * scale * (1 + (doubles and is_smooth))
+        reach += 2 * scale * (1 + is_smooth)
     return -(-reach // multiple) * multiple
 
 
