@@ -15,6 +15,7 @@ from benchmarks import data, generator, growth, inference, iteration, measure, n
 from benchmarks.layouts import default_folder
 from benchmarks.measure import Row, matmul_peak_tflops
 from imaginaire_spade.errors import positive_integer, run_command_line
+from imaginaire_spade.processes import keep_large_buffers
 
 SECTIONS = ("norms", "generator", "inference", "iteration", "oasis", "growth")
 
@@ -46,6 +47,7 @@ def main() -> None:
         parser.error(f"unknown section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     if arguments.label_maps and not any(arguments.label_maps.glob("*.png")):
         parser.error(f"--label_maps {arguments.label_maps}: no PNG there; give the folder of label maps itself")
+    keep_large_buffers()  # as train.py and inference.py do
     raw = data.open_raw(arguments.data_root, arguments.data_config) if arguments.data_root else None
     clock = time.process_time if arguments.processor_time else time.perf_counter
     measure.conditions = measure.Conditions(arguments.load, clock)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from imaginaire_spade.processes import keep_large_buffers
+
 
 @dataclass(frozen=True)
 class Row:
@@ -142,6 +144,7 @@ def peak_memory_gib(function: Callable[..., None], *arguments: object) -> float:
 
 
 def _measured(sender: object, threads: int, function: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    keep_large_buffers()
     torch.set_num_threads(threads)
     function(*arguments)
     # VmHWM, not ru_maxrss: that one starts with what the parent had when it forked.

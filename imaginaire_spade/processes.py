@@ -1,4 +1,5 @@
-"""Live with other processes: one writer per folder, and none that outlives its launcher.
+"""Live with the system and other processes: freed memory that is kept, one writer per folder, none that outlives its
+launcher.
 
 Imports no torch, so that a command line can call ``end_with_launcher`` early.
 """
@@ -19,6 +20,7 @@ from filelock import LeaseCompromise, SoftFileLease, Timeout
 
 from imaginaire_spade.errors import EXIT_CODE, UserError
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
 
 LEASE_S = 60.0
@@ -30,6 +32,21 @@ NAMELESS_S = 3.0
 
 LAUNCHER_GONE_S = 120
 """Seconds that a process has to save and leave once its launcher is gone: nobody else would end it."""
+
+
+def keep_large_buffers() -> None:
+    """Have the C library keep freed memory for the next tensor, where it would return it to the system after each use.
+
+    New pages for every large tensor took a quarter of a training iteration on a CPU (benchmarks/RESULTS.md). No effect
+    where MALLOC_... or GLIBC_TUNABLES set these thresholds, or without glibc.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys() or "_threshold" in tunables:
+        return
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def end_with_parent(number: int) -> None:

@@ -1,7 +1,9 @@
 """The commands that users know, of imaginaire's SPADE project and of our README, word for word, on miniature data."""
 
+import importlib
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -383,3 +385,50 @@ def test_names_that_the_output_cannot_show_stop_nothing(tiny_folder, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Stra\\xdfe" in done.stdout
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+@pytest.mark.parametrize(
+    ("chosen", "is_kept"),
+    [
+        ({}, True),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, True),
+        ({"MALLOC_MMAP_THRESHOLD_": "131072"}, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}, False),
+    ],
+)
+def test_freed_memory_is_kept_for_the_next_tensor_unless_the_user_chose_otherwise(chosen, is_kept):
+    code = """
+from imaginaire_spade.processes import keep_large_buffers
+def resident():
+    return int(open("/proc/self/status").read().partition("VmRSS:")[2].split()[0]) / 1024  # MiB
+keep_large_buffers()
+before = resident()
+large = b"x" * 2**27
+most = resident()
+del large
+print(before, most, resident())
+"""
+    names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | chosen
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, check=True,
+                            capture_output=True, text=True)  # fmt: skip
+    before, most, after = map(float, result.stdout.split())
+    assert most > before + 100 and (after > before + 100) == is_kept
+
+
+@pytest.mark.parametrize("command", ["train", "inference", "evaluate"])
+def test_commands_that_run_networks_keep_freed_memory(command, monkeypatch):
+    module = importlib.import_module(f"imaginaire_spade.commands.{command}")
+
+    class Called(Exception):
+        pass
+
+    def called():
+        raise Called
+
+    monkeypatch.setattr(module, "keep_large_buffers", called)
+    monkeypatch.setattr(module, "parse_arguments", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(Called):
+        module.main()

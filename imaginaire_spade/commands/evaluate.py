@@ -19,6 +19,7 @@ from imaginaire_spade.errors import ConfigError, positive_integer
 from imaginaire_spade.evaluation import METRICS, NEED_FEATURES, REFERENCE_SPLITS, check_metrics
 from imaginaire_spade.inference.sizes import SIZE_HELP, Asked, read_size
 from imaginaire_spade.pretrained import FEATURE_DIMS, FEATURES, RESIZES
+from imaginaire_spade.processes import keep_large_buffers
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +90,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    keep_large_buffers()
 
     from imaginaire_spade import distributed
     from imaginaire_spade.build import import_modules

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from imaginaire_spade.cli import CommandParser, add_shared_flags
 from imaginaire_spade.errors import PROBLEMS_SHOWN, ConfigError, LabelError, positive_integer
 from imaginaire_spade.inference.sizes import MAX_PIXELS, SIZE_HELP, SizeRule, read_size
-from imaginaire_spade.processes import one_writer
+from imaginaire_spade.processes import keep_large_buffers, one_writer
 
 if TYPE_CHECKING:
     from imaginaire_spade.distributed import ProcessInfo
@@ -114,6 +114,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     arguments = parse_arguments()
+    keep_large_buffers()
 
     from imaginaire_spade import distributed
     from imaginaire_spade.build import import_modules

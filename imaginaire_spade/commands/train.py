@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from imaginaire_spade.cli import CommandParser, add_shared_flags
 from imaginaire_spade.errors import UserError
-from imaginaire_spade.processes import end_with_launcher, one_writer
+from imaginaire_spade.processes import end_with_launcher, keep_large_buffers, one_writer
 
 if TYPE_CHECKING:
     from imaginaire_spade.config import RunConfig
@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     end_with_launcher()
+    keep_large_buffers()
     arguments = parse_arguments()
 
     from imaginaire_spade.build import import_modules
