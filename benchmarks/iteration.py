@@ -27,11 +27,12 @@ from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.inference.choices import remembered
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.losses import FeatureMatchingLoss, GANLoss, PerceptualLoss
-from imaginaire_spade.models.convolution import WINOGRAD_FROM, measure_winograd
+from imaginaire_spade.models.convolution import measure_choices
 from imaginaire_spade.models.discriminator import MultiscaleDiscriminator
 from imaginaire_spade.models.generator import Generator
-from imaginaire_spade.models.norms import PIXEL_COST, choose_paths, measure_pixel_cost
-from imaginaire_spade.models.spectral_norm import use_winograd
+from imaginaire_spade.models.norms import choose_paths, measure_pixel_cost, pixel_cost
+from imaginaire_spade.models.products import BY_RULE
+from imaginaire_spade.models.spectral_norm import set_choices
 from imaginaire_spade.training.state import TrainState, new_average
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
 
@@ -105,11 +106,12 @@ def train(
     """Make a function that trains for one iteration on ``seen(layout)``."""
     device, size, batch = case.device, case.size, case.batch
     measured = device.type == "cpu" and not case.bf16
-    choose_paths(generator.train(), remembered(PIXEL_COST, measure_pixel_cost) if measured else None)
     discriminator = MultiscaleDiscriminator(layout.spec, num_filters=case.num_filters).to(device).train()
-    channels = measure_winograd(remembered) if measured else WINOGRAD_FROM
-    for network in (generator, discriminator):
-        use_winograd(network, channels)
+    choices = measure_choices(remembered) if measured else BY_RULE
+    for network in (generator.train(), discriminator):
+        set_choices(network, choices)
+    if measured and pixel_cost(generator) is not None:
+        choose_paths(generator, measure_pixel_cost(generator, remembered))
     if device.type == "cuda":
         generator, discriminator = (n.to(memory_format=torch.channels_last) for n in (generator, discriminator))  # type: ignore[call-overload]
     optimizers = [build_optimizer(n.parameters(), OptimizerConfig(lr=1e-4)) for n in (generator, discriminator)]

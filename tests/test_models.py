@@ -18,13 +18,14 @@ from imaginaire_spade.layout import LayoutSpec, NoiseRegions
 from imaginaire_spade.losses import AdversarialLoss, GeneratorOutputs
 from imaginaire_spade.models import convolution
 from imaginaire_spade.models import generator as generator_module
-from imaginaire_spade.models.convolution import convolve_pixels, products_of_windows
+from imaginaire_spade.models.convolution import convolve_pixels, measure_choices, products_of_windows
 from imaginaire_spade.models.discriminator import split_scores
 from imaginaire_spade.models.for_inference import WinogradConv2d
 from imaginaire_spade.models.generator import Pix2pixHDGenerator, SPADEGenerator, StyleSPADEGenerator
 from imaginaire_spade.models.layers import InstanceNorm2d, enlarge_smoothly, initialise
 from imaginaire_spade.models.noise_injection import PixelNoise
 from imaginaire_spade.models.norms import SPADE
+from imaginaire_spade.models.products import HAS_ONEDNN, Choices
 from imaginaire_spade.models.spectral_norm import (
     SpectralConv2d,
     SpectralConvTranspose2d,
@@ -309,53 +310,125 @@ def test_to_divide_what_is_convolved_is_to_divide_the_weight(channels, size, gro
     assert (own.grad - other.grad).norm() > 0
 
 
+# Double precision by torch's own products; oneDNN's are of float32.
+WAYS = st.sampled_from([(torch.double, Choices()), (torch.float, Choices(onednn=HAS_ONEDNN))])
+
+
 @settings(max_examples=30)
-@given(st.tuples(*[st.integers(1, 3)] * 3, *[st.integers(4, 9)] * 2), st.integers(1, 4), *[st.integers(1, 2)] * 2)
-def test_the_gradient_of_a_weight_as_products_of_windows(shape, size, stride, padding):
-    count, channels, out, height, width = shape
+@given(st.tuples(*[st.integers(1, 3)] * 3, *[st.integers(4, 9)] * 2), st.integers(1, 4), *[st.integers(1, 2)] * 2, WAYS)
+def test_the_gradient_of_a_weight_as_products_of_windows(shape, size, stride, padding, way):
+    (count, channels, out, height, width), (dtype, choices) = shape, way
     torch.manual_seed(0)
     x = torch.randn(count, channels, height, width, dtype=torch.double)
     weight = torch.randn(out, channels, size, size, dtype=torch.double, requires_grad=True)
     y = F.conv2d(x, weight, None, stride, padding - 1)
     gradient = torch.randn_like(y)
     (expected,) = torch.autograd.grad(y, weight, gradient)
-    x, gradient = (t.contiguous(memory_format=torch.channels_last) for t in (x, gradient))
-    torch.testing.assert_close(products_of_windows(x, gradient, size, stride, padding - 1), expected)
+    x, gradient = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, gradient))
+    found = products_of_windows(x, gradient, size, stride, padding - 1, choices)
+    torch.testing.assert_close(found, expected.to(dtype), rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=30)
-@given(st.tuples(*[st.integers(1, 3)] * 3, *[st.integers(1, 9)] * 2), st.sampled_from([1, 256, 2**22]), st.booleans())
-def test_winograds_form_is_the_convolution_and_its_gradients(shape, numbers, has_bias):
+@given(
+    st.tuples(*[st.integers(1, 3)] * 3, *[st.integers(1, 9)] * 2), st.sampled_from([1, 256, 2**22]), st.booleans(), WAYS
+)
+def test_winograds_form_is_the_convolution_and_its_gradients(shape, numbers, has_bias, way):
     """Also of odd sizes, and in pieces of images, of rows and of output channels."""
-    count, channels, out, height, width = shape
+    (count, channels, out, height, width), (dtype, choices) = shape, way
     torch.manual_seed(0)
     x = torch.randn(count, channels, height, width, dtype=torch.double, requires_grad=True)
     weight = torch.randn(out, channels, 3, 3, dtype=torch.double, requires_grad=True)
     bias = torch.randn(out, dtype=torch.double) if has_bias else None
     expected = F.conv2d(x, weight, bias, padding=1)
     gradient = torch.randn_like(expected)
-    of_x, of_weight = torch.autograd.grad(expected, (x, weight), gradient)
+    wanted = expected, *torch.autograd.grad(expected, (x, weight), gradient)
+    bias = None if bias is None else bias.to(dtype)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(convolution, "NUMBERS", numbers)
-        torch.testing.assert_close(convolution.winograd(x, weight, bias), expected)
-        found = convolution.winograd_gradients(x, weight, gradient)
-        parts = [
-            convolution.winograd_gradients(x, weight, gradient, *asked) for asked in ((True, False), (False, True))
-        ]
+        inputs = x.to(dtype), weight.to(dtype), gradient.to(dtype), choices
+        y, found = convolution.winograd(*inputs[:2], bias, choices), convolution.winograd_gradients(*inputs)
+        parts = [convolution.winograd_gradients(*inputs, *asked) for asked in ((True, False), (False, True))]
     assert parts[0][1] is parts[1][0] is None
     assert torch.equal(parts[0][0], found[0]) and torch.equal(parts[1][1], found[1])
-    for ours, theirs in zip(found, (of_x, of_weight), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    close = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float else {}
+    for ours, theirs in zip((y, *found), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs.to(dtype), **close)
 
 
-def test_training_measures_from_how_many_channels_it_takes_winograds_form():
-    def answer(narrow: float | None, wide: float) -> int:
-        return convolution.measure_winograd(lambda question, measure: narrow if "128" in question else wide)
+def test_training_measures_its_choices_each_by_those_before():
+    def answer(onednn: float, windows: float | None, narrow: float, wide: float) -> tuple[Choices, list[str]]:
+        asked: list[str] = []
 
-    assert [answer(1.2, 2), answer(1.04, 1.1), answer(0.5, 1.04), answer(None, 2)] == [128, 256, 0, 256]
-    measured = []
-    convolution.measure_winograd(lambda question, measure: measured.append(measure()) or 2.0)
-    assert len(measured) == 1 and 0.1 < measured[0] < 10
+        def ask(question: str, measure: object) -> float | None:
+            asked.append(question)
+            for part, gain in (("128", narrow), ("256", wide), ("gradients", windows)):
+                if part in question:
+                    return gain
+            return onednn
+
+        return measure_choices(ask), asked
+
+    if not HAS_ONEDNN:
+        pytest.skip("a torch without oneDNN")
+    assert answer(0.9, 1.2, 1.2, 2)[0] == Choices(False, True, 128)
+    assert answer(1.04, 1.2, 1.04, 1.1)[0] == Choices(False, True, 256)
+    assert answer(1.0, 0.9, 0.5, 1.04)[0] == Choices(False, False, 0)
+    assert answer(2.0, 0.9, 0.5, 1.1)[0] == Choices(True, False, 256)
+    assert answer(2.0, None, 2, 2)[0] == Choices()
+    assert answer(2.0, 0.9, 0.5, 1.04)[1] == [
+        "matrix products by oneDNN",
+        "gradients of weights as products by oneDNN",
+        "Winograd in training, 128 channels by oneDNN, no windows",
+        "Winograd in training, 256 channels by oneDNN, no windows",
+    ]
+
+
+def test_what_is_measured_is_how_a_choice_computes():
+    pairs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "gain", lambda way, usual: pairs.append((way.args[0], usual.args[0])) or 1.2)
+        measure_choices(lambda question, measure: measure() if "matrix" not in question else 1.0)
+    plain, windows, winograd = Choices(False, False, 0), Choices(False, True, 0), Choices(False, True, 128)
+    assert pairs == [(windows, plain), (winograd, windows)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "gain", lambda way, usual: (way(), usual(), 1.0)[2])  # both compute
+        assert convolution._gain_in_training(128, Choices(HAS_ONEDNN, True, 128)) == 1.0
+
+
+def test_a_checkpoint_keeps_the_choices_of_its_run():
+    assert Choices.kept({"cpu_choices": {"onednn": HAS_ONEDNN, "windows": False, "winograd_from": 128}}) == Choices(
+        HAS_ONEDNN, False, 128
+    )
+    # Of older checkpoints, which had one choice, or none.
+    assert Choices.kept({"winograd_from": 128}) == Choices(False, True, 128)
+    assert Choices.kept({"winograd_from": None}) == Choices.kept({}) == Choices(False, True, 0)
+
+
+def test_products_by_onednn_have_the_values_and_derivatives_of_torchs_own():
+    if not HAS_ONEDNN:
+        pytest.skip("a torch without oneDNN")
+    torch.manual_seed(0)
+    usual, onednn = Choices(), Choices(onednn=True)
+    for rows, inner, columns in ((5, 7, 3), (3, 4, 9), (1, 1, 1), (8, 2, 8)):
+        a, b = torch.randn(2, rows, inner), torch.randn(2, inner, columns)
+        for laid_a, laid_b in ((a, b), (a.mT.contiguous().mT, b), (a, b.mT.contiguous().mT)):
+            torch.testing.assert_close(onednn.multiply(laid_a[0], laid_b[0]), a[0] @ b[0])
+            torch.testing.assert_close(torch.stack(list(onednn.multiply_each(laid_a, laid_b))), a @ b)
+            for choices in (usual, onednn):
+                twice = choices.add_each(choices.add_each(None, laid_a, laid_b), laid_a, laid_b)
+                torch.testing.assert_close(twice, 2 * (a @ b))
+        found = []
+        for choices in (usual, onednn):
+            x, weight = a[0].clone().requires_grad_(), b[0].mT.clone().requires_grad_()
+            y = choices.linear(x, weight)
+            assert (y.grad_fn.name() == "_LinearBackward") == choices.onednn
+            first = torch.autograd.grad(y.sin().sum(), (x, weight), create_graph=True)
+            found.append([y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (x, weight))])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    x, weight = torch.randn(2, 3).double(), torch.randn(4, 3).double()
+    assert torch.equal(onednn.linear(x, weight), F.linear(x, weight))  # oneDNN has no double precision
 
 
 @pytest.mark.parametrize(
@@ -368,7 +441,7 @@ def test_a_convolution_of_large_maps_in_channels_last_has_the_same_derivatives(s
     x = torch.randn(2, 64, 65 * stride, 65 * stride).double().to(memory_format=torch.channels_last)
     inputs = [t.requires_grad_() for t in (x, torch.randn(64, 64, size, size).double(), torch.randn(64).double())]
     found = []
-    for function in (partial(convolve_pixels, winograd_from=winograd_from), F.conv2d):
+    for function in (partial(convolve_pixels, choices=Choices(winograd_from=winograd_from)), F.conv2d):
         y = function(*inputs, stride=(stride, stride), padding=(padding, padding))
         assert (y.grad_fn.name() == "_ConvolvedBackward") == (function is not F.conv2d)
         if function is not F.conv2d:

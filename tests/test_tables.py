@@ -257,8 +257,9 @@ def test_the_cost_of_a_pixel_is_measured_by_both_paths_and_draws_nothing(monkeyp
 
     monkeypatch.setattr(norms_module, "gain", gain)
     monkeypatch.setattr(SPADE, "_takes_tables", lambda *args: taken.append(takes(*args)) or taken[-1])
-    before = torch.random.get_rng_state()
-    assert 0.55 < norms_module.measure_pixel_cost() < 0.65  # half of (1 + 32 / hidden) and the constant rows
+    norm, before = SPADE(8, LayoutSpec(3)), torch.random.get_rng_state()
+    cost = norms_module.measure_pixel_cost(norm, lambda question, measure: measure())
+    assert 0.55 < cost < 0.65  # half of (1 + 32 / hidden) and the constant rows
     assert taken == [True, False] and torch.equal(torch.random.get_rng_state(), before)
 
 

@@ -23,6 +23,7 @@ from imaginaire_spade.inference.model import Model
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.for_inference import Ask, by_rule
 from imaginaire_spade.models.generator import Pix2pixHDGenerator
+from imaginaire_spade.models.products import HAS_ONEDNN, Choices
 from imaginaire_spade.training import checkpoint, loop
 from imaginaire_spade.training.profile import multiply_adds
 from imaginaire_spade.training.setup import calibration_layouts, prepare, resume
@@ -104,7 +105,7 @@ def test_a_run_goes_on_by_the_cost_of_pixels_that_it_began_with(tiny_run, capsys
     assert_same(parts, whole)
     with pytest.raises(AssertionError):
         assert_same(other, whole)
-    assert parts["run"]["winograd_from"] is None  # no layer is wide enough
+    assert parts["run"]["cpu_choices"] is None  # no layer is wide enough
     constants = run(
         "bf16", "trainer.precision=bf16", "trainer.max_iterations=1", ask=lambda *_: pytest.fail("measured")
     )
@@ -122,7 +123,8 @@ def test_a_run_goes_on_with_the_convolutions_that_it_began_with(tiny_run):
         whole, other = wide("whole", ask=lambda *_: 2.0), wide("other", ask=lambda *_: 0.5)
         wide("parts", stop_after=1, ask=lambda *_: 2.0)
         parts = wide("parts", ask=lambda *_: 0.5)
-    assert [content["run"]["winograd_from"] for content in (whole, parts, other)] == [128, 128, 0]
+    faster, usual = Choices(HAS_ONEDNN, True, 128), Choices(False, False, 0)
+    assert [Choices.kept(content["run"]) for content in (whole, parts, other)] == [faster, faster, usual]
     assert_same(parts, whole)
     with pytest.raises(AssertionError):
         assert_same(other, whole)

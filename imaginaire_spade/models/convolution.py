@@ -6,7 +6,7 @@ channels, sums of products. In float32 it rounds less than the direct sum over 9
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,96 +14,113 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from imaginaire_spade.models.products import BY_RULE, Choices, measure_onednn
 from imaginaire_spade.models.timing import CLEARLY, Ask, gain
 
-WINOGRAD_FROM = 256
-"""Channels on both sides from which training uses Winograd's form, where nothing is measured; 0: never."""
 NUMBERS = 2**22
 """That a step works on, about as many as fit a processor's cache (measured on a CPU)."""
 FEWEST = 256
-"""Pixels of all images below which weights take longer to transform than is gained."""
+"""Pixels of all images below which weights take longer to transform than is gained; four times as many where oneDNN
+multiplies matrices, which then is as fast at the direct form (both measured on a CPU)."""
 
 
 def convolve_pixels(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: tuple[int, ...] = (1, 1),
-    padding: tuple[int, ...] | str = (0, 0), winograd_from: int = 0,
+    padding: tuple[int, ...] | str = (0, 0), choices: Choices = BY_RULE,
 ) -> Tensor:  # fmt: skip
     """Compute ``F.conv2d``; training in channels_last on a CPU by Winograd's form, or the gradient of a weight by
-    ``products_of_windows``."""
+    ``products_of_windows``, as ``choices`` say."""
     in_rows = x.is_contiguous(memory_format=torch.channels_last) and on_cpu_without_autocast(x)
     if in_rows and weight.requires_grad:
-        by_winograd = is_by_winograd(x, weight, stride, padding, winograd_from)
-        if by_winograd or is_by_products(x, weight, stride, padding):
-            # Its gradient of the weight pays from half as many channels on (measured on a CPU).
-            weight_by = is_by_winograd(x, weight, stride, padding, winograd_from // 2)
-            return _Convolved.apply(x, weight, bias, (by_winograd, weight_by), stride, padding)
+        by_winograd = is_by_winograd(x, weight, stride, padding, choices)
+        if by_winograd or is_by_products(x, weight, stride, padding, choices):
+            # Its gradient of the weight pays from half as many channels on (measured on a CPU without AVX-512).
+            weight_by = is_by_winograd(x, weight, stride, padding, choices, fewer=1 if choices.onednn else 2)
+            return _Convolved.apply(x, weight, bias, (by_winograd, weight_by), choices, stride, padding)
     return F.conv2d(x, weight, bias, stride, padding)
 
 
-def measure_winograd(ask: Ask) -> int:
-    """Return from how many channels training uses Winograd's form on this CPU, as ``ask`` tells: 128, 256 or 0, never.
+def measure_choices(ask: Ask) -> Choices:
+    """Return how to train on this CPU, as ``ask`` tells, each choice by those before it.
 
-    What is measured is a forward and backward pass of 16 rows of an image: the ratio hardly depends on the size.
+    What is measured is a convolution of 64x64 pixels with 256 channels, or of as many values with 128.
     """
+    onednn = measure_onednn(ask)
+    by = " by oneDNN" * onednn
+    ratio = ask(f"gradients of weights as products{by}", partial(_gain_in_training, 256, Choices(onednn, True, 0)))
+    if ratio is None:
+        return BY_RULE
+    choices = Choices(onednn, ratio > 1, 0)
     for channels in (128, 256):
-        faster = ask(f"Winograd in training, {channels} channels", partial(_gain_of_winograd, channels))
-        if faster is None:
-            return WINOGRAD_FROM
-        if faster > CLEARLY:
-            return channels
-    return 0
+        form = choices._replace(winograd_from=channels)
+        question = f"Winograd in training, {channels} channels{by}{'' if choices.windows else ', no windows'}"
+        if (ask(question, partial(_gain_in_training, channels, form)) or 0) > CLEARLY:
+            return form
+    return choices
 
 
-def _gain_of_winograd(channels: int) -> float:
-    x, weight = torch.ones(1, channels, 16, 2**14 // channels), torch.ones(channels, channels, 3, 3)
+def _gain_in_training(channels: int, way: Choices) -> float:
+    """Measure how many times faster a convolution is trained by ``way`` than by what comes before it."""
+    usual = way._replace(winograd_from=0) if way.winograd_from else way._replace(windows=False)
+    x, weight = torch.ones(1, channels, 64, 2**14 // channels), torch.ones(channels, channels, 3, 3)
     x, weight = x.to(memory_format=torch.channels_last).requires_grad_(), weight.requires_grad_()
 
-    def run(winograd_from: int) -> None:
-        convolve_pixels(x, weight, padding=(1, 1), winograd_from=winograd_from).sum().backward()
+    def run(choices: Choices) -> None:
+        convolve_pixels(x, weight, padding=(1, 1), choices=choices).sum().backward()
 
-    return gain(partial(run, channels), partial(run, 0))
+    return gain(partial(run, way), partial(run, usual))
 
 
-def is_by_winograd(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: object, channels: int) -> bool:
-    """Whether a convolution is of this kind and faster by it on a CPU, which it is from ``channels`` on."""
+def is_by_winograd(
+    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: object, choices: Choices, fewer: int = 1
+) -> bool:
+    """Whether a convolution is of this kind and has the channels from which it is faster, or a ``fewer``-th of them."""
     square = weight.shape[2:] == (3, 3) and stride == (1, 1) and padding == (1, 1)
-    return square and 0 < channels <= min(weight.shape[:2]) and len(x) * x[0, 0].numel() >= FEWEST
+    enough = 0 < choices.winograd_from // fewer <= min(weight.shape[:2])
+    return square and enough and len(x) * x[0, 0].numel() >= FEWEST * (4 if choices.onednn else 1)
 
 
-def is_by_products(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...] | str) -> bool:
-    """Whether ``products_of_windows`` takes such a convolution, and is faster than oneDNN."""
+def is_by_products(
+    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...] | str, choices: Choices
+) -> bool:
+    """Whether ``products_of_windows`` takes such a convolution, and is faster than oneDNN's own gradient."""
     pixels, width, (height, size) = x[0, 0].numel() // stride[0] ** 2, min(weight.shape[:2]), weight.shape[2:]
     is_square = height == size and stride[0] == stride[1] and padding[0] == padding[1]
-    return is_square and size > 1 and width >= 32 and pixels * width >= 2**18
+    return choices.windows and is_square and size > 1 and width >= 32 and pixels * width >= 2**18
 
 
 class _Convolved(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, by_winograd: tuple[bool, bool], *options: Any
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, by_winograd: tuple[bool, bool], choices: Choices,
+        *options: Any,
+    ) -> Tensor:  # fmt: skip
         """``by_winograd``: the pixels and their gradient; the weight's gradient."""
         ctx.save_for_backward(x, weight)
-        ctx.by_winograd, ctx.options = by_winograd, options
-        return winograd(x, weight, bias) if by_winograd[0] else F.conv2d(x, weight, bias, *options)
+        ctx.by_winograd, ctx.choices, ctx.options = by_winograd, choices, options
+        return winograd(x, weight, bias, choices) if by_winograd[0] else F.conv2d(x, weight, bias, *options)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         stride, padding = ctx.options
         once = not torch.is_grad_enabled()  # Winograd's gradients have no derivatives
-        parts = (once and need and by for need, by in zip(ctx.needs_input_grad, ctx.by_winograd, strict=False))
-        of_x, of_weight = winograd_gradients(x, weight, gradient, *parts)
+        parts = [once and need and by for need, by in zip(ctx.needs_input_grad, ctx.by_winograd, strict=False)]
+        of_x, of_weight = winograd_gradients(x, weight, gradient, ctx.choices, *parts)
         if of_x is None and ctx.needs_input_grad[0]:
             options = stride, padding, (1, 1), False, (0, 0), 1, (True, False, False)
             of_x, *_ = torch.ops.aten.convolution_backward(gradient, x, weight, None, *options)
         if of_weight is None and ctx.needs_input_grad[1]:
-            of_weight = products_of_windows(x, gradient, weight.shape[2], stride[0], padding[0])
+            if ctx.choices.windows:
+                of_weight = products_of_windows(x, gradient, weight.shape[2], stride[0], padding[0], ctx.choices)
+            else:
+                options = stride, padding, (1, 1), False, (0, 0), 1, (False, True, False)
+                of_weight = torch.ops.aten.convolution_backward(gradient, x, weight, None, *options)[1]
         of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
-        return of_x, of_weight, of_bias, None, None, None
+        return of_x, of_weight, of_bias, *[None] * 4
 
 
-def products_of_windows(x: Tensor, gradient: Tensor, size: int, stride: int = 1, padding: int = 0) -> Tensor:
+def products_of_windows(x: Tensor, gradient: Tensor, size: int, stride: int, padding: int, choices: Choices) -> Tensor:
     """Compute the gradient of a convolution's weight, [out, in, size, size], as size^2 matrix products over the pixels.
 
     In memory format channels_last, padded pixels that a place of the window sees are one piece of memory for each
@@ -120,10 +137,15 @@ def products_of_windows(x: Tensor, gradient: Tensor, size: int, stride: int = 1,
         padded = F.pad(image, (0, 0, *sides)).view(tall, stride, wide, stride, -1)
         phases = padded.permute(1, 3, 0, 2, 4).flatten(2, 3)  # [stride, stride, tall wide, in]
         lines = F.pad(of_image, (0, 0, 0, wide - columns)).flatten(0, 1)[: (rows - 1) * wide + columns].T
+        lines = lines.contiguous() if choices.onednn else lines  # which would copy them for each place
         for i, j in itertools.product(range(size), range(size)):
             start = i // stride * wide + j // stride
             seen = phases[i % stride, j % stride, start : start + lines.shape[1]]
-            found[i, j].addmm_(lines, seen, beta=min(number, 1))
+            if choices.onednn:
+                product = choices.linear(lines, seen.mT)
+                found[i, j] = found[i, j] + product if number else product
+            else:
+                found[i, j].addmm_(lines, seen, beta=min(number, 1))
     return found.permute(2, 3, 0, 1).contiguous()
 
 
@@ -137,11 +159,13 @@ def winograd_weights(weight: Tensor) -> Tensor:
     return (_both_sides(weight) @ weight.reshape(-1, 9).T).view(16, *weight.shape[:2])
 
 
-def winograd_by(products: Callable[[Tensor], Tensor], x: Tensor, out: int, bias: Tensor | None = None) -> Tensor:
+def winograd_by(
+    products: Callable[[Tensor], Tensor | list[Tensor]], x: Tensor, out: int, bias: Tensor | None = None
+) -> Tensor:
     """Convolve x [N, in, H, W], padded by one pixel of zeros: [N, out, H, W] in memory format channels_last.
 
     Args:
-        products: multiplies tiles [16, t, in] with transformed weights: [16, t, out].
+        products: multiplies tiles [16, t, in] with transformed weights: [16, t, out], or 16 tensors.
     """
     n, channels, height, width = x.shape
     padded = _padded(x)
@@ -151,27 +175,27 @@ def winograd_by(products: Callable[[Tensor], Tensor], x: Tensor, out: int, bias:
     for images, rows in _pieces(y, max(channels, out)):
         tiles = _tiles(padded[images, rows.start : rows.stop + 2])
         piece = y[images, rows]
-        sums = products(tiles.flatten(0, 1).flatten(1, 3)).view(*tiles.shape[:-1], out)
-        for a, line in enumerate(_sums(sums)):
+        sums = products(tiles.flatten(0, 1).flatten(1, 3))
+        for a, line in enumerate(_sums_of_columns(sums)):
             for b, part in enumerate(_sums(line)):
-                torch.add(part, 0 if bias is None else bias, out=piece[:, a::2, b::2])
+                torch.add(part.view(*tiles.shape[2:-1], out), 0 if bias is None else bias, out=piece[:, a::2, b::2])
     if size[2:] == (height, width):
         return result  # (itself, not a view of it: an activation in place may follow)
     return result[:, :, :height, :width].contiguous(memory_format=torch.channels_last)
 
 
-def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, choices: Choices) -> Tensor:
     """Compute ``F.conv2d(x, weight, bias, padding=1)``, in memory format channels_last."""
     parts = []
     for some in _of_output(weight):
         products = winograd_weights(weight[some]).mT
         of_bias = None if bias is None else bias[some]
-        parts.append(winograd_by(partial(torch.bmm, mat2=products), x, products.shape[2], of_bias))
+        parts.append(winograd_by(partial(choices.multiply_each, b=products), x, products.shape[2], of_bias))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def winograd_gradients(
-    x: Tensor, weight: Tensor, gradient: Tensor, of_x: bool = True, of_weight: bool = True
+    x: Tensor, weight: Tensor, gradient: Tensor, choices: Choices, of_x: bool = True, of_weight: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
     """Compute the gradients of x and of the weight, where asked for, from that of ``winograd``."""
     if not (of_x or of_weight):
@@ -188,10 +212,10 @@ def winograd_gradients(
             d_sums, seen = _spread(y[images, rows, :, some]), slice(rows.start, rows.stop + 2)
             flat = d_sums.flatten(0, 1).flatten(1, 3)
             if d_padded is not None and products is not None:
-                _spread_tiles(torch.bmm(flat, products).view(*d_sums.shape[:-1], -1), d_padded[images, seen])
+                _spread_tiles(choices.multiply_each(flat, products), d_padded[images, seen])
             if of_weight:
                 tiles = _tiles(padded[images, seen]).flatten(0, 1).flatten(1, 3)
-                d_products = torch.bmm(flat.mT, tiles) if d_products is None else d_products.baddbmm_(flat.mT, tiles)
+                d_products = choices.add_each(d_products, flat.mT, tiles)
         if d_weight is not None and d_products is not None:
             # (By output channel: a transposition of [9, out in] takes longer.)
             d_places = _both_sides(weight).T @ d_products.transpose(0, 1)  # [out, 9, in]
@@ -247,7 +271,14 @@ def _combine(d: list[Tensor], out: Tensor) -> None:
     torch.sub(d[1], d[3], out=out[3])
 
 
-def _sums(m: Tensor) -> tuple[Tensor, Tensor]:
+def _sums_of_columns(m: Tensor | list[Tensor]) -> Sequence[Any]:
+    """Return A^T m of m [16, ...], or of 16 tensors: two times four."""
+    if isinstance(m, Tensor):
+        return _sums(m.unflatten(0, (4, 4)))
+    return tuple(zip(*(_sums(m[j::4]) for j in range(4)), strict=True))
+
+
+def _sums(m: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return A^T m."""
     return (m[0] + m[1]).add_(m[2]), (m[1] - m[2]).sub_(m[3])
 
@@ -270,14 +301,20 @@ def _spread_pair(even: Tensor, odd: Tensor, out: Tensor) -> None:
     torch.neg(odd, out=out[3])
 
 
-def _spread_tiles(d: Tensor, x: Tensor) -> None:
-    """Add B d B^T of d [4, 4, n, r, c, C] to x [n, 2 r + 2, 2 c + 2, C]."""
-    down = d.new_zeros(4, *d.shape[2:4], x.shape[2], d.shape[5])
-    _add_lines(d.permute(1, 4, 0, 2, 3, 5), down.movedim(3, 0))
+def _spread_tiles(d: Tensor | list[Tensor], x: Tensor) -> None:
+    """Add B d B^T of d [16, n r c, C] to x [n, 2 r + 2, 2 c + 2, C]."""
+    n, height, width, channels = x.shape
+    size = n, height // 2 - 1, width // 2 - 1, channels
+    down = x.new_zeros(4, *size[:2], width, channels)
+    if isinstance(d, Tensor):
+        _add_lines(d.view(4, 4, *size).permute(1, 4, 0, 2, 3, 5), down.movedim(3, 0))
+    else:
+        for i, line in enumerate(down):
+            _add_lines([part.view(size).movedim(2, 0) for part in d[4 * i : 4 * i + 4]], line.movedim(2, 0))
     _add_lines(down.movedim(2, 1), x.movedim(1, 0))
 
 
-def _add_lines(d: Tensor, lines: Tensor) -> None:
+def _add_lines(d: Tensor | list[Tensor], lines: Tensor) -> None:
     """Add B d of d [4, r, ...] to ``lines`` [2 r + 2, ...]."""
     even, odd = lines[::2], lines[1::2]
     even[:-1] += d[0]

@@ -4,12 +4,11 @@ from functools import cache, partial
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imaginaire_spade.models.convolution import winograd_by, winograd_weights
-from imaginaire_spade.models.layers import Linear
 from imaginaire_spade.models.norms import SPADE, ConditionalNorm
+from imaginaire_spade.models.products import BY_RULE, Choices, measure_onednn
 from imaginaire_spade.models.spectral_norm import fold_spectral_norm
 from imaginaire_spade.models.timing import CLEARLY, Ask, by_rule, gain
 
@@ -34,13 +33,10 @@ def optimise_for_inference(network: N, *, winograd: bool, dtype: torch.dtype | N
     """
     fold_spectral_norm(network).eval().requires_grad_(False)
     modules = list(network.modules())
-    linear: Linear = F.linear
-    if winograd and onednn_linear is not None and any(_is_wide(module, 128) for module in modules):
-        gain = ask("matrix products by oneDNN", partial(_gain_of_products, onednn_linear))
-        linear = onednn_linear if gain is not None and gain > CLEARLY else F.linear
+    choices = Choices(winograd and any(_is_wide(module, 128) for module in modules) and measure_onednn(ask))
     for module in modules:
         if isinstance(module, SPADE):
-            module.lay_out_tables(dtype, linear, fold=winograd)
+            module.lay_out_tables(dtype, choices, fold=winograd)
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
     for module in modules:
@@ -50,23 +46,8 @@ def optimise_for_inference(network: N, *, winograd: bool, dtype: torch.dtype | N
             if isinstance(child, nn.Conv2d):
                 child.to(dtype=dtype)
                 if winograd:
-                    setattr(module, name, WinogradConv2d.if_faster(child, linear, ask))
+                    setattr(module, name, WinogradConv2d.if_faster(child, choices, ask))
     return network
-
-
-def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute ``F.linear``, x [rows, in] times weight [out, in] -> [rows, out], by oneDNN, which knows more processors
-    than the library behind torch's own products does."""
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return result
-
-
-onednn_linear = _onednn_linear if hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
-
-
-def _gain_of_products(linear: Linear) -> float:
-    x, weight = torch.ones(256, 256), torch.ones(2048, 256)
-    return _gain(partial(linear, x, weight), partial(F.linear, x, weight))
 
 
 _gain = torch.inference_mode()(gain)
@@ -86,23 +67,21 @@ class WinogradConv2d(nn.Module):
 
     Args:
         conv: 3x3, stride 1, one group, one pixel of zeros as padding.
-        linear: what multiplies matrices.
+        choices: what multiplies matrices.
     """
 
-    def __init__(self, conv: nn.Conv2d, linear: Linear = F.linear) -> None:
+    def __init__(self, conv: nn.Conv2d, choices: Choices = BY_RULE) -> None:
         super().__init__()
-        self.linear = linear
-        products = winograd_weights(conv.weight.detach())
-        self.register_buffer(
-            "products", products.mT.contiguous() if linear is F.linear else products.mT
-        )  # [16, in, out]
+        self.choices = choices
+        products = winograd_weights(conv.weight.detach()).mT  # [16, in, out]
+        self.register_buffer("products", products if choices.onednn else products.contiguous())
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach())
 
     products: Tensor
     bias: Tensor | None
 
     @classmethod
-    def if_faster(cls, conv: nn.Conv2d, linear: Linear = F.linear, ask: Ask = by_rule) -> nn.Module:
+    def if_faster(cls, conv: nn.Conv2d, choices: Choices = BY_RULE, ask: Ask = by_rule) -> nn.Module:
         """Return the Winograd form of ``conv`` if it has one that is faster, else ``conv``: as ``ask`` tells, or from
         256 channels up.
 
@@ -112,7 +91,7 @@ class WinogradConv2d(nn.Module):
         channels = conv.in_channels, conv.out_channels
         if not _is_wide(conv, 128):
             return conv
-        form = cache(lambda: cls(conv, linear))
+        form = cache(lambda: cls(conv, choices))
 
         def measure() -> float:
             x = torch.ones(1, channels[0], 16, max(8, 2**15 // sum(channels)))
@@ -125,10 +104,4 @@ class WinogradConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x [N, in, H, W] -> [N, out, H, W] in memory format channels_last."""
-        return winograd_by(self._products, x, self.products.shape[2], self.bias)
-
-    def _products(self, tiles: Tensor) -> Tensor:
-        """Multiply tiles [16, t, in] with the weights: [16, t, out]."""
-        if self.linear is F.linear:
-            return torch.bmm(tiles, self.products)
-        return torch.stack([self.linear(t, p.T) for t, p in zip(tiles, self.products, strict=True)])
+        return winograd_by(partial(self.choices.multiply_each, b=self.products), x, self.products.shape[2], self.bias)

@@ -10,7 +10,6 @@ Tables run on rows [pixels, channels], which is what memory format channels_last
 """
 
 import warnings
-from collections.abc import Callable
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from imaginaire_spade.layout import SemanticLayout
+from imaginaire_spade.models.products import BY_RULE, Choices
 from imaginaire_spade.models.spectral_norm import SpectralNorm, computing_dtype, effective_weight
 from imaginaire_spade.neighbourhoods import LayoutNeighbourhoods, Lookup
 
@@ -216,24 +216,20 @@ def first_convolution(
     return hidden if bias is None else hidden + bias
 
 
-Linear = Callable[[Tensor, Tensor], Tensor]
-"""``F.linear`` without bias: x [rows, in], weight [out, in] -> [rows, out]."""
-
-
 def second_convolution(
-    hidden: Tensor, places: Tensor, bias: Tensor, around: LayoutNeighbourhoods, linear: Linear = F.linear
+    hidden: Tensor, places: Tensor, bias: Tensor, around: LayoutNeighbourhoods, choices: Choices = BY_RULE
 ) -> Tensor:
     """Convolve ``hidden`` [U, h] at every distinct outer window: [V, out].
 
     Args:
         places: its weight, float [out, h, k, k] in the order [k k, out, h].
         bias: float [out].
-        linear: what multiplies matrices.
+        choices: what multiplies matrices.
     """
     hidden = hidden.masked_fill(around.outside, 0)  # zero padding
     sums = []
     for lookup, part in zip(around.outer, places.split([each.index.shape[1] for each in around.outer]), strict=True):
-        pieces = linear(hidden, part.flatten(0, 1))  # [U, p out]
+        pieces = choices.linear(hidden, part.flatten(0, 1))  # [U, p out]
         sums.append(sum_rows(pieces.view(-1, len(bias)), lookup))
     return sum(sums, start=bias.to(sums[0].dtype) if bias.is_cuda else bias)
 

@@ -12,7 +12,6 @@ from imaginaire_spade.errors import ConfigError
 from imaginaire_spade.layout import FEWEST_PIXELS_ON_GPU, LayoutSpec, SemanticLayout
 from imaginaire_spade.models.layers import (
     InstanceNorm2d,
-    Linear,
     both_convolutions,
     convolve_layout,
     enlarge,
@@ -22,9 +21,10 @@ from imaginaire_spade.models.layers import (
     table_kernels,
 )
 from imaginaire_spade.models.modulation import Modulation, Statistics, batch_statistics, look_up_and_apply, modulate
+from imaginaire_spade.models.products import BY_RULE, Choices
 from imaginaire_spade.models.recomputation import derive
 from imaginaire_spade.models.spectral_norm import SpectralLinear, computing_dtype, conv2d, effective_weight
-from imaginaire_spade.models.timing import gain
+from imaginaire_spade.models.timing import Ask, gain
 from imaginaire_spade.neighbourhoods import Lookup
 from imaginaire_spade.registry import NORMS, Depth, Width
 
@@ -92,9 +92,6 @@ def activate(x: Tensor, slope: float) -> Tensor:
     """Apply a leaky ReLU in place, or nothing if ``slope`` is 1."""
     return x if slope == 1 else F.leaky_relu(x, slope, inplace=True)
 
-
-PIXEL_COST = "dense pixel of SPADE in training, in rows of a table"
-"""The question that ``measure_pixel_cost`` answers."""
 
 LOOKED_UP = 32
 """Label channels from which looking them up is faster than convolving them (measured on a CPU)."""
@@ -194,13 +191,14 @@ class SPADE(ConditionalNorm):
         self.beta = conv(hidden_channels, channels)
         self.register_buffer("laid_out", None, persistent=False)
         self.register_buffer("folded", None, persistent=False)
-        self.linear: Linear = F.linear
 
     laid_out: Tensor | None
     folded: Tensor | None
     """Bias of the tables that hold scale and shift."""
     synchronized = False
     """``synchronize_batch_norm`` sets it."""
+    choices = BY_RULE
+    """What multiplies matrices on a CPU: ``set_choices``."""
     pixel_cost = 1.0
     """Of the dense path, in rows of a table: ``measure_pixel_cost``."""
 
@@ -272,7 +270,7 @@ class SPADE(ConditionalNorm):
             hidden = F.relu(first_convolution(shared, self.shared.bias, around, vectors))  # [U, hidden]
             places = self._table_weights() if self.laid_out is None else self.laid_out
             bias = torch.cat([1 + gamma_bias, beta_bias]) if self.folded is None else self.folded
-            table = second_convolution(hidden, places, bias, around, self.linear)
+            table = second_convolution(hidden, places, bias, around, self.choices)
         return table, around.pixels
 
     def _table_weights(self) -> Tensor:
@@ -284,15 +282,15 @@ class SPADE(ConditionalNorm):
         return self.gamma.bias, self.beta.bias
 
     @torch.no_grad()
-    def lay_out_tables(self, dtype: torch.dtype | None, linear: Linear, *, fold: bool) -> None:
+    def lay_out_tables(self, dtype: torch.dtype | None, choices: Choices, *, fold: bool) -> None:
         """Store the weights in the order (and dtype) of tables, instead of making them so in every forward; multiply
-        them by ``linear``. For inference only.
+        them by ``choices``. For inference only.
 
         Args:
             fold: whether the tables are to hold scale and shift of x itself, by a batch norm's running statistics: for
                 CPUs.
         """
-        self.linear = linear
+        self.choices = choices
         if self.path == "dense":
             return
         norm, places = self.normalize, self._table_weights()
@@ -311,13 +309,21 @@ class SPADE(ConditionalNorm):
         self.laid_out = places.to(dtype=dtype)
 
 
-def measure_pixel_cost() -> float:
-    """Measure how many rows of a table one dense pixel costs on this CPU, forward and backward, where all of 96x96
-    neighbourhoods are distinct. By the constants of SPADE's rule alone it is 1."""
+def measure_pixel_cost(network: nn.Module, ask: Ask) -> float | None:
+    """Return the ``pixel_cost`` of this CPU for the SPADE norms of ``network``, as ``ask`` tells."""
+    norm = next(module for module in network.modules() if isinstance(module, SPADE))
+    question = "dense pixel of SPADE in training, in rows of a table"
+    return ask(f"{question}{' by oneDNN' * norm.choices.onednn}", partial(_rows_per_pixel, norm.choices))
+
+
+def _rows_per_pixel(choices: Choices) -> float:
+    """Measure how many rows of a table one dense pixel costs, forward and backward, where all of 96x96 neighbourhoods
+    are distinct. By the constants of SPADE's rule alone it is 1."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layout = SemanticLayout(LayoutSpec(8), torch.randint(8, (1, 96, 96), dtype=torch.uint8))
         norm, x = SPADE(128, layout.spec), torch.randn(1, 128, 96, 96).to(memory_format=torch.channels_last)
+    norm.choices = choices
 
     def run(path: Literal["dense", "table"]) -> None:
         norm.path = path

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from imaginaire_spade.models.convolution import (
-    WINOGRAD_FROM,
     convolve_pixels,
     is_by_products,
     is_by_winograd,
@@ -19,6 +18,7 @@ from imaginaire_spade.models.convolution import (
     winograd,
     winograd_gradients,
 )
+from imaginaire_spade.models.products import BY_RULE, Choices
 from imaginaire_spade.models.recomputation import again_of, forgotten, saved
 
 
@@ -117,18 +117,18 @@ class SpectralConv2d(SpectralNorm, nn.Conv2d):
     """Spectrally normalised convolution."""
 
     plain = nn.Conv2d
-    winograd_from = WINOGRAD_FROM
-    """Channels from which training on a CPU uses Winograd's form; 0: never."""
+    choices = BY_RULE
+    """How training on a CPU computes it: ``set_choices``."""
 
     def forward(self, x: Tensor, groups: int = 1) -> Tensor:
         smaller = groups > 1 or x.numel() < self.weight.numel()
         if smaller and self.training and self.padding_mode == "zeros" and on_cpu_without_autocast(x):
-            options = self.stride, self.padding, self.winograd_from
+            options = self.stride, self.padding, self.choices
             return _Quotient.apply(x, self.weight, self.bias, *self.iterations(groups), *options)
         if self.padding_mode != "zeros" or self.dilation != (1, 1) or self.groups > 1:
             return convolve_with(self, x, lambda x, weight: self._conv_forward(x, weight, self.bias), groups=groups)
         convolve = partial(
-            convolve_pixels, bias=self.bias, stride=self.stride, padding=self.padding, winograd_from=self.winograd_from
+            convolve_pixels, bias=self.bias, stride=self.stride, padding=self.padding, choices=self.choices
         )
         return convolve_with(self, x, convolve, groups=groups)
 
@@ -142,11 +142,11 @@ class _Quotient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> Tensor:
-        *of_norm, ctx.stride, ctx.padding, channels = others
+        *of_norm, ctx.stride, ctx.padding, ctx.choices = others
         ctx.save_for_backward(x, weight, *of_norm)
-        ctx.by_winograd = is_by_winograd(x, weight, ctx.stride, ctx.padding, channels)
+        ctx.by_winograd = is_by_winograd(x, weight, ctx.stride, ctx.padding, ctx.choices)
         if ctx.by_winograd:
-            return winograd(_divided(x, of_norm[0]), weight, bias)
+            return winograd(_divided(x, of_norm[0]), weight, bias, ctx.choices)
         return F.conv2d(_divided(x.contiguous(), of_norm[0]), weight, bias, ctx.stride, ctx.padding)
 
     @staticmethod
@@ -158,20 +158,22 @@ class _Quotient(torch.autograd.Function):
         x, trains = _divided(x, sigmas), ctx.needs_input_grad[1]
         few = len(x) * x[0, 0].numel() <= 256 and len(weight) * x.shape[1] >= 1024 * 1024
         if ctx.by_winograd:
-            of_x, of_weight = winograd_gradients(x, weight, gradient, of_weight=trains)
+            of_x, of_weight = winograd_gradients(x, weight, gradient, ctx.choices, of_weight=trains)
             assert of_x is not None
         elif few and weight.shape[2:] == (3, 3) and ctx.stride == ctx.padding == (1, 1):  # oneDNN is slower there
             rows = gradient.transpose(0, 1).flatten(1)  # [out, N h w]
-            columns = (weight.flatten(1).T @ rows).unflatten(1, (len(x), -1)).transpose(0, 1)
+            columns = ctx.choices.multiply(weight.flatten(1).T, rows).unflatten(1, (len(x), -1)).transpose(0, 1)
             of_x = F.fold(columns, x.shape[2:], 3, padding=1)
             windows = F.unfold(x, 3, padding=1).transpose(0, 1).flatten(1)
-            of_weight = (rows @ windows.T).view_as(weight) if trains else None
+            of_weight = ctx.choices.multiply(rows, windows.T).view_as(weight) if trains else None
         else:
-            by_products = trains and is_by_products(x, weight, ctx.stride, ctx.padding)
+            by_products = trains and is_by_products(x, weight, ctx.stride, ctx.padding, ctx.choices)
             options = ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, trains and not by_products, False)
             of_x, of_weight, _ = torch.ops.aten.convolution_backward(gradient, x, weight, None, *options)
             if by_products:
-                of_weight = products_of_windows(x, gradient, weight.shape[2], ctx.stride[0], ctx.padding[0])
+                of_weight = products_of_windows(
+                    x, gradient, weight.shape[2], ctx.stride[0], ctx.padding[0], ctx.choices
+                )
         if of_weight is not None:
             along = (of_x * x).unflatten(0, (len(sigmas), -1)).flatten(1).sum(1)
             (of_weight := of_weight.contiguous()).flatten(1).addmm_(u.T * (-along / sigmas), v)
@@ -206,17 +208,17 @@ class SpectralLinear(SpectralNorm, nn.Linear):
         return F.linear(x, self.normalised_weight(), self.bias)
 
 
-def use_winograd(network: nn.Module, channels: object) -> None:
-    """Let the layers of ``network`` take Winograd's form from ``channels`` on; never if they are no positive int."""
+def set_choices(network: nn.Module, choices: Choices) -> None:
+    """Let convolutions and tables of ``network`` be trained on a CPU by ``choices``."""
     for module in network.modules():
-        if isinstance(module, SpectralConv2d):
-            module.winograd_from = channels if isinstance(channels, int) and channels > 0 else 0
+        if hasattr(module, "choices"):
+            module.choices = choices  # type: ignore[assignment]
 
 
-def winograd_from(network: nn.Module) -> int | None:
-    """Return the ``winograd_from`` of the layers of ``network``; None: none is of this kind."""
+def choices_of(network: nn.Module) -> Choices | None:
+    """Return the choices that convolutions of ``network`` are trained by; None: none is wide enough to have any."""
     wide = (m for m in network.modules() if isinstance(m, SpectralConv2d) and m.kernel_size == (3, 3))
-    return max((m.winograd_from for m in wide if min(m.weight.shape[:2]) >= 128), default=None)
+    return next((m.choices for m in wide if min(m.weight.shape[:2]) >= 128), None)
 
 
 N = TypeVar("N", bound=nn.Module)

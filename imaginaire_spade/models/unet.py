@@ -16,6 +16,7 @@ from imaginaire_spade.layout import LayoutSpec, SemanticLayout
 from imaginaire_spade.models.convolution import convolve_pixels, on_cpu_without_autocast
 from imaginaire_spade.models.discriminator import Discriminator, Scores
 from imaginaire_spade.models.layers import enlarge
+from imaginaire_spade.models.products import BY_RULE, Choices
 from imaginaire_spade.models.recomputation import forgotten
 from imaginaire_spade.models.spectral_norm import SpectralConv2d, conv2d, convolve_with
 from imaginaire_spade.registry import DISCRIMINATORS, UNET_ENCODERS, Width
@@ -45,7 +46,8 @@ def convolve_and_halve(conv: nn.Conv2d, x: Tensor, groups: int = 1) -> Tensor:
     """
     means, kept = _Sum2x2.apply(x, 1, 4), x.detach()
     with forgotten(means, lambda: F.avg_pool2d(kept, 2, 1, 1)):
-        return convolve_with(conv, means, partial(convolve_pixels, bias=conv.bias, stride=(2, 2)), groups=groups)
+        convolve = partial(convolve_pixels, bias=conv.bias, stride=(2, 2), choices=_choices(conv))
+        return convolve_with(conv, means, convolve, groups=groups)
 
 
 def enlarge_and_convolve(conv: nn.Conv2d, x: Tensor, groups: int = 1) -> Tensor:
@@ -58,18 +60,23 @@ def enlarge_and_convolve(conv: nn.Conv2d, x: Tensor, groups: int = 1) -> Tensor:
 
     def convolve(x: Tensor, weight: Tensor) -> Tensor:
         if on_cpu_without_autocast(x):
-            return _Transposed.apply(x, weight, bias)
+            return _Transposed.apply(x, weight, bias, _choices(conv))
         return F.conv_transpose2d(x, weight, bias, stride=2)
 
     return _Sum2x2.apply(convolve_with(conv, x, convolve, lambda w: w.flip(2, 3).transpose(0, 1), groups), 0, 1)
+
+
+def _choices(conv: nn.Conv2d) -> Choices:
+    return conv.choices if isinstance(conv, SpectralConv2d) else BY_RULE
 
 
 class _Transposed(torch.autograd.Function):
     """A transposed 3x3 convolution of stride 2. Its weight's gradient is a matrix product: oneDNN's own is slow."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, choices: Choices) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.choices = choices
         return F.conv_transpose2d(x, weight, bias, stride=2)
 
     @staticmethod
@@ -79,8 +86,9 @@ class _Transposed(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             windows = gradient.permute(0, 2, 3, 1).contiguous().unfold(1, 3, 2).unfold(2, 3, 2)  # [N, h, w, out, 3, 3]
             rows = windows.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)
-            of_weight = (x.transpose(0, 1).flatten(1) @ rows).view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
-        return of_x, of_weight, gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+            products = ctx.choices.linear(x.transpose(0, 1).flatten(1), rows.mT)
+            of_weight = products.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
+        return of_x, of_weight, gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None
 
 
 class _Doubled(torch.autograd.Function):

@@ -28,8 +28,9 @@ from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models import norms
-from imaginaire_spade.models.convolution import measure_winograd
-from imaginaire_spade.models.spectral_norm import use_winograd, winograd_from
+from imaginaire_spade.models.convolution import measure_choices
+from imaginaire_spade.models.products import Choices
+from imaginaire_spade.models.spectral_norm import choices_of, set_choices
 from imaginaire_spade.models.timing import Ask, by_rule
 from imaginaire_spade.noise import style_codes
 from imaginaire_spade.training.checkpoint import checksum_path, load_checkpoint, load_newest, newest_checkpoint
@@ -141,12 +142,11 @@ def prepare(
         for network in filter(None, (state.generator, state.discriminator, state.generator_ema)):
             norms.synchronize_batch_norm(network)
     if device.type == "cpu" and trainer.precision == "fp32":
+        if choices_of(trained := _trained(state)) is not None:
+            set_choices(trained, distributed.broadcast_object(measure_choices(ask) if info.is_main else None))
         if norms.pixel_cost(state.generator) is not None:
-            cost = ask(norms.PIXEL_COST, norms.measure_pixel_cost) if info.is_main else None
+            cost = norms.measure_pixel_cost(state.generator, ask) if info.is_main else None
             norms.choose_paths(state.generator, distributed.broadcast_object(cost))
-        if winograd_from(trained := _trained(state)) is not None:
-            channels = measure_winograd(ask) if info.is_main else None
-            use_winograd(trained, distributed.broadcast_object(channels))
     # Schedule and settings of an iteration.
     global_batch = config.data.train.batch_size * info.world_size
     if (total := trainer.max_iterations) is None:
@@ -291,7 +291,7 @@ def resume(run: Run, logdir: Path, start_from: Path | None, allow_changed_data: 
         return started if old_import is None else f"{started}\nwarning: {old_import}"
     before = content.get("run") or {}
     norms.choose_paths(run.state.generator, before.get("spade_pixel_cost"))  # those of before, also on another machine
-    use_winograd(_trained(run.state), before.get("winograd_from"))
+    set_choices(_trained(run.state), Choices.kept(before))
     now = _facts(run)
     if before and (missing := {"world_size", "global_batch", "data_sha256", "data_samples"} - before.keys()):
         raise CheckpointError(f"{chosen}: its run lacks {', '.join(sorted(missing))}")
@@ -345,7 +345,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "data_stamps": [torch.from_numpy(stamps) for _, stamps in run.stamps.values()],
         "spade_norms": norms.describe_path(run.state.generator, run.device),
         "spade_pixel_cost": norms.pixel_cost(run.state.generator),
-        "winograd_from": winograd_from(_trained(run.state)),
+        "cpu_choices": None if (choices := choices_of(_trained(run.state))) is None else choices._asdict(),
         "torch": str(torch.__version__),
     }
 
