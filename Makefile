@@ -10,8 +10,6 @@ DEMO ?= demo_output
 CONFIG := configs/projects/spade/sample/pretrained64.yaml
 ROOTS := --set 'data.train.roots=[$(DEMO)/lmdb/train]' --set 'data.val.roots=[$(DEMO)/lmdb/val]'
 
-# Threads that wait without spinning: on a busy machine spinning ones take turns blocking each other.
-export OMP_WAIT_POLICY ?= PASSIVE
 # Large buffers stay with the process instead of going back to the kernel after each use.
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184

@@ -1,7 +1,7 @@
-"""Live with the system and other processes: freed memory that is kept, one writer per folder, none that outlives its
-launcher.
+"""Live with the system and other processes: threads that wait asleep, freed memory that is kept, one writer per folder,
+none that outlives its launcher.
 
-Imports no torch, so that a command line can call ``end_with_launcher`` early.
+Imports no torch, so that a command line can call ``spin_briefly`` and ``end_with_launcher`` early.
 """
 
 import ctypes
@@ -47,6 +47,17 @@ def keep_large_buffers() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def spin_briefly() -> None:
+    """Have torch's threads fall asleep after a few microseconds of waiting for each other, where they would spin for
+    milliseconds, which stops them all once another process needs a core (benchmarks/RESULTS.md).
+
+    For this process and those it starts, before torch is loaded. No effect where OMP_WAIT_POLICY or GOMP_SPINCOUNT is
+    set, or where torch has another OpenMP than GNU's.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def end_with_parent(number: int) -> None:

@@ -417,6 +417,20 @@ print(before, most, resident())
     assert most > before + 100 and (after > before + 100) == is_kept
 
 
+@pytest.mark.skipif(platform.system() != "Linux", reason="torch has GNU's OpenMP on Linux")
+@pytest.mark.parametrize(
+    ("chosen", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "20"}, "20"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
+)
+def test_threads_of_a_command_fall_asleep_soon_unless_the_user_chose_otherwise(chosen, spins):
+    """OpenMP says what it was loaded with, by a command that loads torch."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | chosen
+    result = subprocess.run([sys.executable, "inference.py", "--checkpoint", "none.pt", "--input_dir", "none",
+                             "--output_dir", "none"], cwd=REPOSITORY, env=environment | {"OMP_DISPLAY_ENV": "verbose"},
+                            capture_output=True, text=True, check=False)  # fmt: skip
+    assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr)) == {spins}, result.stderr
+
+
 @pytest.mark.parametrize("command", ["train", "inference", "evaluate"])
 def test_commands_that_run_networks_keep_freed_memory(command, monkeypatch):
     module = importlib.import_module(f"imaginaire_spade.commands.{command}")

@@ -27,6 +27,9 @@ def main() -> None:
 
 def run(module: str) -> None:
     """Run the ``main`` of ``imaginaire_spade.MODULE``. torchrun's report names the error of a process."""
+    from imaginaire_spade.processes import spin_briefly
+
+    spin_briefly()
 
     def call() -> None:
         importlib.import_module(f"imaginaire_spade.{module}").main()
