@@ -320,15 +320,21 @@ def _check(schema: type[S], tree: Mapping[str, Any], origins: Origins, source: s
     except (TypeError, ValueError, RecursionError) as error:
         if not isinstance(error, ValidationError):
             raise ConfigError(f"{source}: no configuration can hold this: {error}") from None
-        lines = [*dict.fromkeys(_explain(error, schema, (), origins, source))]
+        lines = [*dict.fromkeys(_explain(error, (schema, schema), (), origins, source))]
         more = [f"... and {len(lines) - MAX_MISTAKES} more such mistakes"] * (len(lines) > MAX_MISTAKES)
         raise ConfigError("\n".join(lines[:MAX_MISTAKES] + more)) from None
 
 
 def _explain(
-    error: ValidationError, schema: type[BaseModel], prefix: tuple[str, ...], origins: Origins, source: str
+    error: ValidationError, schemas: tuple[type[BaseModel], ...], prefix: tuple[str, ...], origins: Origins, source: str
 ) -> Iterator[str]:
-    """Yield one line per mistake: file:line, key, what is wrong, what is allowed, nearest spelling."""
+    """Yield one line per mistake: file:line, key, what is wrong, what is allowed, where else there is such a key or the
+    nearest spelling.
+
+    Args:
+        schemas: of the section at ``prefix``, and of the whole.
+    """
+    schema, whole = schemas
     told = set[tuple[str, ...]]()  # sections whose keys are listed
     for item in error.errors():
         parts = [str(part) for part in item["loc"]]
@@ -338,12 +344,15 @@ def _explain(
         at, key = _origin(where, origins, source), ".".join(where)
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, InvalidKeysError):
-            yield from _explain(cause.error, cause.schema, where, origins, source)
+            yield from _explain(cause.error, (cause.schema, whole), where, origins, source)
         elif isinstance(cause, ConfigError):
             yield f"{_origin((*where, 'type'), origins, source)}: {key + ': ' if key else ''}{cause}"
         elif item["type"] == "extra_forbidden":
             allowed = _fields_at(schema, parts[:-1])
-            hint, section = did_you_mean(parts[-1], allowed) or ".", tuple(parts[:-1])
+            places = list(_places(whole, parts[-1]))
+            is_clear = 1 <= len(places) <= 3
+            meant = f"; did you mean {' or '.join(places)}?" if is_clear else did_you_mean(parts[-1], allowed)
+            hint, section = meant or ".", tuple(parts[:-1])
             listed = "" if section in told else f" Allowed here: {', '.join(sorted(allowed))}"
             told.add(section)
             yield f"{at}: {key}: unknown key{hint}{listed}"
@@ -368,7 +377,21 @@ def _origin(where: tuple[str, ...], origins: Origins, source: str) -> str:
 def _fields_at(schema: type[BaseModel], path: list[str]) -> set[str]:
     """Return the names of the keys allowed in the section that ``path`` leads to."""
     for part in (part for part in path if not part.isdigit()):  # the place in a list
-        annotation = schema.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        schema = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), schema)
+        schema = _section(schema, part) or schema
     return set(schema.model_fields)
+
+
+def _places(schema: type[BaseModel], name: str, path: str = "") -> Iterator[str]:
+    """Yield the keys of sections that are called ``name``, each with its sections."""
+    for field in schema.model_fields:
+        if field == name:
+            yield f"{path}{name}" if path else f"{name} at the top level"
+        elif field != "losses" and (inner := _section(schema, field)):  # those are by name
+            yield from _places(inner, name, f"{path}{field}.")
+
+
+def _section(schema: type[BaseModel], field: str) -> type[BaseModel] | None:
+    """Return the schema of the section that a key holds; None: it holds none."""
+    annotation = schema.model_fields[field].annotation
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

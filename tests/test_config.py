@@ -48,6 +48,12 @@ def test_all_recipes_are_found():
         ("trainer.max_iter=5", ["trainer.max_iter: unknown key", "'max_iterations'"]),
         ("trainer.model_average.betta=0.9", ["unknown key", "'beta'"]),
         ("gen.norm.kernal_size=3", ["gen.norm.kernal_size: unknown key", "'kernel_size'"]),
+        ("trainer.seed=3", ["trainer.seed: unknown key; did you mean seed at the top level?"]),
+        ("gen.lr=1e-3", ["gen.lr: unknown key; did you mean gen_opt.lr or dis_opt.lr?"]),
+        (
+            "trainer.batch_size=3",
+            ["did you mean data.train.batch_size or data.val.batch_size or test_data.batch_size?"],
+        ),
         ("gen.type=spad", ["unknown generator 'spad'", "'spade'", "--import"]),
         ("dis=multiscale_patches", ["unknown discriminator", "'multiscale_patch'"]),
         ("losses.perceptal=1", ["unknown loss 'perceptal'", "'perceptual'"]),
