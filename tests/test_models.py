@@ -402,6 +402,7 @@ def test_a_checkpoint_keeps_the_choices_of_its_run():
     )
     # Of older checkpoints, which had one choice, or none.
     assert Choices.kept({"winograd_from": 128}) == Choices(False, True, 128)
+    assert Choices.kept({"cpu_choices": {"winograd_from": 128, "of_a_later_version": 1}}) == Choices(False, True, 128)
     assert Choices.kept({"winograd_from": None}) == Choices.kept({}) == Choices(False, True, 0)
 
 
@@ -429,6 +430,7 @@ def test_products_by_onednn_have_the_values_and_derivatives_of_torchs_own():
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
     x, weight = torch.randn(2, 3).double(), torch.randn(4, 3).double()
     assert torch.equal(onednn.linear(x, weight), F.linear(x, weight))  # oneDNN has no double precision
+    assert onednn.linear(x.float().to("meta"), weight.float().to("meta")).shape == (2, 4)  # on another device
 
 
 @pytest.mark.parametrize(

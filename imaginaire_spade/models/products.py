@@ -30,7 +30,8 @@ class Choices(NamedTuple):
     def kept(cls, run: Mapping[str, Any]) -> "Choices":
         """Return those that a checkpoint's run began with; older ones had fewer."""
         known = run.get("cpu_choices") or {"winograd_from": run.get("winograd_from") or 0}
-        return cls(**known) if HAS_ONEDNN else cls(**known)._replace(onednn=False)
+        kept = cls(**{name: known[name] for name in cls._fields if name in known})
+        return kept if HAS_ONEDNN else kept._replace(onednn=False)
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         """Multiply a [m, k] and b [k, n]; not for autograd."""
@@ -55,7 +56,7 @@ class Choices(NamedTuple):
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Compute ``F.linear``, x [rows, in] times weight [out, in], with its derivatives."""
-        if not self.onednn or x.dtype != torch.float32 or x.is_cuda or torch.is_autocast_enabled("cpu"):
+        if not self.onednn or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return F.linear(x, weight)
         return _Linear.apply(x, weight)
 
