@@ -433,7 +433,9 @@ def test_too_few_pictures(run, real, fake, tmp_path):
     with pytest.raises(DataError, match="more than 3 images on each side, not 23 and 2"):
         run("--real", real, "--fake", photos(tmp_path / "two", 2, 3), "--metrics", "precision_recall", *RANDOM)
     report = run("--real", real, "--fake", fake, *RANDOM)
-    assert any("only 19 images" in w and "report KID" in w and "64 dimensions" in w for w in report.warnings)
+    assert any("only 19 images" in w and "bias: report it" in w and "64 dimensions" in w for w in report.warnings)
+    report = run("--real", real, "--fake", fake, "--metrics", "fid,kid", *RANDOM)
+    assert any("only 19 images" in w and "only; KID has no such bias" in w for w in report.warnings)
 
 
 @pytest.mark.parametrize(

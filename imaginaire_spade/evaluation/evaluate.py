@@ -147,10 +147,10 @@ def _warnings(real: Collection, fake: Collection, network: FeatureNetwork, metri
     counts = [side.count for side in (real, fake) if side.count]
     if "fid" in metrics and min(counts) < FEW_IMAGES:
         singular = f". With features of {network.dim} dimensions their covariance is also singular"
+        kid = "; KID has no such bias" if "kid" in metrics else ". KID (--metrics kid) has no such bias: report it"
         found.append(
             f"only {min(counts)} images: a Frechet distance of fewer than {FEW_IMAGES} is too high, by how much depends"
-            " on their number. Compare equal numbers only, and report KID (--metrics kid), which has no such bias"
-            f"{singular if min(counts) <= network.dim else ''}"
+            f" on their number. Compare equal numbers only{kid}{singular if min(counts) <= network.dim else ''}"
         )
     if real.size and real.size != fake.size:
         found.append(
