@@ -296,8 +296,8 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2630, "pages": 19, "data": 2084, "models": 2340, "pretrained": 638, "training": 2285,
-    "inference": 1530, "evaluation": 1012,
+    "top level": 2630, "pages": 19, "data": 2084, "models": 2344, "pretrained": 638, "training": 2285,
+    "inference": 1533, "evaluation": 1012,
     "lmdb_builder": 905, "dataset_prep": 844, "interop": 1161, "export": 168, "demo": 547, "scenes": 736,
     "commands": 1396,
 }  # fmt: skip
@@ -335,7 +335,7 @@ def test_rooms_keep_their_budget():
     assert lines.keys() == BUDGET.keys()
     over = {room: f"{number} of {BUDGET[room]}" for room, number in lines.items() if number > BUDGET[room]}
     assert not over
-    assert sum(BUDGET.values()) <= 18_304 and sum(CORE_BUDGET.values()) <= 11_520
+    assert sum(BUDGET.values()) <= 18_311 and sum(CORE_BUDGET.values()) <= 11_527
 
 
 def test_folders_are_two_deep():

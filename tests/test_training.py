@@ -21,6 +21,7 @@ from imaginaire_spade.distributed import ProcessInfo
 from imaginaire_spade.errors import CheckpointError, UserError
 from imaginaire_spade.inference.model import Model
 from imaginaire_spade.layout import LayoutSpec, SemanticLayout
+from imaginaire_spade.models import products
 from imaginaire_spade.models.for_inference import Ask, by_rule
 from imaginaire_spade.models.generator import Pix2pixHDGenerator
 from imaginaire_spade.models.products import HAS_ONEDNN, Choices
@@ -110,6 +111,24 @@ def test_a_run_goes_on_by_the_cost_of_pixels_that_it_began_with(tiny_run, capsys
         "bf16", "trainer.precision=bf16", "trainer.max_iterations=1", ask=lambda *_: pytest.fail("measured")
     )
     assert constants["run"]["spade_pixel_cost"] == 1
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_sixteen_bits_on_a_processor_without_instructions_for_them_are_warned_of(
+    has_instructions, tiny_run, tmp_path, monkeypatch, capsys
+):
+    if not hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"):
+        pytest.skip("a torch without oneDNN")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_instructions)
+    _, run = tiny_run
+    run("bf16", "trainer.precision=bf16", "trainer.max_iterations=1")
+    said = "bf16 on a processor without instructions for it takes many times as long as fp32: write fp32"
+    assert (f"warning: trainer.precision: {said}" in capsys.readouterr().out) != has_instructions
+    models = [
+        Model.load(tmp_path / "bf16/checkpoints/checkpoint_000000000004.pt", precision=p) for p in ("bf16", "fp32")
+    ]
+    assert [f"precision {said}" in model.notes for model in models] == [not has_instructions, False]
+    assert products.slow_precision("bf16", torch.device("cuda")) is None
 
 
 def test_a_run_goes_on_with_the_convolutions_that_it_began_with(tiny_run):

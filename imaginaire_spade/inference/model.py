@@ -31,6 +31,7 @@ from imaginaire_spade.inference.choices import remembered
 from imaginaire_spade.layout import LayoutSpec
 from imaginaire_spade.models.for_inference import optimise_for_inference
 from imaginaire_spade.models.generator import Generator
+from imaginaire_spade.models.products import slow_precision
 from imaginaire_spade.models.spectral_norm import fold_spectral_norm
 from imaginaire_spade.training.checkpoint import (
     PUBLISHED,
@@ -121,6 +122,8 @@ class Model:
         has_encoder = any(content.get(name) is not None for name in ("encoder", "encoder_ema"))
         encoder = _filled(build_encoder, config, content, "encoder", weights, path) if has_encoder else None
         device = torch.device(device)
+        if slow := slow_precision(precision, device):
+            notes.append(f"precision {slow}")
         winograd = device.type == "cpu" and precision == "fp32"
         for network, dtype in ((generator, AUTOCAST[precision]), (encoder, None)):  # styles are computed in float32
             if network is None:

@@ -71,6 +71,15 @@ def measure_onednn(ask: Ask) -> bool:
     return found is not None and found > CLEARLY
 
 
+def slow_precision(precision: str, device: torch.device) -> str | None:
+    """Return what to say of 16 bits on a CPU without instructions for them, where a convolution takes ten to 200 times
+    as long as in float32 (findings/bf16_without_instructions.sh)."""
+    known = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
+    if device.type != "cpu" or precision == "fp32" or known is None or known():
+        return None
+    return f"{precision} on a processor without instructions for it takes many times as long as fp32: write fp32"
+
+
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Compute ``F.linear`` by oneDNN, without derivatives; x that is not contiguous is copied."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

@@ -29,7 +29,7 @@ from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.layout import SemanticLayout
 from imaginaire_spade.models import norms
 from imaginaire_spade.models.convolution import measure_choices
-from imaginaire_spade.models.products import Choices
+from imaginaire_spade.models.products import Choices, slow_precision
 from imaginaire_spade.models.spectral_norm import choices_of, set_choices
 from imaginaire_spade.models.timing import Ask, by_rule
 from imaginaire_spade.noise import style_codes
@@ -206,6 +206,8 @@ def describe(run: Run) -> str:
             f"warning: horizontal_flip makes a mirrored {next(iter(sided))} look like a {next(iter(sided.values()))}."
             f" Write data.labels.mirror: {pairs} to swap the classes too (or horizontal_flip: false)"
         )
+    if slow := slow_precision(trainer.precision, run.device):
+        lines.append(f"warning: trainer.precision: {slow}")
     if run.bad:
         lines.append(f"data.skip_bad: {len(run.bad)} sample(s) left out, listed in bad_files.txt; first {run.bad[0]}")
     return "\n".join(lines)
