@@ -14,14 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torchvision
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.generator import make_generator, with_path
 from benchmarks.layouts import dense, fresh, make_layout
 from benchmarks.measure import Row, largest_difference, peak_memory_gib, rows_of, take_turns
-from imaginaire_spade.build import build_optimizer
 from imaginaire_spade.config_trainer import OptimizerConfig, TrainerConfig
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.inference.choices import remembered
@@ -33,6 +30,7 @@ from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.norms import choose_paths, measure_pixel_cost, pixel_cost
 from imaginaire_spade.models.products import BY_RULE
 from imaginaire_spade.models.spectral_norm import set_choices
+from imaginaire_spade.optimizer import build_optimizer
 from imaginaire_spade.training.state import TrainState, new_average
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
 
@@ -64,6 +62,8 @@ def measure(case: Case, repeats: int, memory_of: Collection[str] = VARIANTS) -> 
         if name in memory_of or case.device.type == "cuda":
             notes[name] = f"{peak_gib(case.device, run, _iteration, name, case):.2f} GiB"
         if case.device.type == "cuda":
+            from torch.utils.flop_counter import FlopCounterMode  # here: it loads Triton, 0.06 GiB
+
             with FlopCounterMode(display=False) as counter:
                 run()
             tflops = counter.get_total_flops() / statistics.median(times[name]) / 1e9
@@ -164,6 +164,8 @@ def _random_vgg() -> PerceptualLoss:
 
 def write_random_vgg(file: Path) -> None:
     """Write random weights in the form of torchvision's file of VGG19."""
+    import torchvision  # here: it takes 0.15 GiB, which an iteration without VGG19 does not need
+
     torch.manual_seed(0)
     features = torchvision.models.vgg19(weights=None).features
     torch.save({f"features.{key}": value for key, value in features.state_dict().items()}, file)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from benchmarks.generator import with_path
 from benchmarks.layouts import fresh, make_layout
 from benchmarks.measure import Row, largest_difference, rows_of, take_turns
-from imaginaire_spade.build import build_optimizer
 from imaginaire_spade.config_trainer import OptimizerConfig, TrainerConfig
 from imaginaire_spade.data.batch import Batch
 from imaginaire_spade.inference.choices import remembered
@@ -31,6 +30,7 @@ from imaginaire_spade.models.oasis import OASISGenerator
 from imaginaire_spade.models.spectral_norm import fold_spectral_norm
 from imaginaire_spade.models.unet import OASISDiscriminator
 from imaginaire_spade.noise import style_noise
+from imaginaire_spade.optimizer import build_optimizer
 from imaginaire_spade.training.state import TrainState, new_average
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
 

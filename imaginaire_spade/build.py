@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from imaginaire_spade.config import RunConfig, SplitConfig
-from imaginaire_spade.config_trainer import OptimizerConfig
 from imaginaire_spade.data.dataset import LabelMapDataset
 from imaginaire_spade.data.lmdb_source import usable_memory
 from imaginaire_spade.data.loader import leave_out_bad
@@ -23,6 +22,7 @@ from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.layers import initialise
 from imaginaire_spade.models.norms import SPADE
+from imaginaire_spade.optimizer import apex_adam, bytes_per_weight
 from imaginaire_spade.registry import DATASETS, DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, Component, Registry
 
 
@@ -125,29 +125,6 @@ def build_losses(config: RunConfig) -> tuple[nn.ModuleDict, dict[str, float]]:
     return terms, {name: loss.weight for name, loss in wanted.items()}
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build Adam in the form of ``fused``.
-
-    Raises:
-        ConfigError: apex is requested, and NVIDIA's is not installed.
-    """
-    betas = (config.adam_beta1, config.adam_beta2)
-    settings: dict[str, Any] = {"lr": config.lr, "betas": betas, "eps": config.adam_eps}
-    if config.fused == "apex":
-        return _apex_adam()(list(parameters), adam_w_mode=False, **settings)
-    return torch.optim.Adam(parameters, fused=config.fused != "off", **settings)
-
-
-def _apex_adam() -> Any:
-    try:
-        return importlib.import_module("apex.optimizers").FusedAdam
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"fused: apex, but NVIDIA's apex is not importable ({error}). The package called apex on PyPI is another"
-            " project: build NVIDIA's from source (INSTALL.md), or write fused: auto"
-        ) from None
-
-
 def build_split(config: RunConfig, split: SplitConfig, *, with_images: bool = True) -> LabelMapDataset:
     """Open one split, ``config.data.train`` or ``config.data.val``, with or without photos."""
     if config.data.skip_bad and not with_images:  # the same samples as with photos
@@ -210,7 +187,7 @@ def check_run(config: RunConfig, world_size: int, device: torch.device | None = 
             f" {trainer.gradient_accumulation} equal pieces; make the one a multiple of the other"
         )
     if "apex" in (config.gen_opt.fused, config.dis_opt.fused):
-        _apex_adam()
+        apex_adam()
     # Networks, and the sizes they take.
     size = image_size(config)
     with torch.device("meta"):
@@ -219,9 +196,14 @@ def check_run(config: RunConfig, world_size: int, device: torch.device | None = 
         encoder = build_encoder(config)
     if trainer.cuda_graphs and (hindrances := _hindrances(config, generator, world_size, device)):
         raise ConfigError(f"trainer.cuda_graphs: {'; '.join(hindrances)}; or write trainer.cuda_graphs: false")
-    # A weight has a gradient and two moments; of a batch, the photos alone are counted.
-    networks = [network for network in (generator, discriminator, encoder) if network is not None]
-    weights = 16 * sum(parameter.numel() for network in networks for parameter in network.parameters())
+    # Of a batch, the photos alone are counted.
+    trained = [(generator, config.gen_opt), (encoder, config.gen_opt), (discriminator, config.dis_opt)]
+    weights = sum(
+        parameter.numel() * bytes_per_weight(optimizer)
+        for network, optimizer in trained
+        if network is not None
+        for parameter in network.parameters()
+    )
     photos = train.batch_size * size[0] * size[1] * config.data.images.channels
     if max(weights, photos) > (usable := usable_memory()):
         raise ConfigError(

@@ -13,10 +13,11 @@ import yaml
 from pydantic import BaseModel
 from torch import nn
 
-from imaginaire_spade.build import build_optimizer, check_run
+from imaginaire_spade.build import check_run
 from imaginaire_spade.config import Loss, RunConfig
 from imaginaire_spade.config_files import MAX_DEPTH, dump_config, dump_yaml, load_config, parse_config
 from imaginaire_spade.errors import ConfigError
+from imaginaire_spade.optimizer import build_optimizer
 from imaginaire_spade.registry import DISCRIMINATORS, ENCODERS, GENERATORS, LOSSES, NORMS, Component
 
 REPOSITORY = Path(__file__).resolve().parents[1]

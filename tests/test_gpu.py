@@ -32,7 +32,6 @@ from dataclasses import replace
 from functools import partial
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from imaginaire_spade.build import build_optimizer
 from imaginaire_spade.config_trainer import DiscriminatorAugmentationConfig, OptimizerConfig, TrainerConfig
 from imaginaire_spade.data.batch import Batch, Sample
 from imaginaire_spade.layout import LayoutSpec
@@ -47,6 +46,7 @@ from imaginaire_spade.models.unet import OASISDiscriminator
 from imaginaire_spade.training.cuda_graph import GraphedUpdate
 from imaginaire_spade.training.health import LossMeter
 from imaginaire_spade.training.augmentation import INTERVAL, AdaptiveProbability
+from imaginaire_spade.optimizer import build_optimizer
 from imaginaire_spade.training.state import TrainState, new_average
 from imaginaire_spade.training.step import Networks, StepSettings, train_step
 

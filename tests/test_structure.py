@@ -23,7 +23,7 @@ CORE = [
     {"command_names", "errors", "version", "files", "labels", "registry", "noise", "cli", "processes"},
     {"config_trainer"}, {"config"}, {"config_files"}, {"config_diff"},
     {"distributed"}, {"neighbourhoods", "layout", "layout_spec"}, {"sheets"}, {"pages"}, {"data"}, {"models"},
-    {"pretrained"}, {"losses"}, {"build"}, {"evaluation"}, {"training"}, {"inference"},
+    {"pretrained"}, {"losses", "optimizer"}, {"build"}, {"evaluation"}, {"training"}, {"inference"},
 ]  # fmt: skip
 WINGS = [{"lmdb_builder"}, {"dataset_prep"}, {"interop"}, {"export"}, {"demo"}, {"scenes"}]
 ROOMS = [*CORE, *WINGS, {"commands"}, {"imaginaire_spade", "__main__", "train"}]
@@ -296,7 +296,7 @@ def test_the_readmes_tree_is_true():
 
 
 BUDGET = {
-    "top level": 2630, "pages": 19, "data": 2084, "models": 2344, "pretrained": 638, "training": 2285,
+    "top level": 2704, "pages": 19, "data": 2084, "models": 2344, "pretrained": 638, "training": 2294,
     "inference": 1533, "evaluation": 1012,
     "lmdb_builder": 905, "dataset_prep": 844, "interop": 1161, "export": 168, "demo": 547, "scenes": 736,
     "commands": 1396,
@@ -335,7 +335,7 @@ def test_rooms_keep_their_budget():
     assert lines.keys() == BUDGET.keys()
     over = {room: f"{number} of {BUDGET[room]}" for room, number in lines.items() if number > BUDGET[room]}
     assert not over
-    assert sum(BUDGET.values()) <= 18_311 and sum(CORE_BUDGET.values()) <= 11_527
+    assert sum(BUDGET.values()) <= 18_394 and sum(CORE_BUDGET.values()) <= 11_610
 
 
 def test_folders_are_two_deep():

@@ -248,10 +248,10 @@ DAMAGE = {
     "a weight of whole numbers": ("generator_ema", "to_image.weight", torch.Tensor.long),
     "a statistic of double precision": ("generator", "blocks.0.norm_0.normalize.running_mean", torch.Tensor.double),
     "a sparse weight": ("discriminator", "discriminators.0.layers.0.0.weight", torch.Tensor.to_sparse),
-    "a moment of another shape": ("gen_optimizer", "exp_avg", lambda t: t[None]),
+    "a moment of another shape": ("gen_optimizer", "exp_avg_sq", lambda t: t[None]),
     "a moment of half precision": ("dis_optimizer", "exp_avg_sq", torch.Tensor.half),
     "a sparse moment": ("gen_optimizer", "exp_avg_sq", torch.Tensor.to_sparse),
-    "a word for a moment": ("gen_optimizer", "exp_avg", str),
+    "a word for a moment": ("gen_optimizer", "exp_avg_sq", str),
     "two steps for one": ("gen_optimizer", "step", lambda t: torch.stack([t, t])),
 }
 
@@ -283,7 +283,7 @@ WRONG_CONTENT = {
     "optimizer without groups": lambda c: c["gen_optimizer"].pop("param_groups"),
     "no betas": lambda c: c["gen_optimizer"]["param_groups"][0].update(betas=()),
     "moments are a list": lambda c: c["gen_optimizer"]["state"].update({0: []}),
-    "one moment": lambda c: c["gen_optimizer"]["state"][0].pop("exp_avg"),
+    "no second moment": lambda c: c["gen_optimizer"]["state"][0].pop("exp_avg_sq"),
     "endless step": lambda c: c["gen_optimizer"]["state"][0].update(step=float("nan")),
     "parameter named by a word": lambda c: c["gen_optimizer"]["state"].update(x=c["gen_optimizer"]["state"][0]),
     "scaler is a list": lambda c: c.update(gen_scaler=["x"]),

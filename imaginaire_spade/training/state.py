@@ -12,13 +12,14 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from imaginaire_spade.build import build_discriminator, build_encoder, build_generator, build_optimizer
+from imaginaire_spade.build import build_discriminator, build_encoder, build_generator
 from imaginaire_spade.config import RunConfig
 from imaginaire_spade.errors import CheckpointError
 from imaginaire_spade.models.discriminator import Discriminator
 from imaginaire_spade.models.generator import Generator
 from imaginaire_spade.models.norms import BatchNorm2d
 from imaginaire_spade.models.spectral_norm import SpectralNorm, fold_spectral_norm
+from imaginaire_spade.optimizer import Adam, build_optimizer
 from imaginaire_spade.training.augmentation import AdaptiveProbability
 from imaginaire_spade.training.checkpoint import check_counter, check_tensors
 
@@ -119,8 +120,8 @@ def _check(owner: Any, stored: Any, name: str, where: str) -> None:
         for index, moments in stored["state"].items():
             if type(index) is not int or index not in range(len(parameters)):
                 raise CheckpointError(f"{where}: it has a parameter {index}, and this config {len(parameters)} of them")
-            if not isinstance(moments, Mapping) or not {"exp_avg", "exp_avg_sq"} <= moments.keys():
-                raise CheckpointError(f"{where}: parameter {index} has no moments")
+            if not isinstance(moments, Mapping) or "exp_avg_sq" not in moments:
+                raise CheckpointError(f"{where}: parameter {index} has no second moment")
             check_tensors(moments, dict.fromkeys(moments.keys() - {"step"}, parameters[index]), where)
             step = moments.get("step", 0)
             is_number = isinstance(step, int | float) or (isinstance(step, Tensor) and step.numel() == 1)
@@ -151,6 +152,8 @@ def _load(owner: Any, stored: Any, name: str, where: str) -> None:
         # Adam's moments get the memory format of their parameters, whatever it was when they were saved: torch keeps
         # the saved one, and fused Adam then pairs weights with other weights' moments.
         for parameter, moments in owner.state.items():
+            if not isinstance(owner, Adam):  # apex's, from a checkpoint of ours
+                moments.setdefault("exp_avg", torch.zeros_like(parameter))
             for key in moments.keys() - {"step"}:
                 moments[key] = torch.empty_like(parameter, dtype=moments[key].dtype).copy_(moments[key])
 

@@ -21,6 +21,7 @@ from imaginaire_spade.losses import AdversarialLoss, ClassPlan, GeneratorOutputs
 from imaginaire_spade.models.discriminator import Discriminator, Scores, split_scores
 from imaginaire_spade.models.generator import Generator, ResidualBlock, SPADEResidualBlock, StyleBlock, sample_style
 from imaginaire_spade.noise import style_codes
+from imaginaire_spade.optimizer import Adam
 from imaginaire_spade.training.augmentation import AugmentedView, View, augmentation_draws
 from imaginaire_spade.training.state import TrainState, update_average
 
@@ -165,7 +166,8 @@ def update_networks(
                     terms = {name: term(outputs) for name, term in settings.terms.items()}
                 total = torch.stack([settings.weights[name] * term for name, term in terms.items()]).sum()
                 del scored, outputs  # features that the backward pass frees once it is through D
-                state.gen_scaler.scale(total / pieces).backward()
+                with _updating(state, networks, fake.device) if pieces == 1 else nullcontext():
+                    state.gen_scaler.scale(total / pieces).backward()
             health = {"health/fake_saturation": saturation(fake), "health/real_saturation": saturation(real)}
             _add(losses, terms | {"g_total": total} | health, pieces)
         state.gen_scaler.step(state.gen_optimizer)
@@ -245,6 +247,15 @@ def _synced(network: nn.Module | None, last: bool) -> AbstractContextManager[Non
     """Exchange gradients between processes with the last piece only."""
     if isinstance(network, nn.parallel.DistributedDataParallel) and not last:
         return network.no_sync()
+    return nullcontext()
+
+
+def _updating(state: TrainState, networks: Networks, device: torch.device) -> AbstractContextManager[None]:
+    """Update the generator within its backward pass, where gradients are used as they are, and are the largest part of
+    an iteration's memory: on a GPU, with its larger batches, activations are."""
+    optimizer, as_they_are = state.gen_optimizer, networks.generator is state.generator
+    if device.type == "cpu" and as_they_are and isinstance(optimizer, Adam) and not state.gen_scaler.is_enabled():
+        return optimizer.in_backward()
     return nullcontext()
 
 
