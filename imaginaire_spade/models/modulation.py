@@ -229,14 +229,17 @@ def forward_pixels(
 def _before_activation(
     dy: Tensor, few: Tensor, y: Tensor | None, slope: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient before the activation, and its products with x. y has the sign of the activation's input."""
-    before = dy if y is None and dy.dtype == dtype else torch.empty_like(dy, dtype=dtype)
+    """Return the gradient before the activation, and its products with x. y has the sign of the activation's input, and
+    may be overwritten."""
+    fitting = dy if y is None else y
+    before = fitting if fitting.dtype == dtype else torch.empty_like(dy, dtype=dtype)
     products = torch.empty_like(before)
-    for part, given, x, product, active in _chunks(before, dy, few, products, dy if y is None else y):
-        if before is not dy:
+    for part, given, x, product, active in _chunks(before, dy, few, products, fitting):
+        if y is not None:
+            given, active = given.to(dtype), active.to(dtype)
+            torch.ops.aten.leaky_relu_backward.grad_input(given, active, slope, True, grad_input=part)
+        elif before is not dy:
             part.copy_(given)
-            if y is not None:
-                torch.ops.aten.leaky_relu_backward.grad_input(part, active.to(dtype), slope, True, grad_input=part)
         torch.mul(part, x, out=product)
     return before, products
 
